@@ -1,0 +1,166 @@
+"""The arithmetic of quantization: groups of elements, their scales, and values <-> codes.
+
+A block shape has one length per axis and tiles the array; each block shares a scale. Blocks
+are reached by splitting axes, never by moving them, and only axes that need it: "split" below
+means an array so reshaped.
+"""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .formats import Format
+
+if TYPE_CHECKING:
+    from .config import ArrayConfig
+
+
+def block_shape(shape: tuple[int, ...], config: "ArrayConfig") -> tuple[int, ...]:
+    """The block of each scale in an array of `shape`.
+
+    Raises:
+        ValueError: an axis is not there, or a group size does not divide its axis.
+    """
+    axes = config.axes(len(shape))
+    group_size = config.group_size or config.format.group_size
+    sizes = group_size if isinstance(group_size, tuple) else (group_size,) * len(axes)
+    blocks = [1] * len(shape)
+    for axis, size in zip(axes, sizes, strict=True):
+        blocks[axis] = shape[axis] if size is None else size
+        if size is not None and shape[axis] % size:
+            raise ValueError(
+                f"group_size must divide axis {axis}; got group_size={size} for shape "
+                f"{shape}. Pad the axis, or choose {_divisors(shape[axis], size)}."
+            )
+    return tuple(blocks)
+
+
+def _divisors(length, wanted):
+    """The divisors on either side of what was wanted, as words."""
+    divisors = [d for d in range(1, length + 1) if length % d == 0]
+    near = [max((d for d in divisors if d < wanted), default=None)]
+    near += [min((d for d in divisors if d > wanted), default=None)]
+    return " or ".join(str(d) for d in near if d is not None)
+
+
+def blocks_between(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The block shape that leads from an array's shape to that of its scales."""
+    return tuple(n // s if s else 1 for n, s in zip(shape, scale_shape, strict=True))
+
+
+def split(x: jax.Array, blocks: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+    """Returns x with the axes split that hold several blocks, and the axes within a block."""
+    shape, inner = [], []
+    for length, block in zip(x.shape, blocks, strict=True):
+        if block in (1, length):
+            inner += [len(shape)] * (block != 1)
+            shape += [length]
+        else:
+            inner += [len(shape) + 1]
+            shape += [length // block, block]
+    return x.reshape(shape), tuple(inner)
+
+
+def spread(scale: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
+    """Shapes an array with one element per block so that it broadcasts with the split array."""
+    shape = []
+    for count, block in zip(scale.shape, blocks, strict=True):
+        shape += [count] if block == 1 or count == 1 else [count, 1]
+    return scale.reshape(shape)
+
+
+def per_block(values: jax.Array, shape: tuple[int, ...], blocks: tuple[int, ...]) -> jax.Array:
+    """Undoes `spread`: one element per block, in the rank of the array of `shape`."""
+    counts = [1 if block == n else n // block for n, block in zip(shape, blocks, strict=True)]
+    return values.reshape(counts)
+
+
+def fit_scale(low: jax.Array, high: jax.Array, config: "ArrayConfig") -> jax.Array:
+    """The step with which the codes span [low, high], before it is rounded to its dtype.
+
+    Symmetric: high / min(-qmin, qmax). Asymmetric: (high - low) / (qmax - qmin). A scale of
+    exponents only (e8m0) is 2^(floor(log2 of the former) - floor(log2 of the latter)), which
+    for MX formats is the rule of OCP MX v1.0, section 6.3. An empty range has scale 1.
+    """
+    qmin, qmax = config.bounds
+    # In halves, so that a range of more than the largest float does not overflow.
+    span, reach = (
+        (high, min(-qmin, qmax))
+        if config.symmetric
+        else (
+            high / 2 - low / 2,
+            (qmax - qmin) / 2,
+        )
+    )
+    if has_exponent_only(config.scales):
+        exponent = jnp.frexp(span)[1] - int(np.frexp(reach)[1])
+        scale = jnp.ldexp(jnp.ones_like(span), jnp.clip(exponent, -126, 127))
+        return jnp.where(span == 0, 1, scale)
+    scale = span / reach
+    return jnp.where(scale == 0, 1, scale)
+
+
+def has_exponent_only(dtype: str) -> bool:
+    """Whether a floating dtype holds powers of two and nothing between them."""
+    return jnp.finfo(dtype).nmant == 0
+
+
+def fit_zero_point(low: jax.Array, scale: jax.Array, config: "ArrayConfig") -> jax.Array:
+    """round(qmin - low/scale), in the dtype of the codes; 0 where the scale is NaN."""
+    qmin, qmax = config.bounds
+    zero_point = jnp.where(jnp.isnan(scale), 0, jnp.round(qmin - low / scale))
+    return jnp.clip(zero_point, qmin, qmax).astype(config.format.dtype)
+
+
+def encode(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, config: "ArrayConfig"
+) -> jax.Array:
+    """Values to codes: the nearest code to x/scale + zero_point, clipped. Arrays broadcast."""
+    # A scale of NaN marks its group; the codes below it need only be defined.
+    values = jnp.where(jnp.isnan(scale), 0, x / scale)
+    if config.format.codebook is not None:
+        return _nearest(values, config.format.codebook).astype(config.format.dtype)
+    if config.format.rounds:
+        values = jnp.round(values)
+    if zero_point is not None:
+        values = values + zero_point.astype(values.dtype)
+    return jnp.clip(values, *config.bounds).astype(config.format.dtype)
+
+
+def decode(
+    codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, format: Format
+) -> jax.Array:
+    """Codes to values, (codes - zero_point) * scale, in the dtype of scale. Arrays broadcast."""
+    if format.codebook is not None:
+        return _lookup(codes, format.codebook, scale.dtype) * scale
+    values = codes.astype(scale.dtype)
+    if zero_point is not None:
+        values = values - zero_point.astype(scale.dtype)
+    return values * scale
+
+
+def _nearest(values, codebook):
+    """Index of the nearest entry of an ascending codebook; of two equally near, the lower."""
+    points = np.asarray(codebook)
+    between = (points[1:] + points[:-1]) / 2
+    index = jnp.zeros(values.shape, jnp.int8)
+    for b in between.tolist():
+        index += (values > b).astype(jnp.int8)
+    return index
+
+
+def _lookup(codes, codebook, dtype):
+    """codebook[codes], by selects over the bits of the code: a TPU has no fast gather."""
+    index = codes.astype(jnp.int8)
+    entries = [jnp.asarray(v, dtype) for v in codebook]
+    bit = 0
+    while len(entries) > 1:
+        entries += entries[-1:] * (len(entries) % 2)
+        is_set = (index >> bit) % 2 == 1
+        entries = [
+            jnp.where(is_set, b, a) for a, b in zip(entries[::2], entries[1::2], strict=True)
+        ]
+        bit += 1
+    return entries[0]

@@ -1,0 +1,187 @@
+"""How arrays are to be quantized: configs of one array, and of a product's two operands."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from .formats import FP8_E4M3, INT4, INT8, MXFP4, MXFP8, NF4, NVFP4, Format
+from .ranges import AbsMax, Range
+
+Axes = int | tuple[int, ...] | None
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayConfig:
+    """How to quantize one array. A pytree without leaves, hence static under `jit`.
+
+    Attributes:
+        format: number format of the codes.
+        axis: the axis, or axes, along which elements share a scale: a kernel's contracted
+            axes. None for all axes (per tensor).
+        group_size: elements per scale along `axis`: one number for every axis in it or one
+            each; None for the whole axis, or what the format prescribes.
+        symmetric: whether codes have no zero point. Only formats of whole numbers can.
+        range: which part of a group the codes span: AbsMax(), Percentile(p), MinMSE().
+        value_range: (qmin, qmax) in place of the format's; whole numbers within its dtype.
+        scale_dtype: dtype of the stored scales; None for what the format prescribes. Scales
+            of "float8_e4m3fn" are stored as a QTensor under one float32 scale.
+
+    Raises:
+        ValueError: a field is out of its range, or two fields contradict each other.
+    """
+
+    format: Format = INT8
+    axis: Axes = 0
+    group_size: int | tuple[int | None, ...] | None = None
+    symmetric: bool = True
+    range: Range = AbsMax()  # noqa: RUF009 (frozen, so one instance serves all)
+    value_range: tuple[int, int] | None = None
+    scale_dtype: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.format, Format):
+            raise ValueError(f"format must be a Format such as jaxquant.INT8; got {self.format!r}.")
+        self._check_groups()
+        if not (self.symmetric or self.format.rounds):
+            raise ValueError(
+                "symmetric=False needs a format of whole numbers, such as INT8 or INT4; got "
+                f"format={self.format}. Its zero is exact already: leave symmetric=True."
+            )
+        if not callable(self.range):
+            raise ValueError(
+                f"range must be AbsMax(), Percentile(p) or MinMSE(); got {self.range!r}."
+            )
+        if self.value_range is not None:
+            self._check_value_range(*self.value_range)
+        if self.scale_dtype is not None and not jnp.issubdtype(self.scale_dtype, jnp.floating):
+            raise ValueError(
+                f"scale_dtype must be a floating dtype; got {self.scale_dtype!r}. "
+                'Pass "float32", or None for what the format prescribes.'
+            )
+
+    def _check_groups(self):
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        is_index = all(isinstance(a, int) for a in axes) or self.axis is None
+        if not is_index or len(set(axes)) < len(axes):
+            raise ValueError(
+                "axis must be an int, a tuple of distinct ints, or None for all axes; got "
+                f"{self.axis!r}."
+            )
+        sizes = self.group_size if isinstance(self.group_size, tuple) else (self.group_size,)
+        if any(s is not None and (not isinstance(s, int) or s < 1) for s in sizes):
+            raise ValueError(
+                "group_size must be a positive int, a tuple of them, or None for the whole "
+                f"axis; got {self.group_size!r}."
+            )
+        if isinstance(self.group_size, tuple) and len(sizes) != len(axes):
+            raise ValueError(
+                f"group_size must be one int, or one per axis; got {self.group_size} for axis "
+                f"{self.axis}."
+            )
+        prescribed = self.format.group_size
+        if prescribed is None:
+            return
+        if self.group_size not in (None, prescribed):
+            raise ValueError(
+                f"{self.format} has groups of {prescribed}; got group_size={self.group_size}. "
+                "Leave it None, or choose a format without a group size."
+            )
+        if self.axis is None or len(axes) != 1:
+            raise ValueError(f"{self.format} has groups along one axis; got axis={self.axis}.")
+
+    def _check_value_range(self, qmin, qmax):
+        if not self.format.rounds:
+            raise ValueError(
+                "value_range needs a format of whole numbers, such as INT8; got "
+                f"format={self.format}. Leave it None."
+            )
+        info = jnp.iinfo(self.format.dtype)
+        if not info.min <= qmin < qmax <= info.max:
+            raise ValueError(
+                f"value_range must be two ascending ints within [{info.min}, {info.max}] for "
+                f"{self.format}; got {self.value_range}."
+            )
+        if self.symmetric and not qmin < 0 < qmax:
+            raise ValueError(
+                f"A symmetric value_range must have zero inside; got {self.value_range}. "
+                "Widen it, or pass symmetric=False."
+            )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(qmin, qmax): the outermost codes in use."""
+        return self.value_range or (self.format.qmin, self.format.qmax)
+
+    @property
+    def scales(self) -> str:
+        """Name of the dtype that scales are stored in."""
+        return self.scale_dtype or self.format.scale_dtype
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        """The axes of an array of `ndim` axes along which elements share a scale, from 0 up.
+
+        Raises:
+            ValueError: an axis is out of range, or named twice.
+        """
+        if self.axis is None:
+            return tuple(range(ndim))
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        found = tuple(a % ndim for a in axes if -ndim <= a < ndim)
+        if len(set(found)) < len(axes):
+            raise ValueError(
+                f"axis must name distinct axes of the array; got axis={self.axis} for {ndim} axes."
+            )
+        return found
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How to quantize the two operands of a product: `weights`, and `inputs` that meet them.
+
+    Attributes:
+        weights: config of the array that is quantized once.
+        inputs: config of the other operand, quantized anew in each product; None leaves it as
+            it is. Its `axis` only says per tensor (None) or not: the scale is shared along
+            the axes that the product contracts, whichever these are.
+    """
+
+    weights: ArrayConfig = ArrayConfig(axis=-2)
+    inputs: ArrayConfig | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.weights, ArrayConfig):
+            raise ValueError(f"weights must be an ArrayConfig; got {self.weights!r}.")
+        if not isinstance(self.inputs, ArrayConfig | None):
+            raise ValueError(f"inputs must be an ArrayConfig or None; got {self.inputs!r}.")
+
+
+_INT8_WEIGHTS = ArrayConfig(format=INT8, axis=-2)
+_INT4_WEIGHTS = ArrayConfig(format=INT4, axis=-2, group_size=128)
+_INT8_INPUTS = ArrayConfig(format=INT8, axis=-1)
+
+W8A8 = Scheme(_INT8_WEIGHTS, _INT8_INPUTS)
+W8A16 = Scheme(_INT8_WEIGHTS)
+W4A16 = Scheme(_INT4_WEIGHTS)
+W4A16_ASYM = Scheme(dataclasses.replace(_INT4_WEIGHTS, symmetric=False))
+W4A8 = Scheme(_INT4_WEIGHTS, _INT8_INPUTS)
+FP8 = Scheme(ArrayConfig(format=FP8_E4M3, axis=-2), ArrayConfig(format=FP8_E4M3, axis=-1))
+NF4A16 = Scheme(ArrayConfig(format=NF4, axis=-2, group_size=64))
+MXFP8A8 = Scheme(ArrayConfig(format=MXFP8, axis=-2), ArrayConfig(format=MXFP8, axis=-1))
+MXFP4A16 = Scheme(ArrayConfig(format=MXFP4, axis=-2))
+NVFP4A16 = Scheme(ArrayConfig(format=NVFP4, axis=-2))
+
+SCHEMES = {
+    "W8A8": W8A8,
+    "W8A16": W8A16,
+    "W4A16": W4A16,
+    "W4A16_ASYM": W4A16_ASYM,
+    "W4A8": W4A8,
+    "FP8": FP8,
+    "NF4A16": NF4A16,
+    "MXFP8A8": MXFP8A8,
+    "MXFP4A16": MXFP4A16,
+    "NVFP4A16": NVFP4A16,
+}

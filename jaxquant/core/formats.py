@@ -1,0 +1,85 @@
+"""Number formats. A format is a row: to add one, add a constant here."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """The codes that a number may take, and what its scales are made of.
+
+    Code asks for the properties below and never for `name`, so a new row works everywhere.
+
+    Attributes:
+        name: as the field writes it, for people to read.
+        dtype: dtype of the codes; sub-byte dtypes are XLA's own, two or four codes to a byte.
+        qmin, qmax: the outermost values of a code; abs-max puts the largest magnitude on qmax.
+        codebook: ascending values that the codes index; None where a code is its own value.
+        group_size: elements per scale that the format prescribes; None leaves it to the config.
+        scale_dtype: dtype of the scales, unless the config names another.
+    """
+
+    name: str
+    dtype: str
+    qmin: float
+    qmax: float
+    codebook: tuple[float, ...] | None = None
+    group_size: int | None = None
+    scale_dtype: str = "float32"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether codes are whole numbers, which alone can have a zero point."""
+        return self.codebook is None and jnp.issubdtype(self.dtype, jnp.integer)
+
+    @property
+    def bits(self) -> int:
+        """Bits that one code takes in device memory."""
+        return bits_of(self.dtype)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def bits_of(dtype: jax.typing.DTypeLike) -> int:
+    """Bits per element in device memory: 4 for int4, although its itemsize says a byte."""
+    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
+    return info(dtype).bits
+
+
+# Quantiles of a normal distribution, with an exact zero. Dettmers et al. 2023,
+# arXiv:2305.14314, appendix E.
+_NORMAL_FLOAT = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+INT8 = Format("int8", "int8", -127, 127)
+INT4 = Format("int4", "int4", -8, 7)
+INT2 = Format("int2", "int2", -2, 1)
+FP8_E4M3 = Format("fp8_e4m3", "float8_e4m3fn", -448.0, 448.0)
+FP8_E5M2 = Format("fp8_e5m2", "float8_e5m2", -57344.0, 57344.0)
+NF4 = Format("nf4", "uint4", -1.0, 1.0, codebook=_NORMAL_FLOAT)
+# Open Compute Project, Microscaling Formats (MX) v1.0, table 1.
+MXFP8 = Format("mxfp8", "float8_e4m3fn", -448.0, 448.0, group_size=32, scale_dtype="float8_e8m0fnu")
+MXFP4 = Format("mxfp4", "float4_e2m1fn", -6.0, 6.0, group_size=32, scale_dtype="float8_e8m0fnu")
+NVFP4 = Format("nvfp4", "float4_e2m1fn", -6.0, 6.0, group_size=16, scale_dtype="float8_e4m3fn")
+
+FORMATS = {f.name: f for f in (INT8, INT4, INT2, FP8_E4M3, FP8_E5M2, NF4, MXFP8, MXFP4, NVFP4)}

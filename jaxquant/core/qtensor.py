@@ -1,0 +1,171 @@
+"""The quantized array."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import affine
+from .config import ArrayConfig
+from .formats import Format, bits_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    """How an operand is treated before it meets a quantized array in a product.
+
+        x  ->  x * multiplier  ->  quantized with `config`, and `scale` if there is one
+
+    Attributes:
+        config: how to quantize the operand, static; None leaves it as it is. Its `axis` only
+            says per tensor (None) or not: the scale is shared along the contracted axes.
+        scale: calibrated scale of the whole operand, a scalar; None computes it anew each time.
+        zero_point: that of a calibrated asymmetric operand, a scalar.
+        multiplier: one factor per contracted channel (SmoothQuant's 1/s, AWQ's 1/s), in the
+            shape of the contracted axes; None for 1.
+    """
+
+    config: ArrayConfig | None = dataclasses.field(default=None, metadata={"static": True})
+    scale: jax.Array | None = None
+    zero_point: jax.Array | None = None
+    multiplier: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QTensor:
+    """A quantized array: x ~ (codes - zero_point) * scale. A pytree.
+
+    What always holds between the fields (not checked, because JAX rebuilds pytrees with
+    tracers and placeholders in them):
+
+    - `codes` has the dtype of `format`, and its trailing axes lie in the order `order`;
+    - `scale` and `zero_point` have the rank of `codes` and its axis order, and each of their
+      lengths divides that of `codes`: one element for each block of codes;
+    - `scale` may itself be a QTensor;
+    - a scale of NaN marks a block that held NaN or Inf.
+
+    Attributes:
+        codes: the stored codes.
+        scale: step, in units of x per code.
+        zero_point: the code of zero, in units of codes; None is zero.
+        inputs: how an operand that meets this array in a product is treated first.
+        format: number format of the codes, static.
+        dtype: dtype that the array dequantizes to, static.
+        order: order in which the trailing axes are stored, counted from the end: (-1, -2)
+            stores the last two axes swapped. None: as they come. Static. Everything else in
+            the library speaks of logical axes, those of the array that was quantized.
+    """
+
+    codes: jax.Array
+    scale: "jax.Array | QTensor"
+    zero_point: jax.Array | None = None
+    inputs: Inputs | None = None
+    format: Format = dataclasses.field(kw_only=True, metadata={"static": True})
+    dtype: Any = dataclasses.field(kw_only=True, metadata={"static": True})
+    order: tuple[int, ...] | None = dataclasses.field(
+        default=None, kw_only=True, metadata={"static": True}
+    )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that was quantized."""
+        return tuple(self.codes.shape[a] for a in self.stored_axes(range(self.ndim)))
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.codes.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in device memory of codes, scales and zero points, from their bits."""
+        scale, zero = self.scale, self.zero_point
+        of_scale = scale.nbytes if isinstance(scale, QTensor) else packed_bytes(scale)
+        return packed_bytes(self.codes) + of_scale + (0 if zero is None else packed_bytes(zero))
+
+    def stored_axes(self, axes: Iterable[int]) -> tuple[int, ...]:
+        """Where logical axes lie in `codes`, from 0 up."""
+        order = self.order or ()
+        place = {a: i - len(order) for i, a in enumerate(order)}
+        from_end = [a - self.ndim if a >= 0 else a for a in axes]
+        return tuple((place[a] if a in place else a) + self.ndim for a in from_end)
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> "QTensor":
+        """The same codes, dequantizing to another dtype."""
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def reorder(self, order: tuple[int, ...] | None) -> "QTensor":
+        """The same array, its trailing axes stored in another order (see `order`).
+
+        Raises:
+            ValueError: `order` is not a permutation of -len(order) .. -1, or is too long.
+        """
+        wanted = range(-len(order or ()), 0)
+        if sorted(order or ()) != list(wanted) or len(wanted) > self.ndim:
+            raise ValueError(
+                "order must be a permutation of -r .. -1 with r at most the number of axes; "
+                f"got {order} for {self.ndim} axes. (-1, -2) swaps the last two."
+            )
+        target = dataclasses.replace(self, order=order or None)
+        # Where each stored axis of the result lies in the present one.
+        logical = np.argsort(target.stored_axes(range(self.ndim)))
+        return target._move_axes(self.stored_axes(logical.tolist()))
+
+    def _move_axes(self, permutation):
+        """Transposes everything stored; the caller has set `order`."""
+        scale, zero_point = self.scale, self.zero_point
+        return dataclasses.replace(
+            self,
+            codes=self.codes.transpose(permutation),
+            scale=scale._move_axes(permutation)
+            if isinstance(scale, QTensor)
+            else scale.transpose(permutation),
+            zero_point=None if zero_point is None else zero_point.transpose(permutation),
+        )
+
+    def dequantize(self) -> jax.Array:
+        """Returns (codes - zero_point) * scale in the array's own shape and dtype."""
+        return self.decode().transpose(self.stored_axes(range(self.ndim)))
+
+    def decode(self) -> jax.Array:
+        """`dequantize` with the axes left as they are stored."""
+        scale = scale_values(self.scale)
+        blocks = affine.blocks_between(self.codes.shape, scale.shape)
+        codes, _ = affine.split(self.codes, blocks)
+        zero_point = self.zero_point
+        if zero_point is not None:
+            zero_point = affine.spread(zero_point, blocks)
+        values = affine.decode(codes, affine.spread(scale, blocks), zero_point, self.format)
+        return values.reshape(self.codes.shape).astype(self.dtype)
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"QTensor({self.format} {shape}, scale {self.scale.shape}, {self.dtype})"
+
+
+def dequantize(x: QTensor) -> jax.Array:
+    """Returns (codes - zero_point) * scale: `x.dequantize()` as a function, for `jax.jit`."""
+    return x.dequantize()
+
+
+def scale_values(scale: jax.Array | QTensor) -> jax.Array:
+    """The scales as plain floats: float64 if they are stored so, else float32."""
+    if isinstance(scale, QTensor):
+        return scale.decode()
+    return scale if scale.dtype == jnp.float64 else scale.astype(jnp.float32)
+
+
+def packed_bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Bytes that an array takes in device memory, where 4-bit elements lie two to a byte."""
+    return -(-math.prod(x.shape) * bits_of(x.dtype) // 8)

@@ -1,0 +1,204 @@
+"""Arrays to quantized arrays."""
+
+import jax
+import jax.numpy as jnp
+
+from . import affine
+from .config import ArrayConfig
+from .formats import FP8_E4M3, bits_of
+from .qtensor import QTensor, scale_values
+from .ranges import AbsMax, Percentile
+
+
+@jax.jit
+def quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
+    """Quantizes an array as `config` says.
+
+        (low, high) = range of each group            by config.range
+        scale       = high / min(-qmin, qmax)        (high - low) / (qmax - qmin) if asymmetric
+        zero_point  = 0                              round(qmin - low / scale) if asymmetric
+        codes       = clip(round(x / scale) + zero_point, qmin, qmax)
+        x           ~ (codes - zero_point) * scale
+
+    Scale and codes are computed in float32 (in float64 for float64), and codes with the scale
+    as it is stored. In formats of floats the cast rounds, to nearest, ties to even; codebook
+    formats take the nearest entry.
+
+    Args:
+        x: floating array of any rank and size.
+        config: format, groups, range and dtype of the scales.
+
+    Returns:
+        QTensor of
+            codes: shape of x, dtype of the format;
+            scale: one per group, in units of x per code: the rank of x, and n/g in place of
+                the length n of an axis with groups of g; dtype `config.scales`;
+            zero_point: None, or the shape of scale and the dtype of codes, in units of codes.
+        An all-zero group has scale 1 and codes that decode to exact zeros. A group with NaN
+        or Inf has scale NaN, so all of it dequantizes to NaN.
+
+    Raises:
+        ValueError: x is not floating, an axis is not there, or a group size does not divide.
+
+    Error: at most scale/2 per element that is not clipped, in formats of whole numbers, and
+        none is clipped by `AbsMax()`; up to float32 rounding. Groups whose largest magnitude
+        is under 1.2e-38 * qmax have no normal float32 scale and come back as zeros.
+    Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
+    """
+    groups, axes, blocks = _groups(x, config)
+
+    def error(low, high):
+        scale, zero_point = parameters(low, high)
+        codes = affine.encode(groups, scale, zero_point, config)
+        values = affine.decode(codes, scale, zero_point, config.format)
+        return jnp.sum(jnp.square(values - groups), axes, keepdims=True)
+
+    def parameters(low, high):
+        scale = scale_values(_store_scale(affine.fit_scale(low, high, config), config.scales))
+        zero_point = None if config.symmetric else affine.fit_zero_point(low, scale, config)
+        return scale, zero_point
+
+    low, high = config.range(groups, axes, config.symmetric, error)
+    scale = affine.fit_scale(low, high, config)
+    # Here, not in the ranges: no range may hide NaN or Inf, whoever wrote it.
+    scale = jnp.where(_is_finite(groups, axes), scale, jnp.nan)
+    scale = _store_scale(affine.per_block(scale, x.shape, blocks), config.scales)
+    step = affine.spread(scale_values(scale), blocks)
+    zero_point = None if config.symmetric else affine.fit_zero_point(low, step, config)
+    codes = affine.encode(groups, step, zero_point, config).reshape(x.shape)
+    if zero_point is not None:
+        zero_point = affine.per_block(zero_point, x.shape, blocks)
+    return QTensor(codes, scale, zero_point, format=config.format, dtype=x.dtype)
+
+
+@jax.jit
+def quantize_with_scale(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, config: ArrayConfig
+) -> QTensor:
+    """Quantizes with a scale that is given, such as a calibrated one.
+
+        codes = clip(round(x / scale) + zero_point, qmin, qmax)
+
+    Args:
+        x: floating array of any rank.
+        scale: float array of the rank of x whose lengths divide those of x, or a scalar.
+        zero_point: whole numbers in the shape of scale, or None for zero.
+        config: its format and value range are used; its axis, group size and range are not.
+
+    Returns:
+        QTensor with that scale in float32, and NaN in the place of a scale whose block holds
+        NaN or Inf.
+
+    Raises:
+        ValueError: x is not floating, or the lengths of scale do not divide those of x.
+
+    Error: at most scale/2 per element that is not clipped, in formats of whole numbers.
+    Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
+    """
+    _check_floating(x)
+    shape = scale.shape if scale.ndim else (1,) * x.ndim
+    divides = len(shape) == x.ndim and all(
+        n % s == 0 if s else n == 0 for n, s in zip(x.shape, shape, strict=True)
+    )
+    if not divides:
+        raise ValueError(
+            "scale must be a scalar, or have the rank of x and lengths that divide those of x; "
+            f"got scale {scale.shape} for x {x.shape}."
+        )
+    blocks = affine.blocks_between(x.shape, shape)
+    groups, axes = affine.split(x.astype(_compute_dtype(x)), blocks)
+    step = affine.spread(scale.reshape(shape).astype(groups.dtype), blocks)
+    step = jnp.where(_is_finite(groups, axes), step, jnp.nan)
+    if zero_point is not None:
+        zero_point = zero_point.reshape(shape).astype(config.format.dtype)
+    spread_zero = None if zero_point is None else affine.spread(zero_point, blocks)
+    codes = affine.encode(groups, step, spread_zero, config).reshape(x.shape)
+    return QTensor(codes, step.reshape(shape), zero_point, format=config.format, dtype=x.dtype)
+
+
+def abs_max_quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
+    """Quantizes so that the largest magnitude of each group lands on the outermost code.
+
+        scale = max|x| / min(-qmin, qmax)        codes = round(x / scale)
+
+    This is `quantize`, which has the details, for configs whose range is `AbsMax()`.
+
+    Raises:
+        ValueError: config.range is another one, or as for `quantize`.
+
+    Error: at most scale/2 per element, in formats of whole numbers, up to float32 rounding.
+    Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
+    """
+    _check_range(config, AbsMax)
+    return quantize(x, config)
+
+
+def percentile_quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
+    """Quantizes so that the p-th percentile of |x| in each group lands on the outermost code.
+
+        scale = percentile(|x|, p) / min(-qmin, qmax)        codes = clip(round(x / scale))
+
+    This is `quantize`, which has the details, for configs whose range is `Percentile(p)`.
+
+    Raises:
+        ValueError: config.range is another one, or as for `quantize`.
+
+    Error: at most scale/2 per element up to the percentile; those beyond it are clipped.
+    Source: Wu et al. 2020, arXiv:2004.09602, section 5.2.
+    """
+    _check_range(config, Percentile)
+    return quantize(x, config)
+
+
+def _check_range(config, wanted):
+    if not isinstance(config.range, wanted):
+        raise ValueError(
+            f"config.range must be {wanted.__name__}(...) here; got {config.range!r}. "
+            "quantize(x, config) takes any range."
+        )
+
+
+def _check_floating(x):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"x must be a floating array; got {x.dtype} of shape {x.shape}. Cast it first."
+        )
+
+
+def _compute_dtype(x):
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
+def _groups(x, config):
+    """x in the dtype of the computation and split into groups, their axes, and blocks."""
+    _check_floating(x)
+    blocks = affine.block_shape(x.shape, config)
+    return *affine.split(x.astype(_compute_dtype(x)), blocks), blocks
+
+
+def _is_finite(groups, axes):
+    """Whether all of each group is. The maximum is shared with `AbsMax` by the compiler."""
+    return jnp.isfinite(jnp.max(jnp.abs(groups), axes, keepdims=True, initial=0))
+
+
+def _store_scale(scale, dtype):
+    """Scales in their dtype; those too narrow for it as a QTensor under one float scale.
+
+    No scale vanishes or overflows: it is clipped to the normal numbers of the dtype.
+    """
+    info = jnp.finfo(dtype)
+    if bits_of(dtype) == 8 and not affine.has_exponent_only(dtype):
+        return _store_nested(scale)
+    if info.bits >= jnp.finfo(scale.dtype).bits or affine.has_exponent_only(dtype):
+        return scale.astype(dtype)
+    return jnp.clip(scale, float(info.tiny), float(info.max)).astype(dtype)
+
+
+def _store_nested(scale):
+    """Scales as FP8_E4M3 codes under one scale for all of them. NaN stays with its group."""
+    is_nan = jnp.isnan(scale)
+    q = quantize(jnp.where(is_nan, 0, scale), ArrayConfig(format=FP8_E4M3, axis=None))
+    # A group of tiny values keeps the smallest positive code: scale 0 would divide by zero.
+    codes = jnp.maximum(q.codes.astype(scale.dtype), 2.0**-9)
+    codes = jnp.where(is_nan, jnp.nan, codes).astype(q.codes.dtype)
+    return QTensor(codes, q.scale, format=q.format, dtype=scale.dtype)

@@ -1,0 +1,109 @@
+"""How configs, and the static parts of a QTensor, are written for files and `jax.export`.
+
+Formats are written by value, so one that a user added can be read without its row.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax.export
+import jax.numpy as jnp
+
+from .config import ArrayConfig
+from .formats import Format
+from .qtensor import Inputs, QTensor
+from .ranges import RANGES
+
+
+def format_to_json(format: Format) -> dict[str, Any]:
+    """A Format as JSON values."""
+    return dataclasses.asdict(format)
+
+
+def format_from_json(row: dict[str, Any]) -> Format:
+    """Undoes `format_to_json`."""
+    return Format(**_with_tuples(row))
+
+
+def config_to_json(config: ArrayConfig) -> dict[str, Any]:
+    """An ArrayConfig as JSON values.
+
+    Raises:
+        ValueError: its range is not one of `RANGES`, so that it could not be read again.
+    """
+    name = type(config.range).__name__
+    if RANGES.get(name) is not type(config.range):
+        raise ValueError(
+            f"Only configs with the ranges {', '.join(RANGES)} can be written; got "
+            f"{config.range!r}. Name its class in RANGES, in jaxquant/core/ranges.py."
+        )
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    range_fields = {f.name: getattr(config.range, f.name) for f in dataclasses.fields(RANGES[name])}
+    fields["range"] = {"name": name, **range_fields}
+    return {**fields, "format": format_to_json(config.format)}
+
+
+def config_from_json(row: dict[str, Any]) -> ArrayConfig:
+    """Undoes `config_to_json`."""
+    fields = _with_tuples(row)
+    parameters = dict(fields["range"])
+    fields["range"] = RANGES[parameters.pop("name")](**parameters)
+    return ArrayConfig(**{**fields, "format": format_from_json(fields["format"])})
+
+
+def static_to_json(q: QTensor) -> dict[str, Any]:
+    """The static fields of a QTensor as JSON values."""
+    format = format_to_json(q.format)
+    return {"format": format, "dtype": jnp.dtype(q.dtype).name, "order": q.order}
+
+
+def static_from_json(row: dict[str, Any]) -> dict[str, Any]:
+    """Undoes `static_to_json`: keyword arguments of a QTensor."""
+    fields = _with_tuples(row)
+    format, dtype = format_from_json(fields["format"]), jnp.dtype(fields["dtype"])
+    return {"format": format, "dtype": dtype, "order": fields["order"]}
+
+
+def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where the configs have tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+
+
+def _register(nodetype, to_bytes, from_bytes):
+    jax.export.register_pytree_node_serialization(
+        nodetype,
+        serialized_name=f"jaxquant.{nodetype.__name__}",
+        serialize_auxdata=to_bytes,
+        deserialize_auxdata=from_bytes,
+    )
+
+
+def _dump(value):
+    return json.dumps(value).encode()
+
+
+# The auxiliary data of a registered dataclass is the tuple of its static fields, in order,
+# and that of a static node is the node.
+_register(
+    QTensor,
+    lambda fields: _dump(static_to_json(_empty(fields))),
+    lambda data: tuple(static_from_json(json.loads(data)).values()),
+)
+_register(
+    Inputs,
+    lambda fields: _dump(fields[0] and config_to_json(fields[0])),
+    lambda data: (config_from_json(json.loads(data)) if json.loads(data) else None,),
+)
+_register(
+    ArrayConfig,
+    lambda config: _dump(config_to_json(config)),
+    lambda data: config_from_json(json.loads(data)),
+)
+
+
+def _empty(static: tuple[Any, ...]) -> Any:
+    """A QTensor without arrays, from its static fields in order."""
+    names = [f.name for f in dataclasses.fields(QTensor) if f.metadata.get("static")]
+    nothing: Any = None
+    return QTensor(nothing, nothing, **dict(zip(names, static, strict=True)))

@@ -1,0 +1,9 @@
+"""Array operations that take arrays and QTensors, with the signatures of jnp and lax."""
+
+from .conv import conv_general_dilated as conv_general_dilated
+from .dot import dot_general as dot_general
+from .einsum import einsum as einsum
+from .einsum import matmul as matmul
+from .ragged import ragged_dot as ragged_dot
+from .storage import best_order as best_order
+from .take import take as take

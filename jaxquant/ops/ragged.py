@@ -1,0 +1,165 @@
+"""Products with one weight matrix per group of rows, as in mixtures of experts."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..core import QTensor, scale_values
+from . import dispatch
+from .dispatch import Implementation, Operand
+from .operands import (
+    as_array,
+    refuses_codes,
+    refuses_length,
+    result_dtype,
+    stored_axes,
+    with_dequantized_gradient,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedSpec:
+    """What `ragged_dot` is asked for. Hashable while it holds no arrays.
+
+    Attributes:
+        rhs_axes: where the (group, k, n) axes of rhs are stored.
+        dtype: dtype of the result.
+        precision: as for `jax.lax.ragged_dot`.
+        group_sizes, group_offset: the arrays, in the copy that the computation gets.
+    """
+
+    rhs_axes: tuple[int, ...]
+    dtype: np.dtype
+    precision: lax.PrecisionLike
+    group_sizes: jax.Array | None = None
+    group_offset: jax.Array | None = None
+
+    def run(self, lhs: jax.Array, rhs: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The product of plain arrays, rhs as it is stored."""
+        group, inner, _ = self.rhs_axes
+        numbers = lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((1,), (inner,)), ((), ())),
+            lhs_ragged_dimensions=[0],
+            rhs_group_dimensions=[group],
+        )
+        return lax.ragged_dot_general(
+            lhs,
+            rhs,
+            jnp.asarray(self.group_sizes),
+            numbers,
+            precision=self.precision,
+            preferred_element_type=dtype,
+            group_offset=self.group_offset,
+        )
+
+
+def ragged_dot(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    group_offset: jax.Array | None = None,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`jax.lax.ragged_dot` on arrays and QTensors, in any mixture.
+
+        out[i, n] = sum over k of lhs[i, k] * rhs[group of row i, k, n]
+
+    Symmetric codes of whole numbers, with no scale grouped along k, are multiplied as integers.
+    A float operand that meets a QTensor with `inputs` is first treated as these say.
+
+    Args:
+        lhs: (M, K), rhs: (G, K, N); float arrays or QTensors.
+        group_sizes: (G,) whole numbers: rows of lhs in each group, in order. Rows beyond
+            their sum give zeros.
+        precision, group_offset: as for `jax.lax.ragged_dot`.
+        preferred_element_type: floating dtype of the result; None for what promotion gives.
+        implementation: "integer" or "dequantize", to force one; None to choose.
+
+    Returns:
+        Array (M, N).
+
+    Raises:
+        ValueError: `implementation` cannot run these operands, or a dtype is not floating.
+
+    Gradients and error: as for `dot_general`.
+    Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
+    """
+    if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
+        return lax.ragged_dot(
+            lhs,
+            rhs,
+            group_sizes,
+            precision,
+            preferred_element_type,
+            group_offset,
+        )
+    spec = RaggedSpec(
+        stored_axes(rhs, range(3)), result_dtype(lhs, rhs, preferred_element_type), precision
+    )
+    return _ragged_dot(lhs, rhs, group_sizes, group_offset, spec, implementation)
+
+
+@partial(jax.jit, static_argnames=("spec", "implementation"))
+def _ragged_dot(lhs, rhs, group_sizes, group_offset, spec, implementation):
+    def with_groups(sizes, offset):
+        return dataclasses.replace(spec, group_sizes=sizes, group_offset=offset)
+
+    return with_dequantized_gradient(
+        lambda lhs, rhs, *groups: dispatch.run(
+            _TABLE, lhs, rhs, with_groups(*groups), implementation
+        ),
+        lambda lhs, rhs, *groups: _dequantized(lhs, rhs, with_groups(*groups)),
+        (lhs, rhs),
+        ((1,), (spec.rhs_axes[1],)),
+        (group_sizes, group_offset),
+    )
+
+
+def _dequantized(lhs, rhs, spec):
+    dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+    return spec.run(as_array(lhs).astype(dtype), as_array(rhs).astype(dtype), spec.dtype)
+
+
+def _integer(lhs, rhs, spec):
+    acc = spec.run(lhs.codes.astype(jnp.int8), rhs.codes.astype(jnp.int8), jnp.int32)
+    compute = jnp.float64 if spec.dtype == jnp.float64 else jnp.float32
+    group, _, column = spec.rhs_axes
+    scale = scale_values(rhs.scale).astype(compute)
+    scale = scale.transpose(group, column, 3 - group - column).squeeze(-1)
+    if scale.shape[0] > 1:
+        # Rows beyond the last group are zero: any scale serves.
+        ends = jnp.cumsum(spec.group_sizes)
+        rows = jnp.arange(lhs.shape[0], dtype=ends.dtype)
+        scale = jnp.take(scale, jnp.searchsorted(ends, rows, side="right"), 0, mode="clip")
+    columns = rhs.codes.shape[column]
+    scale = jnp.repeat(scale, columns // scale.shape[1], 1) if scale.shape[1] > 1 else scale
+    return (acc.astype(compute) * scale_values(lhs.scale).astype(compute) * scale).astype(
+        spec.dtype
+    )
+
+
+def _refuses_integer(lhs, rhs, spec):
+    for x, inner in ((lhs, 1), (rhs, spec.rhs_axes[1])):
+        why_not = refuses_codes(x)
+        if why_not is not None or x.zero_point is not None:
+            return why_not or "ragged sums have no zero point"
+        if x.scale.shape[inner] > 1:
+            return f"scales {x.scale.shape} change along the contracted axis"
+    if lhs.scale.shape[0] not in (1, lhs.shape[0]):
+        return f"rows of the left operand share scales {lhs.scale.shape}"
+    if spec.group_offset is not None:
+        return "group_offset moves the groups"
+    return refuses_length(rhs.codes.shape[spec.rhs_axes[1]])
+
+
+_TABLE = (
+    Implementation("integer", _integer, _refuses_integer),
+    Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
+)

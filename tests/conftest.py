@@ -1,0 +1,14 @@
+import os
+
+# Eight devices, for the tests of sharding. Before JAX starts.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["KERAS_BACKEND"] = "jax"
+
+import jax
+
+# Implicit promotion and broadcasting are where quantized code goes silently wrong.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
