@@ -1,5 +1,6 @@
 """Quantization as pure functions over pytrees, compiled by XLA."""
 
+from . import tree as tree
 from .core import FORMATS as FORMATS
 from .core import FP8 as FP8
 from .core import FP8_E4M3 as FP8_E4M3
@@ -48,3 +49,6 @@ from .ops import einsum as einsum
 from .ops import matmul as matmul
 from .ops import ragged_dot as ragged_dot
 from .ops import take as take
+from .tree import Rule as Rule
+from .tree import load as load
+from .tree import save as save

@@ -13,6 +13,7 @@ from .config import W4A16_ASYM as W4A16_ASYM
 from .config import W8A8 as W8A8
 from .config import W8A16 as W8A16
 from .config import ArrayConfig as ArrayConfig
+from .config import Axes as Axes
 from .config import Scheme as Scheme
 from .formats import FORMATS as FORMATS
 from .formats import FP8_E4M3 as FP8_E4M3

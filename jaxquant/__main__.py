@@ -1,0 +1,176 @@
+"""The command line: arguments to calls of the library, and results to text."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.progress
+
+from . import demo, tree
+from .core import SCHEMES, Scheme
+
+_EXAMPLES = """examples:
+  jaxquant demo
+  jaxquant quantize model.safetensors small.safetensors --scheme W4A16
+  jaxquant quantize model.safetensors small.safetensors --scheme W8A8 \\
+      --rule '*lm_head*=W8A16' --rule 're:.*gate.*=none'
+  jaxquant inspect small.safetensors --plot small.png
+"""
+# What a file remembers of the report, because the float weights are gone.
+_SQNR = "sqnr"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, or 2 after an error, without a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        print(f"jaxquant {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="jaxquant",
+        description="Quantize arrays in JAX.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_demo(commands)
+    _add_quantize(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_demo(commands):
+    text = "Quantize a real sentence encoder with several schemes and compare them."
+    parser = _add(commands, "demo", _demo, text)
+    parser.add_argument("--encoder", type=Path, metavar="DIR", help="folder of a BERT encoder")
+    parser.add_argument("--sentences", type=int, default=600, metavar="N", help="default: 600")
+    parser.add_argument(
+        "--only", action="append", choices=list(demo.SCHEMES), metavar="NAME",
+        help="one scheme of the table, repeatable; default: all",
+    )  # fmt: skip
+
+
+def _add_quantize(commands):
+    text = "Quantize the matrices of a safetensors file; norms and biases stay as they are."
+    parser = _add(commands, "quantize", _quantize, text)
+    parser.add_argument("source", metavar="IN.safetensors", type=Path)
+    parser.add_argument("target", metavar="OUT.safetensors", type=Path)
+    names = ", ".join(SCHEMES)
+    parser.add_argument("--scheme", type=_scheme, metavar="NAME", help=f"one of {names}")
+    parser.add_argument(
+        "--rule", type=_rule, action="append", default=[], metavar="PATTERN=NAME",
+        help="scheme for the tensors whose names match a glob, or re:REGEX; NAME may be none; "
+        "repeatable, the first that matches decides, before --scheme",
+    )  # fmt: skip
+    parser.add_argument(
+        "--axis", type=int, default=-1,
+        help="contracted axis of the matrices: -1 for (out, in), as PyTorch writes them (the "
+        "default); -2 for (in, out), as JAX and Keras do",
+    )  # fmt: skip
+
+
+def _add_inspect(commands):
+    text = "Show what a safetensors file holds, and how it is quantized."
+    parser = _add(commands, "inspect", _inspect, text)
+    parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument("--plot", metavar="PNG", help="draw SQNR and codes into a picture")
+
+
+def _add(commands, name, run, text):
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    return parser
+
+
+def _scheme(name: str) -> Scheme | None:
+    schemes: dict[str, Scheme | None] = {**SCHEMES, "NONE": None}
+    if name.upper() not in schemes:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not a scheme; choose one of {', '.join(SCHEMES)}, none"
+        )
+    return schemes[name.upper()]
+
+
+def _rule(text: str) -> tuple[str, Scheme | None]:
+    pattern, equals, name = text.rpartition("=")
+    if not (pattern and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form PATTERN=NAME")
+    return pattern, _scheme(name)
+
+
+def _demo(options):
+    folder = options.encoder or demo.packaged_encoder()
+    params, config = demo.load_encoder(folder)
+    tokens = demo.tokenize(demo.documentation_sentences(options.sentences), folder)
+    names = options.only or list(demo.SCHEMES)
+    schemes = {name: demo.SCHEMES[name] for name in names}
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(console=console, transient=True) as bar:
+        task = bar.add_task("float32", total=len(schemes) + 1)
+
+        def show(name):
+            # Called before each scheme, so one is done from the second call on.
+            bar.update(task, description=name, completed=bar.tasks[0].completed + started.pop())
+            started.append(1)
+
+        started = [0]
+        results = demo.compare(params, config, tokens, schemes, progress=show)
+    _print(demo.table(results), [dataclasses.asdict(r) for r in results], options)
+
+
+def _quantize(options):
+    rules: list[Any] = [
+        tree.Rule(pattern, scheme, axis=options.axis) for pattern, scheme in options.rule
+    ]
+    if options.scheme is not None:
+        rules += tree.default_rules(options.scheme, axis=options.axis)
+    if not rules:
+        raise ValueError("nothing to do: give --scheme NAME, --rule PATTERN=NAME, or both")
+    params = tree.read_arrays(options.source)
+    quantized = tree.quantize(params, rules, progress=not options.json)
+    report = tree.report(params, quantized, rules)
+    sqnr = {r["path"]: r["sqnr"] for r in report.to_json()["rows"] if r["sqnr"] is not None}
+    tree.save(options.target, quantized, {_SQNR: json.dumps(sqnr)})
+    _print(report.table(), report.to_json(), options)
+
+
+def _inspect(options):
+    is_ours = tree.is_saved_tree(options.file)
+    params = tree.load(options.file) if is_ours else tree.read_arrays(options.file)
+    known = json.loads(tree.read_metadata(options.file).get(_SQNR, "{}")) if is_ours else {}
+    rows = tree.report(None, params).rows
+    report = tree.Report(tuple(dataclasses.replace(r, sqnr=known.get(r.path)) for r in rows))
+    if options.plot:
+        report.plot(options.plot)
+    _print(report.table(), report.to_json(), options)
+
+
+def _print(table, values, options):
+    if options.json:
+        print(json.dumps(values))
+    else:
+        # As wide as the table where the output is no terminal, so that nothing is cut.
+        width = None if sys.stdout.isatty() else 160
+        rich.console.Console(width=width).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Schemes side by side on the encoder: size, likeness to float32, and speed."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+
+from .. import core
+from .. import tree as trees
+from ..core import ArrayConfig, MinMSE, Percentile, Scheme
+from .encoder import EncoderConfig, Params, embed
+from .text import Tokens
+
+_NEIGHBOURS = 10
+
+
+def _with_weights(scheme: Scheme, **changes: Any) -> Scheme:
+    return dataclasses.replace(scheme, weights=dataclasses.replace(scheme.weights, **changes))
+
+
+SCHEMES: Mapping[str, Scheme | ArrayConfig] = {
+    "W8A8": core.W8A8,
+    "W8A8, percentile 99.99": _with_weights(core.W8A8, range=Percentile(99.99)),
+    "W8A16": core.W8A16,
+    "W4A16 g128": core.W4A16,
+    "W4A16 g128, percentile 99": _with_weights(core.W4A16, range=Percentile(99)),
+    "W4A16 g128, least squares": _with_weights(core.W4A16, range=MinMSE()),
+    "W4A16 g128 asymmetric": core.W4A16_ASYM,
+    "W4A16 g32": _with_weights(core.W4A16, group_size=32),
+    "W4A16 g32 asymmetric": _with_weights(core.W4A16_ASYM, group_size=32),
+    "W4A8 g128": core.W4A8,
+    "FP8": core.FP8,
+    "NF4A16 g64": core.NF4A16,
+    "MXFP8A8": core.MXFP8A8,
+    "MXFP4A16": core.MXFP4A16,
+    "NVFP4A16": core.NVFP4A16,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One scheme on the encoder.
+
+    Attributes:
+        name: of the scheme.
+        megabytes: of all parameters, 10^6 bytes.
+        bits_per_weight: of all parameters.
+        cosine: mean cosine of a sentence's vector with that of float32.
+        overlap: share of a sentence's 10 nearest neighbours that float32 also names.
+        milliseconds: per sentence, median of the passes.
+        ratio: float32's time over this one's, from passes that alternate; more is faster.
+    """
+
+    name: str
+    megabytes: float
+    bits_per_weight: float
+    cosine: float
+    overlap: float
+    milliseconds: float
+    ratio: float
+
+
+def compare(
+    params: Params,
+    config: EncoderConfig,
+    tokens: Tokens,
+    schemes: Mapping[str, Scheme | ArrayConfig] = SCHEMES,
+    *,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Result]:
+    """Runs the encoder with each scheme, float32 first.
+
+    Args:
+        params, config: from `load_encoder`.
+        tokens: sentences, at least 11 of them.
+        schemes: by the name to show.
+        progress: called with the name of each scheme before it starts.
+
+    Returns:
+        One result per scheme, after that of float32.
+    """
+    progress("float32")
+    vectors = _embed_all(params, config, tokens)
+    total = trees.report(None, params).total
+    size = total.bytes_after / 1e6, total.bits_per_weight
+    results = [Result("float32", *size, 1.0, 1.0, _time({"": params}, config, tokens)[""], 1.0)]
+    for name, scheme in schemes.items():
+        progress(name)
+        # Kernels are (N, K): the contracted axis is the last.
+        quantized = trees.quantize(params, trees.default_rules(scheme, axis=-1))
+        results.append(_measure(name, params, quantized, config, tokens, vectors))
+    return results
+
+
+def _measure(name, params, quantized, config, tokens, vectors):
+    total = trees.report(None, quantized).total
+    found = _embed_all(quantized, config, tokens)
+    cosine = float(np.mean(np.sum(found * vectors, 1)))
+    times = _time({"float32": params, name: quantized}, config, tokens)
+    return Result(
+        name,
+        total.bytes_after / 1e6,
+        total.bits_per_weight,
+        cosine,
+        _overlap(found, vectors),
+        times[name],
+        times["float32"] / times[name],
+    )
+
+
+def _embed_all(params, config, tokens):
+    batches = [
+        embed(params, config, ids, mask) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
+    ]
+    return np.concatenate([np.asarray(b) for b in batches])[: tokens.count]
+
+
+def _overlap(found, vectors):
+    neighbours = [_nearest(v) for v in (found, vectors)]
+    shared = [len(set(a) & set(b)) for a, b in zip(*neighbours, strict=True)]
+    return float(np.mean(shared)) / _NEIGHBOURS
+
+
+def _nearest(vectors):
+    similarity = vectors @ vectors.T
+    np.fill_diagonal(similarity, -np.inf)
+    return np.argsort(-similarity, axis=1)[:, :_NEIGHBOURS]
+
+
+def _time(candidates, config, tokens, passes=3, batches=4):
+    """Milliseconds per sentence of each candidate, compiled before, in alternating passes."""
+    times = {name: [] for name in candidates}
+    chosen = list(zip(tokens.ids[:batches], tokens.mask[:batches], strict=True))
+    for _ in range(passes):
+        for name, params in candidates.items():
+            start = time.perf_counter()
+            for ids, mask in chosen:
+                jax.block_until_ready(embed(params, config, ids, mask))
+            times[name].append(time.perf_counter() - start)
+    sentences = len(chosen) * tokens.ids.shape[1]
+    return {name: 1e3 * statistics.median(t) / sentences for name, t in times.items()}
+
+
+_COLUMNS: tuple[tuple[str, rich.console.JustifyMethod], ...] = (
+    ("scheme", "left"),
+    ("MB", "right"),
+    ("bits per weight", "right"),
+    ("cosine", "right"),
+    ("10-NN overlap", "right"),
+    ("ms per sentence", "right"),
+    ("speed, float32 = 1", "right"),
+)
+
+
+def table(results: list[Result]) -> rich.table.Table:
+    """Results as a rich table; schemes that are slower than float32 are red."""
+    out = rich.table.Table(title="Sentence encoder, quantized")
+    for name, justify in _COLUMNS:
+        out.add_column(name, justify=justify)
+    for r in results:
+        style = "red" if r.ratio < 0.95 else None
+        out.add_row(*cells(r), style=style)
+    return out
+
+
+def cells(result: Result) -> tuple[str, ...]:
+    """A result as the texts of a row."""
+    return (
+        result.name,
+        f"{result.megabytes:.1f}",
+        f"{result.bits_per_weight:.2f}",
+        f"{result.cosine:.4f}",
+        f"{result.overlap:.3f}",
+        f"{result.milliseconds:.2f}",
+        f"{result.ratio:.2f}",
+    )

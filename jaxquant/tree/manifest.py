@@ -1,0 +1,201 @@
+"""Trees to JSON values and named NumPy arrays, and back.
+
+A node is [kind, content]; the kinds are the keys of `_DECODERS`.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..core import (
+    Inputs,
+    QTensor,
+    bits_of,
+    config_from_json,
+    config_to_json,
+    pack_int2,
+    pack_int4,
+    static_from_json,
+    static_to_json,
+    unpack_int2,
+    unpack_int4,
+)
+
+# What safetensors gives to NumPy as it is. All else is stored as bytes.
+_NATIVE = {f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (16, 32, 64)}
+_NATIVE |= {"bool", "int8", "uint8", "bfloat16", "complex64"}
+_PACKING = {4: (pack_int4, unpack_int4), 2: (pack_int2, unpack_int2)}
+
+
+class Encoder:
+    """Collects the arrays and the static parts of a tree while it writes the structure.
+
+    Attributes:
+        arrays: NumPy array per name, in the form in which it is stored.
+        statics: JSON values of the static parts that nodes refer to, by their position: many
+            QTensors share one.
+    """
+
+    def __init__(self):
+        self.arrays: dict[str, np.ndarray] = {}
+        self.statics: list[Any] = []
+
+    def encode(self, tree: Any, path: str = "") -> list[Any]:
+        """The node of a tree."""
+        if isinstance(tree, dict):
+            return [
+                "dict",
+                [[_key(k, path), self.encode(v, _join(path, k))] for k, v in tree.items()],
+            ]
+        if type(tree) in (list, tuple):
+            items = [self.encode(v, _join(path, i)) for i, v in enumerate(tree)]
+            return [type(tree).__name__, items]
+        if isinstance(tree, QTensor):
+            return self._encode_qtensor(tree, path)
+        if tree is None or isinstance(tree, bool | int | float | str):
+            return ["value", tree]
+        if hasattr(tree, "dtype") and hasattr(tree, "shape"):
+            return self._encode_array(tree, path)
+        return self._encode_container(tree, path)
+
+    def _encode_qtensor(self, q, path):
+        inputs = q.inputs
+        fields = {"codes": q.codes, "scale": q.scale, "zero_point": q.zero_point}
+        parts = {k: self.encode(v, _join(path, k)) for k, v in fields.items() if v is not None}
+        if inputs is not None:
+            arrays = {k: getattr(inputs, k) for k in ("scale", "zero_point", "multiplier")}
+            known = {k: v for k, v in arrays.items() if v is not None}
+            config = None if inputs.config is None else self._static(config_to_json(inputs.config))
+            parts["inputs"] = [config, self.encode(known, _join(path, "inputs"))]
+        return ["qtensor", [self._static(static_to_json(q)), parts]]
+
+    def _static(self, value):
+        value = json.loads(json.dumps(value))
+        if value not in self.statics:
+            self.statics.append(value)
+        return self.statics.index(value)
+
+    def _encode_array(self, array, path):
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"{path}: a key array cannot be saved, got {array.dtype}. Save "
+                "jax.random.key_data(key)."
+            )
+        name = path or "array"
+        while name in self.arrays:
+            name += "'"
+        self.arrays[name] = stored = _to_stored(array)
+        is_plain = stored.dtype == array.dtype
+        return ["array", [name] if is_plain else [name, array.dtype.name, list(array.shape)]]
+
+    def _encode_container(self, tree, path):
+        """A node of another kind, as a dict of its children."""
+        found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+        if len(found) == 1 and not found[0][0]:
+            raise ValueError(
+                f"{path or 'The tree'}: a leaf must be an array, a QTensor, a number, a string or "
+                f"None; got {type(tree).__name__}."
+            )
+        children = {jax.tree_util.keystr(k, simple=True): v for k, v in found}
+        return self.encode(children, path)
+
+
+class Decoder:
+    """Builds a tree from nodes.
+
+    Attributes:
+        statics: as the encoder left them.
+        read: gives the stored array of a name.
+    """
+
+    def __init__(self, statics: list[Any], read: Callable[[str], np.ndarray]):
+        self.statics = statics
+        self.read = read
+
+    def decode(self, node: list[Any]) -> Any:
+        """The tree of a node."""
+        kind, content = node
+        return _DECODERS[kind](self, content)
+
+    def _dict(self, content):
+        return {k: self.decode(v) for k, v in content}
+
+    def _list(self, content):
+        return [self.decode(v) for v in content]
+
+    def _tuple(self, content):
+        return tuple(self._list(content))
+
+    def _value(self, content):
+        return content
+
+    def _array(self, content):
+        name, *original = content
+        stored = self.read(name)
+        if not original:
+            return _on_device(stored)
+        dtype, shape = original
+        return _from_stored(stored, jnp.dtype(dtype), tuple(shape))
+
+    def _qtensor(self, content):
+        static, parts = content
+        inputs = parts.pop("inputs", None)
+        arrays = {k: self.decode(v) for k, v in parts.items()}
+        if inputs is not None:
+            config, node = inputs
+            config = None if config is None else config_from_json(self.statics[config])
+            arrays["inputs"] = Inputs(config, **self.decode(node))
+        return QTensor(**arrays, **static_from_json(self.statics[static]))
+
+
+_DECODERS = {
+    "dict": Decoder._dict,
+    "list": Decoder._list,
+    "tuple": Decoder._tuple,
+    "value": Decoder._value,
+    "array": Decoder._array,
+    "qtensor": Decoder._qtensor,
+}
+
+
+def _key(key, path):
+    if not isinstance(key, str | int):
+        raise ValueError(f"{path or 'The tree'}: keys must be str or int; got {key!r}.")
+    return key
+
+
+def _join(path, key):
+    return f"{path}/{key}" if path else str(key)
+
+
+def _to_stored(array) -> np.ndarray:
+    """Bytes of what safetensors does not know; codes of less than a byte packed."""
+    if array.dtype.name in _NATIVE:
+        return np.asarray(array)
+    bits = bits_of(array.dtype)
+    if bits not in _PACKING:
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    codes = jnp.asarray(array).reshape(-1)
+    codes = jax.lax.bitcast_convert_type(codes, jnp.dtype(f"uint{bits}"))
+    return np.asarray(_PACKING[bits][0](codes))
+
+
+def _from_stored(stored, dtype, shape):
+    """Undoes `_to_stored`."""
+    bits = bits_of(dtype)
+    if bits not in _PACKING:
+        return jnp.asarray(stored.view(dtype).reshape(shape))
+    codes = _PACKING[bits][1](jnp.asarray(stored), math.prod(shape))
+    codes = codes.astype(jnp.dtype(f"uint{bits}"))
+    return jax.lax.bitcast_convert_type(codes, dtype).reshape(shape)
+
+
+def _on_device(array):
+    """On the default device, unless JAX would cut 64 bits to 32."""
+    is_whole = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+    return jnp.asarray(array) if is_whole else array

@@ -1,0 +1,19 @@
+"""Leaves of a pytree with their paths; a QTensor is one leaf."""
+
+from typing import Any
+
+import jax
+
+from ..core import QTensor
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether x is a QTensor: `is_leaf` for trees of them."""
+    return isinstance(x, QTensor)
+
+
+def leaves_with_paths(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """Paths such as "layers/0/kernel", leaves in their order, and the structure."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    return paths, [leaf for _, leaf in found], treedef

@@ -1,0 +1,158 @@
+"""Whole trees of parameters to trees of quantized ones."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import rich.progress
+
+from ..core import ArrayConfig, Inputs, QTensor, Scheme, block_shape
+from ..core import quantize as quantize_array
+from ..ops import best_order
+from .paths import is_quantized, leaves_with_paths
+from .rules import Rule, Rules, as_rules, match, unused
+
+Progress = Callable[[int, int, str], None]
+
+
+def quantize(
+    params: Any,
+    rules: Rules,
+    *,
+    progress: Progress | bool | None = None,
+    platform: str | None = None,
+) -> Any:
+    """Quantizes the leaves of a tree that `rules` select.
+
+    Everything is checked first; nothing is done if anything is wrong. Leaf after leaf is then
+    quantized by `jaxquant.quantize` and stored in the order of axes that is fastest on the
+    platform, so that memory never holds more than the results and one leaf's work.
+
+    Args:
+        params: any pytree of arrays: nested dicts, dataclasses, Flax or Equinox states.
+        rules: a Scheme or ArrayConfig for matrices and embeddings (`default_rules`), a dict
+            of pattern to scheme, or a sequence of `Rule`. The first rule that matches a leaf
+            decides; leaves without one stay as they are.
+        progress: True for a progress bar on standard error, or a function of (leaves done,
+            leaves in all, path), called after each leaf; None for neither.
+        platform: "cpu", "gpu" or "tpu", where products will run; None for
+            `jax.default_backend()`.
+
+    Returns:
+        The tree with a QTensor in place of each selected leaf, which knows its `inputs`.
+
+    Raises:
+        ValueError: lists every rule that matches nothing, and every selected leaf that cannot
+            be quantized: not floating, quantized already, without the axis, with a length that
+            its group size does not divide, or with NaN or Inf.
+
+    Error: as for `jaxquant.quantize`.
+    """
+    rules = as_rules(rules)
+    paths, leaves, treedef = leaves_with_paths(params)
+    chosen = [rule and rule.resolve() for rule in match(rules, paths, leaves)]
+    _check(rules, paths, leaves, chosen)
+    total = sum(scheme is not None for scheme in chosen)
+    platform = platform or jax.default_backend()
+    result, done = [], 0
+    with _reporter(progress, total) as report:
+        for path, leaf, scheme in zip(paths, leaves, chosen, strict=True):
+            if scheme is not None:
+                leaf = _quantize_leaf(leaf, scheme, platform)
+                done += 1
+                report(done, total, path)
+            result.append(leaf)
+    return jax.tree.unflatten(treedef, result)
+
+
+def dequantize(params: Any) -> Any:
+    """The tree with each QTensor as the float array that it stands for."""
+    return _map_quantized(QTensor.dequantize, params)
+
+
+def reorder(params: Any, platform: str | None = None) -> Any:
+    """The tree with each QTensor stored as is fastest on the platform.
+
+    Args:
+        params: tree from `quantize`, perhaps for another platform.
+        platform: "cpu", "gpu" or "tpu"; None for `jax.default_backend()`.
+
+    Raises:
+        ValueError: the platform is another one.
+    """
+    platform = platform or jax.default_backend()
+    return _map_quantized(lambda q: q.reorder(best_order(q, platform)), params)
+
+
+def _map_quantized(function, params):
+    return jax.tree.map(
+        lambda x: function(x) if is_quantized(x) else x, params, is_leaf=is_quantized
+    )
+
+
+def _quantize_leaf(leaf, scheme, platform):
+    abstract = jax.eval_shape(quantize_array, leaf, scheme.weights)
+    q = _quantize_ordered(leaf, scheme.weights, best_order(abstract, platform))
+    # Else the next leaf's work would start before this one's memory is free.
+    q = jax.block_until_ready(q)
+    return q if scheme.inputs is None else dataclasses.replace(q, inputs=Inputs(scheme.inputs))
+
+
+@partial(jax.jit, static_argnames="order")
+def _quantize_ordered(x: jax.Array, config: ArrayConfig, order: tuple[int, ...] | None) -> QTensor:
+    return quantize_array(x, config).reorder(order)
+
+
+def _check(rules: tuple[Rule, ...], paths, leaves, chosen):
+    """Raises one error that lists everything wrong."""
+    problems = [f"rule {r.pattern!r} matches no leaf" for r in unused(rules, paths, leaves)]
+    if not problems and all(scheme is None for scheme in chosen):
+        problems = ["the rules select no leaf"]
+    if problems:
+        known = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
+        problems[-1] += f"; the paths are {known}"
+    selected = [item for item in zip(paths, leaves, chosen, strict=True) if item[2] is not None]
+    problems += [f"{path}: {why}" for path, *item in selected if (why := _objection(*item))]
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(f"Nothing was quantized. {len(problems)} to mend:\n  {lines}")
+
+
+def _objection(leaf: Any, scheme: Scheme) -> str | None:
+    """Why a leaf cannot be quantized, or None."""
+    if is_quantized(leaf):
+        return f"quantized already ({leaf!r}); dequantize it first, or give it a rule with None"
+    dtype, shape = getattr(leaf, "dtype", type(leaf).__name__), np.shape(leaf)
+    if not isinstance(dtype, np.dtype) or not jnp.issubdtype(dtype, jnp.floating):
+        return f"not floating, got {dtype} of shape {shape}; give it a rule with None"
+    try:
+        block_shape(shape, scheme.weights)
+    except ValueError as error:
+        return str(error)
+    is_known = not isinstance(leaf, jax.core.Tracer)
+    if is_known and not _is_finite(leaf):
+        return f"holds NaN or Inf, shape {shape}; mend it, or give it a rule with None"
+    return None
+
+
+@jax.jit
+def _is_finite(x):
+    return jnp.isfinite(jnp.max(jnp.abs(x), initial=0))
+
+
+@contextlib.contextmanager
+def _reporter(progress, total):
+    """Yields the function to call after each leaf."""
+    if callable(progress):
+        yield progress
+        return
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(console=console, transient=True, disable=not progress) as bar:
+        task = bar.add_task("Quantizing", total=total)
+        yield lambda done, total, path: bar.update(task, completed=done, description=path)

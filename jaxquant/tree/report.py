@@ -1,0 +1,234 @@
+"""What quantization did to a tree: rows, a table, a picture."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.markup
+import rich.table
+
+from ..core import QTensor, packed_bytes
+from .paths import is_quantized, leaves_with_paths
+from .plot import plot_report
+from .rules import Rules, as_rules, match
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportRow:
+    """One leaf.
+
+    Attributes:
+        path: where it lies, such as "layers/0/kernel".
+        shape: its shape.
+        scheme: how it is quantized, such as "int4 g128, int8 inputs"; None if it is not.
+        reason: why it is not quantized; None if it is.
+        bits_per_weight: bits in memory per element, scales and zero points included.
+        bytes_before, bytes_after: bytes in memory.
+        sqnr: signal to quantization noise in dB, 10 log10(sum x^2 / sum (x - q)^2); infinite
+            if there is no noise, None where nothing was compared.
+        codes: how often codes fall into each of the equal bins over the format's range, 16 or fewer.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    scheme: str | None
+    reason: str | None
+    bits_per_weight: float
+    bytes_before: int
+    bytes_after: int
+    sqnr: float | None
+    codes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Rows and their totals. `print(report)` or `report.table()` to read, `rows` to compute."""
+
+    rows: tuple[ReportRow, ...]
+
+    @property
+    def total(self) -> ReportRow:
+        """All rows as one; its SQNR is None."""
+        before, after = (sum(getattr(r, k) for r in self.rows) for k in _BYTES)
+        size = sum(math.prod(r.shape) for r in self.rows)
+        done = sum(r.scheme is not None for r in self.rows)
+        title = f"{done} of {len(self.rows)} leaves quantized"
+        return ReportRow(
+            "total", (size,), title, None, 8 * after / max(size, 1), before, after, None
+        )
+
+    def table(self) -> rich.table.Table:
+        """The rows and totals as a rich table."""
+        table = rich.table.Table(title="Quantization by leaf", show_footer=True)
+        total = self.total
+        mega = [f"{b / 1e6:.3f}" for b in (total.bytes_before, total.bytes_after)]
+        footers = ["total", "", total.scheme or "", f"{total.bits_per_weight:.2f}", *mega, ""]
+        for (name, justify), footer in zip(_COLUMNS, footers, strict=True):
+            table.add_column(name, footer, justify=justify)
+        for row in self.rows:
+            table.add_row(*_cells(row), style=None if row.scheme else "dim")
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Rows and total as JSON values. An infinite or absent SQNR is null."""
+        return {"rows": [_json(r) for r in self.rows], "total": _json(self.total)}
+
+    def plot(self, path: str) -> None:
+        """Draws the SQNR of each leaf and the codes' histogram of each scheme into a picture.
+
+        Args:
+            path: file to write; its ending says the kind, such as ".png" or ".svg".
+
+        Raises:
+            ImportError: matplotlib is not installed: `pip install 'jaxquant[plot]'`.
+            ValueError: no leaf is quantized.
+        """
+        plot_report(self.rows, path)
+
+    def __str__(self) -> str:
+        console = rich.console.Console(width=120)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+_BYTES = ("bytes_before", "bytes_after")
+_COLUMNS: tuple[tuple[str, rich.console.JustifyMethod], ...] = (
+    ("leaf", "left"),
+    ("shape", "right"),
+    ("scheme, or why not", "left"),
+    ("bits per weight", "right"),
+    ("MB before", "right"),
+    ("MB after", "right"),
+    ("SQNR dB", "right"),
+)
+
+
+def report(params: Any, quantized: Any, rules: Rules | None = None) -> Report:
+    """Compares a tree with its quantized form, leaf by leaf.
+
+    Args:
+        params: the tree before, or None where there is none to compare with.
+        quantized: the tree from `tree.quantize`.
+        rules: what `tree.quantize` was given, so that a leaf that was left says which rule
+            left it; None says only what can be seen from the leaf.
+
+    Returns:
+        Report with one row per leaf.
+
+    Raises:
+        ValueError: the two trees do not have the same leaves.
+    """
+    paths, after, _ = leaves_with_paths(quantized)
+    before = _leaves_before(params, paths) if params is not None else [None] * len(paths)
+    originals = [a if b is None else b for a, b in zip(after, before, strict=True)]
+    chosen = [None] * len(paths) if rules is None else match(as_rules(rules), paths, originals)
+    items = zip(paths, before, after, chosen, strict=True)
+    return Report(tuple(_row(path, x, q, rule, rules) for path, x, q, rule in items))
+
+
+def describe(q: QTensor) -> str:
+    """A scheme in the words of the field, such as "int4 g128 asymmetric, int8 inputs"."""
+    counts = [q.scale.shape[a] for a in q.stored_axes(range(q.ndim))]
+    blocks = [n // c for n, c in zip(q.shape, counts, strict=True) if 0 < c < n]
+    is_grouped = any(1 < c < n for n, c in zip(q.shape, counts, strict=True))
+    kind = "per channel" if math.prod(counts) > 1 else "per tensor"
+    words = [str(q.format), "g" + "x".join(map(str, blocks)) if is_grouped else kind]
+    words += ["asymmetric"] * (q.zero_point is not None)
+    text = " ".join(words)
+    config = q.inputs and q.inputs.config
+    return f"{text}, {config.format} inputs" if config else text
+
+
+def _leaves_before(params, paths):
+    before, leaves, _ = leaves_with_paths(params)
+    if before != paths:
+        odd = sorted(set(before) ^ set(paths))[:5] or before[:5]
+        raise ValueError(
+            f"Both trees must have the same leaves; got {len(before)} and {len(paths)}, which "
+            f"differ at {', '.join(odd)}. Pass the tree that was quantized, and its result."
+        )
+    return leaves
+
+
+def _row(path, x, q, rule, rules):
+    shape = tuple(np.shape(q))
+    after = _bytes(q)
+    bits = 8 * after / max(math.prod(shape), 1)
+    before = after if x is None else _bytes(x)
+    if not is_quantized(q):
+        why = _reason(q, rule, rules)
+        return ReportRow(path, shape, None, why, bits, before, after, None)
+    sqnr = None if x is None or is_quantized(x) else _sqnr(x, q)
+    if x is None:
+        before = packed_bytes(jax.ShapeDtypeStruct(shape, q.dtype))
+    return ReportRow(path, shape, describe(q), None, bits, before, after, sqnr, _histogram(q))
+
+
+def _bytes(x):
+    if is_quantized(x):
+        return x.nbytes
+    if not hasattr(x, "dtype"):
+        return np.asarray(x).nbytes
+    is_number = jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)
+    return packed_bytes(x) if is_number else x.nbytes
+
+
+def _reason(x, rule, rules):
+    if rule is not None:
+        return rule.note or f"left by rule {rule.pattern!r}"
+    if rules is not None:
+        return "no rule matches"
+    dtype = getattr(x, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return f"not floating: {dtype or type(x).__name__}"
+    return f"left as {dtype}, {x.ndim} axes"
+
+
+@jax.jit
+def _powers(x, q):
+    x = x.astype(jnp.float32)
+    noise = x - q.dequantize().astype(jnp.float32)
+    return jnp.sum(jnp.square(x)), jnp.sum(jnp.square(noise))
+
+
+def _sqnr(x, q):
+    signal, noise = (float(p) for p in _powers(x, q))
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+@partial(jax.jit, static_argnames="bins")
+def _histogram_of(codes, low, high, bins):
+    place = (codes.astype(jnp.float32) - low) / (high - low) * bins
+    bin_of = jnp.clip(jnp.floor(place), 0, bins - 1).astype(jnp.int32).reshape(-1)
+    return jnp.zeros(bins, jnp.int32).at[bin_of].add(1)
+
+
+def _histogram(q):
+    """Counts of codes in equal bins; of a codebook's codes, by their index."""
+    levels = q.format.codebook
+    low, high = (0, len(levels)) if levels else (q.format.qmin, q.format.qmax)
+    whole = float(q.format.rounds)
+    bins = min(16, 2**q.format.bits)
+    return tuple(_histogram_of(q.codes, float(low), high + whole, bins).tolist())
+
+
+def _cells(row):
+    path, what = (rich.markup.escape(s) for s in (row.path, row.scheme or row.reason))
+    shape = "x".join(map(str, row.shape)) or "scalar"
+    sqnr = "" if row.sqnr is None else f"{row.sqnr:.1f}"
+    mega = [f"{b / 1e6:.3f}" for b in (row.bytes_before, row.bytes_after)]
+    return path, shape, what, f"{row.bits_per_weight:.2f}", *mega, sqnr
+
+
+def _json(row):
+    fields = dataclasses.asdict(row)
+    has_sqnr = row.sqnr is not None and math.isfinite(row.sqnr)
+    return {**fields, "sqnr": row.sqnr if has_sqnr else None}
