@@ -82,24 +82,19 @@ def fit_scale(low: jax.Array, high: jax.Array, config: "ArrayConfig") -> jax.Arr
 
     Symmetric: high / min(-qmin, qmax). Asymmetric: (high - low) / (qmax - qmin). A scale of
     exponents only (e8m0) is 2^(floor(log2 of the former) - floor(log2 of the latter)), which
-    for MX formats is the rule of OCP MX v1.0, section 6.3. An empty range has scale 1.
+    for MX formats is the rule of OCP MX v1.0, section 6.3. An empty range has scale 0.
     """
     qmin, qmax = config.bounds
-    # In halves, so that a range of more than the largest float does not overflow.
-    span, reach = (
-        (high, min(-qmin, qmax))
-        if config.symmetric
-        else (
-            high / 2 - low / 2,
-            (qmax - qmin) / 2,
-        )
-    )
-    if has_exponent_only(config.scales):
+    span, reach = high, min(-qmin, qmax)
+    if not config.symmetric:
+        # In halves, so that a range of more than the largest float does not overflow.
+        span, reach = high / 2 - low / 2, (qmax - qmin) / 2
+    if has_exponent_only(config.stored_scale_dtype):
         exponent = jnp.frexp(span)[1] - int(np.frexp(reach)[1])
-        scale = jnp.ldexp(jnp.ones_like(span), jnp.clip(exponent, -126, 127))
-        return jnp.where(span == 0, 1, scale)
-    scale = span / reach
-    return jnp.where(scale == 0, 1, scale)
+        scale = jnp.ldexp(jnp.ones_like(span), jnp.clip(exponent, -126, 126))
+        return jnp.where(span == 0, 0, scale)
+    # XLA divides by multiplying with the reciprocal, which must not be subnormal: it is flushed.
+    return jnp.minimum(span / reach, 1 / float(jnp.finfo(span.dtype).tiny))
 
 
 def has_exponent_only(dtype: str) -> bool:

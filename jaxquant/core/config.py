@@ -10,6 +10,8 @@ from .ranges import AbsMax, Range
 
 Axes = int | tuple[int, ...] | None
 
+SCALE_DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu")
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,8 @@ class ArrayConfig:
         symmetric: whether codes have no zero point. Only formats of whole numbers can.
         range: which part of a group the codes span: AbsMax(), Percentile(p), MinMSE().
         value_range: (qmin, qmax) in place of the format's; whole numbers within its dtype.
-        scale_dtype: dtype of the stored scales; None for what the format prescribes. Scales
-            of "float8_e4m3fn" are stored as a QTensor under one float32 scale.
+        scale_dtype: dtype of the stored scales, one of `SCALE_DTYPES`; None for what the format
+            prescribes. Those of "float8_e4m3fn" are a QTensor under one float32 scale.
 
     Raises:
         ValueError: a field is out of its range, or two fields contradict each other.
@@ -55,10 +57,10 @@ class ArrayConfig:
             )
         if self.value_range is not None:
             self._check_value_range(*self.value_range)
-        if self.scale_dtype is not None and not jnp.issubdtype(self.scale_dtype, jnp.floating):
+        if self.stored_scale_dtype not in SCALE_DTYPES:
             raise ValueError(
-                f"scale_dtype must be a floating dtype; got {self.scale_dtype!r}. "
-                'Pass "float32", or None for what the format prescribes.'
+                f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, or None for what the "
+                f"format prescribes; got {self.stored_scale_dtype!r}."
             )
 
     def _check_groups(self):
@@ -75,7 +77,8 @@ class ArrayConfig:
                 "group_size must be a positive int, a tuple of them, or None for the whole "
                 f"axis; got {self.group_size!r}."
             )
-        if isinstance(self.group_size, tuple) and len(sizes) != len(axes):
+        is_each = isinstance(self.group_size, tuple)
+        if is_each and (self.axis is None or len(sizes) != len(axes)):
             raise ValueError(
                 f"group_size must be one int, or one per axis; got {self.group_size} for axis "
                 f"{self.axis}."
@@ -98,7 +101,8 @@ class ArrayConfig:
                 f"format={self.format}. Leave it None."
             )
         info = jnp.iinfo(self.format.dtype)
-        if not info.min <= qmin < qmax <= info.max:
+        is_whole = isinstance(qmin, int) and isinstance(qmax, int)
+        if not (is_whole and info.min <= qmin < qmax <= info.max):
             raise ValueError(
                 f"value_range must be two ascending ints within [{info.min}, {info.max}] for "
                 f"{self.format}; got {self.value_range}."
@@ -115,7 +119,7 @@ class ArrayConfig:
         return self.value_range or (self.format.qmin, self.format.qmax)
 
     @property
-    def scales(self) -> str:
+    def stored_scale_dtype(self) -> str:
         """Name of the dtype that scales are stored in."""
         return self.scale_dtype or self.format.scale_dtype
 

@@ -97,9 +97,9 @@ class QTensor:
     def stored_axes(self, axes: Iterable[int]) -> tuple[int, ...]:
         """Where logical axes lie in `codes`, from 0 up."""
         order = self.order or ()
-        place = {a: i - len(order) for i, a in enumerate(order)}
+        moved = {a: i - len(order) for i, a in enumerate(order)}
         from_end = [a - self.ndim if a >= 0 else a for a in axes]
-        return tuple((place[a] if a in place else a) + self.ndim for a in from_end)
+        return tuple(self.ndim + moved.get(a, a) for a in from_end)
 
     def astype(self, dtype: jax.typing.DTypeLike) -> "QTensor":
         """The same codes, dequantizing to another dtype."""
@@ -117,7 +117,8 @@ class QTensor:
                 "order must be a permutation of -r .. -1 with r at most the number of axes; "
                 f"got {order} for {self.ndim} axes. (-1, -2) swaps the last two."
             )
-        target = dataclasses.replace(self, order=order or None)
+        is_moved = list(order or ()) != list(wanted)
+        target = dataclasses.replace(self, order=tuple(order) if order and is_moved else None)
         # Where each stored axis of the result lies in the present one.
         logical = np.argsort(target.stored_axes(range(self.ndim)))
         return target._move_axes(self.stored_axes(logical.tolist()))

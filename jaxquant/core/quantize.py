@@ -32,17 +32,20 @@ def quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
         QTensor of
             codes: shape of x, dtype of the format;
             scale: one per group, in units of x per code: the rank of x, and n/g in place of
-                the length n of an axis with groups of g; dtype `config.scales`;
+                the length n of an axis with groups of g; dtype `config.stored_scale_dtype`;
             zero_point: None, or the shape of scale and the dtype of codes, in units of codes.
-        An all-zero group has scale 1 and codes that decode to exact zeros. A group with NaN
-        or Inf has scale NaN, so all of it dequantizes to NaN.
+        An all-zero group has scale 1 (the smallest one where scales are a QTensor) and codes
+        that decode to exact zeros. A group with NaN or Inf has scale NaN, so all of it
+        dequantizes to NaN.
 
     Raises:
         ValueError: x is not floating, an axis is not there, or a group size does not divide.
 
-    Error: at most scale/2 per element that is not clipped, in formats of whole numbers, and
-        none is clipped by `AbsMax()`; up to float32 rounding. Groups whose largest magnitude
-        is under 1.2e-38 * qmax have no normal float32 scale and come back as zeros.
+    Error: at most scale/2 per element that is not clipped, in formats of whole numbers; up to
+        float32 rounding. `AbsMax()` with float32 scales clips none; a scale that is rounded
+        down to a narrower dtype clips what it no longer reaches. Groups whose largest
+        magnitude is under 1.2e-38 * qmax have no normal float32 scale and come back as zeros;
+        scales end at 8.5e37, so in formats with qmax = 1 values beyond it are clipped.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
     """
     groups, axes, blocks = _groups(x, config)
@@ -54,7 +57,8 @@ def quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
         return jnp.sum(jnp.square(values - groups), axes, keepdims=True)
 
     def parameters(low, high):
-        scale = scale_values(_store_scale(affine.fit_scale(low, high, config), config.scales))
+        scale = _store_scale(affine.fit_scale(low, high, config), config.stored_scale_dtype)
+        scale = scale_values(scale).astype(groups.dtype)
         zero_point = None if config.symmetric else affine.fit_zero_point(low, scale, config)
         return scale, zero_point
 
@@ -62,8 +66,8 @@ def quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
     scale = affine.fit_scale(low, high, config)
     # Here, not in the ranges: no range may hide NaN or Inf, whoever wrote it.
     scale = jnp.where(_is_finite(groups, axes), scale, jnp.nan)
-    scale = _store_scale(affine.per_block(scale, x.shape, blocks), config.scales)
-    step = affine.spread(scale_values(scale), blocks)
+    scale = _store_scale(affine.per_block(scale, x.shape, blocks), config.stored_scale_dtype)
+    step = affine.spread(scale_values(scale).astype(groups.dtype), blocks)
     zero_point = None if config.symmetric else affine.fit_zero_point(low, step, config)
     codes = affine.encode(groups, step, zero_point, config).reshape(x.shape)
     if zero_point is not None:
@@ -82,12 +86,12 @@ def quantize_with_scale(
     Args:
         x: floating array of any rank.
         scale: float array of the rank of x whose lengths divide those of x, or a scalar.
-        zero_point: whole numbers in the shape of scale, or None for zero.
+        zero_point: whole numbers in the shape of scale, clipped to the codes; None for zero.
         config: its format and value range are used; its axis, group size and range are not.
 
     Returns:
-        QTensor with that scale in float32, and NaN in the place of a scale whose block holds
-        NaN or Inf.
+        QTensor with that scale in float32 (float64 for float64), and NaN in the place of a
+        scale whose block holds NaN or Inf.
 
     Raises:
         ValueError: x is not floating, or the lengths of scale do not divide those of x.
@@ -110,7 +114,8 @@ def quantize_with_scale(
     step = affine.spread(scale.reshape(shape).astype(groups.dtype), blocks)
     step = jnp.where(_is_finite(groups, axes), step, jnp.nan)
     if zero_point is not None:
-        zero_point = zero_point.reshape(shape).astype(config.format.dtype)
+        zero_point = jnp.clip(zero_point.reshape(shape), *config.bounds)
+        zero_point = zero_point.astype(config.format.dtype)
     spread_zero = None if zero_point is None else affine.spread(zero_point, blocks)
     codes = affine.encode(groups, step, spread_zero, config).reshape(x.shape)
     return QTensor(codes, step.reshape(shape), zero_point, format=config.format, dtype=x.dtype)
@@ -177,28 +182,33 @@ def _groups(x, config):
 
 
 def _is_finite(groups, axes):
-    """Whether all of each group is. The maximum is shared with `AbsMax` by the compiler."""
-    return jnp.isfinite(jnp.max(jnp.abs(groups), axes, keepdims=True, initial=0))
+    """Whether all of each group is. Not by its maximum: XLA's CPU backend drops NaN there."""
+    return jnp.all(jnp.isfinite(groups), axes, keepdims=True)
 
 
 def _store_scale(scale, dtype):
     """Scales in their dtype; those too narrow for it as a QTensor under one float scale.
 
-    No scale vanishes or overflows: it is clipped to the normal numbers of the dtype.
+    No scale vanishes or overflows: it is clipped to the normal numbers of the dtype. That of
+    an empty range, 0, becomes 1.
     """
     info = jnp.finfo(dtype)
     if bits_of(dtype) == 8 and not affine.has_exponent_only(dtype):
         return _store_nested(scale)
+    scale = jnp.where(scale == 0, 1, scale)
     if info.bits >= jnp.finfo(scale.dtype).bits or affine.has_exponent_only(dtype):
         return scale.astype(dtype)
     return jnp.clip(scale, float(info.tiny), float(info.max)).astype(dtype)
 
 
 def _store_nested(scale):
-    """Scales as FP8_E4M3 codes under one scale for all of them. NaN stays with its group."""
+    """Scales as FP8_E4M3 codes under one scale per matrix. NaN stays with its group."""
     is_nan = jnp.isnan(scale)
-    q = quantize(jnp.where(is_nan, 0, scale), ArrayConfig(format=FP8_E4M3, axis=None))
-    # A group of tiny values keeps the smallest positive code: scale 0 would divide by zero.
+    # Leading axes keep scales of their own, so that stacked layers can be scanned.
+    matrix = tuple(range(max(scale.ndim - 2, 0), scale.ndim))
+    q = quantize(jnp.where(is_nan, 0, scale), ArrayConfig(format=FP8_E4M3, axis=matrix))
+    # A group of tiny values or of zeros gets the smallest positive code: 0 would divide by zero.
+    # Not 1, which would be the largest of all where the other scales are small.
     codes = jnp.maximum(q.codes.astype(scale.dtype), 2.0**-9)
     codes = jnp.where(is_nan, jnp.nan, codes).astype(q.codes.dtype)
     return QTensor(codes, q.scale, format=q.format, dtype=scale.dtype)

@@ -130,8 +130,9 @@ def _percentile(x, p, axes):
     next_up = jnp.min(x, axes, keepdims=True, initial=jnp.inf, where=x > below)
     above = jnp.where(at_most > rank + 1, below, next_up)
     fraction = position - rank
-    # At the largest element there is nothing above: inf * 0 must not become NaN.
-    return below if fraction == 0 else below + (above - below) * fraction
+    # At the largest element there is nothing above: inf * 0 must not become NaN. In halves, so
+    # that a gap of more than the largest float does not overflow.
+    return below if fraction == 0 else below + (above / 2 - below / 2) * (2 * fraction)
 
 
 def _order_statistic(x, rank, axes):
@@ -147,7 +148,7 @@ def _order_statistic(x, rank, axes):
     keys = jnp.where(bits < sign, bits | sign, ~bits)
 
     def set_bit(i, best):
-        candidate = best | (sign >> i.astype(bits.dtype))
+        candidate = best | (sign >> jnp.asarray(i, bits.dtype))
         smaller = jnp.sum(keys < candidate, axes, keepdims=True)
         return jnp.where(smaller <= rank, candidate, best)
 

@@ -1,0 +1,134 @@
+"""The cases that the whole suite uses. A number format joins them by its row in `FORMATS`."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxquant import (
+    FORMATS,
+    INT2,
+    INT4,
+    INT8,
+    MXFP4,
+    MXFP8,
+    NF4,
+    NVFP4,
+    SCHEMES,
+    ArrayConfig,
+    MinMSE,
+    Percentile,
+)
+from jaxquant import FP8_E4M3 as E4M3
+from jaxquant import FP8_E5M2 as E5M2
+
+# Every config below is for arrays of this shape; 1 is the axis that shares scales.
+SHAPE = (64, 256)
+
+# For every format.
+VARIANTS = {
+    "row": {},
+    "percentile": {"range": Percentile(99)},
+    "min_mse": {"range": MinMSE()},
+    "bfloat16_scales": {"scale_dtype": "bfloat16"},
+    "nested_scales": {"scale_dtype": "float8_e4m3fn"},
+}
+# For formats that leave the group size to the config.
+GROUPED = {
+    "g128": {"group_size": 128},
+    "g64": {"group_size": 64},
+    "g32": {"group_size": 32},
+    "tensor": {"axis": None},
+    "blocks": {"axis": (0, 1), "group_size": (16, 64)},
+    "g32_float16_scales": {"group_size": 32, "scale_dtype": "float16"},
+    "g32_e8m0_scales": {"group_size": 32, "scale_dtype": "float8_e8m0fnu"},
+    "g32_nested_scales": {"group_size": 32, "scale_dtype": "float8_e4m3fn"},
+}
+# For formats of whole numbers.
+ASYMMETRIC = {
+    "asym_row": {},
+    "asym_g64": {"group_size": 64},
+    "asym_g32": {"group_size": 32},
+    "asym_tensor": {"axis": None},
+    "asym_blocks": {"axis": (0, 1), "group_size": (16, 64)},
+    "asym_percentile": {"range": Percentile(99)},
+    "asym_min_mse": {"range": MinMSE(), "group_size": 64},
+    "asym_bfloat16_scales": {"scale_dtype": "bfloat16"},
+    "asym_nested_scales": {"group_size": 32, "scale_dtype": "float8_e4m3fn"},
+}
+
+
+def configs_of(format):
+    """The cases of one number format, by name."""
+    variants = dict(VARIANTS)
+    if format.group_size is None:
+        variants |= GROUPED
+    if format.rounds:
+        variants |= {name: {**v, "symmetric": False} for name, v in ASYMMETRIC.items()}
+        variants["value_range"] = {"value_range": (-1, 1)}
+    return {
+        f"{format}-{name}": ArrayConfig(**{"format": format, "axis": 1, **variant})
+        for name, variant in variants.items()
+    }
+
+
+CONFIGS = {name: c for format in FORMATS.values() for name, c in configs_of(format).items()}
+CONFIGS |= {
+    "int8-value_range": ArrayConfig(axis=1, value_range=(-100, 90)),
+    "int8-asym_value_range": ArrayConfig(axis=1, value_range=(3, 100), symmetric=False),
+}
+CONFIGS |= {n: dataclasses.replace(s.weights, axis=1) for n, s in SCHEMES.items()}
+
+# One of each kind, for checks that compile each case anew.
+FEW = {
+    name: CONFIGS[name]
+    for name in (
+        "int8-row",
+        "int8-asym_tensor",
+        "int4-percentile",
+        "int4-asym_min_mse",
+        "int4-asym_nested_scales",
+        "int2-asym_blocks",
+        "fp8_e5m2-g64",
+        "nf4-g32_nested_scales",
+        "mxfp4-row",
+        "nvfp4-row",
+    )
+}
+
+MSE: dict[str, Any] = {"range": MinMSE()}
+ASYM: dict[str, Any] = {"symmetric": False}
+# Least signal to noise of Gaussian weights of 64 x 4096, in dB.
+FLOORS = [
+    (ArrayConfig(format=INT8, axis=None), 37.0),
+    (ArrayConfig(format=INT8, axis=1), 40.0),
+    (ArrayConfig(format=INT8, axis=1, group_size=128), 42.5),
+    (ArrayConfig(format=INT4, axis=1), 15.0),
+    (ArrayConfig(format=INT4, axis=1, group_size=128), 18.0),
+    (ArrayConfig(format=INT4, axis=1, group_size=64), 18.8),
+    (ArrayConfig(format=INT4, axis=1, group_size=32), 19.7),
+    (ArrayConfig(format=INT4, axis=1, group_size=128, **MSE), 19.4),
+    (ArrayConfig(format=INT4, axis=1, group_size=128, **ASYM), 19.4),
+    (ArrayConfig(format=INT4, axis=1, group_size=64, **ASYM), 20.3),
+    (ArrayConfig(format=INT4, axis=1, group_size=32, **ASYM), 21.3),
+    (ArrayConfig(format=NF4, axis=1, group_size=64), 20.2),
+    (ArrayConfig(format=NF4, axis=1, group_size=128), 19.9),
+    (ArrayConfig(format=E4M3, axis=1), 31.0),
+    (ArrayConfig(format=E5M2, axis=1), 25.0),
+    (ArrayConfig(format=MXFP8, axis=1), 30.0),
+    (ArrayConfig(format=MXFP4, axis=1), 18.2),
+    (ArrayConfig(format=NVFP4, axis=1), 19.9),
+    (ArrayConfig(format=INT2, axis=1, group_size=64, **ASYM), 6.2),
+    (ArrayConfig(format=INT2, axis=1, group_size=32, **ASYM), 7.2),
+]
+
+
+def gaussian(shape=SHAPE, seed=0):
+    """Float32 weights; rows differ in size, some lie off zero, and some groups are all zero."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=shape)
+    rows = x.reshape(-1, shape[-1]) if x.size else x
+    rows *= np.exp2(random.integers(-6, 3, (len(rows), 1)) + random.random((len(rows), 1)))
+    rows[1::5] += 10 * rows[1::5].std(-1, keepdims=True) if x.size else 0
+    rows[2, :] = rows[0, : shape[-1] // 2] = 0
+    return rows.reshape(shape).astype(np.float32)

@@ -1,0 +1,156 @@
+import dataclasses
+
+import jax
+import pytest
+
+from jaxquant import (
+    FP8_E4M3,
+    INT4,
+    INT8,
+    MXFP4,
+    NF4,
+    NVFP4,
+    SCHEMES,
+    AbsMax,
+    ArrayConfig,
+    MinMSE,
+    Percentile,
+    Scheme,
+)
+from jaxquant.core import config as config_module
+
+CONFIG_ERRORS = [
+    ({"format": "int8"}, r"format must be a Format such as jaxquant\.INT8; got 'int8'"),
+    ({"axis": 1.0}, r"axis must be an int, a tuple of distinct ints, or None.*got 1\.0"),
+    ({"axis": "rows"}, r"axis must be an int.*got 'rows'"),
+    ({"axis": (0, 0)}, r"tuple of distinct ints.*got \(0, 0\)"),
+    ({"axis": (0, None)}, r"tuple of distinct ints.*got \(0, None\)"),
+    ({"group_size": 0}, r"group_size must be a positive int.*got 0\."),
+    ({"group_size": -32}, r"group_size must be a positive int.*got -32"),
+    ({"group_size": 32.0}, r"group_size must be a positive int.*got 32\.0"),
+    ({"group_size": (16, 0), "axis": (0, 1)}, r"group_size must be.*got \(16, 0\)"),
+    ({"group_size": (16, 64)}, r"one int, or one per axis; got \(16, 64\) for axis 0"),
+    ({"group_size": (16,), "axis": None}, r"one per axis; got \(16,\) for axis None"),
+    ({"format": MXFP4, "group_size": 64}, r"mxfp4 has groups of 32; got group_size=64\. Leave it"),
+    ({"format": NVFP4, "axis": None}, r"nvfp4 has groups along one axis; got axis=None"),
+    ({"format": NVFP4, "axis": (0, 1)}, r"nvfp4 has groups along one axis; got axis=\(0, 1\)"),
+    ({"format": NF4, "symmetric": False}, r"needs a format of whole numbers.*got format=nf4\. .*"),
+    ({"format": FP8_E4M3, "symmetric": False}, r"got format=fp8_e4m3\. .*leave symmetric=True"),
+    (
+        {"range": "abs_max"},
+        r"range must be AbsMax\(\), Percentile\(p\) or MinMSE\(\); got 'abs_max",
+    ),
+    ({"scale_dtype": "int8"}, r"scale_dtype must be one of float64, .*None for.*got 'int8'"),
+    ({"scale_dtype": "float8_e5m2"}, r"scale_dtype must be one of .*got 'float8_e5m2'"),
+    ({"format": NF4, "value_range": (-1, 1)}, r"value_range needs a format of whole.*format=nf4"),
+    ({"value_range": (-200, 100)}, r"within \[-128, 127\] for int8; got \(-200, 100\)"),
+    ({"value_range": (-100, 128)}, r"within \[-128, 127\] for int8; got \(-100, 128\)"),
+    ({"format": INT4, "value_range": (-9, 7)}, r"within \[-8, 7\] for int4; got \(-9, 7\)"),
+    ({"value_range": (5, -5)}, r"two ascending ints.*got \(5, -5\)"),
+    ({"value_range": (5, 5)}, r"two ascending ints.*got \(5, 5\)"),
+    ({"value_range": (-1.5, 5)}, r"two ascending ints.*got \(-1\.5, 5\)"),
+    ({"value_range": (0, 100)}, r"must have zero inside; got \(0, 100\)\. Widen it, or pass symm"),
+    ({"value_range": (-100, 0)}, r"must have zero inside; got \(-100, 0\)"),
+]
+
+
+@pytest.mark.parametrize("fields, message", CONFIG_ERRORS, ids=lambda v: str(v)[:40])
+def test_a_config_is_checked_when_it_is_made(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ArrayConfig(**fields)
+
+
+def test_what_the_checks_allow():
+    assert ArrayConfig(value_range=(-128, 127)).bounds == (-128, 127)
+    assert ArrayConfig(value_range=(0, 127), symmetric=False).bounds == (0, 127)
+    assert ArrayConfig(format=MXFP4, axis=(-1,), group_size=32).group_size == 32
+    assert ArrayConfig(axis=None, group_size=4).axes(2) == (0, 1)
+    assert ArrayConfig(axis=(0, 1), group_size=(None, 4)).group_size == (None, 4)
+
+
+def test_bounds_and_scales_are_those_of_the_format_unless_the_config_names_others():
+    assert ArrayConfig().bounds == (-127, 127)
+    assert ArrayConfig().stored_scale_dtype == "float32"
+    assert ArrayConfig(format=MXFP4).stored_scale_dtype == "float8_e8m0fnu"
+    assert ArrayConfig(format=MXFP4, scale_dtype="bfloat16").stored_scale_dtype == "bfloat16"
+
+
+AXES = [
+    (None, 3, (0, 1, 2)),
+    (None, 0, ()),
+    (0, 1, (0,)),
+    (-1, 3, (2,)),
+    ((-1, 0), 3, (2, 0)),
+    ((-3, 2), 3, (0, 2)),
+]
+
+
+@pytest.mark.parametrize("axis, ndim, expected", AXES)
+def test_axes_are_counted_from_zero(axis, ndim, expected):
+    assert ArrayConfig(axis=axis).axes(ndim) == expected
+
+
+@pytest.mark.parametrize("axis, ndim", [(2, 2), (-3, 2), ((0, -2), 2), ((0, 5), 2), (0, 0)])
+def test_axes_must_be_distinct_axes_of_the_array(axis, ndim):
+    with pytest.raises(ValueError, match=rf"distinct axes of the array; got axis=.* {ndim} axes"):
+        ArrayConfig(axis=axis).axes(ndim)
+
+
+def test_a_scheme_is_checked_when_it_is_made():
+    with pytest.raises(ValueError, match=r"weights must be an ArrayConfig; got Format\("):
+        Scheme(INT8)  # pyright: ignore[reportArgumentType] (the mistake under test)
+    with pytest.raises(ValueError, match="inputs must be an ArrayConfig or None; got 8"):
+        Scheme(ArrayConfig(), 8)  # pyright: ignore[reportArgumentType] (the mistake under test)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_preset_is_what_its_name_says(name):
+    scheme = SCHEMES[name]
+    assert scheme is getattr(config_module, name)
+    assert scheme.weights.axis == -2
+    if name[0] == "W":
+        weight_bits, input_bits = name[1:].split("_")[0].split("A")
+        assert scheme.weights.format.bits == int(weight_bits)
+        bits = 16 if scheme.inputs is None else scheme.inputs.format.bits
+        assert bits == int(input_bits)
+        assert scheme.weights.symmetric == (not name.endswith("ASYM"))
+    else:
+        assert (scheme.inputs is None) == name.endswith("A16")
+        assert scheme.inputs is None or scheme.inputs.format == scheme.weights.format
+    assert scheme.inputs is None or scheme.inputs.axis == -1
+
+
+OTHERS = {
+    "format": INT4,
+    "axis": 1,
+    "group_size": 2,
+    "symmetric": False,
+    "range": MinMSE(),
+    "value_range": (-9, 9),
+    "scale_dtype": "bfloat16",
+}
+
+
+def test_configs_compare_by_value_in_every_field():
+    assert set(OTHERS) == {f.name for f in dataclasses.fields(ArrayConfig)}
+    for field, value in OTHERS.items():
+        config = ArrayConfig(**{field: value})
+        assert config != ArrayConfig(), field
+        assert config == ArrayConfig(**{field: value})
+        assert hash(config) == hash(ArrayConfig(**{field: value}))
+
+
+@pytest.mark.parametrize("value", [ArrayConfig(), Scheme(ArrayConfig(), None), INT8], ids=repr)
+def test_configs_schemes_and_formats_are_pytrees_without_leaves(value):
+    assert jax.tree.leaves(value) == []
+    assert jax.tree.unflatten(jax.tree.structure(value), []) == value
+    field = dataclasses.fields(value)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, field, None)
+
+
+def test_defaults_are_symmetric_int8_by_abs_max():
+    assert ArrayConfig() == ArrayConfig(
+        format=INT8, axis=0, symmetric=True, range=AbsMax(), group_size=None
+    )
+    assert Percentile() == Percentile(99.9)

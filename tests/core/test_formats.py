@@ -1,0 +1,58 @@
+import ml_dtypes
+import numpy as np
+import pytest
+from scipy import special
+
+from jaxquant import FORMATS, NF4, quantize
+from jaxquant.core import bits_of
+
+from .. import cases, checks
+
+each_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+
+
+@each_format
+def test_the_outermost_codes_are_those_of_the_dtype_or_of_the_codebook(format):
+    if format.codebook is not None:
+        assert (format.qmin, format.qmax) == (format.codebook[0], format.codebook[-1])
+    elif format.rounds:
+        info = ml_dtypes.iinfo(format.dtype)
+        assert format.qmax == info.max
+        assert format.qmin in (info.min, -info.max)
+    else:
+        info = ml_dtypes.finfo(format.dtype)
+        assert (format.qmin, format.qmax) == (float(info.min), float(info.max))
+
+
+@each_format
+def test_bits_are_those_in_the_name_of_the_dtype(format):
+    assert format.bits == checks.ml_dtypes_bits(format.dtype)
+    assert bits_of(format.scale_dtype) == checks.ml_dtypes_bits(format.scale_dtype)
+    assert str(format) == format.name
+
+
+@each_format
+def test_zero_is_a_point_of_every_format(format):
+    config = next(iter(cases.configs_of(format).values()))
+    points = checks.points_of(config)
+    assert 0 in points
+    assert np.all(np.diff(points) > 0)
+
+
+@pytest.mark.parametrize("name", cases.CONFIGS)
+def test_bytes_are_the_stated_bits(name):
+    checks.check_true_bytes(cases.CONFIGS[name], cases.gaussian())
+
+
+def test_codes_of_all_formats_have_their_dtype():
+    for name, config in cases.FEW.items():
+        assert quantize(cases.gaussian(), config).codes.dtype == config.format.dtype, name
+
+
+def test_nf4_holds_quantiles_of_a_normal_distribution():
+    # Dettmers et al. 2023, appendix E: eight quantiles above zero, seven below, and zero.
+    offset = 0.9677083
+    positive = special.ndtri(np.linspace(offset, 0.5, 9)[:-1])
+    negative = -special.ndtri(np.linspace(offset, 0.5, 8)[:-1])
+    expected = np.sort([*positive, 0, *negative]) / positive.max()
+    np.testing.assert_allclose(np.asarray(NF4.codebook), expected, atol=1e-5)

@@ -1,0 +1,215 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxquant import (
+    INT4,
+    INT8,
+    NF4,
+    NVFP4,
+    ArrayConfig,
+    Inputs,
+    QTensor,
+    dequantize,
+    quantize,
+)
+from jaxquant.core import packed_bytes, scale_values
+
+from .. import cases, checks, oracles
+
+few_configs = pytest.mark.parametrize("config", cases.FEW.values(), ids=cases.FEW)
+# Orders of an array of three axes: none, the last two swapped, and every turn of all three.
+ORDERS = [None, (-1, -2), (-2, -1, -3), (-1, -3, -2), (-2, -3, -1), (-1, -2, -3), (-3, -1, -2)]
+CUBES = {
+    "int4": ArrayConfig(format=INT4, axis=1, group_size=4, symmetric=False),
+    "nvfp4": ArrayConfig(format=NVFP4, axis=-1),
+    "int8": ArrayConfig(format=INT8, axis=(0, 2)),
+}
+
+
+def cube(name, seed=0):
+    x = np.random.default_rng(seed).normal(size=(3, 8, 32)).astype(np.float32)
+    return x, quantize(x, CUBES[name])
+
+
+@few_configs
+def test_dequantize_is_the_convention(config):
+    q = quantize(cases.gaussian(), config)
+    expected = oracles.dequantize(q)
+    np.testing.assert_allclose(q.dequantize(), expected, rtol=1e-6)
+    np.testing.assert_array_equal(dequantize(q), q.dequantize())
+    np.testing.assert_allclose(jax.jit(dequantize)(q), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("name", CUBES)
+def test_an_array_in_another_order_is_the_same_array(name, order):
+    x, q = cube(name)
+    other = q.reorder(order)
+    assert other.order == order
+    assert (other.shape, other.ndim, other.size) == (x.shape, 3, x.size)
+    assert other.nbytes == q.nbytes
+    stored = other.stored_axes(range(3))
+    assert tuple(other.codes.shape[a] for a in stored) == x.shape
+    assert other.stored_axes((-1, -2, -3)) == stored[::-1]
+    np.testing.assert_array_equal(other.dequantize(), q.dequantize())
+    np.testing.assert_array_equal(oracles.dequantize(other), oracles.dequantize(q))
+    np.testing.assert_array_equal(np.transpose(other.decode(), stored), q.dequantize())
+    checks.assert_equal_quantized(other.reorder(None), q)
+
+
+def test_order_says_which_axis_is_stored_where():
+    _, q = cube("int8")
+    assert q.reorder((-1, -3, -2)).codes.shape == (32, 3, 8)
+    assert q.reorder((-2, -1, -3)).codes.shape == (8, 32, 3)
+    assert q.reorder((-1, -2)).codes.shape == (3, 32, 8)
+    assert q.reorder((-1, -2)).scale.shape == (1, 1, 8)
+    assert q.reorder((-1, -2)).stored_axes((0, 1, 2)) == (0, 2, 1)
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_reordering_twice_is_reordering_once(data):
+    length = st.integers(0, 4).flatmap(lambda n: st.permutations(range(-n, 0)).map(tuple))
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+    q = quantize(x, ArrayConfig(format=INT4, axis=-2, group_size=2, symmetric=False))
+    first, second = data.draw(length), data.draw(length)
+    twice = q.reorder(first).reorder(second)
+    checks.assert_equal_quantized(twice, q.reorder(second))
+    assert twice.shape == x.shape
+    np.testing.assert_array_equal(twice.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (-1, -1), (-1, -3), (-2,), (-1, -2, -3, -4)], ids=str)
+def test_an_order_must_be_a_permutation_of_trailing_axes(order):
+    _, q = cube("int8")
+    message = rf"order must be a permutation.*got \({order[0]}.* for 3 axes\. \(-1, -2\) swaps"
+    with pytest.raises(ValueError, match=message):
+        q.reorder(order)
+
+
+@pytest.mark.parametrize("order", [None, (-1, -2)], ids=str)
+@pytest.mark.parametrize("config", [CUBES["int4"], ArrayConfig(format=NF4, axis=-1)], ids=str)
+def test_a_stack_is_scanned_sliced_and_vmapped_like_any_pytree(config, order):
+    x = np.random.default_rng(0).normal(size=(3, 8, 32)).astype(np.float32)
+    q = quantize(x, config).reorder(order)
+    vector = np.arange(32, dtype=np.float32)
+    expected = [oracles.dequantize(q)[i] @ vector for i in range(3)]
+
+    def step(carry, row):
+        assert row.shape == (8, 32)
+        return carry, jnp.matmul(row.dequantize(), vector)
+
+    _, scanned = jax.lax.scan(step, 0, q)
+    np.testing.assert_allclose(scanned, expected, rtol=1e-4, atol=1e-4)
+    vmapped = jax.vmap(lambda row: jnp.matmul(row.dequantize(), vector))(q)
+    np.testing.assert_allclose(vmapped, expected, rtol=1e-4, atol=1e-4)
+    slices = [jax.tree.map(lambda leaf, i=i: leaf[i], q) for i in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *slices)
+    checks.assert_equal_quantized(stacked, q)
+
+
+def with_scale(q, scale):
+    return dataclasses.replace(q, scale=scale)
+
+
+@pytest.mark.parametrize("name", ["int8-row", "int4-asym_g32", "nf4-g64", "fp8_e4m3-blocks"])
+def test_gradients_with_respect_to_scales_are_sums_of_codes(name):
+    x = cases.gaussian()
+    q = quantize(x, {**cases.CONFIGS}[name])
+    cotangent = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+
+    def loss(scale):
+        return jnp.sum(with_scale(q, scale).dequantize() * cotangent)
+
+    values = oracles.code_values(q.codes, q.format)
+    values = values - oracles.spread(checks.zero_point_of(q), x.shape)
+    expected = np.zeros(q.scale.shape)
+    for index, where in oracles.blocks(x.shape, cases.CONFIGS[name])[1]:
+        expected[index] = np.sum(values[where] * cotangent[where])
+    got = jax.grad(loss)(q.scale)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_gradients_reach_the_top_scale_of_nested_scales():
+    x = cases.gaussian()
+    q = quantize(x, ArrayConfig(format=NVFP4, axis=1))
+
+    def loss(top):
+        return jnp.sum(with_scale(q, with_scale(q.scale, top)).dequantize())
+
+    # The values are linear in it.
+    got = jax.grad(loss)(q.scale.scale) * q.scale.scale
+    np.testing.assert_allclose(got, loss(q.scale.scale), rtol=1e-4)
+
+
+def test_equal_static_fields_share_one_compilation():
+    traces = []
+
+    @jax.jit
+    def f(q):
+        traces.append(q)
+        return q.dequantize()
+
+    for seed in range(3):
+        f(quantize(cases.gaussian(seed=seed), ArrayConfig(axis=1)))
+    assert len(traces) == 1
+    f(quantize(cases.gaussian(), ArrayConfig(axis=1)).astype("bfloat16"))
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_astype_changes_what_it_dequantizes_to_and_no_code(dtype):
+    q = quantize(cases.gaussian(), ArrayConfig(axis=1))
+    cast = q.astype(dtype)
+    assert cast.dequantize().dtype == cast.dtype == dtype
+    assert cast.codes is q.codes
+    np.testing.assert_array_equal(cast.dequantize(), q.dequantize().astype(dtype))
+
+
+def test_a_qtensor_rebuilds_from_placeholders():
+    q = quantize(cases.gaussian(), cases.CONFIGS["nvfp4-row"])
+    q = dataclasses.replace(q, inputs=Inputs(ArrayConfig(), jnp.ones(()), multiplier=jnp.ones(3)))
+    leaves, structure = jax.tree.flatten(q)
+    assert len(leaves) == 5
+    assert jax.tree.structure(jax.tree.unflatten(structure, [object()] * 5)) == structure
+    assert jax.tree.unflatten(structure, leaves).inputs.config == ArrayConfig()
+    again = jax.eval_shape(lambda q: q, q)
+    assert isinstance(again, QTensor)
+    assert again.shape == q.shape
+    assert jax.eval_shape(dequantize, q).shape == q.shape
+
+
+@pytest.mark.parametrize("shape, dtype, expected", [
+    ((3,), "int4", 2),
+    ((5,), "int2", 2),
+    ((3, 3), "float4_e2m1fn", 5),
+    ((), "float32", 4),
+    ((0, 3), "int4", 0),
+    ((3, 5), "uint4", 8),
+    ((7,), "bfloat16", 14),
+])  # fmt: skip
+def test_bytes_count_codes_of_less_than_a_byte_at_their_bits(shape, dtype, expected):
+    assert packed_bytes(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))) == expected
+
+
+def test_the_repr_names_format_shape_scales_and_dtype():
+    _, q = cube("int8")
+    assert repr(q) == "QTensor(int8 3x8x32, scale (1, 8, 1), float32)"
+    assert repr(q.reorder((-1, -2))) == "QTensor(int8 3x8x32, scale (1, 1, 8), float32)"
+
+
+def test_scale_values_are_floats_to_compute_with():
+    x = cases.gaussian()
+    narrow = quantize(x, ArrayConfig(axis=1, scale_dtype="bfloat16"))
+    assert scale_values(narrow.scale).dtype == "float32"
+    nested = quantize(x, ArrayConfig(format=NVFP4, axis=1))
+    np.testing.assert_allclose(scale_values(nested.scale), oracles.dequantize(nested.scale), 1e-6)
+    with jax.enable_x64(True):
+        wide = quantize(x.astype("float64"), ArrayConfig(axis=1, scale_dtype="float64"))
+        assert scale_values(wide.scale).dtype == wide.dequantize().dtype == "float64"

@@ -1,0 +1,366 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import (
+    FORMATS,
+    INT2,
+    INT4,
+    INT8,
+    MXFP4,
+    NVFP4,
+    ArrayConfig,
+    MinMSE,
+    Percentile,
+    abs_max_quantize,
+    percentile_quantize,
+    quantize,
+    quantize_with_scale,
+)
+
+from .. import cases, checks, oracles
+
+each_config = pytest.mark.parametrize("config", cases.CONFIGS.values(), ids=cases.CONFIGS)
+few_configs = pytest.mark.parametrize("config", cases.FEW.values(), ids=cases.FEW)
+each_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+
+
+@each_config
+def test_codes_scales_and_zero_points_match_the_oracle(config):
+    checks.check_matches_the_oracle(config, cases.gaussian())
+
+
+@each_config
+def test_each_code_is_the_nearest_one(config):
+    checks.check_is_nearest(config, cases.gaussian())
+
+
+@pytest.mark.parametrize(
+    "config", [c for c in cases.CONFIGS.values() if c.format.rounds], ids=lambda c: str(c.format)
+)
+def test_error_is_at_most_half_a_step(config):
+    checks.check_error_bound(config, cases.gaussian())
+
+
+@each_config
+def test_nan_and_infinity_mark_their_whole_group_and_nothing_else(config):
+    checks.check_non_finite_marks_its_group(config, cases.gaussian())
+
+
+@each_config
+def test_zeros_come_back_exactly_and_empty_groups_have_scale_1(config):
+    checks.check_zeros_are_exact(config, cases.gaussian())
+
+
+@each_config
+def test_inputs_are_unchanged(config):
+    x = jnp.asarray(cases.gaussian())
+    before = np.array(x)
+    quantize(x, config)
+    np.testing.assert_array_equal(x, before)
+
+
+EAGER = ["int8-row", "int4-percentile", "int2-asym_blocks", "nvfp4-row"]
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_jit_and_eager_agree_and_eval_shape_foretells_the_result(name):
+    checks.check_jit_and_eager_agree(cases.FEW[name], cases.gaussian())
+
+
+@few_configs
+def test_vmap_is_a_loop(config):
+    checks.check_vmap_is_a_loop(config, cases.gaussian((3, *cases.SHAPE)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config, floor", cases.FLOORS, ids=str)
+def test_signal_to_noise_is_above_the_floor(config, floor, dtype):
+    x = np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32)
+    x = jnp.asarray(x).astype(dtype)
+
+    q = quantize(x, config)
+
+    assert q.dequantize().dtype == dtype
+    values = np.asarray(q.astype("float32").dequantize())
+    assert oracles.sqnr(x, values) > floor
+
+
+def test_min_mse_is_above_abs_max_in_signal_to_noise():
+    x = np.random.default_rng(0).normal(size=(64, 1024)).astype(np.float32)
+    for format in (INT4, INT2):
+        plain = ArrayConfig(format=format, axis=1, group_size=128)
+        best = ArrayConfig(format=format, axis=1, group_size=128, range=MinMSE())
+        gain = oracles.sqnr(x, quantize(x, best).dequantize())
+        assert gain > oracles.sqnr(x, quantize(x, plain).dequantize()) + 0.5
+
+
+@pytest.mark.parametrize("magnitude", [1e-10, 1e-30, 1e30])
+@each_format
+def test_relative_precision_does_not_depend_on_the_magnitude(format, magnitude):
+    config = ArrayConfig(format=format, axis=1)
+    x = np.random.default_rng(1).normal(size=(4, 64)).astype(np.float32)
+    expected = oracles.sqnr(x, quantize(x, config).dequantize())
+    small = (x * np.float32(magnitude)).astype(np.float32)
+    got = oracles.sqnr(small / 1.0, np.asarray(quantize(small, config).dequantize()))
+    # A scale of exponents only moves within its octave.
+    assert abs(got - expected) < (3 if config.stored_scale_dtype == "float8_e8m0fnu" else 0.3)
+
+
+def test_an_empty_group_takes_nothing_from_small_groups_beside_it():
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32) * 1e-10
+    config = ArrayConfig(format=NVFP4, axis=1)
+    expected = oracles.sqnr(x[1:], quantize(x[1:], config).dequantize())
+    x[0] = 0
+    values = quantize(x, config).dequantize()
+    np.testing.assert_array_equal(values[0], 0)
+    assert oracles.sqnr(x[1:], values[1:]) > expected - 0.1
+
+
+@pytest.mark.parametrize("mean", [10, 30, 100, -10, -30, -100])
+def test_groups_on_one_side_of_zero_keep_their_values(mean):
+    x = (np.random.default_rng(0).normal(size=(8, 128)) + mean).astype(np.float32)
+    config = ArrayConfig(format=INT4, axis=1, symmetric=False)
+    values = quantize(x, config).dequantize()
+    assert np.all(np.abs(values - x) < 0.06 * np.abs(x))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@each_format
+def test_values_near_the_largest_float_do_not_overflow(format, symmetric):
+    if not (symmetric or format.rounds):
+        with pytest.raises(ValueError, match="symmetric=False needs a format of whole numbers"):
+            ArrayConfig(format=format, symmetric=symmetric)
+        return
+    x = np.linspace(-3e38, 3e38, 64, dtype=np.float32)[None]
+    for range in (ArrayConfig().range, Percentile(99)):
+        config = ArrayConfig(format=format, axis=1, symmetric=symmetric, range=range)
+        values = np.asarray(quantize(x, config).dequantize())
+        assert np.isfinite(values).all()
+        if -format.qmin >= 6 and range == ArrayConfig().range:
+            assert oracles.sqnr(x / 1e38, values / 1e38) > 15
+
+
+def test_a_scale_whose_reciprocal_is_subnormal_is_not_divided_by():
+    x = np.array([[2e38, -3e38, 1e38]], np.float32)
+    values = quantize(x, ArrayConfig(format=INT2, axis=1)).dequantize()
+    np.testing.assert_allclose(values, np.array([[1, -2, 1]]) * 2.0**126)
+
+
+def test_percentile_between_far_elements_does_not_overflow():
+    x = np.array([[-3e38, 3e38]], np.float32)
+    config = ArrayConfig(axis=1, symmetric=False, range=Percentile(99))
+    np.testing.assert_allclose(quantize(x, config).dequantize(), x, rtol=0.03)
+
+
+@each_format
+def test_negative_zero_is_zero(format):
+    x = np.array([[-0.0, 1, -0.0, -1] * 8, [-0.0] * 32], np.float32)
+    values = np.asarray(quantize(x, ArrayConfig(format=format, axis=1)).dequantize())
+    np.testing.assert_array_equal(values[x == 0], 0)
+
+
+@each_format
+def test_subnormal_groups_come_back_as_zeros_and_subnormal_elements_as_zero(format):
+    x = np.full((2, 32), 1e-41, np.float32)
+    x[1, 0] = 1
+    values = np.asarray(quantize(x, ArrayConfig(format=format, axis=1)).dequantize())
+    np.testing.assert_array_equal(values[0], 0)
+    np.testing.assert_array_equal(values[1], np.eye(32)[0] * values[1, 0])
+    np.testing.assert_allclose(values[1, 0], 1, rtol=0.34)
+
+
+SHAPES = [
+    ((7,), 0),
+    ((5, 3), 0),
+    ((5, 3), -1),
+    ((3, 1, 5), (0, 2)),
+    ((3, 4, 5), (-1, -3)),
+    ((2, 3, 5, 7), (1, -1)),
+    ((2, 3, 5, 7), None),
+    ((2, 1, 3, 2, 5), -2),
+    ((2, 1, 3, 2, 5), (0, 2, 4)),
+    ((1, 1), 0),
+]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("range", [ArrayConfig().range, Percentile(90)], ids=str)
+@pytest.mark.parametrize("shape, axis", SHAPES, ids=str)
+def test_any_rank_any_odd_size_and_any_axis(shape, axis, range, symmetric):
+    x = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    config = ArrayConfig(format=INT4, axis=axis, range=range, symmetric=symmetric)
+    checks.check_matches_the_oracle(config, x)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("axis", [1, -2, (1, 2), (-2, 0)], ids=str)
+def test_groups_along_inner_axes(axis, group_size):
+    x = np.random.default_rng(4).normal(size=(6, 12, 6)).astype(np.float32)
+    config = ArrayConfig(format=INT8, axis=axis, group_size=group_size, symmetric=False)
+    checks.check_matches_the_oracle(config, x)
+
+
+def test_groups_of_one_size_per_axis_may_leave_an_axis_whole():
+    x = np.random.default_rng(4).normal(size=(6, 12, 5)).astype(np.float32)
+    config = ArrayConfig(axis=(2, 1), group_size=(None, 4))
+    assert quantize(x, config).scale.shape == (6, 3, 1)
+    checks.check_matches_the_oracle(config, x)
+
+
+EMPTY = [((0, 8), 0), ((0, 8), 1), ((8, 0), 0), ((8, 0), 1), ((8, 0), (0, 1)), ((0,), 0)]
+RANGES = [ArrayConfig().range, Percentile(99), MinMSE()]
+
+
+@pytest.mark.parametrize("range", RANGES, ids=str)
+@pytest.mark.parametrize("shape, axis", EMPTY, ids=str)
+def test_arrays_without_elements(shape, axis, range):
+    for symmetric in (True, False):
+        config = ArrayConfig(axis=axis, range=range, symmetric=symmetric)
+        q = quantize(np.zeros(shape, np.float32), config)
+        assert q.shape == q.dequantize().shape == shape
+        assert len(q.scale.shape) == len(shape)
+
+
+@pytest.mark.parametrize("format", [MXFP4, NVFP4], ids=str)
+def test_arrays_without_elements_in_formats_with_groups(format):
+    for shape in [(0, 32), (32, 0)]:
+        q = quantize(np.zeros(shape, np.float32), ArrayConfig(format=format, axis=1))
+        assert q.dequantize().shape == shape
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@few_configs
+def test_narrow_floats_are_computed_in_float32(config, dtype):
+    x = jnp.asarray(cases.gaussian()).astype(dtype)
+    q = quantize(x, config)
+    wide = quantize(x.astype("float32"), config)
+    checks.assert_equal_quantized(q, wide.astype(dtype))
+    assert q.dequantize().dtype == dtype
+
+
+@pytest.mark.parametrize("name", [*cases.FEW, "int8-min_mse", "fp8_e4m3-g32_float16_scales"])
+def test_float64_stays_float64(name):
+    with jax.enable_x64(True):
+        x = cases.gaussian().astype(np.float64)
+        q = quantize(x, cases.CONFIGS[name])
+        assert q.dequantize().dtype == np.float64
+        checks.check_matches_the_oracle(cases.CONFIGS[name], x)
+
+
+def test_float64_scales_keep_what_float32_would_lose():
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).normal(size=(4, 64)) * 1e-200
+        q = quantize(x, ArrayConfig(axis=1, scale_dtype="float64"))
+        assert q.scale.dtype == np.float64
+        np.testing.assert_allclose(q.scale, np.abs(x).max(1, keepdims=True) / 127, rtol=1e-14)
+        assert np.all(np.abs(q.dequantize() - x) <= 0.5000001 * q.scale)
+
+
+def test_codes_are_rounded_with_the_scale_that_is_stored():
+    x = np.random.default_rng(0).normal(size=(256, 4096)).astype(np.float32)
+    config = ArrayConfig(axis=1, scale_dtype="bfloat16")
+    q = quantize(x, config)
+    scale = np.asarray(q.scale).astype(np.float32)
+    assert q.scale.dtype == "bfloat16"
+    inside = np.abs(x) <= 127.5 * scale
+    assert np.all((np.abs(q.dequantize() - x) <= 0.50002 * scale)[inside])
+
+
+@pytest.mark.parametrize("value", [1e-20, 1e20])
+def test_scales_beyond_a_narrow_dtype_are_clipped_to_it(value):
+    config = ArrayConfig(axis=1, scale_dtype="float16")
+    q = quantize(np.full((1, 4), value, np.float32), config)
+    limits = np.finfo(np.float16)
+    assert q.scale[0, 0] == (limits.tiny if value < 1 else limits.max)
+    assert np.isfinite(q.dequantize()).all()
+
+
+def test_equal_configs_share_one_compilation():
+    traces = []
+
+    @jax.jit
+    def f(x, config):
+        traces.append(config)
+        return quantize(x, config)
+
+    for _ in range(3):
+        f(jnp.ones((8, 3)), ArrayConfig(group_size=4, range=Percentile(99), value_range=(-100, 9)))
+    assert len(traces) == 1
+    f(jnp.ones((8, 3)), ArrayConfig(group_size=4, range=Percentile(98), value_range=(-100, 9)))
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("function", [quantize, abs_max_quantize])
+def test_integers_are_refused(function):
+    message = r"x must be a floating array; got int32 of shape \(4, 2\)\. Cast it first\."
+    with pytest.raises(ValueError, match=message):
+        function(jnp.ones((4, 2), jnp.int32), ArrayConfig())
+
+
+NAMED = [
+    (abs_max_quantize, ArrayConfig(axis=1), Percentile(99)),
+    (percentile_quantize, ArrayConfig(axis=1, range=Percentile(97)), ArrayConfig().range),
+]
+
+
+@pytest.mark.parametrize("function, config, other", NAMED, ids=["abs_max", "percentile"])
+def test_named_quantizers_are_quantize_for_their_range(function, config, other):
+    x = cases.gaussian()
+    checks.assert_equal_quantized(function(x, config), quantize(x, config))
+    message = r"config\.range must be \w+\(\.\.\.\) here; got .*quantize\(x, config\) takes any"
+    with pytest.raises(ValueError, match=message):
+        function(x, ArrayConfig(axis=1, range=other))
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1), (64, 1), (64, 8), (4, 8), (1, 256)], ids=str)
+@pytest.mark.parametrize("has_zero_point", [False, True])
+def test_a_given_scale_is_used_as_it_is(shape, has_zero_point):
+    x, random = cases.gaussian(), np.random.default_rng(5)
+    scale = (random.random(shape) + 0.1).astype(np.float32)
+    zero_point = random.integers(1, 9, shape) if has_zero_point else None
+
+    q = quantize_with_scale(x, scale, zero_point, ArrayConfig())
+
+    whole = oracles.spread(scale.reshape(shape or (1, 1)), x.shape)
+    zero = oracles.spread(checks.zero_point_of(q), x.shape)
+    assert (zero == 0).all() != has_zero_point
+    if zero_point is not None:
+        np.testing.assert_array_equal(checks.zero_point_of(q), zero_point.reshape(q.scale.shape))
+    codes = np.clip(np.round(x / whole) + zero, -127, 127)
+    is_clear = np.abs(np.abs(x / whole) % 1 - 0.5) > 1e-4
+    np.testing.assert_array_equal(checks.codes_of(q)[is_clear], codes[is_clear])
+    np.testing.assert_array_equal(q.scale, scale.reshape(shape or (1, 1)))
+    np.testing.assert_allclose(q.dequantize(), (checks.codes_of(q) - zero) * whole, rtol=1e-6)
+
+
+@few_configs
+def test_quantizing_with_its_own_scale_changes_nothing(config):
+    x = cases.gaussian()
+    q = quantize(x, config)
+    scale = checks.scale_of(q).astype(np.float32)
+    again = quantize_with_scale(x, scale, q.zero_point, config)
+    np.testing.assert_array_equal(checks.codes_of(again), checks.codes_of(q))
+
+
+def test_a_given_scale_does_not_hide_nan():
+    x = np.ones((4, 6), np.float32)
+    x[2, 5] = np.inf
+    values = quantize_with_scale(x, np.ones((4, 2), np.float32), None, ArrayConfig()).dequantize()
+    expected = np.zeros((4, 6), bool)
+    expected[2, 3:] = True
+    np.testing.assert_array_equal(np.isnan(values), expected)
+
+
+def test_a_given_scale_must_divide_the_shape():
+    message = (
+        r"scale must be a scalar, or have the rank of x and lengths that divide those of x; got "
+        r"scale \(3, 1\) for x \(4, 6\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        quantize_with_scale(jnp.ones((4, 6)), jnp.ones((3, 1)), None, ArrayConfig())
+    with pytest.raises(ValueError, match=r"got scale \(6,\) for x \(4, 6\)"):
+        quantize_with_scale(jnp.ones((4, 6)), jnp.ones((6,)), None, ArrayConfig())
+    with pytest.raises(ValueError, match="x must be a floating array; got int32"):
+        quantize_with_scale(jnp.ones((4, 6), jnp.int32), jnp.ones(()), None, ArrayConfig())

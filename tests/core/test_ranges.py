@@ -1,0 +1,179 @@
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxquant import (
+    FP8_E4M3,
+    INT2,
+    INT4,
+    INT8,
+    MXFP4,
+    NF4,
+    AbsMax,
+    ArrayConfig,
+    MinMSE,
+    Percentile,
+    quantize,
+)
+
+from .. import cases, checks, oracles
+
+
+@partial(jax.jit, static_argnames=("range", "symmetric", "axes"))
+def range_of(range, x, symmetric, axes=(1,)):
+    def no_error(low, high):
+        raise AssertionError("This range needs no error.")
+
+    return range(x, axes, symmetric, no_error)
+
+
+@pytest.mark.parametrize("p", [50.1, 75, 90, 99, 99.9, 99.99, 100])
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 101, 1000])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_percentile_is_that_of_numpy(symmetric, count, p):
+    random = np.random.default_rng(count)
+    # The last rows hold many duplicates, one value only, one sign only, and zeros.
+    x = random.normal(size=(7, count)).astype(np.float32)
+    x[2] = random.integers(-2, 3, count)
+    x[3], x[4], x[5] = 1.5, np.abs(x[4]) + 1, -np.abs(x[5]) - 1
+    x[6, : count // 2] = 0
+
+    low, high = range_of(Percentile(p), x, symmetric)
+
+    expected = np.array([oracles.percentile_range(row, symmetric, p) for row in x])
+    np.testing.assert_allclose(low[:, 0], expected[:, 0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(high[:, 0], expected[:, 1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_percentile_orders_floats_of_every_size_and_sign(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        info = np.finfo(dtype)
+        x = [-info.max, -1, -1e-30, -info.tiny, -0.0, 0.0, info.tiny, 1e-30, 1, 2, info.max]
+        x = np.random.default_rng(0).permutation(np.array(x, dtype))[None]
+        for p in (60.0, 70.0, 80.0, 90.0, 100.0):
+            _, high = range_of(Percentile(p), x, symmetric=False)
+            assert high == max(np.percentile(x, p), 0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), p=st.sampled_from([60, 97.5, 99.9]))
+def test_percentile_of_any_data_is_that_of_numpy(seed, p):
+    random = np.random.default_rng(seed)
+    x = (random.normal(size=(3, 37)) * np.exp2(random.integers(-40, 40, (3, 37)))).astype("f4")
+    x[random.random(x.shape) < 0.3] = random.choice([0, 1, -1, x[0, 0]])
+    low, high = range_of(Percentile(p), x, symmetric=False)
+    expected = np.array([oracles.percentile_range(row, False, p) for row in x])
+    np.testing.assert_allclose(low[:, 0], expected[:, 0], rtol=2e-6)
+    np.testing.assert_allclose(high[:, 0], expected[:, 1], rtol=2e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_percentile_spans_several_axes_at_once(symmetric):
+    x = np.random.default_rng(0).normal(size=(5, 3, 7)).astype(np.float32)
+    low, high = range_of(Percentile(90), x, symmetric, axes=(0, 2))
+    assert low.shape == high.shape == (1, 3, 1)
+    for i in range(3):
+        expected = oracles.percentile_range(x[:, i], symmetric, 90)
+        np.testing.assert_allclose((low[0, i, 0], high[0, i, 0]), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("format", [INT8, INT4, INT2], ids=str)
+def test_percentile_100_is_abs_max_bit_for_bit(format, symmetric):
+    x = cases.gaussian()
+    config = ArrayConfig(format=format, axis=1, symmetric=symmetric, range=Percentile(100))
+    plain = dataclasses.replace(config, range=AbsMax())
+    checks.assert_equal_quantized(quantize(x, config), quantize(x, plain))
+
+
+@pytest.mark.parametrize("p", [50, 0, -1, 100.1, float("nan")])
+def test_percentile_must_be_above_50_and_at_most_100(p):
+    with pytest.raises(ValueError, match=r"p must be above 50 and at most 100 \(percent\); got"):
+        Percentile(p)
+
+
+def test_elements_beyond_the_percentile_are_clipped_to_it():
+    x = np.linspace(-1, 1, 201, dtype=np.float32)[None]
+    values = quantize(x, ArrayConfig(axis=1, range=Percentile(80))).dequantize()
+    np.testing.assert_allclose(np.abs(values).max(), 0.8, rtol=1e-6)
+    inside = np.abs(x) <= 0.8
+    assert np.all(np.abs(values - x)[inside] <= 0.5001 * 0.8 / 127)
+
+
+MSE_CONFIGS = [
+    ArrayConfig(format=INT8, axis=1),
+    ArrayConfig(format=INT4, axis=1),
+    ArrayConfig(format=INT4, axis=1, group_size=32),
+    ArrayConfig(format=INT4, axis=None),
+    ArrayConfig(format=INT4, axis=1, scale_dtype="bfloat16"),
+    ArrayConfig(format=INT2, axis=1, symmetric=False),
+    ArrayConfig(format=INT4, axis=(0, 1), group_size=(16, 64), symmetric=False),
+    ArrayConfig(format=NF4, axis=1, group_size=64),
+    ArrayConfig(format=FP8_E4M3, axis=1),
+    ArrayConfig(format=MXFP4, axis=1),
+]
+
+
+def squared_errors(x, config):
+    square = (np.asarray(quantize(x, config).dequantize(), np.float64) - x) ** 2
+    return np.array([square[where].sum() for _, where in oracles.blocks(x.shape, config)[1]])
+
+
+@pytest.mark.parametrize("config", MSE_CONFIGS, ids=lambda c: f"{c.format}-{c.group_size}")
+def test_min_mse_is_never_worse_than_abs_max_in_any_group(config):
+    x = cases.gaussian()
+    x[:, 7] *= 8  # Outliers, which are worth clipping in the narrow formats.
+    plain = squared_errors(x, config)
+    best = squared_errors(x, dataclasses.replace(config, range=MinMSE()))
+    assert np.all(best <= plain * (1 + 1e-5))
+    if config.format.bits <= 4 and config.stored_scale_dtype != "float8_e8m0fnu":
+        assert best.sum() < plain.sum()
+
+
+@pytest.mark.parametrize("format", [INT4, INT2, NF4], ids=str)
+def test_min_mse_comes_near_to_the_best_of_all_ratios(format):
+    x = np.random.default_rng(0).standard_t(3, (12, 96)).astype(np.float32)
+    config = ArrayConfig(format=format, axis=1, range=MinMSE())
+    got = squared_errors(x, config)
+    ratios = np.linspace(0.01, 1, 500)
+    best = np.array([oracles.best_squared_error(row, config, ratios) for row in x])
+    assert np.all(got <= 1.015 * best)
+    assert got.sum() <= 1.005 * best.sum()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_min_mse_shrinks_each_end_of_an_asymmetric_range_on_its_own(sign):
+    # Many elements down to -1 and one outlier above: only the upper end is worth shrinking.
+    x = (np.random.default_rng(0).random((8, 4096)) * 1.5 - 1).astype(np.float32)
+    x[:, 0] = 6
+    config = ArrayConfig(format=INT4, axis=1, symmetric=False, range=MinMSE())
+    q = quantize(sign * x, config)
+    ends = [(end - checks.zero_point_of(q)) * checks.scale_of(q) * sign for end in (-8, 7)]
+    low, high = ends[::sign]
+    assert np.all((low < -0.85) & (high < 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+    """Half of the abs-max range: a range of a user's own."""
+
+    def __call__(self, groups, axes, symmetric, error):
+        high = jnp.max(jnp.abs(groups), axes, keepdims=True, initial=0) / 2
+        assert error(-high, high).shape == high.shape
+        return -high, high
+
+
+def test_any_callable_is_a_range():
+    x = cases.gaussian()
+    plain = quantize(x, ArrayConfig(axis=1))
+    half = quantize(x, ArrayConfig(axis=1, range=Half()))
+    is_empty = np.asarray(plain.scale) == 1
+    np.testing.assert_allclose(half.scale, np.where(is_empty, 1, plain.scale / 2), rtol=1e-6)
+    checks.check_non_finite_marks_its_group(ArrayConfig(axis=1, range=Half()), x)

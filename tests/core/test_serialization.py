@@ -1,0 +1,97 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import (
+    FORMATS,
+    INT4,
+    NVFP4,
+    ArrayConfig,
+    Format,
+    Inputs,
+    Percentile,
+    QTensor,
+    quantize,
+)
+from jaxquant.core import (
+    config_from_json,
+    config_to_json,
+    static_from_json,
+    static_to_json,
+)
+
+from .. import cases, checks
+
+
+def through_json(value):
+    return json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize("name", cases.CONFIGS)
+def test_every_config_comes_back_equal_from_json(name):
+    config = cases.CONFIGS[name]
+    assert config_from_json(through_json(config_to_json(config))) == config
+
+
+def test_a_config_with_a_format_of_a_user_comes_back_without_its_row():
+    format = Format("ternary", "int2", -1, 1, codebook=(-1.0, 0.0, 1.0), group_size=8)
+    config = ArrayConfig(format=format, axis=(0,), range=Percentile(97.5))
+    assert config_from_json(through_json(config_to_json(config))) == config
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    def __call__(self, groups, axes, symmetric, error):
+        raise NotImplementedError
+
+
+def test_a_range_without_a_row_cannot_be_written():
+    message = r"ranges AbsMax, Percentile, MinMSE can be written; got Mine\(\)\. Name its class in"
+    with pytest.raises(ValueError, match=message):
+        config_to_json(ArrayConfig(range=Mine()))
+
+
+@pytest.mark.parametrize("order", [None, (-1, -2)], ids=str)
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_static_fields_come_back_equal_from_json(format, order):
+    for dtype in ("float32", "bfloat16"):
+        q = quantize(jnp.ones((32, 32), dtype), ArrayConfig(format=format, axis=0)).reorder(order)
+        static = static_from_json(through_json(static_to_json(q)))
+        again = QTensor(q.codes, q.scale, q.zero_point, **static)
+        checks.assert_equal_quantized(again, q)
+
+
+EXPORTED = [
+    (ArrayConfig(format=INT4, axis=0, group_size=4, symmetric=False), None),
+    (ArrayConfig(format=INT4, axis=0, group_size=4, symmetric=False), (-1, -2)),
+    (ArrayConfig(format=NVFP4, axis=1), (-1, -2)),
+]
+
+
+@pytest.mark.parametrize("inputs", [None, Inputs(), Inputs(ArrayConfig(axis=(-1, 0)))], ids=repr)
+@pytest.mark.parametrize("config, order", EXPORTED, ids=str)
+def test_functions_of_qtensors_survive_export(config, order, inputs):
+    x = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
+    q = dataclasses.replace(quantize(x, config).reorder(order), inputs=inputs)
+
+    @jax.jit
+    def f(q, y):
+        return q.astype("bfloat16"), q.dequantize() + y
+
+    exported = jax.export.export(f)(q, x)
+    again = jax.export.deserialize(exported.serialize())
+
+    assert again.in_tree == jax.tree.structure(((q, x), {}))
+    for got, wanted in zip(again.call(q, x), f(q, x), strict=True):
+        checks.assert_equal_quantized(got, wanted)
+
+
+def test_functions_of_configs_survive_export():
+    config = ArrayConfig(axis=1, range=Percentile(99.5), value_range=(-100, 100))
+    x = cases.gaussian()
+    again = jax.export.deserialize(jax.export.export(quantize)(x, config).serialize())
+    checks.assert_equal_quantized(again.call(x, config), quantize(x, config))

@@ -1,0 +1,174 @@
+"""Slow, obvious NumPy versions, written from the definitions and not from the library.
+
+Configs and quantized arrays are read field by field; none of their methods is called.
+"""
+
+import math
+
+import ml_dtypes
+import numpy as np
+
+E4M3_SMALLEST, E4M3_LARGEST = 2.0**-9, 448.0
+
+
+def sqnr(x, y) -> float:
+    """Signal to quantization noise in dB: 10 log10(sum x^2 / sum (x - y)^2)."""
+    x, y = np.asarray(x).astype(np.float64), np.asarray(y).astype(np.float64)
+    return float(10 * np.log10(np.sum(x**2) / np.sum((x - y) ** 2)))
+
+
+def dequantize(q) -> np.ndarray:
+    """(codes - zero_point) * scale in float64 and in logical axes, from the stored fields."""
+    values = code_values(q.codes, q.format)
+    scale = dequantize(q.scale) if hasattr(q.scale, "codes") else np.asarray(q.scale, np.float64)
+    if q.zero_point is not None:
+        values = values - spread(np.asarray(q.zero_point).astype(np.float64), values.shape)
+    values = values * spread(scale, values.shape)
+    order = q.order or ()
+    first = values.ndim - len(order)
+    logical = [*range(first), *(values.ndim + axis for axis in order)]
+    return values.transpose(np.argsort(logical)) if logical else values
+
+
+def code_values(codes, format):
+    """What each code stands for when the scale is 1."""
+    codes = np.asarray(codes)
+    if format.codebook is not None:
+        return np.asarray(format.codebook, np.float64)[codes.astype(np.int64)]
+    return codes.astype(np.float64)
+
+
+def spread(scale, shape):
+    """Repeats each element over its block."""
+    for axis, (count, length) in enumerate(zip(scale.shape, shape, strict=True)):
+        scale = np.repeat(scale, length // count if count else 1, axis)
+    return scale
+
+
+def blocks(shape, config):
+    """Yields (index of the scale, slices of its elements), and scale counts first."""
+    axes = range(len(shape)) if config.axis is None else np.atleast_1d(config.axis)
+    axes = [int(axis) % len(shape) for axis in axes]
+    sizes = config.group_size or config.format.group_size
+    sizes = sizes if isinstance(sizes, tuple) else [sizes] * len(axes)
+    lengths = [1] * len(shape)
+    for axis, size in zip(axes, sizes, strict=True):
+        lengths[axis] = size or shape[axis]
+    counts = [n // g for n, g in zip(shape, lengths, strict=True)]
+    return counts, [
+        (index, tuple(slice(i * g, i * g + g) for i, g in zip(index, lengths, strict=True)))
+        for index in np.ndindex(*counts)
+    ]
+
+
+def bounds(config):
+    return config.value_range or (config.format.qmin, config.format.qmax)
+
+
+def abs_max_range(group, symmetric):
+    if symmetric:
+        return -np.abs(group).max(), np.abs(group).max()
+    return min(group.min(), 0), max(group.max(), 0)
+
+
+def percentile_range(group, symmetric, p):
+    group = np.asarray(group, np.float64)
+    if symmetric:
+        high = np.percentile(np.abs(group), p)
+        return -high, high
+    return min(np.percentile(group, 100 - p), 0), max(np.percentile(group, p), 0)
+
+
+def ideal_scale(low, high, config):
+    """Jacob et al. 2018, eq. 1; for e8m0, OCP MX v1.0, section 6.3; 0 for an empty range."""
+    qmin, qmax = bounds(config)
+    span, reach = (high, min(-qmin, qmax)) if config.symmetric else (high - low, qmax - qmin)
+    scale_dtype = config.scale_dtype or config.format.scale_dtype
+    if scale_dtype == "float8_e8m0fnu" and span > 0:
+        return 2.0 ** (math.floor(math.log2(span)) - math.floor(math.log2(reach)))
+    return float(span) / reach
+
+
+def stored_scale(scale, dtype):
+    """Scales rounded to their dtype. e4m3: NVFP4's two levels, amax/(6*448) under amax/6."""
+    if dtype == "float8_e4m3fn":
+        top = np.float32(scale.max() / E4M3_LARGEST if scale.max() > 0 else 1)
+        fine = np.clip(scale / top, E4M3_SMALLEST, E4M3_LARGEST)
+        return fine.astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * top
+    scale = np.where(scale == 0, 1, scale)
+    if dtype == "float16":
+        scale = np.clip(scale, np.finfo(np.float16).tiny, np.finfo(np.float16).max)
+    return scale.astype(getattr(ml_dtypes, dtype, None) or dtype).astype(np.float64)
+
+
+def encode(group, scale, zero_point, config):
+    """Nearest code, clipped."""
+    values = np.asarray(group, np.float64) / scale
+    if config.format.codebook is not None:
+        distance = np.abs(values[..., None] - np.asarray(config.format.codebook))
+        return distance.argmin(-1)
+    qmin, qmax = bounds(config)
+    if not config.format.dtype.startswith(("int", "uint")):
+        cast = np.clip(values, qmin, qmax).astype(getattr(ml_dtypes, config.format.dtype))
+        return cast.astype(np.float64)
+    return np.clip(np.round(values) + zero_point, qmin, qmax)
+
+
+def quantize(x, config, range_of):
+    """Group by group. Returns codes, scale and zero point, each in float64.
+
+    `range_of(group, symmetric)` is one of the ranges above.
+    """
+    counts, all_blocks = blocks(x.shape, config)
+    ranges = {index: range_of(x[where], config.symmetric) for index, where in all_blocks}
+    scale = np.zeros(counts)
+    for index, (low, high) in ranges.items():
+        scale[index] = ideal_scale(low, high, config)
+    scale = stored_scale(scale, config.scale_dtype or config.format.scale_dtype)
+    zero_point = np.zeros(counts)
+    if not config.symmetric:
+        qmin, qmax = bounds(config)
+        for index, (low, _) in ranges.items():
+            zero_point[index] = np.clip(np.round(qmin - low / scale[index]), qmin, qmax)
+    return encode_all(x, scale, zero_point, config), scale, zero_point
+
+
+def encode_all(x, scale, zero_point, config):
+    codes = np.zeros(x.shape)
+    for index, where in blocks(x.shape, config)[1]:
+        codes[where] = encode(x[where], scale[index], zero_point[index], config)
+    return codes
+
+
+def best_squared_error(group, config, ratios):
+    """Least squared error of a symmetric group over ratios of its abs-max range."""
+    _, high = abs_max_range(group, symmetric=True)
+    errors = []
+    for ratio in ratios:
+        scale = ideal_scale(-high * ratio, high * ratio, config)
+        values = code_values(encode(group, scale, 0, config), config.format) * scale
+        errors.append(np.sum((values - group) ** 2))
+    return min(errors)
+
+
+def pack(codes, axis, bits):
+    """Code by code: the first of each byte in its lowest bits. Bytes as uint8."""
+    per_byte = 8 // bits
+
+    def pack_line(line):
+        line = [int(code) % 2**bits for code in line] + [0] * (-len(line) % per_byte)
+        fields = [line[i : i + per_byte] for i in range(0, len(line), per_byte)]
+        return np.array([sum(c << (bits * i) for i, c in enumerate(f)) for f in fields], np.uint8)
+
+    return np.apply_along_axis(pack_line, axis, np.asarray(codes))
+
+
+def pack_halves(codes, axis):
+    """Byte i holds codes i (low) and i + ceil(n/2) (high). Bytes as uint8."""
+
+    def pack_line(line):
+        line = [int(code) % 16 for code in line] + [0] * (len(line) % 2)
+        half = len(line) // 2
+        return np.array([line[i] + 16 * line[i + half] for i in range(half)], np.uint8)
+
+    return np.apply_along_axis(pack_line, axis, np.asarray(codes))
