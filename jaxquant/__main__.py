@@ -22,7 +22,7 @@ _EXAMPLES = """examples:
   jaxquant inspect small.safetensors --plot small.png
 """
 # What a file remembers of the report, because the float weights are gone.
-_SQNR = "sqnr"
+_SQNR = "jaxquant.sqnr"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError, ImportError, KeyError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"jaxquant {options.command}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -143,8 +143,11 @@ def _quantize(options):
     if options.scheme is not None:
         rules += tree.default_rules(options.scheme, axis=options.axis)
     if not rules:
-        raise ValueError("nothing to do: give --scheme NAME, --rule PATTERN=NAME, or both")
-    params = tree.read_arrays(options.source)
+        raise ValueError(
+            f"nothing to do for {options.source}: give --scheme NAME, --rule PATTERN=NAME, or both"
+        )
+    is_ours = tree.is_saved_tree(options.source)
+    params = (tree.load if is_ours else tree.read_arrays)(options.source)
     quantized = tree.quantize(params, rules, progress=not options.json)
     report = tree.report(params, quantized, rules)
     sqnr = {r["path"]: r["sqnr"] for r in report.to_json()["rows"] if r["sqnr"] is not None}
@@ -154,7 +157,7 @@ def _quantize(options):
 
 def _inspect(options):
     is_ours = tree.is_saved_tree(options.file)
-    params = tree.load(options.file) if is_ours else tree.read_arrays(options.file)
+    params = (tree.load if is_ours else tree.read_arrays)(options.file)
     known = json.loads(tree.read_metadata(options.file).get(_SQNR, "{}")) if is_ours else {}
     rows = tree.report(None, params).rows
     report = tree.Report(tuple(dataclasses.replace(r, sqnr=known.get(r.path)) for r in rows))

@@ -84,7 +84,15 @@ def compare(
 
     Returns:
         One result per scheme, after that of float32.
+
+    Raises:
+        ValueError: there are fewer sentences.
     """
+    if tokens.count <= _NEIGHBOURS:
+        raise ValueError(
+            f"tokens must hold {_NEIGHBOURS + 1} sentences or more, so that each has {_NEIGHBOURS} "
+            f"neighbours; got {tokens.count}. Tokenize more."
+        )
     progress("float32")
     vectors = _embed_all(params, config, tokens)
     total = trees.report(None, params).total
@@ -133,7 +141,7 @@ def _nearest(vectors):
     return np.argsort(-similarity, axis=1)[:, :_NEIGHBOURS]
 
 
-def _time(candidates, config, tokens, passes=3, batches=4):
+def _time(candidates, config, tokens, passes=3, batches=2):
     """Milliseconds per sentence of each candidate, compiled before, in alternating passes."""
     times = {name: [] for name in candidates}
     chosen = list(zip(tokens.ids[:batches], tokens.mask[:batches], strict=True))

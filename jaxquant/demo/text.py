@@ -30,7 +30,7 @@ def documentation_sentences(count: int) -> list[str]:
     """Different sentences of 40 to 140 characters, spread evenly over `pydoc_data.topics`.
 
     Raises:
-        ValueError: the documentation has fewer.
+        ValueError: the documentation has fewer, or count is negative.
     """
     found = {}
     for topic in pydoc_data.topics.topics.values():
@@ -40,9 +40,10 @@ def documentation_sentences(count: int) -> list[str]:
                 text = " ".join(paragraph.split())
                 found.update(dict.fromkeys(_SENTENCE.findall(text)))
     sentences = [s for s in found if 40 <= len(s) <= 140 and re.search(r"[a-z]{3} [a-z]", s)]
-    if len(sentences) < count:
+    if not 0 <= count <= len(sentences):
         raise ValueError(
-            f"Python's documentation has {len(sentences)} usable sentences; got count={count}."
+            f"Python's documentation has {len(sentences)} usable sentences; got count={count}. "
+            "Ask for no more."
         )
     places = np.linspace(0, len(sentences) - 1, count).astype(int)
     return [sentences[i] for i in places]
@@ -61,6 +62,8 @@ def tokenize(
 
     Raises:
         ImportError: `tokenizers` is not installed.
+        FileNotFoundError: the folder has no `tokenizer.json`.
+        ValueError: that file does not describe a tokenizer.
     """
     tokenizer = _tokenizer(folder)
     tokenizer.enable_truncation(length)
@@ -82,4 +85,9 @@ def _tokenizer(folder):
         raise ImportError(
             f"Text needs tokenizers: pip install 'jaxquant[demo]' ({error})."
         ) from error
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
+    text = path.read_text(encoding="utf-8")
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # It raises no narrower one.
+        raise ValueError(f"{path} does not describe a tokenizer: {error}. Copy it anew.") from error

@@ -1,11 +1,13 @@
 """Trees in files: safetensors, with the structure and every static field in its header.
 
-The header's metadata has two entries: MANIFEST, JSON with the version, the structure, the
-number formats, the user's metadata, and a checksum for each tensor; and CHECKSUM, that of
-MANIFEST. Codes of less than a byte are packed; dtypes that safetensors cannot give to NumPy
-are stored as their bytes. Nothing is pickled, and nothing but this module is needed to read.
+The header's metadata has two entries: MANIFEST, JSON with the version, the user's metadata,
+and, compressed because names repeat, the structure, the number formats and a checksum for each
+tensor; and CHECKSUM, that of MANIFEST. Codes of less than a byte are packed; dtypes that
+safetensors cannot give to NumPy are stored as their bytes. Nothing is pickled, and nothing but
+this module is needed to read.
 """
 
+import base64
 import json
 import os
 import secrets
@@ -25,6 +27,8 @@ from .paths import leaves_with_paths
 
 VERSION = 1
 _MANIFEST, _CHECKSUM = "jaxquant", "jaxquant.crc32"
+# Bytes of a header that safetensors reads.
+_LONGEST_HEADER = 100_000_000
 
 
 def save(path: str | os.PathLike, tree: Any, metadata: Mapping[str, str] | None = None) -> None:
@@ -48,15 +52,13 @@ def save(path: str | os.PathLike, tree: Any, metadata: Mapping[str, str] | None 
     if not all(isinstance(s, str) for item in metadata.items() for s in item):
         raise ValueError(f"metadata must map str to str; got {metadata!r}. Use json.dumps.")
     encoder = Encoder()
-    structure = encoder.encode(tree)
-    manifest = {
-        "version": VERSION,
-        "structure": structure,
+    contents = {
+        "structure": encoder.encode(tree),
         "statics": encoder.statics,
         "tensors": {name: _checksum(array) for name, array in encoder.arrays.items()},
-        "metadata": metadata,
     }
-    text = json.dumps(manifest, separators=(",", ":"))
+    manifest = {"version": VERSION, "metadata": metadata, "tree": _compress(contents)}
+    text = json.dumps(manifest)
     header = {_MANIFEST: text, _CHECKSUM: str(zlib.crc32(text.encode()))}
     _write_atomically(
         Path(path), lambda name: safetensors.numpy.save_file(encoder.arrays, name, metadata=header)
@@ -80,10 +82,10 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
         ValueError: the file is truncated, altered, not safetensors, not from `save`, or of a
             newer version, or does not have the structure of `like`; the text says which.
     """
-    manifest = _read_manifest(path)
-    with safetensors.safe_open(path, "numpy") as file:
-        present = set(file.keys())
-        missing = sorted(set(manifest["tensors"]) - present)
+    contents = _decompress(_read_manifest(path)["tree"])
+    checksums = contents["tensors"]
+    with _open(path) as file:
+        missing = sorted(set(checksums) - set(file.keys()))
         if missing:
             raise ValueError(
                 f"{path} has lost {len(missing)} tensors, such as {missing[0]!r}. Save it anew."
@@ -91,14 +93,14 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
 
         def read(name):
             array = file.get_tensor(name)
-            if _checksum(array) != manifest["tensors"][name]:
+            if _checksum(array) != checksums[name]:
                 raise ValueError(
                     f"{path} was altered: tensor {name!r} does not have its checksum "
-                    f"{manifest['tensors'][name]}. Save it anew."
+                    f"{checksums[name]}. Save it anew."
                 )
             return array
 
-        tree = Decoder(manifest["statics"], read).decode(manifest["structure"])
+        tree = Decoder(contents["statics"], read).decode(contents["structure"])
     return tree if like is None else _restructure(tree, like, path)
 
 
@@ -128,8 +130,7 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
         ValueError: the file is truncated, or not safetensors, or has a dtype that safetensors
             cannot give to NumPy.
     """
-    _check_whole(path)
-    with safetensors.safe_open(path, "numpy") as file:
+    with _open(path) as file:
         return {name: _read_array(file, name, path) for name in file.keys()}  # noqa: SIM118
 
 
@@ -147,6 +148,12 @@ def _restructure(tree, like, path):
     paths, leaves, _ = leaves_with_paths(tree)
     wanted, _, treedef = leaves_with_paths(like)
     found = dict(zip(paths, leaves, strict=True))
+    if len(found) < len(paths):
+        twice = next(p for p in paths if paths.count(p) > 1)
+        raise ValueError(
+            f"{path} has several leaves at {twice!r}, which `like` cannot tell apart. Load it "
+            "without `like`."
+        )
     if set(found) != set(wanted):
         odd = sorted(set(found) ^ set(wanted))
         raise ValueError(
@@ -184,8 +191,7 @@ def _write_atomically(path, write):
 
 
 def _read_header(path) -> dict[str, str]:
-    _check_whole(path)
-    with safetensors.safe_open(path, "numpy") as file:
+    with _open(path) as file:
         return file.metadata() or {}
 
 
@@ -211,6 +217,22 @@ def _read_manifest(path) -> dict[str, Any]:
     return manifest
 
 
+def _compress(value):
+    return base64.b64encode(zlib.compress(json.dumps(value).encode(), 9)).decode()
+
+
+def _decompress(text):
+    return json.loads(zlib.decompress(base64.b64decode(text)))
+
+
+def _open(path):
+    _check_whole(path)
+    try:
+        return safetensors.safe_open(path, "numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} was altered: {error}. Copy it anew.") from error
+
+
 def _check_whole(path):
     """Raises if the file is not safetensors, or shorter than its header says."""
     size = os.path.getsize(path)
@@ -218,13 +240,11 @@ def _check_whole(path):
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         text = file.read(min(length, size))
-    try:
-        if not text.startswith(b"{"):
-            raise ValueError("no header")
-        ends = [0] if length + 8 > size else _ends(json.loads(text))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}, {size} bytes.") from error
-    expected = 8 + length + max(ends)
+    if length > _LONGEST_HEADER or not text.startswith(b"{"):
+        raise ValueError(
+            f"{path} is not a safetensors file: {size} bytes, without its header. Choose another."
+        )
+    expected = 8 + length + (0 if length + 8 > size else _data_bytes(text, path))
     if size != expected:
         state = "truncated" if size < expected else "altered"
         raise ValueError(
@@ -232,5 +252,11 @@ def _check_whole(path):
         )
 
 
-def _ends(header):
-    return [0, *(e["data_offsets"][1] for k, e in header.items() if k != "__metadata__")]
+def _data_bytes(text, path):
+    try:
+        entries = [e for k, e in json.loads(text).items() if k != "__metadata__"]
+        return max([0, *(e["data_offsets"][1] for e in entries)])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} was altered: its header cannot be read, {error!r}. Copy it anew."
+        ) from error

@@ -29,6 +29,10 @@ from ..core import (
 # What safetensors gives to NumPy as it is. All else is stored as bytes.
 _NATIVE = {f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (16, 32, 64)}
 _NATIVE |= {"bool", "int8", "uint8", "bfloat16", "complex64"}
+# And what is stored as bytes, beside the dtypes that JAX adds to NumPy's.
+_KNOWN = _NATIVE | {"complex128"}
+# The name of something else in the header of safetensors.
+_RESERVED = "__metadata__"
 _PACKING = {4: (pack_int4, unpack_int4), 2: (pack_int2, unpack_int2)}
 
 
@@ -59,7 +63,7 @@ class Encoder:
             return self._encode_qtensor(tree, path)
         if tree is None or isinstance(tree, bool | int | float | str):
             return ["value", tree]
-        if hasattr(tree, "dtype") and hasattr(tree, "shape"):
+        if isinstance(tree, jax.Array | np.ndarray | np.generic):
             return self._encode_array(tree, path)
         return self._encode_container(tree, path)
 
@@ -86,11 +90,17 @@ class Encoder:
                 f"{path}: a key array cannot be saved, got {array.dtype}. Save "
                 "jax.random.key_data(key)."
             )
+        # NumPy calls the dtypes that JAX adds "user-defined", 2.
+        if array.dtype.name not in _KNOWN and array.dtype.isbuiltin != 2:
+            raise ValueError(
+                f"{path or 'The tree'}: an array of {array.dtype}, shape {array.shape}, cannot be "
+                "saved. Convert it to a dtype that JAX knows."
+            )
         name = path or "array"
-        while name in self.arrays:
+        while name in self.arrays or name == _RESERVED:
             name += "'"
         self.arrays[name] = stored = _to_stored(array)
-        is_plain = stored.dtype == array.dtype
+        is_plain = stored.dtype.name == array.dtype.name
         return ["array", [name] if is_plain else [name, array.dtype.name, list(array.shape)]]
 
     def _encode_container(self, tree, path):
@@ -176,7 +186,8 @@ def _join(path, key):
 def _to_stored(array) -> np.ndarray:
     """Bytes of what safetensors does not know; codes of less than a byte packed."""
     if array.dtype.name in _NATIVE:
-        return np.asarray(array)
+        # safetensors writes memory as it lies.
+        return np.asarray(array, array.dtype.newbyteorder("<"), order="C")
     bits = bits_of(array.dtype)
     if bits not in _PACKING:
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -189,7 +200,7 @@ def _from_stored(stored, dtype, shape):
     """Undoes `_to_stored`."""
     bits = bits_of(dtype)
     if bits not in _PACKING:
-        return jnp.asarray(stored.view(dtype).reshape(shape))
+        return _on_device(stored.view(dtype).reshape(shape))
     codes = _PACKING[bits][1](jnp.asarray(stored), math.prod(shape))
     codes = codes.astype(jnp.dtype(f"uint{bits}"))
     return jax.lax.bitcast_convert_type(codes, dtype).reshape(shape)

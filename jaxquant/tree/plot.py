@@ -37,8 +37,11 @@ def _panels(count):
 def _draw_sqnr(axes, rows, colors):
     places = np.arange(len(rows))
     values = [r.sqnr if r.sqnr is not None and np.isfinite(r.sqnr) else 0 for r in rows]
-    axes.barh(places, values, color=[colors[r.scheme] for r in rows])
-    axes.set_yticks(places, [r.path for r in rows], fontsize=7)
+    bars = axes.barh(places, values, color=[colors[r.scheme] for r in rows])
+    # A bar of no length may mean no noise, or no comparison.
+    texts = ["not compared" if r.sqnr is None else f"{r.sqnr:.1f}" for r in rows]
+    axes.bar_label(bars, texts, padding=2, fontsize=7)
+    axes.set_yticks(places, [r.path for r in rows], fontsize=7, parse_math=False)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("SQNR, dB (more is better)")
     axes.set_title("Signal to quantization noise, per leaf")

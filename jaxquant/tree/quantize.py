@@ -115,7 +115,7 @@ def _check(rules: tuple[Rule, ...], paths, leaves, chosen):
     if not problems and all(scheme is None for scheme in chosen):
         problems = ["the rules select no leaf"]
     if problems:
-        known = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
+        known = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "") or "none"
         problems[-1] += f"; the paths are {known}"
     selected = [item for item in zip(paths, leaves, chosen, strict=True) if item[2] is not None]
     problems += [f"{path}: {why}" for path, *item in selected if (why := _objection(*item))]
@@ -128,9 +128,10 @@ def _objection(leaf: Any, scheme: Scheme) -> str | None:
     """Why a leaf cannot be quantized, or None."""
     if is_quantized(leaf):
         return f"quantized already ({leaf!r}); dequantize it first, or give it a rule with None"
-    dtype, shape = getattr(leaf, "dtype", type(leaf).__name__), np.shape(leaf)
-    if not isinstance(dtype, np.dtype) or not jnp.issubdtype(dtype, jnp.floating):
-        return f"not floating, got {dtype} of shape {shape}; give it a rule with None"
+    is_array, shape = isinstance(leaf, jax.Array | np.ndarray | np.generic), np.shape(leaf)
+    if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        what = leaf.dtype if is_array else type(leaf).__name__
+        return f"not a floating array, got {what} of shape {shape}; give it a rule with None"
     try:
         block_shape(shape, scheme.weights)
     except ValueError as error:
@@ -143,7 +144,8 @@ def _objection(leaf: Any, scheme: Scheme) -> str | None:
 
 @jax.jit
 def _is_finite(x):
-    return jnp.isfinite(jnp.max(jnp.abs(x), initial=0))
+    # Not by the maximum: XLA's CPU backend drops NaN there.
+    return jnp.all(jnp.isfinite(x))
 
 
 @contextlib.contextmanager

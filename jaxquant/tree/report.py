@@ -31,7 +31,8 @@ class ReportRow:
         bytes_before, bytes_after: bytes in memory.
         sqnr: signal to quantization noise in dB, 10 log10(sum x^2 / sum (x - q)^2); infinite
             if there is no noise, None where nothing was compared.
-        codes: how often codes fall into each of the equal bins over the format's range, 16 or fewer.
+        codes: how often codes fall into each of the equal bins over the format's range, of which
+            there are 16 or fewer.
     """
 
     path: str
@@ -122,11 +123,12 @@ def report(params: Any, quantized: Any, rules: Rules | None = None) -> Report:
         Report with one row per leaf.
 
     Raises:
-        ValueError: the two trees do not have the same leaves.
+        ValueError: the two trees do not have the same leaves, or one differs in shape.
     """
     paths, after, _ = leaves_with_paths(quantized)
     before = _leaves_before(params, paths) if params is not None else [None] * len(paths)
     originals = [a if b is None else b for a, b in zip(after, before, strict=True)]
+    _check_shapes(paths, originals, after)
     chosen = [None] * len(paths) if rules is None else match(as_rules(rules), paths, originals)
     items = zip(paths, before, after, chosen, strict=True)
     return Report(tuple(_row(path, x, q, rule, rules) for path, x, q, rule in items))
@@ -154,6 +156,15 @@ def _leaves_before(params, paths):
             f"differ at {', '.join(odd)}. Pass the tree that was quantized, and its result."
         )
     return leaves
+
+
+def _check_shapes(paths, before, after):
+    for path, x, q in zip(paths, before, after, strict=True):
+        if np.shape(x) != np.shape(q):
+            raise ValueError(
+                f"Both trees must have the same shapes; got {np.shape(x)} and {np.shape(q)} at "
+                f"{path}. Pass the tree that was quantized, and its result."
+            )
 
 
 def _row(path, x, q, rule, rules):
@@ -185,8 +196,10 @@ def _reason(x, rule, rules):
     if rules is not None:
         return "no rule matches"
     dtype = getattr(x, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        return f"not floating: {dtype or type(x).__name__}"
+    if dtype is None:
+        return f"not an array: {type(x).__name__}"
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return f"not floating: {dtype}"
     return f"left as {dtype}, {x.ndim} axes"
 
 

@@ -29,7 +29,8 @@ class Rule:
             pattern.
 
     Raises:
-        ValueError: the regular expression cannot be compiled, or the scheme is none.
+        ValueError: the regular expression cannot be compiled, the scheme is none, or the
+            overrides contradict it.
     """
 
     pattern: str
@@ -52,6 +53,10 @@ class Rule:
                 f"A rule's pattern must be a glob, or {_REGEX!r} and a regular expression; got "
                 f"{self.pattern!r}: {error}."
             ) from error
+        try:
+            self.resolve()
+        except ValueError as error:
+            raise ValueError(f"Rule {self.pattern!r}: {error}") from error
 
     def _expression(self):
         is_regex = self.pattern.startswith(_REGEX)
@@ -88,16 +93,18 @@ def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = None) -> tuple[Rule
 
     Norms and biases are known by their names, so that those of stacked layers, which have two
     axes, are left too; embeddings by "embed", "wte" or "wpe" in their path, and get scales per
-    row (axis -1), in which a lookup finds its scale.
+    row (axis -1), in which a lookup finds its scale, unless the scheme has blocks.
 
     Args:
         scheme: for all of them.
         axis: contracted axis of the matrices: -2 for kernels (K, N), as JAX and Keras have
             them, -1 for (N, K), as PyTorch has. None keeps that of the scheme.
     """
+    weights = scheme.weights if isinstance(scheme, Scheme) else scheme
+    along_row = None if isinstance(weights.group_size, tuple) else -1
     return (
         Rule(_NORM_OR_BIAS, None, required=False, note="a norm or bias, by its name"),
-        Rule(_EMBEDDING, scheme, axis=-1, where=is_matrix, required=False),
+        Rule(_EMBEDDING, scheme, axis=along_row, where=is_matrix, required=False),
         Rule("*", scheme, axis=axis, where=is_matrix, required=False),
     )
 

@@ -1,0 +1,269 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jaxquant import SCHEMES, QTensor, demo, load, save, tree
+from jaxquant.__main__ import main
+
+from .demo import encoders
+from .tree.trees import normal, parameters
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A file as PyTorch would have written it: kernels are (out, in)."""
+    arrays = {
+        "layers.0.gate.weight": normal(32, 256),
+        "layers.0.up.weight": normal(64, 256, seed=1),
+        "layers.0.norm.weight": normal(256, seed=2),
+        "lm_head.weight": normal(96, 128, seed=3),
+        "ids": np.arange(6).reshape(2, 3),
+    }
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command; returns the exit status and what was printed to each stream."""
+
+    def run(*arguments):
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as error:  # argparse ends so.
+            status = error.code
+        written = capsys.readouterr()
+        return status, written.out, written.err
+
+    return run
+
+
+def scales_of(path):
+    """Shape of the scales of each quantized leaf, by its name."""
+    return {k: q.scale.shape for k, q in load(path).items() if isinstance(q, QTensor)}
+
+
+def test_quantize_writes_a_tree_and_prints_the_report(model, run, tmp_path):
+    status, out, err = run("quantize", model, tmp_path / "small", "--scheme", "W8A8")
+    assert status == 0, err
+    for text in (
+        "layers.0.gate.weight",
+        "int8 per channel, int8 inputs",
+        "3 of 5 leaves quantized",
+    ):
+        assert text in out
+    assert "a norm or bias, by its name" in out
+    assert scales_of(tmp_path / "small") == {
+        "layers.0.gate.weight": (32, 1),
+        "layers.0.up.weight": (64, 1),
+        "lm_head.weight": (96, 1),
+    }
+    arrays = tree.read_arrays(model)
+    found = load(tmp_path / "small")
+    np.testing.assert_array_equal(found["ids"], arrays["ids"])
+    np.testing.assert_array_equal(found["layers.0.norm.weight"], arrays["layers.0.norm.weight"])
+    wanted = tree.quantize(arrays, tree.default_rules(SCHEMES["W8A8"], axis=-1))
+    np.testing.assert_array_equal(
+        found["lm_head.weight"].dequantize(), wanted["lm_head.weight"].dequantize()
+    )
+
+
+def test_json_is_the_report_and_nothing_else(model, run, tmp_path):
+    status, out, err = run("quantize", model, tmp_path / "small", "--scheme", "w4a16", "--json")
+    assert (status, err) == (0, "")
+    values = json.loads(out)
+    rows = {row["path"]: row for row in values["rows"]}
+    assert rows["layers.0.up.weight"]["scheme"] == "int4 g128"
+    assert 15 < rows["layers.0.up.weight"]["sqnr"] < 25
+    assert values["total"]["bytes_after"] < values["total"]["bytes_before"] / 6
+
+
+def test_the_axis_is_that_of_the_matrices(model, run, tmp_path):
+    status, _, err = run(
+        "quantize", model, tmp_path / "small", "--scheme", "W8A8", "--axis", "-2",
+        "--rule", "lm_head*=W8A16",
+    )  # fmt: skip
+    assert status == 0, err
+    found = load(tmp_path / "small")
+    for name, width in (("layers.0.gate.weight", 256), ("lm_head.weight", 128)):
+        q = found[name]
+        assert [q.scale.shape[a] for a in q.stored_axes((0, 1))] == [1, width]
+
+
+def test_rules_come_before_the_scheme_and_the_first_decides(model, run, tmp_path):
+    status, out, err = run(
+        "quantize", model, tmp_path / "small", "--scheme", "W8A8", "--json",
+        "--rule", "*gate*=none", "--rule", "re:.*(up|gate).*=W4A16", "--rule", "*up*=FP8",
+    )  # fmt: skip
+    assert status == 0, err
+    rows = {row["path"]: row for row in json.loads(out)["rows"]}
+    assert rows["layers.0.gate.weight"]["reason"] == "left by rule '*gate*'"
+    assert rows["layers.0.up.weight"]["scheme"] == "int4 g128"
+    assert rows["lm_head.weight"]["scheme"] == "int8 per channel, int8 inputs"
+
+
+def test_rules_alone_leave_all_else(model, run, tmp_path):
+    assert run("quantize", model, tmp_path / "small", "--rule", "lm=head=W8A8")[0] == 2
+    status, _, err = run("quantize", model, tmp_path / "small", "--rule", "lm_head.weight=W8A8")
+    assert status == 0, err
+    assert set(scales_of(tmp_path / "small")) == {"lm_head.weight"}
+
+
+def test_a_file_of_ours_may_be_quantized_in_place_and_further(run, tmp_path):
+    save(tmp_path / "a", parameters() | {"name": "text"})
+    status, _, err = run("quantize", tmp_path / "a", tmp_path / "a", "--rule", "out/0=W8A8")
+    assert status == 0, err
+    status, _, err = run("quantize", tmp_path / "a", tmp_path / "a", "--rule", "embed*=W8A8")
+    assert status == 0, err
+    found = load(tmp_path / "a")
+    assert isinstance(found["out"][0], QTensor)
+    assert isinstance(found["embed"]["table"], QTensor)
+    assert found["name"] == "text"
+    before = (tmp_path / "a").read_bytes()
+    status, out, err = run("quantize", tmp_path / "a", tmp_path / "a", "--rule", "out/0=W8A8")
+    assert (status, out) == (2, "")
+    assert "out/0: quantized already" in err
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_inspect_shows_what_was_kept_of_the_report(model, run, tmp_path):
+    _, report, _ = run("quantize", model, tmp_path / "small", "--scheme", "W8A8", "--json")
+    status, out, err = run("inspect", tmp_path / "small", "--json")
+    assert (status, err) == (0, "")
+    for wanted, found in zip(json.loads(report)["rows"], json.loads(out)["rows"], strict=True):
+        for name in ("path", "shape", "scheme", "bytes_before", "bytes_after", "sqnr", "codes"):
+            assert found[name] == wanted[name]
+    status, table, _ = run("inspect", tmp_path / "small")
+    assert status == 0
+    assert "3 of 5 leaves quantized" in table
+    assert "left as float32, 1 axes" in table
+
+
+@pytest.mark.parametrize("metadata", [{"sqnr": "42"}, {"sqnr": "high"}, {}])
+def test_inspect_shows_any_file(model, run, tmp_path, metadata):
+    save(tmp_path / "a", parameters(), metadata)
+    for path, text in ((tmp_path / "a", "layers/up/kernel"), (model, "layers.0.up.weight")):
+        status, out, err = run("inspect", path)
+        assert (status, err) == (0, "")
+        assert text in out
+        assert "0 of " in out
+
+
+def test_inspect_draws_a_picture(model, run, tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need jaxquant[plot]")
+    run("quantize", model, tmp_path / "small", "--scheme", "W8A8")
+    status, out, err = run("inspect", tmp_path / "small", "--plot", tmp_path / "small.png")
+    assert (status, err) == (0, "")
+    assert "lm_head.weight" in out
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "small.png").stat().st_size > 10_000
+
+
+BAD = [
+    (
+        ["quantize", "{model}", "{out}"],
+        "model.safetensors: give --scheme NAME, --rule PATTERN=NAME",
+    ),
+    (
+        ["quantize", "{model}", "{out}", "--scheme", "W3"],
+        "'W3' is not a scheme; choose one of W8A8",
+    ),
+    (["quantize", "{model}", "{out}", "--rule", "W8A8"], "'W8A8' is not of the form PATTERN=NAME"),
+    (["quantize", "{model}", "{out}", "--rule", "=W8A8"], "'=W8A8' is not of the form PATTERN="),
+    (["quantize", "{model}", "{out}", "--rule", "*=W3"], "'W3' is not a scheme; choose one of"),
+    (["quantize", "{model}", "{out}", "--rule", "re:(=W8A8"], "a regular expression; got 're:('"),
+    (["quantize", "{model}", "{out}", "--rule", "head=W8A8"], "rule 'head' matches no leaf; the p"),
+    (["quantize", "{model}", "{out}", "--scheme", "W8A8", "--axis", "5"], "got axis=5 for 2 axes"),
+    (["quantize", "{model}", "{out}", "--scheme", "W8A8", "--axis", "x"], "invalid int value: 'x'"),
+    (["quantize", "{model}", "{out}", "--rule", "ids=W8A8"], "ids: not a floating array, got int"),
+    (["quantize", "{folder}/none", "{out}", "--scheme", "W8A8"], "No such file or directory"),
+    (["quantize", "{model}", "{folder}/no/out", "--scheme", "W8A8"], "No such file or directory"),
+    (["quantize", "{text}", "{out}", "--scheme", "W8A8"], "is not a safetensors file: "),
+    (["inspect", "{folder}/none"], "No such file or directory"),
+    (["inspect", "{folder}"], "Is a directory"),
+    (["inspect", "{text}"], "is not a safetensors file: "),
+    (["inspect", "{broken}"], "broken was altered: "),
+    (["inspect", "{model}", "--plot", "{out}"], "No leaf of 5 is quantized; there is nothing to"),
+    (["demo", "--encoder", "{folder}"], "No such file or directory"),
+    (["demo", "--sentences", "x"], "invalid int value: 'x'"),
+    (["demo", "--only", "W3"], "invalid choice: 'W3'"),
+    (["demo", "--encoder", "{encoder}", "--sentences", "5"], "must hold 11 sentences or more"),
+    (["demo", "--encoder", "{encoder}", "--sentences", "-5"], "usable sentences; got count=-5"),
+    (["quantize"], "the following arguments are required"),
+    (["fly"], "invalid choice: 'fly'"),
+    ([], "the following arguments are required: command"),
+]
+
+
+@pytest.mark.parametrize("arguments, text", BAD, ids=[" ".join(a) or "nothing" for a, _ in BAD])
+def test_errors_are_one_text_and_status_2(model, run, tmp_path, tiny, arguments, text):
+    (tmp_path / "text").write_text("Once upon a time there was a file of text.\n")
+    data = model.read_bytes()
+    (tmp_path / "broken").write_bytes(data.replace(b'"F32"', b'"F33"'))
+    names = {"folder": tmp_path, "model": model, "out": tmp_path / "out", "encoder": tiny}
+    names |= {name: tmp_path / name for name in ("text", "broken")}
+    files = {p.name for p in tmp_path.iterdir()}
+
+    status, out, err = run(*(a.format(**names) for a in arguments))
+
+    assert (status, out) == (2, "")
+    assert text in err
+    assert "Traceback" not in err
+    assert {p.name for p in tmp_path.iterdir()} == files
+    assert model.read_bytes() == data
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    encoders.write_encoder(folder)
+    return folder
+
+
+def test_demo_compares_the_schemes_that_are_asked_for(run, tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        demo, "documentation_sentences", lambda n: asked.append(n) or encoders.sentences(n)
+    )
+    monkeypatch.setattr(demo, "tokenize", short_tokens(demo.tokenize))
+    arguments = ["demo", "--encoder", tiny, "--sentences", "12", "--only", "W8A8", "--only", "FP8"]
+    status, out, err = run(*arguments, "--json")
+    assert status == 0, err
+    assert [row["name"] for row in json.loads(out)] == ["float32", "W8A8", "FP8"]
+    assert asked == [12]
+    status, out, err = run(*arguments)
+    assert status == 0, err
+    assert "Sentence encoder, quantized" in out
+    assert all(name in out for name in ("float32", "W8A8", "FP8", "10-NN overlap"))
+
+
+def short_tokens(tokenize):
+    """The tiny encoder has fewer positions than the demo's sentences."""
+    return lambda texts, folder: tokenize(texts, folder, length=16, batch_size=4)
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["quantize"], ["inspect"]], ids=str)
+def test_help_shows_examples(run, command):
+    status, out, err = run(*command, "--help")
+    assert (status, err) == (0, "")
+    assert "examples:\n  jaxquant demo\n" in out
+    assert "--rule 're:.*gate.*=none'" in out
+    if command:
+        assert "--json" in out
+
+
+def test_the_package_runs_as_a_program():
+    command = [sys.executable, "-m", "jaxquant"]
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("demo", "quantize", "inspect", "examples:"))
+    done = subprocess.run(
+        [*command, "inspect", "none"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("jaxquant inspect: ")

@@ -1,0 +1,520 @@
+import dataclasses
+import hashlib
+import json
+import os
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from jaxquant import (
+    FORMATS,
+    INT4,
+    NVFP4,
+    W4A16,
+    W8A8,
+    ArrayConfig,
+    Format,
+    Inputs,
+    QTensor,
+    Rule,
+    load,
+    matmul,
+    quantize,
+    save,
+    tree,
+)
+
+from .. import cases
+from .trees import Dense, Module, State, assert_equal_trees, leaves_of, normal, parameters
+
+
+def every_format():
+    """One array in every format and of every kind, one of them stored in another order."""
+    x = cases.gaussian()
+    names = [*(f"{format}-row" for format in FORMATS), "int8-asym_tensor", "int2-asym_blocks"]
+    names += ["int4-asym_nested_scales", "fp8_e4m3-bfloat16_scales"]
+    trees = {name: quantize(x, cases.CONFIGS[name]) for name in names}
+    trees["int4-row"] = trees["int4-row"].reorder((-1, -2))
+    trees["a format of one's own"] = quantize(
+        x, ArrayConfig(format=Format("mine", "uint4", -1.0, 1.0, (-1.0, 0.0, 0.25, 1.0)))
+    )
+    return trees
+
+
+def digest(params):
+    """One number for all bits of a tree and all its static fields."""
+    found = hashlib.sha256(repr(jax.tree.structure(params)).encode())
+    for leaf in jax.tree.leaves(params):
+        found.update(f"{leaf.dtype}{leaf.shape}".encode() + np.asarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+def test_every_format_comes_back_bit_for_bit_here_and_in_a_fresh_process(tmp_path):
+    params, path = every_format(), tmp_path / "all.safetensors"
+    save(path, params)
+
+    assert_equal_trees(load(path), params)
+    script = (
+        "import hashlib, sys\nimport jax, numpy as np\nimport jaxquant\n"
+        "found = jaxquant.load(sys.argv[1])\n"
+        "total = hashlib.sha256(repr(jax.tree.structure(found)).encode())\n"
+        "for leaf in jax.tree.leaves(found):\n"
+        "    total.update(f'{leaf.dtype}{leaf.shape}'.encode() + np.asarray(leaf).tobytes())\n"
+        "assert 'pickle' not in repr(open(sys.argv[1], 'rb').read(200))\n"
+        "print(total.hexdigest())\n"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == digest(params)
+
+
+def test_inputs_come_back_with_their_arrays_and_config(tmp_path):
+    q = quantize(normal(64, 32), W8A8.weights)
+    inputs = {
+        "dynamic": Inputs(W8A8.inputs),
+        "static": Inputs(W8A8.inputs, scale=jnp.float32(0.1), zero_point=jnp.int8(3)),
+        "multiplied": Inputs(multiplier=jnp.arange(64.0)),
+        "percentile": Inputs(cases.CONFIGS["int8-percentile"]),
+        "none": None,
+    }
+    params = {k: dataclasses.replace(q, inputs=v) for k, v in inputs.items()}
+    save(tmp_path / "a", params)
+    found = load(tmp_path / "a")
+    assert_equal_trees(found, params)
+    for name, value in inputs.items():
+        assert getattr(found[name].inputs, "config", None) == getattr(value, "config", None)
+
+
+def test_quantized_trees_run_the_same_after_loading(tmp_path):
+    params = tree.quantize(parameters(), W8A8)
+    save(tmp_path / "a", params)
+    x = jnp.asarray(normal(3, 64))
+    run = jax.jit(lambda p: matmul(x, p["out"][0]))
+    np.testing.assert_array_equal(run(load(tmp_path / "a")), run(params))
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"a": "1", "jaxquant": "x", "é\n\"'": "\u2028{}"}])
+def test_metadata_comes_back_without_the_tensors(tmp_path, metadata):
+    save(tmp_path / "a", parameters(), metadata)
+    assert tree.read_metadata(tmp_path / "a") == (metadata or {})
+    assert tree.is_saved_tree(tmp_path / "a")
+
+
+CONTAINERS = {
+    "named tuple": lambda: Dense(quantize(normal(8, 4), W8A8.weights), jnp.ones(4)),
+    "module": lambda: Module(Module(jnp.ones((2, 3)), None, width=7), {"a": jnp.zeros(2)}),
+    "state": lambda: State({"z": jnp.ones(2), "a": State({"kernel": jnp.zeros((3, 2))})}),
+    "list": lambda: [Dense(jnp.ones(1), None), (jnp.zeros(2), "text", 3)],
+}
+
+
+@pytest.mark.parametrize("build", CONTAINERS.values(), ids=CONTAINERS)
+def test_like_puts_custom_containers_back(tmp_path, build):
+    params = build()
+    save(tmp_path / "a", params)
+    assert_equal_trees(load(tmp_path / "a", like=params), params)
+    # Dicts where the container's code is not at hand, with the same leaves at the same paths.
+    plain = leaves_of(load(tmp_path / "a"))
+    assert plain.keys() == leaves_of(params).keys()
+    assert_equal_trees([plain[k] for k in leaves_of(params)], list(leaves_of(params).values()))
+
+
+def test_like_may_be_abstract_and_unquantized(tmp_path):
+    params = {"dense": Dense(jnp.asarray(normal(64, 32)), jnp.ones(32))}
+    quantized = tree.quantize(params, W8A8)
+    save(tmp_path / "a", quantized)
+    assert_equal_trees(load(tmp_path / "a", like=jax.eval_shape(lambda: params)), quantized)
+
+
+@pytest.mark.parametrize(
+    "params, like, text",
+    [
+        (
+            {"a": np.ones(2), "b": np.ones(2)},
+            {"a": 0, "c": 0, "d": 0},
+            "and `like` must have the same leaves; got 2 and 3, which differ at b, c, d",
+        ),
+        (
+            {"a/b": np.ones(2), "a": {"b": np.zeros(2)}},
+            {"a/b": 0, "a": {"b": 0}},
+            "has several leaves at 'a/b', which `like` cannot tell apart. Load it without",
+        ),
+    ],
+)
+def test_another_structure_is_refused(tmp_path, params, like, text):
+    save(tmp_path / "a", params)
+    with pytest.raises(ValueError, match=text):
+        load(tmp_path / "a", like=like)
+    assert_equal_trees(load(tmp_path / "a"), params)
+
+
+@pytest.mark.parametrize("scheme", [W8A8, W4A16, cases.CONFIGS["nvfp4-row"]], ids=str)
+@pytest.mark.parametrize("layers, width", [(1, 1536), (12, 256)])
+def test_the_file_is_no_larger_than_the_stated_bytes_and_1_percent(tmp_path, scheme, layers, width):
+    kernel, vector = normal(width, width), np.ones(width, np.float32)
+    layer = {
+        "attention": dict.fromkeys(("query", "key", "value", "out"), kernel),
+        "norm": {"scale": vector, "bias": vector},
+    }
+    params = tree.quantize({"layers": [layer] * layers}, scheme)
+    save(tmp_path / "a", params)
+    stated = tree.report(None, params).total.bytes_after
+    assert stated > 2**20
+    assert stated <= os.path.getsize(tmp_path / "a") <= 1.01 * stated
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"a": 1}, {1: "a"}, {"a": None}, {"a": {"b": "c"}}],
+    ids=["int", "key", "none", "dict"],
+)
+def test_metadata_of_anything_but_strings_is_refused(tmp_path, metadata):
+    with pytest.raises(ValueError, match=r"metadata must map str to str; got \{.*Use json.dumps"):
+        save(tmp_path / "a", parameters(), metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Atomic writing.
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("has_old", [True, False])
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
+    tmp_path, monkeypatch, fails, has_old
+):
+    path = tmp_path / "a.safetensors"
+    if has_old:
+        save(path, {"old": np.ones(3)})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def fail(*arguments, **options):
+        if fails == "write":  # Half of it is there already.
+            Path(arguments[1]).write_bytes(b"half")
+        raise OSError("disk full")
+
+    place = {"write": (safetensors.numpy, "save_file"), "fsync": (os, "fsync")}
+    monkeypatch.setattr(*place.get(fails, (os, "replace")), fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(path, parameters())
+
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_tree_that_cannot_be_saved_leaves_the_old_file(tmp_path):
+    save(tmp_path / "a", {"old": np.ones(3)})
+    with pytest.raises(ValueError, match="bad: a leaf must be"):
+        save(tmp_path / "a", {"good": np.ones(3), "bad": object()})
+    assert_equal_trees(load(tmp_path / "a"), {"old": np.ones(3)})
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_data_reach_the_disk_before_the_name_and_the_name_after(tmp_path, monkeypatch):
+    calls = []
+    is_folder = lambda f: stat.S_ISDIR(os.fstat(f if isinstance(f, int) else f.fileno()).st_mode)  # noqa: E731
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: calls.append("folder" if is_folder(f) else "file"))
+    monkeypatch.setattr(os, "replace", lambda *a: (calls.append("replace"), replace(*a)))
+    save(tmp_path / "a", parameters())
+    assert calls == ["file", "replace", "folder"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_new_file_has_the_mode_of_the_umask(tmp_path, umask, mode):
+    old = os.umask(umask)
+    try:
+        save(tmp_path / "a", parameters())
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+def test_a_replaced_file_keeps_its_mode(tmp_path, mode):
+    save(tmp_path / "a", {"old": np.ones(3)})
+    (tmp_path / "a").chmod(mode)
+    save(str(tmp_path / "a"), parameters())
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+    assert "embed" in load(str(tmp_path / "a"))
+
+
+def test_a_loaded_tree_may_be_saved_over_its_own_file(tmp_path):
+    save(tmp_path / "a", parameters())
+    found = load(tmp_path / "a")
+    save(tmp_path / "a", found)
+    assert_equal_trees(load(tmp_path / "a"), parameters())
+    assert_equal_trees(found, parameters())
+
+
+@pytest.mark.parametrize("run", [save, lambda path, _: load(path)], ids=["save", "load"])
+def test_a_folder_that_is_not_there_is_named(tmp_path, run):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(tmp_path / "nowhere" / "a", parameters())
+
+
+# Files that are not what they should be.
+
+READERS = {
+    "load": load,
+    "read_metadata": tree.read_metadata,
+    "is_saved_tree": tree.is_saved_tree,
+    "read_arrays": tree.read_arrays,
+}
+each_reader = pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+OURS = {"read": load}, {"read": tree.read_metadata}
+
+
+def small():
+    return {
+        "w": quantize(normal(4, 6), ArrayConfig(format=INT4)),
+        "b": jnp.asarray(normal(3)),
+        "h": jnp.ones(3, jnp.float8_e5m2),
+    }
+
+
+@pytest.fixture(scope="module")
+def saved():
+    """The bytes of a small file."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder) / "a", small(), {"k": "v"})
+        return (Path(folder) / "a").read_bytes()
+
+
+def header_of(data):
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header, data):
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def with_manifest(data, **changes):
+    """The file with entries of its manifest replaced, and the right checksum."""
+    header, rest = header_of(data)
+    manifest = json.loads(header["__metadata__"]["jaxquant"])
+    text = json.dumps({**manifest, **changes})
+    header["__metadata__"] = {
+        "jaxquant": text,
+        "jaxquant.crc32": str(zlib.crc32(text.encode())),
+    }
+    return with_header(header, rest)
+
+
+@each_reader
+@pytest.mark.parametrize("missing", [1, 20, 40])
+def test_a_truncated_file_is_named_with_its_sizes(tmp_path, saved, read, missing):
+    (tmp_path / "a").write_bytes(saved[:-missing])
+    text = f"a is truncated: {len(saved) - missing} bytes, and its header says {len(saved)}. Copy"
+    with pytest.raises(ValueError, match=text):
+        read(tmp_path / "a")
+
+
+@each_reader
+def test_a_file_that_ends_within_its_header_is_truncated(tmp_path, saved, read):
+    (tmp_path / "a").write_bytes(saved[:200])
+    with pytest.raises(ValueError, match="a is truncated: 200 bytes, and its header says "):
+        read(tmp_path / "a")
+
+
+@each_reader
+def test_a_file_with_more_than_its_header_says_is_altered(tmp_path, saved, read):
+    (tmp_path / "a").write_bytes(saved + b"more")
+    with pytest.raises(ValueError, match=f"a is altered: {len(saved) + 4} bytes, and its header"):
+        read(tmp_path / "a")
+
+
+def zipped(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("data.pkl", b"x" * 100)
+
+
+FOREIGN = {
+    "empty": lambda path: path.write_bytes(b""),
+    "short": lambda path: path.write_bytes(b"hello"),
+    "text": lambda path: path.write_text("Once upon a time there was a file of text.\n" * 9),
+    "json": lambda path: path.write_text('{"a": 1}' * 9),
+    "zip": zipped,
+    "zeros": lambda path: path.write_bytes(bytes(1000)),
+}
+
+
+@each_reader
+@pytest.mark.parametrize("write", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_file_is_refused(tmp_path, read, write):
+    write(tmp_path / "a")
+    size = os.path.getsize(tmp_path / "a")
+    text = f"a is not a safetensors file: {size} bytes, without its header. Choose another."
+    with pytest.raises(ValueError, match=text):
+        read(tmp_path / "a")
+
+
+@pytest.mark.parametrize("read", [load, tree.read_metadata])
+def test_plain_safetensors_are_not_taken_for_a_saved_tree(tmp_path, read):
+    safetensors.numpy.save_file({"a": np.ones(3)}, tmp_path / "a")
+    assert not tree.is_saved_tree(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"but not one that jaxquant.save wrote: .* Read it with "):
+        read(tmp_path / "a")
+
+
+def test_arrays_of_plain_safetensors_are_read_by_name(tmp_path):
+    arrays = {"a": normal(3, 4), "b.c": np.arange(3), "d": np.ones(2, jnp.bfloat16)}
+    safetensors.numpy.save_file(arrays, tmp_path / "a")
+    assert_equal_trees(tree.read_arrays(tmp_path / "a"), arrays)
+
+
+def test_a_dtype_that_numpy_cannot_have_is_named(tmp_path):
+    entry = {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}
+    (tmp_path / "a").write_bytes(with_header({"layer.weight": entry}, bytes(4)))
+    with pytest.raises(ValueError, match=r"'layer.weight' has dtype F8_E4M3, .* Store it as bfl"):
+        tree.read_arrays(tmp_path / "a")
+
+
+@each_reader
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F33", "shape": [4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [5], "data_offsets": [0, 16]},
+        {"dtype": "F32", "data_offsets": [0, 16]},
+    ],
+)
+def test_a_header_that_safetensors_refuses_is_altered(tmp_path, read, entry):
+    (tmp_path / "a").write_bytes(with_header({"w": entry}, bytes(16)))
+    with pytest.raises(ValueError, match=r"a was altered: .*eader.* Copy it anew"):
+        read(tmp_path / "a")
+
+
+@each_reader
+@pytest.mark.parametrize("entry", [3, [], {}, {"data_offsets": [0]}, {"data_offsets": ["0", "4"]}])
+def test_a_header_that_cannot_be_read_is_altered(tmp_path, read, entry):
+    (tmp_path / "a").write_bytes(with_header({"w": entry}, bytes(16)))
+    with pytest.raises(ValueError, match=r"a was altered: its header cannot be read, .* Copy it"):
+        read(tmp_path / "a")
+
+
+def test_a_byte_flipped_in_the_data_names_the_tensor(tmp_path, saved):
+    header, _ = header_of(saved)
+    start = len(saved) - len(header_of(saved)[1])
+    entries = [(k, v) for k, v in header.items() if k != "__metadata__"]
+    assert len(entries) == 4
+    for name, entry in entries:
+        data = bytearray(saved)
+        data[start + entry["data_offsets"][0]] ^= 1
+        (tmp_path / "a").write_bytes(data)
+        with pytest.raises(ValueError, match=f"a was altered: tensor '{name}' does not have its c"):
+            load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("read", [load, tree.read_metadata])
+def test_a_change_of_the_manifest_is_noticed(tmp_path, saved, read):
+    header, data = header_of(saved)
+    manifest = header["__metadata__"]["jaxquant"]
+    header["__metadata__"]["jaxquant"] = manifest.replace('"k": "v"', '"k": "w"')
+    assert header["__metadata__"]["jaxquant"] != manifest
+    (tmp_path / "a").write_bytes(with_header(header, data))
+    with pytest.raises(ValueError, match=r"its header does not have the checksum \d+. Save it"):
+        read(tmp_path / "a")
+
+
+@pytest.mark.parametrize("read", [load, tree.read_metadata])
+@pytest.mark.parametrize("version", [2, 17])
+def test_a_newer_version_is_refused(tmp_path, saved, read, version):
+    (tmp_path / "a").write_bytes(with_manifest(saved, version=version, tree="of another kind"))
+    with pytest.raises(
+        ValueError, match=f"a has version {version}; this jaxquant reads up to 1. U"
+    ):
+        read(tmp_path / "a")
+
+
+def test_a_missing_tensor_is_named(tmp_path, saved):
+    header, _ = header_of(saved)
+    metadata = header["__metadata__"]
+    arrays = {k: v for k, v in raw_arrays(tmp_path, saved).items() if not k.startswith("w/")}
+    safetensors.numpy.save_file(arrays, tmp_path / "a", metadata=metadata)
+    with pytest.raises(ValueError, match=r"a has lost 2 tensors, such as 'w/codes'. Save it anew"):
+        load(tmp_path / "a")
+
+
+def raw_arrays(folder, data):
+    (folder / "raw").write_bytes(data)
+    return safetensors.numpy.load_file(folder / "raw")
+
+
+def test_a_tensor_of_another_shape_or_dtype_is_noticed(tmp_path, saved):
+    metadata = header_of(saved)[0]["__metadata__"]
+    for change in (lambda x: x.reshape(1, 3), lambda x: x.view(np.int32)):
+        arrays = raw_arrays(tmp_path, saved)
+        arrays["b"] = change(arrays["b"])
+        safetensors.numpy.save_file(arrays, tmp_path / "a", metadata=metadata)
+        with pytest.raises(ValueError, match="a was altered: tensor 'b' does not have its checks"):
+            load(tmp_path / "a")
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_any_altered_byte_is_an_error_or_makes_no_difference(saved, place, flip):
+    data = bytearray(saved)
+    data[int(place * len(data))] ^= flip
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a"
+        path.write_bytes(data)
+        try:
+            found = load(path)
+        except ValueError:
+            return
+        assert_equal_trees(found, small())
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(data=st.binary(max_size=200), length=st.integers(0, 200))
+def test_any_other_bytes_are_an_error(data, length):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a"
+        path.write_bytes(struct.pack("<Q", length) + b"{" + data)
+        for read in READERS.values():
+            with pytest.raises(ValueError, match=r"altered|truncated|not a safetensors"):
+                read(path)
+
+
+def test_plain_tools_can_read_the_file(tmp_path):
+    params = {"w": quantize(normal(32, 16), ArrayConfig(format=NVFP4)), "b": jnp.ones(3)}
+    save(tmp_path / "a", params, {"note": "mine"})
+    with safetensors.safe_open(tmp_path / "a", "numpy") as file:
+        assert set(file.keys()) == {"w/codes", "w/scale/codes", "w/scale/scale", "b"}
+        assert file.get_tensor("w/codes").nbytes == 32 * 16 // 2
+        manifest = json.loads(file.metadata()["jaxquant"])
+    assert manifest["version"] == 1
+    assert manifest["metadata"] == {"note": "mine"}
+
+
+def test_reading_metadata_reads_no_tensor(tmp_path, saved):
+    (tmp_path / "a").write_bytes(saved[: -len(header_of(saved)[1])])
+    # As large as the header says, and empty: only the tensors are wrong.
+    os.truncate(tmp_path / "a", len(saved))
+    assert tree.read_metadata(tmp_path / "a") == {"k": "v"}
+    with pytest.raises(ValueError, match="was altered: tensor"):
+        load(tmp_path / "a")
+
+
+def test_rules_apply_to_a_tree_that_was_loaded(tmp_path):
+    save(tmp_path / "a", {"w": normal(64, 32), "v": normal(64, 32, seed=1)})
+    first = tree.quantize(load(tmp_path / "a"), [Rule("w", W8A8)])
+    save(tmp_path / "a", first)
+    second = tree.quantize(load(tmp_path / "a"), [Rule("v", W8A8)])
+    assert all(isinstance(leaf, QTensor) for leaf in second.values())

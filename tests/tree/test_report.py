@@ -1,0 +1,261 @@
+import dataclasses
+import io
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+
+from jaxquant import (
+    FP8,
+    FP8_E5M2,
+    INT2,
+    INT4,
+    INT8,
+    MXFP4A16,
+    MXFP8A8,
+    NF4A16,
+    NVFP4A16,
+    W4A8,
+    W4A16,
+    W4A16_ASYM,
+    W8A8,
+    W8A16,
+    ArrayConfig,
+    Rule,
+    quantize,
+    tree,
+)
+
+from .. import oracles
+from .trees import leaves_of, normal, parameters
+
+RULES = [
+    Rule("embed/*", W8A16, axis=-1),
+    Rule("*norm*", None, note="a norm"),
+    Rule("*/kernel", W4A8, group_size=32),
+    Rule("*bias", None),
+    Rule("out/0", W8A8),
+]
+# Path: bytes before, bytes after, scheme or reason.
+WANTED = {
+    "embed/table": (48 * 64 * 4, 48 * 64 + 48 * 4, "int8 per channel"),
+    "layers/norm/scale": (2 * 64 * 4, 2 * 64 * 4, "a norm"),
+    "layers/up/bias": (2 * 128 * 4, 2 * 128 * 4, "left by rule '*bias'"),
+    "layers/up/kernel": (
+        2 * 64 * 128 * 4,
+        2 * 64 * 128 // 2 + 2 * 2 * 128 * 4,
+        "int4 g32, int8 inputs",
+    ),
+    "out/0": (64 * 32 * 4, 64 * 32 + 32 * 4, "int8 per channel, int8 inputs"),
+    "out/1": (32 * 4, 32 * 4, "no rule matches"),
+    "steps": (6 * 4, 6 * 4, "no rule matches"),
+}
+
+
+def rows_of(params, quantized, rules=None):
+    return {row.path: row for row in tree.report(params, quantized, rules).rows}
+
+
+def test_each_leaf_has_a_row_with_its_bytes_and_scheme_or_reason():
+    params = parameters()
+    quantized = tree.quantize(params, RULES)
+    rows = rows_of(params, quantized, RULES)
+    assert list(rows) == list(leaves_of(params))
+    for path, (before, after, what) in WANTED.items():
+        row = rows[path]
+        is_left = leaves_of(quantized)[path] is leaves_of(params)[path]
+        assert (row.reason, row.scheme) == ((what, None) if is_left else (None, what))
+        assert (row.bytes_before, row.bytes_after) == (before, after)
+        assert row.shape == leaves_of(params)[path].shape
+        assert row.bits_per_weight == 8 * after / math.prod(row.shape)
+
+
+def test_the_total_sums_the_rows():
+    params = parameters()
+    total = tree.report(params, tree.quantize(params, RULES), RULES).total
+    before, after = (sum(sizes) for sizes in list(zip(*WANTED.values(), strict=True))[:2])
+    size = sum(leaf.size for leaf in leaves_of(params).values())
+    assert (total.bytes_before, total.bytes_after, total.shape) == (before, after, (size,))
+    assert total.bits_per_weight == 8 * after / size
+    assert total.scheme == "3 of 7 leaves quantized"
+    assert (total.path, total.sqnr, total.reason) == ("total", None, None)
+
+
+def test_a_report_of_nothing_has_a_total_of_nothing():
+    report = tree.report({}, {})
+    assert report.rows == ()
+    assert (report.total.bytes_after, report.total.bits_per_weight) == (0, 0)
+    assert "0 of 0 leaves quantized" in str(report)
+
+
+@pytest.mark.parametrize(
+    "scheme", [W8A8, W4A16_ASYM, NVFP4A16], ids=["W8A8", "W4A16_ASYM", "NVFP4A16"]
+)
+def test_signal_to_noise_is_that_of_the_oracle(scheme):
+    params = {"w": jnp.asarray(normal(256, 32)), "v": jnp.asarray(normal(2, 128, 8, seed=1))}
+    quantized = tree.quantize(params, scheme)
+    for path, row in rows_of(params, quantized).items():
+        wanted = oracles.sqnr(params[path], oracles.dequantize(quantized[path]))
+        assert row.sqnr is not None
+        assert abs(row.sqnr - wanted) < 1e-3
+
+
+def test_signal_to_noise_is_infinite_without_noise_and_absent_without_a_comparison():
+    grid = jnp.asarray(np.arange(-127, 129, 2).reshape(8, 16), jnp.float32)
+    lossless = jnp.clip(grid, -127, 127).at[0].set(127)
+    params = {"a": lossless, "b": jnp.zeros((8, 4)), "c": jnp.zeros((8, 4)), "d": jnp.ones(3)}
+    config = ArrayConfig(axis=0)
+    quantized = {k: quantize(v, config) for k, v in params.items() if k != "d"}
+    quantized |= {"c": quantize(jnp.ones((8, 4)), config), "d": params["d"]}
+    report = tree.report(params, quantized)
+    assert [r.sqnr for r in report.rows] == [math.inf, math.inf, -math.inf, None]
+    assert [r["sqnr"] for r in report.to_json()["rows"]] == [None] * 4
+    assert [r.sqnr for r in tree.report(None, quantized).rows] == [None] * 4
+    assert [r.sqnr for r in tree.report(quantized, quantized).rows] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    "leaf, reason, bytes_before",
+    [
+        (np.ones((2, 3), np.int64), "not floating: int64", 48),
+        (np.ones(3, bool), "not floating: bool", 3),
+        (jnp.ones((3, 5), jnp.int4), "not floating: int4", 8),
+        (jnp.ones(5, jnp.bfloat16), "left as bfloat16, 1 axes", 10),
+        (np.ones((2, 3), np.float64), "left as float64, 2 axes", 48),
+        (2.5, "not an array: float", 8),
+        (np.float32(2), "left as float32, 0 axes", 4),
+    ],
+)
+def test_a_leaf_that_is_left_says_what_it_is(leaf, reason, bytes_before):
+    row = rows_of({"x": leaf}, {"x": leaf})["x"]
+    assert row.reason == reason
+    assert (row.bytes_before, row.bytes_after, row.codes) == (bytes_before, bytes_before, ())
+
+
+def test_default_rules_say_that_a_norm_was_left_for_its_name():
+    params = parameters()
+    rows = rows_of(params, tree.quantize(params, W8A8), W8A8)
+    assert rows["layers/norm/scale"].reason == "a norm or bias, by its name"
+    assert rows["out/1"].reason == "no rule matches"
+
+
+def test_without_the_tree_before_bytes_are_those_of_the_dtype_it_had():
+    x = jnp.asarray(normal(64, 32)).astype(jnp.bfloat16)
+    row = rows_of(None, tree.quantize({"x": x}, W8A16))["x"]
+    assert (row.bytes_before, row.bytes_after) == (64 * 32 * 2, 64 * 32 + 32 * 4)
+
+
+@pytest.mark.parametrize(
+    "scheme, text",
+    [
+        (W8A8, "int8 per channel, int8 inputs"),
+        (W8A16, "int8 per channel"),
+        (W4A16, "int4 g128"),
+        (W4A16_ASYM, "int4 g128 asymmetric"),
+        (W4A8, "int4 g128, int8 inputs"),
+        (FP8, "fp8_e4m3 per channel, fp8_e4m3 inputs"),
+        (NF4A16, "nf4 g64"),
+        (MXFP8A8, "mxfp8 g32, mxfp8 inputs"),
+        (MXFP4A16, "mxfp4 g32"),
+        (NVFP4A16, "nvfp4 g16"),
+        (ArrayConfig(format=INT2, axis=None), "int2 per tensor"),
+        (ArrayConfig(format=INT8, axis=(0, 1), group_size=(32, 16)), "int8 g32x16"),
+        (ArrayConfig(axis=0, symmetric=False), "int8 per channel asymmetric"),
+    ],
+)
+def test_schemes_are_described_in_the_words_of_the_field(scheme, text):
+    for platform in ("cpu", "tpu"):
+        q = tree.quantize({"w": normal(256, 64)}, [Rule("w", scheme)], platform=platform)["w"]
+        assert tree.describe(q) == text
+
+
+@pytest.mark.parametrize(
+    "config, bins",
+    [
+        (ArrayConfig(format=INT8), 16),
+        (ArrayConfig(format=INT4), 16),
+        (ArrayConfig(format=INT2), 4),
+        (ArrayConfig(format=INT2, symmetric=False), 4),
+        (ArrayConfig(format=FP8_E5M2), 16),
+        (NF4A16.weights, 16),
+        (MXFP4A16.weights, 16),
+    ],
+    ids=lambda v: str(getattr(v, "format", v)),
+)
+def test_the_histogram_counts_codes_in_equal_bins_over_the_range_of_the_format(config, bins):
+    q = quantize(normal(64, 32), dataclasses.replace(config, axis=0))
+    codes = np.asarray(q.codes).astype(np.float64).reshape(-1)
+    low, high = config.format.qmin, config.format.qmax
+    if config.format.codebook is not None:
+        low, high = 0, len(config.format.codebook) - 1
+    if np.all(codes == codes.round()) and high - low < 300:
+        edges = np.linspace(low, high + 1, bins + 1)
+    else:
+        edges = np.linspace(low, high, bins + 1)
+    wanted = np.histogram(np.clip(codes, low, None), edges)[0]
+    found = rows_of(None, {"q": q})["q"].codes
+    assert sum(found) == q.size
+    assert list(found) == wanted.tolist()
+
+
+def test_json_holds_rows_and_total():
+    params = parameters()
+    report = tree.report(params, tree.quantize(params, RULES), RULES)
+    values = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    for row, read in zip(
+        [*report.rows, report.total], [*values["rows"], values["total"]], strict=True
+    ):
+        fields = dataclasses.asdict(row)
+        assert read == {**fields, "shape": list(row.shape), "codes": list(row.codes)}
+
+
+def test_the_table_shows_every_row_and_the_total():
+    params = parameters() | {"[red]a[/red]": jnp.ones(3), "scalar": jnp.float32(1)}
+    report = tree.report(params, tree.quantize(params, RULES), RULES)
+    output = io.StringIO()
+    rich.console.Console(width=200, file=output).print(report.table())
+    for text in (output.getvalue(), str(report)):
+        for row in report.rows:
+            assert row.path in text
+            assert str(row.scheme or row.reason) in text
+        assert "2x64x128" in text
+        assert "scalar" in text
+        assert f"{report.rows[1].sqnr:.1f}" in text
+        assert "3 of 9 leaves quantized" in text
+        for number in (report.total.bytes_before / 1e6, report.total.bytes_after / 1e6):
+            assert f"{number:.3f}" in text
+        assert f"{report.total.bits_per_weight:.2f}" in text
+
+
+@pytest.mark.parametrize(
+    "before, after, text",
+    [
+        (
+            {"a": normal(4, 4), "b": normal(4, 4)},
+            {"a": normal(4, 4), "c": normal(4, 4)},
+            "the same leaves; got 2 and 2, which differ at b, c. Pass the tree that was quantized",
+        ),
+        ({"a": normal(4, 4)}, {}, "the same leaves; got 1 and 0, which differ at a."),
+        (
+            {"a": normal(4, 8)},
+            {"a": quantize(normal(8, 4), ArrayConfig())},
+            r"the same shapes; got \(4, 8\) and \(8, 4\) at a. Pass the tree that was quantized",
+        ),
+    ],
+)
+def test_trees_that_do_not_belong_together_are_refused(before, after, text):
+    with pytest.raises(ValueError, match=text):
+        tree.report(before, after)
+
+
+def test_a_report_leaves_both_trees_as_they_were():
+    params = parameters()
+    quantized = tree.quantize(params, RULES)
+    copies = jax.tree.map(np.array, (params, quantized))
+    tree.report(params, quantized, RULES)
+    for a, b in zip(jax.tree.leaves(copies), jax.tree.leaves((params, quantized)), strict=True):
+        np.testing.assert_array_equal(a, b)
