@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Format:
     """The codes that a number may take, and what its scales are made of.
 
@@ -40,7 +40,7 @@ class Format:
         """Bits that one code takes in device memory."""
         return bits_of(self.dtype)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.name
 
 

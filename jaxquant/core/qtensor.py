@@ -89,10 +89,8 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in device memory of codes, scales and zero points, from their bits."""
-        scale, zero = self.scale, self.zero_point
-        of_scale = scale.nbytes if isinstance(scale, QTensor) else packed_bytes(scale)
-        return packed_bytes(self.codes) + of_scale + (0 if zero is None else packed_bytes(zero))
+        """Bytes in device memory of all its arrays, from their bits."""
+        return sum(packed_bytes(x) for x in jax.tree.leaves(self))
 
     def stored_axes(self, axes: Iterable[int]) -> tuple[int, ...]:
         """Where logical axes lie in `codes`, from 0 up."""

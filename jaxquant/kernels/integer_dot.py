@@ -9,7 +9,12 @@ DimensionNumbers = tuple[
 ]
 
 
-def integer_dot(lhs: jax.Array, rhs: jax.Array, dimension_numbers: DimensionNumbers) -> jax.Array:
+def integer_dot(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: DimensionNumbers,
+    out_sharding: jax.sharding.NamedSharding | jax.P | None = None,
+) -> jax.Array:
     """Returns `lax.dot_general(lhs, rhs, ...)` of int8 codes, exact in int32.
 
     On CPU a side without free elements is padded to two rows, and a single row is put on the
@@ -17,9 +22,12 @@ def integer_dot(lhs: jax.Array, rhs: jax.Array, dimension_numbers: DimensionNumb
     and falls to scalar loops otherwise (4096 x 4096, one row: 20 ms against 0.7 ms).
 
     Args:
-        lhs, rhs: int8, at most 131071 elements contracted (127 * 127 * n stays in int32).
+        lhs, rhs: int8, at most 131071 elements contracted (128 * 128 * n stays in int32).
         dimension_numbers: as for `lax.dot_general`.
+        out_sharding: as for `lax.dot_general`; nothing is padded if it is given.
     """
+    if out_sharding is not None:
+        return _dot(lhs, rhs, dimension_numbers, out_sharding)
     return lax.platform_dependent(
         lhs,
         rhs,
@@ -28,8 +36,14 @@ def integer_dot(lhs: jax.Array, rhs: jax.Array, dimension_numbers: DimensionNumb
     )
 
 
-def _dot(lhs, rhs, dimension_numbers):
-    return lax.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=jnp.int32)
+def _dot(lhs, rhs, dimension_numbers, out_sharding=None):
+    return lax.dot_general(
+        lhs,
+        rhs,
+        dimension_numbers,
+        preferred_element_type=jnp.int32,
+        out_sharding=out_sharding,
+    )
 
 
 def _padded_dot(lhs, rhs, dimension_numbers):

@@ -65,7 +65,8 @@ def conv_general_dilated(
 
     Symmetric codes of whole numbers, with one scale per example and one per output channel,
     are convolved as integers: out = scale_l * scale_r * conv(c_l, c_r). A float operand that
-    meets a QTensor with `inputs` is first treated as these say, per example.
+    meets a QTensor with `inputs` is first treated as these say, per example; their multiplier
+    has one factor per input channel.
 
     Args:
         lhs: images, rhs: kernels; float arrays or QTensors.
@@ -80,7 +81,7 @@ def conv_general_dilated(
         ValueError: `implementation` cannot run these operands, or a dtype is not floating.
 
     Gradients: as for `dot_general`.
-    Error: integer sums are exact in int32, up to 131071 products each, and rounded once.
+    Error: integer sums are exact in int32, and rounded once.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.2.
     """
     options: dict[str, Any] = {
@@ -95,8 +96,8 @@ def conv_general_dilated(
     }
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
         return lax.conv_general_dilated(
-            lhs,
-            rhs,
+            jnp.asarray(lhs),
+            jnp.asarray(rhs),
             **options,
             dimension_numbers=dimension_numbers,
             preferred_element_type=preferred_element_type,
@@ -124,6 +125,7 @@ def _conv(lhs, rhs, spec, implementation):
         lambda lhs, rhs: _dequantized(lhs, rhs, spec),
         (lhs, rhs),
         (tuple(lhs_summed), tuple(rhs_summed)),
+        channels=((lhs_summed[0],), (rhs_summed[0],)),
     )
 
 
@@ -156,9 +158,8 @@ def _refuses_integer(lhs, rhs, spec):
             return f"scales {x.scale.shape} change within an example or an output channel"
     if dict(spec.options)["batch_group_count"] != 1:
         return "batch groups mix the scales of examples"
-    return refuses_length(
-        math.prod(rhs.codes.shape[a] for a in spec.dimension_numbers.rhs_spec[1:])
-    )
+    length = math.prod(rhs.codes.shape[a] for a in spec.dimension_numbers.rhs_spec[1:])
+    return refuses_length(length, lhs, rhs)
 
 
 _TABLE = (

@@ -5,11 +5,12 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 
 from ..core import QTensor
 
-Operand = jax.Array | QTensor
+Operand = jax.Array | np.ndarray | QTensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..kernels import integer_dot
 from . import dispatch
 from .dispatch import Implementation, Operand
 from .operands import (
+    AxesOfBoth,
     as_array,
     refuses_codes,
     refuses_length,
@@ -25,6 +26,7 @@ from .operands import (
     stored_axes,
     with_dequantized_gradient,
 )
+from .sharding import OutSharding, before_transpose, is_sharded, like_result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +37,16 @@ class DotSpec:
         contract, batch: (axes of lhs, axes of rhs), from 0 up.
         permutation: brings the product of the stored arrays to the logical order of axes.
         dtype: dtype of the result.
-        precision, out_sharding: as for `jax.lax.dot_general`.
+        precision: as for `jax.lax.dot_general`.
+        out_sharding: that of the product of the stored arrays.
     """
 
-    contract: tuple[tuple[int, ...], tuple[int, ...]]
-    batch: tuple[tuple[int, ...], tuple[int, ...]]
+    contract: AxesOfBoth
+    batch: AxesOfBoth
     permutation: tuple[int, ...]
     dtype: np.dtype
     precision: lax.PrecisionLike
-    out_sharding: jax.sharding.NamedSharding | jax.P | None
+    out_sharding: OutSharding
 
     def free(self, x: Operand, side: int) -> list[int]:
         """Axes of an operand (side 0: lhs, 1: rhs) that are neither contracted nor batch."""
@@ -57,7 +60,7 @@ def dot_general(
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     *,
-    out_sharding: jax.sharding.NamedSharding | jax.P | None = None,
+    out_sharding: OutSharding = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """`jax.lax.dot_general` on arrays and QTensors, in any mixture.
@@ -88,9 +91,9 @@ def dot_general(
 
     Gradients: a float operand gets the gradient of the float product with the dequantized
         other, rounding counting as the identity; so do scales of 16 bits or more.
-    Error: integer products are exact in int32 (up to 131071 contracted elements; longer ones
-        are not computed so) and rounded once, by the scales in float32. Others are those of
-        `jax.lax.dot_general` on dequantized operands.
+    Error: integer products are exact in int32 (sums that might leave it, of 131072 or more
+        products of int8 codes, are not computed so) and rounded once, by the scales in
+        float32. Others are those of `jax.lax.dot_general` on dequantized operands.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
     """
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
@@ -107,7 +110,8 @@ def dot_general(
     )
     dtype = result_dtype(lhs, rhs, preferred_element_type)
     permutation = _permutation(lhs, rhs, dimension_numbers)
-    spec = DotSpec(contract, batch, permutation, dtype, precision, out_sharding)
+    stored_sharding = before_transpose(out_sharding, permutation)
+    spec = DotSpec(contract, batch, permutation, dtype, precision, stored_sharding)
     return _dot_general(lhs, rhs, spec, implementation)
 
 
@@ -154,7 +158,10 @@ def _dequantized(lhs, rhs, spec):
 def _integer(lhs, rhs, spec):
     """Multiplies the codes as integers and scales the result."""
     acc = integer_dot(
-        lhs.codes.astype(jnp.int8), rhs.codes.astype(jnp.int8), (spec.contract, spec.batch)
+        lhs.codes.astype(jnp.int8),
+        rhs.codes.astype(jnp.int8),
+        (spec.contract, spec.batch),
+        spec.out_sharding,
     )
     acc = acc + _zero_point_terms(lhs, rhs, spec)
     compute = jnp.float64 if spec.dtype == jnp.float64 else jnp.float32
@@ -192,9 +199,10 @@ def _in_result(values, side, operands, spec):
     values = values.transpose(*batch, *free, *spec.contract[side])
     kept = values.shape[: len(batch) + len(free)]
     ones = (1,) * len(spec.free(operands[1 - side], 1 - side))
-    return values.reshape(
+    values = values.reshape(
         *kept[: len(batch)], *ones * side, *kept[len(batch) :], *ones * (1 - side)
     )
+    return like_result(values, spec.out_sharding)
 
 
 def _refuses_integer(lhs, rhs, spec):
@@ -205,7 +213,7 @@ def _refuses_integer(lhs, rhs, spec):
             return why_not
         if any(x.scale.shape[a] > 1 for a in axes):
             return f"scales {x.scale.shape} change along the contracted axes"
-    return refuses_length(math.prod(lhs.codes.shape[a] for a in spec.contract[0]))
+    return refuses_length(math.prod(lhs.codes.shape[a] for a in spec.contract[0]), lhs, rhs)
 
 
 _BLOCK = 256
@@ -258,6 +266,8 @@ def _refuses_blocks(lhs, rhs, spec):
         return "the right operand is not quantized"
     if spec.batch[1] or spec.free(rhs, 1) != [0]:
         return "the right operand is not stored with one free axis, first"
+    if spec.out_sharding is not None or is_sharded(rhs.codes):
+        return "blocks cannot be cut from sharded arrays"
     if rhs.codes.shape[0] < 2 * _BLOCK:
         return f"fewer than {2 * _BLOCK} columns"
     if any(_BLOCK % (rhs.codes.shape[0] // n) for n in _row_counts(rhs)):

@@ -10,6 +10,8 @@ from jax import lax
 from ..core import QTensor
 from .dispatch import Operand
 from .dot import dot_general
+from .operands import without_code_gradient
+from .sharding import OutSharding, before_transpose
 
 
 def einsum(
@@ -18,7 +20,7 @@ def einsum(
     *operands: Operand,
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
-    out_sharding: jax.sharding.NamedSharding | jax.P | None = None,
+    out_sharding: OutSharding = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """`jax.numpy.einsum` on arrays and QTensors, in any mixture.
@@ -51,11 +53,18 @@ def einsum(
             out_sharding=out_sharding,
         )
     if len(operands) == 1:
-        return jnp.einsum(subscripts, _plain(operands[0]), out_sharding=out_sharding)
+        return jnp.einsum(
+            subscripts,
+            _plain(operands[0]),
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
     labels, out_labels = _parse(subscripts, operands)
     options: dict[str, Any] = {
         "precision": precision,
         "preferred_element_type": preferred_element_type,
+        "out_sharding": None,
         "implementation": implementation,
     }
     result, result_labels = operands[0], labels[0]
@@ -73,7 +82,7 @@ def matmul(
     *,
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
-    out_sharding: jax.sharding.NamedSharding | jax.P | None = None,
+    out_sharding: OutSharding = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """`jax.numpy.matmul` on arrays and QTensors, in any mixture: (..., M, K) @ (..., K, N).
@@ -130,7 +139,9 @@ def _parse(subscripts, operands):
     labels = [_expand(term, x.ndim, subscripts) for term, x in zip(terms, operands, strict=True)]
     dots = max(sum(label.startswith("...") for label in ls) for ls in labels)
     if arrow:
-        return labels, _expand(output, dots + len(output.replace("...", "")), subscripts)
+        # Without an ellipsis in the output, the axes under those of the inputs are summed.
+        hidden = dots if "..." in output else 0
+        return labels, _expand(output, hidden + len(output.replace("...", "")), subscripts)
     letters = sorted(c for c in set(inputs) if c.isalpha() and inputs.count(c) == 1)
     return labels, _hidden(dots) + letters
 
@@ -175,9 +186,10 @@ def _contract(lhs, lhs_labels, rhs, rhs_labels, out_labels, options):
             f"Every output label must be an operand's, once; got output {out_labels} for "
             f"operands {lhs_labels} and {rhs_labels}."
         )
-    out = dot_general(lhs, rhs, (contract, batch_axes), **options)
-    order = [found.index(label) for label in out_labels]
-    return out if order == list(range(out.ndim)) else out.transpose(order)
+    order = tuple(found.index(label) for label in out_labels)
+    sharding = before_transpose(options["out_sharding"], order)
+    out = dot_general(lhs, rhs, (contract, batch_axes), **{**options, "out_sharding": sharding})
+    return out if order == tuple(range(out.ndim)) else out.transpose(order)
 
 
 def _broadcast_away(lhs, lhs_labels, rhs, rhs_labels):
@@ -227,4 +239,4 @@ def _plain(x):
             "A QTensor with `inputs` can only be multiplied; got a sum or a diagonal of "
             f"{x!r}. Use each of its labels once, in the output or in the other operand."
         )
-    return x.dequantize()
+    return without_code_gradient(x).dequantize()

@@ -12,8 +12,10 @@ from jax import lax
 from ..core import Inputs, QTensor, bits_of, quantize, quantize_with_scale
 from .dispatch import Operand
 
+AxesOfBoth = tuple[tuple[int, ...], tuple[int, ...]]
 
-def as_array(x: Operand) -> jax.Array:
+
+def as_array(x: Operand) -> jax.Array | np.ndarray:
     """The operand as a float array with its axes as they are stored."""
     return x.decode() if isinstance(x, QTensor) else x
 
@@ -48,37 +50,54 @@ def refuses_codes(x: Operand) -> str | None:
     return None
 
 
-def refuses_length(length: int) -> str | None:
-    """Why int32 may not hold sums of so many products of codes (127 * 127 each), or None."""
-    return None if length <= 131071 else f"sums of {length} codes may leave int32"
+def refuses_length(length: int, lhs: QTensor, rhs: QTensor) -> str | None:
+    """Why int32 may not hold sums of so many products of codes less zero points, or None."""
+    largest = length * _reach(lhs) * _reach(rhs)
+    return None if largest < 2**31 else f"sums of {length} codes may leave int32"
+
+
+def _reach(x):
+    """The largest magnitude of code less zero point: 128 for int8, 255 with a zero point."""
+    info = jnp.iinfo(x.format.dtype)
+    return max(-info.min, info.max) if x.zero_point is None else info.max - info.min
+
+
+def without_code_gradient(x: QTensor) -> QTensor:
+    """The same array; of its leaves only those of 16 bits or more carry a gradient."""
+    return jax.tree.map(lambda a: a if _is_wide_float(a.dtype) else lax.stop_gradient(a), x)
 
 
 def with_dequantized_gradient(
     fast: Callable[..., jax.Array],
     reference: Callable[..., jax.Array],
     operands: tuple[Operand, Operand],
-    contract: tuple[tuple[int, ...], tuple[int, ...]],
+    contract: AxesOfBoth,
     others: tuple[jax.Array | None, ...] = (),
+    channels: AxesOfBoth | None = None,
 ) -> jax.Array:
     """Returns fast(*operands, *others), with the derivative of `reference` on plain arrays.
 
     A float operand is first treated as the other's `inputs` say; `contract` has the contracted
-    axes of both. `others` are arrays without gradient.
+    axes of both, and `channels` those of them that a multiplier is for, None for all. `others`
+    are arrays without gradient.
 
     Rounding has derivative zero almost everywhere; here it counts as the identity (the
     straight-through estimator, Bengio et al. 2013, arXiv:1308.3432), so a float operand gets
     the gradient of the float product. Scales of 16 bits or more get theirs; codes get none.
     """
     leaves, treedef = jax.tree.flatten((operands, others))
+    lhs_channels, rhs_channels = channels or contract
+    lhs_axes = contract[0], _in_order_of(operands[1], rhs_channels, lhs_channels)
+    rhs_axes = contract[1], _in_order_of(operands[0], lhs_channels, rhs_channels)
 
     @jax.custom_jvp
     def product(*leaves):
         (lhs, rhs), others = jax.tree.unflatten(treedef, leaves)
-        return fast(_treat(lhs, rhs, contract[0]), _treat(rhs, lhs, contract[1]), *others)
+        return fast(_treat(lhs, rhs, *lhs_axes), _treat(rhs, lhs, *rhs_axes), *others)
 
     def on_dequantized(*leaves):
         (lhs, rhs), others = jax.tree.unflatten(treedef, leaves)
-        met = _straight_through(lhs, rhs, contract[0]), _straight_through(rhs, lhs, contract[1])
+        met = _straight_through(lhs, rhs, *lhs_axes), _straight_through(rhs, lhs, *rhs_axes)
         return reference(*(as_array(x) for x in met), *others)
 
     @partial(product.defjvp, symbolic_zeros=True)
@@ -103,8 +122,20 @@ def with_dequantized_gradient(
 
 def _carries_gradient(tangent):
     is_zero = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
-    is_float = jnp.issubdtype(tangent.dtype, jnp.floating)
-    return not is_zero and is_float and bits_of(tangent.dtype) >= 16
+    return not is_zero and _is_wide_float(tangent.dtype)
+
+
+def _is_wide_float(dtype):
+    """Whether a dtype is that of values and scales, and not of codes."""
+    return jnp.issubdtype(dtype, jnp.floating) and bits_of(dtype) >= 16
+
+
+def _in_order_of(other, met, axes):
+    """`axes` in the order of the logical axes of `other` that they meet, stored at `met`."""
+    if not isinstance(other, QTensor):
+        return axes
+    logical = np.argsort(other.stored_axes(range(other.ndim))).tolist()
+    return tuple(axis for _, axis in sorted(zip([logical[a] for a in met], axes, strict=True)))
 
 
 def _inputs_for(x, other) -> Inputs | None:
@@ -112,30 +143,31 @@ def _inputs_for(x, other) -> Inputs | None:
     return other.inputs if isinstance(other, QTensor) and not is_quantized else None
 
 
-def _treat(x, other, axes):
+def _treat(x, other, shared, channels):
     inputs = _inputs_for(x, other)
-    return x if inputs is None else _quantize_inputs(_multiply(x, inputs, axes), inputs, axes)
+    return x if inputs is None else _quantize_inputs(_multiply(x, inputs, channels), inputs, shared)
 
 
-def _straight_through(x, other, axes):
+def _straight_through(x, other, shared, channels):
     """`_treat`, with the values of the quantized operand and the derivative of x."""
     inputs = _inputs_for(x, other)
     if inputs is None:
         return x
-    x = _multiply(x, inputs, axes)
-    values = as_array(_quantize_inputs(x, inputs, axes))
+    x = _multiply(x, inputs, channels)
+    values = as_array(_quantize_inputs(x, inputs, shared))
     return x + lax.stop_gradient(values - x)
 
 
 def _multiply(x, inputs, axes):
-    """x * multiplier, which has one factor per element of the contracted axes."""
+    """x * multiplier, which has one factor per element of `axes`, in that order."""
     if inputs.multiplier is None:
         return x
     lengths = tuple(x.shape[a] for a in axes)
     if inputs.multiplier.shape != lengths:
         raise ValueError(
-            "inputs.multiplier must have the shape of the contracted axes; got "
-            f"{inputs.multiplier.shape} for axes {axes} of an operand of shape {x.shape}."
+            f"inputs.multiplier must have the shape of the contracted axes, {lengths}, in the "
+            f"order of the QTensor's; got {inputs.multiplier.shape} for axes {axes} of an "
+            f"operand of shape {x.shape}."
         )
     ascending = inputs.multiplier.transpose(np.argsort(axes))
     shape = [n if a in axes else 1 for a, n in enumerate(x.shape)]

@@ -60,7 +60,7 @@ class RaggedSpec:
 def ragged_dot(
     lhs: Operand,
     rhs: Operand,
-    group_sizes: jax.Array,
+    group_sizes: jax.Array | np.ndarray,
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     group_offset: jax.Array | None = None,
@@ -93,13 +93,15 @@ def ragged_dot(
     """
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
         return lax.ragged_dot(
-            lhs,
-            rhs,
-            group_sizes,
+            jnp.asarray(lhs),
+            jnp.asarray(rhs),
+            jnp.asarray(group_sizes),
             precision,
             preferred_element_type,
             group_offset,
         )
+    # XLA's ragged products want the rows of the left operand first.
+    lhs = lhs.reorder(None) if isinstance(lhs, QTensor) else lhs
     spec = RaggedSpec(
         stored_axes(rhs, range(3)), result_dtype(lhs, rhs, preferred_element_type), precision
     )
@@ -133,16 +135,17 @@ def _integer(lhs, rhs, spec):
     group, _, column = spec.rhs_axes
     scale = scale_values(rhs.scale).astype(compute)
     scale = scale.transpose(group, column, 3 - group - column).squeeze(-1)
+    ends = jnp.cumsum(jnp.asarray(spec.group_sizes))
+    rows = jnp.arange(lhs.shape[0], dtype=ends.dtype)
     if scale.shape[0] > 1:
-        # Rows beyond the last group are zero: any scale serves.
-        ends = jnp.cumsum(spec.group_sizes)
-        rows = jnp.arange(lhs.shape[0], dtype=ends.dtype)
-        scale = jnp.take(scale, jnp.searchsorted(ends, rows, side="right"), 0, mode="clip")
+        groups = jnp.searchsorted(ends, rows, side="right")
+        block = rhs.codes.shape[group] // scale.shape[0]
+        scale = jnp.take(scale, groups // block, 0, mode="clip")
     columns = rhs.codes.shape[column]
     scale = jnp.repeat(scale, columns // scale.shape[1], 1) if scale.shape[1] > 1 else scale
-    return (acc.astype(compute) * scale_values(lhs.scale).astype(compute) * scale).astype(
-        spec.dtype
-    )
+    out = acc.astype(compute) * scale_values(lhs.scale).astype(compute) * scale
+    # Rows beyond the last group are zeros, also where a scale is NaN.
+    return jnp.where(rows[:, None] < jnp.sum(spec.group_sizes), out, 0).astype(spec.dtype)
 
 
 def _refuses_integer(lhs, rhs, spec):
@@ -156,7 +159,7 @@ def _refuses_integer(lhs, rhs, spec):
         return f"rows of the left operand share scales {lhs.scale.shape}"
     if spec.group_offset is not None:
         return "group_offset moves the groups"
-    return refuses_length(rhs.codes.shape[spec.rhs_axes[1]])
+    return refuses_length(rhs.codes.shape[spec.rhs_axes[1]], lhs, rhs)
 
 
 _TABLE = (

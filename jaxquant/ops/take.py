@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from ..core import QTensor
+from .dispatch import Operand
+from .operands import without_code_gradient
 
 
 def take(
-    a: jax.Array | QTensor,
-    indices: jax.Array,
+    a: Operand,
+    indices: jax.typing.ArrayLike,
     axis: int | None = None,
     *,
     mode: str | None = None,
@@ -41,7 +43,8 @@ def take(
     if not isinstance(a, QTensor):
         return jnp.take(a, indices, axis, mode=mode, fill_value=fill_value)
     if axis is None:
-        return jnp.take(a.dequantize(), indices, mode=mode, fill_value=fill_value)
+        values = without_code_gradient(a).dequantize()
+        return jnp.take(values, indices, mode=mode, fill_value=fill_value)
     indices = jnp.asarray(indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(f"indices must be whole numbers; got {indices.dtype}. Cast them first.")
@@ -49,34 +52,45 @@ def take(
         raise ValueError(f"mode must be one of {', '.join(_MODES)}, or None; got {mode!r}.")
     if not -a.ndim <= axis < a.ndim:
         raise ValueError(f"axis must be an axis of shape {a.shape}; got {axis}.")
+    if indices.dtype.itemsize < 4:
+        # int8 holds no length above 127, and arithmetic would wrap around.
+        indices = indices.astype(jnp.int32)
     return _take(a, indices, axis % a.ndim, mode or "fill", fill_value)
 
 
-# Each brings indices into bounds, given the length of the axis.
+def _from_start(indices, length):
+    """Negative indices count from the end."""
+    return jnp.where(indices < 0, indices + length, indices)
+
+
+# What brings indices into bounds, given the length of the axis, and whether to fill outside.
 _MODES = {
-    "fill": lambda i, n: jnp.clip(jnp.where(i < 0, i + n, i), 0, n - 1),
-    "clip": lambda i, n: jnp.clip(i, 0, n - 1),
-    "wrap": lambda i, n: i % n,
+    "fill": (lambda i, n: jnp.clip(_from_start(i, n), 0, n - 1), True),
+    "clip": (lambda i, n: jnp.clip(i, 0, n - 1), False),
+    "wrap": (lambda i, n: i % n, False),
 }
 
 
 @partial(jax.jit, static_argnames=("axis", "mode", "fill_value"))
 def _take(a, indices, axis, mode, fill_value):
     length, (stored,) = a.shape[axis], a.stored_axes([axis])
-    bounded = _MODES[mode](indices, length)
+    bound, fills = _MODES[mode]
+    bounded = bound(indices, length)
 
     def gather(x):
         before, count, after = x.shape[:stored], x.shape[stored], x.shape[stored + 1 :]
         if count == 1:
             return x.reshape(*before, *(1,) * indices.ndim, *after)
-        return jnp.take(x, bounded // (length // count), stored, mode="clip")
+        block = length // count if count else 1
+        return jnp.take(x, bounded // block, stored, mode="clip")
 
-    bare = dataclasses.replace(a, inputs=None, order=None)
+    bare = without_code_gradient(dataclasses.replace(a, inputs=None, order=None))
     rows = jax.tree.map(gather, bare).decode()
     out = rows.transpose(_logical(a, axis, stored, indices.ndim))
-    is_inside = (indices >= -length) & (indices < length)
-    if _MODES[mode] is not _MODES["fill"]:
+    if not fills:
         return out
+    index = _from_start(indices, length)
+    is_inside = (index >= 0) & (index < length)
     fill = jnp.asarray(jnp.nan if fill_value is None else fill_value, out.dtype)
     spread = (*(1,) * axis, *indices.shape, *(1,) * (a.ndim - axis - 1))
     return jnp.where(is_inside.reshape(spread), out, fill)

@@ -146,7 +146,7 @@ def _read_array(file, name, path):
 
 def _restructure(tree, like, path):
     paths, leaves, _ = leaves_with_paths(tree)
-    wanted, _, treedef = leaves_with_paths(like)
+    wanted, leaves_like, treedef = leaves_with_paths(like)
     found = dict(zip(paths, leaves, strict=True))
     if len(found) < len(paths):
         twice = next(p for p in paths if paths.count(p) > 1)
@@ -160,6 +160,12 @@ def _restructure(tree, like, path):
             f"{path} and `like` must have the same leaves; got {len(paths)} and {len(wanted)}, "
             f"which differ at {', '.join(odd[:5])}."
         )
+    for place, leaf in zip(wanted, leaves_like, strict=True):
+        if np.shape(found[place]) != np.shape(leaf):
+            raise ValueError(
+                f"{path} and `like` must have the same shapes; got {np.shape(found[place])} and "
+                f"{np.shape(leaf)} at {place!r}."
+            )
     return jax.tree.unflatten(treedef, [found[p] for p in wanted])
 
 

@@ -79,8 +79,11 @@ class Rule:
 
 Rules = Scheme | ArrayConfig | Mapping[str, Any] | Sequence[Any]
 
-_NORM_OR_BIAS = r"re:(?i)(.*[/._])?(bias|beta|gamma|scale|[^/.]*norm[^/.]*|ln_?\w*)([/._].*)?"
-_EMBEDDING = r"re:(?i).*(embed|wte|wpe).*"
+# A norm by any part of the path, but not by "normal" or "normalized"; a bias by its end.
+_NORM = r"[^/.]*norm(?!al(?!i[sz]ation))[^/.]*|ln(_\w+|\d*|f)"
+_NORM_OR_BIAS = rf"re:(?i)(.*[/.])?({_NORM})([/.].*)?|(.*[/._])?(bias(_\w+)?|beta|gamma|scale)"
+# Not the kernel of a product that embeds patches or frames.
+_EMBEDDING = r"re:(?i)(?!.*kernel$).*(embed|wte|wpe).*"
 
 
 def is_matrix(path: str, leaf: Any) -> bool:

@@ -46,6 +46,17 @@ def test_dequantize_is_the_convention(config):
     np.testing.assert_allclose(jax.jit(dequantize)(q), expected, rtol=1e-6)
 
 
+def test_what_inputs_carry_is_counted():
+    x, q = cube(next(iter(CUBES)))
+    inputs = Inputs(multiplier=jnp.ones(x.shape[0]), scale=jnp.float32(1))
+    assert dataclasses.replace(q, inputs=inputs).nbytes == q.nbytes + 4 * x.shape[0] + 4
+
+
+def test_the_identity_is_no_order():
+    _, q = cube(next(iter(CUBES)))
+    assert q.reorder((-1, -2)).reorder((-2, -1)).order is None
+
+
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 @pytest.mark.parametrize("name", CUBES)
 def test_an_array_in_another_order_is_the_same_array(name, order):

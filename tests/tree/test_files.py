@@ -153,6 +153,11 @@ def test_like_may_be_abstract_and_unquantized(tmp_path):
             {"a/b": 0, "a": {"b": 0}},
             "has several leaves at 'a/b', which `like` cannot tell apart. Load it without",
         ),
+        (
+            {"a": np.ones((2, 3))},
+            {"a": np.ones((3, 2))},
+            r"and `like` must have the same shapes; got \(2, 3\) and \(3, 2\) at 'a'",
+        ),
     ],
 )
 def test_another_structure_is_refused(tmp_path, params, like, text):

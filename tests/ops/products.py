@@ -1,0 +1,132 @@
+"""Operands of products, and slow float64 references for what the library makes of them."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant import (
+    FORMATS,
+    FP8_E4M3,
+    INT2,
+    INT4,
+    INT8,
+    MXFP8,
+    ArrayConfig,
+    QTensor,
+    quantize,
+)
+
+from .. import oracles
+
+# No two lengths are equal, and no operand is centered, so that nothing can be swapped or dropped.
+M, K, N = 5, 64, 24
+
+# Configs of a (K, N) weight. Every number format is here by its row in FORMATS.
+WEIGHTS = {f.name: ArrayConfig(format=f, axis=0) for f in FORMATS.values()} | {
+    "int8-tensor": ArrayConfig(axis=None),
+    "int8-asym": ArrayConfig(axis=0, symmetric=False),
+    "int8-asym-tensor": ArrayConfig(axis=None, symmetric=False),
+    "int8-g16": ArrayConfig(axis=0, group_size=16),
+    "int8-blocks": ArrayConfig(axis=(0, 1), group_size=(32, 8)),
+    "int8-columns": ArrayConfig(axis=(0, 1), group_size=(K, 8), symmetric=False),
+    "int4-g32": ArrayConfig(format=INT4, axis=0, group_size=32),
+    "int4-asym": ArrayConfig(format=INT4, axis=0, symmetric=False),
+    "int4-asym-g32": ArrayConfig(format=INT4, axis=0, group_size=32, symmetric=False),
+    "int4-nested": ArrayConfig(format=INT4, axis=0, scale_dtype="float8_e4m3fn"),
+    "int2-asym-g16": ArrayConfig(format=INT2, axis=0, group_size=16, symmetric=False),
+}
+# Configs of an (M, K) operand that meets it; None leaves it a float array.
+INPUTS = {
+    "float": None,
+    "int8": ArrayConfig(axis=-1),
+    "int8-tensor": ArrayConfig(axis=None),
+    "int8-asym": ArrayConfig(axis=-1, symmetric=False),
+    "fp8": ArrayConfig(format=FP8_E4M3, axis=-1),
+    "mxfp8": ArrayConfig(format=MXFP8, axis=-1),
+}
+# One of each kind, where each case is compiled anew.
+FEW = ("int8", "int8-asym", "int8-blocks", "int4-asym-g32", "fp8_e4m3", "nf4", "nvfp4")
+ORDERS = (None, (-1, -2))
+
+
+def normal(*shape: int, seed=0, center=0.3, dtype: Any = np.float32) -> np.ndarray:
+    """Float values around `center`, whose last axis has entries of different size."""
+    random = np.random.default_rng(seed)
+    sizes = np.exp2(np.linspace(-2, 2, shape[-1])) if shape else 1.0
+    return ((random.normal(size=shape) + center) * sizes).astype(dtype)
+
+
+def weight(config, shape=(K, N), seed=1):
+    return quantize(normal(*shape, seed=seed), config)
+
+
+def with_unit_scale(codes, zero_point=None):
+    """A QTensor that stands for its int8 codes, less the zero point."""
+    ones = (1,) * codes.ndim
+    zero_point = None if zero_point is None else jnp.full(ones, zero_point, jnp.int8)
+    return QTensor(
+        jnp.asarray(codes), jnp.ones(ones), zero_point, format=INT8, dtype=np.dtype(np.float32)
+    )
+
+
+def with_inputs(q, inputs):
+    return dataclasses.replace(q, inputs=inputs)
+
+
+def values(x):
+    """What an operand stands for, in float64 and logical axes."""
+    return oracles.dequantize(x) if isinstance(x, QTensor) else np.asarray(x).astype(np.float64)
+
+
+def assert_close(got, want, size, tolerance=2e-6):
+    """Errors of at most `tolerance`, relative to the sum of the magnitudes that were added."""
+    got, size = np.asarray(got).astype(np.float64), np.asarray(size)
+    assert got.shape == want.shape
+    np.testing.assert_array_less(np.abs(got - want), tolerance * size + 1e-30)
+
+
+def assert_product(got, equation, *operands, tolerance=2e-6):
+    """`got` is np.einsum of what the operands stand for, up to the rounding of float32 sums."""
+    arrays = [values(x) for x in operands]
+    size = np.einsum(equation, *map(np.abs, arrays))
+    assert_close(got, np.einsum(equation, *arrays), size, tolerance)
+
+
+def conv(lhs, rhs, strides, padding, lhs_dilation=(1, 1), rhs_dilation=(1, 1), groups=1):
+    """Convolution of (N, H, W, C) images with (H, W, C / groups, O) kernels, point by point."""
+    batch, height, width, channels = lhs.shape
+    rows, columns, depth, outputs = rhs.shape
+    wide = np.zeros(
+        (
+            batch,
+            padding[0][0] + (height - 1) * lhs_dilation[0] + 1 + padding[0][1],
+            padding[1][0] + (width - 1) * lhs_dilation[1] + 1 + padding[1][1],
+            channels,
+        )
+    )
+    for y, x in itertools.product(range(height), range(width)):
+        row, column = padding[0][0] + y * lhs_dilation[0], padding[1][0] + x * lhs_dilation[1]
+        wide[:, row, column] = lhs[:, y, x]
+    reach = (rows - 1) * rhs_dilation[0] + 1, (columns - 1) * rhs_dilation[1] + 1
+    lengths = [(wide.shape[1 + i] - reach[i]) // strides[i] + 1 for i in range(2)]
+    out = np.zeros((batch, *lengths, outputs))
+    for y, x, o in itertools.product(*map(range, lengths), range(outputs)):
+        first = o // (outputs // groups) * depth
+        for i, j in itertools.product(range(rows), range(columns)):
+            row, column = y * strides[0] + i * rhs_dilation[0], x * strides[1] + j * rhs_dilation[1]
+            pixels = wide[:, row, column, first : first + depth]
+            out[:, y, x, o] += pixels @ rhs[i, j, :, o]
+    return out
+
+
+def ragged_dot(lhs, rhs, group_sizes):
+    """One product per group of rows; zeros below the last group."""
+    out = np.zeros((lhs.shape[0], rhs.shape[2]))
+    start = 0
+    for matrix, size in zip(rhs, np.asarray(group_sizes), strict=True):
+        out[start : start + size] = lhs[start : start + size] @ matrix
+        start += size
+    return out

@@ -1,0 +1,245 @@
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import FP8_E4M3, INT4, NF4, ArrayConfig, Inputs, conv_general_dilated, quantize
+
+from .products import assert_close, conv, normal, values, with_inputs
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+# Name: (strides, padding, options).
+WINDOWS = {
+    "plain": ((1, 1), ((0, 0), (0, 0)), {}),
+    "strides": ((2, 1), ((1, 0), (2, 1)), {}),
+    "dilated kernel": ((1, 2), ((1, 1), (2, 2)), {"rhs_dilation": (1, 2)}),
+    "dilated image": ((1, 1), ((1, 2), (0, 1)), {"lhs_dilation": (2, 1)}),
+    "groups": ((1, 1), ((0, 1), (1, 0)), {"feature_group_count": 2}),
+}
+KERNELS = {
+    "int8": ArrayConfig(axis=(0, 1, 2)),
+    "int8-tensor": ArrayConfig(axis=None),
+    "int8-asym": ArrayConfig(axis=(0, 1, 2), symmetric=False),
+    "int4-g2": ArrayConfig(axis=2, format=INT4, group_size=2),
+    "int4": ArrayConfig(axis=(0, 1, 2), format=INT4),
+    "fp8": ArrayConfig(axis=(0, 1, 2), format=FP8_E4M3),
+    "nf4": ArrayConfig(axis=(0, 1, 2), format=NF4),
+    "nested": ArrayConfig(axis=(0, 1, 2), scale_dtype="float8_e4m3fn"),
+}
+IMAGES = {
+    "float": None,
+    "int8": ArrayConfig(axis=(1, 2, 3)),
+    "int8-tensor": ArrayConfig(axis=None),
+    "int8-asym": ArrayConfig(axis=(1, 2, 3), symmetric=False),
+    "int8-pixels": ArrayConfig(axis=3),
+}
+ORDERS = (None, (-1, -4, -3, -2))
+IMAGE = normal(2, 6, 7, 4)
+
+
+def kernel(config, depth=4):
+    return quantize(normal(3, 2, depth, 6, seed=1), config)
+
+
+def assert_conv(got, x, q, strides, padding, groups=1, tolerance=2e-6, **dilations):
+    run = partial(conv, strides=strides, padding=padding, groups=groups, **dilations)
+    arrays = values(x), values(q)
+    assert_close(got, run(*arrays), run(*map(np.abs, arrays)), tolerance)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_mixture_of_formats_and_orders_matches_loops(name):
+    strides, padding, _ = WINDOWS["strides"]
+    q = kernel(KERNELS[name])
+
+    @jax.jit
+    def products(image, q):
+        images = {n: image if c is None else quantize(image, c) for n, c in IMAGES.items()}
+        run = partial(
+            conv_general_dilated,
+            window_strides=strides,
+            padding=padding,
+            dimension_numbers=NHWC,
+        )
+        stored = [q.reorder(order) for order in ORDERS]
+        return images, {n: [run(x, w) for w in stored] for n, x in images.items()}
+
+    images, results = products(IMAGE, q)
+    for kind, x in images.items():
+        for got in results[kind]:
+            assert_conv(got, x, q, strides, padding)
+
+
+@pytest.mark.parametrize("image", ["float", "int8"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_every_window_matches_loops(window, image):
+    strides, padding, options = WINDOWS[window]
+    groups = options.get("feature_group_count", 1)
+    q = kernel(KERNELS["int8"], 4 // groups)
+    x = IMAGE if IMAGES[image] is None else quantize(IMAGE, IMAGES[image])
+
+    got = conv_general_dilated(x, q, strides, padding, dimension_numbers=NHWC, **options)
+
+    dilations = {k: v for k, v in options.items() if "dilation" in k}
+    assert_conv(got, x, q, strides, padding, groups, **dilations)
+
+
+def test_layouts_named_paddings_and_orders_of_either_side_change_nothing():
+    q, x = kernel(KERNELS["int8"]), quantize(IMAGE, IMAGES["int8"])
+    want = conv_general_dilated(x, q, [1, 1], [(1, 1), (0, 1)], dimension_numbers=NHWC)
+    assert_conv(want, x, q, (1, 1), ((1, 1), (0, 1)))
+
+    # Channels first, as the default has it.
+    first = quantize(IMAGE.transpose(0, 3, 1, 2), ArrayConfig(axis=(1, 2, 3)))
+    turned = quantize(normal(3, 2, 4, 6, seed=1).transpose(3, 2, 0, 1), ArrayConfig(axis=(1, 2, 3)))
+    for a, b in ((first, turned), (first.reorder((-1, -3, -2)), turned.reorder((-1, -2)))):
+        got = conv_general_dilated(a, b, [1, 1], "SAME")
+        np.testing.assert_allclose(got.transpose(0, 2, 3, 1), want, rtol=1e-6, atol=1e-5)
+
+
+def test_int8_convolutions_are_exact():
+    codes = np.random.default_rng(0).choice([-127, -1, 0, 127], (2, 6, 7, 4)).astype(np.float32)
+    kernel = np.random.default_rng(1).choice([-127, 0, 1, 127], (3, 2, 4, 6)).astype(np.float32)
+    codes[:, 0, 0] = kernel[0, 0, 0] = 127
+    x, q = quantize(codes, IMAGES["int8"]), quantize(kernel, KERNELS["int8"])
+
+    got = conv_general_dilated(x, q, (1, 1), "VALID", dimension_numbers=NHWC)
+
+    np.testing.assert_array_equal(got, conv(codes, kernel, (1, 1), ((0, 0), (0, 0))))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_inputs_are_quantized_per_example_with_one_factor_per_channel(symmetric):
+    config = ArrayConfig(symmetric=symmetric)
+    factors = jnp.asarray([1.0, 2.0, 0.5, 3.0])
+    image = jnp.asarray(IMAGE)
+
+    for multiplier, x in ((None, image), (factors, image * factors.reshape(1, 1, 1, 4))):
+        for order in ORDERS:
+            q = with_inputs(kernel(KERNELS["int8"]), Inputs(config, multiplier=multiplier))
+            got = conv_general_dilated(
+                image, q.reorder(order), (1, 1), "VALID", dimension_numbers=NHWC
+            )
+            met = quantize(x, ArrayConfig(axis=(1, 2, 3), symmetric=symmetric))
+            assert_conv(got, met, q, (1, 1), ((0, 0), (0, 0)))
+
+
+def convolutions(x, q, platform):
+    """(lhs, rhs, result) element types of each convolution in the StableHLO text."""
+    run = partial(
+        conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=NHWC
+    )
+    text = jax.jit(run).trace(x, q).lower(lowering_platforms=(platform,)).as_text()
+    tensor = r"tensor<(?:\d+x)*(\w+)>"
+    return re.findall(rf"convolution.*: \({tensor}, {tensor}\) -> {tensor}", text)
+
+
+@pytest.mark.parametrize(
+    "platform, wanted",
+    [
+        ("cpu", ("i8", "i8", "i32")),
+        ("tpu", ("i8", "i8", "i32")),
+        ("cuda", ("f32", "f32", "f32")),
+    ],
+)
+def test_codes_are_convolved_as_integers_where_the_platform_can(platform, wanted):
+    q = kernel(KERNELS["int8"])
+    dynamic = with_inputs(q, Inputs(ArrayConfig()))
+    assert convolutions(quantize(IMAGE, IMAGES["int8"]), q, platform) == [wanted]
+    assert convolutions(IMAGE, dynamic, platform) == [wanted]
+
+
+REFUSED = {
+    "int8 scales .* change within an example or an output channel": ("int8-pixels", "int8"),
+    "scales .* change within": ("int8", "int4-g2"),
+    "padding has no zero point": ("int8", "int8-asym"),
+    "an operand of float32 has no codes": ("float", "int8"),
+    "fp8_e4m3 codes are not whole numbers within int8": ("int8", "fp8"),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_integer_is_refused_with_the_reason(message):
+    image, name = REFUSED[message]
+    x = IMAGE if IMAGES[image] is None else quantize(IMAGE, IMAGES[image])
+    with pytest.raises(ValueError, match=message.removeprefix("int8 ")):
+        conv_general_dilated(
+            x,
+            kernel(KERNELS[name]),
+            (1, 1),
+            "VALID",
+            dimension_numbers=NHWC,
+            implementation="integer",
+        )
+
+
+def test_scales_of_another_axis_of_the_same_length_are_refused():
+    run = partial(
+        conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=NHWC
+    )
+    # As many rows as examples, and as many input channels as output channels.
+    x = quantize(normal(6, 6, 7, 4), ArrayConfig(axis=(0, 2, 3)))
+    q = quantize(normal(3, 2, 4, 4, seed=1), ArrayConfig(axis=(0, 1, 3)))
+    images = quantize(normal(6, 6, 7, 4), IMAGES["int8"])
+    for lhs, rhs in ((x, kernel(KERNELS["int8"])), (images, q)):
+        with pytest.raises(ValueError, match="change within an example or an output channel"):
+            run(lhs, rhs, implementation="integer")
+
+
+def test_long_sums_and_batch_groups_are_not_convolved_as_integers():
+    long = quantize(np.ones((1, 1, 1, 131072), np.float32), ArrayConfig(axis=3))
+    tall = quantize(np.ones((1, 1, 131072, 1), np.float32), ArrayConfig(axis=2))
+    run = partial(
+        conv_general_dilated, window_strides=(1, 1), padding="VALID", dimension_numbers=NHWC
+    )
+    with pytest.raises(ValueError, match="sums of 131072 codes may leave int32"):
+        run(long, tall, implementation="integer")
+    x, q = quantize(IMAGE, IMAGES["int8"]), kernel(KERNELS["int8"])
+    with pytest.raises(ValueError, match="batch groups mix the scales of examples"):
+        run(x, q, batch_group_count=2, implementation="integer")
+    got = run(x, q, batch_group_count=2)
+    want = run(x.dequantize(), q.dequantize(), batch_group_count=2)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_both_implementations_give_the_same_numbers_and_dtypes():
+    x, q = quantize(IMAGE, IMAGES["int8"]), kernel(KERNELS["int8"])
+    for implementation in ("integer", "dequantize", None):
+        got = conv_general_dilated(
+            x,
+            q,
+            (1, 1),
+            "VALID",
+            dimension_numbers=NHWC,
+            preferred_element_type=jnp.bfloat16,
+            precision="highest",
+            implementation=implementation,
+        )
+        assert got.dtype == jnp.bfloat16
+        assert_conv(got, x, q, (1, 1), ((0, 0), (0, 0)), tolerance=2.0**-8)
+    with pytest.raises(ValueError, match="preferred_element_type must be floating"):
+        conv_general_dilated(x, q, (1, 1), "VALID", preferred_element_type=jnp.int32)
+
+
+def test_bfloat16_images_sum_in_the_preferred_dtype():
+    x = jnp.asarray(IMAGE, jnp.bfloat16)
+    q = kernel(KERNELS["int8"]).astype(jnp.bfloat16)
+    run = partial(
+        conv_general_dilated, window_strides=(1, 1), padding="VALID", dimension_numbers=NHWC
+    )
+    got = run(x, q, preferred_element_type=jnp.float32)
+    want = run(x, q.dequantize(), preferred_element_type=jnp.float32)
+    assert run(x, q).dtype == jnp.bfloat16
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+    assert np.any(got != got.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_plain_arrays_go_to_lax_unchanged():
+    w = normal(3, 2, 4, 6, seed=1)
+    run = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": NHWC}
+    want = jax.lax.conv_general_dilated(jnp.asarray(IMAGE), jnp.asarray(w), **run)
+    np.testing.assert_array_equal(conv_general_dilated(jnp.asarray(IMAGE), w, **run), want)

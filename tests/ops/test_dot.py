@@ -1,0 +1,364 @@
+import itertools
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import (
+    FP8_E4M3,
+    INT4,
+    INT8,
+    MXFP8,
+    NVFP4,
+    ArrayConfig,
+    Inputs,
+    QTensor,
+    dot_general,
+    matmul,
+    quantize,
+)
+
+from .. import oracles
+from .products import (
+    FEW,
+    INPUTS,
+    ORDERS,
+    WEIGHTS,
+    K,
+    M,
+    N,
+    assert_product,
+    normal,
+    weight,
+    with_inputs,
+    with_unit_scale,
+)
+
+MATRICES = (((1,), (0,)), ((), ()))
+
+
+@jax.jit
+def every_mixture(x, q):
+    """Products of one weight, in both orders of storage, with each kind of other operand."""
+    inputs = {name: x if c is None else quantize(x, c) for name, c in INPUTS.items()}
+    stored = [q.reorder(order) for order in ORDERS]
+    turned = ("float", "int8", "int8-asym")
+    right = {
+        n: [dot_general(a, w, MATRICES) for w in stored[: 1 + (n in turned)]]
+        for n, a in inputs.items()
+    }
+    columns = (((0,), (1,)), ((), ()))
+    left = {n: dot_general(stored[1], inputs[n], columns) for n in ("float", "int8-asym")}
+    return inputs, right, left
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_mixture_of_formats_and_orders_matches_numpy(name):
+    q = weight(WEIGHTS[name])
+
+    inputs, right, left = every_mixture(normal(M, K), q)
+
+    for kind, x in inputs.items():
+        for out in right[kind]:
+            assert_product(out, "mk,kn->mn", x, q)
+    for kind, out in left.items():
+        assert_product(out, "kn,mk->nm", q, inputs[kind])
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_one_row_and_one_column_match_numpy(name):
+    q, x = weight(WEIGHTS[name]), normal(1, K)
+    column = quantize(normal(K, 1), ArrayConfig(axis=0))
+
+    assert_product(dot_general(x, q, MATRICES), "mk,kn->mn", x, q)
+    rows = quantize(normal(M, K), ArrayConfig(axis=1))
+    assert_product(dot_general(rows, column, MATRICES), "mk,kn->mn", rows, column)
+
+
+BATCHED = {
+    "none": ((4,), (4, 6), "k,kn->n", (((0,), (0,)), ((), ()))),
+    "vectors": ((4,), (4,), "k,k->", (((0,), (0,)), ((), ()))),
+    "outer": ((3,), (4,), "m,n->mn", (((), ()), ((), ()))),
+    "one": ((3, 5, 4), (3, 4, 6), "bmk,bkn->bmn", (((2,), (1,)), ((0,), (0,)))),
+    "vectors in a batch": ((3, 4), (3, 4), "bk,bk->b", (((1,), (1,)), ((0,), (0,)))),
+    "two, crossed": (
+        (2, 5, 3, 4),
+        (3, 4, 2, 6),
+        "abcd,cdaf->acbf",
+        (((3,), (1,)), ((0, 2), (2, 0))),
+    ),
+    "two contracted": ((5, 4, 3), (3, 4, 6), "mkj,jkn->mn", (((1, 2), (1, 0)), ((), ()))),
+    "two free": ((2, 4, 5), (3, 4, 6), "akb,ckd->abcd", (((1,), (1,)), ((), ()))),
+}
+
+
+@pytest.mark.parametrize("case", BATCHED)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_any_dimension_numbers_match_numpy(case, symmetric):
+    lhs_shape, rhs_shape, equation, numbers = BATCHED[case]
+    configs = [ArrayConfig(axis=axes, symmetric=symmetric) for axes in numbers[0]]
+    lhs, rhs = quantize(normal(*lhs_shape), configs[0]), quantize(normal(*rhs_shape), configs[1])
+
+    for a, b in itertools.product((lhs, normal(*lhs_shape)), (rhs, normal(*rhs_shape))):
+        got = jax.jit(partial(dot_general, dimension_numbers=numbers))(a, b)
+        assert_product(got, equation, a, b)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((-3, -2, -1))))
+def test_stored_order_changes_nothing(order):
+    x, w = normal(4, 2, 5), normal(3, 4, 6, seed=1)
+    q = quantize(w, ArrayConfig(axis=1, symmetric=False))
+    left = quantize(x, ArrayConfig(axis=0)).reorder(order)
+    numbers = (((0,), (1,)), ((), ()))
+
+    for a in (x, left):
+        got = dot_general(a, q.reorder(order), numbers)
+        assert_product(got, "kab,ckd->abcd", a, q)
+
+
+# (M, K, N): one row, one column, odd and empty sums.
+EXACT = [(1, 7, 1), (1, 33, 5), (4, 1, 3), (3, 0, 2), (5, 129, 1), (2, 1040, 6)]
+
+
+def codes_at_the_ends(shape, seed):
+    codes = np.random.default_rng(seed).choice([-128, -127, -1, 0, 1, 127], shape)
+    return codes.astype(np.int8)
+
+
+@pytest.mark.parametrize("shape", EXACT, ids=str)
+def test_int8_products_are_those_of_numpy_int64_in_every_transformation(shape):
+    m, k, n = shape
+    lhs, rhs = codes_at_the_ends((2, m, k), 0), codes_at_the_ends((2, k, n), 1)
+    want = lhs.astype(np.int64) @ rhs.astype(np.int64)
+    assert np.abs(want).max(initial=0) < 2**24, "float32 holds every result"
+
+    def product(a, b):
+        return dot_general(with_unit_scale(a), with_unit_scale(b), MATRICES)
+
+    stacked = jnp.asarray(lhs), jnp.asarray(rhs)
+    results = {
+        "eager": np.stack([product(a, b) for a, b in zip(*stacked, strict=True)]),
+        "jit": np.stack([jax.jit(product)(a, b) for a, b in zip(*stacked, strict=True)]),
+        "vmap": jax.vmap(product)(*stacked),
+        "scan": jax.lax.scan(lambda _, x: (None, product(*x)), None, stacked)[1],
+    }
+    for name, got in results.items():
+        np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+@pytest.mark.parametrize("rhs_zero", [None, -127, 3])
+@pytest.mark.parametrize("lhs_zero", [None, -128, 5, 127])
+def test_zero_points_on_either_side_are_exact(lhs_zero, rhs_zero):
+    zeros = lhs_zero, rhs_zero
+    codes = codes_at_the_ends((3, 40), 0), codes_at_the_ends((40, 2), 1)
+    whole = [c.astype(np.int64) - (z or 0) for c, z in zip(codes, zeros, strict=True)]
+
+    lhs, rhs = (with_unit_scale(c, z) for c, z in zip(codes, zeros, strict=True))
+    got = dot_general(lhs, rhs, MATRICES, implementation="integer")
+
+    np.testing.assert_array_equal(got, whole[0] @ whole[1])
+
+
+# (elements, zero point of lhs, of rhs): the longest sums that int32 surely holds, and one more.
+LENGTHS = [(131071, None, None), (65793, 127, None), (65793, None, 127), (33025, 127, 127)]
+
+
+@pytest.mark.parametrize("length, lhs_zero, rhs_zero", LENGTHS)
+def test_sums_that_may_leave_int32_are_not_computed_as_integers(length, lhs_zero, rhs_zero):
+    def product(length, implementation):
+        lhs = with_unit_scale(np.full((2, length), -128, np.int8), lhs_zero)
+        rhs = with_unit_scale(np.full((length, 2), -128, np.int8), rhs_zero)
+        got = dot_general(lhs, rhs, MATRICES, implementation=implementation)
+        want = length * (128 + (lhs_zero or 0)) * (128 + (rhs_zero or 0))
+        # Float sums of so many terms are good to four digits only.
+        np.testing.assert_allclose(got, want, rtol=1e-6 if implementation else 1e-4)
+
+    product(length, "integer")
+    with pytest.raises(ValueError, match=f"sums of {length + 1} codes may leave int32"):
+        product(length + 1, "integer")
+    product(length + 1, None)
+
+
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+@pytest.mark.parametrize("implementation", ["integer", "dequantize"])
+@pytest.mark.parametrize("lhs_dtype, rhs_dtype", list(itertools.product(DTYPES, DTYPES)))
+def test_the_result_has_the_dtype_that_jnp_gives(lhs_dtype, rhs_dtype, implementation):
+    x = quantize(jnp.asarray(normal(M, K), lhs_dtype), ArrayConfig(axis=1))
+    q = quantize(jnp.asarray(normal(K, N), rhs_dtype), ArrayConfig(axis=0))
+    assert (x.dtype, q.dtype) == (lhs_dtype, rhs_dtype)
+
+    with jax.numpy_dtype_promotion("standard"):
+        wanted = jnp.matmul(x.dequantize(), q.dequantize()).dtype
+        got = matmul(x, q, implementation=implementation)
+    assert got.dtype == wanted
+    # What an operand dequantizes to is rounded to its dtype, unless its codes are multiplied.
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in (lhs_dtype, rhs_dtype))
+    assert_product(got, "mk,kn->mn", x, q, tolerance=2e-6 + eps)
+
+    preferred = matmul(x, q.astype(lhs_dtype), preferred_element_type="float32")
+    assert preferred.dtype == np.float32
+
+
+def test_dtypes_mix_only_as_far_as_jnp_mixes_them():
+    q = weight(WEIGHTS["int8"])
+    x = jnp.asarray(normal(M, K), jnp.bfloat16)
+
+    for product, other in ((jnp.matmul, q.dequantize()), (matmul, q)):
+        with pytest.raises(jax.dtypes.TypePromotionError, match="no available implicit dtype"):
+            product(x, other)
+
+
+@pytest.mark.parametrize("inputs", ["float", "int8"])
+@pytest.mark.parametrize("name", ["int8", "int4-g32"])
+def test_bfloat16_operands_round_the_result_once(name, inputs):
+    x = jnp.asarray(normal(M, K), jnp.bfloat16)
+    x = x if INPUTS[inputs] is None else quantize(x, INPUTS[inputs])
+    q = weight(WEIGHTS[name]).astype(jnp.bfloat16)
+
+    got = matmul(x, q, preferred_element_type=jnp.float32)
+
+    assert got.dtype == jnp.float32
+    # Dequantized to bfloat16, each weight is rounded, unless the codes are multiplied.
+    assert_product(got, "mk,kn->mn", x, q, tolerance=2.0**-8)
+    assert matmul(x, q).dtype == jnp.bfloat16
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        x = jnp.asarray(normal(M, K, dtype=np.float64))
+        q = quantize(
+            jnp.asarray(normal(K, N, dtype=np.float64)),
+            ArrayConfig(axis=0, scale_dtype="float64"),
+        )
+        inputs = quantize(x, ArrayConfig(axis=1, scale_dtype="float64"))
+        for operand in (x, inputs):
+            got = matmul(operand, q)
+            assert got.dtype == np.float64
+            assert_product(got, "mk,kn->mn", operand, q, tolerance=1e-14)
+
+
+def test_the_preferred_dtype_must_be_floating():
+    with pytest.raises(ValueError, match=r"element_type must be floating.* got .*int32"):
+        matmul(normal(M, K), weight(WEIGHTS["int8"]), preferred_element_type=jnp.int32)
+
+
+def test_precision_reaches_the_float_product_and_not_the_integer_one():
+    x, q = normal(M, K), weight(WEIGHTS["fp8_e4m3"])
+    highest = partial(matmul, precision=jax.lax.Precision.HIGHEST)
+
+    assert "precision = [HIGHEST, HIGHEST]" in jax.jit(highest).lower(x, q).as_text()
+    assert "HIGHEST" not in jax.jit(matmul).lower(x, q).as_text()
+    assert_product(highest(x, q), "mk,kn->mn", x, q)
+    integer = quantize(x, INPUTS["int8"]), weight(WEIGHTS["int8"])
+    assert_product(highest(*integer), "mk,kn->mn", *integer)
+
+
+def dots(lowered):
+    """(lhs, rhs, result) element types of each dot_general in the StableHLO text."""
+    tensor = r"tensor<(?:\d+x)*(\w+)>"
+    pattern = rf"dot_general .*: \({tensor}, {tensor}\) -> {tensor}"
+    return re.findall(pattern, lowered.as_text())
+
+
+@pytest.mark.parametrize("rows", [1, M])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+@pytest.mark.parametrize("name", ["int8", "int8-asym", "int4", "int8-tensor", "int8-columns"])
+def test_codes_of_whole_numbers_are_multiplied_as_integers_everywhere(name, platform, rows):
+    x, q = normal(rows, K), weight(WEIGHTS[name]).reorder((-1, -2))
+    cases = [(quantize(x, INPUTS["int8"]), q), (x, with_inputs(q, Inputs(INPUTS["int8"])))]
+    for operands in cases:
+        lowered = jax.jit(matmul).trace(*operands).lower(lowering_platforms=(platform,))
+        assert dots(lowered) == [("i8", "i8", "i32")]
+
+
+def test_weights_alone_are_multiplied_as_floats():
+    lowered = jax.jit(matmul).lower(normal(M, K), weight(WEIGHTS["int8"]))
+    assert dots(lowered) == [("f32", "f32", "f32")]
+
+
+# 512 columns are cut into blocks; 600 leave a rest.
+WIDE = {
+    "int4-g32": ArrayConfig(format=INT4, axis=0, group_size=32),
+    "int4": ArrayConfig(format=INT4, axis=0),
+    "int8": ArrayConfig(axis=0),
+    "asym blocks": ArrayConfig(axis=(0, 1), group_size=(32, 4), symmetric=False),
+    "tensor": ArrayConfig(axis=None),
+    "nvfp4": ArrayConfig(format=NVFP4, axis=0),
+}
+
+
+@pytest.mark.parametrize("columns", [512, 600])
+@pytest.mark.parametrize("name", WIDE)
+def test_blocks_of_columns_match_numpy(name, columns):
+    q = weight(WIDE[name], (K, columns)).reorder((-1, -2))
+    x = normal(3, 2, K)
+    inputs = quantize(x, ArrayConfig(axis=-1))
+
+    @jax.jit
+    def both(x, inputs, q):
+        numbers = (((2,), (0,)), ((), ()))
+        run = partial(dot_general, dimension_numbers=numbers, implementation="blocks")
+        return run(x, q), run(inputs, q) if q.format.bits < 8 or q.scale.shape[1] > 1 else None
+
+    got, of_inputs = both(x, inputs, q)
+    assert_product(got, "abk,kn->abn", x, q)
+    if of_inputs is not None:
+        assert_product(of_inputs, "abk,kn->abn", inputs, q)
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int8", "nvfp4"])
+def test_on_cpu_few_rows_by_many_columns_write_no_whole_float_matrix(name):
+    q = weight(WIDE[name], (K, 512)).reorder((-1, -2))
+    x = normal(2, K)
+    whole = re.compile(r"(?:f32|bf16)\[(?:512,64|64,512|512,2,32|512,4,16)\]")
+
+    def text(implementation=None):
+        f = jax.jit(partial(matmul, implementation=implementation))
+        return str(f.lower(x, q).compile().as_text())
+
+    assert not whole.findall(text())
+    assert whole.findall(text("dequantize"))
+
+
+FLOORS = [
+    (ArrayConfig(), ArrayConfig(axis=1), 37.0),
+    (ArrayConfig(), None, 40.0),
+    (ArrayConfig(format=INT4, group_size=128), ArrayConfig(axis=1), 17.8),
+    (ArrayConfig(format=FP8_E4M3), ArrayConfig(format=FP8_E4M3, axis=1), 28.0),
+    (ArrayConfig(format=MXFP8), ArrayConfig(format=MXFP8, axis=1), 27.0),
+    (ArrayConfig(format=NVFP4), ArrayConfig(format=NVFP4, axis=1), 16.8),
+]
+
+
+@pytest.mark.parametrize("weights, inputs, floor", FLOORS)
+def test_signal_to_noise_of_a_gaussian_product_is_above_its_floor(weights, inputs, floor):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(64, 1024)).astype(np.float32)
+    w = random.normal(size=(1024, 256)).astype(np.float32)
+    q = with_inputs(quantize(w, weights), Inputs(inputs))
+
+    got = matmul(x, q)
+
+    ratio = oracles.sqnr(x.astype(np.float64) @ w.astype(np.float64), got)
+    assert floor < ratio < floor + 3, "a product far above its floor is not quantized"
+
+
+def test_plain_arrays_go_to_lax_unchanged():
+    x, w = normal(M, K), normal(K, N, seed=1)
+    got = dot_general(x, w, MATRICES, None, jnp.float32)
+    np.testing.assert_array_equal(got, jax.lax.dot_general(x, w, MATRICES))
+    codes = with_unit_scale(np.ones((2, 3), np.int8)).codes
+    assert dot_general(codes, codes.T, MATRICES, None, jnp.int32).dtype == jnp.int32
+
+
+def test_shapes_that_do_not_fit_raise_as_in_lax():
+    q: QTensor = weight(WEIGHTS["int8"])
+    for x in (normal(M, K + 1), quantize(normal(1, K + 1), ArrayConfig(axis=1))):
+        with pytest.raises(TypeError, match="contracting dimensions to have the same shape"):
+            dot_general(x, q, MATRICES)
+    assert q.format == INT8

@@ -1,0 +1,333 @@
+"""What a QTensor's `inputs` do to the operand that meets it, and gradients of products."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import (
+    FP8_E4M3,
+    INT4,
+    MXFP8,
+    NVFP4,
+    ArrayConfig,
+    Inputs,
+    conv_general_dilated,
+    dot_general,
+    einsum,
+    matmul,
+    quantize,
+    quantize_with_scale,
+)
+
+from .products import (
+    FEW,
+    WEIGHTS,
+    K,
+    M,
+    N,
+    assert_product,
+    normal,
+    values,
+    weight,
+    with_inputs,
+)
+
+X = jnp.asarray(normal(M, K))
+MULTIPLIER = jnp.asarray(np.linspace(0.25, 3, K), jnp.float32)
+INT8_ASYM = ArrayConfig(symmetric=False)
+SCALE, ZERO_POINT = jnp.float32(0.05), jnp.int8(-20)
+
+# Name: (inputs, what the operand becomes).
+TREATMENTS = {
+    "nothing": (Inputs(), lambda x: x),
+    "per token": (Inputs(ArrayConfig()), lambda x: quantize(x, ArrayConfig(axis=1))),
+    "per tensor": (
+        Inputs(ArrayConfig(axis=None)),
+        lambda x: quantize(x, ArrayConfig(axis=None)),
+    ),
+    "asymmetric": (
+        Inputs(INT8_ASYM),
+        lambda x: quantize(x, ArrayConfig(axis=1, symmetric=False)),
+    ),
+    "in groups": (
+        Inputs(ArrayConfig(group_size=16)),
+        lambda x: quantize(x, ArrayConfig(axis=1, group_size=16)),
+    ),
+    "fp8": (
+        Inputs(ArrayConfig(format=FP8_E4M3)),
+        lambda x: quantize(x, ArrayConfig(axis=1, format=FP8_E4M3)),
+    ),
+    "mxfp8": (
+        Inputs(ArrayConfig(format=MXFP8)),
+        lambda x: quantize(x, ArrayConfig(axis=1, format=MXFP8)),
+    ),
+    "static": (
+        Inputs(ArrayConfig(), scale=SCALE),
+        lambda x: np.clip(np.round(x / SCALE), -127, 127) * 0.05,
+    ),
+    "static, asymmetric": (
+        Inputs(INT8_ASYM, scale=SCALE, zero_point=ZERO_POINT),
+        lambda x: (np.clip(np.round(x / SCALE) - 20, -127, 127) + 20) * 0.05,
+    ),
+    "multiplier": (Inputs(multiplier=MULTIPLIER), lambda x: x * MULTIPLIER.reshape(1, K)),
+    "multiplier, then per token": (
+        Inputs(ArrayConfig(), multiplier=MULTIPLIER),
+        lambda x: quantize(x * MULTIPLIER.reshape(1, K), ArrayConfig(axis=1)),
+    ),
+    "multiplier, then static": (
+        Inputs(ArrayConfig(), scale=SCALE, multiplier=MULTIPLIER),
+        lambda x: np.clip(np.round(x * MULTIPLIER.reshape(1, K) / SCALE), -127, 127) * 0.05,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TREATMENTS)
+def test_inputs_say_how_a_float_operand_is_treated(name):
+    inputs, treat = TREATMENTS[name]
+    q = with_inputs(weight(WEIGHTS["int8"]), inputs)
+    met = treat(X)
+
+    @jax.jit
+    def products(x, q):
+        left = with_inputs(q.reorder((-1, -2)), q.inputs)
+        numbers = (((0,), (1,)), ((), ()))
+        return matmul(x, q), matmul(x, left), dot_general(left, x, numbers)
+
+    row_major, column_major, from_the_left = products(X, q)
+    assert_product(row_major, "mk,kn->mn", met, q)
+    assert_product(column_major, "mk,kn->mn", met, q)
+    assert_product(from_the_left, "kn,mk->nm", q, met)
+
+
+def test_a_quantized_operand_is_left_as_it_is():
+    q = with_inputs(weight(WEIGHTS["int8"]), Inputs(ArrayConfig(), multiplier=MULTIPLIER))
+    x = quantize(X, ArrayConfig(format=INT4, axis=1))
+    assert_product(matmul(x, q), "mk,kn->mn", x, q)
+
+
+@pytest.mark.parametrize("order", [None, (-2, -1, -3), (-1, -2)])
+@pytest.mark.parametrize("equation", ["bthk,hkd->btd", "btkh,hkd->btd"])
+def test_a_multiplier_has_the_axes_of_the_weight(equation, order):
+    # Square heads, so that a swap cannot be seen from the shape.
+    x, w = jnp.asarray(normal(2, 3, 4, 4)), normal(4, 4, 6, seed=1)
+    factors = jnp.asarray(normal(4, 4, seed=2))
+    q = quantize(w, ArrayConfig(axis=(0, 1))).reorder(order)
+    labels = equation.split(",")[0]
+
+    got = einsum(equation, x, with_inputs(q, Inputs(multiplier=factors)))
+    assert_product(got, equation.replace(",", ",hk,"), x, factors, q)
+
+    config = ArrayConfig()
+    quantized = einsum(equation, x, with_inputs(q, Inputs(config, multiplier=factors)))
+    met = jnp.einsum(f"{labels},hk->{labels}", x, factors)
+    met = quantize(met, ArrayConfig(axis=(2, 3)))
+    assert_product(quantized, equation, met, q)
+
+
+def test_one_scale_serves_all_contracted_axes_of_a_row():
+    x, w = jnp.asarray(normal(2, 3, 4, 8)), normal(4, 8, 6, seed=1)
+    q = with_inputs(quantize(w, ArrayConfig(axis=(0, 1))), Inputs(ArrayConfig()))
+    got = einsum("bthk,hkd->btd", x, q)
+    assert_product(got, "bthk,hkd->btd", quantize(x, ArrayConfig(axis=(2, 3))), q)
+
+
+def test_a_multiplier_of_another_shape_is_refused():
+    q = with_inputs(weight(WEIGHTS["int8"]), Inputs(multiplier=MULTIPLIER[:-1]))
+    message = r"must have the shape of the contracted axes, \(64,\), .*got \(63,\) for axes \(1,\)"
+    with pytest.raises(ValueError, match=message):
+        matmul(X, q)
+
+
+SPOILED = {
+    "per token": Inputs(ArrayConfig()),
+    "asymmetric": Inputs(INT8_ASYM),
+    "fp8": Inputs(ArrayConfig(format=FP8_E4M3)),
+    "mxfp8": Inputs(ArrayConfig(format=MXFP8)),
+    "multiplier": Inputs(ArrayConfig(), multiplier=MULTIPLIER),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+@pytest.mark.parametrize("weights", ["int8", "int4-g32"])
+def test_nan_or_inf_in_a_row_spoils_this_row_and_no_other(name, weights):
+    q = with_inputs(weight(WEIGHTS[weights]), SPOILED[name])
+    x = np.array(X)
+    x[1, 3], x[3, K - 1] = np.nan, np.inf
+
+    got = np.asarray(jax.jit(matmul)(x, q))
+
+    is_spoiled = ~np.isfinite(got)
+    np.testing.assert_array_equal(is_spoiled.any(1), [False, True, False, True, False])
+    assert is_spoiled[1].all()
+    # In a float product Inf times a code of zero is NaN, and times another is Inf.
+    assert np.isnan(got[3]).all() or SPOILED[name] is None
+    np.testing.assert_array_equal(got[::2], np.asarray(jax.jit(matmul)(X, q))[::2])
+
+
+COTANGENT = normal(M, N, seed=3)
+
+
+def loss(product, *operands):
+    return jnp.sum(product(*operands) * COTANGENT)
+
+
+@pytest.mark.parametrize("name", ["nothing", "per token", "asymmetric", "static", "mxfp8"])
+@pytest.mark.parametrize("weights", FEW)
+def test_a_float_operand_gets_the_gradient_of_the_float_product(weights, name):
+    q = with_inputs(weight(WEIGHTS[weights]).reorder((-1, -2)), TREATMENTS[name][0])
+    got = jax.jit(jax.grad(partial(loss, matmul)))(X, q)
+    assert_product(got, "mn,kn->mk", COTANGENT, q)
+
+
+@pytest.mark.parametrize("name", ["multiplier", "multiplier, then per token"])
+def test_gradients_pass_through_the_multiplier_and_reach_it(name):
+    inputs, _ = TREATMENTS[name]
+    q = weight(WEIGHTS["int8"])
+
+    def product(x, multiplier):
+        return matmul(x, with_inputs(q, Inputs(inputs.config, multiplier=multiplier)))
+
+    of_x, of_multiplier = jax.grad(partial(loss, product), (0, 1))(X, MULTIPLIER)
+
+    assert_product(of_x, "mn,kn,k->mk", COTANGENT, q, MULTIPLIER)
+    assert_product(of_multiplier, "mn,kn,mk->k", COTANGENT, q, X, tolerance=1e-5)
+
+
+def block_sums(x, counts):
+    """Sums over the blocks that share a scale."""
+    for axis, count in enumerate(counts):
+        x = np.add.reduceat(x, np.arange(count) * (x.shape[axis] // count), axis)
+    return x
+
+
+@pytest.mark.parametrize("order", [None, (-1, -2)])
+@pytest.mark.parametrize("name", ["int8", "int8-asym", "int8-blocks", "int4-asym-g32", "fp8_e4m3"])
+def test_scales_get_their_gradient(name, order):
+    q = weight(WEIGHTS[name]).reorder(order)
+
+    got = jax.jit(jax.grad(lambda q: loss(matmul, X, q), allow_int=True))(q)
+
+    # out = sum x * (codes - zero point) * scale, so each scale gets x * (codes - zero point).
+    bare = values(
+        q.__class__(
+            q.codes,
+            jnp.ones_like(q.scale),
+            q.zero_point,
+            format=q.format,
+            dtype=q.dtype,
+            order=order,
+        )
+    )
+    of_weight = np.asarray(X, np.float64).T @ COTANGENT * bare
+    counts = q.reorder(None).scale.shape
+    want = block_sums(of_weight, counts)
+    of_scale = np.asarray(got.scale if order is None else got.scale.T)
+    np.testing.assert_allclose(of_scale, want, rtol=1e-4, atol=1e-3 * np.abs(want).max())
+
+
+def test_both_scales_get_their_gradient_and_no_code_does():
+    x = quantize(X, ArrayConfig(format=FP8_E4M3, axis=1))
+    q = weight(ArrayConfig(format=FP8_E4M3, axis=0))
+
+    of_x, of_q = jax.grad(partial(loss, matmul), (0, 1))(x, q)
+
+    product = np.asarray(matmul(x, q), np.float64) * COTANGENT
+    np.testing.assert_allclose(of_x.scale * x.scale, product.sum(1, keepdims=True), rtol=1e-3)
+    np.testing.assert_allclose(of_q.scale * q.scale, product.sum(0, keepdims=True), rtol=1e-3)
+    for gradient in (of_x, of_q):
+        assert gradient.codes.dtype == jnp.float8_e4m3fn
+        np.testing.assert_array_equal(gradient.codes.astype(np.float32), 0)
+
+
+def test_of_nested_scales_only_the_wide_one_gets_a_gradient():
+    q = weight(ArrayConfig(format=NVFP4, axis=0))
+    gradient = jax.grad(lambda q: loss(matmul, X, q))(q)
+
+    np.testing.assert_array_equal(gradient.scale.codes.astype(np.float32), 0)
+    np.testing.assert_array_equal(gradient.codes.astype(np.float32), 0)
+    product = np.sum(np.asarray(matmul(X, q), np.float64) * COTANGENT)
+    np.testing.assert_allclose(np.sum(gradient.scale.scale * q.scale.scale), product, rtol=1e-4)
+
+
+def test_a_sum_without_a_product_gives_no_gradient_to_codes():
+    q = weight(ArrayConfig(format=FP8_E4M3, axis=0))
+    gradient = jax.grad(lambda q: jnp.sum(einsum("kn->n", q)))(q)
+    np.testing.assert_array_equal(gradient.codes.astype(np.float32), 0)
+    want = np.asarray(q.codes, np.float64).sum(0, keepdims=True)
+    np.testing.assert_allclose(gradient.scale, want, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["nothing", "per token", "multiplier"])
+def test_forward_derivatives_are_those_of_the_float_product(name):
+    inputs, _ = TREATMENTS[name]
+    q, tangent = with_inputs(weight(WEIGHTS["int8"]), inputs), jnp.asarray(normal(M, K, seed=5))
+
+    out, derivative = jax.jvp(lambda x: matmul(x, q), (X,), (tangent,))
+
+    factors = MULTIPLIER if name == "multiplier" else np.ones(K)
+    np.testing.assert_array_equal(out, matmul(X, q))
+    assert_product(derivative, "mk,k,kn->mn", tangent, factors, q)
+
+
+def test_gradients_are_the_same_in_every_transformation():
+    q = with_inputs(weight(WEIGHTS["int8"]), Inputs(ArrayConfig()))
+
+    def of_row(x, cotangent):
+        return jax.grad(lambda x: jnp.sum(matmul(x, q) * cotangent))(x)
+
+    want = np.asarray(COTANGENT, np.float64) @ values(q).T
+    rematerialized = jax.checkpoint(lambda x: matmul(x, q))
+    results = {
+        "jit": jax.jit(of_row)(X, COTANGENT),
+        "vmap": jax.vmap(of_row)(X, jnp.asarray(COTANGENT)),
+        "scan": jax.lax.scan(
+            lambda _, pair: (None, of_row(*pair)), None, (X, jnp.asarray(COTANGENT))
+        )[1],
+        "remat": jax.grad(partial(loss, rematerialized))(X),
+        "reverse of scan": jax.grad(
+            lambda x: jnp.sum(
+                jax.lax.scan(lambda _, row: (None, matmul(row, q)), None, x)[1] * COTANGENT
+            )
+        )(X),
+    }
+    for name, got in results.items():
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3, err_msg=name)
+
+
+def test_second_derivatives_exist():
+    q = weight(WEIGHTS["int8"])
+    hessian = jax.hessian(lambda x: jnp.sum(matmul(x, q) ** 2))(X[0])
+    np.testing.assert_allclose(hessian, 2 * values(q) @ values(q).T, rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_keep_the_dtype_of_the_operand():
+    q = with_inputs(weight(WEIGHTS["int8"]).astype(jnp.bfloat16), Inputs(ArrayConfig()))
+    x = X.astype(jnp.bfloat16)
+    gradient = jax.grad(lambda x: jnp.sum(matmul(x, q, preferred_element_type=jnp.float32)))(x)
+    assert gradient.dtype == jnp.bfloat16
+    assert_product(gradient, "mn,kn->mk", np.ones((M, N)), q, tolerance=2.0**-7)
+
+
+@pytest.mark.parametrize("name", ["nothing", "per token"])
+def test_convolutions_get_the_gradient_of_the_float_convolution(name):
+    image, config = jnp.asarray(normal(2, 5, 6, 4)), ArrayConfig(axis=(0, 1, 2))
+    q = with_inputs(quantize(normal(3, 3, 4, 6, seed=1), config), TREATMENTS[name][0])
+
+    def convolve(x, w):
+        out = conv_general_dilated(x, w, (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sum(out * normal(*out.shape, seed=2))
+
+    got = jax.jit(jax.grad(convolve))(image, q)
+    want = jax.grad(convolve)(image, q.dequantize())
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
+def test_a_static_scale_may_have_the_rank_of_the_operand():
+    rows = jnp.asarray(np.linspace(0.05, 0.1, M), jnp.float32).reshape(M, 1)
+    q = with_inputs(weight(WEIGHTS["int8"]), Inputs(ArrayConfig(), scale=rows))
+    met = quantize_with_scale(X, rows, None, ArrayConfig())
+    assert_product(matmul(X, q), "mk,kn->mn", met, q)

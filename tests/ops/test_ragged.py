@@ -1,0 +1,181 @@
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import FP8_E4M3, INT4, NVFP4, ArrayConfig, Inputs, quantize, ragged_dot
+
+from .products import assert_close, normal, values, with_inputs
+from .products import ragged_dot as slow_ragged_dot
+
+M, G, K, N = 20, 4, 32, 10
+EXPERTS = {
+    "int8": ArrayConfig(axis=1),
+    "int8-asym": ArrayConfig(axis=1, symmetric=False),
+    "int8-tensor": ArrayConfig(axis=None),
+    "int8-experts": ArrayConfig(axis=(0, 1)),
+    "int8-pairs": ArrayConfig(axis=(0, 1), group_size=(2, K)),
+    "int8-columns": ArrayConfig(axis=(1, 2), group_size=(K, 5)),
+    "int4-g16": ArrayConfig(format=INT4, axis=1, group_size=16),
+    "int4": ArrayConfig(format=INT4, axis=1, scale_dtype="float8_e4m3fn"),
+    "fp8": ArrayConfig(format=FP8_E4M3, axis=1),
+    "nvfp4": ArrayConfig(format=NVFP4, axis=1),
+}
+ROWS = {
+    "float": None,
+    "int8": ArrayConfig(axis=-1),
+    "int8-tensor": ArrayConfig(axis=None),
+    "int8-asym": ArrayConfig(axis=-1, symmetric=False),
+    "int8-pairs": ArrayConfig(axis=(0, 1), group_size=(2, K)),
+}
+# With an empty group and rows that no group has.
+SIZES = np.array([4, 3, 0, 9], np.int32)
+
+
+def experts(config):
+    return quantize(normal(G, K, N, seed=1), config)
+
+
+def assert_ragged(got, x, q, sizes=SIZES, tolerance=2e-6):
+    lhs, rhs = values(x), values(q)
+    size = slow_ragged_dot(np.abs(lhs), np.abs(rhs), sizes)
+    assert_close(got, slow_ragged_dot(lhs, rhs, sizes), size, tolerance)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_every_mixture_of_formats_and_orders_matches_a_product_per_group(name):
+    q = experts(EXPERTS[name])
+
+    @jax.jit
+    def products(x, q, sizes):
+        rows = {n: x if c is None else quantize(x, c) for n, c in ROWS.items()}
+        stored, turned = [q, q.reorder((-1, -3, -2))], ("float", "int8")
+        return rows, {
+            n: [ragged_dot(a, w, sizes) for w in stored[: 1 + (n in turned)]]
+            for n, a in rows.items()
+        }
+
+    rows, results = products(normal(M, K), q, SIZES)
+    for kind, x in rows.items():
+        for got in results[kind]:
+            assert_ragged(got, x, q)
+
+
+def test_the_order_of_the_left_operand_changes_nothing():
+    # Square, so that a swap cannot be seen from the shape.
+    x = quantize(normal(K, K), ArrayConfig(axis=1))
+    got = ragged_dot(x.reorder((-1, -2)), experts(EXPERTS["int8"]), SIZES)
+    assert_ragged(got, x, experts(EXPERTS["int8"]))
+
+
+def test_both_implementations_give_the_same_numbers_and_dtypes():
+    x, q = quantize(normal(M, K), ROWS["int8"]), experts(EXPERTS["int8"])
+    for implementation in ("integer", "dequantize"):
+        run = partial(ragged_dot, implementation=implementation)
+        assert_ragged(run(x, q, SIZES), x, q)
+        half = run(x, q, SIZES, preferred_element_type=jnp.bfloat16, precision="highest")
+        assert half.dtype == jnp.bfloat16
+        assert_ragged(half, x, q, tolerance=2.0**-8)
+    with pytest.raises(ValueError, match="preferred_element_type must be floating"):
+        ragged_dot(x, q, SIZES, preferred_element_type=jnp.int32)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_codes_are_multiplied_as_integers(platform):
+    q = with_inputs(experts(EXPERTS["int8"]), Inputs(ArrayConfig()))
+    lowered = jax.jit(ragged_dot).trace(normal(M, K), q, SIZES)
+    text = lowered.lower(lowering_platforms=(platform,)).as_text()
+    operands = r'(?:dot_general |ragged_dot").*: \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>'
+    dots = re.findall(operands, text)
+    assert set(dots) == {("i8", "i8")}
+
+
+def test_inputs_treat_the_rows_first():
+    multiplier = jnp.asarray(np.linspace(0.5, 2, K), jnp.float32)
+    x = jnp.asarray(normal(M, K))
+    q = experts(EXPERTS["int8"])
+    treated = with_inputs(q, Inputs(ArrayConfig(), multiplier=multiplier)).reorder((-1, -2))
+    rows = quantize(x * multiplier.reshape(1, -1), ROWS["int8"])
+
+    assert_ragged(jax.jit(ragged_dot)(x, treated, SIZES), rows, q)
+
+
+def test_rows_below_the_last_group_are_zeros_whatever_they_hold():
+    x, w = normal(M, K), normal(G, K, N, seed=1)
+    x[17, 3], w[3, 2, 5] = np.inf, np.nan
+    q, rows = quantize(w, EXPERTS["int8"]), quantize(x, ROWS["int8"])
+
+    got = np.asarray(ragged_dot(rows, q, SIZES, implementation="integer"))
+
+    np.testing.assert_array_equal(got[16:], 0)
+    assert np.isnan(got[7:16, 5]).all()
+    assert np.isfinite(got[:7]).all()
+
+
+def test_a_bad_row_spoils_itself_alone():
+    x = normal(M, K)
+    x[2, 3], x[6, 0] = np.nan, -np.inf
+    q = with_inputs(experts(EXPERTS["int8"]), Inputs(ArrayConfig()))
+    is_bad = np.isnan(ragged_dot(x, q, SIZES)).all(1)
+    np.testing.assert_array_equal(np.flatnonzero(is_bad), [2, 6])
+
+
+def test_gradients_are_those_of_the_float_product():
+    x, q = jnp.asarray(normal(M, K)), experts(EXPERTS["int4-g16"])
+    cotangent = normal(M, N, seed=2)
+
+    def loss(product, x):
+        return jnp.sum(product(x) * cotangent)
+
+    for inputs in (None, Inputs(ArrayConfig())):
+        w = with_inputs(q, inputs)
+        got = jax.jit(jax.grad(partial(loss, lambda x, w=w: ragged_dot(x, w, SIZES))))(x)
+        want = np.zeros((M, K))
+        start = 0
+        for matrix, size in zip(values(q), SIZES, strict=True):
+            rows = slice(start, start + size)
+            want[rows] = cotangent[rows].astype(np.float64) @ matrix.T
+            start += size
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_groups_with_an_offset_are_not_multiplied_as_integers():
+    x, q = quantize(normal(M, K), ROWS["int8"]), experts(EXPERTS["int8"])
+    offset = jnp.array([0], jnp.int32)
+
+    with pytest.raises(ValueError, match="group_offset moves the groups"):
+        ragged_dot(x, q, SIZES, group_offset=offset, implementation="integer")
+
+
+REFUSED = {
+    "an operand of float32 has no codes": ("float", "int8"),
+    "fp8_e4m3 codes are not whole numbers within int8": ("int8", "fp8"),
+    "ragged sums have no zero point": ("int8-asym", "int8"),
+    r"scales \(4, 2, 10\) change along the contracted axis": ("int8", "int4-g16"),
+    r"rows of the left operand share scales \(10, 1\)": ("int8-pairs", "int8"),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_integer_is_refused_with_the_reason(message):
+    kind, name = REFUSED[message]
+    x = normal(M, K)
+    x = x if ROWS[kind] is None else quantize(x, ROWS[kind])
+    with pytest.raises(ValueError, match=message):
+        ragged_dot(x, experts(EXPERTS[name]), SIZES, implementation="integer")
+
+
+def test_long_sums_are_not_computed_as_integers():
+    x = quantize(np.ones((1, 131072), np.float32), ArrayConfig(axis=1))
+    q = quantize(np.ones((1, 131072, 1), np.float32), ArrayConfig(axis=1))
+    with pytest.raises(ValueError, match="sums of 131072 codes may leave int32"):
+        ragged_dot(x, q, np.array([1]), implementation="integer")
+
+
+def test_plain_arrays_go_to_lax_unchanged():
+    x, w = jnp.asarray(normal(M, K)), jnp.asarray(normal(G, K, N))
+    want = jax.lax.ragged_dot(x, w, jnp.asarray(SIZES))
+    np.testing.assert_array_equal(ragged_dot(x, w, jnp.asarray(SIZES)), want)

@@ -1,0 +1,227 @@
+"""The architecture, checked from the source text; only the front door is imported.
+
+Layers import downwards only, and through each other's front door.
+"""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import jaxquant
+
+PACKAGE = "jaxquant"
+ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
+# A layer may import the layers before it in this list.
+LAYERS = [
+    "core",
+    "kernels",
+    "ops",
+    "methods",
+    "training",
+    "tree",
+    "keras",
+    "demo",
+    "__main__",
+]
+MAX_FILE_LINES = 400
+MAX_NESTING = 4
+MAX_BODY_LINES = 60
+# Modules that may import inside a function, each with its reason.
+LATE_IMPORTS = {
+    "demo/text.py": "tokenizers is an optional package",
+    "tree/plot.py": "matplotlib is an optional package, and slow to import",
+}
+# Optional packages, which `import jaxquant` must not need.
+OPTIONAL = ["keras", "optax", "matplotlib", "tokenizers"]
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.ClassDef, *FUNCTIONS)
+
+MODULES = sorted(ROOT.rglob("*.py"))
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def nodes_of(path, *kinds) -> list[Any]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+
+
+def layer_of(path):
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def targets_of(node, folder):
+    """What an import statement names, as paths that start with the package."""
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".") for alias in node.names]
+    above = folder[: len(folder) - node.level + 1] if node.level else ()
+    base = [PACKAGE, *above] if node.level else []
+    base += node.module.split(".") if node.module else []
+    # `from .. import core` names the layer after `import`.
+    names = node.names if base == [PACKAGE] else []
+    return [[*base, alias.name] for alias in names] or [base]
+
+
+def internal_imports(path):
+    """(line, target below the package) of each import of our own code."""
+    folder = path.relative_to(ROOT).parts[:-1]
+    for node in nodes_of(path, ast.Import, ast.ImportFrom):
+        for package, *target in targets_of(node, folder):
+            if package == PACKAGE and target:
+                yield node.lineno, target
+
+
+def test_the_checks_see_the_whole_package():
+    assert {layer_of(path) for path in MODULES} - {"__init__"} <= set(LAYERS)
+    assert {"core", "kernels", "ops"} <= {layer_of(path) for path in MODULES}
+    dot = list(internal_imports(ROOT / "ops" / "dot.py"))
+    assert ["core"] in [target for _, target in dot]
+    assert ["ops", "operands"] in [target for _, target in dot]
+
+
+@each_module
+def test_imports_point_down_and_use_the_front_door(path):
+    here = layer_of(path)
+    if here == "__init__":
+        return
+    for line, target in internal_imports(path):
+        if target[0] == here:
+            continue
+        assert target[0] in LAYERS, f"{path}:{line}: {target[0]} is not a layer"
+        assert LAYERS.index(target[0]) < LAYERS.index(here), (
+            f"{path}:{line}: {here} may not import {target[0]}"
+        )
+        assert len(target) == 1, (
+            f"{path}:{line}: import from {target[0]}, not from {'.'.join(target)}"
+        )
+
+
+@each_module
+def test_imports_are_at_the_top(path):
+    name = str(path.relative_to(ROOT))
+    for function in nodes_of(path, *FUNCTIONS):
+        late = [n.lineno for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert not late or name in LATE_IMPORTS, f"{path}:{late}: imports inside a function"
+
+
+@each_module
+def test_module_is_small(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_FILE_LINES, f"{path}: {lines} lines; split it by concept"
+
+
+def body_lines(function):
+    """Lines from the first statement after the docstring to the last."""
+    has_docstring = ast.get_docstring(function) is not None
+    statements = function.body[has_docstring:]
+    return statements[-1].end_lineno - statements[0].lineno + 1 if statements else 0
+
+
+@each_module
+def test_functions_fit_in_the_eye(path):
+    for function in nodes_of(path, *FUNCTIONS):
+        lines = body_lines(function)
+        where = f"{path}:{function.lineno}: {function.name}"
+        assert lines <= MAX_BODY_LINES, f"{where} has {lines} lines; split it by step"
+
+
+def nesting(node, depth=0):
+    """Deepest block below `node`; an `elif` is no deeper than its `if`."""
+    deepest = depth
+    for child in ast.iter_child_nodes(node):
+        is_elif = isinstance(node, ast.If) and node.orelse == [child]
+        deeper = isinstance(child, BLOCKS) and not is_elif
+        deepest = max(deepest, nesting(child, depth + deeper))
+    return deepest
+
+
+@each_module
+def test_nesting_is_shallow(path):
+    depth = nesting(ast.parse(path.read_text()))
+    assert depth <= MAX_NESTING, f"{path}: {depth} levels deep"
+
+
+def strings_in(nodes):
+    parts = [part for node in nodes for part in ast.walk(node)]
+    return [p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)]
+
+
+def is_entry_point(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
+@each_module
+def test_no_branch_on_a_name(path):
+    """`if mode == "int4"` is a row missing from a table; branch on a property."""
+    for node in nodes_of(path, ast.If, ast.IfExp, ast.match_case):
+        if isinstance(node, ast.match_case):
+            names = strings_in([node.pattern])
+        else:
+            compares = [n for n in ast.walk(node.test) if isinstance(n, ast.Compare)]
+            # `"..." in text` asks what a text contains, which is no name.
+            names = strings_in(c for compare in compares for c in compare.comparators)
+        line = getattr(node, "lineno", None)
+        assert not names or is_entry_point(node), f"{path}:{line}: branches on {names}"
+
+
+@each_module
+def test_every_error_shows_what_was_got(path):
+    for node in nodes_of(path, ast.Raise):
+        is_reraised = node.exc is None or isinstance(node.exc, ast.Name)
+        shows = node.exc is not None and any(
+            isinstance(n, ast.FormattedValue) for n in ast.walk(node.exc)
+        )
+        assert shows or is_reraised, f"{path}:{node.lineno}: the message shows no value"
+
+
+def front_doors():
+    return [path for path in MODULES if path.name == "__init__.py"]
+
+
+@pytest.mark.parametrize("path", front_doors(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_front_doors_only_name_what_they_export(path):
+    for node in ast.parse(path.read_text()).body:
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        assert is_docstring or isinstance(node, ast.ImportFrom), f"{path}:{node.lineno}"
+        for alias in getattr(node, "names", []):
+            assert alias.asname == alias.name, f"{path}:{node.lineno}: write `x as x`"
+
+
+def public_names():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return [alias.name for node in imports for alias in node.names]
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_every_public_name_is_documented(name):
+    assert not name.startswith("_"), f"{name} is not public"
+    value = getattr(jaxquant, name)
+    if inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value):
+        documentation = inspect.getdoc(value) or ""
+        is_generated = inspect.isclass(value) and documentation.startswith(f"{name}(")
+        assert documentation, f"{name} has no docstring"
+        assert not is_generated, f"{name} has the docstring that dataclasses make up"
+
+
+def test_nothing_public_is_missing_from_the_list():
+    listed = set(public_names())
+    found = {name for name in vars(jaxquant) if not name.startswith("_")}
+    # Folders become attributes when they are imported.
+    assert found - set(LAYERS) <= listed
+    assert len(public_names()) == len(listed)
+
+
+def test_importing_the_package_imports_nothing_optional():
+    code = f"import sys, jaxquant; print([m for m in {OPTIONAL} if m in sys.modules])"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == "[]"

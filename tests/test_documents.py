@@ -1,0 +1,121 @@
+"""README and docs say what is so: code runs, commands and links exist, tables are as printed."""
+
+import contextlib
+import io
+import pathlib
+import re
+import shlex
+import tomllib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxquant as jq
+from benchmarks import quality
+from jaxquant import __main__ as command_line
+from jaxquant import demo, tree
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+
+
+@each_document
+def test_code_blocks_run_one_after_the_other(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    names = {"__name__": "document"}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks:
+            exec(compile(block, str(path), "exec"), names)
+
+
+def test_readme_shows_what_its_code_prints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert block is not None
+    printed = io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        exec(compile(block[1], str(README), "exec"), {"__name__": "document"})
+    shown = re.findall(r"print\(.*\)  # ([^:\n]*)", block[1])
+    assert len(shown) == 2
+    assert printed.getvalue().splitlines() == shown
+
+
+@each_document
+def test_links_lead_to_files(path):
+    for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+@each_document
+def test_modules_and_files_in_backticks_exist(path):
+    for name in re.findall(r"`((?:jaxquant|tests)/[\w/]+\.py)`", path.read_text()):
+        assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_install_commands_name_extras_that_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = re.findall(r"-e '\.\[(\w+)\]'", README.read_text())
+    assert set(extras) == {"demo", "test"}
+    assert set(extras) <= set(project["optional-dependencies"])
+
+
+def test_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="--plot needs the extra plot")
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^    jaxquant (.*)$", README.read_text(), re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["quantize", "inspect"]
+    kernel = jax.random.normal(jax.random.key(0), (256, 384))
+    tree.save("model.safetensors", {"layer": {"kernel": kernel, "bias": jnp.ones(384)}})
+    for line in lines:
+        assert command_line.main(shlex.split(line)) == 0
+        assert "int4 g128" in capsys.readouterr().out
+    assert (tmp_path / "small.png").stat().st_size > 5000
+
+
+def test_quality_table_is_what_the_benchmark_prints(capsys):
+    quality.main()
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "choosing.md").read_text()
+
+
+def demo_rows():
+    """The rows of README's table of the demo, as lists of cells."""
+    table = re.search(r"```text\n(.*?)```", README.read_text(), re.DOTALL)
+    assert table is not None
+    rows = [[c.strip() for c in r.split("│")[1:-1]] for r in table[1].splitlines() if "│" in r]
+    return [row for row in rows if row]
+
+
+def test_demo_table_has_a_row_for_each_scheme():
+    assert [row[0] for row in demo_rows()] == ["float32", *demo.SCHEMES]
+
+
+def test_sizes_in_the_demo_table_follow_from_the_encoder():
+    try:
+        params, _ = demo.load_encoder(demo.packaged_encoder())
+    except FileNotFoundError:
+        pytest.skip("the encoder's package, of the extra demo, is not installed")
+    for name, megabytes, bits, *_ in demo_rows()[1:]:
+        rules = tree.default_rules(demo.SCHEMES[name], axis=-1)
+        quantized = jax.eval_shape(lambda p, rules=rules: jq.tree.quantize(p, rules), params)
+        after = sum(q.nbytes for q in jax.tree.leaves(quantized, is_leaf=is_quantized))
+        size = sum(x.size for x in jax.tree.leaves(params))
+        assert [f"{after / 1e6:.1f}", f"{8 * after / size:.2f}"] == [megabytes, bits], name
+
+
+def is_quantized(x):
+    return isinstance(x, jq.QTensor)
+
+
+def test_every_public_name_is_in_a_document():
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    missing = [name for name in dir(jq) if name[0] != "_" and name not in text]
+    allowed = {"core", "demo", "kernels", "ops"}
+    assert set(missing) <= allowed, f"undocumented: {sorted(set(missing) - allowed)}"
