@@ -27,7 +27,8 @@ class Inputs:
         scale: calibrated scale of the whole operand, a scalar; None computes it anew each time.
         zero_point: that of a calibrated asymmetric operand, a scalar.
         multiplier: one factor per contracted channel (SmoothQuant's 1/s, AWQ's 1/s), in the
-            shape of the contracted axes; None for 1.
+            shape of the contracted axes of this array, in its order; for a convolution, one per
+            input channel. None for 1.
     """
 
     config: ArrayConfig | None = dataclasses.field(default=None, metadata={"static": True})
@@ -138,10 +139,11 @@ class QTensor:
         return self.decode().transpose(self.stored_axes(range(self.ndim)))
 
     def decode(self) -> jax.Array:
-        """`dequantize` with the axes left as they are stored."""
+        """`dequantize` with the axes left as they are stored. Codes get no gradient."""
         scale = scale_values(self.scale)
         blocks = affine.blocks_between(self.codes.shape, scale.shape)
-        codes, _ = affine.split(self.codes, blocks)
+        # Some codes are floats, which JAX would differentiate.
+        codes, _ = affine.split(jax.lax.stop_gradient(self.codes), blocks)
         zero_point = self.zero_point
         if zero_point is not None:
             zero_point = affine.spread(zero_point, blocks)
@@ -159,9 +161,14 @@ def dequantize(x: QTensor) -> jax.Array:
 
 
 def scale_values(scale: jax.Array | QTensor) -> jax.Array:
-    """The scales as plain floats: float64 if they are stored so, else float32."""
+    """The scales as plain floats: float64 if they are stored so, else float32.
+
+    Scales of 16 bits or more get a gradient; narrower dtypes cannot hold one.
+    """
     if isinstance(scale, QTensor):
         return scale.decode()
+    if bits_of(scale.dtype) < 16:
+        scale = jax.lax.stop_gradient(scale)
     return scale if scale.dtype == jnp.float64 else scale.astype(jnp.float32)
 
 

@@ -29,7 +29,7 @@ SCHEMES: Mapping[str, Scheme | ArrayConfig] = {
     "W8A8, percentile 99.99": _with_weights(core.W8A8, range=Percentile(99.99)),
     "W8A16": core.W8A16,
     "W4A16 g128": core.W4A16,
-    "W4A16 g128, percentile 99": _with_weights(core.W4A16, range=Percentile(99)),
+    "W4A16 g128, percentile 99.9": _with_weights(core.W4A16, range=Percentile(99.9)),
     "W4A16 g128, least squares": _with_weights(core.W4A16, range=MinMSE()),
     "W4A16 g128 asymmetric": core.W4A16_ASYM,
     "W4A16 g32": _with_weights(core.W4A16, group_size=32),

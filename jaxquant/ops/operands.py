@@ -62,11 +62,6 @@ def _reach(x):
     return max(-info.min, info.max) if x.zero_point is None else info.max - info.min
 
 
-def without_code_gradient(x: QTensor) -> QTensor:
-    """The same array; of its leaves only those of 16 bits or more carry a gradient."""
-    return jax.tree.map(lambda a: a if _is_wide_float(a.dtype) else lax.stop_gradient(a), x)
-
-
 def with_dequantized_gradient(
     fast: Callable[..., jax.Array],
     reference: Callable[..., jax.Array],
@@ -83,7 +78,8 @@ def with_dequantized_gradient(
 
     Rounding has derivative zero almost everywhere; here it counts as the identity (the
     straight-through estimator, Bengio et al. 2013, arXiv:1308.3432), so a float operand gets
-    the gradient of the float product. Scales of 16 bits or more get theirs; codes get none.
+    the gradient of the float product. Scales of 16 bits or more get theirs; codes, and the
+    calibrated scales of `inputs`, get none.
     """
     leaves, treedef = jax.tree.flatten((operands, others))
     lhs_channels, rhs_channels = channels or contract
@@ -139,8 +135,16 @@ def _in_order_of(other, met, axes):
 
 
 def _inputs_for(x, other) -> Inputs | None:
-    is_quantized = isinstance(x, QTensor)
-    return other.inputs if isinstance(other, QTensor) and not is_quantized else None
+    """What `other` asks of x, or None. Of a quantized x it can ask nothing any more."""
+    inputs = other.inputs if isinstance(other, QTensor) else None
+    if not isinstance(x, QTensor):
+        return inputs
+    if inputs is not None and inputs.multiplier is not None:
+        raise ValueError(
+            f"An operand that is quantized already cannot be multiplied by inputs.multiplier; got "
+            f"{x!r}. Multiply it before you quantize it, and drop the multiplier."
+        )
+    return None
 
 
 def _treat(x, other, shared, channels):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from ..core import QTensor
 from .dispatch import Operand
-from .operands import without_code_gradient
 
 
 def take(
@@ -43,8 +42,7 @@ def take(
     if not isinstance(a, QTensor):
         return jnp.take(a, indices, axis, mode=mode, fill_value=fill_value)
     if axis is None:
-        values = without_code_gradient(a).dequantize()
-        return jnp.take(values, indices, mode=mode, fill_value=fill_value)
+        return jnp.take(a.dequantize(), indices, mode=mode, fill_value=fill_value)
     indices = jnp.asarray(indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(f"indices must be whole numbers; got {indices.dtype}. Cast them first.")
@@ -84,7 +82,7 @@ def _take(a, indices, axis, mode, fill_value):
         block = length // count if count else 1
         return jnp.take(x, bounded // block, stored, mode="clip")
 
-    bare = without_code_gradient(dataclasses.replace(a, inputs=None, order=None))
+    bare = dataclasses.replace(a, inputs=None, order=None)
     rows = jax.tree.map(gather, bare).decode()
     out = rows.transpose(_logical(a, axis, stored, indices.ndim))
     if not fills:

@@ -97,7 +97,7 @@ def test_axes_must_be_distinct_axes_of_the_array(axis, ndim):
 
 
 def test_a_scheme_is_checked_when_it_is_made():
-    with pytest.raises(ValueError, match=r"weights must be an ArrayConfig; got Format\("):
+    with pytest.raises(ValueError, match=r"weights must be an ArrayConfig; got int8"):
         Scheme(INT8)  # pyright: ignore[reportArgumentType] (the mistake under test)
     with pytest.raises(ValueError, match="inputs must be an ArrayConfig or None; got 8"):
         Scheme(ArrayConfig(), 8)  # pyright: ignore[reportArgumentType] (the mistake under test)

@@ -224,3 +224,12 @@ def test_scale_values_are_floats_to_compute_with():
     with jax.enable_x64(True):
         wide = quantize(x.astype("float64"), ArrayConfig(axis=1, scale_dtype="float64"))
         assert scale_values(wide.scale).dtype == wide.dequantize().dtype == "float64"
+
+
+@pytest.mark.parametrize("name", ["fp8_e5m2-g64", "nvfp4-row"])
+def test_codes_and_narrow_scales_get_no_gradient_and_wide_scales_do(name):
+    q = quantize(cases.gaussian(), cases.CONFIGS[name])
+    gradient = jax.grad(lambda q: jnp.sum(jnp.sin(q.dequantize())))(q)
+    for leaf in jax.tree.leaves(gradient):
+        is_wide = leaf.dtype == jnp.float32
+        assert bool(jnp.any(leaf.astype(jnp.float32) != 0)) == is_wide

@@ -103,7 +103,7 @@ def test_inputs_say_how_a_float_operand_is_treated(name):
 
 
 def test_a_quantized_operand_is_left_as_it_is():
-    q = with_inputs(weight(WEIGHTS["int8"]), Inputs(ArrayConfig(), multiplier=MULTIPLIER))
+    q = with_inputs(weight(WEIGHTS["int8"]), Inputs(ArrayConfig()))
     x = quantize(X, ArrayConfig(format=INT4, axis=1))
     assert_product(matmul(x, q), "mk,kn->mn", x, q)
 
@@ -331,3 +331,11 @@ def test_a_static_scale_may_have_the_rank_of_the_operand():
     q = with_inputs(weight(WEIGHTS["int8"]), Inputs(ArrayConfig(), scale=rows))
     met = quantize_with_scale(X, rows, None, ArrayConfig())
     assert_product(matmul(X, q), "mk,kn->mn", met, q)
+
+
+def test_a_quantized_operand_cannot_be_multiplied_any_more():
+    q = with_inputs(weight(WEIGHTS["int8"]), Inputs(multiplier=MULTIPLIER))
+    x = quantize(X, ArrayConfig(format=INT4, axis=1))
+    text = r"inputs\.multiplier; got QTensor\(int4 .*Multiply it before you quantize it"
+    with pytest.raises(ValueError, match=text):
+        matmul(x, q)
