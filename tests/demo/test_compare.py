@@ -44,7 +44,8 @@ def test_compare_measures_float32_and_each_scheme(encoder):
 
     assert calls == ["float32", "eight", "two"]
     assert [first.name, *(r.name for r in results)] == calls
-    assert (first.cosine, first.overlap, first.ratio, first.bits_per_weight) == (1, 1, 1, 32)
+    assert (first.overlap, first.bits_per_weight) == (1, 32)
+    assert first.cosine == pytest.approx(1)
     vectors = embed_all(params, config, tokens)
     for result in results:
         quantized = tree.quantize(params, tree.default_rules(SCHEMES[result.name], axis=-1))
@@ -66,9 +67,7 @@ def test_compare_measures_float32_and_each_scheme(encoder):
 
 
 def test_the_named_schemes_are_the_rows_of_the_table():
-    assert {"W8A8", "W8A8, percentile 99.99", "W4A16 g32 asymmetric", "NVFP4A16"} <= set(
-        demo.SCHEMES
-    )
+    assert {"W8A8", "W4A16 g32 asymmetric", "NVFP4A16"} <= set(demo.SCHEMES)
     assert len(set(demo.SCHEMES.values())) == len(demo.SCHEMES)
 
 
