@@ -52,3 +52,4 @@ from .ops import take as take
 from .tree import Rule as Rule
 from .tree import load as load
 from .tree import save as save
+from .version import __version__ as __version__

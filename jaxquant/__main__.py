@@ -13,6 +13,7 @@ import rich.progress
 
 from . import demo, tree
 from .core import SCHEMES, Scheme
+from .version import __version__
 
 _EXAMPLES = """examples:
   jaxquant demo
@@ -43,6 +44,7 @@ def _parser():
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"jaxquant {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_quantize(commands)
@@ -124,14 +126,11 @@ def _demo(options):
     schemes = {name: demo.SCHEMES[name] for name in names}
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(console=console, transient=True) as bar:
-        task = bar.add_task("float32", total=len(schemes) + 1)
+        task = bar.add_task("Comparing", total=None)
 
-        def show(name):
-            # Called before each scheme, so one is done from the second call on.
-            bar.update(task, description=name, completed=bar.tasks[0].completed + started.pop())
-            started.append(1)
+        def show(done, total, name):
+            bar.update(task, completed=done, total=total, description=name)
 
-        started = [0]
         results = demo.compare(params, config, tokens, schemes, progress=show)
     _print(demo.table(results), [dataclasses.asdict(r) for r in results], options)
 
@@ -146,6 +145,7 @@ def _quantize(options):
         raise ValueError(
             f"nothing to do for {options.source}: give --scheme NAME, --rule PATTERN=NAME, or both"
         )
+    tree.check_target(options.target)
     is_ours = tree.is_saved_tree(options.source)
     params = (tree.load if is_ours else tree.read_arrays)(options.source)
     quantized = tree.quantize(params, rules, progress=not options.json)

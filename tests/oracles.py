@@ -80,11 +80,14 @@ def percentile_range(group, symmetric, p):
 
 
 def ideal_scale(low, high, config):
-    """Jacob et al. 2018, eq. 1; for e8m0, OCP MX v1.0, section 6.3; 0 for an empty range."""
+    """Jacob et al. 2018, eq. 1; 0 for an empty range. e8m0: the next power of two above, but for
+    codes that are floats the rule of OCP MX v1.0, section 6.3."""
     qmin, qmax = bounds(config)
     span, reach = (high, min(-qmin, qmax)) if config.symmetric else (high - low, qmax - qmin)
     scale_dtype = config.scale_dtype or config.format.scale_dtype
     if scale_dtype == "float8_e8m0fnu" and span > 0:
+        if config.format.rounds or config.format.codebook is not None:
+            return 2.0 ** math.ceil(math.log2(np.float32(span) / np.float32(reach)))
         return 2.0 ** (math.floor(math.log2(span)) - math.floor(math.log2(reach)))
     return float(span) / reach
 
@@ -97,7 +100,8 @@ def stored_scale(scale, dtype):
         return fine.astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * top
     scale = np.where(scale == 0, 1, scale)
     if dtype == "float16":
-        scale = np.clip(scale, np.finfo(np.float16).tiny, np.finfo(np.float16).max)
+        limits = np.finfo(np.float16)
+        scale = np.where(scale > limits.max, np.nan, np.maximum(scale, limits.smallest_subnormal))
     return scale.astype(getattr(ml_dtypes, dtype, None) or dtype).astype(np.float64)
 
 

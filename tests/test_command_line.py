@@ -4,8 +4,10 @@ import sys
 
 import numpy as np
 import pytest
+import rich.progress
 import safetensors.numpy
 
+import jaxquant
 from jaxquant import SCHEMES, QTensor, demo, load, save, tree
 from jaxquant.__main__ import main
 
@@ -177,11 +179,15 @@ BAD = [
     (["quantize", "{model}", "{out}", "--rule", "*=W3"], "'W3' is not a scheme; choose one of"),
     (["quantize", "{model}", "{out}", "--rule", "re:(=W8A8"], "a regular expression; got 're:('"),
     (["quantize", "{model}", "{out}", "--rule", "head=W8A8"], "rule 'head' matches no leaf; the p"),
-    (["quantize", "{model}", "{out}", "--scheme", "W8A8", "--axis", "5"], "got axis=5 for 2 axes"),
+    (["quantize", "{model}", "{out}", "--scheme", "W8A8", "--axis", "5"], "got axis=5"),
     (["quantize", "{model}", "{out}", "--scheme", "W8A8", "--axis", "x"], "invalid int value: 'x'"),
     (["quantize", "{model}", "{out}", "--rule", "ids=W8A8"], "ids: not a floating array, got int"),
     (["quantize", "{folder}/none", "{out}", "--scheme", "W8A8"], "No such file or directory"),
-    (["quantize", "{model}", "{folder}/no/out", "--scheme", "W8A8"], "No such file or directory"),
+    (["quantize", "{model}", "{folder}/no/out", "--scheme", "W8A8"], "no is not a folder; create"),
+    (["quantize", "{model}", "{folder}", "--scheme", "W8A8"], " is a folder; name a file, such"),
+    (["quantize", "{model}", ".", "--scheme", "W8A8"], ": . is a folder; name a file, such as mo"),
+    # The place of the result is checked before the source is read.
+    (["quantize", "{text}", "{folder}/no/out", "--scheme", "W8A8"], "no is not a folder; create"),
     (["quantize", "{text}", "{out}", "--scheme", "W8A8"], "is not a safetensors file: "),
     (["inspect", "{folder}/none"], "No such file or directory"),
     (["inspect", "{folder}"], "Is a directory"),
@@ -230,6 +236,13 @@ def test_demo_compares_the_schemes_that_are_asked_for(run, tiny, monkeypatch):
         demo, "documentation_sentences", lambda n: asked.append(n) or encoders.sentences(n)
     )
     monkeypatch.setattr(demo, "tokenize", short_tokens(demo.tokenize))
+    drawn = []
+
+    def update(bar, task, *, completed, description, total=None):
+        if total:  # Else it is the bar over the leaves of one tree.
+            drawn.append((completed, total, description))
+
+    monkeypatch.setattr(rich.progress.Progress, "update", update)
     arguments = ["demo", "--encoder", tiny, "--sentences", "12", "--only", "W8A8", "--only", "FP8"]
     status, out, err = run(*arguments, "--json")
     assert status == 0, err
@@ -238,6 +251,7 @@ def test_demo_compares_the_schemes_that_are_asked_for(run, tiny, monkeypatch):
     status, out, err = run(*arguments)
     assert status == 0, err
     assert "Sentence encoder, quantized" in out
+    assert drawn == [(1, 3, "float32"), (2, 3, "W8A8"), (3, 3, "FP8")] * 2
     assert all(name in out for name in ("float32", "W8A8", "FP8", "10-NN overlap"))
 
 
@@ -254,6 +268,10 @@ def test_help_shows_examples(run, command):
     assert "--rule 're:.*gate.*=none'" in out
     if command:
         assert "--json" in out
+
+
+def test_version_is_that_of_the_package(run):
+    assert run("--version") == (0, f"jaxquant {jaxquant.__version__}\n", "")
 
 
 def test_the_package_runs_as_a_program():

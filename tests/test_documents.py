@@ -1,6 +1,7 @@
 """README and docs say what is so: code runs, commands and links exist, tables are as printed."""
 
 import contextlib
+import inspect
 import io
 import pathlib
 import re
@@ -114,5 +115,17 @@ def test_sizes_in_the_demo_table_follow_from_the_encoder():
 def test_every_public_name_is_in_a_document():
     text = "\n".join(path.read_text() for path in DOCUMENTS)
     missing = [name for name in dir(jq) if name[0] != "_" and name not in text]
-    allowed = {"core", "demo", "kernels", "ops"}
+    allowed = {"core", "demo", "kernels", "ops", "version"}
     assert set(missing) <= allowed, f"undocumented: {sorted(set(missing) - allowed)}"
+
+
+def test_the_reference_lists_every_public_name_of_trees_and_no_other():
+    text = (ROOT / "docs" / "reference.md").read_text()
+    listed = re.findall(r"^\| `tree\.(\w+)` \|", text, re.MULTILINE)
+    names = [name for name in dir(tree) if not name.startswith("_")]
+    public = [name for name in names if not inspect.ismodule(getattr(tree, name))]
+    assert sorted(listed) == sorted(public)
+
+
+def test_the_reference_lists_the_version():
+    assert "| `__version__` |" in (ROOT / "docs" / "reference.md").read_text()

@@ -80,9 +80,10 @@ def per_block(values: jax.Array, shape: tuple[int, ...], blocks: tuple[int, ...]
 def fit_scale(low: jax.Array, high: jax.Array, config: "ArrayConfig") -> jax.Array:
     """The step with which the codes span [low, high], before it is rounded to its dtype.
 
-    Symmetric: high / min(-qmin, qmax). Asymmetric: (high - low) / (qmax - qmin). A scale of
-    exponents only (e8m0) is 2^(floor(log2 of the former) - floor(log2 of the latter)), which
-    for MX formats is the rule of OCP MX v1.0, section 6.3. An empty range has scale 0.
+    Symmetric: high / min(-qmin, qmax). Asymmetric: (high - low) / (qmax - qmin). An empty range
+    has scale 0. A scale of exponents only (e8m0) is the next power of two above that; for codes
+    that are floats it is 2^(floor(log2(high)) - floor(log2(qmax))), the rule of OCP MX v1.0,
+    section 6.3, under which the largest values may be clipped.
     """
     qmin, qmax = config.bounds
     span, reach = high, min(-qmin, qmax)
@@ -90,7 +91,10 @@ def fit_scale(low: jax.Array, high: jax.Array, config: "ArrayConfig") -> jax.Arr
         # In halves, so that a range of more than the largest float does not overflow.
         span, reach = high / 2 - low / 2, (qmax - qmin) / 2
     if has_exponent_only(config.stored_scale_dtype):
-        exponent = jnp.frexp(span)[1] - int(np.frexp(reach)[1])
+        mantissa, exponent = jnp.frexp(span / reach)
+        exponent = jnp.where(mantissa == 0.5, exponent - 1, exponent)
+        if not (config.format.rounds or config.format.codebook):
+            exponent = jnp.frexp(span)[1] - int(np.frexp(reach)[1])
         scale = jnp.ldexp(jnp.ones_like(span), jnp.clip(exponent, -126, 126))
         return jnp.where(span == 0, 0, scale)
     # XLA divides by multiplying with the reciprocal, which must not be subnormal: it is flushed.

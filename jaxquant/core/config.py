@@ -28,7 +28,8 @@ class ArrayConfig:
         range: which part of a group the codes span: AbsMax(), Percentile(p), MinMSE().
         value_range: (qmin, qmax) in place of the format's; whole numbers within its dtype.
         scale_dtype: dtype of the stored scales, one of `SCALE_DTYPES`; None for what the format
-            prescribes. Those of "float8_e4m3fn" are a QTensor under one float32 scale.
+            prescribes. Those of "float8_e4m3fn" are a QTensor under one float32 scale. "float16"
+            holds scales of 6e-8 to 65504: smaller ones become 6e-8, larger ones NaN.
 
     Raises:
         ValueError: a field is out of its range, or two fields contradict each other.
@@ -51,13 +52,20 @@ class ArrayConfig:
                 "symmetric=False needs a format of whole numbers, such as INT8 or INT4; got "
                 f"format={self.format}. Its zero is exact already: leave symmetric=True."
             )
-        if not callable(self.range):
+        if not callable(self.range) or isinstance(self.range, type):
             raise ValueError(
                 f"range must be AbsMax(), Percentile(p) or MinMSE(); got {self.range!r}."
             )
         if self.value_range is not None:
-            self._check_value_range(*self.value_range)
-        if self.stored_scale_dtype not in SCALE_DTYPES:
+            self._check_value_range(self.value_range)
+        qmin, qmax = self.bounds
+        if self.symmetric and not qmin < 0 < qmax:
+            raise ValueError(
+                f"Symmetric codes must have zero inside; got {qmin} to {qmax}. Widen the range, "
+                "or pass symmetric=False."
+            )
+        is_name = isinstance(self.stored_scale_dtype, str)
+        if not is_name or self.stored_scale_dtype not in SCALE_DTYPES:
             raise ValueError(
                 f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, or None for what the "
                 f"format prescribes; got {self.stored_scale_dtype!r}."
@@ -65,17 +73,17 @@ class ArrayConfig:
 
     def _check_groups(self):
         axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        is_index = all(isinstance(a, int) for a in axes) or self.axis is None
+        is_index = all(_is_int(a) for a in axes) or self.axis is None
         if not is_index or len(set(axes)) < len(axes):
             raise ValueError(
                 "axis must be an int, a tuple of distinct ints, or None for all axes; got "
                 f"{self.axis!r}."
             )
         sizes = self.group_size if isinstance(self.group_size, tuple) else (self.group_size,)
-        if any(s is not None and (not isinstance(s, int) or s < 1) for s in sizes):
+        if any(s is not None and (not _is_int(s) or s < 1) for s in sizes):
             raise ValueError(
-                "group_size must be a positive int, a tuple of them, or None for the whole "
-                f"axis; got {self.group_size!r}."
+                "group_size must be a positive int, None for the whole axis, or a tuple of "
+                f"these; got {self.group_size!r}."
             )
         is_each = isinstance(self.group_size, tuple)
         if is_each and (self.axis is None or len(sizes) != len(axes)):
@@ -94,23 +102,19 @@ class ArrayConfig:
         if self.axis is None or len(axes) != 1:
             raise ValueError(f"{self.format} has groups along one axis; got axis={self.axis}.")
 
-    def _check_value_range(self, qmin, qmax):
+    def _check_value_range(self, value_range):
         if not self.format.rounds:
             raise ValueError(
                 "value_range needs a format of whole numbers, such as INT8; got "
                 f"format={self.format}. Leave it None."
             )
         info = jnp.iinfo(self.format.dtype)
-        is_whole = isinstance(qmin, int) and isinstance(qmax, int)
-        if not (is_whole and info.min <= qmin < qmax <= info.max):
+        is_pair = isinstance(value_range, tuple) and len(value_range) == 2
+        is_whole = is_pair and all(_is_int(q) for q in value_range)
+        if not (is_whole and info.min <= value_range[0] < value_range[1] <= info.max):
             raise ValueError(
-                f"value_range must be two ascending ints within [{info.min}, {info.max}] for "
-                f"{self.format}; got {self.value_range}."
-            )
-        if self.symmetric and not qmin < 0 < qmax:
-            raise ValueError(
-                f"A symmetric value_range must have zero inside; got {self.value_range}. "
-                "Widen it, or pass symmetric=False."
+                "value_range must be a tuple of two ascending ints within "
+                f"[{info.min}, {info.max}] for {self.format}; got {value_range!r}."
             )
 
     @property
@@ -132,12 +136,22 @@ class ArrayConfig:
         if self.axis is None:
             return tuple(range(ndim))
         axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        found = tuple(a % ndim for a in axes if -ndim <= a < ndim)
+        if any(not -ndim <= a < ndim for a in axes):
+            raise ValueError(
+                f"axis must lie in -{ndim} .. {ndim - 1} for an array of {ndim} axes; got "
+                f"axis={self.axis}."
+            )
+        found = tuple(a % ndim for a in axes)
         if len(set(found)) < len(axes):
             raise ValueError(
                 f"axis must name distinct axes of the array; got axis={self.axis} for {ndim} axes."
             )
         return found
+
+
+def _is_int(x):
+    """Whether x is an int, and not True or False."""
+    return isinstance(x, int) and not isinstance(x, bool)
 
 
 @jax.tree_util.register_static

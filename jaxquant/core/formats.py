@@ -1,6 +1,7 @@
 """Number formats. A format is a row: to add one, add a constant here."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ class Format:
         codebook: ascending values that the codes index; None where a code is its own value.
         group_size: elements per scale that the format prescribes; None leaves it to the config.
         scale_dtype: dtype of the scales, unless the config names another.
+
+    Raises:
+        ValueError: JAX has no such dtype, or it does not hold the codes.
     """
 
     name: str
@@ -29,6 +33,35 @@ class Format:
     codebook: tuple[float, ...] | None = None
     group_size: int | None = None
     scale_dtype: str = "float32"
+
+    def __post_init__(self):
+        try:
+            is_whole = jnp.issubdtype(self.dtype, jnp.integer)
+            info = jnp.iinfo(self.dtype) if is_whole else jnp.finfo(self.dtype)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.name}: dtype must name a dtype of JAX, such as 'int8'; got {self.dtype!r}."
+            ) from error
+        if self.codebook is not None:
+            self._check_codebook(self.codebook, int(info.max) + 1 if is_whole else 0)
+        elif not float(info.min) <= self.qmin < self.qmax <= float(info.max):
+            raise ValueError(
+                f"{self.name}: qmin and qmax must ascend within {self.dtype}, {info.min} to "
+                f"{info.max}; got {self.qmin} and {self.qmax}."
+            )
+
+    def _check_codebook(self, book, most):
+        is_ascending = isinstance(book, tuple) and all(a < b for a, b in itertools.pairwise(book))
+        if not is_ascending or not 1 < len(book) <= most:
+            raise ValueError(
+                f"{self.name}: codebook must be a tuple of floats that ascend, as many as "
+                f"{self.dtype} has codes from 0 up ({most}) or fewer; got {book}."
+            )
+        if not book[0] <= self.qmin < self.qmax <= book[-1]:
+            raise ValueError(
+                f"{self.name}: qmin and qmax must ascend within the codebook, {book[0]} to "
+                f"{book[-1]}; got {self.qmin} and {self.qmax}."
+            )
 
     @property
     def rounds(self) -> bool:

@@ -151,6 +151,9 @@ class QTensor:
         return values.reshape(self.codes.shape).astype(self.dtype)
 
     def __repr__(self) -> str:
+        if not hasattr(self.codes, "shape"):
+            # JAX fills pytrees with placeholders, and prints them in its errors.
+            return f"QTensor({self.format}, codes={self.codes!r}, scale={self.scale!r})"
         shape = "x".join(map(str, self.shape))
         return f"QTensor({self.format} {shape}, scale {self.scale.shape}, {self.dtype})"
 

@@ -39,7 +39,8 @@ def quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
         dequantizes to NaN.
 
     Raises:
-        ValueError: x is not floating, an axis is not there, or a group size does not divide.
+        ValueError: x is not a floating array, config is not an ArrayConfig, an axis is not
+            there, or a group size does not divide.
 
     Error: at most scale/2 per element that is not clipped, in formats of whole numbers; up to
         float32 rounding. `AbsMax()` with float32 scales clips none; a scale that is rounded
@@ -49,12 +50,15 @@ def quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
     """
     groups, axes, blocks = _groups(x, config)
+    peak = jnp.max(jnp.abs(groups), axes, keepdims=True, initial=0)
+    peak = jnp.where(peak > 0, peak, 1)
 
     def error(low, high):
         scale, zero_point = parameters(low, high)
         codes = affine.encode(groups, scale, zero_point, config)
         values = affine.decode(codes, scale, zero_point, config.format)
-        return jnp.sum(jnp.square(values - groups), axes, keepdims=True)
+        # In units of the peak, because squares of 1e-20 or 1e20 are no float32.
+        return jnp.sum(jnp.square((values - groups) / peak), axes, keepdims=True)
 
     def parameters(low, high):
         scale = _store_scale(affine.fit_scale(low, high, config), config.stored_scale_dtype)
@@ -85,21 +89,28 @@ def quantize_with_scale(
 
     Args:
         x: floating array of any rank.
-        scale: float array of the rank of x whose lengths divide those of x, or a scalar.
+        scale: positive float array of the rank of x whose lengths divide those of x, or a
+            scalar.
         zero_point: whole numbers in the shape of scale, clipped to the codes; None for zero.
         config: its format and value range are used; its axis, group size and range are not.
 
     Returns:
         QTensor with that scale in float32 (float64 for float64), and NaN in the place of a
-        scale whose block holds NaN or Inf.
+        scale that is not positive, or whose block holds NaN or Inf.
 
     Raises:
-        ValueError: x is not floating, or the lengths of scale do not divide those of x.
+        ValueError: x is not floating, the lengths of scale do not divide those of x, or there
+            is a zero point of another shape, or for a symmetric config.
 
     Error: at most scale/2 per element that is not clipped, in formats of whole numbers.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
     """
-    _check_floating(x)
+    _check(x, config)
+    if zero_point is not None and (config.symmetric or zero_point.shape != scale.shape):
+        raise ValueError(
+            "zero_point must be None for a symmetric config, and else have the shape of scale, "
+            f"{scale.shape}; got shape {zero_point.shape} and symmetric={config.symmetric}."
+        )
     shape = scale.shape if scale.ndim else (1,) * x.ndim
     divides = len(shape) == x.ndim and all(
         n % s == 0 if s else n == 0 for n, s in zip(x.shape, shape, strict=True)
@@ -112,7 +123,7 @@ def quantize_with_scale(
     blocks = affine.blocks_between(x.shape, shape)
     groups, axes = affine.split(x.astype(_compute_dtype(x)), blocks)
     step = affine.spread(scale.reshape(shape).astype(groups.dtype), blocks)
-    step = jnp.where(_is_finite(groups, axes), step, jnp.nan)
+    step = jnp.where(_is_finite(groups, axes) & (step > 0), step, jnp.nan)
     if zero_point is not None:
         zero_point = jnp.clip(zero_point.reshape(shape), *config.bounds)
         zero_point = zero_point.astype(config.format.dtype)
@@ -156,17 +167,23 @@ def percentile_quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
 
 
 def _check_range(config, wanted):
-    if not isinstance(config.range, wanted):
+    if isinstance(config, ArrayConfig) and not isinstance(config.range, wanted):
         raise ValueError(
             f"config.range must be {wanted.__name__}(...) here; got {config.range!r}. "
             "quantize(x, config) takes any range."
         )
 
 
-def _check_floating(x):
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+def _check(x, config):
+    if isinstance(x, QTensor):
+        raise ValueError(f"x is quantized already; got {x!r}. Dequantize it first.")
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        got = f"{x.dtype} of shape {x.shape}" if hasattr(x, "dtype") else type(x).__name__
+        raise ValueError(f"x must be a floating array; got {got}. Use jnp.asarray(x, float).")
+    if not isinstance(config, ArrayConfig):
         raise ValueError(
-            f"x must be a floating array; got {x.dtype} of shape {x.shape}. Cast it first."
+            f"config must be an ArrayConfig; got {config!r}. Of a Scheme, pass its weights; of a "
+            "Format f, ArrayConfig(format=f)."
         )
 
 
@@ -176,7 +193,7 @@ def _compute_dtype(x):
 
 def _groups(x, config):
     """x in the dtype of the computation and split into groups, their axes, and blocks."""
-    _check_floating(x)
+    _check(x, config)
     blocks = affine.block_shape(x.shape, config)
     return *affine.split(x.astype(_compute_dtype(x)), blocks), blocks
 
@@ -189,8 +206,8 @@ def _is_finite(groups, axes):
 def _store_scale(scale, dtype):
     """Scales in their dtype; those too narrow for it as a QTensor under one float scale.
 
-    No scale vanishes or overflows: it is clipped to the normal numbers of the dtype. That of
-    an empty range, 0, becomes 1.
+    No scale vanishes: it is at least the smallest number of the dtype. One that is too large is
+    NaN, since its group would be clipped. That of an empty range, 0, becomes 1.
     """
     info = jnp.finfo(dtype)
     if bits_of(dtype) == 8 and not affine.has_exponent_only(dtype):
@@ -198,7 +215,10 @@ def _store_scale(scale, dtype):
     scale = jnp.where(scale == 0, 1, scale)
     if info.bits >= jnp.finfo(scale.dtype).bits or affine.has_exponent_only(dtype):
         return scale.astype(dtype)
-    return jnp.clip(scale, float(info.tiny), float(info.max)).astype(dtype)
+    # Subnormals of float32, and so of bfloat16, are flushed to zero; those of float16 are not.
+    smallest = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
+    scale = jnp.where(scale > float(info.max), jnp.nan, scale)
+    return jnp.maximum(scale, smallest).astype(dtype)
 
 
 def _store_nested(scale):

@@ -62,8 +62,8 @@ class Percentile:
     p: float = 99.9
 
     def __post_init__(self):
-        if not 50 < self.p <= 100:
-            raise ValueError(f"p must be above 50 and at most 100 (percent); got {self.p}.")
+        if not isinstance(self.p, int | float) or not 50 < self.p <= 100:
+            raise ValueError(f"p must be above 50 and at most 100 (percent); got {self.p!r}.")
 
     def __call__(self, groups, axes, symmetric, error):
         """Returns (low, high)."""
@@ -79,7 +79,7 @@ class Percentile:
 class MinMSE:
     """Shrinks the abs-max range to the one with the least squared error, group by group.
 
-    A coarse grid of 20 ratios, then a fine one around the best of them; asymmetric ranges
+    A grid of 20 ratios, then a fine one of 19 around the best of them; asymmetric ranges
     shrink as a whole, then at each end. Never worse than `AbsMax()`, where it starts.
 
     Source: Banner et al. 2019, arXiv:1810.05723, section 3, solved by search.
@@ -89,7 +89,7 @@ class MinMSE:
         """Returns (low, high)."""
         low, high = AbsMax()(groups, axes, symmetric, error)
         ratio = jnp.ones_like(low)
-        coarse, fine = np.arange(-0.95, 0, 0.05), np.arange(-0.045, 0.05, 0.005)
+        coarse, fine = np.linspace(-0.95, -0.05, 19), np.linspace(-0.045, 0.045, 19)
         both, lower, upper = (1, 1), (1, 0), (0, 1)
         searches = [(coarse, both), (fine, both)]
         if not symmetric:

@@ -70,7 +70,7 @@ def compare(
     tokens: Tokens,
     schemes: Mapping[str, Scheme | ArrayConfig] = SCHEMES,
     *,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> list[Result]:
     """Runs the encoder with each scheme, float32 first.
 
@@ -78,7 +78,8 @@ def compare(
         params, config: from `load_encoder`.
         tokens: sentences, at least 11 of them.
         schemes: by the name to show.
-        progress: called with the name of each scheme before it starts.
+        progress: function of (schemes done, schemes in all, name), called after each; float32
+            counts as one.
 
     Returns:
         One result per scheme, after that of float32.
@@ -91,14 +92,15 @@ def compare(
             f"tokens must hold {_NEIGHBOURS + 1} sentences or more, so that each has {_NEIGHBOURS} "
             f"neighbours; got {tokens.count}. Tokenize more."
         )
-    progress("float32")
     vectors = _embed_all(params, config, tokens)
+    total = len(schemes) + 1
     results = [_measure("float32", params, params, config, tokens, vectors)]
+    progress(1, total, "float32")
     for name, scheme in schemes.items():
-        progress(name)
         # Kernels are (N, K): the contracted axis is the last.
         quantized = trees.quantize(params, trees.default_rules(scheme, axis=-1))
         results.append(_measure(name, params, quantized, config, tokens, vectors))
+        progress(len(results), total, name)
     return results
 
 

@@ -16,6 +16,7 @@ from . import dispatch
 from .dispatch import Implementation, Operand
 from .operands import (
     as_array,
+    check_operands,
     refuses_codes,
     refuses_length,
     result_dtype,
@@ -94,6 +95,7 @@ def conv_general_dilated(
         "precision": precision,
         "out_sharding": out_sharding,
     }
+    check_operands((lhs, rhs), implementation)
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
         return lax.conv_general_dilated(
             jnp.asarray(lhs),
@@ -114,7 +116,7 @@ def conv_general_dilated(
 def _hashable(x):
     if x is None or isinstance(x, str):
         return x
-    return tuple(tuple(p) if isinstance(p, Sequence) else p for p in x)
+    return tuple(tuple(map(int, p)) if np.ndim(p) else int(p) for p in x)
 
 
 @partial(jax.jit, static_argnames=("spec", "implementation"))

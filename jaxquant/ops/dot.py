@@ -20,6 +20,7 @@ from .dispatch import Implementation, Operand
 from .operands import (
     AxesOfBoth,
     as_array,
+    check_operands,
     refuses_codes,
     refuses_length,
     result_dtype,
@@ -96,6 +97,7 @@ def dot_general(
         float32. Others are those of `jax.lax.dot_general` on dequantized operands.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
     """
+    check_operands((lhs, rhs), implementation)
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
         return lax.dot_general(
             lhs,

@@ -10,6 +10,7 @@ from jax import lax
 from ..core import QTensor
 from .dispatch import Operand
 from .dot import dot_general
+from .operands import check_operands
 from .sharding import OutSharding, before_transpose
 
 
@@ -17,6 +18,7 @@ def einsum(
     subscripts: str,
     /,
     *operands: Operand,
+    optimize: Any = "auto",
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     out_sharding: OutSharding = None,
@@ -31,6 +33,8 @@ def einsum(
     Args:
         subscripts: as for `jax.numpy.einsum`, as one string, such as "btd,dhk->bthk".
         operands: float arrays or QTensors.
+        optimize: as for `jax.numpy.einsum` where no operand is a QTensor, and without effect
+            otherwise: order the operands so that the pairs are small.
         precision, preferred_element_type, out_sharding, implementation: as for `dot_general`.
 
     Returns:
@@ -43,18 +47,17 @@ def einsum(
     Gradients and error: those of `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
     """
-    if not any(isinstance(x, QTensor) for x in operands):
-        return jnp.einsum(
-            subscripts,
-            *operands,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            out_sharding=out_sharding,
+    if not isinstance(subscripts, str):
+        raise ValueError(
+            "subscripts must be one string, such as 'btd,dh->bth'; got "
+            f"{type(subscripts).__name__}."
         )
-    if len(operands) == 1:
+    check_operands(operands, implementation)
+    if len(operands) < 2 or not any(isinstance(x, QTensor) for x in operands):
         return jnp.einsum(
             subscripts,
-            _plain(operands[0]),
+            *map(_plain, operands),
+            optimize=optimize,
             precision=precision,
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
@@ -103,6 +106,7 @@ def matmul(
     Gradients and error: those of `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
     """
+    check_operands((a, b), implementation)
     if not (isinstance(a, QTensor) or isinstance(b, QTensor)):
         return jnp.matmul(
             a,
@@ -186,8 +190,11 @@ def _contract(lhs, lhs_labels, rhs, rhs_labels, out_labels, options):
             f"operands {lhs_labels} and {rhs_labels}."
         )
     order = tuple(found.index(label) for label in out_labels)
-    sharding = before_transpose(options["out_sharding"], order)
-    out = dot_general(lhs, rhs, (contract, batch_axes), **{**options, "out_sharding": sharding})
+    options = options | {"out_sharding": before_transpose(options["out_sharding"], order)}
+    if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
+        # Of three operands, two may be plain: what is forced is for the others.
+        options = options | {"implementation": None}
+    out = dot_general(lhs, rhs, (contract, batch_axes), **options)
     return out if order == tuple(range(out.ndim)) else out.transpose(order)
 
 

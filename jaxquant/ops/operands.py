@@ -1,7 +1,7 @@
 """Operands of a product: what their `inputs` ask for, and gradients through them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -25,6 +25,26 @@ def stored_axes(x: Operand, axes) -> tuple[int, ...]:
     return x.stored_axes(axes) if isinstance(x, QTensor) else tuple(a % x.ndim for a in axes)
 
 
+def check_operands(operands: Sequence[Operand], implementation: str | None) -> None:
+    """Checks what a product is given, before anything asks for its shape.
+
+    Raises:
+        ValueError: an operand is neither an array nor a QTensor, or `implementation` is named
+            for a product without a QTensor.
+    """
+    for x in operands:
+        if not isinstance(x, jax.Array | np.ndarray | np.generic | QTensor):
+            raise ValueError(
+                f"Operands must be arrays or QTensors; got {type(x).__name__}. Use jnp.asarray."
+            )
+    if implementation is not None and not any(isinstance(x, QTensor) for x in operands):
+        shapes = " and ".join(f"{x.dtype} {x.shape}" for x in operands)
+        raise ValueError(
+            f"implementation={implementation!r} is for products with a QTensor; got {shapes}. "
+            "Quantize one, or leave it None."
+        )
+
+
 def result_dtype(lhs: Operand, rhs: Operand, preferred: jax.typing.DTypeLike | None):
     """The dtype that `jnp` gives a product of the arrays that the operands stand for.
 
@@ -32,13 +52,13 @@ def result_dtype(lhs: Operand, rhs: Operand, preferred: jax.typing.DTypeLike | N
         ValueError: the preferred dtype is not floating.
     """
     if preferred is None:
-        return jnp.promote_types(lhs.dtype, rhs.dtype)
+        return jax.dtypes.canonicalize_dtype(jnp.promote_types(lhs.dtype, rhs.dtype))
     if not jnp.issubdtype(preferred, jnp.floating):
         raise ValueError(
             "preferred_element_type must be floating, because a quantized operand stands for "
             f"floats; got {preferred}. For codes as integers, multiply `codes` themselves."
         )
-    return jnp.dtype(preferred)
+    return jax.dtypes.canonicalize_dtype(preferred)
 
 
 def refuses_codes(x: Operand) -> str | None:
@@ -149,21 +169,25 @@ def _inputs_for(x, other) -> Inputs | None:
 
 def _treat(x, other, shared, channels):
     inputs = _inputs_for(x, other)
-    return x if inputs is None else _quantize_inputs(_multiply(x, inputs, channels), inputs, shared)
+    if inputs is None:
+        return x
+    return _quantize_inputs(_multiply(x, other, channels), other, shared, channels)
 
 
 def _straight_through(x, other, shared, channels):
     """`_treat`, with the values of the quantized operand and the derivative of x."""
-    inputs = _inputs_for(x, other)
-    if inputs is None:
+    if _inputs_for(x, other) is None:
         return x
-    x = _multiply(x, inputs, channels)
-    values = as_array(_quantize_inputs(x, inputs, shared))
+    x = _multiply(x, other, channels)
+    values = as_array(_quantize_inputs(x, other, shared, channels))
     return x + lax.stop_gradient(values - x)
 
 
-def _multiply(x, inputs, axes):
+def _multiply(x, other, axes):
     """x * multiplier, which has one factor per element of `axes`, in that order."""
+    inputs = other.inputs
+    # Masks and one-hot rows may be whole numbers.
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(other.dtype)
     if inputs.multiplier is None:
         return x
     lengths = tuple(x.shape[a] for a in axes)
@@ -178,13 +202,22 @@ def _multiply(x, inputs, axes):
     return x * ascending.reshape(shape).astype(x.dtype)
 
 
-def _quantize_inputs(x, inputs, axes):
-    config = inputs.config
+def _quantize_inputs(x, other, shared, channels):
+    inputs, config = other.inputs, other.inputs.config
     if config is None:
         return x
     if inputs.scale is not None:
         return quantize_with_scale(x, inputs.scale, inputs.zero_point, config)
     if config.axis is not None:
-        shared = tuple(sorted(axes))
-        config = dataclasses.replace(config, axis=shared[0] if len(shared) == 1 else shared)
-    return quantize(x, config)
+        config = dataclasses.replace(config, axis=_shared_axis(config, shared, channels))
+    try:
+        return quantize(x, config)
+    except ValueError as error:
+        raise ValueError(f"The inputs of {other!r} cannot be quantized: {error}") from error
+
+
+def _shared_axis(config, shared, channels):
+    """Along all contracted axes, or in groups along the last of the channels."""
+    is_grouped = config.group_size is not None or config.format.group_size is not None
+    axes = (max(channels),) if is_grouped and channels else tuple(sorted(shared))
+    return axes[0] if len(axes) == 1 else axes

@@ -13,6 +13,7 @@ from . import dispatch
 from .dispatch import Implementation, Operand
 from .operands import (
     as_array,
+    check_operands,
     refuses_codes,
     refuses_length,
     result_dtype,
@@ -91,6 +92,7 @@ def ragged_dot(
     Gradients and error: as for `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
     """
+    check_operands((lhs, rhs), implementation)
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
         return lax.ragged_dot(
             jnp.asarray(lhs),

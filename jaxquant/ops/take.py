@@ -16,7 +16,9 @@ def take(
     axis: int | None = None,
     *,
     mode: str | None = None,
-    fill_value: float | None = None,
+    unique_indices: bool = False,
+    indices_are_sorted: bool = False,
+    fill_value: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """`jax.numpy.take` from an array or a QTensor: gathers codes and scales, then dequantizes.
 
@@ -27,7 +29,8 @@ def take(
         indices: whole numbers of any shape.
         axis: axis to take along; None takes from the flattened array, which dequantizes all.
         mode: "fill" (the default: `fill_value`, or NaN, for indices out of bounds; negative
-            ones count from the end), "clip", or "wrap".
+            ones count from the end), "clip", "wrap" or "promise_in_bounds".
+        unique_indices, indices_are_sorted: hints, as for `jax.numpy.take`.
         fill_value: what "fill" fills with.
 
     Returns:
@@ -39,10 +42,16 @@ def take(
     Gradients: scales of 16 bits or more get theirs.
     Error: none; equal to `jnp.take` from the dequantized array.
     """
-    if not isinstance(a, QTensor):
-        return jnp.take(a, indices, axis, mode=mode, fill_value=fill_value)
-    if axis is None:
-        return jnp.take(a.dequantize(), indices, mode=mode, fill_value=fill_value)
+    if axis is None or not isinstance(a, QTensor):
+        return jnp.take(
+            a.dequantize() if isinstance(a, QTensor) else a,
+            indices,
+            axis,
+            mode=mode,
+            unique_indices=unique_indices,
+            indices_are_sorted=indices_are_sorted,
+            fill_value=fill_value,  # pyright: ignore[reportArgumentType] (a Python number there)
+        )
     indices = jnp.asarray(indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(f"indices must be whole numbers; got {indices.dtype}. Cast them first.")
@@ -53,7 +62,9 @@ def take(
     if indices.dtype.itemsize < 4:
         # int8 holds no length above 127, and arithmetic would wrap around.
         indices = indices.astype(jnp.int32)
-    return _take(a, indices, axis % a.ndim, mode or "fill", fill_value)
+    fill_value = jnp.nan if fill_value is None else fill_value
+    hints = unique_indices, indices_are_sorted
+    return _take(a, indices, fill_value, axis % a.ndim, mode or "fill", hints)
 
 
 def _from_start(indices, length):
@@ -66,11 +77,13 @@ _MODES = {
     "fill": (lambda i, n: jnp.clip(_from_start(i, n), 0, n - 1), True),
     "clip": (lambda i, n: jnp.clip(i, 0, n - 1), False),
     "wrap": (lambda i, n: i % n, False),
+    "promise_in_bounds": (lambda i, n: i, False),
 }
 
 
-@partial(jax.jit, static_argnames=("axis", "mode", "fill_value"))
-def _take(a, indices, axis, mode, fill_value):
+@partial(jax.jit, static_argnames=("axis", "mode", "hints"))
+def _take(a, indices, fill_value, axis, mode, hints):
+    unique, is_sorted = hints
     length, (stored,) = a.shape[axis], a.stored_axes([axis])
     bound, fills = _MODES[mode]
     bounded = bound(indices, length)
@@ -80,7 +93,14 @@ def _take(a, indices, axis, mode, fill_value):
         if count == 1:
             return x.reshape(*before, *(1,) * indices.ndim, *after)
         block = length // count if count else 1
-        return jnp.take(x, bounded // block, stored, mode="clip")
+        return jnp.take(
+            x,
+            bounded // block,
+            stored,
+            mode="clip",
+            unique_indices=unique and block == 1,
+            indices_are_sorted=is_sorted,
+        )
 
     bare = dataclasses.replace(a, inputs=None, order=None)
     rows = jax.tree.map(gather, bare).decode()
@@ -89,7 +109,7 @@ def _take(a, indices, axis, mode, fill_value):
         return out
     index = _from_start(indices, length)
     is_inside = (index >= 0) & (index < length)
-    fill = jnp.asarray(jnp.nan if fill_value is None else fill_value, out.dtype)
+    fill = jnp.asarray(fill_value).astype(out.dtype)
     spread = (*(1,) * axis, *indices.shape, *(1,) * (a.ndim - axis - 1))
     return jnp.where(is_inside.reshape(spread), out, fill)
 

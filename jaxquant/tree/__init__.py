@@ -1,5 +1,6 @@
 """Whole pytrees of parameters: which leaves, how, with what effect, and in which file."""
 
+from .files import check_target as check_target
 from .files import is_saved_tree as is_saved_tree
 from .files import load as load
 from .files import read_arrays as read_arrays

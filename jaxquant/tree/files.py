@@ -46,8 +46,10 @@ def save(path: str | os.PathLike, tree: Any, metadata: Mapping[str, str] | None 
         metadata: strings of your own, for `read_metadata`.
 
     Raises:
+        FileNotFoundError, IsADirectoryError: as for `check_target`.
         ValueError: a leaf is none of these, by path; or metadata is not of strings.
     """
+    check_target(path)
     metadata = dict(metadata or {})
     if not all(isinstance(s, str) for item in metadata.items() for s in item):
         raise ValueError(f"metadata must map str to str; got {metadata!r}. Use json.dumps.")
@@ -63,6 +65,24 @@ def save(path: str | os.PathLike, tree: Any, metadata: Mapping[str, str] | None 
     _write_atomically(
         Path(path), lambda name: safetensors.numpy.save_file(encoder.arrays, name, metadata=header)
     )
+
+
+def check_target(path: str | os.PathLike) -> None:
+    """Raises if `save` cannot write to `path`: for use before the work that ends in a file.
+
+    Args:
+        path: file to write, or to replace.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        IsADirectoryError: it is a folder.
+    """
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; create it first.")
+    if Path(path).is_dir():
+        example = Path(path) / "model.safetensors"
+        raise IsADirectoryError(f"{path} is a folder; name a file, such as {example}.")
 
 
 def load(path: str | os.PathLike, *, like: Any = None) -> Any:

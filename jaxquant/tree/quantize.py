@@ -16,7 +16,7 @@ from ..core import ArrayConfig, Inputs, QTensor, Scheme, block_shape
 from ..core import quantize as quantize_array
 from ..ops import best_order
 from .paths import is_quantized, leaves_with_paths
-from .rules import Rule, Rules, as_rules, match, unused
+from .rules import Rule, Rules, as_rules, bits_per_weight, match, shrinks, unused
 
 Progress = Callable[[int, int, str], None]
 
@@ -37,8 +37,8 @@ def quantize(
     Args:
         params: any pytree of arrays: nested dicts, dataclasses, Flax or Equinox states.
         rules: a Scheme or ArrayConfig for matrices and embeddings (`default_rules`), a dict
-            of pattern to scheme, or a sequence of `Rule`. The first rule that matches a leaf
-            decides; leaves without one stay as they are.
+            of pattern to scheme, a `Rule`, or a sequence of them. The first rule that matches
+            a leaf decides; leaves without one stay as they are.
         progress: True for a progress bar on standard error, or a function of (leaves done,
             leaves in all, path), called after each leaf; None for neither.
         platform: "cpu", "gpu" or "tpu", where products will run; None for
@@ -50,7 +50,7 @@ def quantize(
     Raises:
         ValueError: lists every rule that matches nothing, and every selected leaf that cannot
             be quantized: not floating, quantized already, without the axis, with a length that
-            its group size does not divide, or with NaN or Inf.
+            its group size does not divide, with NaN or Inf, or no smaller for it.
 
     Error: as for `jaxquant.quantize`.
     """
@@ -136,6 +136,12 @@ def _objection(leaf: Any, scheme: Scheme) -> str | None:
         block_shape(shape, scheme.weights)
     except ValueError as error:
         return str(error)
+    if not shrinks(leaf, scheme.weights):
+        return (
+            f"takes {bits_per_weight(shape, scheme.weights):.1f} bits per weight, no fewer than "
+            f"{leaf.dtype}, shape {shape}: few elements share a scale along axis="
+            f"{scheme.weights.axis}; give it a rule with the contracted axes, or None"
+        )
     is_known = not isinstance(leaf, jax.core.Tracer)
     if is_known and not _is_finite(leaf):
         return f"holds NaN or Inf, shape {shape}; mend it, or give it a rule with None"

@@ -205,9 +205,14 @@ def _reason(x, rule, rules):
 
 @jax.jit
 def _powers(x, q):
-    x = x.astype(jnp.float32)
-    noise = x - q.dequantize().astype(jnp.float32)
-    return jnp.sum(jnp.square(x)), jnp.sum(jnp.square(noise))
+    """Sums of squares of signal and noise, in units of the signal's largest magnitude."""
+    dtype = x.dtype if x.dtype == jnp.float64 else jnp.float32
+    x = x.astype(dtype)
+    noise = x - q.dequantize().astype(dtype)
+    # The square of 1e-23 is 0 in float32, and that of 1e20 infinite.
+    largest = jnp.max(jnp.abs(x), initial=0)
+    unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    return jnp.sum(jnp.square(x / unit)), jnp.sum(jnp.square(noise / unit))
 
 
 def _sqnr(x, q):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import fnmatch
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from ..core import ArrayConfig, Axes, Scheme
+from ..core import SCHEMES, ArrayConfig, Axes, Scheme, bits_of, block_shape
 
 _REGEX = "re:"
 
@@ -29,8 +30,8 @@ class Rule:
             pattern.
 
     Raises:
-        ValueError: the regular expression cannot be compiled, the scheme is none, or the
-            overrides contradict it.
+        ValueError: the pattern is no str, its regular expression cannot be compiled, the scheme
+            is none, or the overrides contradict it.
     """
 
     pattern: str
@@ -42,9 +43,15 @@ class Rule:
     note: str | None = None
 
     def __post_init__(self):
+        if not isinstance(self.pattern, str):
+            raise ValueError(
+                f'A rule\'s pattern must be a str; got {self.pattern!r}. Write Rule("*/kernel", '
+                "W8A8)."
+            )
         if not isinstance(self.scheme, Scheme | ArrayConfig | None):
             raise ValueError(
-                f"A rule's scheme must be a Scheme, an ArrayConfig or None; got {self.scheme!r}."
+                "A rule's scheme must be a Scheme, an ArrayConfig or None; got "
+                f"{self.scheme!r}{_advice(self.scheme)}."
             )
         try:
             re.compile(self._expression())
@@ -77,13 +84,14 @@ class Rule:
         return dataclasses.replace(scheme, weights=dataclasses.replace(scheme.weights, **given))
 
 
-Rules = Scheme | ArrayConfig | Mapping[str, Any] | Sequence[Any]
+Rules = Scheme | ArrayConfig | Rule | Mapping[str, Any] | Sequence[Any]
 
 # A norm by any part of the path, but not by "normal" or "normalized"; a bias by its end.
-_NORM = r"[^/.]*norm(?!al(?!i[sz]ation))[^/.]*|ln(_\w+|\d*|f)"
+_NORM = r"[^/.]*norm(?!al(?!i[sz]ation))[^/.]*|ln(_\w+|\d*|f)|rms(_\w+|\d*)"
 _NORM_OR_BIAS = rf"re:(?i)(.*[/.])?({_NORM})([/.].*)?|(.*[/._])?(bias(_\w+)?|beta|gamma|scale)"
 # Not the kernel of a product that embeds patches or frames.
 _EMBEDDING = r"re:(?i)(?!.*kernel$).*(embed|wte|wpe).*"
+_CONVOLUTION = r"re:(?i).*conv.*"
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
@@ -91,12 +99,27 @@ def is_matrix(path: str, leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 1
 
 
-def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = None) -> tuple[Rule, ...]:
-    """Rules for matrices and embeddings, which leave norms and biases as they are.
+def bits_per_weight(shape: tuple[int, ...], config: ArrayConfig) -> float:
+    """Bits that codes, scales and zero points take per element of an array of this shape.
 
-    Norms and biases are known by their names, so that those of stacked layers, which have two
-    axes, are left too; embeddings by "embed", "wte" or "wpe" in their path, and get scales per
-    row (axis -1), in which a lookup finds its scale, unless the scheme has blocks.
+    Raises:
+        ValueError: as for `jaxquant.quantize`.
+    """
+    per_scale = max(math.prod(block_shape(shape, config)), 1)
+    bits = bits_of(config.stored_scale_dtype) + config.format.bits * (not config.symmetric)
+    return config.format.bits + bits / per_scale
+
+
+def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = None) -> tuple[Rule, ...]:
+    """Rules for matrices, embeddings and convolutions; norms and biases stay as they are.
+
+    What a leaf is, its path tells: norms and biases go by their names, so that those of stacked
+    layers, which have two axes, are left too. Embeddings, by "embed", "wte" or "wpe", get scales
+    per row (axis -1), in which a lookup finds its scale, unless the scheme has blocks.
+    Convolutions, by "conv" and three axes or more, share scales along all axes but that of the
+    output, unless the scheme has groups. Of other leaves the last two axes are taken for a
+    matrix, and those before them for stacked layers: attention kernels of three axes, such as
+    (K, heads, size), need a rule of their own. Leaves that would not shrink are left.
 
     Args:
         scheme: for all of them.
@@ -105,28 +128,67 @@ def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = None) -> tuple[Rule
     """
     weights = scheme.weights if isinstance(scheme, Scheme) else scheme
     along_row = None if isinstance(weights.group_size, tuple) else -1
+    is_grouped = weights.group_size is not None or weights.format.group_size is not None
+    output = 0 if axis == -1 else -1
+    convolutions = [
+        _default(_CONVOLUTION, scheme, tuple(a - n for a in range(n) if a != output % n), n)
+        for n in (() if is_grouped or weights.axis is None else (3, 4, 5))
+    ]
     return (
         Rule(_NORM_OR_BIAS, None, required=False, note="a norm or bias, by its name"),
-        Rule(_EMBEDDING, scheme, axis=along_row, where=is_matrix, required=False),
-        Rule("*", scheme, axis=axis, where=is_matrix, required=False),
+        _default(_EMBEDDING, scheme, along_row),
+        *convolutions,
+        _default("*", scheme, axis),
+        Rule("*", None, where=is_matrix, required=False, note="it would not shrink"),
     )
 
 
+def _default(pattern, scheme, axis, ndim=None):
+    """A rule for matrices that shrink by it, of any number of axes or this one."""
+    resolved = Rule(pattern, scheme, axis=axis).resolve()
+    config = resolved.weights if resolved else ArrayConfig()
+
+    def is_meant(path, leaf):
+        return is_matrix(path, leaf) and ndim in (None, leaf.ndim) and shrinks(leaf, config)
+
+    return Rule(pattern, scheme, axis=axis, where=is_meant, required=False)
+
+
+def shrinks(leaf: Any, config: ArrayConfig) -> bool:
+    """Whether a leaf takes fewer bits when it is quantized, or cannot be: that is an error."""
+    try:
+        return bits_per_weight(leaf.shape, config) < bits_of(leaf.dtype) or 0 in leaf.shape
+    except ValueError:
+        return True
+
+
 def as_rules(rules: Rules) -> tuple[Rule, ...]:
-    """Rules from what people write: one scheme, {pattern: scheme}, or a sequence of rules.
+    """Rules from what people write: a scheme, a rule, {pattern: scheme}, or a sequence of rules.
 
     Raises:
-        ValueError: it is none of these, or an item is neither a Rule nor a (pattern, scheme).
+        ValueError: it is none of these, or empty, or an item is neither a Rule nor a
+            (pattern, scheme).
     """
     if isinstance(rules, Scheme | ArrayConfig):
         return default_rules(rules)
+    if isinstance(rules, Rule):
+        return (rules,)
     items = rules.items() if isinstance(rules, Mapping) else rules
     if isinstance(items, str) or not hasattr(items, "__iter__"):
         raise ValueError(
-            "rules must be a Scheme, an ArrayConfig, a dict of pattern to scheme, or a sequence "
-            f"of Rule; got {rules!r}."
+            "rules must be a Scheme, an ArrayConfig, a Rule, a dict of pattern to scheme, or a "
+            f"sequence of Rule; got {rules!r}{_advice(rules)}."
         )
-    return tuple(_as_rule(item) for item in items)
+    found = tuple(_as_rule(item) for item in items)
+    if not found:
+        raise ValueError(f"rules is empty; got {rules!r}. Give a Scheme, or one Rule or more.")
+    return found
+
+
+def _advice(value):
+    """What to write instead of the name of a preset."""
+    is_name = isinstance(value, str) and value in SCHEMES
+    return f"; write jaxquant.SCHEMES[{value!r}]" if is_name else ""
 
 
 def _as_rule(item):

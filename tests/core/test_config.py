@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxquant import (
@@ -48,9 +49,18 @@ CONFIG_ERRORS = [
     ({"format": INT4, "value_range": (-9, 7)}, r"within \[-8, 7\] for int4; got \(-9, 7\)"),
     ({"value_range": (5, -5)}, r"two ascending ints.*got \(5, -5\)"),
     ({"value_range": (5, 5)}, r"two ascending ints.*got \(5, 5\)"),
+    ({"value_range": [-5, 5]}, r"a tuple of two ascending ints.*got \[-5, 5\]"),
+    ({"value_range": 5}, "a tuple of two ascending ints.*got 5"),
+    ({"range": MinMSE}, r"range must be AbsMax\(\), .* got <class"),
+    ({"axis": True}, "axis must be an int.*got True"),
+    ({"group_size": True}, "group_size must be a positive int.*got True"),
+    ({"scale_dtype": jnp.dtype("float32")}, "scale_dtype must be one of.*got dtype"),
     ({"value_range": (-1.5, 5)}, r"two ascending ints.*got \(-1\.5, 5\)"),
-    ({"value_range": (0, 100)}, r"must have zero inside; got \(0, 100\)\. Widen it, or pass symm"),
-    ({"value_range": (-100, 0)}, r"must have zero inside; got \(-100, 0\)"),
+    (
+        {"value_range": (0, 100)},
+        r"must have zero inside; got 0 to 100\. Widen the range, or pass symm",
+    ),
+    ({"value_range": (-100, 0)}, "must have zero inside; got -100 to 0"),
 ]
 
 
@@ -90,10 +100,16 @@ def test_axes_are_counted_from_zero(axis, ndim, expected):
     assert ArrayConfig(axis=axis).axes(ndim) == expected
 
 
-@pytest.mark.parametrize("axis, ndim", [(2, 2), (-3, 2), ((0, -2), 2), ((0, 5), 2), (0, 0)])
-def test_axes_must_be_distinct_axes_of_the_array(axis, ndim):
-    with pytest.raises(ValueError, match=rf"distinct axes of the array; got axis=.* {ndim} axes"):
+@pytest.mark.parametrize("axis, ndim", [(2, 2), (-3, 2), ((0, 5), 2), (0, 0)])
+def test_axes_must_be_axes_of_the_array(axis, ndim):
+    message = rf"axis must lie in -{ndim} .. {ndim - 1} for an array of {ndim} axes; got axis="
+    with pytest.raises(ValueError, match=message):
         ArrayConfig(axis=axis).axes(ndim)
+
+
+def test_axes_must_be_distinct():
+    with pytest.raises(ValueError, match=r"distinct axes of the array; got axis=\(0, -2\) for 2"):
+        ArrayConfig(axis=(0, -2)).axes(2)
 
 
 def test_a_scheme_is_checked_when_it_is_made():

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from jaxquant import FORMATS, NF4, quantize
+from jaxquant import FORMATS, NF4, ArrayConfig, Format, quantize
 from jaxquant.core import bits_of
 
 from .. import cases, checks
@@ -56,3 +56,32 @@ def test_nf4_holds_quantiles_of_a_normal_distribution():
     negative = -special.ndtri(np.linspace(offset, 0.5, 8)[:-1])
     expected = np.sort([*positive, 0, *negative]) / positive.max()
     np.testing.assert_allclose(np.asarray(NF4.codebook), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "row, text",
+    [
+        (("a", "int5", -1, 1), "a: dtype must name a dtype of JAX.*got 'int5'"),
+        (("a", "int4", -9, 7), "qmin and qmax must ascend within int4, -8 to 7; got -9 and 7"),
+        (("a", "int8", 5, 5), "must ascend within int8"),
+        (("a", "float8_e4m3fn", -448.0, 449.0), "must ascend within float8_e4m3fn"),
+        (
+            ("a", "uint2", -1.0, 1.0, (-1.0, 0.0, 0.2, 0.5, 1.0)),
+            r"uint2 has codes .*\(4\) or fewer",
+        ),
+        (("a", "uint4", -1.0, 1.0, (-1.0, 1.0, 0.0)), "tuple of floats that ascend"),
+        (("a", "uint4", -2.0, 1.0, (-1.0, 0.0, 1.0)), "ascend within the codebook, -1.0 to 1.0"),
+    ],
+)
+def test_a_row_is_checked_when_it_is_made(row, text):
+    with pytest.raises(ValueError, match=text):
+        Format(*row)
+
+
+def test_a_format_without_negative_codes_wants_zero_points():
+    unsigned = Format("uint8", "uint8", 0, 255)
+    with pytest.raises(ValueError, match=r"zero inside; got 0 to 255.*pass symmetric=False"):
+        ArrayConfig(format=unsigned)
+    x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    q = quantize(x, ArrayConfig(format=unsigned, axis=1, symmetric=False))
+    assert (np.abs(q.dequantize() - x) <= 0.5001 * q.scale).all()

@@ -9,7 +9,9 @@ from jaxquant import (
     INT4,
     INT8,
     MXFP4,
+    NF4,
     NVFP4,
+    W8A8,
     ArrayConfig,
     MinMSE,
     Percentile,
@@ -269,12 +271,72 @@ def test_codes_are_rounded_with_the_scale_that_is_stored():
 
 
 @pytest.mark.parametrize("value", [1e-20, 1e20])
-def test_scales_beyond_a_narrow_dtype_are_clipped_to_it(value):
+def test_scales_below_a_narrow_dtype_are_its_smallest_and_those_above_are_nan(value):
     config = ArrayConfig(axis=1, scale_dtype="float16")
     q = quantize(np.full((1, 4), value, np.float32), config)
-    limits = np.finfo(np.float16)
-    assert q.scale[0, 0] == (limits.tiny if value < 1 else limits.max)
-    assert np.isfinite(q.dequantize()).all()
+    smallest = np.finfo(np.float16).smallest_subnormal
+    np.testing.assert_array_equal(q.scale[0, 0], smallest if value < 1 else np.nan)
+    assert np.isfinite(q.dequantize()).all() == (value < 1)
+
+
+@pytest.mark.parametrize("deviation", [1e-2, 1e-3, 1e-4])
+def test_float16_scales_serve_ordinary_weights(deviation):
+    x = deviation * cases.gaussian((64, 4096))
+    q = quantize(x, ArrayConfig(axis=1, group_size=128, scale_dtype="float16"))
+    assert oracles.sqnr(x, q.dequantize()) > 40 - 6 * (deviation < 1e-3)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-19, 1e20, 1e30])
+def test_min_mse_gains_as_much_at_any_magnitude(magnitude):
+    x = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+    config = ArrayConfig(format=INT4, axis=1, range=MinMSE())
+    expected = quantize(x, config).codes
+    scaled = quantize(x * np.float32(magnitude), config).codes
+    assert np.mean(np.asarray(scaled != expected)) < 0.01
+
+
+def test_scales_of_exponents_clip_no_whole_numbers():
+    x = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+    for format in (INT8, INT4, NF4):
+        config = ArrayConfig(format=format, axis=1, scale_dtype="float8_e8m0fnu")
+        q = quantize(x, config)
+        reach = np.asarray(q.scale, np.float32) * min(-format.qmin, format.qmax)
+        assert (np.abs(x) <= reach).all()
+        assert (np.abs(x).max(1, keepdims=True) > reach / 2).all()
+
+
+@pytest.mark.parametrize(
+    "x, config, text",
+    [
+        (jnp.ones(4), W8A8, "config must be an ArrayConfig; got Scheme.*pass its weights"),
+        (jnp.ones(4), INT8, r"got int8\. Of a Scheme.*ArrayConfig\(format=f\)"),
+        ([1.0, 2.0], ArrayConfig(), "x must be a floating array; got list"),
+        (quantize(jnp.ones(4), ArrayConfig()), ArrayConfig(), "quantized already; got QTensor"),
+    ],
+)
+@pytest.mark.parametrize("function", [quantize, abs_max_quantize])
+def test_mistaken_arguments_are_named(function, x, config, text):
+    with pytest.raises(ValueError, match=text):
+        function(x, config)
+
+
+def test_a_given_scale_that_is_not_positive_marks_its_block():
+    x = jnp.ones((2, 4))
+    q = quantize_with_scale(x, jnp.array([[0.0], [1.0]]), None, ArrayConfig())
+    assert np.isnan(q.dequantize()[0]).all()
+    np.testing.assert_array_equal(q.dequantize()[1], 1)
+
+
+@pytest.mark.parametrize(
+    "config, zero_point",
+    [
+        (ArrayConfig(), jnp.zeros((1, 4), jnp.int8)),
+        (ArrayConfig(symmetric=False), jnp.zeros((), jnp.int8)),
+    ],
+)
+def test_a_zero_point_must_fit_config_and_scale(config, zero_point):
+    with pytest.raises(ValueError, match=r"have the shape of scale, \(1, 4\); got shape"):
+        quantize_with_scale(jnp.ones((3, 4)), jnp.ones((1, 4)), zero_point, config)
 
 
 def test_equal_configs_share_one_compilation():
@@ -294,7 +356,7 @@ def test_equal_configs_share_one_compilation():
 
 @pytest.mark.parametrize("function", [quantize, abs_max_quantize])
 def test_integers_are_refused(function):
-    message = r"x must be a floating array; got int32 of shape \(4, 2\)\. Cast it first\."
+    message = r"x must be a floating array; got int32 of shape \(4, 2\)\. Use jnp\.asarray"
     with pytest.raises(ValueError, match=message):
         function(jnp.ones((4, 2), jnp.int32), ArrayConfig())
 
@@ -321,7 +383,7 @@ def test_a_given_scale_is_used_as_it_is(shape, has_zero_point):
     scale = (random.random(shape) + 0.1).astype(np.float32)
     zero_point = random.integers(1, 9, shape) if has_zero_point else None
 
-    q = quantize_with_scale(x, scale, zero_point, ArrayConfig())
+    q = quantize_with_scale(x, scale, zero_point, ArrayConfig(symmetric=not has_zero_point))
 
     whole = oracles.spread(scale.reshape(shape or (1, 1)), x.shape)
     zero = oracles.spread(checks.zero_point_of(q), x.shape)

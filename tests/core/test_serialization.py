@@ -38,7 +38,7 @@ def test_every_config_comes_back_equal_from_json(name):
 
 
 def test_a_config_with_a_format_of_a_user_comes_back_without_its_row():
-    format = Format("ternary", "int2", -1, 1, codebook=(-1.0, 0.0, 1.0), group_size=8)
+    format = Format("ternary", "uint2", -1.0, 1.0, codebook=(-1.0, 0.0, 1.0), group_size=8)
     config = ArrayConfig(format=format, axis=(0,), range=Percentile(97.5))
     assert config_from_json(through_json(config_to_json(config))) == config
 

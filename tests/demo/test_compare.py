@@ -40,10 +40,12 @@ def test_compare_measures_float32_and_each_scheme(encoder):
     params, config, tokens = encoder
     calls = []
 
-    first, *results = demo.compare(params, config, tokens, SCHEMES, progress=calls.append)
+    first, *results = demo.compare(
+        params, config, tokens, SCHEMES, progress=lambda *call: calls.append(call)
+    )
 
-    assert calls == ["float32", "eight", "two"]
-    assert [first.name, *(r.name for r in results)] == calls
+    assert calls == [(1, 3, "float32"), (2, 3, "eight"), (3, 3, "two")]
+    assert [first.name, *(r.name for r in results)] == [name for *_, name in calls]
     assert (first.overlap, first.bits_per_weight) == (1, 32)
     assert first.cosine == pytest.approx(1)
     vectors = embed_all(params, config, tokens)

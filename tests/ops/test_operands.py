@@ -339,3 +339,37 @@ def test_a_quantized_operand_cannot_be_multiplied_any_more():
     text = r"inputs\.multiplier; got QTensor\(int4 .*Multiply it before you quantize it"
     with pytest.raises(ValueError, match=text):
         matmul(x, q)
+
+
+@pytest.mark.parametrize("function", [matmul, lambda x, w, **k: einsum("mk,kn->mn", x, w, **k)])
+def test_an_implementation_cannot_be_forced_on_plain_arrays(function):
+    with pytest.raises(ValueError, match="implementation='integer' is for products with a QTensor"):
+        function(jnp.ones((2, 3)), jnp.ones((3, 4)), implementation="integer")
+
+
+def test_operands_must_be_arrays():
+    with pytest.raises(ValueError, match="Operands must be arrays or QTensors; got list"):
+        matmul([[1.0]], weight(WEIGHTS["int8"]))  # pyright: ignore[reportArgumentType] (so meant)
+
+
+def test_whole_numbers_meet_quantized_weights_as_floats_do():
+    q = with_inputs(weight(WEIGHTS["int8"]), Inputs(ArrayConfig(axis=-1)))
+    x = np.random.default_rng(0).integers(0, 2, X.shape)
+    with jax.numpy_dtype_promotion("standard"):
+        whole = matmul(jnp.asarray(x, jnp.int32), q)
+    np.testing.assert_array_equal(whole, matmul(jnp.asarray(x, jnp.float32), q))
+
+
+def test_grouped_inputs_have_groups_along_the_last_of_several_contracted_axes():
+    x, w = jnp.asarray(normal(2, 3, 4, 64)), normal(4, 64, 6, seed=1)
+    config = ArrayConfig(format=MXFP8, axis=-1)
+    q = with_inputs(quantize(w, ArrayConfig(axis=(0, 1))), Inputs(config))
+    met = quantize(x, config)
+    assert_product(einsum("bthd,hdm->btm", x, q), "bthd,hdm->btm", met, q)
+
+
+def test_what_inputs_refuse_is_said_of_the_weight():
+    q = with_inputs(quantize(normal(40, 6), ArrayConfig()), Inputs(ArrayConfig(format=MXFP8)))
+    text = r"The inputs of QTensor\(int8 40x6.* cannot be quantized: group_size must divide"
+    with pytest.raises(ValueError, match=text):
+        matmul(jnp.ones((2, 40)), q)

@@ -120,8 +120,20 @@ def test_wrong_arguments_are_refused():
     q = quantize(TABLE, CONFIGS["per row"])
     with pytest.raises(ValueError, match=r"indices must be whole numbers; got float32\. Cast"):
         take(q, np.ones(3, np.float32), 0)
-    with pytest.raises(ValueError, match="mode must be one of fill, clip, wrap, or None; got 'cl"):
+    with pytest.raises(
+        ValueError,
+        match="mode must be one of fill, clip, wrap, promise_in_bounds, or None; got 'cl",
+    ):
         take(q, INDICES, 0, mode="clamp")
     for axis in (2, -3):
         with pytest.raises(ValueError, match=rf"an axis of shape \(50, 32\); got {axis}"):
             take(q, INDICES, axis)
+
+
+def test_hints_and_a_traced_fill_value_are_taken():
+    q = quantize(jnp.arange(12.0).reshape(6, 2), ArrayConfig(axis=1))
+    taken = take(q, jnp.array([0, 2, 9]), 0, indices_are_sorted=True, fill_value=jnp.float32(7))
+    np.testing.assert_array_equal(taken[:2], q.dequantize()[jnp.array([0, 2])])
+    np.testing.assert_array_equal(taken[2], 7)
+    inside = take(q, jnp.array([1, 5]), 0, mode="promise_in_bounds", unique_indices=True)
+    np.testing.assert_array_equal(inside, q.dequantize()[jnp.array([1, 5])])

@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import stat
 import struct
 import subprocess
@@ -265,10 +266,43 @@ def test_a_loaded_tree_may_be_saved_over_its_own_file(tmp_path):
     assert_equal_trees(found, parameters())
 
 
-@pytest.mark.parametrize("run", [save, lambda path, _: load(path)], ids=["save", "load"])
-def test_a_folder_that_is_not_there_is_named(tmp_path, run):
+def test_a_folder_that_is_not_there_is_named_when_reading(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        run(tmp_path / "nowhere" / "a", parameters())
+        load(tmp_path / "nowhere" / "a")
+
+
+# What they do with a tree that cannot be saved tells that the place is checked before it.
+CHECKS = {"save": lambda path: save(path, {"a": object()}), "check_target": tree.check_target}
+each_check = pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+
+
+@each_check
+@pytest.mark.parametrize("folder", ["nowhere", "no/where", "file"])
+def test_a_target_outside_of_any_folder_is_refused(tmp_path, check, folder):
+    (tmp_path / "file").touch()
+    text = f"^{re.escape(str(tmp_path / folder))} is not a folder; create it first"
+    with pytest.raises(FileNotFoundError, match=text):
+        check(tmp_path / folder / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@each_check
+@pytest.mark.parametrize("name", ["inner", ".", ""])
+def test_a_target_that_is_a_folder_is_refused(tmp_path, monkeypatch, check, name):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    text = f"^{re.escape(name)} is a folder; name a file, such as .*model.safetensors"
+    with pytest.raises(IsADirectoryError, match=text):
+        check(name)
+    assert [p.name for p in tmp_path.rglob("*")] == ["inner"]
+
+
+def test_a_target_may_be_new_or_a_file(tmp_path, monkeypatch):
+    save(tmp_path / "old", small())
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "old", tmp_path / "new", "new", "./new"):
+        tree.check_target(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
 
 
 # Files that are not what they should be.

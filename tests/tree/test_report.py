@@ -104,6 +104,25 @@ def test_signal_to_noise_is_that_of_the_oracle(scheme):
         assert abs(row.sqnr - wanted) < 1e-3
 
 
+@pytest.mark.parametrize("magnitude", [1e-36, 1e-30, 1e-19, 1.0, 1e20, 1e30])
+def test_signal_to_noise_does_not_depend_on_the_unit(magnitude):
+    params = {"w": jnp.asarray(normal(256, 32) * np.float32(magnitude))}
+    quantized = {"w": quantize(params["w"], ArrayConfig(format=INT4, axis=0, group_size=64))}
+    wanted = oracles.sqnr(params["w"], oracles.dequantize(quantized["w"]))
+    assert rows_of(params, quantized)["w"].sqnr == pytest.approx(wanted, abs=0.01)
+
+
+@pytest.mark.parametrize("magnitude", [1e-60, 1.0, 1e60])
+def test_signal_to_noise_of_float64_is_computed_in_float64(magnitude):
+    with jax.enable_x64(True):
+        params = {"w": jnp.asarray(normal(256, 32).astype(np.float64) * magnitude)}
+        config = ArrayConfig(format=INT8, axis=0, scale_dtype="float64")
+        quantized = {"w": quantize(params["w"], config)}
+        found = rows_of(params, quantized)["w"].sqnr
+    wanted = oracles.sqnr(params["w"], oracles.dequantize(quantized["w"]))
+    assert found == pytest.approx(wanted, abs=1e-9)
+
+
 def test_signal_to_noise_is_infinite_without_noise_and_absent_without_a_comparison():
     grid = jnp.asarray(np.arange(-127, 129, 2).reshape(8, 16), jnp.float32)
     lossless = jnp.clip(grid, -127, 127).at[0].set(127)

@@ -181,6 +181,12 @@ def test_rules_may_be_a_dict_or_pairs_or_rules(rules):
     assert q["out/0"].format.name == "int8"
 
 
+def test_a_rule_alone_is_a_sequence_of_one():
+    params = parameters()
+    q = leaves_of(tree.quantize(params, Rule("out/0", W8A8)))
+    assert {k for k, leaf in q.items() if leaf is not leaves_of(params)[k]} == {"out/0"}
+
+
 @pytest.mark.parametrize("scheme", [W8A8, FP8, W8A8.weights], ids=["W8A8", "FP8", "config"])
 def test_a_scheme_or_config_alone_means_the_default_rules(scheme):
     q = leaves_of(tree.quantize(parameters(), scheme))
@@ -196,7 +202,23 @@ def test_a_scheme_or_config_alone_means_the_default_rules(scheme):
     [
         (
             lambda: Rule("*", "W8A8"),  # pyright: ignore[reportArgumentType] (the error)
-            "A rule's scheme must be a Scheme, an ArrayConfig or None; got 'W8A8'",
+            r"A rule's scheme must be .* or None; got 'W8A8'; write jaxquant.SCHEMES\['W8A8'\]",
+        ),
+        (
+            lambda: tree.quantize(parameters(), {"*": "W4A16"}),
+            r"A rule's scheme must be .* or None; got 'W4A16'; write jaxquant.SCHEMES\['W4A16'\]",
+        ),
+        (
+            lambda: Rule("*", "W3"),  # pyright: ignore[reportArgumentType] (the error)
+            r"A rule's scheme must be .* or None; got 'W3'\.$",
+        ),
+        (
+            lambda: Rule("*", ["W8A8"]),  # pyright: ignore[reportArgumentType] (the error)
+            r"A rule's scheme must be .* or None; got \['W8A8'\]\.$",
+        ),
+        (
+            lambda: Rule(3, W8A8),  # pyright: ignore[reportArgumentType] (the error)
+            r"A rule's pattern must be a str; got 3. Write Rule\(",
         ),
         (
             lambda: Rule("re:(", W8A8),
@@ -212,11 +234,19 @@ def test_a_scheme_or_config_alone_means_the_default_rules(scheme):
         ),
         (
             lambda: tree.quantize(parameters(), "W8A8"),
-            "rules must be a Scheme, an ArrayConfig, a dict .* or a sequence of Rule; got 'W8A8'",
+            "rules must be a Scheme, .* or a sequence of Rule; got 'W8A8'; write jaxquant.SCHEMES",
         ),
         (
             lambda: tree.quantize(parameters(), 8),  # pyright: ignore[reportArgumentType] (same)
-            "rules must be a Scheme, an ArrayConfig, a dict .* or a sequence of Rule; got 8",
+            "rules must be a Scheme, an ArrayConfig, a Rule, a .* or a sequence of Rule; got 8",
+        ),
+        (
+            lambda: tree.quantize(parameters(), {}),
+            r"rules is empty; got \{\}. Give a Scheme",
+        ),
+        (
+            lambda: tree.quantize(parameters(), []),
+            r"rules is empty; got \[\]. Give a Scheme",
         ),
         (
             lambda: tree.quantize(parameters(), ["*/kernel"]),
