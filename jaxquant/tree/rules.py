@@ -22,7 +22,8 @@ class Rule:
         pattern: a glob over the whole path, in which `*` matches across "/" too; or "re:" and
             a regular expression that must match all of it.
         scheme: Scheme or ArrayConfig; None leaves the leaves as they are.
-        axis: replaces the axis of the weights' config; None keeps it.
+        axis: replaces the axis of the weights' config; None keeps it. (One scale per tensor is
+            asked for by a scheme whose weights have axis None.)
         group_size: replaces the group size of the weights' config; None keeps it.
         where: (path, leaf) -> whether a leaf whose path matches is meant; None means all.
         required: whether it is an error if no leaf matches.
