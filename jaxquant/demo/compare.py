@@ -13,7 +13,7 @@ import rich.table
 
 from .. import core
 from .. import tree as trees
-from ..core import ArrayConfig, MinMSE, Percentile, QTensor, Scheme
+from ..core import ArrayConfig, MinMSE, Percentile, Scheme
 from .encoder import EncoderConfig, Params, embed
 from .text import Tokens
 
@@ -106,7 +106,7 @@ def compare(
 
 def _measure(name, params, quantized, config, tokens, vectors):
     weights = sum(x.size for x in jax.tree.leaves(params))
-    size = sum(x.nbytes for x in jax.tree.leaves(quantized, is_leaf=_is_quantized))
+    size = sum(core.packed_bytes(x) for x in jax.tree.leaves(quantized))
     found = _embed_all(quantized, config, tokens)
     milliseconds, ratio = _time(params, quantized, config, tokens)
     return Result(
@@ -118,10 +118,6 @@ def _measure(name, params, quantized, config, tokens, vectors):
         milliseconds=milliseconds,
         ratio=ratio,
     )
-
-
-def _is_quantized(x):
-    return isinstance(x, QTensor)
 
 
 def _embed_all(params, config, tokens):
