@@ -15,5 +15,6 @@ from .report import describe as describe
 from .report import report as report
 from .rules import Rule as Rule
 from .rules import Rules as Rules
+from .rules import as_rules as as_rules
 from .rules import default_rules as default_rules
 from .rules import is_matrix as is_matrix

@@ -1,0 +1,52 @@
+"""Arrays of any dtype in arrays of a dtype that Keras variables and HDF5 files can have.
+
+Whole numbers of a byte and more, and floats of 16 bits and more except bfloat16, are carried as
+they are; other floats as whole numbers of the same bits; and what is under a byte is packed
+along the last axis, the first element in the lowest bits.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..core import bits_of, pack_int2, pack_int4, unpack_int2
+
+_CARRIED = ("int8", "uint8", "float16", "float32", "float64")
+_PACK = {4: pack_int4, 2: pack_int2}
+
+
+def carrier(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the array that carries an array like x."""
+    return jax.eval_shape(to_carrier, jax.ShapeDtypeStruct(x.shape, x.dtype))
+
+
+@jax.jit
+def to_carrier(x: jax.Array) -> jax.Array:
+    """Carries x, bit by bit."""
+    if x.dtype.name in _CARRIED:
+        return x
+    bits = bits_of(x.dtype)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        x = lax.bitcast_convert_type(x, f"uint{bits}")
+    return x if bits >= 8 else _PACK[bits](x, axis=-1)
+
+
+def from_carrier(carried: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """Undoes `to_carrier`, given the shape and dtype of what was carried."""
+    if carried.dtype == like.dtype:
+        return carried
+    bits = bits_of(like.dtype)
+    if bits >= 8:
+        return lax.bitcast_convert_type(carried, like.dtype)
+    # A bitcast leaves 4-bit codes packed, where shifts would write a byte for each.
+    whole = _spread(carried, like) if bits == 4 else _unpack_int2(carried, like)
+    return lax.slice_in_dim(whole, 0, like.shape[-1], axis=-1)
+
+
+def _spread(carried, like):
+    pairs = lax.bitcast_convert_type(carried, like.dtype)
+    return pairs.reshape(*carried.shape[:-1], 2 * carried.shape[-1])
+
+
+def _unpack_int2(carried, like):
+    return unpack_int2(carried, like.shape[-1], axis=-1).astype(like.dtype)

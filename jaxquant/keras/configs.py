@@ -1,0 +1,278 @@
+"""What `quantize(config=...)` takes: Keras' configs over schemes, and our rules by path."""
+
+import dataclasses
+from typing import Any
+
+import keras
+
+from ..core import (
+    FP8,
+    INT4,
+    INT8,
+    W4A16_ASYM,
+    W8A8,
+    ArrayConfig,
+    Format,
+    Scheme,
+    config_from_json,
+    config_to_json,
+)
+from ..tree import Rule, Rules, as_rules
+from .quantizers import AbsMaxQuantizer, as_array_config
+
+_register = keras.saving.register_keras_serializable(package="jaxquant")
+
+
+def mode_of(format: Format) -> str:
+    """The Keras mode that codes of a format go under."""
+    if format.bits < 8:
+        return "int4"
+    return "int8" if format.rounds else "float8"
+
+
+class QuantizationConfig(keras.quantizers.QuantizationConfig):
+    """Base of the configs here: a Keras config that knows the scheme of each weight."""
+
+    is_training = False
+
+    def rule_for(self, path: str) -> Rule | None:
+        """What to do with the weight at a path such as "dense/kernel"; None leaves it."""
+        raise NotImplementedError(f"{type(self).__name__} must define rule_for.")
+
+    def for_weights(self, paths: dict[str, str]) -> "QuantizationConfig":
+        """The config of one layer, from the paths of its weights by name."""
+        return self
+
+    def _scheme(self, default: Scheme, format: Format, group_size: int | None) -> Scheme:
+        """The default with the quantizers that were given in their places."""
+        weights, inputs = default.weights, None
+        if self.weight_quantizer is not None:
+            weights = as_array_config(self.weight_quantizer, format)
+        if self.activation_quantizer is not None:
+            inputs = dataclasses.replace(as_array_config(self.activation_quantizer, INT8), axis=-1)
+        # The axis is the layer's to declare: any that is not None will do.
+        return Scheme(dataclasses.replace(weights, axis=-2, group_size=group_size), inputs)
+
+
+@_register
+class Int8QuantizationConfig(QuantizationConfig):
+    """8-bit weights with one scale per output channel, 8-bit inputs with one per row.
+
+    Args:
+        weight_quantizer: a Keras quantizer for the weights, ours or not, along the axes that
+            the layer declares; None for abs-max.
+        activation_quantizer: one for the inputs; "default" for abs-max, None for float inputs.
+    """
+
+    def __init__(self, weight_quantizer: Any = None, activation_quantizer: Any = "default"):
+        super().__init__(weight_quantizer, _given(activation_quantizer, AbsMaxQuantizer()))
+        self._rule = Rule("*", self._scheme(W8A8, INT8, None))
+
+    @property
+    def mode(self) -> str:
+        """The Keras mode."""
+        return "int8"
+
+    def rule_for(self, path: str) -> Rule | None:
+        """The same for every weight."""
+        return self._rule
+
+
+@_register
+class Int4QuantizationConfig(QuantizationConfig):
+    """4-bit weights in groups, inputs in float.
+
+    Without a weight quantizer groups are asymmetric, and symmetric per channel.
+
+    Args:
+        weight_quantizer: a Keras quantizer for the weights, ours or not, with a value range
+            within (-8, 7); None for abs-max.
+        activation_quantizer: one for 8-bit inputs; "default" and None for float inputs.
+        block_size: elements per scale along the contracted axes, at most; an axis that it does
+            not divide is padded. None or -1 for one scale per output channel.
+    """
+
+    def __init__(
+        self,
+        weight_quantizer: Any = None,
+        activation_quantizer: Any = "default",
+        block_size: int | None = 128,
+    ):
+        super().__init__(weight_quantizer, _given(activation_quantizer, None))
+        self.block_size = block_size
+        group_size = None if block_size == -1 else block_size
+        default = W4A16_ASYM if group_size else Scheme(ArrayConfig(format=INT4))
+        self._rule = Rule("*", self._scheme(default, INT4, group_size))
+
+    @property
+    def mode(self) -> str:
+        """The Keras mode."""
+        return "int4"
+
+    def rule_for(self, path: str) -> Rule | None:
+        """The same for every weight."""
+        return self._rule
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, for Keras' serialization."""
+        return {**super().get_config(), "block_size": self.block_size}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Int4QuantizationConfig":
+        """Undoes `get_config`."""
+        return cls(**keras.saving.deserialize_keras_object(config))
+
+
+@_register
+class Float8QuantizationConfig(QuantizationConfig):
+    """8-bit floats (e4m3) for weights, per output channel, and for inputs, per row.
+
+    Args:
+        training: False stores the weights in one byte, and computes the inputs' scales as they
+            come. True keeps float weights for training: products see both operands in e4m3
+            and gradients in e5m2, with delayed scaling.
+
+    Source: Micikevicius et al. 2022, arXiv:2209.05433.
+    """
+
+    def __init__(self, training: bool = False):
+        super().__init__(None, None)
+        self.is_training = training
+
+    @property
+    def mode(self) -> str:
+        """The Keras mode."""
+        return "float8"
+
+    def rule_for(self, path: str) -> Rule | None:
+        """The same for every weight."""
+        return Rule("*", FP8)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, for Keras' serialization."""
+        return {"training": self.is_training}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Float8QuantizationConfig":
+        """Undoes `get_config`."""
+        return cls(**config)
+
+
+@_register
+class Config(QuantizationConfig):
+    """Schemes by the paths of the weights: `Config({"*/attention/*": NF4A16, "*": W8A8})`.
+
+    Args:
+        rules: a Scheme or ArrayConfig for all quantizable weights; or a dict of pattern to
+            scheme, a Rule or a sequence of them. The first that matches a weight's path, such
+            as "encoder/dense/kernel", decides; weights without one stay as they are. Axes are
+            those that the layer declares, unless a Rule names others.
+
+    Raises:
+        ValueError: a rule has a `where`, which a file cannot hold, or as for `Rule`.
+    """
+
+    def __init__(self, rules: Rules):
+        super().__init__(None, None)
+        is_one = isinstance(rules, Scheme | ArrayConfig)
+        self.rules = (Rule("*", rules),) if is_one else as_rules(rules)
+        odd = [rule.pattern for rule in self.rules if rule.where is not None]
+        if odd:
+            raise ValueError(
+                f"Rules of a Config must go by path alone; got a `where` in {odd}. Write patterns."
+            )
+
+    @property
+    def mode(self) -> str:
+        """The Keras mode of the first scheme: a name only, the rules decide."""
+        schemes = [s for s in (rule.resolve() for rule in self.rules) if s is not None]
+        return mode_of(schemes[0].weights.format if schemes else INT8)
+
+    def rule_for(self, path: str) -> Rule | None:
+        """The first rule that matches."""
+        return next((rule for rule in self.rules if rule.matches(path, None)), None)
+
+    def for_weights(self, paths: dict[str, str]) -> "Config":
+        """Rules for these weights alone, which hold wherever the layer is loaded."""
+        found = {name: self.rule_for(path) for name, path in paths.items()}
+        return Config(
+            [
+                dataclasses.replace(rule, pattern=f"*{name}", required=False)
+                for name, rule in found.items()
+                if rule is not None
+            ]
+            or [Rule("*", None)]
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """The rules as JSON values, for Keras' serialization."""
+        return {"rules": [_rule_to_json(rule) for rule in self.rules]}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Config":
+        """Undoes `get_config`."""
+        return cls([_rule_from_json(row) for row in config["rules"]])
+
+
+def as_config(mode: str | None, config: Any) -> Any:
+    """Our config for what `quantize` was given, so that defaults are ours in every Keras.
+
+    Configs of neither kind are returned as they are, for Keras to judge.
+    """
+    # `quantize(config="int8")` is Keras' older spelling of the mode.
+    mode = config if isinstance(config, str) else mode
+    if config is None or isinstance(config, str):
+        return _DEFAULTS[mode]() if mode in _DEFAULTS else None
+    if type(config) not in _STOCK:
+        return config
+    if config.get_config() == type(config)().get_config():
+        # `model.quantize("int4")` arrives as this, and means our default.
+        return _DEFAULTS[config.mode]()
+    return _STOCK[type(config)](config)
+
+
+_DEFAULTS = {
+    "int8": Int8QuantizationConfig,
+    "int4": Int4QuantizationConfig,
+    "float8": Float8QuantizationConfig,
+}
+# Keras 3.13 has no block size: its int4 is per channel.
+_STOCK = {
+    keras.quantizers.Int8QuantizationConfig: lambda c: Int8QuantizationConfig(
+        c.weight_quantizer, c.activation_quantizer
+    ),
+    keras.quantizers.Int4QuantizationConfig: lambda c: Int4QuantizationConfig(
+        c.weight_quantizer, c.activation_quantizer, getattr(c, "block_size", None)
+    ),
+    keras.quantizers.Float8QuantizationConfig: lambda c: Float8QuantizationConfig(),
+}
+
+
+def _given(quantizer, default):
+    """A quantizer, or what "default" stands for."""
+    named = {"default": default}
+    if isinstance(quantizer, str) and quantizer not in named:
+        raise ValueError(
+            f"activation_quantizer must be a quantizer, 'default' or None; got {quantizer!r}."
+        )
+    return named[quantizer] if isinstance(quantizer, str) else quantizer
+
+
+def _rule_to_json(rule):
+    scheme = rule.scheme
+    if isinstance(scheme, ArrayConfig):
+        scheme = Scheme(scheme)
+    row = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule) if f.name != "where"}
+    if scheme is not None:
+        inputs = None if scheme.inputs is None else config_to_json(scheme.inputs)
+        row["scheme"] = {"weights": config_to_json(scheme.weights), "inputs": inputs}
+    return row
+
+
+def _rule_from_json(row):
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    scheme = fields["scheme"]
+    if scheme is not None:
+        inputs = scheme["inputs"] and config_from_json(scheme["inputs"])
+        fields["scheme"] = Scheme(config_from_json(scheme["weights"]), inputs)
+    return Rule(**fields)

@@ -1,0 +1,105 @@
+"""Low-rank adapters on float and quantized weights alike.
+
+    weight + (alpha / rank) * a @ b
+
+Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from ..core import QTensor
+from . import compat
+from .mixin import QuantizableMixin
+
+
+class LoraMixin(QuantizableMixin):
+    """Adds `enable_lora` for the layer's first declared weight, in every mode but training."""
+
+    lora_enabled = False
+
+    def enable_lora(
+        self,
+        rank: int,
+        lora_alpha: float | None = None,
+        a_initializer: Any = "he_uniform",
+        b_initializer: Any = "zeros",
+    ) -> None:
+        """Freezes the weight and adds trainable `a` (..., rank) and `b` (rank, n) to it.
+
+        Files hold the sum, quantized again if the layer is.
+
+        Raises:
+            ValueError: the layer is not built, or has LoRA already, or a constraint.
+        """
+        name = next(iter(self.declared_weights))
+        self._check_lora(name, rank)
+        shape = tuple(getattr(self, name).shape)
+        with compat.unlocked(self):
+            # float32, whatever the policy: small updates must not underflow.
+            options = {"dtype": "float32", "regularizer": self._lora_regularizer(name)}
+            a = self.add_weight(
+                name=f"lora_{name}_a",
+                shape=(*shape[:-1], rank),
+                initializer=a_initializer,
+                **options,
+            )
+            b = self.add_weight(
+                name=f"lora_{name}_b",
+                shape=(rank, shape[-1]),
+                initializer=b_initializer,
+                **options,
+            )
+            setattr(self, f"lora_{name}_a", a)
+            setattr(self, f"lora_{name}_b", b)
+        if name in self.float_weights:
+            self.float_weights[name].trainable = False
+        self.lora_enabled = True
+        self.lora_rank = rank
+        self.lora_alpha = rank if lora_alpha is None else lora_alpha
+
+    def lora_delta(self, name: str) -> jax.Array:
+        """(alpha / rank) * a @ b, in the dtype of the running layer."""
+        a, b = (getattr(self, f"lora_{name}_{part}") for part in "ab")
+        return (self.lora_alpha / self.lora_rank) * (jnp.asarray(a) @ jnp.asarray(b))
+
+    def adapted(self, name: str, value: Any) -> Any:
+        """The weight with its adapter added."""
+        if not self._has_lora(name):
+            return value
+        total = keras.ops.add(value, self.lora_delta(name))
+        return keras.ops.cast(total, self.compute_dtype)
+
+    def tensor_to_save(self, name: str) -> QTensor:
+        """The weight with its adapter, quantized again as it was."""
+        if not self._has_lora(name):
+            return super().tensor_to_save(name)
+        total = self.stored_weights[name].dequantize() + self.lora_delta(name)
+        return self.quantized_values(name, total, self.quantization_config)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Reads the weights, which hold what the adapter had learned, and clears it."""
+        super().load_own_variables(store)
+        if self.lora_enabled:
+            name = next(iter(self.declared_weights))
+            for variable in (getattr(self, f"lora_{name}_{part}") for part in "ab"):
+                variable.assign(keras.ops.zeros_like(variable))
+
+    def _has_lora(self, name):
+        return self.lora_enabled and name == next(iter(self.declared_weights))
+
+    def _lora_regularizer(self, name):
+        return getattr(self, f"{name}_regularizer", None)
+
+    def _check_lora(self, name, rank):
+        problems = {
+            "the layer is not built: build it": not self.built,
+            "LoRA is enabled already": self.lora_enabled,
+            f"{name}_constraint is set: remove it": getattr(self, f"{name}_constraint", None),
+        }
+        found = [text for text, is_so in problems.items() if is_so]
+        if found:
+            raise ValueError(f"enable_lora({rank}) on {self.name!r} cannot be: {found[0]}.")

@@ -1,0 +1,357 @@
+"""What makes a Keras layer quantizable: the hooks that Keras calls, from a declaration."""
+
+import functools
+from typing import Any, ClassVar
+
+import jax
+import keras
+
+from ..core import QTensor, Scheme
+from . import compat
+from .configs import QuantizationConfig, as_config
+from .files import SavedMixin
+from .weights import (
+    QuantizedWeight,
+    abstract_tensor,
+    fit_groups,
+    quantize_padded,
+    store_weight,
+)
+
+
+class QuantizableMixin(SavedMixin):
+    """Makes a Keras layer quantizable. Comes before the Keras layer among the bases.
+
+        class Scale(QuantizableMixin, keras.layers.Layer):
+            kernel = QuantizedWeight(axis=0)
+
+            def build(self, input_shape):
+                self.kernel = self.add_weight(name="kernel", shape=(input_shape[-1],))
+
+            def call(self, inputs):
+                return inputs * self.kernel
+
+    The layer is written for floats: `self.kernel` is the variable, and once the layer is
+    quantized the array that its codes stand for. So `call` is right in every mode. A layer
+    whose product can use codes asks for `self.operand("kernel")`, and gives it to
+    `jaxquant.matmul` and its like.
+
+    Hooks, each to be overridden by name as in Keras' guides: `_int8_build(shape)` creates the
+    variables, `_int8_call(...)` computes; so for int4 and float8. With several weights the
+    builds also get the weight's name.
+
+    Variables are saved in one order: codes of the declared weights, in the order of their
+    declaration; the layer's other variables; scales, and zero points, of each declared weight.
+    """
+
+    quantization_config: Any = None
+    declared_weights: ClassVar[dict[str, QuantizedWeight]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        declared = {}
+        for base in reversed(cls.__mro__):
+            own = vars(base).items()
+            declared |= {k: v for k, v in own if isinstance(v, QuantizedWeight)}
+        cls.declared_weights = declared
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        layer = super().__new__(cls, *args, **kwargs)
+        # Not by setattr: Keras would track the variables in them once more.
+        layer.__dict__.update(float_weights={}, stored_weights={}, is_building=False)
+        layer.__dict__["build"] = _as_float(layer, layer.build)
+        layer.__dict__["quantize"] = _with_our_config(layer.quantize)
+        return layer
+
+    # The declaration, and what stands behind it.
+
+    def quantized_weight(self, name: str) -> QTensor:
+        """The weight as codes and scales, in the shape of its codes.
+
+        Raises:
+            ValueError: the weight is not quantized.
+        """
+        if name not in self.stored_weights:
+            raise ValueError(
+                f"{self.name} has no quantized weight {name!r}; got {list(self.stored_weights)}. "
+                "Quantize the layer first."
+            )
+        return self.stored_weights[name].tensor()
+
+    def operand(self, name: str) -> QTensor | jax.Array:
+        """The weight for a product: a QTensor, or an array where it is not quantized.
+
+        A QTensor says by its `inputs` how the other operand is treated.
+        """
+        if name in self.stored_weights:
+            return self.stored_weights[name].operand(self.compute_dtype)
+        return compat.autocast(jax.numpy.asarray(self.float_weights[name].value))
+
+    def adapted(self, name: str, value: Any) -> Any:
+        """Hook: what reading the attribute of a weight gives, such as with LoRA added."""
+        return value
+
+    @property
+    def inputs_quantizer(self) -> Any:
+        """The Keras quantizer of the inputs, or None."""
+        return self.quantization_config and self.quantization_config.activation_quantizer
+
+    # Building: a layer with a quantized policy gets codes where it asks for a float weight.
+
+    @property
+    def quantization_mode(self) -> str | None:
+        """The quantization mode; None while building, so that the float path is taken."""
+        return None if self.is_building else super().quantization_mode
+
+    def add_weight(self, *args: Any, name: str | None = None, **kwargs: Any):
+        """Creates a variable; the codes, scales and zero points of a declared weight instead."""
+        if not self.is_building or name not in self.declared_weights:
+            return super().add_weight(*args, name=name, **kwargs)
+        mode = super().quantization_mode
+        if mode is not None:
+            self.quantization_config = as_config(mode, self.quantization_config)
+        if mode is None or self._plan(name, self.quantization_config) is None:
+            self.float_weights[name] = super().add_weight(*args, name=name, **kwargs)
+            return self.float_weights[name]
+        self._allocate(mode, name, tuple(args[0] if args else kwargs["shape"]))
+        compat.mark_quantized(self)
+        return self.stored_weights[name].codes
+
+    def _int8_build(self, shape: tuple[int, ...], name: str | None = None):
+        """Hook: creates the variables of a weight of this shape, the only one or that named."""
+        name = name or next(iter(self.declared_weights))
+        like = self._like(name, shape, self._plan(name, self.quantization_config))
+        self.stored_weights[name] = store_weight(super().add_weight, name, shape, like)
+
+    def _int4_build(self, shape: tuple[int, ...], name: str | None = None):
+        """Hook: see `_int8_build`."""
+        QuantizableMixin._int8_build(self, shape, name)
+
+    def _float8_build(self, shape: tuple[int, ...], name: str | None = None):
+        """Hook: see `_int8_build`."""
+        QuantizableMixin._int8_build(self, shape, name)
+
+    def _allocate(self, mode, name, shape):
+        """Calls the mode's build hook, as the guides write it if there is one weight."""
+        build = getattr(self, f"_{mode}_build")
+        build(shape) if len(self.declared_weights) == 1 else build(shape, name)
+        if name not in self.stored_weights:
+            raise ValueError(
+                f"{type(self).__name__}._{mode}_build must create the variables of {name!r}; got "
+                f"{list(self.stored_weights)}. Call super()._{mode}_build in it."
+            )
+
+    # Calling.
+
+    def quantized_call(self, *args: Any, **kwargs: Any):
+        """Calls the hook of the mode."""
+        return getattr(self, f"_{self.quantization_mode}_call")(*args, **kwargs)
+
+    def _int8_call(self, *args: Any, **kwargs: Any):
+        """Hook: the forward pass in this mode."""
+        return self.call(*args, **kwargs)
+
+    def _int4_call(self, *args: Any, **kwargs: Any):
+        """Hook: the forward pass in this mode."""
+        return self.call(*args, **kwargs)
+
+    def _float8_call(self, *args: Any, **kwargs: Any):
+        """Hook: the forward pass in this mode."""
+        return self.call(*args, **kwargs)
+
+    # Quantizing: compute everything and check it, then switch.
+
+    def quantize(self, mode: str | None = None, config: Any = None, type_check: bool = True):
+        """Quantizes the declared weights in place.
+
+        Args:
+            mode: "int8", "int4" or "float8", with its default config.
+            config: in place of the mode: a config of `jaxquant.keras`, or of Keras.
+            type_check: Keras' own argument, without effect: subclasses are quantized too.
+
+        Raises:
+            NotImplementedError: the layer cannot be quantized in this mode.
+            ValueError: the layer is not built, or quantized already, or the mode is unknown; a
+                weight holds NaN or Inf, or comes back farther from itself than zeros are. The
+                layer is left as it was.
+        """
+        if not isinstance(config, QuantizationConfig):
+            raise NotImplementedError(
+                f"{type(self).__name__} can be quantized to int8, int4 and float8; got "
+                f"mode={mode!r}. Pass one of these, or a config of jaxquant.keras."
+            )
+        if not self.declared_weights:
+            raise NotImplementedError(
+                f"{type(self).__name__} declares no weight to quantize; got {self.name!r}. Write "
+                "`kernel = QuantizedWeight(axis=0)` in the class."
+            )
+        names = [n for n in self.declared_weights if self.float_weights.get(n) is not None]
+        config = config.for_weights({name: self._path_of(name) for name in names})
+        chosen = [name for name in names if self._plan(name, config) is not None]
+        values = {name: self.float_weights[name].value for name in chosen}
+        if chosen:
+            tensors = {n: self.quantized_values(n, x, config) for n, x in values.items()}
+            self.take_over(config, tensors)
+
+    def _path_of(self, name):
+        return f"{self.path or self.name}/{name}"
+
+    def _plan(self, name, config):
+        """(axes, scheme) of a weight, or None where it is left as it is."""
+        rule = config.rule_for(self._path_of(name))
+        scheme = rule and rule.resolve()
+        if scheme is None or config.is_training:
+            return None
+        declared = self.declared_weights[name]
+        axis = declared.axes(self) if rule.axis is None else rule.axis
+        inputs = scheme.inputs if declared.inputs else None
+        return axis if isinstance(axis, tuple) else (axis,), Scheme(scheme.weights, inputs)
+
+    def _like(self, name, shape, plan):
+        axes, scheme = plan
+        config, padded = fit_groups(shape, axes, scheme.weights)
+        return abstract_tensor(padded, self.variable_dtype, config, scheme.inputs)
+
+    def quantized_values(self, name: str, values: jax.Array, config: QuantizationConfig) -> QTensor:
+        """What `config` makes of a declared weight with these values.
+
+        Raises:
+            ValueError: they hold NaN or Inf, or come back farther from themselves than zeros.
+        """
+        plan = self._plan(name, config)
+        assert plan is not None, "asked for a weight that the config leaves"
+        shape, (axes, scheme) = tuple(values.shape), plan
+        like = self._like(name, shape, plan)
+        array_config, padded = fit_groups(shape, axes, scheme.weights)
+        q, is_finite, noise = quantize_padded(values, array_config, padded, like.order)
+        path = self._path_of(name)
+        if not is_finite:
+            raise ValueError(f"{path} holds NaN or Inf; got shape {shape}. Mend it, then quantize.")
+        if noise > 1:
+            raise ValueError(
+                f"{path} would come back farther from itself than zeros are: the error has "
+                f"{noise:.3g} times its norm. Got {array_config}; choose a wider range."
+            )
+        return q
+
+    def take_over(self, config: QuantizationConfig, tensors: dict[str, QTensor]) -> None:
+        """Puts quantized weights in the place of float ones, all or none of them.
+
+        Args:
+            config: what they were quantized by.
+            tensors: weights by name, in the shapes and orders that `config` gives them.
+        """
+        if self.stored_weights:
+            return self._assign(tensors)
+        attributes, known = dict(self.__dict__), compat.own_variables(self)
+        with compat.unlocked(self):
+            try:
+                self._fill(config, tensors)
+            except BaseException:
+                self._forget_all_but(known)
+                self.stored_weights.clear()
+                self.__dict__.update(attributes)
+                raise
+            for name in tensors:
+                self._drop_float(name)
+        # Before the policy, whose setter would quantize again.
+        compat.mark_quantized(self)
+        if super().quantization_mode is None:
+            self.dtype_policy = _quantized_policy(self, config.mode)
+
+    def _fill(self, config, tensors):
+        """Creates the quantized variables, beside the float ones."""
+        self.quantization_config = config
+        for name, q in tensors.items():
+            self._allocate(config.mode, name, tuple(self.float_weights[name].shape))
+            self.stored_weights[name].assign(q)
+
+    def _forget_all_but(self, known):
+        kept = {id(v) for v in known}
+        for variable in compat.own_variables(self):
+            if id(variable) not in kept:
+                compat.drop_variable(self, variable)
+
+    def _assign(self, tensors):
+        """Takes over weights that are quantized as those that are there."""
+        likes = {name: weight.like for name, weight in self.stored_weights.items()}
+        for name, q in tensors.items():
+            like = likes.get(name)
+            if like is None or jax.eval_shape(_leaves, q) != jax.eval_shape(_leaves, like):
+                raise ValueError(
+                    f"{self.name} is quantized in another way; got {name!r} as {q!r} for "
+                    f"{like!r}. Load it into a float layer, or one with the same config."
+                )
+        for name, q in tensors.items():
+            self.stored_weights[name].assign(q)
+
+    def _drop_float(self, name):
+        variable = self.float_weights.pop(name)
+        compat.drop_variable(self, variable)
+        for attribute, value in list(self.__dict__.items()):
+            if value is variable:
+                self.__dict__[attribute] = self.stored_weights[name].codes
+
+    @property
+    def dtype_policy(self):
+        """The dtype policy. Setting a quantized one on a built layer quantizes it."""
+        return super().dtype_policy
+
+    @dtype_policy.setter
+    def dtype_policy(self, policy):
+        before = self.dtype_policy
+        setter = super(QuantizableMixin, type(self)).dtype_policy.fset
+        try:
+            setter(self, policy)
+        except BaseException:
+            # Else the layer would have float variables under a quantized policy.
+            if not compat.has_quantized_variables(self):
+                setter(self, before)
+            raise
+
+    def likes(self, config: QuantizationConfig) -> dict[str, QTensor]:
+        """Shapes and dtypes of the weights that a config quantizes, by name."""
+        stored = {name: weight.shape for name, weight in self.stored_weights.items()}
+        floats = {name: tuple(v.shape) for name, v in self.float_weights.items() if v is not None}
+        shapes = {n: (stored | floats)[n] for n in self.declared_weights if n in stored | floats}
+        plans = {name: self._plan(name, config) for name in shapes}
+        return {n: self._like(n, shapes[n], plan) for n, plan in plans.items() if plan is not None}
+
+
+def _leaves(q):
+    return jax.tree.leaves(q)
+
+
+def _as_float(layer, build):
+    """Keras' build, in which the layer takes its float path: `add_weight` does the rest."""
+
+    @functools.wraps(build)
+    def build_as_float(*args, **kwargs):
+        layer.__dict__["is_building"] = True
+        try:
+            return build(*args, **kwargs)
+        finally:
+            layer.__dict__["is_building"] = False
+
+    return build_as_float
+
+
+def _with_our_config(quantize):
+    """Keras' checked `quantize`, with our defaults, the same in every version of Keras."""
+
+    @functools.wraps(quantize)
+    def quantize_with_config(mode=None, config=None, **kwargs):
+        try:
+            return quantize(mode=mode, config=as_config(mode, config), **kwargs)
+        except AttributeError as error:
+            # Keras takes it for a layer that has no `quantize`, and says nothing.
+            raise RuntimeError(f"quantize({mode!r}, {config!r}) failed: {error}") from error
+
+    return quantize_with_config
+
+
+def _quantized_policy(layer, mode):
+    policy = layer.dtype_policy
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policy = policy[layer.path]
+    return keras.dtype_policies.get(f"{mode}_from_{policy.name}")

@@ -1,0 +1,42 @@
+"""What layers share that are one product, a bias and an activation."""
+
+from typing import Any
+
+import jax
+import keras
+
+from ..core import QTensor
+from .lora import LoraMixin
+
+
+class ProductMixin(LoraMixin):
+    """A Keras layer of one product with its `kernel`, then a bias and an activation.
+
+    A layer gives `product`; the rest is written here once.
+    """
+
+    data_format = "channels_last"
+
+    def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
+        """Hook: the layer's product, before bias and activation."""
+        raise NotImplementedError(f"{type(self).__name__} must define `product`.")
+
+    def call(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass: Keras' own in float, by codes where the kernel is quantized."""
+        kernel = self.operand("kernel")
+        if not isinstance(kernel, QTensor):
+            return super().call(inputs, *args, **kwargs)
+        outputs = self.product(inputs, kernel)
+        if self.lora_enabled:
+            outputs = outputs + self.product(inputs, self.lora_delta("kernel"))
+        return self._finished(outputs)
+
+    def _finished(self, outputs):
+        if self.bias is not None:
+            axis = _CHANNEL_AXIS[self.data_format] % outputs.ndim
+            ones = (1,) * (outputs.ndim - axis - 1)
+            outputs = outputs + keras.ops.reshape(self.bias, (*self.bias.shape, *ones))
+        return outputs if self.activation is None else self.activation(outputs)
+
+
+_CHANNEL_AXIS = {"channels_last": -1, "channels_first": 1}
