@@ -45,7 +45,7 @@ def save(layer: Any, store: Any) -> None:
     entries += other_variables(layer)
     entries += [value for _, rest in parts for value in rest]
     for i, value in enumerate(entries):
-        store[str(i)] = value
+        store[str(i)] = keras.ops.convert_to_numpy(value)
     if not is_plain:
         text = json.dumps(keras.saving.serialize_keras_object(layer.quantization_config))
         store[MARK] = np.frombuffer(text.encode(), np.uint8)
