@@ -11,7 +11,12 @@ from typing import Any
 
 import jax
 import keras
+from keras.src.backend.common.backend_utils import compute_conv_transpose_padding_args_for_jax
+from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.backend.common.masking import set_keras_mask
 from keras.src.backend.common.variables import get_autocast_scope
+from keras.src.models.functional import Functional
+from keras.src.saving.serialization_lib import SafeModeScope
 
 
 def has_quantized_variables(layer: keras.layers.Layer) -> bool:
@@ -19,9 +24,9 @@ def has_quantized_variables(layer: keras.layers.Layer) -> bool:
     return getattr(layer, "_is_quantized", False)
 
 
-def mark_quantized(layer: keras.layers.Layer) -> None:
+def mark_quantized(layer: keras.layers.Layer, is_so: bool = True) -> None:
     """Tells Keras that the variables fit the mode: else the policy's setter quantizes again."""
-    layer._is_quantized = True
+    layer._is_quantized = is_so
 
 
 @contextlib.contextmanager
@@ -55,10 +60,34 @@ def replace_sublayer(layer: keras.layers.Layer, name: str, sublayer: keras.layer
         setattr(layer, name, sublayer)
 
 
+def running_layer() -> keras.layers.Layer | None:
+    """The outermost layer, such as a model, that is being called."""
+    context = get_global_attribute("current_call_ctx")
+    return None if context is None else context.entry_layer
+
+
 def autocast(x: jax.Array) -> jax.Array:
     """The array as a Keras variable would be read here: in the dtype of the running layer."""
     scope = get_autocast_scope()
     return x if scope is None else scope.maybe_cast(x)
+
+
+def conv_transpose_padding(layer: Any) -> list[tuple[int, int]]:
+    """What a transposed convolution layer adds to each axis, as `lax.conv_transpose` wants it."""
+    return compute_conv_transpose_padding_args_for_jax(
+        input_shape=(None,) * (layer.rank + 2),
+        kernel_shape=(*layer.kernel_size, None, None),
+        strides=layer.strides,
+        padding=layer.padding,
+        output_padding=layer.output_padding,
+        dilation_rate=layer.dilation_rate,
+    )
+
+
+def set_mask(x: jax.Array, mask: Any) -> None:
+    """Tells later layers which steps of x to leave out, as Keras does after a call."""
+    if mask is not None:
+        set_keras_mask(x, mask)
 
 
 def with_default_mark(function: Callable[..., Any], inherited: Any) -> Callable[..., Any]:
@@ -73,3 +102,33 @@ def with_default_mark(function: Callable[..., Any], inherited: Any) -> Callable[
 
     vars(marked)["_is_default"] = getattr(inherited, "_is_default", False)
     return marked
+
+
+def children(layer: keras.layers.Layer) -> list[Any]:
+    """The layers right within a layer."""
+    return list(layer._layers)
+
+
+def sublayers(layer: keras.layers.Layer) -> list[Any]:
+    """The layer and all within it, once each, outer ones first."""
+    return list({id(x): x for x in layer._flatten_layers()}.values())
+
+
+def seeds(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The states of the layer's own random seeds."""
+    return [generator.state for generator in layer._seed_generators]
+
+
+def is_functional(model: keras.Model) -> bool:
+    """Whether a model is a graph between inputs and outputs."""
+    return isinstance(model, Functional)
+
+
+def origin(tensor: Any) -> Any:
+    """The layer that a symbolic tensor comes from."""
+    return tensor._keras_history.operation
+
+
+def trusted() -> Any:
+    """A context in which code in the configs of layers is accepted."""
+    return SafeModeScope(False)

@@ -99,6 +99,12 @@ class Int4QuantizationConfig(QuantizationConfig):
         block_size: int | None = 128,
     ):
         super().__init__(weight_quantizer, _given(activation_quantizer, None))
+        is_whole = isinstance(block_size, int) and not isinstance(block_size, bool)
+        if block_size is not None and not (is_whole and (block_size > 0 or block_size == -1)):
+            raise ValueError(
+                "block_size must be a positive int, or None or -1 for one scale per output "
+                f"channel; got {block_size!r}."
+            )
         self.block_size = block_size
         group_size = None if block_size == -1 else block_size
         default = W4A16_ASYM if group_size else Scheme(ArrayConfig(format=INT4))
@@ -137,6 +143,8 @@ class Float8QuantizationConfig(QuantizationConfig):
 
     def __init__(self, training: bool = False):
         super().__init__(None, None)
+        if not isinstance(training, bool):
+            raise ValueError(f"training must be True or False; got {training!r}.")
         self.is_training = training
 
     @property
@@ -165,11 +173,12 @@ class Config(QuantizationConfig):
     Args:
         rules: a Scheme or ArrayConfig for all quantizable weights; or a dict of pattern to
             scheme, a Rule or a sequence of them. The first that matches a weight's path, such
-            as "encoder/dense/kernel", decides; weights without one stay as they are. Axes are
-            those that the layer declares, unless a Rule names others.
+            as "encoder/dense/kernel", decides; weights without one stay as they are. (Begin with
+            "*": Keras puts the name of a Sequential before those of its layers.) Axes are those
+            that the layer declares, unless a Rule names others.
 
     Raises:
-        ValueError: a rule has a `where`, which a file cannot hold, or as for `Rule`.
+        ValueError: a rule has a `where` or a range that a file cannot hold, or as for `Rule`.
     """
 
     def __init__(self, rules: Rules):
@@ -181,6 +190,7 @@ class Config(QuantizationConfig):
             raise ValueError(
                 f"Rules of a Config must go by path alone; got a `where` in {odd}. Write patterns."
             )
+        self.get_config()  # Now, and not when the model is saved.
 
     @property
     def mode(self) -> str:
@@ -197,7 +207,7 @@ class Config(QuantizationConfig):
         found = {name: self.rule_for(path) for name, path in paths.items()}
         return Config(
             [
-                dataclasses.replace(rule, pattern=f"*{name}", required=False)
+                dataclasses.replace(rule, pattern=f"*/{name}", required=False)
                 for name, rule in found.items()
                 if rule is not None
             ]
@@ -223,12 +233,31 @@ def as_config(mode: str | None, config: Any) -> Any:
     mode = config if isinstance(config, str) else mode
     if config is None or isinstance(config, str):
         return _DEFAULTS[mode]() if mode in _DEFAULTS else None
-    if type(config) not in _STOCK:
+    kind = next((kind for kind in _STOCK if isinstance(config, kind)), None)
+    if kind is None:
         return config
-    if config.get_config() == type(config)().get_config():
+    if config.get_config() == kind().get_config():
         # `model.quantize("int4")` arrives as this, and means our default.
         return _DEFAULTS[config.mode]()
-    return _STOCK[type(config)](config)
+    return _STOCK[kind](config)
+
+
+def config_of_policy(policy: Any) -> Any:
+    """The config that a quantized dtype policy names: "int4/32_from_float32" has a block size.
+
+    Raises:
+        NotImplementedError: there is none for its mode.
+    """
+    block_size = getattr(policy, "block_size", None)
+    if block_size is not None:
+        return Int4QuantizationConfig(block_size=block_size)
+    config = as_config(policy.quantization_mode, None)
+    if config is None:
+        raise NotImplementedError(
+            f"A layer can be made with a policy of {', '.join(_DEFAULTS)}; got {policy.name!r}. "
+            "Make it in float, and quantize it."
+        )
+    return config
 
 
 _DEFAULTS = {

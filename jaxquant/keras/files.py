@@ -8,6 +8,7 @@ axes they are shared along. (In float64, so that the step comes back bit by bit.
 """
 
 import json
+import math
 from typing import Any
 
 import jax
@@ -16,9 +17,10 @@ import keras
 import numpy as np
 
 from ..core import QTensor
-from . import compat
+from . import compat, stock_files
 from .carriers import carrier, from_carrier, to_carrier
-from .configs import Int8QuantizationConfig
+from .configs import Int8QuantizationConfig, QuantizationConfig
+from .stock_files import StockMatrix
 
 MARK = "quantization"
 # To a type checker, anything: the Keras layer among the bases gives the rest.
@@ -42,7 +44,7 @@ def save(layer: Any, store: Any) -> None:
             rest = [layer.scale_to_stock(name, 1 / np.asarray(q.scale, np.float64), q)]
         parts += [(codes, rest)]
     entries = [codes for codes, _ in parts]
-    entries += other_variables(layer)
+    entries += other_variables(layer, layer.stored_weights)
     entries += [value for _, rest in parts for value in rest]
     for i, value in enumerate(entries):
         store[str(i)] = keras.ops.convert_to_numpy(value)
@@ -57,13 +59,31 @@ def load(layer: Any, store: Any) -> None:
     Raises:
         ValueError: the entries are not those of this layer. It is left as it was.
     """
-    config, is_plain = _config_in(store)
-    likes, others = layer.likes(config), other_variables(layer)
+    entries = _numbered(layer, store)
+    config = _config_in(layer, store)
+    if config is not None and config.is_training:
+        return _load_training(layer, entries, config)
+    is_scaled = compat.has_quantized_variables(layer) and not layer.stored_weights
+    if is_scaled and (config is not None or entries[0].dtype == np.int8):
+        raise ValueError(
+            f"The file holds codes for layer {layer.name!r}, which trains in float8; got "
+            f"{config or 'int8'}. Load it into a float layer."
+        )
+    if is_scaled:
+        return _load_training(layer, entries, layer.quantization_config)
+    if config is None and _holds_int4(layer, entries):
+        return _load_stock_int4(layer, entries)
+    _load_codes(layer, entries, config or Int8QuantizationConfig(), config is None)
+
+
+def _load_codes(layer, entries, config, is_plain):
+    likes = layer.likes(config)
+    others = other_variables(layer, likes)
     parts = {name: _part_shapes(layer, name, like, is_plain) for name, like in likes.items()}
     wanted = [shapes[0] for shapes in parts.values()]
     wanted += [tuple(v.shape) for v in others]
     wanted += [shape for shapes in parts.values() for shape in shapes[1:]]
-    entries = _read(layer, store, wanted)
+    _check_shapes(layer, entries, wanted)
     codes, rest = entries[: len(likes)], entries[len(likes) + len(others) :]
     tensors = {}
     for name, first in zip(likes, codes, strict=True):
@@ -71,8 +91,70 @@ def load(layer: Any, store: Any) -> None:
         tensors[name] = _tensor(layer, name, likes[name], (first, *rest[:count]), is_plain)
         rest = rest[count:]
     layer.take_over(config, tensors)
-    for variable, value in zip(others, entries[len(likes) :], strict=False):
+    _assign(others, entries[len(likes) :])
+
+
+def _load_training(layer, entries, config):
+    """Float weights, then the scales of float8 training."""
+    if layer.stored_weights:
+        raise ValueError(
+            f"The file holds layer {layer.name!r} as it trains in float8, in float weights; got a "
+            f"layer quantized by {layer.quantization_config}. Load it into a float layer."
+        )
+    is_new = not compat.has_quantized_variables(layer)
+    wanted = [tuple(v.shape) for v in other_variables(layer, ())]
+    wanted += layer.training_shapes() if is_new else []
+    _check_shapes(layer, entries, wanted)
+    if is_new:
+        layer.start_training(config)
+    _assign(other_variables(layer, ()), entries)
+
+
+def _load_stock_int4(layer, entries):
+    ((name, shape),) = _shapes(layer).items()
+    where = f"The stock file for {layer.name!r}"
+    others = other_variables(layer, (name,))
+    _check_shapes(layer, entries[1 : len(others) + 1], [tuple(v.shape) for v in others])
+    rest = entries[len(others) + 1 :]
+    held = stock_files.read_int4(where, entries[0], rest, layer.stock_matrix(name, shape))
+    like = layer.likes(held.config)[name]
+    logical = jax.eval_shape(lambda q: q.reorder(None), like)
+    q = stock_files.as_tensor(where, held, shape, logical)
+    layer.take_over(held.config, {name: _checked(layer, q).reorder(like.order)})
+    _assign(others, entries[1:])
+
+
+def _assign(variables, values):
+    for variable, value in zip(variables, values, strict=False):
         variable.assign(value)
+
+
+def _shapes(layer):
+    """Shapes of the declared weights by name, quantized or not."""
+    shapes = {name: weight.shape for name, weight in layer.stored_weights.items()}
+    return shapes | {k: tuple(v.shape) for k, v in layer.float_weights.items() if v is not None}
+
+
+def _holds_int4(layer, entries):
+    """Whether entries of stock Keras are its int4.
+
+    Raises:
+        ValueError: they are that of Keras before 3.14.
+    """
+    shapes = _shapes(layer)
+    if len(shapes) != 1:
+        return False
+    ((name, shape),) = shapes.items()
+    matrix, codes = layer.stock_matrix(name, shape), entries[0]
+    if stock_files.is_int4(codes, shape, matrix):
+        return True
+    if codes.shape != shape or (matrix.shape[0] == 1 and stock_files.has_low_bits_only(codes)):
+        raise ValueError(
+            f"The file's codes for layer {layer.name!r} must have shape {shape} as int8, or "
+            f"{matrix.packed} as the int4 of Keras 3.14 and later; got {codes.shape}. The int4 of "
+            "Keras before 3.14 is packed along the other axis: save the model there in float."
+        )
+    return False
 
 
 def _part_shapes(layer, name, like, is_plain):
@@ -82,17 +164,25 @@ def _part_shapes(layer, name, like, is_plain):
     return [shapes[0], layer.stock_scale_shape(name, logical)] if is_plain else shapes
 
 
-def _read(layer, store, wanted):
-    """The numbered entries, checked against the shapes that are wanted."""
+def _numbered(layer, store):
+    """The numbered entries, of which there is one at least and none is missing."""
     keys = set(store.keys()) - {MARK}
-    found = [np.asarray(store[str(i)]) for i in range(len(keys)) if str(i) in keys]
-    shapes = [x.shape for x in found]
+    names = [str(i) for i in range(len(keys))]
+    if not keys or set(names) != keys:
+        raise ValueError(
+            f"A file of layer {layer.name!r} must have entries numbered from 0; got "
+            f"{sorted(keys)}. It is damaged, or of another layer."
+        )
+    return [np.asarray(store[name]) for name in names]
+
+
+def _check_shapes(layer, entries, wanted):
+    shapes = [x.shape for x in entries]
     if shapes != wanted:
         raise ValueError(
             f"The file holds other variables than layer {layer.name!r}; wanted shapes {wanted}, "
             f"got {shapes}. Load it into the layer that it was saved from."
         )
-    return found
 
 
 def _tensor(layer, name, like, entries, is_plain):
@@ -100,31 +190,64 @@ def _tensor(layer, name, like, entries, is_plain):
     logical = jax.eval_shape(lambda q: q.reorder(None), like)
     leaves, treedef = jax.tree.flatten(logical)
     if is_plain:
-        step = layer.scale_from_stock(name, 1 / entries[1].astype(np.float64), logical)
+        with np.errstate(divide="ignore"):
+            step = layer.scale_from_stock(name, 1 / entries[1].astype(np.float64), logical)
         entries = entries[0], step.astype(np.float32)
+    wanted, found = [carrier(x).dtype for x in leaves], [x.dtype for x in entries]
+    if found != wanted:
+        raise ValueError(
+            f"The file must hold {name!r} of layer {layer.name!r} in {wanted}; got {found}. It is "
+            "damaged."
+        )
     pairs = zip(entries, leaves, strict=True)
     held = [from_carrier(jnp.asarray(entry), leaf) for entry, leaf in pairs]
-    return jax.tree.unflatten(treedef, held).reorder(like.order)
+    return _checked(layer, jax.tree.unflatten(treedef, held)).reorder(like.order)
 
 
-def other_variables(layer: Any) -> list[keras.Variable]:
-    """The layer's own variables but for its declared weights and LoRA, trainable ones first."""
+def _checked(layer, q):
+    """The QTensor, which stands for numbers."""
+    if not jnp.all(jnp.isfinite(q.dequantize())):
+        raise ValueError(
+            f"The file's codes and scales for layer {layer.name!r} must stand for finite numbers; "
+            f"got NaN or Inf in {q!r}. It is damaged: quantize the model again."
+        )
+    return q
+
+
+def other_variables(layer: Any, names: Any) -> list[keras.Variable]:
+    """The layer's own variables, trainable ones first, but for those of LoRA.
+
+    Args:
+        layer: float or quantized.
+        names: declared weights that are left out.
+    """
     held = [v for stored in layer.stored_weights.values() for v in stored.variables]
-    held += [v for v in layer.float_weights.values() if v is not None]
-    taken = {id(v) for v in held}
-    return [
-        v
-        for v in compat.own_variables(layer)
-        if id(v) not in taken and not v.name.startswith("lora_")
-    ]
+    held += [layer.float_weights[name] for name in names if name in layer.float_weights]
+    # A layer that is built quantized has those of hooks before the rest, and else after it.
+    by_hooks = layer.hook_variables
+    taken = {id(v) for v in (*held, *by_hooks)}
+    others = [v for v in compat.own_variables(layer) if id(v) not in taken]
+    return [v for v in (*others, *by_hooks) if not v.name.startswith("lora_")]
 
 
-def _config_in(store):
-    """The config of a store, and whether it is written as stock Keras writes int8."""
+def _config_in(layer, store):
+    """The config of a store, or None where it has none, as those of stock Keras."""
     if MARK not in set(store.keys()):
-        return Int8QuantizationConfig(), True
-    text = bytes(np.asarray(store[MARK])).decode()
-    return keras.saving.deserialize_keras_object(json.loads(text)), False
+        return None
+    data = np.asarray(store[MARK])
+    try:
+        config = keras.saving.deserialize_keras_object(json.loads(data.tobytes()))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"The entry {MARK!r} of layer {layer.name!r} must describe a config; got "
+            f"{data.tobytes()[:60]!r}. The file is damaged, or of a newer version."
+        ) from error
+    if not isinstance(config, QuantizationConfig):
+        raise ValueError(
+            f"The entry {MARK!r} of layer {layer.name!r} must describe a config of "
+            f"jaxquant.keras; got {config!r}. The file is damaged."
+        )
+    return config
 
 
 def _is_plain(config):
@@ -144,7 +267,7 @@ class SavedMixin(_KerasLayer):
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the variables in the order that the class documents."""
-        if not self.stored_weights:
+        if not compat.has_quantized_variables(self):
             return super().save_own_variables(store)
         return save(self, store)
 
@@ -155,9 +278,22 @@ class SavedMixin(_KerasLayer):
             ValueError: the file is of another layer, of floats for a quantized layer, or
                 quantized in another way. The layer is left as it was.
         """
-        if not self.stored_weights and not is_quantized(store):
-            return super().load_own_variables(store)
-        return load(self, store)
+        if compat.has_quantized_variables(self) or is_quantized(store):
+            return load(self, store)
+        shapes = [np.shape(store[key]) for key in sorted(store.keys(), key=_number)]
+        if stock_files.is_float8(shapes, len(other_variables(self, ()))):
+            raise ValueError(
+                f"The file holds the scales of float8 training for layer {self.name!r}, which is "
+                f"a float layer; got shapes {shapes}. Quantize it first, by "
+                "Float8QuantizationConfig(training=True), then load the file."
+            )
+        return super().load_own_variables(store)
+
+    def stock_matrix(self, name: str, shape: tuple[int, ...]) -> StockMatrix:
+        """Hook: the matrix that stock Keras makes of a weight for int4: contracted axes first."""
+        axes = self.declared_weights[name].axes(self)
+        rows = math.prod(shape[a] for a in axes)
+        return StockMatrix((rows, math.prod(shape) // max(rows, 1)), 0)
 
     def stock_scale_shape(self, name: str, like: QTensor) -> tuple[int, ...]:
         """Hook: the shape of an int8 scale in stock Keras: without the axes it is shared along."""
@@ -192,3 +328,8 @@ class SavedMixin(_KerasLayer):
         layer = super().from_config(config)
         layer.quantization_config = keras.saving.deserialize_keras_object(quantization)
         return layer
+
+
+def _number(key):
+    """Entries in their order, and others after them."""
+    return (0, int(key), key) if key.isdigit() else (1, 0, key)

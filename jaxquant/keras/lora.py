@@ -60,11 +60,17 @@ class LoraMixin(QuantizableMixin):
         self.lora_enabled = True
         self.lora_rank = rank
         self.lora_alpha = rank if lora_alpha is None else lora_alpha
+        self.renew_optimizers()
 
     def lora_delta(self, name: str) -> jax.Array:
         """(alpha / rank) * a @ b, in the dtype of the running layer."""
-        a, b = (getattr(self, f"lora_{name}_{part}") for part in "ab")
-        return (self.lora_alpha / self.lora_rank) * (jnp.asarray(a) @ jnp.asarray(b))
+        a, b = self.lora_factors(name)
+        return a @ b
+
+    def lora_factors(self, name: str) -> tuple[jax.Array, jax.Array]:
+        """a, and (alpha / rank) * b, in the dtype of the running layer."""
+        a, b = (jnp.asarray(getattr(self, f"lora_{name}_{part}")) for part in "ab")
+        return a, (self.lora_alpha / self.lora_rank) * b
 
     def adapted(self, name: str, value: Any) -> Any:
         """The weight with its adapter added."""
@@ -84,9 +90,9 @@ class LoraMixin(QuantizableMixin):
         """Reads the weights, which hold what the adapter had learned, and clears it."""
         super().load_own_variables(store)
         if self.lora_enabled:
-            name = next(iter(self.declared_weights))
-            for variable in (getattr(self, f"lora_{name}_{part}") for part in "ab"):
-                variable.assign(keras.ops.zeros_like(variable))
+            # Not `a` as well: with zeros in both, neither would have a gradient.
+            b = getattr(self, f"lora_{next(iter(self.declared_weights))}_b")
+            b.assign(keras.ops.zeros(b.shape))
 
     def _has_lora(self, name):
         return self.lora_enabled and name == next(iter(self.declared_weights))
@@ -99,6 +105,7 @@ class LoraMixin(QuantizableMixin):
             "the layer is not built: build it": not self.built,
             "LoRA is enabled already": self.lora_enabled,
             f"{name}_constraint is set: remove it": getattr(self, f"{name}_constraint", None),
+            "the layer trains in float8: train it before or after": self.trains_in_float8,
         }
         found = [text for text, is_so in problems.items() if is_so]
         if found:

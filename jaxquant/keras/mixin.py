@@ -1,6 +1,9 @@
 """What makes a Keras layer quantizable: the hooks that Keras calls, from a declaration."""
 
+import contextlib
 import functools
+import weakref
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -8,8 +11,8 @@ import keras
 
 from ..core import QTensor, Scheme
 from . import compat
-from .configs import QuantizationConfig, as_config
-from .files import SavedMixin
+from .configs import QuantizationConfig, as_config, config_of_policy
+from .training import TrainedMixin, weights_still_float
 from .weights import (
     QuantizedWeight,
     abstract_tensor,
@@ -19,7 +22,7 @@ from .weights import (
 )
 
 
-class QuantizableMixin(SavedMixin):
+class QuantizableMixin(TrainedMixin):
     """Makes a Keras layer quantizable. Comes before the Keras layer among the bases.
 
         class Scale(QuantizableMixin, keras.layers.Layer):
@@ -41,7 +44,8 @@ class QuantizableMixin(SavedMixin):
     builds also get the weight's name.
 
     Variables are saved in one order: codes of the declared weights, in the order of their
-    declaration; the layer's other variables; scales, and zero points, of each declared weight.
+    declaration; the layer's other variables, those of hooks last; scales, and zero points, of
+    each declared weight.
     """
 
     quantization_config: Any = None
@@ -58,9 +62,12 @@ class QuantizableMixin(SavedMixin):
     def __new__(cls, *args: Any, **kwargs: Any):
         layer = super().__new__(cls, *args, **kwargs)
         # Not by setattr: Keras would track the variables in them once more.
-        layer.__dict__.update(float_weights={}, stored_weights={}, is_building=False)
+        layer.__dict__.update(
+            float_weights={}, stored_weights={}, hook_variables=(), is_building=False
+        )
+        layer.__dict__["models"] = weakref.WeakSet()
         layer.__dict__["build"] = _as_float(layer, layer.build)
-        layer.__dict__["quantize"] = _with_our_config(layer.quantize)
+        layer.__dict__["quantize"] = _with_our_config(layer, layer.quantize)
         return layer
 
     # The declaration, and what stands behind it.
@@ -109,7 +116,9 @@ class QuantizableMixin(SavedMixin):
             return super().add_weight(*args, name=name, **kwargs)
         mode = super().quantization_mode
         if mode is not None:
-            self.quantization_config = as_config(mode, self.quantization_config)
+            given = self.quantization_config
+            named = config_of_policy(_own_policy(self)) if given is None else given
+            self.quantization_config = as_config(mode, named)
         if mode is None or self._plan(name, self.quantization_config) is None:
             self.float_weights[name] = super().add_weight(*args, name=name, **kwargs)
             return self.float_weights[name]
@@ -133,13 +142,16 @@ class QuantizableMixin(SavedMixin):
 
     def _allocate(self, mode, name, shape):
         """Calls the mode's build hook, as the guides write it if there is one weight."""
-        build = getattr(self, f"_{mode}_build")
+        build, known = getattr(self, f"_{mode}_build"), compat.own_variables(self)
         build(shape) if len(self.declared_weights) == 1 else build(shape, name)
         if name not in self.stored_weights:
             raise ValueError(
                 f"{type(self).__name__}._{mode}_build must create the variables of {name!r}; got "
                 f"{list(self.stored_weights)}. Call super()._{mode}_build in it."
             )
+        held = {id(v) for v in (*known, *self.stored_weights[name].variables)}
+        new = (v for v in compat.own_variables(self) if id(v) not in held)
+        self.__dict__["hook_variables"] = (*self.hook_variables, *new)
 
     # Calling.
 
@@ -172,19 +184,22 @@ class QuantizableMixin(SavedMixin):
         Raises:
             NotImplementedError: the layer cannot be quantized in this mode.
             ValueError: the layer is not built, or quantized already, or the mode is unknown; a
-                weight holds NaN or Inf, or comes back farther from itself than zeros are. The
+                weight holds NaN or Inf, or comes back no nearer to itself than zeros are. The
                 layer is left as it was.
         """
         if not isinstance(config, QuantizationConfig):
             raise NotImplementedError(
                 f"{type(self).__name__} can be quantized to int8, int4 and float8; got "
-                f"mode={mode!r}. Pass one of these, or a config of jaxquant.keras."
+                f"mode={mode!r} and config={config!r}. Pass one of these modes, or a config of "
+                "jaxquant.keras."
             )
         if not self.declared_weights:
             raise NotImplementedError(
                 f"{type(self).__name__} declares no weight to quantize; got {self.name!r}. Write "
                 "`kernel = QuantizedWeight(axis=0)` in the class."
             )
+        if config.is_training:
+            return self.start_training(config)
         names = [n for n in self.declared_weights if self.float_weights.get(n) is not None]
         config = config.for_weights({name: self._path_of(name) for name in names})
         chosen = [name for name in names if self._plan(name, config) is not None]
@@ -216,7 +231,7 @@ class QuantizableMixin(SavedMixin):
         """What `config` makes of a declared weight with these values.
 
         Raises:
-            ValueError: they hold NaN or Inf, or come back farther from themselves than zeros.
+            ValueError: they hold NaN or Inf, or come back no nearer to themselves than zeros.
         """
         plan = self._plan(name, config)
         assert plan is not None, "asked for a weight that the config leaves"
@@ -227,10 +242,11 @@ class QuantizableMixin(SavedMixin):
         path = self._path_of(name)
         if not is_finite:
             raise ValueError(f"{path} holds NaN or Inf; got shape {shape}. Mend it, then quantize.")
-        if noise > 1:
+        if not noise < 1:  # NaN, too.
             raise ValueError(
-                f"{path} would come back farther from itself than zeros are: the error has "
-                f"{noise:.3g} times its norm. Got {array_config}; choose a wider range."
+                f"{path} would come back no nearer to itself than zeros are: the error has "
+                f"{noise:.3g} times its norm. Got {array_config}; choose another range or "
+                "scale_dtype."
             )
         return q
 
@@ -243,21 +259,34 @@ class QuantizableMixin(SavedMixin):
         """
         if self.stored_weights:
             return self._assign(tensors)
+        with self.all_or_nothing():
+            self._fill(config, tensors)
+            for name in tensors:
+                self._drop_float(name)
+        self.switch_policy(config)
+        self.renew_optimizers()
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Lets variables be created, and takes them back where that raises."""
         attributes, known = dict(self.__dict__), compat.own_variables(self)
         with compat.unlocked(self):
             try:
-                self._fill(config, tensors)
+                yield
             except BaseException:
                 self._forget_all_but(known)
                 self.stored_weights.clear()
+                self.__dict__.clear()
                 self.__dict__.update(attributes)
                 raise
-            for name in tensors:
-                self._drop_float(name)
+
+    def switch_policy(self, config: QuantizationConfig) -> None:
+        """Takes the policy of a config, whose variables are there."""
         # Before the policy, whose setter would quantize again.
         compat.mark_quantized(self)
-        if super().quantization_mode is None:
-            self.dtype_policy = _quantized_policy(self, config.mode)
+        if super().quantization_mode != config.mode:
+            source = _own_policy(self).name.rpartition("_from_")[-1]
+            self.dtype_policy = keras.dtype_policies.get(f"{config.mode}_from_{source}")
 
     def _fill(self, config, tensors):
         """Creates the quantized variables, beside the float ones."""
@@ -329,20 +358,29 @@ def _as_float(layer, build):
     def build_as_float(*args, **kwargs):
         layer.__dict__["is_building"] = True
         try:
-            return build(*args, **kwargs)
+            built = build(*args, **kwargs)
         finally:
             layer.__dict__["is_building"] = False
+        # Float weights under a quantized policy: they are to be trained.
+        config = layer.quantization_config
+        if layer.quantization_mode is not None and config is not None and config.is_training:
+            layer.start_training(config)
+        return built
 
     return build_as_float
 
 
-def _with_our_config(quantize):
+def _with_our_config(layer, quantize):
     """Keras' checked `quantize`, with our defaults, the same in every version of Keras."""
 
     @functools.wraps(quantize)
     def quantize_with_config(mode=None, config=None, **kwargs):
+        policy = _own_policy(layer)
+        is_named = config is None and mode is not None and mode == policy.quantization_mode
         try:
-            return quantize(mode=mode, config=as_config(mode, config), **kwargs)
+            config = config_of_policy(policy) if is_named else as_config(mode, config)
+            with weights_still_float(layer, config):
+                return quantize(mode=mode, config=config, **kwargs)
         except AttributeError as error:
             # Keras takes it for a layer that has no `quantize`, and says nothing.
             raise RuntimeError(f"quantize({mode!r}, {config!r}) failed: {error}") from error
@@ -350,8 +388,8 @@ def _with_our_config(quantize):
     return quantize_with_config
 
 
-def _quantized_policy(layer, mode):
+def _own_policy(layer):
+    """The layer's policy, where it has a map of them too."""
     policy = layer.dtype_policy
-    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
-        policy = policy[layer.path]
-    return keras.dtype_policies.get(f"{mode}_from_{policy.name}")
+    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+    return policy[layer.path] if is_map and layer.path else policy

@@ -28,8 +28,12 @@ class ProductMixin(LoraMixin):
             return super().call(inputs, *args, **kwargs)
         outputs = self.product(inputs, kernel)
         if self.lora_enabled:
-            outputs = outputs + self.product(inputs, self.lora_delta("kernel"))
+            outputs = outputs + self.lora_product(inputs)
         return self._finished(outputs)
+
+    def lora_product(self, inputs: jax.Array) -> jax.Array:
+        """Hook: the product with the kernel's adapter."""
+        return self.product(inputs, self.lora_delta("kernel"))
 
     def _finished(self, outputs):
         if self.bias is not None:

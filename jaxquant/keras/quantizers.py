@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from ..core import INT8, AbsMax, ArrayConfig, Format, Percentile, Range, quantize
+from ..core import (
+    INT8,
+    AbsMax,
+    ArrayConfig,
+    Format,
+    Percentile,
+    Range,
+    quantize,
+    quantize_with_scale,
+)
 
 
 class Quantizer(keras.quantizers.Quantizer):
@@ -33,9 +42,9 @@ class Quantizer(keras.quantizers.Quantizer):
     ):
         super().__init__(output_dtype=output_dtype)
         # JSON has lists in the place of tuples.
-        self.axis = tuple(axis) if isinstance(axis, list | tuple) else axis
-        low, high = value_range
-        self.value_range = (low, high)
+        self.axis = _as_axes(axis)
+        self.value_range = _as_pair(value_range)
+        _check_holds_codes(output_dtype)
         self.array_config()
 
     @property
@@ -56,18 +65,49 @@ class Quantizer(keras.quantizers.Quantizer):
     def __call__(
         self, x: jax.Array, axis: Any = None, to_numpy: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns codes in `output_dtype` and the scale that multiplies, in the rank of x."""
+        """Returns codes in `output_dtype` and the scale that multiplies, in the rank of x.
+
+        The scale has the dtype of x, as stock layers expect, and the codes are those that go
+        with it.
+        """
         config = self.array_config()
         if axis is not None:
-            axis = tuple(axis) if isinstance(axis, list | tuple) else axis
-            config = dataclasses.replace(config, axis=axis)
-        q = quantize(jnp.asarray(keras.ops.convert_to_tensor(x)), config)
-        return q.codes.astype(self.output_dtype), 1 / q.scale
+            config = dataclasses.replace(config, axis=_as_axes(axis))
+        x = jnp.asarray(keras.ops.convert_to_tensor(x))
+        step = quantize(x, config).scale
+        # Small groups have scales that float16 cannot hold.
+        scale = jnp.minimum(1 / step, float(jnp.finfo(x.dtype).max)).astype(x.dtype)
+        q = quantize_with_scale(x, 1 / scale.astype(step.dtype), None, config)
+        return q.codes.astype(self.output_dtype), scale
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, for Keras' serialization."""
         names = ("axis", "value_range", "output_dtype")
         return {name: getattr(self, name) for name in names}
+
+
+def _as_axes(axis):
+    """JSON has lists in the place of tuples."""
+    return tuple(axis) if isinstance(axis, list | tuple) else axis
+
+
+def _as_pair(value_range):
+    if not isinstance(value_range, list | tuple) or len(value_range) != 2:
+        raise ValueError(
+            f"value_range must be a pair (qmin, qmax), such as (-127, 127); got {value_range!r}."
+        )
+    low, high = value_range
+    return low, high
+
+
+def _check_holds_codes(output_dtype):
+    if output_dtype not in _CODE_DTYPES:
+        raise ValueError(
+            f"output_dtype must be one of {', '.join(_CODE_DTYPES)}; got {output_dtype!r}."
+        )
+
+
+_CODE_DTYPES = ("int8", "int4", "int16", "int32")
 
 
 @keras.saving.register_keras_serializable(package="jaxquant")
@@ -141,29 +181,34 @@ def as_array_config(quantizer: Any, format: Format) -> ArrayConfig:
             f"A quantizer must be a keras.quantizers.Quantizer; got {quantizer!r}. Use "
             "jaxquant.keras.AbsMaxQuantizer(), or derive one from jaxquant.keras.Quantizer."
         )
-    low, high = getattr(quantizer, "value_range", (int(format.qmin), int(format.qmax)))
+    given = getattr(quantizer, "value_range", (int(format.qmin), int(format.qmax)))
+    low, high = _as_pair(given)
     if type(quantizer) is keras.quantizers.AbsMaxQuantizer:
         return ArrayConfig(format=format, axis=-1, value_range=(low, high))
-    config = ArrayConfig(
-        format=format,
-        axis=-1,
-        range=QuantizerRange(quantizer, min(-low, high)),
-        value_range=(low, high),
-    )
-    _check_rounding(quantizer, config)
+    chosen = QuantizerRange(quantizer, min(-low, high))
+    config = ArrayConfig(format=format, axis=-1, range=chosen, value_range=(low, high))
+    _check_rounding(quantizer, low, high)
     return config
 
 
-def _check_rounding(quantizer, config):
+def _check_rounding(quantizer, low, high):
     """A quantizer is used for its scale, so its codes must be those that the scale gives."""
     x = jax.random.normal(jax.random.key(0), (4, 64))
-    codes, scale = quantizer(x, axis=-1)
-    ours = quantize(x, config)
-    is_same = jnp.abs(ours.codes.astype(jnp.float32) - jnp.asarray(codes, jnp.float32)) <= 1
-    if jnp.shape(codes) != x.shape or jnp.shape(scale) != (4, 1) or not jnp.all(is_same):
+    try:
+        codes, scale = (jnp.asarray(y, jnp.float32) for y in quantizer(x, axis=-1))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(quantizer).__name__} must be called as quantizer(x, axis=-1) and return "
+            f"(codes, scale); got {error!r} for x of shape {x.shape}. Derive it from "
+            "jaxquant.keras.Quantizer, and give its `range`."
+        ) from error
+    fits = codes.shape == x.shape and scale.shape == (4, 1)
+    # Nearest codes are half a step away at most, but for the rounding of x * scale.
+    off = jnp.abs(codes - jnp.clip(x * scale, low, high)).max() if fits else jnp.inf
+    if not off <= 0.501:
         raise ValueError(
             f"{type(quantizer).__name__} must return (codes, scale) with codes = clip(round(x * "
-            f"scale)); got codes of shape {jnp.shape(codes)} and a scale of shape "
-            f"{jnp.shape(scale)} for x of shape {x.shape}, and codes that differ from these. "
-            "Derive it from jaxquant.keras.Quantizer, and give its `range`."
+            f"scale), {low}, {high}); got codes of shape {codes.shape} and a scale of shape "
+            f"{scale.shape} for x of shape {x.shape}, and codes that are {off:.3g} away from "
+            "x * scale. Derive it from jaxquant.keras.Quantizer, and give its `range`."
         )

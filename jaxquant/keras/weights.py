@@ -1,8 +1,11 @@
 """The weights that a layer declares as quantizable, and the variables that hold them."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -94,7 +97,10 @@ class StoredWeight:
         return self.variables[0]
 
     def tensor(self) -> QTensor:
-        """The stored weight, in the shape of the codes."""
+        """The stored weight, in the shape of the codes; within `replaced`, the one given there."""
+        given = _given.get().get(id(self.codes))
+        if given is not None:
+            return given
         leaves, treedef = jax.tree.flatten(self.like)
         held = [from_carrier(v.value, x) for v, x in zip(self.variables, leaves, strict=True)]
         return jax.tree.unflatten(treedef, held)
@@ -113,6 +119,20 @@ class StoredWeight:
         """Takes over a QTensor with leaves like those of `like`."""
         for variable, leaf in zip(self.variables, jax.tree.leaves(q), strict=True):
             variable.assign(to_carrier(leaf))
+
+
+# By the ids of the variables that hold codes. A context variable: each thread has its own.
+_given: ContextVar[Mapping[int, QTensor]] = ContextVar("given", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def replaced(weights: Iterable[tuple[StoredWeight, QTensor]]) -> Iterator[None]:
+    """A context in which stored weights read as other tensors, such as traced ones."""
+    token = _given.set({**_given.get(), **{id(weight.codes): q for weight, q in weights}})
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 def store_weight(
@@ -151,10 +171,13 @@ def fit_groups(
     Groups hold at most `group_size` elements. They run along the last of `axes`, and where
     that is shorter, along those before it too. An axis longer than a group is padded to whole
     groups, as Keras does for its int4.
+
+    Raises:
+        ValueError: an axis is not there, or named twice.
     """
     if config.axis is None:
         return config, shape
-    axes = tuple(a % len(shape) for a in axes)
+    axes = ArrayConfig(axis=axes).axes(len(shape))
     last, padded = axes[-1], list(shape)
     prescribed = config.format.group_size
     if prescribed is not None:
@@ -204,6 +227,8 @@ def abstract_tensor(
 ) -> QTensor:
     """Shapes and dtypes of a quantized weight, in the order that products here like best."""
     like = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, dtype), config)
-    order = best_order(like, jax.default_backend())
+    # A kernel of one pixel is still one of a convolution, which keeps its order.
+    is_matrix = len(config.axes(len(shape))) == 1
+    order = best_order(like, jax.default_backend()) if is_matrix else None
     like = jax.eval_shape(lambda q: q.reorder(order), like)
     return like if inputs is None else dataclasses.replace(like, inputs=Inputs(inputs))

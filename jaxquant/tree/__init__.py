@@ -6,9 +6,11 @@ from .files import load as load
 from .files import read_arrays as read_arrays
 from .files import read_metadata as read_metadata
 from .files import save as save
+from .quantize import Progress as Progress
 from .quantize import dequantize as dequantize
 from .quantize import quantize as quantize
 from .quantize import reorder as reorder
+from .quantize import reporter as reporter
 from .report import Report as Report
 from .report import ReportRow as ReportRow
 from .report import describe as describe

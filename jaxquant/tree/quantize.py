@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -61,7 +61,7 @@ def quantize(
     total = sum(scheme is not None for scheme in chosen)
     platform = platform or jax.default_backend()
     result, done = [], 0
-    with _reporter(progress, total) as report:
+    with reporter(progress, total) as report:
         for path, leaf, scheme in zip(paths, leaves, chosen, strict=True):
             if scheme is not None:
                 leaf = _quantize_leaf(leaf, scheme, platform)
@@ -98,7 +98,10 @@ def _map_quantized(function, params):
 
 def _quantize_leaf(leaf, scheme, platform):
     abstract = jax.eval_shape(quantize_array, leaf, scheme.weights)
-    q = _quantize_ordered(leaf, scheme.weights, best_order(abstract, platform))
+    # A kernel of one pixel is still one of a convolution, which keeps its order.
+    is_matrix = len(scheme.weights.axes(leaf.ndim)) == 1
+    order = best_order(abstract, platform) if is_matrix else None
+    q = _quantize_ordered(leaf, scheme.weights, order)
     # Else the next leaf's work would start before this one's memory is free.
     q = jax.block_until_ready(q)
     return q if scheme.inputs is None else dataclasses.replace(q, inputs=Inputs(scheme.inputs))
@@ -155,8 +158,8 @@ def _is_finite(x):
 
 
 @contextlib.contextmanager
-def _reporter(progress, total):
-    """Yields the function to call after each leaf."""
+def reporter(progress: Progress | bool | None, total: int) -> Iterator[Progress]:
+    """Yields the function to call after each of `total` leaves, as `quantize` describes."""
     if callable(progress):
         yield progress
         return

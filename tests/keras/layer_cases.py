@@ -18,14 +18,16 @@ class LayerCase:
         make: keyword arguments such as dtype -> the layer, with biases that are not zero.
         input_shape: of one example.
         inputs: (rng, shape with the batch) -> the inputs.
+        products: how many products follow each other, whose errors add up as squares.
     """
 
     name: str
     make: Callable[..., Any]
     input_shape: tuple[int, ...]
-    inputs: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] = (
-        lambda rng, shape: rng.normal(size=shape).astype(np.float32)
+    inputs: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] = lambda rng, shape: (
+        rng.normal(size=shape).astype(np.float32)
     )
+    products: int = 1
 
 
 def tokens(rng, shape):

@@ -51,7 +51,7 @@ def test_layer_is_near_the_float_one_and_comes_back_from_files(case, mode, polic
     quantize(model, config)
     found = np.asarray(model(inputs), np.float32)
 
-    assert 0 < relative_error(found, wanted) <= bound
+    assert 0 < relative_error(found, wanted) <= bound * case.products**0.5
     # XLA fuses more under predict: products and sums of floats round once less.
     step = 2e-6 if policy == "float32" else 1e-2
     predicted = np.asarray(model.predict(inputs, verbose=0), np.float32)

@@ -152,6 +152,45 @@ def test_codes_are_convolved_as_integers_where_the_platform_can(platform, wanted
     assert convolutions(IMAGE, dynamic, platform) == [wanted]
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("padding", ["SAME", "image"])
+def test_images_equal_the_other_implementations(rank, padding):
+    x = quantize(normal(2, *(9, 7)[:rank], 6), ArrayConfig(axis=tuple(range(1, rank + 2))))
+    q = quantize(normal(*(3, 2)[:rank], 3, 4, seed=1), ArrayConfig(axis=tuple(range(rank + 1))))
+    letters = "HW"[:rank]
+    run = partial(
+        conv_general_dilated,
+        x,
+        q,
+        (2, 1)[:rank],
+        ((1, 2), (0, 1))[:rank] if padding == "image" else padding,
+        rhs_dilation=(1, 2)[:rank],
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        feature_group_count=2,
+    )
+    got = run(implementation="images")
+    np.testing.assert_array_equal(got, run(implementation="integer"))
+    np.testing.assert_allclose(got, run(implementation="dequantize"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("letters, dilation", [("NCHW", None), ("NHWC", (2, 1)), ("NDHWC", None)])
+def test_what_xla_on_cpu_convolves_slowly_is_no_image(letters, dilation):
+    rank, axes = len(letters) - 2, tuple(range(1, len(letters)))
+    x = quantize(normal(2, *(4,) * (rank + 1)), ArrayConfig(axis=axes))
+    q = quantize(normal(*(2,) * rank, 4, 4, seed=1), ArrayConfig(axis=tuple(range(rank + 1))))
+    spatial = letters.replace("N", "").replace("C", "")
+    with pytest.raises(ValueError, match=r"not one that XLA on CPU|images are dilated"):
+        conv_general_dilated(
+            x,
+            q,
+            (1,) * rank,
+            "VALID",
+            lhs_dilation=dilation,
+            dimension_numbers=(letters, f"{spatial}IO", letters),
+            implementation="images",
+        )
+
+
 REFUSED = {
     "int8 scales .* change within an example or an output channel": ("int8-pixels", "int8"),
     "scales .* change within": ("int8", "int4-g2"),
@@ -207,7 +246,7 @@ def test_long_sums_and_batch_groups_are_not_convolved_as_integers():
 
 def test_both_implementations_give_the_same_numbers_and_dtypes():
     x, q = quantize(IMAGE, IMAGES["int8"]), kernel(KERNELS["int8"])
-    for implementation in ("integer", "dequantize", None):
+    for implementation in ("images", "integer", "dequantize", None):
         got = conv_general_dilated(
             x,
             q,

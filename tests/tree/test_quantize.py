@@ -337,3 +337,9 @@ def test_a_quantized_leaf_is_a_pytree_of_its_own():
     q = tree.quantize(parameters(), W8A8)["out"][0]
     assert isinstance(q, QTensor)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(q)} == {"int8", "float32"}
+
+
+def test_a_convolution_of_one_pixel_keeps_the_order_of_its_kernel():
+    kernel = jax.random.normal(jax.random.key(0), (1, 1, 64, 32))
+    rule = Rule("*", W8A8, axis=(0, 1, 2))
+    assert tree.quantize({"kernel": kernel}, rule, platform="cpu")["kernel"].order is None

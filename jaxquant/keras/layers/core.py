@@ -1,18 +1,21 @@
 """Dense products and tables."""
 
 import keras
+import numpy as np
 
 from ...core import QTensor
 from ...ops import einsum, matmul, take
+from .. import compat
+from ..float8 import Float8TrainingMixin
 from ..lora import LoraMixin
-from ..product import ProductMixin
+from ..stock_files import StockMatrix
 from ..weights import QuantizedWeight
 
 _register = keras.saving.register_keras_serializable(package="jaxquant")
 
 
 @_register
-class Dense(ProductMixin, keras.layers.Dense):
+class Dense(Float8TrainingMixin, keras.layers.Dense):
     """`keras.layers.Dense`, quantizable: (..., K) -> (..., units)."""
 
     kernel = QuantizedWeight(axis=0)
@@ -20,6 +23,19 @@ class Dense(ProductMixin, keras.layers.Dense):
     def product(self, inputs, kernel):
         """inputs @ kernel."""
         return matmul(inputs, kernel)
+
+    def lora_product(self, inputs):
+        """Through the rank, without a matrix of the kernel's size."""
+        a, b = self.lora_factors("kernel")
+        return matmul(matmul(inputs, a), b)
+
+
+def _labels(layer):
+    """The axes of the kernel, and those of the output with a dot for each that is elided."""
+    operands, output = layer.equation.split("->")
+    inputs, kernel = operands.split(",")
+    elided = layer.input_spec.ndim - len(inputs.replace("...", ""))
+    return kernel, output.replace("...", "." * elided)
 
 
 def _contracted(layer):
@@ -30,7 +46,7 @@ def _contracted(layer):
 
 
 @_register
-class EinsumDense(ProductMixin, keras.layers.EinsumDense):
+class EinsumDense(Float8TrainingMixin, keras.layers.EinsumDense):
     """`keras.layers.EinsumDense`, quantizable, with any equation."""
 
     kernel = QuantizedWeight(axis=_contracted)
@@ -39,12 +55,38 @@ class EinsumDense(ProductMixin, keras.layers.EinsumDense):
         """The equation."""
         return einsum(self.equation, inputs, kernel)
 
+    def stock_scale_shape(self, name, like):
+        """Hook: laid out like the output, with 1 for what the kernel lacks."""
+        kernel, output = _labels(self)
+        sizes = dict(zip(kernel, like.scale.shape, strict=True))
+        return tuple(sizes.get(label, 1) for label in output)
+
+    def scale_to_stock(self, name, scale, like):
+        """Hook: in the order of the output's axes."""
+        return scale.transpose(self._output_order()).reshape(self.stock_scale_shape(name, like))
+
+    def scale_from_stock(self, name, scale, like):
+        """Hook: undoes `scale_to_stock`."""
+        order = self._output_order()
+        lengths = [like.scale.shape[a] for a in order]
+        return scale.reshape(lengths).transpose(np.argsort(order))
+
+    def _output_order(self):
+        """The kernel's axes, contracted ones first, then as they come in the output."""
+        kernel, output = _labels(self)
+        return sorted(range(len(kernel)), key=lambda axis: output.find(kernel[axis]))
+
 
 @_register
 class Embedding(LoraMixin, keras.layers.Embedding):
     """`keras.layers.Embedding`, quantizable: whole numbers (...) -> (..., output_dim)."""
 
     embeddings = QuantizedWeight(axis=1, inputs=False)
+
+    def stock_matrix(self, name, shape):
+        """Hook: the table as it is, its groups along each row."""
+        rows, columns = shape
+        return StockMatrix((rows, columns), 1)
 
     def call(self, inputs):
         """Rows of the table, dequantized after they are taken."""
@@ -53,3 +95,47 @@ class Embedding(LoraMixin, keras.layers.Embedding):
             return super().call(inputs)
         is_whole = keras.backend.is_int_dtype(inputs.dtype)
         return take(table, inputs if is_whole else inputs.astype("int32"), axis=0)
+
+
+@_register
+class ReversibleEmbedding(Embedding, keras.layers.ReversibleEmbedding):
+    """`keras.layers.ReversibleEmbedding`, quantizable.
+
+    Whole numbers (...) -> (..., output_dim); with `reverse=True`, which is a product with the
+    table or, where weights are not tied, with another, (..., output_dim) -> (..., input_dim).
+    """
+
+    embeddings = QuantizedWeight(axis=1)
+    reverse_embeddings = QuantizedWeight(axis=0)
+
+    def call(self, inputs, reverse=False):
+        """Rows of the table and their mask, or logits."""
+        if reverse:
+            return self._project(inputs)
+        outputs = super().call(inputs)
+        compat.set_mask(outputs, keras.layers.Embedding.compute_mask(self, inputs))
+        return outputs
+
+    def compute_mask(self, inputs, mask=None):
+        """None: `call` sets the mask, because here one cannot tell tokens from activations."""
+        return None
+
+    def _project(self, inputs):
+        name, equation = _PROJECTIONS[self.tie_weights]
+        kernel = self.operand(name)
+        if not isinstance(kernel, QTensor):
+            return super(Embedding, self).call(inputs, reverse=True)
+        dtype = self.compute_dtype if self.reverse_dtype is None else self.reverse_dtype
+        inputs = inputs.astype(dtype)
+        logits = einsum(equation, inputs, kernel.astype(dtype))
+        if self.lora_enabled and self.tie_weights:
+            logits = logits + einsum(equation, inputs, self.lora_delta(name).astype(dtype))
+        cap = self.logit_soft_cap
+        return logits if cap is None else keras.ops.tanh(logits / cap) * cap
+
+
+# The weight of the reverse product, by whether weights are tied.
+_PROJECTIONS = {
+    True: ("embeddings", "...d,vd->...v"),
+    False: ("reverse_embeddings", "...d,dv->...v"),
+}

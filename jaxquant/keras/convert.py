@@ -1,0 +1,247 @@
+"""Whole models from stock Keras layers to ours, and back."""
+
+import dataclasses
+import functools
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from ..core import INT4, INT8, AbsMax
+from . import compat, layers
+from .copying import Copier, Keep, copy_variables, is_stock
+from .files import other_variables
+from .mixin import QuantizableMixin
+
+
+def convert(model: keras.Model, *, keep: Keep = ()) -> Any:
+    """Copies a model of stock layers into one of `jaxquant.keras.layers`.
+
+    The copy has the same outputs bit for bit, the same names, trainable flags and weights, and
+    is not compiled. Layers without a counterpart of ours, such as normalization, stay stock;
+    those that are quantizable already are copied as they are. The model given stays as it was.
+
+    Args:
+        model: functional or Sequential, with nested models, shared layers and wrappers. A model
+            of a class of your own comes back in that class if its constructor is that of
+            keras.Model or keras.Sequential, else in one of these.
+        keep: names and classes of layers to copy as they are.
+
+    Raises:
+        ValueError: lists what cannot be converted: subclassed models; layers with weights that
+            are neither stock nor quantizable; layers that stock Keras has quantized, or that
+            cannot be made from their config; what is in `keep` and in no layer.
+    """
+    return converter(keep).copy(model)
+
+
+def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -> Any:
+    """Copies a model of our layers into one of stock Keras layers, for use without jaxquant.
+
+    Float layers become float ones. 8-bit Dense, EinsumDense and Embedding, and 4-bit ones from
+    Keras 3.14 on, become what Keras' own `quantize` makes of them, with our
+    codes: outputs are equal up to rounding. The model given stays as it was.
+
+    Args:
+        model: as for `convert`.
+        dequantize: whether layers in a mode that stock Keras does not have for them become
+            float layers, of the values that their codes stand for.
+        keep: names and classes of layers to copy as they are.
+
+    Raises:
+        ValueError: lists what cannot be: such layers without `dequantize`, quantizable layers
+            of your own, and what `convert` refuses.
+    """
+
+    wrappers = [x for x in compat.sublayers(model) if isinstance(x, keras.layers.TimeDistributed)]
+    form = functools.partial(_stock_form, wrapped={id(x.layer) for x in wrappers})
+
+    def refuse(layer):
+        found = None if dequantize else form(layer)
+        return _no_stock_class(layer) or (found if isinstance(found, str) else None)
+
+    copier = Copier(stock_class, refuse, _in_float, tuple(keep))
+    return copier.copy(model, functools.partial(_fill_stock, form))
+
+
+def converter(keep: Keep) -> Copier:
+    """What copies a model of stock layers into one of ours."""
+    return Copier(counterpart, _refusal, keep=tuple(keep))
+
+
+def counterpart(cls: type) -> type | None:
+    """Our layer for exactly this stock one, if there is one."""
+    ours = vars(layers).get(cls.__name__)
+    is_ours = isinstance(ours, type) and issubclass(ours, cls) and ours is not cls
+    return ours if is_ours and is_stock(cls) else None
+
+
+def stock_class(cls: type) -> type | None:
+    """The stock layer for exactly this one of ours."""
+    is_ours = vars(layers).get(cls.__name__) is cls
+    return getattr(keras.layers, cls.__name__) if is_ours else None
+
+
+def _refusal(layer):
+    """Why a layer cannot be in a model of ours."""
+    cls = type(layer)
+    if isinstance(layer, QuantizableMixin):
+        return None
+    if layer.quantization_mode is not None:
+        return (
+            f"{cls.__name__} is quantized to {layer.quantization_mode} by stock Keras; convert the "
+            "float model and quantize that"
+        )
+    if is_stock(cls) or not compat.own_variables(layer):
+        return None
+    stock = next((base for base in cls.__mro__ if counterpart(base)), None)
+    base = f"jaxquant.keras.layers.{stock.__name__}" if stock else "jaxquant.keras.QuantizableMixin"
+    return (
+        f"{cls.__name__} holds weights and is not quantizable; derive it from {base}, or pass "
+        f"keep=[{layer.name!r}]"
+    )
+
+
+# Stock forms of our layers.
+
+
+def _no_stock_class(layer):
+    """Why there is no stock layer for one of ours."""
+    if not isinstance(layer, QuantizableMixin) or stock_class(type(layer)) is not None:
+        return None
+    return (
+        f"{type(layer).__name__} is a quantizable layer that Keras does not have; pass "
+        f"keep=[{layer.name!r}], and its users need jaxquant"
+    )
+
+
+def _in_float(config):
+    """A layer's config, and those in it, as before they were quantized."""
+    if isinstance(config, list | tuple):
+        return type(config)([_in_float(x) for x in config])
+    if not isinstance(config, dict):
+        return config
+    name = str(config.get("class_name"))
+    if name.endswith("DTypePolicy"):
+        policy = keras.dtype_policies.deserialize(config)
+        floats = keras.dtype_policies.get(policy.name.rpartition("_from_")[2])
+        return keras.dtype_policies.serialize(floats) if policy.quantization_mode else config
+    return {key: _in_float(x) for key, x in config.items() if key != "quantization_config"}
+
+
+def _fill_stock(form, old, new):
+    """Gives a layer's own weights to its stock copy: as codes, or as floats."""
+    found = form(old)
+    if found is None:
+        copy_variables(old, new)
+    elif isinstance(found, str):
+        _dequantize(old, new)
+    else:
+        new.quantize(config=found.config)
+        entries = [found.codes, *other_variables(old, old.declared_weights), *found.rest]
+        new.load_own_variables({str(i): x for i, x in enumerate(entries)})
+
+
+def _dequantize(old, new):
+    values = {v.name: v.value for v in compat.own_variables(old)}
+    values |= {name: old.stored_weights[name].dequantize() for name in old.stored_weights}
+    for variable in compat.own_variables(new):
+        variable.assign(jnp.copy(values[variable.name]))
+    for source, target in zip(compat.seeds(old), compat.seeds(new), strict=True):
+        target.assign(jnp.copy(source.value))
+
+
+class _StockForm(NamedTuple):
+    """A quantized weight as a stock layer has it: entries of its file, and its config."""
+
+    config: Any
+    codes: Any
+    rest: list[Any]
+
+
+def _stock_form(layer, wrapped) -> _StockForm | str | None:
+    """The stock form of the layer's quantized weight, why there is none, or None for floats."""
+    if not isinstance(layer, QuantizableMixin) or not layer.stored_weights:
+        return None
+    name, *others = layer.stored_weights
+    q = layer.tensor_to_save(name).reorder(None)
+    form = _FORMS.get(q.format) if type(layer) in _WITH_FORMS and not others else None
+    found = form(layer, name, q) if form else "Keras does not have the mode for this layer"
+    if id(layer) in wrapped:
+        found = "stock TimeDistributed takes the codes of its layer for weights"
+    is_form = isinstance(found, _StockForm)
+    advice = "pass dequantize=True to have a float layer"
+    return found if is_form else f"{type(layer).__name__} with {q!r}: {found}; {advice}"
+
+
+def _int8_form(layer, name, q):
+    shared = {a % q.ndim for a in layer.declared_weights[name].axes(layer)}
+    quantizer = _stock_inputs(q)
+    if any(q.scale.shape[a] > 1 for a in shared) or q.zero_point is not None:
+        return "stock int8 has one scale per channel, and no zero point"
+    if isinstance(quantizer, str):
+        return quantizer
+    full = [1 if a in shared else n for a, n in enumerate(q.shape)]
+    q = dataclasses.replace(q, scale=jnp.broadcast_to(q.scale, full))
+    scale = layer.scale_to_stock(name, 1 / np.asarray(q.scale, np.float64), q)
+    make_config: Any = keras.quantizers.Int8QuantizationConfig
+    config = make_config(activation_quantizer=quantizer)
+    return _StockForm(config, q.codes, [scale])
+
+
+def _int4_form(layer, name, q):
+    make_config: Any = keras.quantizers.Int4QuantizationConfig
+    if "block_size" not in inspect.signature(make_config).parameters:
+        return f"stock int4 of Keras {keras.__version__} packs another axis; update to 3.14"
+    shape = layer.stored_weights[name].shape
+    matrix = layer.stock_matrix(name, shape)
+    zero = jnp.zeros_like(q.scale, jnp.int8) if q.zero_point is None else q.zero_point
+    held = [_by_element(x, q.shape, shape).reshape(matrix.shape) for x in (q.codes, q.scale, zero)]
+    codes, step, zero = held
+    rows = np.arange(matrix.shape[matrix.axis])
+    blocks = [n // m for n, m in zip(q.shape, q.scale.shape, strict=True)]
+    size = min(math.prod(blocks[a] for a in layer.declared_weights[name].axes(layer)), len(rows))
+    group, firsts = rows // size, rows[::size]
+    parts = [np.take(x, firsts, matrix.axis) for x in (step, zero)]
+    spread = [np.take(x, group, matrix.axis) for x in parts]
+    if not all(np.array_equal(x, y) for x, y in zip(spread, (step, zero), strict=True)):
+        return f"stock int4 has groups of rows of the matrix {matrix.shape}, which are not these"
+    packed = keras.quantizers.pack_int4(codes.astype(np.int8), axis=-1)[0]
+    quantizer = _stock_inputs(q)
+    if isinstance(quantizer, str):
+        return quantizer
+    if len(firsts) == 1 and q.zero_point is None:
+        config = make_config(block_size=None, activation_quantizer=quantizer)
+        return _StockForm(config, packed, [1 / np.squeeze(parts[0], matrix.axis)])
+    if quantizer is not None:
+        return "stock int4 in groups has float inputs"
+    rest = [parts[0], parts[1].astype(np.int8), group.astype(np.float32)]
+    return _StockForm(make_config(block_size=size), packed, rest)
+
+
+def _by_element(x, padded, shape):
+    """What a block has, in each of its elements, without padding."""
+    x = np.asarray(x.astype(jnp.float32))
+    for axis, n in enumerate(padded):
+        x = np.repeat(x, n // x.shape[axis], axis)
+    return x[tuple(slice(n) for n in shape)]
+
+
+def _stock_inputs(q):
+    """The stock quantizer of inputs, None for float ones, or a str: why there is none."""
+    config = q.inputs and q.inputs.config
+    if config is None:
+        return None
+    is_plain = config.format == INT8 and config.range == AbsMax() and config.symmetric
+    is_calibrated = q.inputs.scale is not None or q.inputs.multiplier is not None
+    if not is_plain or is_calibrated or config.group_size is not None or config.axis is None:
+        return f"stock layers quantize inputs to int8 by their largest magnitude, not by {config}"
+    low, high = config.value_range or (-127, 127)
+    return keras.quantizers.AbsMaxQuantizer(axis=-1, value_range=(low, high))
+
+
+_WITH_FORMS = (layers.Dense, layers.EinsumDense, layers.Embedding)
+_FORMS = {INT8: _int8_form, INT4: _int4_form}

@@ -1,0 +1,127 @@
+"""A Keras model as a pure function of its weights."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from ..core import QTensor
+from . import compat
+from .weights import StoredWeight, replaced
+
+Params = dict[str, Any]
+
+
+def functional(model: keras.Model) -> tuple[Callable[..., Any], Params]:
+    """Splits a model into a pure function and the weights that it is a function of.
+
+        apply, params = functional(model)
+        outputs = jax.jit(apply)(params, inputs)
+
+    Args:
+        model: built, of any class; its layers may be quantized or not. Afterwards it must keep
+            its layers, and how they are quantized.
+
+    Returns:
+        apply: (params, *inputs) -> what `model(inputs)` gives in inference. It reads weights from
+            params alone, under jit, grad and vmap, in any thread, and changes nothing: seeds and
+            moving statistics stay as they are. Several inputs are passed one by one, or in the
+            structure that the model takes.
+        params: nested dicts by the parts of a weight's path, such as ["encoder"]["dense"]
+            ["kernel"]: a QTensor for each quantized weight, in the dtype of its format and in
+            the order of axes that is fast here, and an array for everything else. They are
+            copies: `apply` keeps the model, but none of its values.
+
+    Raises:
+        ValueError: the model is not built. `apply` raises it for params of another structure,
+            and where the model's weights were quantized, or changed their number, since.
+    """
+    places = _places(model)
+    if not model.built or not places:
+        raise ValueError(
+            f"Model {model.name!r} must be built; got built={model.built} and {len(places)} "
+            "weights. Call it on data, or give it an Input."
+        )
+    known = _identity(model)
+
+    def apply(params: Params, *inputs: Any) -> Any:
+        if _identity(model) != known:
+            raise ValueError(
+                f"The variables of model {model.name!r} are not those it had when `functional` "
+                f"was called; got {len(_identity(model))} for {len(known)}. Call it again."
+            )
+        values = _checked(params, places)
+        stored = [(x, values[k]) for k, x in places.items() if isinstance(x, StoredWeight)]
+        plain = [(x, values[k]) for k, x in places.items() if not isinstance(x, StoredWeight)]
+        # The model takes one argument, a structure.
+        structure = inputs[0] if len(inputs) == 1 else list(inputs)
+        with replaced(stored), keras.StatelessScope(state_mapping=plain):
+            return model(structure, training=False)
+
+    params: Params = {}
+    for (*folders, name), place in places.items():
+        inner = params
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        value = place.tensor() if isinstance(place, StoredWeight) else place.value
+        # Keras donates the model's arrays, in `predict` too.
+        inner[name] = jax.tree.map(jnp.copy, value)
+    return apply, params
+
+
+def _places(model) -> dict[tuple[str, ...], StoredWeight | keras.Variable]:
+    """Stored weights and the other variables, by the parts of their paths."""
+    places: dict[tuple[str, ...], Any] = {}
+    taken = set()
+    for layer in compat.sublayers(model):
+        stored = list(getattr(layer, "stored_weights", {}).values())
+        held = {id(v) for weight in stored for v in weight.variables}
+        found = [(x.codes.path, x) for x in stored]
+        found += [(v.path, v) for v in compat.own_variables(layer) if id(v) not in held]
+        # Keras counts seeds in their paths, so that they are others in each process.
+        found += [(f"{layer.path or layer.name}/{v.name}", v) for v in compat.seeds(layer)]
+        for path, place in found:
+            key = _free(tuple(path.split("/")), taken)
+            taken |= {key[:n] for n in range(1, len(key) + 1)}
+            places[key] = place
+    return places
+
+
+def _free(key, taken):
+    """The key, or one numbered: layers of nested models may have the same path."""
+    number, free = 0, key
+    while free in taken:
+        number += 1
+        free = (*key[:-1], f"{key[-1]}_{number}")
+    return free
+
+
+def _identity(model):
+    return [id(v) for layer in compat.sublayers(model) for v in compat.own_variables(layer)]
+
+
+def _checked(params, places):
+    """The leaves of params by path, which are of the kinds and shapes that are wanted."""
+    found = dict(_leaves(params))
+    odd = ["/".join(key) for key in found.keys() ^ places.keys()]
+    if odd:
+        raise ValueError(
+            f"params must have the structure that `functional` gave; got {len(found)} leaves for "
+            f"{len(places)}, which differ at {', '.join(sorted(odd)[:5])}."
+        )
+    for key, place in places.items():
+        leaf, is_stored = found[key], isinstance(place, StoredWeight)
+        shape = place.like.shape if is_stored else tuple(place.shape)
+        if isinstance(leaf, QTensor) != is_stored or np.shape(leaf) != shape:
+            wanted = f"a QTensor like {place.like!r}" if is_stored else f"an array of shape {shape}"
+            raise ValueError(f"params at {'/'.join(key)} must be {wanted}; got {leaf!r}.")
+    return found
+
+
+def _leaves(params, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    if not isinstance(params, Mapping):
+        return [(path, params)]
+    return [leaf for key, inner in params.items() for leaf in _leaves(inner, (*path, key))]

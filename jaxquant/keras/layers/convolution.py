@@ -1,0 +1,219 @@
+"""Convolutions: plain, transposed, depthwise and separable."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax import lax
+
+from ...core import QTensor
+from ...ops import conv_general_dilated
+from .. import compat
+from ..product import ProductMixin
+from ..weights import QuantizedWeight
+
+_register = keras.saving.register_keras_serializable(package="jaxquant")
+
+
+def _spatial(layer):
+    return tuple(range(layer.rank))
+
+
+def _spatial_and_inputs(layer):
+    """Axes of a kernel (spatial..., in, out) that a convolution contracts."""
+    return tuple(range(layer.rank + 1))
+
+
+def _layout(layer, inputs, outputs):
+    """Dimension numbers, for a kernel with these axes of input and output channels."""
+    rank = layer.rank
+    layouts = {
+        "channels_last": (0, rank + 1, *range(1, rank + 1)),
+        "channels_first": tuple(range(rank + 2)),
+    }
+    images = layouts[layer.data_format]
+    return lax.ConvDimensionNumbers(images, (outputs, inputs, *range(rank)), images)
+
+
+def _padding(layer: Any) -> Any:
+    """The padding as `lax` wants it: "causal" is that of zeros before the first step alone."""
+    sizes = zip(layer.kernel_size, layer.dilation_rate, strict=True)
+    causal = tuple((dilation * (size - 1), 0) for size, dilation in sizes)
+    return {"causal": causal}.get(layer.padding, layer.padding)
+
+
+def _convolve(layer, inputs, kernel, groups):
+    """Convolution with a kernel (spatial..., in / groups, out)."""
+    outputs = conv_general_dilated(
+        inputs.astype(kernel.dtype),
+        kernel,
+        layer.strides,
+        _padding(layer),
+        rhs_dilation=layer.dilation_rate,
+        dimension_numbers=_layout(layer, layer.rank, layer.rank + 1),
+        feature_group_count=groups,
+    )
+    if inputs.size and not outputs.size:
+        raise ValueError(
+            f"{layer.name} must get images that its kernel fits into; got shape {inputs.shape} for "
+            f"kernel_size={layer.kernel_size}, dilation_rate={layer.dilation_rate} and padding "
+            f"{layer.padding!r}. Give it larger ones, or pad them."
+        )
+    return outputs
+
+
+def _with_parts(
+    kernel: QTensor | jax.Array, function: Callable[[jax.Array], jax.Array]
+) -> QTensor | jax.Array:
+    """The kernel with everything stored in it, codes and scales alike, put through `function`."""
+    if not isinstance(kernel, QTensor):
+        return function(kernel)
+    parts = kernel.codes, kernel.scale, kernel.zero_point
+    codes, scale, zero_point = jax.tree.map(function, parts)
+    return dataclasses.replace(kernel, codes=codes, scale=scale, zero_point=zero_point)
+
+
+def _flipped(kernel: QTensor | jax.Array, axes: Iterable[int]) -> QTensor | jax.Array:
+    stored = kernel.stored_axes(axes) if isinstance(kernel, QTensor) else tuple(axes)
+    return _with_parts(kernel, lambda x: jnp.flip(x, stored))
+
+
+def _depthwise(layer, inputs, kernel):
+    """Convolution of each channel with its own kernels (spatial..., channels, multiplier)."""
+    channels, multiplier = kernel.shape[-2:]
+    kernel = kernel.reorder(None) if isinstance(kernel, QTensor) else kernel
+
+    def merge(x):
+        # A scale that channels share is repeated: it could not be cut where channels end.
+        for axis, length in ((-2, channels), (-1, multiplier)):
+            x = jnp.repeat(x, length // x.shape[axis], axis)
+        return x.reshape(*x.shape[:-2], 1, channels * multiplier)
+
+    return _convolve(layer, inputs, _with_parts(kernel, merge), groups=channels)
+
+
+class ConvolutionMixin(ProductMixin):
+    """A Keras convolution: images with K channels -> images with `filters` channels."""
+
+    kernel = QuantizedWeight(axis=_spatial_and_inputs)
+
+    def operand(self, name: str) -> QTensor | jax.Array:
+        """See `QuantizableMixin`; the array where a subclass has its own `convolution_op`."""
+        # Keras' convolutions of all ranks inherit one function, which ours stands in for.
+        is_stock = type(self).convolution_op is keras.layers.Conv2D.convolution_op
+        return super().operand(name) if is_stock else getattr(self, name)
+
+    def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
+        """The convolution, in groups of channels."""
+        return _convolve(self, inputs, kernel, self.groups)
+
+
+class ConvolutionTransposeMixin(ProductMixin):
+    """A Keras transposed convolution, with a kernel (spatial..., out, in)."""
+
+    kernel = QuantizedWeight(axis=lambda layer: (*_spatial(layer), layer.rank + 1))
+
+    def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
+        """The gradient of a convolution: one with strides between the pixels, flipped."""
+        return conv_general_dilated(
+            inputs.astype(kernel.dtype),
+            _flipped(kernel, range(self.rank)),
+            (1,) * self.rank,
+            compat.conv_transpose_padding(self),
+            lhs_dilation=self.strides,
+            rhs_dilation=self.dilation_rate,
+            dimension_numbers=_layout(self, self.rank + 1, self.rank),
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments; Keras before 3.15 forgets `output_padding`."""
+        return {**super().get_config(), "output_padding": self.output_padding}
+
+
+class DepthwiseConvolutionMixin(ProductMixin):
+    """A Keras depthwise convolution: K channels -> K * `depth_multiplier` channels."""
+
+    kernel = QuantizedWeight(axis=_spatial)
+
+    def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
+        """The convolution of each channel for itself."""
+        return _depthwise(self, inputs, kernel)
+
+
+class SeparableConvolutionMixin(ProductMixin):
+    """A Keras separable convolution: a depthwise one, then a product of the channels."""
+
+    depthwise_kernel = QuantizedWeight(axis=_spatial)
+    pointwise_kernel = QuantizedWeight(axis=_spatial_and_inputs)
+
+    def call(self, inputs: jax.Array) -> Any:
+        """The forward pass: Keras' own in float, by codes where a kernel is quantized."""
+        depthwise, pointwise = self.operand("depthwise_kernel"), self.operand("pointwise_kernel")
+        has_codes = isinstance(depthwise, QTensor) or isinstance(pointwise, QTensor)
+        if self.lora_enabled or not has_codes:
+            return super(ProductMixin, self).call(inputs)
+        between = _depthwise(self, inputs, depthwise)
+        # XLA would skip the rounding to bfloat16 under jit alone, and other codes come of that.
+        info = jnp.finfo(between.dtype)
+        between = lax.reduce_precision(between, info.nexp, info.nmant)
+        outputs = conv_general_dilated(
+            between,
+            pointwise,
+            (1,) * self.rank,
+            "valid",
+            dimension_numbers=_layout(self, self.rank, self.rank + 1),
+        )
+        return self._finished(outputs)
+
+
+@_register
+class Conv1D(ConvolutionMixin, keras.layers.Conv1D):
+    """`keras.layers.Conv1D`, quantizable."""
+
+
+@_register
+class Conv2D(ConvolutionMixin, keras.layers.Conv2D):
+    """`keras.layers.Conv2D`, quantizable."""
+
+
+@_register
+class Conv3D(ConvolutionMixin, keras.layers.Conv3D):
+    """`keras.layers.Conv3D`, quantizable."""
+
+
+@_register
+class Conv1DTranspose(ConvolutionTransposeMixin, keras.layers.Conv1DTranspose):
+    """`keras.layers.Conv1DTranspose`, quantizable."""
+
+
+@_register
+class Conv2DTranspose(ConvolutionTransposeMixin, keras.layers.Conv2DTranspose):
+    """`keras.layers.Conv2DTranspose`, quantizable."""
+
+
+@_register
+class Conv3DTranspose(ConvolutionTransposeMixin, keras.layers.Conv3DTranspose):
+    """`keras.layers.Conv3DTranspose`, quantizable."""
+
+
+@_register
+class DepthwiseConv1D(DepthwiseConvolutionMixin, keras.layers.DepthwiseConv1D):
+    """`keras.layers.DepthwiseConv1D`, quantizable."""
+
+
+@_register
+class DepthwiseConv2D(DepthwiseConvolutionMixin, keras.layers.DepthwiseConv2D):
+    """`keras.layers.DepthwiseConv2D`, quantizable."""
+
+
+@_register
+class SeparableConv1D(SeparableConvolutionMixin, keras.layers.SeparableConv1D):
+    """`keras.layers.SeparableConv1D`, quantizable."""
+
+
+@_register
+class SeparableConv2D(SeparableConvolutionMixin, keras.layers.SeparableConv2D):
+    """`keras.layers.SeparableConv2D`, quantizable."""

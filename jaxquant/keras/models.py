@@ -1,0 +1,213 @@
+"""Whole Keras models, quantized in one step."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import keras
+
+from ..core import ArrayConfig, Scheme
+from ..tree import Progress, Report, Rules, report, reporter
+from . import compat
+from .configs import Config, QuantizationConfig, as_config
+from .convert import converter
+from .copying import Keep, share_variables
+from .mixin import QuantizableMixin
+
+
+def quantize(
+    model: keras.Model,
+    rules: Rules | str | keras.quantizers.QuantizationConfig,
+    *,
+    progress: Progress | bool | None = None,
+    keep: Keep = (),
+) -> tuple[Any, Report]:
+    """Copies a model as `convert` does, and quantizes the copy.
+
+    All or nothing: the model given stays as it was, and an error leaves no half of a result. The
+    model returned is not compiled: to train it further, biases or LoRA, compile it.
+
+    Args:
+        model: built; as for `convert`. Its own layers may be ours already.
+        rules: "int8", "int4" or "float8"; a Scheme or ArrayConfig for every quantizable weight;
+            rules by path, such as {"encoder/*": NF4A16, "*/kernel": W8A8}, as `Config` takes
+            them; or a config of `jaxquant.keras`, or of Keras.
+        progress: True for a progress bar on standard error, or a function of (weights done,
+            weights in all, path), called after each; None for neither.
+        keep: names and classes of layers to copy as they are, and not to quantize.
+
+    Returns:
+        The quantized model, and a report with one row per weight.
+
+    Raises:
+        ValueError: lists everything wrong: what `convert` refuses; rules that match no weight,
+            or select none; weights that hold NaN or Inf, are quantized already, or cannot be
+            quantized so.
+    """
+    config = _config_of(rules)
+    if not model.built or not model.weights:
+        raise ValueError(
+            f"Model {model.name!r} must be built; got built={model.built} and "
+            f"{len(model.weights)} weights. Call it on data, or give it an Input."
+        )
+    copier = converter(keep)
+    copy = copier.copy(model, share_variables)
+    open_layers = {id(x): x for x in copier.inspected(copy)}
+    layers = [x for x in open_layers.values() if isinstance(x, QuantizableMixin)]
+    kept = [x for x in compat.sublayers(copy) if id(x) not in open_layers]
+    chosen = [(layer, _chosen(layer, config)) for layer in layers]
+    chosen += [(layer, []) for layer in kept if isinstance(layer, QuantizableMixin)]
+    _raise_if(_mismatches(config, layers, chosen), model)
+    rows, problems = _quantize(chosen, config, progress)
+    _raise_if(problems, model)
+    for layer in compat.sublayers(copy):
+        rows += _rows_left(layer, config, is_kept=id(layer) not in open_layers)
+    _own(copy, model)
+    places = {v.path: place for place, v in enumerate(model.weights)}
+    rows.sort(key=lambda row: places.get(row.path, len(places)))
+    return copy, Report(tuple(rows))
+
+
+def _quantize(chosen, config, progress):
+    """Quantizes the chosen weights of each layer; returns their rows, and what was wrong."""
+    rows, problems, done = [], [], 0
+    total = sum(len(names) for _, names in chosen)
+    with reporter(progress, total) as tell:
+        for layer, names in chosen:
+            try:
+                rows += _quantize_layer(layer, names, config)
+            except (NotImplementedError, ValueError) as error:
+                problems.append(f"{layer.path or layer.name}: {error}")
+            for name in names:
+                done += 1
+                tell(done, total, _path(layer, name))
+    return rows, problems
+
+
+def _quantize_layer(layer, names, config):
+    """Quantizes weights of one layer; returns the rows of all that are quantized now."""
+    before = {name: layer.float_weights[name].value for name in names}
+    if names:
+        layer.quantize(config=config)
+    stored = layer.stored_weights.items()
+    return [_quantized(_path(layer, n), before.get(n), weight) for n, weight in stored]
+
+
+def _config_of(rules):
+    is_config = isinstance(rules, keras.quantizers.QuantizationConfig)
+    if is_config or isinstance(rules, str):
+        config = as_config(None, rules)
+        if isinstance(config, QuantizationConfig):
+            return config
+        raise ValueError(
+            "rules must be a Scheme, an ArrayConfig, rules by path, a config of jaxquant.keras, or "
+            f"'int8', 'int4' or 'float8'; got {rules!r}."
+        )
+    return Config(rules)
+
+
+def _path(layer, name):
+    return f"{layer.path or layer.name}/{name}"
+
+
+def _scheme(layer, name, config) -> Scheme | ArrayConfig | None:
+    rule = config.rule_for(_path(layer, name))
+    return rule and rule.scheme
+
+
+def _declared(layer):
+    """Names of the declared weights that a layer has."""
+    return [n for n in layer.declared_weights if n in layer.stored_weights or _is_float(layer, n)]
+
+
+def _is_float(layer, name):
+    return layer.float_weights.get(name) is not None
+
+
+def _chosen(layer, config):
+    """Names of the float weights that a config selects."""
+    names = _declared(layer)
+    return [n for n in names if _is_float(layer, n) and _scheme(layer, n, config) is not None]
+
+
+def _mismatches(config, layers, chosen):
+    """What is wrong before any weight is looked at."""
+    paths = [_path(layer, name) for layer in layers for name in _declared(layer)]
+    rules = config.rules if isinstance(config, Config) else ()
+    unused = [r for r in rules if r.required and not any(r.matches(p, None) for p in paths)]
+    problems = [f"rule {r.pattern!r} matches no quantizable weight" for r in unused]
+    again = [
+        f"{_path(layer, name)} is quantized already, to {layer.quantized_weight(name)!r}; give "
+        "it a rule with None, or quantize the float model"
+        for layer in layers
+        for name in layer.stored_weights
+        if _scheme(layer, name, config) is not None
+    ]
+    if not problems and not again and not any(names for _, names in chosen):
+        problems = ["the rules select no weight"]
+    if problems:
+        problems[-1] += f"; quantizable are {', '.join(paths[:8]) or 'none'}"
+        problems[-1] += ", ..." if len(paths) > 8 else ""
+    return problems + again
+
+
+def _raise_if(problems, model):
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(
+            f"Model {model.name!r} stays as it was. {len(problems)} to mend:\n  {lines}"
+        )
+
+
+def _rows_left(layer, config, is_kept):
+    """A row for each of the layer's own weights that is not quantized."""
+    is_quantizable = isinstance(layer, QuantizableMixin)
+    stored = layer.stored_weights.values() if is_quantizable else ()
+    floats = {id(v): n for n, v in layer.float_weights.items()} if is_quantizable else {}
+    held = {id(v) for weight in stored for v in weight.variables}
+    why = (
+        "not declared quantizable"
+        if is_quantizable
+        else f"{type(layer).__name__} is no quantizable layer"
+    )
+    rows = []
+    for variable in compat.own_variables(layer):
+        if id(variable) in held:
+            continue
+        name = floats.get(id(variable))
+        reason = why if name is None else _reason(layer, name, config)
+        row = report(None, {variable.path: variable.value}).rows[0]
+        rows += [dataclasses.replace(row, reason="kept" if is_kept else reason)]
+    return rows
+
+
+def _reason(layer, name, config):
+    rule = config.rule_for(_path(layer, name))
+    if rule is None:
+        return "no rule matches"
+    stays = f"stays float, by {type(config).__name__}"
+    return stays if rule.scheme is not None else rule.note or f"left by rule {rule.pattern!r}"
+
+
+def _quantized(path, before, stored):
+    q = stored.tensor()
+    if before is None:
+        row = report(None, {path: q}).rows[0]
+    else:
+        widths = [(0, n - m) for n, m in zip(q.shape, before.shape, strict=True)]
+        row = report({path: jnp.pad(before, widths)}, {path: q}).rows[0]
+    size = max(math.prod(stored.shape), 1)
+    bytes_before = row.bytes_before if before is None else before.nbytes
+    bits = 8 * row.bytes_after / size
+    return dataclasses.replace(
+        row, shape=stored.shape, bits_per_weight=bits, bytes_before=bytes_before
+    )
+
+
+def _own(copy, model):
+    """Gives the copy arrays of its own: training one model donates those of that model."""
+    shared = {id(v.value) for v in model.variables}
+    for variable in copy.variables:
+        if id(variable.value) in shared:
+            variable.assign(jnp.copy(variable.value))

@@ -1,0 +1,80 @@
+"""Arrays carried in dtypes that Keras variables and HDF5 files can have."""
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+
+from jaxquant.core import bits_of
+from jaxquant.keras.carriers import carrier, from_carrier, to_carrier
+
+DTYPES = [
+    "int8",
+    "uint8",
+    "int4",
+    "uint4",
+    "int2",
+    "uint2",
+    "float4_e2m1fn",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e8m0fnu",
+    "bfloat16",
+    "float16",
+    "float32",
+]
+SHAPES = [(), (7,), (3, 2, 6), (3, 0), (0, 5)]
+# What Keras variables and HDF5 files hold on every backend.
+HELD = {"int8", "uint8", "uint16", "float16", "float32"}
+
+
+def bits_in(x):
+    """The elements as whole numbers, by NumPy: ml_dtypes keep one of 4 bits to a byte."""
+    x = np.asarray(x)
+    if x.dtype.name in {"int4", "int2", "uint4", "uint2"}:
+        return x.astype(np.int8)
+    return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
+
+
+def with_every_bit(dtype, shape):
+    """An array of random bits, NaN and infinities among them."""
+    rng = np.random.default_rng(0)
+    if dtype in {"int4", "int2", "uint4", "uint2"}:
+        info = jnp.iinfo(dtype)
+        return jnp.asarray(rng.integers(int(info.min), int(info.max) + 1, shape), jnp.int8).astype(
+            dtype
+        )
+    width = jnp.dtype(dtype).itemsize
+    raw = rng.integers(0, 2 ** min(bits_of(dtype), 8), (*shape, width), dtype=np.uint8)
+    return jnp.asarray(raw.view(jnp.dtype(dtype)).reshape(shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_bit_comes_back(dtype, shape):
+    if shape == () and bits_of(dtype) < 8:
+        shape = (1, 1)  # Packed along the last axis, so there must be one.
+    x = with_every_bit(dtype, shape)
+    carried = to_carrier(x)
+
+    assert carried.dtype.name in HELD
+    like = carrier(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert (carried.shape, carried.dtype) == (like.shape, like.dtype)
+    for read in (from_carrier, jax.jit(from_carrier, static_argnums=1)):
+        found = read(carried, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        assert (found.shape, found.dtype) == (x.shape, x.dtype)
+        np.testing.assert_array_equal(bits_in(found), bits_in(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_bit_is_wasted(dtype):
+    x = with_every_bit(dtype, (3, 16))
+    assert to_carrier(x).nbytes == 3 * 16 * bits_of(dtype) // 8
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 6), (3, 4, 5)], ids=str)
+def test_int4_is_packed_as_keras_packs_it(shape):
+    codes = with_every_bit("int4", shape)
+    packed, _, _ = keras.quantizers.pack_int4(codes.astype("int8"), axis=-1)
+    np.testing.assert_array_equal(to_carrier(codes), packed)

@@ -1,0 +1,318 @@
+"""Whole models from stock layers to ours, and back."""
+
+import re
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from jaxquant import NF4A16, W4A16, W8A16
+from jaxquant.keras import (
+    AbsMaxQuantizer,
+    Config,
+    Int4QuantizationConfig,
+    Int8QuantizationConfig,
+    PercentileQuantizer,
+    QuantizableMixin,
+    QuantizedWeight,
+    convert,
+    layers,
+    quantize,
+    to_stock,
+)
+from jaxquant.keras.compat import sublayers
+
+HAS_BLOCKS = "block_size" in keras.quantizers.Int4QuantizationConfig().get_config()
+
+
+def whole_model() -> Any:
+    """Everything that a functional model may have in it."""
+    x = keras.Input((5, 8), name="x")
+    t = keras.Input((5,), dtype="int32", name="t")
+    shared = keras.layers.Dense(8, activation="relu", name="shared")
+    z = keras.layers.Add()([shared(x), shared(keras.layers.Embedding(11, 8, name="table")(t))])
+    z = keras.layers.MultiHeadAttention(2, 4, name="attention")(z, z)
+    z = keras.layers.LayerNormalization()(z + 1.0)
+    lstm = keras.layers.LSTM(3, return_sequences=True, dropout=0.1)
+    z = keras.layers.Bidirectional(lstm, name="both")(z)
+    z = keras.layers.TimeDistributed(keras.layers.Dense(6), name="each")(z)
+    middle = [
+        keras.layers.Conv1D(7, 3, name="conv", bias_initializer="normal"),
+        keras.layers.BatchNormalization(),
+        keras.layers.Lambda(lambda y: keras.ops.sin(y) + np.pi),
+    ]
+    inner = keras.Sequential([keras.Input((5, 6)), *middle], name="inner")
+    y = keras.layers.RNN(keras.layers.GRUCell(4, name="cell"), name="rnn")(inner(z))
+    y = keras.layers.Dense(3, name="last")(keras.layers.Dropout(0.3)(y))
+    return keras.Model({"x": x, "t": t}, {"y": y, "z": z}, name="whole")
+
+
+def whole_inputs():
+    rng = np.random.default_rng(0)
+    return {"x": rng.normal(size=(4, 5, 8)).astype("f"), "t": rng.integers(0, 11, (4, 5))}
+
+
+def assert_equal(found, wanted):
+    keras.tree.map_structure(np.testing.assert_array_equal, found, wanted)
+
+
+def classes(model):
+    return {x.name: type(x) for x in sublayers(model) if x.variables}
+
+
+def test_convert_keeps_everything_but_the_classes_and_to_stock_undoes_it():
+    model, inputs = whole_model(), whole_inputs()
+    model.get_layer("inner").get_layer("conv").trainable = False
+    model.get_layer("both").forward_layer.trainable = False
+    model.compile("adam", loss=lambda y, z: keras.ops.sum(y - z))
+    before = [np.array(v) for v in model.variables]
+    copy = convert(model)
+
+    assert_equal([np.array(v) for v in model.variables], before)
+    assert [v.path for v in copy.weights] == [v.path for v in model.weights]
+    assert [v.path for v in copy.trainable_weights] == [v.path for v in model.trainable_weights]
+    assert copy.name == "whole"
+    assert not copy.compiled
+    assert copy.get_layer("shared") in copy.layers
+    found = classes(copy)
+    for name, cls in classes(model).items():
+        ours = getattr(layers, cls.__name__, None)
+        assert found[name] is (ours or cls), name
+    assert found["shared"] is layers.Dense
+    assert found["cell"] is layers.GRUCell
+    back = to_stock(copy)
+    assert classes(back) == classes(model)
+    # With dropout, so that seeds count too.
+    wanted = model(inputs, training=True)
+    assert_equal(copy(inputs, training=True), wanted)
+    assert_equal(back(inputs, training=True), wanted)
+
+
+def test_convert_gives_the_copy_arrays_of_its_own():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    copy = convert(model)
+    before = model.get_weights()
+    # Training donates the arrays of a model.
+    copy.compile("sgd", loss="mse")
+    copy.fit(np.ones((2, 4)), np.ones((2, 2)), verbose=0)
+    assert_equal(model.get_weights(), before)
+
+
+def test_convert_passes_through_what_is_ours():
+    model: Any = keras.Sequential([keras.Input((8,)), layers.Dense(5, name="a")])
+    model.quantize("int8")
+    copy = convert(keras.Sequential([model, keras.layers.Dense(2)]))
+    dense = copy.layers[0].get_layer("a")
+    assert dense.quantization_mode == "int8"
+    assert_equal(copy.layers[0](np.ones((2, 8))), model(np.ones((2, 8))))
+    assert type(copy.layers[1]) is layers.Dense
+
+
+def test_convert_sequential_models_that_are_not_built():
+    model = keras.Sequential([keras.layers.Dense(3), keras.layers.Dense(2)], name="late")
+    copy = convert(model)
+    assert not copy.built
+    assert copy(np.ones((2, 4))).shape == (2, 2)
+    assert not model.built
+
+
+class Trainer(keras.Model):
+    def train_step(self, *args):
+        return {"loss": 0.5}
+
+
+class TinyModel(keras.Model):
+    def __init__(self):
+        start = keras.Input((4,))
+        super().__init__(start, keras.layers.Dense(2)(start))
+
+
+def test_convert_keeps_the_class_where_it_can():
+    start = keras.Input((4,))
+    model = Trainer(start, keras.layers.Dense(2)(start))
+    assert type(convert(model)) is Trainer
+    tiny = convert(TinyModel())
+    assert not isinstance(tiny, TinyModel)
+    assert type(tiny.layers[-1]) is layers.Dense
+
+
+class Own(keras.layers.Layer):
+    def build(self, input_shape):
+        self.factor = self.add_weight(shape=(input_shape[-1],))
+
+    def call(self, inputs):
+        return inputs * self.factor
+
+
+class MyDense(keras.layers.Dense):
+    pass
+
+
+class Block(keras.layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inside = keras.layers.Dense(4, name="inside")
+
+    def build(self, input_shape):
+        self.inside.build(input_shape)
+
+    def call(self, inputs):
+        return self.inside(inputs)
+
+
+class NoConfig(keras.layers.Layer):
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, inputs):
+        return self.function(inputs)
+
+
+class Subclassed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(4)
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+class Scale(QuantizableMixin, keras.layers.Layer):
+    kernel = QuantizedWeight(axis=0)
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(name="kernel", shape=(input_shape[-1],))
+
+    def call(self, inputs):
+        return inputs * self.kernel
+
+
+def test_convert_lists_every_layer_that_it_cannot_take():
+    quantized = keras.layers.Dense(4, name="stock")
+    quantized.build((None, 4))
+    quantized.quantize("int8")
+    parts = [Own(name="own"), MyDense(4, name="mine"), Block(name="block"), quantized]
+    parts += [NoConfig(keras.ops.sin, name="bare"), Subclassed(name="sub"), Scale(name="fine")]
+    model = keras.Sequential([keras.Input((4,)), *parts], name="odd")
+    with pytest.raises(ValueError, match=r"'odd' stays as it was\. 6 to mend") as error:
+        convert(model)
+    text = str(error.value)
+    for words in (
+        "odd/own: Own holds weights.*derive it from jaxquant.keras.QuantizableMixin, or pass keep",
+        "odd/mine: MyDense holds weights.*derive it from jaxquant.keras.layers.Dense",
+        r"odd/block: Block makes \['inside'\] by its own code",
+        "Dense is quantized to int8 by stock Keras; convert the float model",
+        "bare: NoConfig cannot be made from its config",
+        "odd/sub: Subclassed is a subclassed model",
+    ):
+        assert re.search(words, text), text
+    with pytest.raises(ValueError, match="Subclassed is a subclassed model"):
+        convert(Subclassed())
+
+
+def test_convert_keeps_what_it_is_told_to():
+    parts = [Own(name="own"), Block(name="block"), keras.layers.Dense(3, name="head")]
+    model = keras.Sequential([keras.Input((4,)), *parts, keras.layers.Dense(2)])
+    copy = convert(model, keep=["own", Block, "head"])
+    assert [type(x) for x in copy.layers] == [Own, Block, keras.layers.Dense, layers.Dense]
+    assert_equal(copy(np.ones((2, 4))), model(np.ones((2, 4))))
+    with pytest.raises(ValueError, match="keep: 'hed' is in no layer"):
+        convert(model, keep=["own", Block, "hed"])
+
+
+STOCK_MODES = {
+    "int8": "int8",
+    "int8 weights": Config(W8A16),
+    "int8 narrow inputs": Int8QuantizationConfig(
+        activation_quantizer=AbsMaxQuantizer(value_range=(-100, 100))
+    ),
+    "int4": Int4QuantizationConfig(block_size=None),
+    "int4 and 8-bit inputs": Int4QuantizationConfig(
+        block_size=None, activation_quantizer=AbsMaxQuantizer()
+    ),
+    "int4 block 32": Int4QuantizationConfig(block_size=32),
+    "int4 symmetric groups": Config({"*": W4A16}),
+}
+
+
+def stock_model():
+    x, t = keras.Input((5, 40), name="x"), keras.Input((5,), dtype="int32", name="t")
+    einsum = keras.layers.EinsumDense("abc,cde->abde", (5, 3, 7), bias_axes="de")
+    return keras.Model(
+        {"x": x, "t": t},
+        {
+            "dense": keras.layers.Dense(7, bias_initializer="normal")(x),
+            "einsum": einsum(x),
+            "table": keras.layers.Embedding(11, 50)(t),
+            "attention": keras.layers.MultiHeadAttention(2, 5)(x, x),
+        },
+    )
+
+
+@pytest.mark.parametrize("mode", STOCK_MODES)
+def test_to_stock_gives_the_same_codes(mode):
+    rng, config, model = np.random.default_rng(0), STOCK_MODES[mode], stock_model()
+    inputs = {"x": rng.normal(size=(4, 5, 40)).astype("f"), "t": rng.integers(0, 11, (4, 5))}
+    ours, _ = quantize(model, config)
+    if "int4" in mode and not HAS_BLOCKS:
+        with pytest.raises(ValueError, match=r"packs another axis; update to 3\.14"):
+            to_stock(ours)
+        return
+    stock = to_stock(ours)
+    assert classes(stock) == classes(model)
+    with_codes = [x for x in sublayers(stock) if x.variables and not sublayers(x)[1:]]
+    assert {x.quantization_mode for x in with_codes} == {mode[:4]}
+    found, wanted = stock(inputs), ours(inputs)
+    for name in wanted:
+        error = np.linalg.norm(found[name] - wanted[name])
+        assert error < 1e-5 * np.linalg.norm(wanted[name]), name
+
+
+def test_to_stock_says_what_stock_keras_does_not_have():
+    original, inputs = whole_model(), whole_inputs()
+    model, _ = quantize(original, "int8")
+    with pytest.raises(ValueError, match="5 to mend") as error:
+        to_stock(model)
+    assert "rnn/cell: GRUCell with QTensor(int8 7x12" in str(error.value)
+    assert "Keras does not have the mode for this layer; pass dequantize=True" in str(error.value)
+    assert "stock TimeDistributed takes the codes of its layer for weights" in str(error.value)
+    back = to_stock(model, dequantize=True)
+    assert classes(back) == classes(original)
+    assert back.get_layer("shared").quantization_mode == "int8"
+    assert back.get_layer("inner").get_layer("conv").quantization_mode is None
+    for key, wanted in model(inputs).items():
+        error = np.linalg.norm(back(inputs)[key] - wanted)
+        # Inputs of the float layers are no longer rounded.
+        assert error < 0.05 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (Config(NF4A16), "Keras does not have the mode"),
+        (Int4QuantizationConfig(None, AbsMaxQuantizer(), 4), "groups has float inputs|packs"),
+        (
+            Int8QuantizationConfig(activation_quantizer=PercentileQuantizer()),
+            "by their largest magnitude, not by",
+        ),
+    ],
+)
+def test_to_stock_refuses_modes_that_stock_layers_lack(config, words):
+    model: Any = keras.Sequential([keras.Input((8,)), layers.Dense(5)])
+    model.quantize(config=config)
+    with pytest.raises(ValueError, match=words):
+        to_stock(model)
+    floats: Any = to_stock(model, dequantize=True).layers[0]
+    np.testing.assert_array_equal(floats.kernel, model.layers[0].kernel)
+
+
+def test_to_stock_refuses_layers_of_ones_own():
+    model = keras.Sequential([keras.Input((8,)), Scale(name="scale")])
+    with pytest.raises(ValueError, match="Scale is a quantizable layer that Keras does not have"):
+        to_stock(model, dequantize=True)
+    assert type(to_stock(model, keep=[Scale]).layers[0]) is Scale

@@ -1,0 +1,238 @@
+"""Convolutions: the same numbers as Keras', from codes."""
+
+import itertools
+import re
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+import pytest
+
+from jaxquant import INT8, NVFP4A16, ArrayConfig, Rule, Scheme, quantize
+from jaxquant.keras import Config, Int4QuantizationConfig, Int8QuantizationConfig, layers
+
+from .convolution_cases import CONVOLUTION
+from .test_layers import relative_error
+
+WEIGHTS_ONLY = Int8QuantizationConfig(activation_quantizer=None)
+FORMATS = ["channels_last", "channels_first"]
+UNKNOWN_TO_STOCK = ["quantization_config", "lora_rank", "lora_alpha"]
+PADDINGS = ["valid", "same"]
+FORMATS_AND_STEPS = [("channels_last", {"strides": 2}), ("channels_first", {"dilation_rate": 2})]
+
+
+def each(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def images(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=(2, *shape)).astype(np.float32)
+
+
+def built(layer, shape):
+    """The layer, with weights from NumPy: XLA compiles random numbers anew for each shape."""
+    for name in [name for name in vars(layer) if name.endswith("_initializer")]:
+        setattr(layer, name, keras.initializers.Zeros())
+    layer.build((None, *shape))
+    rng = np.random.default_rng(1)
+    layer.set_weights([rng.normal(size=v.shape).astype(np.float32) for v in layer.weights])
+    return layer
+
+
+def stock_of(layer):
+    """The Keras layer of the same arguments and weights, dequantized."""
+    config = {k: v for k, v in layer.get_config().items() if k not in UNKNOWN_TO_STOCK}
+    stock = getattr(keras.layers, type(layer).__name__)(**{**config, "dtype": "float32"})
+    stock = built(stock, layer.get_build_config()["input_shape"][1:])
+    names = [*layer.declared_weights, *(["bias"] if layer.use_bias else [])]
+    stock.set_weights([np.asarray(getattr(layer, name)) for name in names])
+    return stock
+
+
+def assert_like_stock(layer, inputs, config: Any = WEIGHTS_ONLY):
+    """In float bit by bit, and from codes up to the order of sums."""
+    np.testing.assert_array_equal(layer(inputs), stock_of(layer)(inputs))
+    layer.quantize(config=config)
+    assert relative_error(layer(inputs), stock_of(layer)(inputs)) < 1e-5
+
+
+@pytest.mark.parametrize(("data_format", "step"), FORMATS_AND_STEPS, ids=str)
+@pytest.mark.parametrize("padding", [*PADDINGS, "causal"])
+def test_convolution_is_that_of_the_dequantized_kernel(padding, data_format, step):
+    shape = (9, 6) if data_format == "channels_last" else (6, 9)
+    layer = layers.Conv1D(4, 3, padding=padding, data_format=data_format, groups=2, **step)
+    assert_like_stock(built(layer, shape), images(shape))
+
+
+@pytest.mark.parametrize(("data_format", "step"), FORMATS_AND_STEPS, ids=str)
+@pytest.mark.parametrize("kind", ["DepthwiseConv2D", "SeparableConv2D"])
+def test_depthwise_is_that_of_the_dequantized_kernel(kind, data_format, step):
+    shape = (7, 9, 5) if data_format == "channels_last" else (5, 7, 9)
+    options = {"data_format": data_format, "depth_multiplier": 2, "padding": "same", **step}
+    filters = {"SeparableConv2D": {"filters": 4}}.get(kind, {})
+    layer = getattr(layers, kind)(kernel_size=(2, 3), **filters, **options)
+    assert_like_stock(built(layer, shape), images(shape))
+
+
+# (strides, dilation, output padding): the latter is less than the strides.
+UPSAMPLING = [(1, 1, None), (1, 1, 0), (2, 1, None), (2, 1, 1), (3, 1, 0), (1, 2, None), (1, 3, 0)]
+
+
+@pytest.mark.parametrize(("padding", "step"), [*itertools.product(PADDINGS, UPSAMPLING)], ids=str)
+def test_transpose_is_that_of_the_dequantized_kernel(padding, step):
+    strides, dilation, output_padding = step
+    data_format = FORMATS[strides % 2]
+    shape = (4, 5, 3) if data_format == "channels_last" else (3, 4, 5)
+    layer = layers.Conv2DTranspose(
+        filters=5,
+        kernel_size=(4, 3),
+        strides=strides,
+        dilation_rate=dilation,
+        padding=padding,
+        output_padding=output_padding,
+        data_format=data_format,
+    )
+    assert_like_stock(built(layer, shape), images(shape))
+
+
+@pytest.mark.parametrize("kind", ["Conv3D", "Conv3DTranspose", "Conv1DTranspose"])
+def test_other_ranks_are_those_of_the_dequantized_kernel(kind):
+    rank = int(kind[4])
+    shape = (*(5, 6, 4)[:rank], 3)
+    layer = getattr(layers, kind)(4, (2, 3, 1)[:rank], strides=(1, 2, 3)[:rank], padding="same")
+    assert_like_stock(built(layer, shape), images(shape))
+
+
+def kernel_scheme(scheme, axis):
+    return Config([Rule("*kernel", scheme, axis=axis)])
+
+
+PER_CHANNEL = Scheme(ArrayConfig(format=INT8))
+# Scales that channels or multipliers share, grouped ones, and scales with scales.
+DEPTHWISE = {
+    "grouped": Int4QuantizationConfig(block_size=4),
+    "padded": Int4QuantizationConfig(block_size=3),
+    "of multipliers": kernel_scheme(PER_CHANNEL, (0, 1)),
+    "of channels": kernel_scheme(PER_CHANNEL, (0, 2)),
+    "of all": Config(Scheme(ArrayConfig(format=INT8, axis=None))),
+    "along multipliers": kernel_scheme(PER_CHANNEL, (2,)),
+    "scaled scales": Config(NVFP4A16),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_depthwise_takes_scales_of_any_shape(name):
+    layer = built(layers.DepthwiseConv1D(16, depth_multiplier=3), (20, 4))
+    assert_like_stock(layer, images((20, 4)), DEPTHWISE[name])
+
+
+@pytest.mark.parametrize("kind", ["Conv2D", "Conv2DTranspose"])
+@pytest.mark.parametrize(("block_size", "kernel_size"), [(2, 3), (11, 1), (4, 3)])
+def test_blocks_of_kernels_that_are_flipped_or_padded(kind, block_size, kernel_size):
+    layer = built(getattr(layers, kind)(3, kernel_size), (5, 4, 66))
+    assert_like_stock(layer, images((5, 4, 66)), Int4QuantizationConfig(block_size=block_size))
+
+
+def test_whole_numbers_are_images_too():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 6, 5, 3)).astype(np.uint8)
+    layer = built(layers.Conv2D(4, 3), (6, 5, 3))
+    assert_like_stock(layer, pixels)
+
+
+def convolutions(layer, inputs, platform):
+    """What each convolution of the compiled layer takes and gives: ["i8", "i8", "i32"]."""
+    traced = jax.jit(lambda x: layer(x)).trace(inputs)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    return [re.findall(r"tensor<(?:\d+x)*(\w+)>", line.rsplit(" : ", 1)[1]) for line in lines]
+
+
+@each(CONVOLUTION)
+def test_int8_accumulates_in_int32(case):
+    layer = built(case.make(), case.input_shape)
+    layer.quantize("int8")
+    wanted = [["i8", "i8", "i32"]] * len(layer.declared_weights)
+    assert convolutions(layer, images(case.input_shape), "tpu") == wanted
+    # On CPU where XLA does so fast: channels last, one or two axes, not transposed.
+    is_fast = layer.rank < 3 and "first" not in layer.data_format
+    if is_fast and "Transpose" not in case.name:
+        assert convolutions(layer, images(case.input_shape), "cpu") == wanted
+
+
+@each([case for case in CONVOLUTION if "Separable" not in case.name])
+def test_int8_rounds_the_inputs_by_the_largest_of_each_image(case):
+    inputs = images(case.input_shape)
+    inputs[1] *= 100
+    layer = built(case.make(), case.input_shape)
+    layer.quantize("int8")
+    rounded = quantize(inputs, ArrayConfig(axis=tuple(range(1, inputs.ndim)))).dequantize()
+    assert relative_error(layer(inputs), stock_of(layer)(rounded)) < 1e-5
+
+
+@each([case for case in CONVOLUTION if "2D" in case.name])
+def test_lora_adds_to_the_codes(case):
+    layer = built(case.make(), case.input_shape)
+    layer.quantize(config=WEIGHTS_ONLY)
+    inputs = images(case.input_shape)
+    before = layer(inputs)
+    layer.enable_lora(2, lora_alpha=3)
+    np.testing.assert_allclose(layer(inputs), before, rtol=1e-5, atol=1e-5)
+    name = next(iter(layer.declared_weights))
+    b = getattr(layer, f"lora_{name}_b")
+    b.assign(np.random.default_rng(2).normal(size=b.shape))
+    assert relative_error(layer(inputs), before) > 0.01
+    assert relative_error(layer(inputs), stock_of(layer)(inputs)) < 1e-5
+
+
+def test_lora_on_codes_trains_saves_and_loads(tmp_path):
+    shape = (6, 7, 3)
+    model: Any = keras.Sequential([keras.Input(shape), layers.Conv2D(4, 3, lora_rank=2)])
+    inputs, layer = images(shape), model.layers[0]
+    targets = np.asarray(model(inputs)) * 1.5
+    layer.quantize("int8")
+    codes = np.asarray(layer.quantized_weight("kernel").codes)
+    assert {v.name for v in layer.trainable_variables} == {"bias", "lora_kernel_a", "lora_kernel_b"}
+
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    losses = model.fit(inputs, targets, epochs=30, verbose=0).history["loss"]
+    assert losses[-1] < 0.5 * losses[0]
+    np.testing.assert_array_equal(layer.quantized_weight("kernel").codes, codes)
+
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    assert relative_error(loaded(inputs), model(inputs)) < 0.02
+    assert not np.any(loaded.layers[0].lora_kernel_b)
+
+
+def test_a_file_keeps_the_output_padding(tmp_path):
+    layer = layers.Conv2DTranspose(2, 3, strides=3, output_padding=(2, 0))
+    model: Any = keras.Sequential([keras.Input((4, 5, 3)), layer])
+    layer.quantize("int8")
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    inputs = images((4, 5, 3))
+    np.testing.assert_array_equal(loaded(inputs), model(inputs))
+
+
+def test_an_image_smaller_than_the_kernel_is_an_error():
+    layer = built(layers.Conv2D(4, 3), (None, None, 3))
+    layer.quantize("int8")
+    with pytest.raises(ValueError, match="images that its kernel fits into; got shape"):
+        layer(images((2, 5, 3)))
+
+
+class Standardized(layers.Conv2D):
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel - keras.ops.mean(kernel, axis=(0, 1, 2)))
+
+
+def test_a_convolution_op_of_a_subclass_gets_the_dequantized_kernel():
+    inputs = images((5, 6, 3))
+    layer: Any = built(Standardized(4, 3), (5, 6, 3))
+    wanted = layer(inputs)
+    layer.quantize("int8")
+    assert relative_error(layer(inputs), wanted) < 0.01
+    kernel = layer.kernel - keras.ops.mean(layer.kernel, axis=(0, 1, 2))
+    stock = keras.ops.conv(inputs, kernel) + layer.bias
+    assert relative_error(layer(inputs), stock) < 1e-5

@@ -1,0 +1,222 @@
+"""Training in 8-bit floats with delayed scaling."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from jaxquant.keras import Float8QuantizationConfig, float8, layers
+
+TRAINING = Float8QuantizationConfig(training=True)
+E4M3 = ml_dtypes.float8_e4m3fn
+E5M2 = ml_dtypes.float8_e5m2
+
+
+def rounded(x, scale, dtype):
+    """What codes of a format stand for, by ml_dtypes."""
+    largest = float(ml_dtypes.finfo(dtype).max)
+    codes = np.clip(np.asarray(x, np.float32) / np.float32(scale), -largest, largest).astype(dtype)
+    return codes.astype(np.float32) * np.float32(scale)
+
+
+def scaling(scale=1.0, history=()):
+    return jnp.float32(scale), jnp.zeros(8).at[: len(history)].set(jnp.array(history))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_an_empty_history_takes_the_scale_of_the_array(size):
+    x = size * np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
+    found = float8.quantize_operand(x, *scaling())
+    wanted = rounded(x, np.abs(x).max() / np.float32(448), E4M3)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert np.linalg.norm(found - x) < 0.04 * np.linalg.norm(x)
+
+
+def test_a_history_delays_the_scale_and_saturates():
+    x = jnp.array([0.3, -500.0, 1.0, 2.0])
+    found = float8.quantize_operand(x, *scaling(0.5, [3.0]))
+    np.testing.assert_array_equal(found, rounded(x, 0.5, E4M3))
+    assert found[1] == -224
+    broken = float8.quantize_operand(jnp.array([np.nan, np.inf, 1.0]), *scaling(0.5, [3.0]))
+    np.testing.assert_array_equal(jnp.isfinite(broken), [False, False, True])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_scales_are_their_next_values(dtype):
+    x = jnp.array([0.25, -7.0], dtype)
+    scale, history = scaling(0.125, [3.0, 9.0])
+    _, pull = jax.vjp(float8.quantize_operand, x, scale, history)
+    gradient, next_scale, next_history = pull(jnp.array([2.0, 5.0], dtype))
+    assert gradient.dtype == x.dtype
+    np.testing.assert_array_equal(gradient, jnp.array([2.0, 5.0], dtype))
+    np.testing.assert_array_equal(next_history, [7, 3, 9, 0, 0, 0, 0, 0])
+    np.testing.assert_allclose(next_scale, 9 / 448, rtol=1e-6)
+    full = (scale, jnp.arange(8.0, 0, -1))
+    assert jax.vjp(float8.quantize_operand, x, *full)[1](x)[2].tolist() == [7, 8, 7, 6, 5, 4, 3, 2]
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_arrays_without_a_range_leave_the_scale(value):
+    x = jnp.full(3, value)
+    scale, history = float8.next_scaling(x, *scaling(0.125), float8.FORWARD)
+    assert float(scale) == 0.125
+    assert not np.any(history)
+
+
+def test_gradients_pass_in_e5m2():
+    y = jnp.arange(4.0)
+    upstream = jnp.array([1e-6, 3.3e-6, -7e-6, 0.0])
+    found, pull = jax.vjp(float8.quantize_gradient, y, *scaling())
+    np.testing.assert_array_equal(found, y)
+    gradient, next_scale, next_history = pull(upstream)
+    step = np.float32(7e-6) / np.float32(57344)
+    np.testing.assert_allclose(gradient, rounded(upstream, step, E5M2), rtol=1e-6)
+    np.testing.assert_allclose(next_scale, step, rtol=1e-6)
+    assert next_history[0] == np.float32(7e-6)
+
+
+def test_jit_compiles_once():
+    compiled: Any = jax.jit(jax.grad(lambda *x: float8.quantize_operand(*x).sum(), (0, 1, 2)))
+    for seed in range(3):
+        x = jax.random.normal(jax.random.key(seed), (4, 5))
+        compiled(x, *scaling(1.0, [float(seed)]))
+    assert compiled._cache_size() == 1
+
+
+def layer_of(kind, **kwargs) -> Any:
+    layer = {
+        "Dense": lambda: layers.Dense(7, bias_initializer="normal", **kwargs),
+        "EinsumDense": lambda: layers.EinsumDense("ab,bc->ac", 7, bias_axes="c", **kwargs),
+    }[kind]()
+    layer.build((None, 20))
+    return layer
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e4])
+@pytest.mark.parametrize("kind", ["Dense", "EinsumDense"])
+def test_a_layer_is_right_before_it_has_seen_data(kind, size):
+    layer = layer_of(kind)
+    inputs = size * np.random.default_rng(0).normal(size=(6, 20)).astype(np.float32)
+    wanted = np.asarray(layer(inputs))
+    kernel = np.asarray(layer.kernel)
+    layer.quantize(config=TRAINING)
+    np.testing.assert_array_equal(layer.kernel, kernel)
+    np.testing.assert_allclose(layer.kernel_scale, np.abs(kernel).max() / 448, rtol=1e-6)
+    found = np.asarray(layer(inputs))
+    assert 0 < np.linalg.norm(found - wanted) < 0.06 * np.linalg.norm(wanted)
+    names = [v.name for v in layer.trainable_variables]
+    assert names == ["kernel", "bias", *float8.SCALING]
+    assert layer.inputs_amax_history.shape == (1024,)
+
+
+def digits():
+    pixels, labels = load_digits(return_X_y=True)
+    return (pixels / 16).astype(np.float32), labels.astype(np.int32)
+
+
+def classifier(policy, config=None) -> Any:
+    keras.utils.set_random_seed(1)
+    model: Any = keras.Sequential(
+        [
+            keras.Input((64,)),
+            layers.Dense(32, activation="relu", dtype=policy),
+            layers.EinsumDense("ab,bc->ac", 10, bias_axes="c", dtype=policy),
+        ]
+    )
+    for layer in model.layers if config else ():
+        layer.quantize(config=config)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.005), loss)
+    return model
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_digits_train_to_the_float_loss_and_come_back_from_files(policy, tmp_path):
+    inputs, labels = digits()
+    plain, model = classifier(policy), classifier(policy, TRAINING)
+    options = {"epochs": 8, "batch_size": 64, "shuffle": False, "verbose": 0}
+    losses = [m.fit(inputs, labels, **options).history["loss"] for m in (plain, model)]
+    assert losses[1][-1] < 0.3 < losses[1][0]
+    assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.07)
+    first = model.layers[0]
+    for name in ("inputs", "kernel", "outputs_grad"):
+        history = np.asarray(getattr(first, f"{name}_amax_history"))
+        steps = 8 * -(-len(inputs) // 64)
+        assert np.count_nonzero(history) == steps + (name == "kernel")
+        largest = 57344 if name == "outputs_grad" else 448
+        scale = getattr(first, f"{name}_scale")
+        np.testing.assert_allclose(scale, history.max() / largest, rtol=1e-6)
+
+    wanted = model.predict(inputs, verbose=0)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    fresh = classifier(policy)
+    fresh.layers[0](inputs[:2])
+    fresh.optimizer = None
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    for other in (loaded, fresh):
+        for found, held in zip(other.weights, model.weights, strict=True):
+            np.testing.assert_array_equal(found, held)
+        np.testing.assert_array_equal(other.predict(inputs, verbose=0), wanted)
+    assert np.isfinite(loaded.fit(inputs, labels, verbose=0).history["loss"][0])
+
+
+def test_after_training_weights_go_to_one_byte():
+    layer = layer_of("Dense")
+    inputs = np.random.default_rng(0).normal(size=(6, 20)).astype(np.float32)
+    wanted = np.asarray(layer(inputs))
+    layer.quantize(config=TRAINING)
+    before = [np.asarray(v) for v in layer.variables]
+    with pytest.raises(ValueError, match="already quantized"):
+        layer.quantize(config=TRAINING)
+    layer.kernel.assign(np.full((20, 7), np.nan))
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        layer.quantize("int8")
+    layer.kernel.assign(before[0])
+    assert layer.trains_in_float8
+    for found, held in zip(layer.variables, before, strict=True):
+        np.testing.assert_array_equal(found, held)
+    layer.quantize(config=Float8QuantizationConfig())
+    assert [v.name for v in layer.variables] == ["bias", "kernel", "kernel_scale"]
+    assert layer.quantized_weight("kernel").nbytes == 20 * 7 + 4 * 7
+    assert np.linalg.norm(layer(inputs) - wanted) < 0.06 * np.linalg.norm(wanted)
+    with pytest.raises(ValueError, match="already quantized"):
+        layer.quantize("int8")
+
+
+def test_another_mode_may_follow_training():
+    layer = layer_of("EinsumDense", dtype="mixed_bfloat16")
+    layer.quantize(config=TRAINING)
+    layer.quantize("int8")
+    assert layer.dtype_policy.name == "int8_from_mixed_bfloat16"
+    assert layer.quantized_weight("kernel").codes.dtype == jnp.int8
+
+
+def test_what_cannot_train_says_so():
+    table: Any = layers.Embedding(9, 4)
+    table.build((None, 3))
+    with pytest.raises(NotImplementedError, match="cannot train in float8"):
+        table.quantize(config=TRAINING)
+    assert table.dtype_policy.name == "float32"
+
+    adapted = layer_of("Dense")
+    adapted.enable_lora(2)
+    with pytest.raises(ValueError, match="without LoRA"):
+        adapted.quantize(config=TRAINING)
+    assert not adapted.trains_in_float8
+    training = layer_of("Dense")
+    training.quantize(config=TRAINING)
+    with pytest.raises(ValueError, match="trains in float8"):
+        training.enable_lora(2)
+
+    broken = layer_of("Dense")
+    broken.kernel.assign(np.full((20, 7), np.inf))
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        broken.quantize(config=TRAINING)
+    assert [v.name for v in broken.variables] == ["kernel", "bias"]

@@ -1,0 +1,194 @@
+"""Models as pure functions of their weights."""
+
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+
+import jaxquant
+from jaxquant import NF4A16, QTensor
+from jaxquant.keras import Int4QuantizationConfig, functional, layers, quantize
+
+MODES = {
+    "int8": "int8",
+    "int4 block 32": Int4QuantizationConfig(block_size=32),
+    "float8": "float8",
+    "nf4": NF4A16,
+}
+
+
+def sequential():
+    parts = [keras.layers.Dense(33, activation="relu"), keras.layers.BatchNormalization()]
+    parts += [keras.layers.Dropout(0.5), keras.layers.Dense(3)]
+    return keras.Sequential([keras.Input((5, 40)), *parts])
+
+
+def recurrent():
+    return keras.Sequential([keras.Input((5, 40)), keras.layers.LSTM(8), keras.layers.Dense(3)])
+
+
+def attention():
+    x, t = keras.Input((5, 40), name="x"), keras.Input((5,), dtype="int32", name="t")
+    y = keras.layers.MultiHeadAttention(2, 16)(x, keras.layers.Embedding(11, 40)(t))
+    return keras.Model([x, t], keras.layers.Dense(3)(y))
+
+
+def inputs_of(model):
+    rng = np.random.default_rng(0)
+    found = [
+        rng.integers(0, 11, (4, 5)) if x.dtype == "int32" else rng.normal(size=(4, 5, 40))
+        for x in model.inputs
+    ]
+    return [jnp.asarray(x, y.dtype) for x, y in zip(found, model.inputs, strict=True)]
+
+
+def assert_close(found, wanted, step=2e-6):
+    found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
+    assert np.linalg.norm(found - wanted) <= step * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", [sequential, recurrent, attention])
+def test_apply_gives_the_outputs_of_the_model(make, mode, policy, tmp_path):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model, _ = quantize(make(), MODES[mode])
+    finally:
+        keras.config.set_dtype_policy(before)
+    inputs = inputs_of(model)
+    apply, params = functional(model)
+    compiled: Any = jax.jit(apply)
+    outputs = compiled(params, *inputs)
+    wanted = model.predict(inputs if len(inputs) > 1 else inputs[0], verbose=0)
+    assert outputs.dtype == (jnp.bfloat16 if policy == "mixed_bfloat16" else jnp.float32)
+    assert_close(outputs, wanted, 2e-6 if policy == "float32" else 1e-2)
+
+    jaxquant.save(tmp_path / "params.safetensors", params)
+    loaded = jaxquant.load(tmp_path / "params.safetensors", like=params)
+    np.testing.assert_array_equal(compiled(loaded, *inputs), outputs)
+    assert compiled._cache_size() == 1
+
+
+def small():
+    model: Any = keras.Sequential(
+        [keras.Input((64,)), keras.layers.Dense(5, name="a", bias_initializer="normal")], name="m"
+    )
+    quantized, _ = quantize(model, Int4QuantizationConfig(block_size=32))
+    return quantized, *functional(quantized)
+
+
+def test_params_hold_tensors_in_the_dtypes_of_their_formats():
+    _, _, params = small()
+    kernel = params["m"]["a"]["kernel"]
+    assert isinstance(kernel, QTensor)
+    assert kernel.codes.dtype == jnp.int4
+    assert kernel.shape == (64, 5)
+    assert params["m"]["a"]["bias"].dtype == jnp.float32
+
+
+def test_apply_reads_params_alone_and_leaves_the_model():
+    model, apply, params = small()
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.float32)
+    wanted, weights = np.asarray(apply(params, x)), model.get_weights()
+    for variable in model.weights:
+        variable.assign(keras.ops.zeros(variable.shape, variable.dtype))
+    np.testing.assert_array_equal(jax.jit(apply)(params, x), wanted)
+    model.set_weights(weights)
+    # A model's own training donates its arrays, and here params are given away.
+    with pytest.warns(UserWarning, match="donated buffers were not usable"):
+        jax.jit(apply, donate_argnums=0)(params, x)
+    np.testing.assert_array_equal(model(x), wanted)
+
+
+def test_apply_computes_as_the_product_of_the_tensor_does():
+    """No code is packed, unpacked or moved on the way to the product."""
+    _, apply, params = small()
+    x = jnp.ones((3, 64))
+    layer = params["m"]["a"]
+
+    def product(layer, x):
+        return jaxquant.matmul(x, layer["kernel"]) + layer["bias"]
+
+    def operations(f, *args):
+        text = str(jax.jit(f).lower(*args).compile().as_text())
+        lines = [line.split(", metadata")[0] for line in text.splitlines() if " = " in line]
+        return sorted(line.split(" = ")[1].split("(")[0].split("{")[0] for line in lines)
+
+    assert operations(apply, params, x) == operations(product, layer, x)
+
+
+def test_apply_under_vmap_and_grad():
+    _, apply, params = small()
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 64)), jnp.float32)
+    assert_close(jax.vmap(apply, (None, 0))(params, x)[1], apply(params, x[1]))
+
+    def loss(bias):
+        a = {**params["m"]["a"], "bias": bias}
+        return jnp.sum(apply({"m": {"a": a}}, x[0]) ** 2)
+
+    bias = params["m"]["a"]["bias"]
+    assert_close(jax.grad(loss)(bias), 2 * jnp.sum(apply(params, x[0]), axis=0), 1e-5)
+    assert_close(
+        jax.grad(lambda x: jnp.sum(apply(params, x)))(x[0])[0],
+        jnp.sum(params["m"]["a"]["kernel"].dequantize(), axis=1),
+        1e-5,
+    )
+
+
+def test_apply_in_threads_and_within_itself():
+    model, apply, params = small()
+    x = jnp.ones((3, 64))
+    doubled = jax.tree.map(lambda a: 2 * a if a.dtype == jnp.float32 else a, params)
+    wanted = apply(params, x), apply(doubled, x)
+    outputs = {}
+
+    def run(i):
+        # What conftest.py sets holds for one thread.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            outputs[i] = [apply((params, doubled)[i % 2], x) for _ in range(10)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    for i, found in outputs.items():
+        for output in found:
+            np.testing.assert_array_equal(output, wanted[i % 2])
+    assert len(outputs) == 4
+    with pytest.raises(ValueError, match="incompatible"):
+        apply(doubled, jnp.ones((3, 65)))
+    np.testing.assert_array_equal(model(x), wanted[0])
+
+
+def test_apply_refuses_other_params():
+    _, apply, params = small()
+    x = jnp.ones((3, 64))
+    with pytest.raises(ValueError, match="got 1 leaves for 2, which differ at m/a/bias"):
+        apply({"m": {"a": {"kernel": params["m"]["a"]["kernel"]}}}, x)
+    bias = params["m"]["a"]["bias"]
+    with pytest.raises(ValueError, match="params at m/a/kernel must be a QTensor like QTensor"):
+        apply({"m": {"a": {"kernel": jnp.ones((64, 5)), "bias": bias}}}, x)
+    with pytest.raises(ValueError, match=r"params at m/a/bias must be an array of shape \(5,\)"):
+        apply({"m": {"a": {**params["m"]["a"], "bias": jnp.ones(4)}}}, x)
+    with pytest.raises(ValueError, match="must be built; got built=False and 0 weights"):
+        functional(keras.Sequential([keras.layers.Dense(2)]))
+    late: Any = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    apply, params = functional(late)
+    late.quantize("int8")
+    with pytest.raises(ValueError, match="are not those it had when `functional` was called"):
+        apply(params, jnp.ones((1, 4)))
+
+
+def test_layers_of_the_same_path_have_places_of_their_own():
+    parts = [keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="a")], name="in")]
+    start = keras.Input((4,))
+    again = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="a")], name="in")
+    model = keras.Model(start, keras.Sequential([again], name="out")(parts[0](start)))
+    apply, params = functional(model)
+    assert set(params["in"]["a"]) == {"kernel", "bias", "kernel_1", "bias_1"}
+    assert_close(apply(params, jnp.ones((1, 4))), model(jnp.ones((1, 4))))

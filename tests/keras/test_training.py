@@ -1,0 +1,163 @@
+"""Training around quantization: optimizers that outlive variables, and LoRA."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from jaxquant.keras import Float8QuantizationConfig, layers
+
+MODES = ["int8", "int4", "float8"]
+
+
+def data():
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(128, 20)).astype(np.float32)
+    return inputs, np.tanh(inputs @ rng.normal(size=(20, 3)).astype(np.float32))
+
+
+def model_of(optimizer: Any = "adam") -> Any:
+    keras.utils.set_random_seed(1)
+    start = keras.Input((20,))
+    x = layers.Dense(16, activation="relu")(start)
+    model: Any = keras.Model(start, layers.EinsumDense("ab,bc->ac", 3, bias_axes="c")(x))
+    model.compile(optimizer, "mse")
+    return model
+
+
+def fit(model, epochs=2):
+    return model.fit(*data(), epochs=epochs, verbose=0, shuffle=False).history["loss"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_goes_on_after_quantizing(mode):
+    model = model_of(keras.optimizers.SGD(0.03, momentum=0.9))
+    fit(model)
+    inputs, _ = data()
+    dense = model.layers[1]
+    moments = {v.path: np.asarray(v) for v in model.optimizer.variables}
+    wanted, loss = model.predict(inputs, verbose=0), model.evaluate(*data(), verbose=0)
+    for layer in model.layers[1:]:
+        layer.quantize(mode)
+    found = model.predict(inputs, verbose=0)
+    assert np.linalg.norm(found - wanted) < 0.15 * np.linalg.norm(wanted)
+    assert model.evaluate(*data(), verbose=0) == pytest.approx(loss, rel=0.1)
+
+    codes = np.asarray(dense.quantized_weight("kernel").codes)
+    bias = np.asarray(dense.bias)
+    model.optimizer.build(model.trainable_variables)
+    for variable in model.optimizer.variables:
+        np.testing.assert_array_equal(variable, moments[variable.path])
+    losses = fit(model, 4)
+    assert losses[-1] < losses[0]
+    assert int(model.optimizer.iterations) == 6 * 4
+    np.testing.assert_array_equal(dense.quantized_weight("kernel").codes, codes)
+    assert np.any(np.asarray(dense.bias) != bias)
+
+
+def test_training_goes_on_in_float8_and_back():
+    model = model_of()
+    losses = fit(model)
+    for layer in model.layers[1:]:
+        layer.quantize(config=Float8QuantizationConfig(training=True))
+    losses += fit(model)
+    for layer in model.layers[1:]:
+        layer.quantize("int8")
+    losses += fit(model)
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_quantize_compile_fit():
+    model = model_of()
+    for layer in model.layers[1:]:
+        layer.quantize("int8")
+    model.compile("adam", "mse")
+    kernel = np.asarray(model.layers[1].kernel)
+    losses = fit(model)
+    assert losses[-1] < losses[0]
+    assert [v.name for v in model.trainable_variables] == ["bias", "bias"]
+    with pytest.raises(ValueError, match="already quantized"):
+        model.layers[1].quantize("int8")
+    np.testing.assert_array_equal(model.layers[1].kernel, kernel)
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_lora_trains_and_is_merged_into_files(mode, tmp_path):
+    model = model_of()
+    fit(model)
+    for layer in model.layers[1:]:
+        if mode is not None:
+            layer.quantize(mode)
+        layer.enable_lora(4, lora_alpha=8)
+    frozen = [np.asarray(v) for v in model.non_trainable_variables]
+    losses = fit(model, 8)
+    assert losses[-1] < 0.97 * losses[0]
+    for found, wanted in zip(model.non_trainable_variables, frozen, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    inputs, _ = data()
+    wanted = model.predict(inputs, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    found = loaded.predict(inputs, verbose=0)
+    bound = {None: 1e-5, "int8": 0.02, "float8": 0.08, "int4": 0.16}[mode]
+    assert np.linalg.norm(found - wanted) <= bound * np.linalg.norm(wanted)
+    # The adapter starts anew, and is not stuck at zeros in both factors.
+    assert not np.any(loaded.layers[1].lora_kernel_b)
+    again = fit(loaded, 8)
+    assert again[-1] < again[0]
+
+
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+def test_lora_on_a_table(mode):
+    tokens = np.random.default_rng(0).integers(0, 9, (64, 5))
+    table: Any = layers.Embedding(9, 20)
+    model: Any = keras.Sequential([keras.Input((5,), dtype="int32"), table])
+    if mode is not None:
+        table.quantize(mode)
+    table.enable_lora(3)
+    model.compile(keras.optimizers.Adam(0.02), "mse")
+    targets = np.ones((64, 5, 20), np.float32)
+    losses = model.fit(tokens, targets, epochs=10, verbose=0).history["loss"]
+    assert losses[-1] < 0.9 * losses[0]
+    store: Any = {}
+    values = np.asarray(table.embeddings)
+    table.save_own_variables(store)
+    table.load_own_variables(store)
+    bound = {None: 1e-6, "int8": 0.01, "int4": 0.15}[mode]
+    assert np.linalg.norm(table.embeddings - values) <= bound * np.linalg.norm(values)
+
+
+def test_the_low_rank_path_is_the_product_with_the_sum():
+    layer: Any = layers.Dense(7, use_bias=False)
+    layer.build((None, 20))
+    layer.quantize("float8")
+    layer.enable_lora(3, lora_alpha=5, b_initializer="normal")
+    inputs, _ = data()
+    base = layer.quantized_weight("kernel")
+    added = inputs @ (5 / 3 * np.asarray(layer.lora_kernel_a) @ np.asarray(layer.lora_kernel_b))
+    layer.lora_enabled = False
+    plain = layer(inputs)
+    layer.lora_enabled = True
+    np.testing.assert_allclose(layer(inputs) - plain, added, atol=1e-5)
+    np.testing.assert_allclose(
+        layer.kernel - base.dequantize(), added_kernel(layer), rtol=1e-5, atol=1e-6
+    )
+
+
+def added_kernel(layer):
+    return 5 / 3 * np.asarray(layer.lora_kernel_a) @ np.asarray(layer.lora_kernel_b)
+
+
+def test_lora_that_cannot_be_says_why():
+    layer: Any = layers.Dense(3)
+    with pytest.raises(ValueError, match="the layer is not built"):
+        layer.enable_lora(2)
+    layer.build((None, 4))
+    layer.enable_lora(2)
+    with pytest.raises(ValueError, match="LoRA is enabled already"):
+        layer.enable_lora(2)
+    constrained: Any = layers.Dense(3, kernel_constraint="non_neg")
+    constrained.build((None, 4))
+    with pytest.raises(ValueError, match="kernel_constraint is set"):
+        constrained.enable_lora(2)
