@@ -8,7 +8,8 @@ stock Keras, and their weights are copied into models of our layers and of stock
 bytes are those of all variables; the time to quantize is that of a second, equal model, after
 compilation; the time per batch of 256 is the ratio to float32 in alternating calls of the same run
 of a jit-compiled `stateless_call`. "unchanged" counts the layers with weights that stock Keras
-leaves in float. Needs the extra `bench`.
+leaves in float. A last line has the time to quantize a model of many small layers, compilation
+included. Needs the extra `bench`.
 """
 
 import os
@@ -54,7 +55,7 @@ def attention_model(layers):
     """One block of a transformer over the eight rows of pixels."""
     start = keras.Input((8, 8))
     x = layers.Dense(64, use_bias=False)(start)
-    place = layers.EinsumDense("btd,de->bte", (None, 64), bias_axes="te")(x)
+    place = layers.EinsumDense("btd,de->bte", (8, 64), bias_axes="te")(x)
     x = keras.layers.add([x, place])
     x = keras.layers.LayerNormalization()(
         keras.layers.add([x, layers.MultiHeadAttention(4, 16)(x, x)])
@@ -167,6 +168,17 @@ def row(name, build, trained, data, library, mode):
     ]
 
 
+def many_layers(library, count=200):
+    """Seconds to quantize a model of many small dense layers."""
+    layers = [LIBRARIES[library].Dense(16) for _ in range(count)]
+    model = keras.Sequential([keras.Input((16,)), *layers])
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.quantize("int8")
+    return time.perf_counter() - start
+
+
 COLUMNS = (
     "model",
     "mode",
@@ -204,6 +216,8 @@ def main():
             table.add_row(*row(name, MODELS[name], trained[name], unseen, library, mode))
             bar.advance(task)
     rich.console.Console(width=130).print(table)
+    ours, stock = many_layers("ours"), many_layers("stock")
+    print(f"200 dense layers of 16 units to int8: ours {ours:.1f} s, stock {stock:.1f} s.")
 
 
 if __name__ == "__main__":

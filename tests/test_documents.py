@@ -127,5 +127,15 @@ def test_the_reference_lists_every_public_name_of_trees_and_no_other():
     assert sorted(listed) == sorted(public)
 
 
+def test_the_reference_lists_every_public_name_of_keras_and_no_other():
+    text = (ROOT / "docs" / "reference.md").read_text()
+    listed = re.findall(r"^\| `keras\.(\w+)` \|", text, re.MULTILINE)
+    source = (ROOT / "jaxquant" / "keras" / "__init__.py").read_text()
+    assert sorted(listed) == sorted(re.findall(r" as (\w+)$", source, re.MULTILINE))
+    layers = (ROOT / "jaxquant" / "keras" / "layers" / "__init__.py").read_text()
+    missing = [n for n in re.findall(r" as (\w+)$", layers, re.MULTILINE) if f"`{n}`" not in text]
+    assert not missing
+
+
 def test_the_reference_lists_the_version():
     assert "| `__version__` |" in (ROOT / "docs" / "reference.md").read_text()
