@@ -44,7 +44,9 @@ def from_carrier(carried: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> 
 
 
 def _spread(carried, like):
-    pairs = lax.bitcast_convert_type(carried, like.dtype)
+    # XLA on CPU (jaxlib 0.10.2) folds this bitcast of a constant, such as a weight that a jitted
+    # function closes over, to wrong codes; it folds nothing behind a barrier.
+    pairs = lax.bitcast_convert_type(lax.optimization_barrier(carried), like.dtype)
     return pairs.reshape(*carried.shape[:-1], 2 * carried.shape[-1])
 
 

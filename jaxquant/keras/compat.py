@@ -51,19 +51,15 @@ def drop_variable(layer: keras.layers.Layer, variable: keras.Variable) -> None:
     layer._untrack_variable(variable)
 
 
-def replace_sublayer(layer: keras.layers.Layer, name: str, sublayer: keras.layers.Layer) -> None:
-    """Puts another layer in the place of a sublayer, which assignment alone would keep."""
-    old = getattr(layer, name)
-    with unlocked(layer):
-        place = next(i for i, x in enumerate(layer._layers) if x is old)
-        del layer._layers[place]
-        setattr(layer, name, sublayer)
-
-
 def running_layer() -> keras.layers.Layer | None:
     """The outermost layer, such as a model, that is being called."""
     context = get_global_attribute("current_call_ctx")
     return None if context is None else context.entry_layer
+
+
+def has_slots_for(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> bool:
+    """Whether an optimizer was built for these variables."""
+    return {id(v) for v in optimizer._trainable_variables} == {id(v) for v in variables}
 
 
 def autocast(x: jax.Array) -> jax.Array:

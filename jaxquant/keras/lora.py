@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import keras
 
 from ..core import QTensor
-from . import compat
 from .mixin import QuantizableMixin
 
 
@@ -32,13 +31,20 @@ class LoraMixin(QuantizableMixin):
 
         Files hold the sum, quantized again if the layer is.
 
+        Args:
+            rank: length of the axis between `a` and `b`.
+            lora_alpha: alpha; None for the rank, that is for the factor 1.
+            a_initializer: a Keras initializer.
+            b_initializer: one for `b`; with zeros the sum is the weight at first.
+
         Raises:
-            ValueError: the layer is not built, or has LoRA already, or a constraint.
+            ValueError: the layer is not built, or has LoRA already, or a constraint, or trains
+                in float8; or the rank is not positive. The layer is left as it was.
         """
         name = next(iter(self.declared_weights))
         self._check_lora(name, rank)
         shape = tuple(getattr(self, name).shape)
-        with compat.unlocked(self):
+        with self.all_or_nothing():
             # float32, whatever the policy: small updates must not underflow.
             options = {"dtype": "float32", "regularizer": self._lora_regularizer(name)}
             a = self.add_weight(
@@ -102,6 +108,7 @@ class LoraMixin(QuantizableMixin):
 
     def _check_lora(self, name, rank):
         problems = {
+            "rank must be a positive int": not (isinstance(rank, int) and rank > 0),
             "the layer is not built: build it": not self.built,
             "LoRA is enabled already": self.lora_enabled,
             f"{name}_constraint is set: remove it": getattr(self, f"{name}_constraint", None),
@@ -109,4 +116,4 @@ class LoraMixin(QuantizableMixin):
         }
         found = [text for text, is_so in problems.items() if is_so]
         if found:
-            raise ValueError(f"enable_lora({rank}) on {self.name!r} cannot be: {found[0]}.")
+            raise ValueError(f"enable_lora({rank!r}) on {self.name!r} cannot be: {found[0]}.")

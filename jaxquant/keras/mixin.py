@@ -12,6 +12,7 @@ import keras
 from ..core import QTensor, Scheme
 from . import compat
 from .configs import QuantizationConfig, as_config, config_of_policy
+from .policy import PolicyMixin
 from .training import TrainedMixin, weights_still_float
 from .weights import (
     QuantizedWeight,
@@ -22,7 +23,7 @@ from .weights import (
 )
 
 
-class QuantizableMixin(TrainedMixin):
+class QuantizableMixin(TrainedMixin, PolicyMixin):
     """Makes a Keras layer quantizable. Comes before the Keras layer among the bases.
 
         class Scale(QuantizableMixin, keras.layers.Layer):
@@ -270,14 +271,15 @@ class QuantizableMixin(TrainedMixin):
     def all_or_nothing(self) -> Iterator[None]:
         """Lets variables be created, and takes them back where that raises."""
         attributes, known = dict(self.__dict__), compat.own_variables(self)
+        stored = dict(self.stored_weights)
         with compat.unlocked(self):
             try:
                 yield
             except BaseException:
                 self._forget_all_but(known)
-                self.stored_weights.clear()
                 self.__dict__.clear()
                 self.__dict__.update(attributes)
+                self.__dict__["stored_weights"] = stored
                 raise
 
     def switch_policy(self, config: QuantizationConfig) -> None:
@@ -320,23 +322,6 @@ class QuantizableMixin(TrainedMixin):
         for attribute, value in list(self.__dict__.items()):
             if value is variable:
                 self.__dict__[attribute] = self.stored_weights[name].codes
-
-    @property
-    def dtype_policy(self):
-        """The dtype policy. Setting a quantized one on a built layer quantizes it."""
-        return super().dtype_policy
-
-    @dtype_policy.setter
-    def dtype_policy(self, policy):
-        before = self.dtype_policy
-        setter = super(QuantizableMixin, type(self)).dtype_policy.fset
-        try:
-            setter(self, policy)
-        except BaseException:
-            # Else the layer would have float variables under a quantized policy.
-            if not compat.has_quantized_variables(self):
-                setter(self, before)
-            raise
 
     def likes(self, config: QuantizationConfig) -> dict[str, QTensor]:
         """Shapes and dtypes of the weights that a config quantizes, by name."""

@@ -21,17 +21,17 @@ class TrainedMixin(SavedMixin):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer, which learns what model it is in."""
         model = compat.running_layer()
-        if isinstance(model, keras.Model):
+        if isinstance(model, keras.Model) and model not in self.models:
             self.models.add(model)
+            if _is_outdated(model):
+                _renew_before_training(model)
         return super().__call__(*args, **kwargs)
 
     def renew_optimizers(self) -> None:
         """Gives optimizers that hold slots for variables that are gone a successor."""
         for model in self.models:
-            optimizer = getattr(model, "optimizer", None)
-            if optimizer is not None and optimizer.built:
-                model.optimizer = successor(optimizer)
-                model.train_function = None
+            if _has_slots(model):
+                _renew_optimizer(model)
 
     @property
     def trains_in_float8(self) -> bool:
@@ -56,6 +56,42 @@ class TrainedMixin(SavedMixin):
     def training_shapes(self) -> list[tuple[int, ...]]:
         """Hook: the shapes of the variables that `start_training` adds."""
         return []
+
+
+def _has_slots(model):
+    optimizer = getattr(model, "optimizer", None)
+    return optimizer is not None and optimizer.built
+
+
+def _is_outdated(model):
+    """Whether the model's optimizer has slots for other variables than those it trains."""
+    return _has_slots(model) and not compat.has_slots_for(
+        model.optimizer, model.trainable_variables
+    )
+
+
+def _renew_optimizer(model):
+    model.optimizer = successor(model.optimizer)
+    model.train_function = None
+
+
+def _renew_before_training(model):
+    """Renews the optimizer of a model, such as a loaded one, that is called for the first time.
+
+    Not at once, because Keras calls a model symbolically before it trains, and then no variable
+    can be made; but when the model makes its train function, next.
+    """
+    make = model.make_train_function
+
+    @functools.wraps(make)
+    def renew_and_make(*args, **kwargs):
+        vars(model).pop("make_train_function", None)
+        if _is_outdated(model):
+            _renew_optimizer(model)
+            model.optimizer.build(model.trainable_variables)
+        return make(*args, **kwargs)
+
+    vars(model).setdefault("make_train_function", renew_and_make)
 
 
 def successor(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:

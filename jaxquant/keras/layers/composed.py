@@ -3,11 +3,11 @@
 import inspect
 from typing import Any, ClassVar
 
-# To a type checker, anything: the Keras layer among the bases gives the rest.
-_KerasLayer: Any = object
+from .. import compat
+from ..policy import PolicyMixin
 
 
-class ComposedMixin(_KerasLayer):
+class ComposedMixin(PolicyMixin):
     """A Keras layer whose stock sublayers become ours as it sets them, before they are built.
 
     So the stock layer builds, calls, saves and loads them, and nothing of its own is left.
@@ -23,6 +23,19 @@ class ComposedMixin(_KerasLayer):
         # By the class itself: a subclass may compute in another way.
         ours = self.ours.get(type(value))
         super().__setattr__(name, value if ours is None else _made_again(value, ours))
+
+    def quantize(self, mode: str | None = None, config: Any = None, type_check: bool = True):
+        """The layer has no weights of its own.
+
+        Raises:
+            NotImplementedError: always. It says what to quantize instead.
+        """
+        names = ", ".join(layer.name for layer in compat.children(self))
+        raise NotImplementedError(
+            f"{type(self).__name__} holds no weights but those of the layers in it; got "
+            f"quantize({mode!r}, {config!r}) for {self.name!r}. Quantize the model that it is in, "
+            f"by model.quantize or jaxquant.keras.quantize, or each of {names}."
+        )
 
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass: it is the sublayers that are quantized, whatever the policy."""
