@@ -43,7 +43,14 @@ CONVOLUTION = [
         depth_multiplier=2,
         data_format="channels_first",
     ),
-    case((7, 15), layers.SeparableConv1D, 5, 4, padding="same", data_format="channels_first"),
+    case(
+        (7, 15),
+        layers.SeparableConv1D,
+        *(4, 5),
+        padding="same",
+        depth_multiplier=2,
+        data_format="channels_first",
+    ),
     # A small image: inputs are rounded twice, by the largest of each image.
-    case((4, 4, 33), layers.SeparableConv2D, 5, (4, 3), depth_multiplier=2),
+    case((4, 4, 33), layers.SeparableConv2D, 5, (3, 2), depth_multiplier=2),
 ]

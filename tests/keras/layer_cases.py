@@ -53,7 +53,7 @@ CORE = [
         (5, 3, 66),
     ),
     LayerCase(
-        "EinsumDense ellipsis", lambda **kw: layers.EinsumDense("...x,xy->...y", 7, **kw), (5, 40)
+        "EinsumDense ellipsis", lambda **kw: layers.EinsumDense("...x,xy->...y", 24, **kw), (5, 40)
     ),
     LayerCase("Embedding", lambda **kw: layers.Embedding(40, 150, **kw), (6,), tokens),
 ]

@@ -76,10 +76,15 @@ def test_depthwise_is_that_of_the_dequantized_kernel(kind, data_format, step):
 
 
 # (strides, dilation, output padding): the latter is less than the strides.
-UPSAMPLING = [(1, 1, None), (1, 1, 0), (2, 1, None), (2, 1, 1), (3, 1, 0), (1, 2, None), (1, 3, 0)]
+UPSAMPLING = [(1, 1, 0), (2, 1, None), (2, 1, 1), (3, 1, 0), (1, 2, None), (1, 3, 0)]
 
 
-@pytest.mark.parametrize(("padding", "step"), [*itertools.product(PADDINGS, UPSAMPLING)], ids=str)
+@pytest.mark.parametrize(
+    ("padding", "step"),
+    # One with each padding, and the others with either.
+    [("valid", (2, 1, 1)), *zip(itertools.cycle(reversed(PADDINGS)), UPSAMPLING, strict=False)],
+    ids=str,
+)
 def test_transpose_is_that_of_the_dequantized_kernel(padding, step):
     strides, dilation, output_padding = step
     data_format = FORMATS[strides % 2]

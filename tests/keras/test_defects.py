@@ -1,6 +1,10 @@
 """What stock Keras 3.15 gets wrong when it quantizes, and what ours gives instead.
 
-One test per defect. Attention, training and recurrent layers have tests of their own.
+One test per defect, except for two that tests of other files have:
+
+- Quantized attention saves and does not load: test_model_is_near_the_float_one_* in
+  test_attention.py; for composed layers such as Bidirectional, in test_layers.py.
+- There is no quantized Conv, Depthwise, Separable or recurrent layer: rows of test_layers.py.
 """
 
 from typing import Any
@@ -11,6 +15,7 @@ import pytest
 
 from jaxquant.keras import (
     AbsMaxQuantizer,
+    Float8QuantizationConfig,
     Int4QuantizationConfig,
     Int8QuantizationConfig,
     layers,
@@ -31,7 +36,7 @@ def dense_with(kernel, **arguments) -> Any:
     return layer
 
 
-@pytest.mark.parametrize("mean", [10, 30, 100])
+@pytest.mark.parametrize("mean", [10, 100])
 def test_default_int4_of_groups_that_do_not_straddle_zero(mean):
     kernel = np.random.default_rng(0).normal(size=(256, 64)) + mean
     layer, inputs = dense_with(kernel.astype(np.float32)), np.abs(some_inputs(8, 256))
@@ -40,11 +45,11 @@ def test_default_int4_of_groups_that_do_not_straddle_zero(mean):
     assert relative_error(layer(inputs), inputs @ kernel) < 0.06
 
 
-@pytest.mark.parametrize("block_size, bound", [(4, 0.07), (2, 0.05), (1, 0.01)])
+@pytest.mark.parametrize("block_size, bound", [(4, 0.07), (1, 0.01)])
 def test_int4_of_small_blocks_is_better_and_not_worse(block_size, bound):
     keras.utils.set_random_seed(0)
-    layer: Any = layers.Dense(64)
-    layer.build((None, 256))
+    layer: Any = layers.Dense(9)
+    layer.build((None, 40))
     kernel = np.asarray(layer.kernel)
     layer.quantize(config=Int4QuantizationConfig(block_size=block_size))
     assert relative_error(layer.kernel, kernel) < bound
@@ -60,7 +65,6 @@ def test_time_distributed_layers_use_weights_and_not_codes(mode, bound):
     model.quantize(mode)
     assert dense.quantization_mode == mode
     assert 0 < relative_error(model(inputs), wanted) < bound
-    assert relative_error(model.predict(inputs, verbose=0), wanted) < bound
 
 
 class ReadsKernel(keras.layers.Layer):
@@ -109,32 +113,48 @@ def test_a_quantize_that_raises_leaves_the_layer_float():
     np.testing.assert_array_equal(layer(inputs), wanted)
 
 
-@pytest.mark.parametrize("block_size", [None, 32])
-def test_int4_with_a_weight_quantizer_saves_and_loads(block_size, tmp_path):
+@pytest.mark.parametrize(
+    "config", [Int8QuantizationConfig(), Float8QuantizationConfig(training=True)]
+)
+def test_compile_fit_quantize_fit_needs_no_second_compile(config):
+    keras.utils.set_random_seed(0)
+    model: Any = keras.Sequential([keras.Input((40,)), layers.Dense(9)])
+    inputs, targets = some_inputs(8, 40), some_inputs(8, 9)
+    model.compile("sgd", loss="mse")
+    losses = model.fit(inputs, targets, verbose=0).history["loss"]
+    wanted = np.asarray(model(inputs))
+    model.quantize(config=config)
+    assert 0 < relative_error(model(inputs), wanted) < 0.07
+    losses += model.fit(inputs, targets, epochs=2, verbose=0).history["loss"]
+    assert losses == sorted(losses, reverse=True)
+    assert all(np.isfinite(np.asarray(v)).all() for v in model.weights)
+
+
+def test_int4_with_a_weight_quantizer_saves_and_loads(tmp_path):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((40,)), layers.Dense(9)])
     inputs = some_inputs(4, 40)
     quantizer = AbsMaxQuantizer(axis=0, value_range=(-8, 7), output_dtype="int8")
-    model.quantize(config=Int4QuantizationConfig(quantizer, None, block_size=block_size))
+    model.quantize(config=Int4QuantizationConfig(quantizer, None, block_size=32))
     model.save(tmp_path / "model.keras")
     loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(inputs), model(inputs))
     assert loaded.layers[0].quantization_config.weight_quantizer.value_range == (-8, 7)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e10])
+@pytest.mark.parametrize("size", [1e-30, 1e10])
 @pytest.mark.parametrize("mode, bound", [("int8", 0.01), ("int4", 0.15), ("float8", 0.05)])
 def test_small_weights_keep_their_relative_precision(size, mode, bound):
-    kernel = (some_inputs(64, 9) * size).astype(np.float32)
+    kernel = (some_inputs(40, 9) * size).astype(np.float32)
     layer = dense_with(kernel)
     layer.quantize(mode)
     assert relative_error(layer.kernel, kernel) < bound
 
 
-@pytest.mark.parametrize("policy", ["float16", "mixed_float16", "bfloat16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", ["float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("mode, bound", [("int8", 0.01), ("int4", 0.15), ("float8", 0.05)])
 def test_scales_do_not_suffer_from_the_policy(policy, mode, bound):
-    kernel = some_inputs(64, 9) * 1e-3
+    kernel = some_inputs(40, 9) * 1e-3
     layer = dense_with(kernel, dtype=policy)
     if layer.compute_dtype == "float16" and mode == "int8":
         with pytest.raises(ValueError, match=r"int8.* doesn't work well with compute_dtype"):
@@ -160,12 +180,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(mode, value):
 
 @pytest.mark.parametrize("size", [1e-3, 1, 1e4])
 def test_float8_needs_no_calibration_and_takes_one_byte(size):
-    layer, inputs = dense_with(some_inputs(64, 9)), some_inputs(8, 64) * np.float32(size)
+    layer, inputs = dense_with(some_inputs(40, 9)), some_inputs(8, 40) * np.float32(size)
     wanted = np.asarray(layer(inputs))
     layer.quantize("float8")
     assert 0 < relative_error(layer(inputs), wanted) < 0.07
     codes, scale = layer.stored_weights["kernel"].variables
-    assert codes.value.nbytes == 64 * 9
+    assert codes.value.nbytes == 40 * 9
     assert scale.shape in [(1, 9), (9, 1)]
 
 

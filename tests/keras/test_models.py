@@ -1,5 +1,6 @@
 """Whole models, quantized in one step."""
 
+import functools
 import math
 from typing import Any
 
@@ -11,7 +12,9 @@ from jaxquant import INT8, NF4A16, W4A16_ASYM, W8A8, ArrayConfig, Rule
 from jaxquant.keras import Int8QuantizationConfig, layers, quantize
 
 
+@functools.cache
 def small_model() -> Any:
+    """Not for tests that change it."""
     start = keras.Input((6,), dtype="int32")
     x = keras.layers.Embedding(20, 40, name="table")(start)
     x = keras.layers.LayerNormalization(name="norm")(x)
@@ -91,7 +94,7 @@ def test_quantize_takes_every_kind_of_rules(rules, scheme):
 
 
 def test_quantize_lists_all_that_is_wrong_and_changes_nothing():
-    model = small_model()
+    model: Any = keras.models.clone_model(small_model())
     for name in ("hidden", "head"):
         kernel = np.array(model.get_layer(name).kernel)
         kernel[0, 0] = np.nan
@@ -144,7 +147,7 @@ def test_quantize_shows_a_progress_bar(capsys, monkeypatch):
 
 
 def test_fit_quantize_fit_asks_for_compile_and_loses_nothing():
-    model = small_model()
+    model: Any = keras.models.clone_model(small_model())
     x, y = tokens(), np.random.default_rng(1).normal(size=(4, 6, 3))
     model.compile("sgd", loss="mse")
     model.fit(x, y, verbose=0)
