@@ -31,6 +31,8 @@ from sklearn.datasets import load_digits
 
 import jaxquant.keras as jk
 
+from .timing import by_turns, ratio
+
 SEEDS = (0, 1, 2)
 LIBRARIES = {"ours": jk.layers, "stock": keras.layers}
 
@@ -125,21 +127,7 @@ def caller(model, batch):
         [v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables)
     )
     run = jax.jit(lambda t, n, x: model.stateless_call(t, n, x)[0])
-    return lambda: jax.block_until_ready(run(trainable, others, batch))
-
-
-def ratio(call, reference, rounds=30):
-    """Time of a call in units of another's, the median over alternating calls."""
-    call(), reference()
-    pairs = []
-    for _ in range(rounds):
-        times = []
-        for function in (call, reference):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        pairs.append(times[0] / times[1])
-    return statistics.median(pairs)
+    return lambda: run(trainable, others, batch)
 
 
 def row(name, build, trained, data, library, mode):
@@ -154,7 +142,8 @@ def row(name, build, trained, data, library, mode):
     layers = [x for x in found._flatten_layers() if x.weights and not x._layers]
     unchanged = sum(x.quantization_mode is None and "norm" not in x.name for x in layers)
     size = sum(v.value.nbytes for v in found.variables)
-    relative = ratio(caller(found, batch), caller(trained[-1], batch))
+    calls = {"found": caller(found, batch), "float32": caller(trained[-1], batch)}
+    relative = ratio(by_turns(calls), "found", "float32")
     return [
         name,
         mode,

@@ -1,6 +1,7 @@
 """Convolution of quantized operands."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -72,8 +73,8 @@ def conv_general_dilated(
     Args:
         lhs: images, rhs: kernels; float arrays or QTensors.
         preferred_element_type: floating dtype of the result; None for what promotion gives.
-        implementation: "integer" (by int8 codes), "images" (the same, for channels last with
-            one or two spatial axes) or "dequantize", to force one; None to choose.
+        implementation: "integer" (by int8 codes), "images" (the same, in the form that is fast on
+            CPU) or "dequantize", to force one; None to choose.
         Others: as for `jax.lax.conv_general_dilated`.
 
     Returns:
@@ -141,6 +142,11 @@ def _dequantized(lhs, rhs, spec):
 
 def _integer(lhs, rhs, spec):
     acc = spec.run(lhs.codes.astype(jnp.int8), rhs.codes.astype(jnp.int8), jnp.int32)
+    return _scaled(acc, lhs, rhs, spec)
+
+
+def _scaled(acc, lhs, rhs, spec):
+    """Sums of codes, in units of the result."""
     compute = jnp.float64 if spec.dtype == jnp.float64 else jnp.float32
     out = acc.astype(compute)
     for x, axis in zip((lhs, rhs), spec.dimension_numbers.out_spec, strict=False):
@@ -165,45 +171,94 @@ def _refuses_integer(lhs, rhs, spec):
     return refuses_length(length, lhs, rhs)
 
 
-def _integer_images(lhs, rhs, spec):
-    """`_integer`, with rows of pixels as images one pixel high."""
-    if len(spec.dimension_numbers.lhs_spec) > 3:
-        return _integer(lhs, rhs, spec)
-    images, kernels = (0, 3, 1, 2), (3, 2, 0, 1)
-    ones = {"window_strides": (1,), "rhs_dilation": (1,), "padding": ((0, 0),)}
-    options = tuple(
-        (k, ones[k] + v if k in ones and isinstance(v, tuple) else v) for k, v in spec.options
-    )
-    numbers = lax.ConvDimensionNumbers(images, kernels, images)
-    high = dataclasses.replace(spec, dimension_numbers=numbers, options=options)
-    lhs, rhs = (
-        dataclasses.replace(
-            x, codes=jnp.expand_dims(x.codes, axis), scale=jnp.expand_dims(x.scale, axis)
+def _by_images(lhs, rhs, spec):
+    """`_integer` by the one form that XLA on CPU has a fast kernel for.
+
+    That is int8 (B, H, W, C) by (H, W, I, O), without dilated images: twice as fast as float32,
+    where others take 4 to 60 times as long (`python -m benchmarks.convolutions`). So axes are
+    moved, zeros between pixels are written out, a row of pixels is an image one pixel high, and
+    kernels of more than two spatial axes are cut into slices, whose results are added.
+    """
+    options = dict(spec.options)
+    image_axes, kernel_axes, (outputs, channels, *spatial) = spec.dimension_numbers
+    batch, features, *pixels = image_axes
+    images = _moved(lhs.codes, (batch, *pixels, features))
+    kernel = _moved(rhs.codes, (*kernel_axes[2:], kernel_axes[1], kernel_axes[0]))
+    ones = (1,) * len(pixels)
+    strides, spacing = options["window_strides"], options["rhs_dilation"] or ones
+    dilation, padding = options["lhs_dilation"] or ones, options["padding"]
+    if isinstance(padding, str):
+        window = [(n - 1) * d + 1 for n, d in zip(kernel.shape, spacing, strict=False)]
+        padding = lax.padtype_to_pads(images.shape[1:-1], window, strides, padding)
+    if any(d != 1 for d in dilation):
+        # The padding too: XLA would merge what is left of it with this, and dilate again.
+        images = lax.optimization_barrier(_padded(images, padding, dilation))
+        padding = ((0, 0),) * len(ones)
+    flat = max(2 - len(pixels), 0)
+    images, kernel = jnp.expand_dims(images, _first(flat, 1)), jnp.expand_dims(kernel, _first(flat))
+    strides, spacing = (1,) * flat + strides, (1,) * flat + spacing
+    padding = ((0, 0),) * flat + tuple(padding)
+    groups = options["feature_group_count"]
+    acc = _in_slices(images, kernel, strides, padding, spacing, groups).squeeze(_first(flat, 1))
+    order = np.argsort((outputs, *spatial, channels)).tolist()
+    return _scaled(_moved(acc, order), lhs, rhs, spec)
+
+
+def _first(count, start=0):
+    return tuple(range(start, start + count))
+
+
+def _moved(x, axes):
+    """The array, as whole numbers that XLA convolves, with its axes in another order."""
+    x = x if x.dtype == jnp.int32 else x.astype(jnp.int8)
+    if tuple(axes) == tuple(range(x.ndim)):
+        return x
+    x = x.transpose(axes)
+    # In one axis behind a barrier: XLA makes transposes part of a convolution, and that slow.
+    return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
+
+
+def _padded(images, padding, dilation):
+    """The images (B, spatial..., C) with zeros around, and between their pixels."""
+    widths = [(*pair, d - 1) for pair, d in zip(padding, dilation, strict=True)]
+    return lax.pad(images, np.int8(0), [(0, 0, 0), *widths, (0, 0, 0)])
+
+
+def _in_slices(images, kernel, strides, padding, spacing, groups):
+    """(B, spatial..., C) by (spatial..., I, O) to int32, over two spatial axes or more."""
+    if len(strides) == 2:
+        return lax.conv_general_dilated(
+            images,
+            kernel,
+            strides,
+            padding,
+            rhs_dilation=spacing,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+            preferred_element_type=jnp.int32,
         )
-        for x, axis in ((lhs, 1), (rhs, 0))
-    )
-    return _integer(lhs, rhs, high).squeeze(1)
+    rest = len(strides) - 1
+    images = _padded(images, (padding[0], *[(0, 0)] * rest), (1,) * len(strides))
+    reach = (len(kernel) - 1) * spacing[0] + 1
+    length = max((images.shape[1] - reach) // strides[0] + 1, 0)
+    sums = []
+    for first, part in enumerate(kernel):
+        start = first * spacing[0]
+        seen = images[:, start : start + length * strides[0] : strides[0]][:, :length]
+        flat = seen.reshape(len(images) * length, *seen.shape[2:])
+        sums += [_in_slices(flat, part, strides[1:], padding[1:], spacing[1:], groups)]
+    total = functools.reduce(jnp.add, sums)
+    return total.reshape(len(images), length, *total.shape[1:])
 
 
 def _refuses_images(lhs, rhs, spec):
-    """XLA on CPU has a fast int8 convolution for (B, H, W, C) by (H, W, I, O), and no other.
-
-    4 x 64 x 28 x 28 by 3 x 3: 2 ms so, 14 in float32, 60 to 130 with channels first. One axis as
-    such takes 89 ms for 4 x 200 x 128, as an image 1; three axes, or dilated images, 4 to 6 times
-    float32. (2 cores, AVX512-VNNI.)
-    """
-    rank = len(spec.dimension_numbers.lhs_spec) - 2
-    images = (0, rank + 1, *range(1, rank + 1))
-    is_channels_last = spec.dimension_numbers == (images, (rank + 1, rank, *range(rank)), images)
-    if rank not in (1, 2) or not is_channels_last:
-        return "the layout is not one that XLA on CPU convolves fast"
-    if any(d != 1 for d in dict(spec.options)["lhs_dilation"] or ()):
-        return "images are dilated"
+    if dict(spec.options)["out_sharding"] is not None:
+        return "the sharding of a result is for one convolution"
     return _refuses_integer(lhs, rhs, spec)
 
 
 _TABLE = (
-    Implementation("images", _integer_images, _refuses_images, platforms=("cpu",)),
+    Implementation("images", _by_images, _refuses_images, platforms=("cpu",)),
     # XLA's GPU backend has no convolution of int8 to int32 (jax#7637).
     Implementation("integer", _integer, _refuses_integer, platforms=("tpu",)),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),

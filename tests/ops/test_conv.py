@@ -1,5 +1,6 @@
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,43 +153,80 @@ def test_codes_are_convolved_as_integers_where_the_platform_can(platform, wanted
     assert convolutions(IMAGE, dynamic, platform) == [wanted]
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("padding", ["SAME", "image"])
-def test_images_equal_the_other_implementations(rank, padding):
-    x = quantize(normal(2, *(9, 7)[:rank], 6), ArrayConfig(axis=tuple(range(1, rank + 2))))
-    q = quantize(normal(*(3, 2)[:rank], 3, 4, seed=1), ArrayConfig(axis=tuple(range(rank + 1))))
-    letters = "HW"[:rank]
+# Axes of images and kernels, for every number of spatial axes and both places of the channels.
+LAYOUTS = [
+    ("NWC", "WIO"),
+    ("NCW", "OIW"),
+    ("NHWC", "HWIO"),
+    ("NCHW", "HWIO"),
+    ("NWCH", "IHOW"),
+    ("NDHWC", "DHWIO"),
+    ("NCDHW", "OIDHW"),
+]
+SPECIAL: dict[str, Any] = {
+    "SAME": ("SAME", None, None),
+    "pairs": (((1, 2), (0, 1), (2, 0)), None, (1, 2, 2)),
+    "dilated": (((1, 2), (0, 1), (2, 0)), (2, 1, 3), (2, 1, 1)),
+    "cropped": (((-1, 2), (0, -1), (0, 0)), (1, 2, 2), None),
+}
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize("images, kernels", LAYOUTS)
+def test_images_equal_the_integers_of_xla_in_every_layout(images, kernels, special):
+    sizes = {"N": 2, "C": 6, "D": 5, "H": 7, "W": 6, "I": 3, "O": 4}
+    rank, windows = len(images) - 2, {"D": 2, "H": 3, "W": 2}
+    shapes = [sizes[a] for a in images], [(windows | {"I": 3, "O": 4})[a] for a in kernels]
+    shared = [a for a in range(rank + 2) if images[a] != "N"]
+    x = quantize(normal(*shapes[0]), ArrayConfig(axis=tuple(shared)))
+    shared = [a for a in range(rank + 2) if kernels[a] != "O"]
+    q = quantize(normal(*shapes[1], seed=1), ArrayConfig(axis=tuple(shared)))
+    padding, dilated, spacing = (y[:rank] if isinstance(y, tuple) else y for y in SPECIAL[special])
     run = partial(
         conv_general_dilated,
         x,
         q,
-        (2, 1)[:rank],
-        ((1, 2), (0, 1))[:rank] if padding == "image" else padding,
-        rhs_dilation=(1, 2)[:rank],
-        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        (2, 1, 2)[:rank],
+        padding,
+        dilated,
+        spacing,
+        dimension_numbers=(images, kernels, images),
         feature_group_count=2,
     )
     got = run(implementation="images")
     np.testing.assert_array_equal(got, run(implementation="integer"))
-    np.testing.assert_allclose(got, run(implementation="dequantize"), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(got, run())
 
 
-@pytest.mark.parametrize("letters, dilation", [("NCHW", None), ("NHWC", (2, 1)), ("NDHWC", None)])
-def test_what_xla_on_cpu_convolves_slowly_is_no_image(letters, dilation):
-    rank, axes = len(letters) - 2, tuple(range(1, len(letters)))
-    x = quantize(normal(2, *(4,) * (rank + 1)), ArrayConfig(axis=axes))
-    q = quantize(normal(*(2,) * rank, 4, 4, seed=1), ArrayConfig(axis=tuple(range(rank + 1))))
-    spatial = letters.replace("N", "").replace("C", "")
-    with pytest.raises(ValueError, match=r"not one that XLA on CPU|images are dilated"):
-        conv_general_dilated(
-            x,
-            q,
-            (1,) * rank,
-            "VALID",
-            lhs_dilation=dilation,
-            dimension_numbers=(letters, f"{spatial}IO", letters),
-            implementation="images",
-        )
+@pytest.mark.parametrize("shape", [(0, 6, 7, 4), (2, 1, 7, 4)], ids=["no image", "no row left"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_empty_results_have_the_shape_of_the_float_ones(shape, rank):
+    shape, letters = (*shape[:2], *(4,) * (rank - 2), *shape[2:]), "DHW"[-rank:]
+    q = quantize(normal(3, *(2,) * (rank - 1), 4, 6), ArrayConfig(axis=tuple(range(rank + 1))))
+    numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
+    run = partial(
+        conv_general_dilated,
+        np.zeros(shape, np.float32),
+        window_strides=(1,) * rank,
+        padding="VALID",
+        dimension_numbers=numbers,
+    )
+    q = with_inputs(q, Inputs(ArrayConfig()))
+    assert run(rhs=q).shape == run(rhs=q.dequantize()).shape
+
+
+def test_images_are_refused_where_the_result_is_sharded():
+    x, q = quantize(IMAGE, IMAGES["int8"]), kernel(KERNELS["int8"])
+    sharding = jax.NamedSharding(jax.make_mesh((1,), ("x",)), jax.P())
+    run = partial(conv_general_dilated, x, q, (1, 1), "SAME", dimension_numbers=NHWC)
+    with pytest.raises(ValueError, match="sharding of a result is for one convolution"):
+        run(out_sharding=sharding, implementation="images")
+
+
+def test_images_of_one_pixel_have_no_spatial_axes():
+    x, q = quantize(normal(3, 4), ArrayConfig(axis=1)), quantize(normal(5, 4), ArrayConfig(axis=1))
+    run = partial(conv_general_dilated, x, q, (), "VALID")
+    np.testing.assert_array_equal(run(implementation="images"), run(implementation="integer"))
 
 
 REFUSED = {

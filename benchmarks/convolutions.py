@@ -1,0 +1,67 @@
+"""Prints how fast int8 convolutions are in each implementation, beside XLA's float32.
+
+    python -m benchmarks.convolutions
+
+float32 images, quantized on the way in, by int8 kernels with one scale per output channel. Each
+number is the speed in units of float32's with a float32 kernel: over 1 is faster. Calls of all
+take turns in one run. Slower ones are shown in red.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+
+from jaxquant import ArrayConfig, Inputs, conv_general_dilated, quantize
+
+from .timing import by_turns, ratio
+
+IMPLEMENTATIONS = ("images", "integer", "dequantize")
+TRANSPOSED = {"lhs_dilation": (2, 2), "padding": ((1, 2), (1, 2))}
+# Name: shape of the images, shape of the kernel, axes of both, options.
+CASES = {
+    "3x3": ((4, 28, 28, 64), (3, 3, 64, 128), "NHWC HWIO", {}),
+    "1x1": ((4, 28, 28, 64), (1, 1, 64, 128), "NHWC HWIO", {}),
+    "4 groups": ((4, 28, 28, 64), (3, 3, 16, 128), "NHWC HWIO", {"feature_group_count": 4}),
+    "depthwise": ((4, 28, 28, 64), (3, 3, 1, 64), "NHWC HWIO", {"feature_group_count": 64}),
+    "transposed": ((4, 14, 14, 64), (3, 3, 64, 128), "NHWC HWIO", TRANSPOSED),
+    "channels first": ((4, 64, 28, 28), (3, 3, 64, 128), "NCHW HWIO", {}),
+    "of PyTorch": ((4, 64, 28, 28), (128, 64, 3, 3), "NCHW OIHW", {}),
+    "one axis": ((4, 200, 128), (3, 128, 128), "NWC WIO", {}),
+    "one axis, channels first": ((4, 128, 200), (3, 128, 128), "NCW WIO", {}),
+    "three axes": ((2, 12, 16, 16, 32), (3, 3, 3, 32, 64), "NDHWC DHWIO", {}),
+}
+
+
+def speeds(shape, kernel_shape, axes, options):
+    """Speed of each implementation in units of float32's."""
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, kernel_shape))
+    images, kernels = axes.split()
+    options = {"padding": "SAME", "dimension_numbers": (images, kernels, images), **options}
+    run = partial(conv_general_dilated, window_strides=(1,) * (x.ndim - 2), **options)
+    q = quantize(kernel, ArrayConfig(axis=tuple(a for a in range(x.ndim) if kernels[a] != "O")))
+    q = dataclasses.replace(q, inputs=Inputs(ArrayConfig()))
+    calls = {"float32": partial(jax.jit(run), x, kernel)}
+    for name in IMPLEMENTATIONS:
+        calls[name] = partial(jax.jit(partial(run, implementation=name)), x, q)
+    times = by_turns(calls)
+    return [1 / ratio(times, name, "float32") for name in IMPLEMENTATIONS]
+
+
+def main():
+    """Runs every case."""
+    title = f"int8 convolutions on {jax.default_backend()}, speed of float32 = 1"
+    table = rich.table.Table("convolution", *IMPLEMENTATIONS, title=title)
+    for name, case in CASES.items():
+        found = speeds(*case)
+        table.add_row(name, *(f"{x:.2f}" if x >= 1 else f"[red]{x:.2f}[/red]" for x in found))
+    rich.console.Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
