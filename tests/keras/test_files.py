@@ -20,7 +20,7 @@ from jaxquant.keras import (
 )
 from jaxquant.keras.files import MARK
 
-# Keras before 3.14 has no blocks, and packs int4 along the other axis.
+# Keras before 3.14 has no blocks, and packs int4 along the other axis, but in tables.
 HAS_BLOCKS = "block_size" in keras.quantizers.Int4QuantizationConfig().get_config()
 
 
@@ -162,7 +162,10 @@ if HAS_BLOCKS:
 
 else:
 
-    @pytest.mark.parametrize("case", [c for c in CASES if c != "one column"])
+    def test_int4_tables_of_stock_keras_before_3_14_are_read(tmp_path):
+        assert check_stock_int4("table", None, tmp_path / "model.weights.h5").block_size is None
+
+    @pytest.mark.parametrize("case", [c for c in CASES if c not in ("one column", "table")])
     def test_int4_files_of_stock_keras_before_3_14_are_refused(case, tmp_path):
         with pytest.raises(ValueError, match=r"The int4 of Keras before 3\.14"):
             check_stock_int4(case, None, tmp_path / "model.weights.h5")
