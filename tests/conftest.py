@@ -9,6 +9,19 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 import jax
 
+from . import cases
+
 # Implicit promotion and broadcasting are where quantized code goes silently wrong.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+    """Brings tests of one config together, so that one worker alone compiles what they share."""
+    rows = {name: place for place, name in enumerate(cases.CONFIGS)}
+
+    def place(item):
+        in_brackets = item.name.partition("[")[2].rstrip("]")
+        return rows.get(in_brackets, -1)
+
+    items.sort(key=place)

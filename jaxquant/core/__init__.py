@@ -1,6 +1,7 @@
 """What a quantized array is. Knows nothing of operations, models or frameworks."""
 
 from .affine import block_shape as block_shape
+from .affine import blocks_between as blocks_between
 from .config import FP8 as FP8
 from .config import MXFP4A16 as MXFP4A16
 from .config import MXFP8A8 as MXFP8A8

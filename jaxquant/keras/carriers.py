@@ -5,22 +5,43 @@ they are; other floats as whole numbers of the same bits; and what is under a by
 along the last axis, the first element in the lowest bits.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from ..core import bits_of, pack_int2, pack_int4, unpack_int2
+from ..core import QTensor, bits_of, pack_int2, pack_int4, unpack_int2
 
 _CARRIED = ("int8", "uint8", "float16", "float32", "float64")
 _PACK = {4: pack_int4, 2: pack_int2}
 
 
-def carrier(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the array that carries an array like x."""
-    return jax.eval_shape(to_carrier, jax.ShapeDtypeStruct(x.shape, x.dtype))
+def carriers(like: QTensor) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays that carry the leaves of a QTensor, the codes first."""
+    return jax.eval_shape(to_carriers, like)
 
 
 @jax.jit
+def to_carriers(q: QTensor) -> list[jax.Array]:
+    """Carries the leaves of a QTensor, the codes first."""
+    return [to_carrier(x) for x in jax.tree.leaves(q)]
+
+
+def from_carriers(carried: Sequence[jax.Array | np.ndarray], like: QTensor) -> QTensor:
+    """Undoes `to_carriers`, given the shapes and dtypes of what was carried."""
+    leaves, treedef = jax.tree.flatten(like)
+    types = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+    return jax.tree.unflatten(treedef, _from_carriers(tuple(carried), types))
+
+
+@partial(jax.jit, static_argnames="types")
+def _from_carriers(carried, types):
+    return [from_carrier(x, like) for x, like in zip(carried, types, strict=True)]
+
+
 def to_carrier(x: jax.Array) -> jax.Array:
     """Carries x, bit by bit."""
     if x.dtype.name in _CARRIED:

@@ -18,6 +18,9 @@ from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.models.functional import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
 
+# To a type checker, anything: of a mixin, the Keras layer among the bases gives the rest.
+KerasLayer: Any = object
+
 
 def has_quantized_variables(layer: keras.layers.Layer) -> bool:
     """Whether Keras takes the layer's variables for those of its quantization mode."""

@@ -1,7 +1,7 @@
 """What `quantize(config=...)` takes: Keras' configs over schemes, and our rules by path."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
@@ -54,8 +54,24 @@ class QuantizationConfig(keras.quantizers.QuantizationConfig):
         return Scheme(dataclasses.replace(weights, axis=-2, group_size=group_size), inputs)
 
 
+class _OneRule(QuantizationConfig):
+    """A config by which every weight is quantized in one way, `self.rule`."""
+
+    rule: Rule
+    keras_mode: ClassVar[str]
+
+    @property
+    def mode(self) -> str:
+        """The Keras mode."""
+        return self.keras_mode
+
+    def rule_for(self, path: str) -> Rule | None:
+        """The same for every weight."""
+        return self.rule
+
+
 @_register
-class Int8QuantizationConfig(QuantizationConfig):
+class Int8QuantizationConfig(_OneRule):
     """8-bit weights with one scale per output channel, 8-bit inputs with one per row.
 
     Args:
@@ -64,22 +80,15 @@ class Int8QuantizationConfig(QuantizationConfig):
         activation_quantizer: one for the inputs; "default" for abs-max, None for float inputs.
     """
 
+    keras_mode = "int8"
+
     def __init__(self, weight_quantizer: Any = None, activation_quantizer: Any = "default"):
         super().__init__(weight_quantizer, _given(activation_quantizer, AbsMaxQuantizer()))
-        self._rule = Rule("*", self._scheme(W8A8, INT8, None))
-
-    @property
-    def mode(self) -> str:
-        """The Keras mode."""
-        return "int8"
-
-    def rule_for(self, path: str) -> Rule | None:
-        """The same for every weight."""
-        return self._rule
+        self.rule = Rule("*", self._scheme(W8A8, INT8, None))
 
 
 @_register
-class Int4QuantizationConfig(QuantizationConfig):
+class Int4QuantizationConfig(_OneRule):
     """4-bit weights in groups, inputs in float.
 
     Without a weight quantizer groups are asymmetric, and symmetric per channel.
@@ -91,6 +100,8 @@ class Int4QuantizationConfig(QuantizationConfig):
         block_size: elements per scale along the contracted axes, at most; an axis that it does
             not divide is padded. None or -1 for one scale per output channel.
     """
+
+    keras_mode = "int4"
 
     def __init__(
         self,
@@ -108,16 +119,7 @@ class Int4QuantizationConfig(QuantizationConfig):
         self.block_size = block_size
         group_size = None if block_size == -1 else block_size
         default = W4A16_ASYM if group_size else Scheme(ArrayConfig(format=INT4))
-        self._rule = Rule("*", self._scheme(default, INT4, group_size))
-
-    @property
-    def mode(self) -> str:
-        """The Keras mode."""
-        return "int4"
-
-    def rule_for(self, path: str) -> Rule | None:
-        """The same for every weight."""
-        return self._rule
+        self.rule = Rule("*", self._scheme(default, INT4, group_size))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, for Keras' serialization."""
@@ -130,7 +132,7 @@ class Int4QuantizationConfig(QuantizationConfig):
 
 
 @_register
-class Float8QuantizationConfig(QuantizationConfig):
+class Float8QuantizationConfig(_OneRule):
     """8-bit floats (e4m3) for weights, per output channel, and for inputs, per row.
 
     Args:
@@ -141,20 +143,14 @@ class Float8QuantizationConfig(QuantizationConfig):
     Source: Micikevicius et al. 2022, arXiv:2209.05433.
     """
 
+    keras_mode = "float8"
+
     def __init__(self, training: bool = False):
         super().__init__(None, None)
         if not isinstance(training, bool):
             raise ValueError(f"training must be True or False; got {training!r}.")
         self.is_training = training
-
-    @property
-    def mode(self) -> str:
-        """The Keras mode."""
-        return "float8"
-
-    def rule_for(self, path: str) -> Rule | None:
-        """The same for every weight."""
-        return Rule("*", FP8)
+        self.rule = Rule("*", FP8)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, for Keras' serialization."""

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from ..core import INT4, INT8, AbsMax
+from ..core import INT4, INT8, AbsMax, blocks_between
 from . import compat, layers
 from .copying import Copier, Keep, copy_variables, is_stock
 from .files import other_variables
 from .mixin import QuantizableMixin
+from .stock_files import spread
 
 
 def convert(model: keras.Model, *, keep: Keep = ()) -> Any:
@@ -199,15 +200,16 @@ def _int4_form(layer, name, q):
     shape = layer.stored_weights[name].shape
     matrix = layer.stock_matrix(name, shape)
     zero = jnp.zeros_like(q.scale, jnp.int8) if q.zero_point is None else q.zero_point
-    held = [_by_element(x, q.shape, shape).reshape(matrix.shape) for x in (q.codes, q.scale, zero)]
-    codes, step, zero = held
+    parts = [np.asarray(x.astype(jnp.float32)) for x in (q.codes, q.scale, zero)]
+    inside = tuple(slice(n) for n in shape)
+    codes, step, zero = (spread(x, q.shape)[inside].reshape(matrix.shape) for x in parts)
     rows = np.arange(matrix.shape[matrix.axis])
-    blocks = [n // m for n, m in zip(q.shape, q.scale.shape, strict=True)]
+    blocks = blocks_between(q.shape, q.scale.shape)
     size = min(math.prod(blocks[a] for a in layer.declared_weights[name].axes(layer)), len(rows))
     group, firsts = rows // size, rows[::size]
     parts = [np.take(x, firsts, matrix.axis) for x in (step, zero)]
-    spread = [np.take(x, group, matrix.axis) for x in parts]
-    if not all(np.array_equal(x, y) for x, y in zip(spread, (step, zero), strict=True)):
+    again = [np.take(x, group, matrix.axis) for x in parts]
+    if not all(np.array_equal(x, y) for x, y in zip(again, (step, zero), strict=True)):
         return f"stock int4 has groups of rows of the matrix {matrix.shape}, which are not these"
     packed = keras.quantizers.pack_int4(codes.astype(np.int8), axis=-1)[0]
     quantizer = _stock_inputs(q)
@@ -220,14 +222,6 @@ def _int4_form(layer, name, q):
         return "stock int4 in groups has float inputs"
     rest = [parts[0], parts[1].astype(np.int8), group.astype(np.float32)]
     return _StockForm(make_config(block_size=size), packed, rest)
-
-
-def _by_element(x, padded, shape):
-    """What a block has, in each of its elements, without padding."""
-    x = np.asarray(x.astype(jnp.float32))
-    for axis, n in enumerate(padded):
-        x = np.repeat(x, n // x.shape[axis], axis)
-    return x[tuple(slice(n) for n in shape)]
 
 
 def _stock_inputs(q):

@@ -9,6 +9,7 @@ axes they are shared along. (In float64, so that the step comes back bit by bit.
 
 import json
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,13 +19,12 @@ import numpy as np
 
 from ..core import QTensor
 from . import compat, stock_files
-from .carriers import carrier, from_carrier, to_carrier
+from .carriers import carriers, from_carriers, to_carriers
 from .configs import Int8QuantizationConfig, QuantizationConfig
 from .stock_files import StockMatrix
+from .weights import logical
 
 MARK = "quantization"
-# To a type checker, anything: the Keras layer among the bases gives the rest.
-_KerasLayer: Any = object
 
 
 def is_quantized(store: Any) -> bool:
@@ -38,10 +38,11 @@ def save(layer: Any, store: Any) -> None:
     is_plain = _is_plain(layer.quantization_config)
     parts = []
     for name in layer.stored_weights:
-        q = layer.tensor_to_save(name).reorder(None)
-        codes, *rest = (to_carrier(x) for x in jax.tree.leaves(q))
+        q = layer.tensor_to_save(name)
+        codes, *rest = _to_entries(q)
         if is_plain:
-            rest = [layer.scale_to_stock(name, 1 / np.asarray(q.scale, np.float64), q)]
+            step = np.asarray(rest[0], np.float64)
+            rest = [layer.scale_to_stock(name, 1 / step, logical(q))]
         parts += [(codes, rest)]
     entries = [codes for codes, _ in parts]
     entries += other_variables(layer, layer.stored_weights)
@@ -111,16 +112,15 @@ def _load_training(layer, entries, config):
 
 
 def _load_stock_int4(layer, entries):
-    ((name, shape),) = _shapes(layer).items()
+    ((name, shape),) = layer.declared_shapes.items()
     where = f"The stock file for {layer.name!r}"
     others = other_variables(layer, (name,))
     _check_shapes(layer, entries[1 : len(others) + 1], [tuple(v.shape) for v in others])
     rest = entries[len(others) + 1 :]
     held = stock_files.read_int4(where, entries[0], rest, layer.stock_matrix(name, shape))
     like = layer.likes(held.config)[name]
-    logical = jax.eval_shape(lambda q: q.reorder(None), like)
-    q = stock_files.as_tensor(where, held, shape, logical)
-    layer.take_over(held.config, {name: _checked(layer, q).reorder(like.order)})
+    q = stock_files.as_tensor(where, held, shape, logical(like))
+    layer.take_over(held.config, {name: _checked(layer, *_ordered(q, like.order))})
     _assign(others, entries[1:])
 
 
@@ -129,22 +129,15 @@ def _assign(variables, values):
         variable.assign(value)
 
 
-def _shapes(layer):
-    """Shapes of the declared weights by name, quantized or not."""
-    shapes = {name: weight.shape for name, weight in layer.stored_weights.items()}
-    return shapes | {k: tuple(v.shape) for k, v in layer.float_weights.items() if v is not None}
-
-
 def _holds_int4(layer, entries):
     """Whether entries of stock Keras are its int4.
 
     Raises:
         ValueError: they are that of Keras before 3.14.
     """
-    shapes = _shapes(layer)
-    if len(shapes) != 1:
+    if len(layer.declared_shapes) != 1:
         return False
-    ((name, shape),) = shapes.items()
+    ((name, shape),) = layer.declared_shapes.items()
     matrix, codes = layer.stock_matrix(name, shape), entries[0]
     if stock_files.is_int4(codes, shape, matrix):
         return True
@@ -159,9 +152,8 @@ def _holds_int4(layer, entries):
 
 def _part_shapes(layer, name, like, is_plain):
     """Shapes of the entries of one weight."""
-    logical = jax.eval_shape(lambda q: q.reorder(None), like)
-    shapes = [carrier(x).shape for x in jax.tree.leaves(logical)]
-    return [shapes[0], layer.stock_scale_shape(name, logical)] if is_plain else shapes
+    shapes = [x.shape for x in carriers(logical(like))]
+    return [shapes[0], layer.stock_scale_shape(name, logical(like))] if is_plain else shapes
 
 
 def _numbered(layer, store):
@@ -187,26 +179,39 @@ def _check_shapes(layer, entries, wanted):
 
 def _tensor(layer, name, like, entries, is_plain):
     """A QTensor like `like` from the entries of one weight, which are in logical order."""
-    logical = jax.eval_shape(lambda q: q.reorder(None), like)
-    leaves, treedef = jax.tree.flatten(logical)
     if is_plain:
         with np.errstate(divide="ignore"):
-            step = layer.scale_from_stock(name, 1 / entries[1].astype(np.float64), logical)
+            step = layer.scale_from_stock(name, 1 / entries[1].astype(np.float64), logical(like))
         entries = entries[0], step.astype(np.float32)
-    wanted, found = [carrier(x).dtype for x in leaves], [x.dtype for x in entries]
+    wanted, found = [x.dtype for x in carriers(like)], [x.dtype for x in entries]
     if found != wanted:
         raise ValueError(
             f"The file must hold {name!r} of layer {layer.name!r} in {wanted}; got {found}. It is "
             "damaged."
         )
-    pairs = zip(entries, leaves, strict=True)
-    held = [from_carrier(jnp.asarray(entry), leaf) for entry, leaf in pairs]
-    return _checked(layer, jax.tree.unflatten(treedef, held)).reorder(like.order)
+    return _checked(layer, *_from_entries(entries, like))
 
 
-def _checked(layer, q):
+# Each by one compilation for what would be one per operation.
+@jax.jit
+def _to_entries(q):
+    return to_carriers(q.reorder(None))
+
+
+@partial(jax.jit, static_argnames="like")
+def _from_entries(entries, like):
+    return _ordered(from_carriers(entries, logical(like)), like.order)
+
+
+@partial(jax.jit, static_argnames="order")
+def _ordered(q, order):
+    """The tensor in an order of axes, and whether it stands for finite numbers."""
+    return q.reorder(order), jnp.all(jnp.isfinite(q.dequantize()))
+
+
+def _checked(layer, q, is_finite):
     """The QTensor, which stands for numbers."""
-    if not jnp.all(jnp.isfinite(q.dequantize())):
+    if not is_finite:
         raise ValueError(
             f"The file's codes and scales for layer {layer.name!r} must stand for finite numbers; "
             f"got NaN or Inf in {q!r}. It is damaged: quantize the model again."
@@ -256,7 +261,7 @@ def _is_plain(config):
     return type(config) is Int8QuantizationConfig and config.get_config() == default.get_config()
 
 
-class SavedMixin(_KerasLayer):
+class SavedMixin(compat.KerasLayer):
     """The saving hooks of a quantizable layer."""
 
     def __init_subclass__(cls, **kwargs: Any):

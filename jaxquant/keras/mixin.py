@@ -49,7 +49,6 @@ class QuantizableMixin(TrainedMixin, PolicyMixin):
     each declared weight.
     """
 
-    quantization_config: Any = None
     declared_weights: ClassVar[dict[str, QuantizedWeight]] = {}
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -86,14 +85,26 @@ class QuantizableMixin(TrainedMixin, PolicyMixin):
             )
         return self.stored_weights[name].tensor()
 
+    @property
+    def declared_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the declared weights that the layer has, quantized or not."""
+        found = {name: tuple(v.shape) for name, v in self.float_weights.items() if v is not None}
+        found |= {name: weight.shape for name, weight in self.stored_weights.items()}
+        return {name: found[name] for name in self.declared_weights if name in found}
+
+    def has_codes(self, name: str) -> bool:
+        """Whether `operand` gives codes: the weight is quantized, in groups that tile it."""
+        stored = self.stored_weights.get(name)
+        return stored is not None and not stored.is_padded
+
     def operand(self, name: str) -> QTensor | jax.Array:
-        """The weight for a product: a QTensor, or an array where it is not quantized.
+        """The weight for a product: a QTensor, or an array where `has_codes` is False.
 
         A QTensor says by its `inputs` how the other operand is treated.
         """
         if name in self.stored_weights:
             return self.stored_weights[name].operand(self.compute_dtype)
-        return compat.autocast(jax.numpy.asarray(self.float_weights[name].value))
+        return jax.numpy.asarray(self.float_weights[name].value)
 
     def adapted(self, name: str, value: Any) -> Any:
         """Hook: what reading the attribute of a weight gives, such as with LoRA added."""
@@ -262,6 +273,7 @@ class QuantizableMixin(TrainedMixin, PolicyMixin):
             return self._assign(tensors)
         with self.all_or_nothing():
             self._fill(config, tensors)
+        with compat.unlocked(self):
             for name in tensors:
                 self._drop_float(name)
         self.switch_policy(config)
@@ -325,9 +337,7 @@ class QuantizableMixin(TrainedMixin, PolicyMixin):
 
     def likes(self, config: QuantizationConfig) -> dict[str, QTensor]:
         """Shapes and dtypes of the weights that a config quantizes, by name."""
-        stored = {name: weight.shape for name, weight in self.stored_weights.items()}
-        floats = {name: tuple(v.shape) for name, v in self.float_weights.items() if v is not None}
-        shapes = {n: (stored | floats)[n] for n in self.declared_weights if n in stored | floats}
+        shapes = self.declared_shapes
         plans = {name: self._plan(name, config) for name in shapes}
         return {n: self._like(n, shapes[n], plan) for n, plan in plans.items() if plan is not None}
 

@@ -116,24 +116,15 @@ def _scheme(layer, name, config) -> Scheme | ArrayConfig | None:
     return rule and rule.scheme
 
 
-def _declared(layer):
-    """Names of the declared weights that a layer has."""
-    return [n for n in layer.declared_weights if n in layer.stored_weights or _is_float(layer, n)]
-
-
-def _is_float(layer, name):
-    return layer.float_weights.get(name) is not None
-
-
 def _chosen(layer, config):
     """Names of the float weights that a config selects."""
-    names = _declared(layer)
-    return [n for n in names if _is_float(layer, n) and _scheme(layer, n, config) is not None]
+    names = [n for n in layer.declared_shapes if n not in layer.stored_weights]
+    return [n for n in names if _scheme(layer, n, config) is not None]
 
 
 def _mismatches(config, layers, chosen):
     """What is wrong before any weight is looked at."""
-    paths = [_path(layer, name) for layer in layers for name in _declared(layer)]
+    paths = [_path(layer, name) for layer in layers for name in layer.declared_shapes]
     rules = config.rules if isinstance(config, Config) else ()
     unused = [r for r in rules if r.required and not any(r.matches(p, None) for p in paths)]
     problems = [f"rule {r.pattern!r} matches no quantizable weight" for r in unused]

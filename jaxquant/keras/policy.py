@@ -1,14 +1,9 @@
 """The dtype policy of a layer, which a setter that fails leaves as it was."""
 
-from typing import Any
-
 from . import compat
 
-# To a type checker, anything: the Keras layer among the bases gives the rest.
-_KerasLayer: Any = object
 
-
-class PolicyMixin(_KerasLayer):
+class PolicyMixin(compat.KerasLayer):
     """Comes before a Keras layer, whose setter quantizes a built layer by a quantized policy."""
 
     @property

@@ -23,10 +23,9 @@ class ProductMixin(LoraMixin):
 
     def call(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> Any:
         """The forward pass: Keras' own in float, by codes where the kernel is quantized."""
-        kernel = self.operand("kernel")
-        if not isinstance(kernel, QTensor):
+        if not self.has_codes("kernel"):
             return super().call(inputs, *args, **kwargs)
-        outputs = self.product(inputs, kernel)
+        outputs = self.product(inputs, self.operand("kernel"))
         if self.lora_enabled:
             outputs = outputs + self.lora_product(inputs)
         return self._finished(outputs)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import QTensor, unpack_int4
+from ..core import QTensor, blocks_between, unpack_int4
 from .configs import Int4QuantizationConfig
 
 
@@ -123,11 +123,12 @@ def as_tensor(where: str, held: StockInt4, shape: tuple[int, ...], like: QTensor
     codes = np.pad(held.codes.reshape(shape), widths)
     firsts = [_first_of(x, groups) for x in (scales, zeros)]
     pairs = zip(firsts, (scales, zeros), strict=True)
-    if not all(np.array_equal(_spread(x, like.shape), y, equal_nan=True) for x, y in pairs):
+    if not all(np.array_equal(spread(x, like.shape), y, equal_nan=True) for x, y in pairs):
         size = held.config.block_size or held.codes.shape[0]
+        ours = blocks_between(like.shape, groups)
         raise ValueError(
             f"{where} has int4 groups of {size} rows of the matrix {held.codes.shape} that Keras "
-            f"reshapes the weight {shape} to; no groups of shape {_block(like)} in the weight can "
+            f"reshapes the weight {shape} to; no groups of shape {ours} in the weight can "
             "represent them. Load a file in float or int8 instead, and quantize here."
         )
     parts = [codes, firsts[0]] + [firsts[1]] * (held.zero is not None)
@@ -136,19 +137,15 @@ def as_tensor(where: str, held: StockInt4, shape: tuple[int, ...], like: QTensor
     return jax.tree.unflatten(treedef, typed)
 
 
-def _block(like):
-    return tuple(n // m for n, m in zip(like.shape, like.scale.shape, strict=True))
-
-
 def _first_of(x, groups):
     """The first element of each group."""
-    return x[tuple(slice(None, None, n // m) for n, m in zip(x.shape, groups, strict=True))]
+    return x[tuple(slice(None, None, b) for b in blocks_between(x.shape, groups))]
 
 
-def _spread(x, shape):
-    """The element of each group in all its places."""
-    for axis, (n, m) in enumerate(zip(shape, x.shape, strict=True)):
-        x = np.repeat(x, n // m, axis)
+def spread(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """What each group has, in all its places in an array of `shape`."""
+    for axis, block in enumerate(blocks_between(shape, x.shape)):
+        x = np.repeat(x, block, axis)
     return x
 
 

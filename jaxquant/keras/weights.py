@@ -15,7 +15,7 @@ import keras
 from ..core import ArrayConfig, Inputs, QTensor, quantize
 from ..ops import best_order
 from . import compat
-from .carriers import carrier, from_carrier, to_carrier
+from .carriers import carriers, from_carriers, to_carriers
 
 
 class QuantizedWeight:
@@ -96,29 +96,36 @@ class StoredWeight:
         """The variable that holds the codes."""
         return self.variables[0]
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether the codes are longer than the weight."""
+        return self.like.shape != self.shape
+
     def tensor(self) -> QTensor:
         """The stored weight, in the shape of the codes; within `replaced`, the one given there."""
         given = _given.get().get(id(self.codes))
         if given is not None:
             return given
-        leaves, treedef = jax.tree.flatten(self.like)
-        held = [from_carrier(v.value, x) for v, x in zip(self.variables, leaves, strict=True)]
-        return jax.tree.unflatten(treedef, held)
+        return from_carriers([v.value for v in self.variables], self.like)
 
     def operand(self, dtype: str) -> QTensor | jax.Array:
         """What takes part in a product; an array of the dtype where codes are padded."""
-        if self.like.shape == self.shape:
-            return self.tensor().astype(dtype)
-        return self.dequantize().astype(dtype)
+        return (self.dequantize() if self.is_padded else self.tensor()).astype(dtype)
 
     def dequantize(self) -> jax.Array:
         """The array that the codes stand for."""
-        return self.tensor().dequantize()[tuple(slice(n) for n in self.shape)]
+        return _dequantize(self.tensor(), self.shape)
 
     def assign(self, q: QTensor) -> None:
         """Takes over a QTensor with leaves like those of `like`."""
-        for variable, leaf in zip(self.variables, jax.tree.leaves(q), strict=True):
-            variable.assign(to_carrier(leaf))
+        for variable, held in zip(self.variables, to_carriers(q), strict=True):
+            variable.assign(held)
+
+
+# One compilation for what would be one per operation.
+@partial(jax.jit, static_argnames="shape")
+def _dequantize(q, shape):
+    return q.dequantize()[tuple(slice(n) for n in shape)]
 
 
 # By the ids of the variables that hold codes. A context variable: each thread has its own.
@@ -139,11 +146,9 @@ def store_weight(
     add_weight: Callable[..., keras.Variable], name: str, shape: tuple[int, ...], like: QTensor
 ) -> StoredWeight:
     """Creates the variables for one weight of a layer: not trainable, and never cast."""
-    leaves = jax.tree.leaves(like)
     names = [name, *_part_names(name, like)]
     variables = []
-    for part, leaf in zip(names, leaves, strict=True):
-        held = carrier(leaf)
+    for part, held in zip(names, carriers(like), strict=True):
         variables += [
             add_weight(
                 name=part,
@@ -219,6 +224,11 @@ def quantize_padded(
     error, signal = (jnp.sum(jnp.square(y.astype(jnp.float32) / unit)) for y in (values - x, x))
     noise = jnp.sqrt(error / jnp.where(signal > 0, signal, 1))
     return q.reorder(order), jnp.all(jnp.isfinite(x)), noise
+
+
+def logical(like: QTensor) -> QTensor:
+    """Shapes and dtypes with the axes in logical order."""
+    return jax.eval_shape(lambda q: q.reorder(None), like)
 
 
 @lru_cache(maxsize=1024)

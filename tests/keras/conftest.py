@@ -1,5 +1,15 @@
+import gc
+
 import jax
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage():
+    """Keras collects garbage whenever a variable goes: what stays for good is passed over."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -29,11 +29,15 @@ def test_quantize_says_what_to_quantize_instead(make, inner):
         layer.quantize("int8")
 
 
+def set_policy(layer, policy):
+    layer.dtype_policy = policy
+
+
 @pytest.mark.parametrize("make", [lstm, attention])
 def test_a_policy_that_cannot_be_taken_leaves_the_one_before(make):
     layer = make()
     with pytest.raises(NotImplementedError, match="holds no weights but those"):
-        setattr(layer, "dtype_policy", "int8_from_float32")  # noqa: B010 (it reads as another)
+        set_policy(layer, "int8_from_float32")
     assert layer.dtype_policy.name == "float32"
 
 

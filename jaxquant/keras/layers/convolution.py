@@ -100,11 +100,11 @@ class ConvolutionMixin(ProductMixin):
 
     kernel = QuantizedWeight(axis=_spatial_and_inputs)
 
-    def operand(self, name: str) -> QTensor | jax.Array:
-        """See `QuantizableMixin`; the array where a subclass has its own `convolution_op`."""
+    def has_codes(self, name: str) -> bool:
+        """See `QuantizableMixin`; False where a subclass has its own `convolution_op`."""
         # Keras' convolutions of all ranks inherit one function, which ours stands in for.
         is_stock = type(self).convolution_op is keras.layers.Conv2D.convolution_op
-        return super().operand(name) if is_stock else getattr(self, name)
+        return is_stock and super().has_codes(name)
 
     def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
         """The convolution, in groups of channels."""
@@ -151,10 +151,10 @@ class SeparableConvolutionMixin(ProductMixin):
 
     def call(self, inputs: jax.Array) -> Any:
         """The forward pass: Keras' own in float, by codes where a kernel is quantized."""
-        depthwise, pointwise = self.operand("depthwise_kernel"), self.operand("pointwise_kernel")
-        has_codes = isinstance(depthwise, QTensor) or isinstance(pointwise, QTensor)
-        if self.lora_enabled or not has_codes:
+        names = "depthwise_kernel", "pointwise_kernel"
+        if self.lora_enabled or not any(self.has_codes(name) for name in names):
             return super(ProductMixin, self).call(inputs)
+        depthwise, pointwise = (self.operand(name) for name in names)
         between = _depthwise(self, inputs, depthwise)
         # XLA would skip the rounding to bfloat16 under jit alone, and other codes come of that.
         info = jnp.finfo(between.dtype)

@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 
-from ...core import QTensor
 from ...ops import einsum, matmul, take
 from .. import compat
 from ..float8 import Float8TrainingMixin
@@ -90,11 +89,11 @@ class Embedding(LoraMixin, keras.layers.Embedding):
 
     def call(self, inputs):
         """Rows of the table, dequantized after they are taken."""
-        table = self.operand("embeddings")
-        if not isinstance(table, QTensor) or self.lora_enabled:
+        if self.lora_enabled or not self.has_codes("embeddings"):
             return super().call(inputs)
         is_whole = keras.backend.is_int_dtype(inputs.dtype)
-        return take(table, inputs if is_whole else inputs.astype("int32"), axis=0)
+        inputs = inputs if is_whole else inputs.astype("int32")
+        return take(self.operand("embeddings"), inputs, axis=0)
 
 
 @_register
@@ -122,12 +121,11 @@ class ReversibleEmbedding(Embedding, keras.layers.ReversibleEmbedding):
 
     def _project(self, inputs):
         name, equation = _PROJECTIONS[self.tie_weights]
-        kernel = self.operand(name)
-        if not isinstance(kernel, QTensor):
+        if not self.has_codes(name):
             return super(Embedding, self).call(inputs, reverse=True)
         dtype = self.compute_dtype if self.reverse_dtype is None else self.reverse_dtype
         inputs = inputs.astype(dtype)
-        logits = einsum(equation, inputs, kernel.astype(dtype))
+        logits = einsum(equation, inputs, self.operand(name).astype(dtype))
         if self.lora_enabled and self.tie_weights:
             logits = logits + einsum(equation, inputs, self.lora_delta(name).astype(dtype))
         cap = self.logit_soft_cap

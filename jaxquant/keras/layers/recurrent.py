@@ -36,10 +36,10 @@ class CellMixin(QuantizableMixin):
 
     def call(self, inputs: jax.Array, states: Any, training: bool = False) -> Any:
         """One step: by codes where a kernel is quantized and the form is that of `step`."""
-        kernels = self.operand("kernel"), self.operand("recurrent_kernel")
-        is_quantized = any(isinstance(kernel, QTensor) for kernel in kernels)
-        if not is_quantized or self._is_split(training):
+        names = "kernel", "recurrent_kernel"
+        if self._is_split(training) or not any(self.has_codes(name) for name in names):
             return super().call(inputs, states, training=training)
+        kernels = [self.operand(name) for name in names]
         is_nested = isinstance(states, list | tuple)
         new_states = self.step(inputs, tuple(states) if is_nested else (states,), *kernels)
         return new_states[0], list(new_states) if is_nested else new_states[0]
