@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["KERAS_BACKEND"] = "jax"
 
 import jax
+import pytest
 
 from . import cases
 
@@ -25,3 +26,11 @@ def pytest_collection_modifyitems(items):
         return rows.get(in_brackets, -1)
 
     items.sort(key=place)
+
+
+@pytest.fixture
+def quick_compilation():
+    """For tests of what is done with arrays, not of how they are computed."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

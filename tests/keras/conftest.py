@@ -2,6 +2,7 @@ import gc
 
 import jax
 import pytest
+from jax._src import compiler  # There is no public way to compile quickly.
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -16,5 +17,16 @@ def _no_garbage():
 def keras_promotion():
     """Keras itself relies on implicit promotion and broadcasting."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _less_optimization(quick_compilation, monkeypatch):
+    """What is computed is tested in tests/ops, compiled as users do; here most time is XLA's."""
+    options = compiler.get_compile_options
+
+    def without_fusion_emitters(*args, env_options_overrides=None, **kwargs):
+        overrides = {**(env_options_overrides or {}), "xla_cpu_use_fusion_emitters": False}
+        return options(*args, env_options_overrides=overrides, **kwargs)
+
+    monkeypatch.setattr(compiler, "get_compile_options", without_fusion_emitters)
