@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Eight devices, for the tests of sharding. Before JAX starts.
@@ -28,9 +29,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_compilation():
-    """For tests of what is done with arrays, not of how they are computed."""
+    """For tests of what is done with arrays, not of how they are computed.
+
+    Nothing is compiled in one way and used in the other: sums would differ in the last bit.
+    """
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()  # Keras collects garbage whenever a variable goes, and would look at all again.
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()

@@ -14,6 +14,8 @@ from jaxquant.__main__ import main
 from .demo import encoders
 from .tree.trees import normal, parameters
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture
 def model(tmp_path):

@@ -18,6 +18,7 @@ from jaxquant import __main__ as command_line
 from jaxquant import demo, tree
 from jaxquant.core import packed_bytes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

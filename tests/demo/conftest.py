@@ -8,8 +8,3 @@ def tiny(tmp_path_factory):
     """The folder of a tiny encoder, and its arrays by name."""
     folder = tmp_path_factory.mktemp("encoder")
     return folder, encoders.write_encoder(folder)
-
-
-@pytest.fixture(autouse=True)
-def _less_optimization(quick_compilation):
-    """XLA compiles quickly."""

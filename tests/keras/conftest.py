@@ -1,16 +1,6 @@
-import gc
-
 import jax
 import pytest
 from jax._src import compiler  # There is no public way to compile quickly.
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_garbage():
-    """Keras collects garbage whenever a variable goes: what stays for good is passed over."""
-    yield
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +10,8 @@ def keras_promotion():
         yield
 
 
-@pytest.fixture(autouse=True)
-def _less_optimization(quick_compilation, monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _less_optimization(quick_compilation):
     """What is computed is tested in tests/ops, compiled as users do; here most time is XLA's."""
     options = compiler.get_compile_options
 
@@ -29,4 +19,6 @@ def _less_optimization(quick_compilation, monkeypatch):
         overrides = {**(env_options_overrides or {}), "xla_cpu_use_fusion_emitters": False}
         return options(*args, env_options_overrides=overrides, **kwargs)
 
-    monkeypatch.setattr(compiler, "get_compile_options", without_fusion_emitters)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", without_fusion_emitters)
+        yield
