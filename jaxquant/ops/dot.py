@@ -15,8 +15,9 @@ from jax import lax
 
 from ..core import QTensor, scale_values
 from ..kernels import integer_dot
-from . import dispatch
+from . import dispatch, native
 from .dispatch import Implementation, Operand
+from .exporting import unless_exported
 from .operands import (
     AxesOfBoth,
     as_array,
@@ -27,7 +28,7 @@ from .operands import (
     stored_axes,
     with_dequantized_gradient,
 )
-from .sharding import OutSharding, before_transpose, is_sharded, like_result
+from .sharding import OutSharding, before_transpose, is_sharded, like_result, varying_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +81,8 @@ def dot_general(
         precision, out_sharding: as for `jax.lax.dot_general`.
         preferred_element_type: floating dtype of the result; None for what promotion gives
             the dtypes of both operands.
-        implementation: "integer", "blocks" or "dequantize", to force one; None to choose by
-            operands and platform.
+        implementation: "native", "integer", "blocks" or "dequantize", to force one; None to
+            choose by operands and platform.
 
     Returns:
         Array of shape (batch, lhs free, rhs free).
@@ -157,9 +158,9 @@ def _dequantized(lhs, rhs, spec):
     return _logical(out, spec)
 
 
-def _integer(lhs, rhs, spec):
+def _integer(lhs, rhs, spec, dot=integer_dot):
     """Multiplies the codes as integers and scales the result."""
-    acc = integer_dot(
+    acc = dot(
         lhs.codes.astype(jnp.int8),
         rhs.codes.astype(jnp.int8),
         (spec.contract, spec.batch),
@@ -216,6 +217,43 @@ def _refuses_integer(lhs, rhs, spec):
         if any(x.scale.shape[a] > 1 for a in axes):
             return f"scales {x.scale.shape} change along the contracted axes"
     return refuses_length(math.prod(lhs.codes.shape[a] for a in spec.contract[0]), lhs, rhs)
+
+
+def _native(lhs, rhs, spec):
+    """By machine code of our own, in programs that stay in this process."""
+    leaves, treedef = jax.tree.flatten((lhs, rhs))
+
+    def here(*leaves):
+        lhs, rhs = jax.tree.unflatten(treedef, leaves)
+        if rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None:
+            return _integer(lhs, rhs, spec, native.int8_product)
+        out = native.product(lhs, rhs)
+        if native.takes_codes(lhs, rhs):
+            out = out * _in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec)
+        return _logical(out.astype(spec.dtype), spec)
+
+    def elsewhere(*leaves):
+        lhs, rhs = jax.tree.unflatten(treedef, leaves)
+        return dispatch.choose(_BY_XLA, lhs, rhs, spec, "cpu").run(lhs, rhs, spec)
+
+    return unless_exported(here, elsewhere, *leaves)
+
+
+def _refuses_native(lhs, rhs, spec):
+    if not isinstance(rhs, QTensor):
+        return "the right operand is not quantized"
+    if spec.batch[1] or (rhs.codes.ndim, spec.contract[1]) != (2, (1,)):
+        return "the right operand is not stored as a matrix whose last axis is contracted"
+    if spec.contract[0] != (lhs.ndim - 1,):
+        return "the left operand is not contracted along its last axis alone"
+    leaves = jax.tree.leaves((lhs, rhs))
+    if spec.out_sharding is not None or any(is_sharded(x) for x in leaves):
+        return "the native kernels take no sharded arrays"
+    if len({varying_axes(x) for x in leaves}) > 1:
+        return "the operands differ between devices along other axes of the mesh"
+    if rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None:
+        return native.refuses_codes_of_8_bits(rhs)
+    return "float64 is asked for" if spec.dtype == jnp.float64 else native.refuses(lhs, rhs)
 
 
 _BLOCK = 256
@@ -286,8 +324,9 @@ def _row_counts(q):
     return counts - {1}
 
 
-_TABLE = (
+_BY_XLA = (
     Implementation("blocks", _blocks, _refuses_blocks, platforms=("cpu",)),
     Implementation("integer", _integer, _refuses_integer),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )
+_TABLE = (Implementation("native", _native, _refuses_native, platforms=("cpu",)), *_BY_XLA)

@@ -31,3 +31,8 @@ def like_result(values: jax.Array, out_sharding: OutSharding) -> jax.Array:
 def is_sharded(x: jax.Array) -> bool:
     """Whether an array is known, while it is traced, to lie in parts (explicit sharding)."""
     return any(name is not None for name in jax.typeof(x).sharding.spec)
+
+
+def varying_axes(x: jax.Array) -> frozenset:
+    """The axes of a mesh along which an array differs between devices, inside `shard_map`."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)

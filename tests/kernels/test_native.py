@@ -1,0 +1,188 @@
+"""The machine code for CPUs, where it was compiled."""
+
+import concurrent.futures
+import ctypes
+import importlib.machinery
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant.kernels import native
+
+needs_native = pytest.mark.skipif(
+    native.unavailable() is not None, reason=native.unavailable() or "is there"
+)
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Rows, contracted elements, columns.
+SHAPES = [(1, 64, 5), (3, 100, 7), (5, 1003, 33), (9, 256, 130), (4, 1, 3), (2, 65, 1)]
+EMPTY = [(0, 4, 3), (3, 0, 2), (2, 7, 0)]
+# Rows, contracted elements, columns, elements per group.
+GROUPS = [(1, 128, 5, 128), (3, 256, 7, 32), (5, 1024, 33, 64), (9, 512, 130, 256)]
+GROUPS += [(2, 384, 9, 384), (6, 256, 67, 128), (0, 128, 3, 32), (4, 128, 0, 64)]
+SIGNED = np.array([*range(8), *range(-8, 0)], np.float32)
+
+
+def int8(*shape, seed=0):
+    """Codes with the ends of the range among them."""
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(shape) < 0.2, -128, rng.integers(-128, 128, shape)).astype(np.int8)
+
+
+def floats(*shape, seed=0):
+    return np.random.default_rng(seed).normal(0.3, 1, shape).astype(np.float32)
+
+
+def assert_near(found, wanted, scale_of_sums):
+    """Within the rounding of float32 sums, in units of the sums of magnitudes."""
+    error = np.abs(np.asarray(found, np.float64) - wanted)
+    assert np.all(error <= 4e-6 * scale_of_sums + 1e-30)
+
+
+@needs_native
+@pytest.mark.parametrize("rows, length, columns", SHAPES + EMPTY, ids=str)
+def test_products_of_int8_codes_are_those_of_numpy_int64(rows, length, columns):
+    x, w = int8(rows, length), int8(columns, length, seed=1)
+    wanted = x.astype(np.int64) @ w.astype(np.int64).T
+    for run in (jax.jit(native.int8_dot), native.int8_dot):
+        found = run(jnp.asarray(x), jnp.asarray(w))
+        assert found.dtype == jnp.int32
+        np.testing.assert_array_equal(found, wanted)
+
+
+@needs_native
+@pytest.mark.parametrize("rows, length, columns", SHAPES + EMPTY, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_floats_by_int8_codes_match_numpy(rows, length, columns, dtype):
+    x, w = jnp.asarray(floats(rows, length), dtype), int8(columns, length, seed=1)
+    found = jax.jit(native.widen_dot)(x, jnp.asarray(w))
+    exact = np.asarray(x, np.float64)
+    assert_near(found, exact @ w.T.astype(np.float64), np.abs(exact) @ np.abs(w.T.astype(float)))
+
+
+def grouped(length, columns, group, has_zero):
+    """Codes, scales, zero points, and the weights they stand for."""
+    rng = np.random.default_rng(2)
+    codes = rng.integers(-8, 8, (columns, length)).astype(np.int8)
+    scale = rng.uniform(0.5, 2, (columns, length // group)).astype(np.float32)
+    zero = rng.integers(-8, 8, scale.shape).astype(np.int8) if has_zero else None
+    less = np.zeros(scale.shape) if zero is None else zero.astype(np.float64)
+    spread = (np.repeat(x.astype(np.float64), group, 1) for x in (less, scale))
+    less, step = spread
+    as_int4 = jnp.asarray(codes).astype(jnp.int4)
+    zero = None if zero is None else jnp.asarray(zero)
+    return as_int4, jnp.asarray(scale), zero, (codes - less) * step
+
+
+@needs_native
+@pytest.mark.parametrize("has_zero", [False, True])
+@pytest.mark.parametrize("rows, length, columns, group", GROUPS, ids=str)
+def test_products_by_int4_groups_match_numpy(rows, length, columns, group, has_zero):
+    codes, scale, zero, weights = grouped(length, columns, group, has_zero)
+    x = int8(rows, length)
+    found = jax.jit(native.int4_dot)(jnp.asarray(x), codes, scale, zero)
+    exact = x.astype(np.float64)
+    assert_near(found, exact @ weights.T, np.abs(exact) @ np.abs(weights.T))
+
+    x = floats(rows, length)
+    found = jax.jit(native.lookup_dot)(jnp.asarray(x), codes, scale, zero, jnp.asarray(SIGNED))
+    exact = x.astype(np.float64)
+    assert_near(found, exact @ weights.T, np.abs(exact) @ (np.abs(weights.T) + 16))
+
+
+@needs_native
+def test_a_table_may_hold_any_sixteen_values():
+    table = floats(16, seed=3)
+    codes, scale, _, _ = grouped(128, 5, 32, False)
+    x = floats(3, 128)
+    found = native.lookup_dot(jnp.asarray(x), codes, scale, None, jnp.asarray(table))
+    bits = np.asarray(codes).astype(np.int8).view(np.uint8) & 15
+    weights = table.astype(np.float64)[bits] * np.repeat(np.asarray(scale, np.float64), 32, 1)
+    assert_near(found, x.astype(np.float64) @ weights.T, np.abs(x) @ np.abs(weights.T))
+
+
+@needs_native
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_reaches_its_row_alone(bad):
+    x = floats(6, 256)
+    x[4, 77] = bad
+    codes, scale, zero, _ = grouped(256, 67, 32, True)
+    for found in (
+        native.lookup_dot(jnp.asarray(x), codes, scale, zero, jnp.asarray(SIGNED + 0.5)),
+        native.widen_dot(jnp.asarray(x), jnp.asarray(int8(67, 256) | 1)),
+    ):
+        assert not np.isfinite(found[4]).any()
+        assert np.isfinite(np.delete(np.asarray(found), 4, 0)).all()
+
+
+@needs_native
+def test_many_calls_at_once_wait_for_none_another():
+    # Each waits within a thread of the pool that the others need.
+    weights = [jnp.asarray(int8(512, 2048, seed=i)) for i in range(8)]
+    x = jnp.asarray(int8(4, 2048))
+    product = jax.jit(lambda x, ws: sum(native.int8_dot(x, w).sum() for w in ws))
+    wanted = sum(np.sum(np.asarray(x, np.int64) @ np.asarray(w, np.int64).T) for w in weights)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: int(product(x, weights)), range(64)))
+    assert found == [int(np.int32(wanted))] * 64
+
+
+@needs_native
+def test_vmap_over_either_side_is_a_loop():
+    x, w = jnp.asarray(int8(3, 5, 100)), jnp.asarray(int8(3, 7, 100, seed=1))
+    for axes in ((0, 0), (0, None), (None, 0)):
+        args = [a if axis == 0 else a[1] for a, axis in zip((x, w), axes, strict=True)]
+        found = jax.jit(jax.vmap(native.int8_dot, axes))(*args)
+        for i in range(3):
+            one = [a if axis is None else a[i] for a, axis in zip(args, axes, strict=True)]
+            np.testing.assert_array_equal(found[i], native.int8_dot(*one))
+
+
+@pytest.mark.parametrize(
+    "length, groups, reason",
+    [
+        (100, 1, "groups of 100 along 100 elements do not fit blocks of 128"),
+        (384, 8, "groups of 48"),
+        (256, 16, "groups of 16"),
+        (384, 2, "groups of 192"),
+    ],
+)
+def test_groups_that_do_not_fit_are_named(length, groups, reason):
+    assert reason in (native.refuses_groups(length, groups) or "")
+
+
+@pytest.mark.parametrize("length, groups", [(128, 1), (384, 1), (256, 8), (512, 2), (4096, 32)])
+def test_groups_that_fit(length, groups):
+    assert native.refuses_groups(length, groups) is None
+
+
+def test_why_the_machine_code_is_missing_is_said(monkeypatch, tmp_path):
+    look = native.unavailable.__wrapped__
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    assert "it takes a C++ compiler" in str(look())
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    (tmp_path / f"_cpu{suffix}").write_text("no library")
+    assert f"_cpu{suffix} cannot be loaded" in str(look())
+
+    class OldProcessor:
+        def __init__(self, path):
+            self.jaxquant_can_run = lambda: 0
+
+    monkeypatch.setattr(ctypes, "CDLL", OldProcessor)
+    assert look() == "this processor has no AVX512-VNNI"
+
+
+def test_an_install_without_a_compiler_goes_on_without_the_kernels(tmp_path):
+    pytest.importorskip("setuptools", reason="it builds the package")
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    environment = {**os.environ, "CC": "no-compiler", "CXX": "no-compiler"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("_cpu*.so"))

@@ -1,0 +1,146 @@
+"""Products by the native kernels of the CPU, where they were compiled."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import FORMATS, INT4, NF4, ArrayConfig, Inputs, einsum, matmul, quantize
+from jaxquant.kernels import native
+
+from .products import assert_product, normal, weight, with_inputs
+
+needs_native = pytest.mark.skipif(
+    native.unavailable() is not None, reason=native.unavailable() or "is there"
+)
+# Large enough, and neither a power of two nor equal.
+K, N = 384, 701
+WEIGHTS = {
+    "int8": ArrayConfig(axis=0),
+    "int8-tensor": ArrayConfig(axis=None),
+    "int8-blocks": ArrayConfig(axis=(0, 1), group_size=(K, 1)),
+    "int4": ArrayConfig(format=INT4, axis=0),
+    "int4-asym": ArrayConfig(format=INT4, axis=0, symmetric=False),
+    "int4-g128": ArrayConfig(format=INT4, axis=0, group_size=128),
+    "int4-asym-g32": ArrayConfig(format=INT4, axis=0, group_size=32, symmetric=False),
+    "int4-nested": ArrayConfig(format=INT4, axis=0, group_size=64, scale_dtype="float8_e4m3fn"),
+    "nf4-g64": ArrayConfig(format=NF4, axis=0, group_size=64),
+    "mxfp4": ArrayConfig(format=FORMATS["mxfp4"], axis=0),
+}
+INPUTS = {"float": None, "int8": ArrayConfig(axis=-1), "int8-tensor": ArrayConfig(axis=None)}
+run = partial(matmul, implementation="native")
+
+
+def stored(name, shape=(K, N)):
+    return weight(WEIGHTS[name], shape).reorder((-1, -2))
+
+
+@needs_native
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_mixture_matches_numpy_and_is_what_is_chosen(name, inputs):
+    q, x = stored(name), jnp.asarray(normal(5, K))
+    x = x if INPUTS[inputs] is None else quantize(x, INPUTS[inputs])
+    got = jax.jit(run)(x, q)
+    assert_product(got, "mk,kn->mn", x, q)
+    np.testing.assert_array_equal(got, jax.jit(matmul)(x, q))
+
+
+@needs_native
+def test_inputs_of_either_kind_are_quantized_first():
+    x = jnp.asarray(normal(2, 3, K))
+    for config in (ArrayConfig(axis=-1), ArrayConfig(axis=-1, symmetric=False)):
+        for name in ("int8", "int4-g128"):
+            q = with_inputs(stored(name), Inputs(config))
+            assert_product(run(x, q), "abk,kn->abn", quantize(x, config), q)
+
+
+@needs_native
+def test_results_have_the_axes_and_the_dtype_that_are_asked_for():
+    q, x = stored("int8"), jnp.asarray(normal(5, K), jnp.bfloat16)
+    x8 = quantize(x, ArrayConfig(axis=-1))
+    got = einsum("mk,kn->nm", x8, q, implementation="native", preferred_element_type=jnp.bfloat16)
+    assert (got.shape, got.dtype) == ((N, 5), jnp.bfloat16)
+    assert_product(got, "mk,kn->nm", x8, q, tolerance=2.0**-8)
+    with jax.enable_x64(True):
+        wide = run(x8, q, preferred_element_type=jnp.float64)
+        assert wide.dtype == jnp.float64
+        assert_product(wide, "mk,kn->mn", x8, q)
+
+
+@needs_native
+def test_gradients_and_vmap_are_those_of_the_other_implementations():
+    q, x = stored("int4-asym-g32"), jnp.asarray(normal(4, K))
+    loss = jax.grad(lambda x, f: (f(x, q) ** 2).sum())
+    plain = partial(matmul, implementation="dequantize")
+    np.testing.assert_allclose(loss(x, run), loss(x, plain), rtol=1e-4, atol=1e-2)
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), q, stored("int4-asym-g32"))
+    found = jax.jit(jax.vmap(run))(jnp.stack([x, 2 * x]), both)
+    for i in range(2):
+        np.testing.assert_allclose(found[i], run((i + 1) * x, q), rtol=1e-5, atol=1e-4)
+
+
+@needs_native
+def test_exported_programs_do_without():
+    q, x = stored("int4-g128"), jnp.asarray(normal(2, K))
+    assert "jaxquant_dot" in jax.jit(matmul).lower(x, q).as_text()
+    exported = jax.export.export(jax.jit(matmul))(x, q)
+    assert "jaxquant_dot" not in exported.mlir_module()
+    read = jax.export.deserialize(exported.serialize())
+    assert_product(read.call(x, q), "mk,kn->mn", x, q)
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["int8", "int4-g128"])
+def test_columns_and_rows_may_lie_on_several_devices(name):
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=kinds)
+    q, x = stored(name, (K, 2 * 701)), jnp.asarray(normal(8, K))
+    place = partial(jax.device_put, device=jax.NamedSharding(mesh, jax.P("b")))
+    assert_product(jax.jit(matmul)(x, jax.tree.map(place, q)), "mk,kn->mn", x, q)
+
+    specs = jax.tree.map(lambda _: jax.P("b"), q)
+    for rows in (jax.P(), jax.P("a")):
+        part = jax.shard_map(
+            matmul, mesh=mesh, in_specs=(rows, specs), out_specs=jax.P(*rows or (None,), "b")
+        )
+        assert_product(jax.jit(part)(x, q), "mk,kn->mn", x, q)
+
+
+REFUSED = {
+    "fewer than 262144 weights": lambda: (normal(2, 64), stored("int8", (64, 701))),
+    "not stored as a matrix whose last axis": lambda: (
+        normal(2, K),
+        weight(WEIGHTS["int8"], (K, N)),
+    ),
+    "more than 8 rows of floats by weights of 8 bits": lambda: (normal(9, K), stored("int8")),
+    "more than 32 rows of floats by weights of 4 bits": lambda: (normal(33, K), stored("nf4-g64")),
+    "groups of 16 along 384 elements": lambda: (
+        normal(2, K),
+        weight(ArrayConfig(format=INT4, axis=0, group_size=16), (K, N)).reorder((-1, -2)),
+    ),
+    "must have whole numbers, one scale per column and no zero": lambda: (
+        normal(2, K),
+        weight(ArrayConfig(axis=0, symmetric=False), (K, N)).reorder((-1, -2)),
+    ),
+    "the right operand is not quantized": lambda: (stored("int8", (N, K)), normal(N, K)),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("reason", REFUSED)
+def test_native_is_refused_with_the_reason(reason):
+    x, w = REFUSED[reason]()
+    equation = "mk,kn->mn" if x.shape[1] == w.shape[0] else "km,kn->mn"
+    with pytest.raises(ValueError, match=f"implementation='native' cannot run .*{reason}"):
+        einsum(equation, x, w, implementation="native")
+
+
+def test_without_machine_code_native_is_refused_and_xla_computes(monkeypatch):
+    monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler")
+    q, x = stored("nf4-g64", (K, 702)), normal(3, K)
+    with pytest.raises(ValueError, match="there is no compiler"):
+        run(x, q)
+    assert_product(matmul(x, q), "mk,kn->mn", x, q)
