@@ -1,0 +1,13 @@
+"""The shapes that speed is measured at, shared by the suites and the tests."""
+
+# Rows of activations: one token of one request, up to a whole prompt.
+ROWS = (1, 2, 8, 32, 128, 512, 2048)
+# (K, N): contracted elements and columns of the weights.
+WEIGHTS = {
+    "attention": (4096, 4096),
+    "up": (4096, 14336),
+    "down": (14336, 4096),
+    "small": (2048, 8192),
+    "encoder": (384, 1536),
+    "odd": (1000, 1003),
+}
