@@ -83,6 +83,32 @@ def test_gradients_and_vmap_are_those_of_the_other_implementations():
 
 
 @needs_native
+@pytest.mark.parametrize("shape", [(K,), (0, K), (2, 0, K), (2, 3, K)], ids=str)
+@pytest.mark.parametrize("name", ["int8", "int4-g128"])
+def test_any_number_of_axes_and_of_rows(name, shape):
+    q, x = stored(name), jnp.asarray(normal(*shape))
+    letters = "abm"[3 - len(shape) + 1 :]
+    for inputs in (x, quantize(x, ArrayConfig(axis=-1))):
+        assert_product(run(inputs, q), f"{letters}k,kn->{letters}n", inputs, q)
+
+
+@needs_native
+def test_scans_and_rematerialization_keep_the_machine_code():
+    q, x = stored("int4-g128"), jnp.asarray(normal(2, K))
+    layers = jax.tree.map(lambda a: jnp.stack([a, a]), q)
+
+    def product(x, layers):
+        return jax.lax.scan(lambda x, layer: (x, run(x, layer)), x, layers)[1]
+
+    assert "jaxquant_dot" in jax.jit(product).lower(x, layers).as_text()
+    wanted = run(x, q)
+    np.testing.assert_array_equal(jax.jit(product)(x, layers), jnp.stack([wanted, wanted]))
+    plain = jax.grad(lambda x: (run(x, q) ** 2).sum())
+    again = jax.grad(jax.checkpoint(lambda x: (run(x, q) ** 2).sum()))
+    np.testing.assert_allclose(again(x), plain(x), rtol=1e-5)
+
+
+@needs_native
 def test_exported_programs_do_without():
     q, x = stored("int4-g128"), jnp.asarray(normal(2, K))
     assert "jaxquant_dot" in jax.jit(matmul).lower(x, q).as_text()
