@@ -143,6 +143,14 @@ REFUSED = {
     ),
     "more than 8 rows of floats by weights of 8 bits": lambda: (normal(9, K), stored("int8")),
     "more than 32 rows of floats by weights of 4 bits": lambda: (normal(33, K), stored("nf4-g64")),
+    "more than 32 rows of codes by 269184 weights of 8 bits": lambda: (
+        quantize(normal(33, K), ArrayConfig(axis=-1)),
+        stored("int8"),
+    ),
+    "more than 128 rows of codes by 269184 weights of 4 bits": lambda: (
+        quantize(normal(129, K), ArrayConfig(axis=-1)),
+        stored("int4-g128"),
+    ),
     "groups of 16 along 384 elements": lambda: (
         normal(2, K),
         weight(ArrayConfig(format=INT4, axis=0, group_size=16), (K, N)).reorder((-1, -2)),
