@@ -198,6 +198,7 @@ def _to_entries(q):
     return to_carriers(q.reorder(None))
 
 
+# `like` counts by identity: `abstract_tensor` gives one object for equal arguments.
 @partial(jax.jit, static_argnames="like")
 def _from_entries(entries, like):
     return _ordered(from_carriers(entries, logical(like)), like.order)

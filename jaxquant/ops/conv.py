@@ -1,10 +1,9 @@
 """Convolution of quantized operands."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -194,18 +193,16 @@ def _by_images(lhs, rhs, spec):
         # The padding too: XLA would merge what is left of it with this, and dilate again.
         images = lax.optimization_barrier(_padded(images, padding, dilation))
         padding = ((0, 0),) * len(ones)
-    flat = max(2 - len(pixels), 0)
-    images, kernel = jnp.expand_dims(images, _first(flat, 1)), jnp.expand_dims(kernel, _first(flat))
-    strides, spacing = (1,) * flat + strides, (1,) * flat + spacing
-    padding = ((0, 0),) * flat + tuple(padding)
+    missing = max(2 - len(pixels), 0)
+    after_batch = tuple(range(1, 1 + missing))
+    images = jnp.expand_dims(images, after_batch)
+    kernel = jnp.expand_dims(kernel, tuple(range(missing)))
+    strides, spacing = (1,) * missing + strides, (1,) * missing + spacing
+    padding = ((0, 0),) * missing + tuple(padding)
     groups = options["feature_group_count"]
-    acc = _in_slices(images, kernel, strides, padding, spacing, groups).squeeze(_first(flat, 1))
+    acc = _in_slices(images, kernel, strides, padding, spacing, groups).squeeze(after_batch)
     order = np.argsort((outputs, *spatial, channels)).tolist()
     return _scaled(_moved(acc, order), lhs, rhs, spec)
-
-
-def _first(count, start=0):
-    return tuple(range(start, start + count))
 
 
 def _moved(x, axes):
@@ -247,7 +244,7 @@ def _in_slices(images, kernel, strides, padding, spacing, groups):
         seen = images[:, start : start + length * strides[0] : strides[0]][:, :length]
         flat = seen.reshape(len(images) * length, *seen.shape[2:])
         sums += [_in_slices(flat, part, strides[1:], padding[1:], spacing[1:], groups)]
-    total = functools.reduce(jnp.add, sums)
+    total = reduce(jnp.add, sums)
     return total.reshape(len(images), length, *total.shape[1:])
 
 
