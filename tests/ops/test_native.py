@@ -33,8 +33,8 @@ INPUTS = {"float": None, "int8": ArrayConfig(axis=-1), "int8-tensor": ArrayConfi
 run = partial(matmul, implementation="native")
 
 
-def stored(name, shape=(K, N)):
-    return weight(WEIGHTS[name], shape).reorder((-1, -2))
+def stored(name, shape=(K, N), seed=1):
+    return weight(WEIGHTS[name], shape, seed).reorder((-1, -2))
 
 
 @needs_native
@@ -76,10 +76,11 @@ def test_gradients_and_vmap_are_those_of_the_other_implementations():
     loss = jax.grad(lambda x, f: (f(x, q) ** 2).sum())
     plain = partial(matmul, implementation="dequantize")
     np.testing.assert_allclose(loss(x, run), loss(x, plain), rtol=1e-4, atol=1e-2)
-    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), q, stored("int4-asym-g32"))
+    weights = q, stored("int4-asym-g32", seed=2)
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
     found = jax.jit(jax.vmap(run))(jnp.stack([x, 2 * x]), both)
-    for i in range(2):
-        np.testing.assert_allclose(found[i], run((i + 1) * x, q), rtol=1e-5, atol=1e-4)
+    for i, one in enumerate(weights):
+        np.testing.assert_allclose(found[i], run((i + 1) * x, one), rtol=1e-5, atol=1e-4)
 
 
 @needs_native
@@ -95,14 +96,15 @@ def test_any_number_of_axes_and_of_rows(name, shape):
 @needs_native
 def test_scans_and_rematerialization_keep_the_machine_code():
     q, x = stored("int4-g128"), jnp.asarray(normal(2, K))
-    layers = jax.tree.map(lambda a: jnp.stack([a, a]), q)
+    weights = q, stored("int4-g128", seed=2)
+    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
 
     def product(x, layers):
         return jax.lax.scan(lambda x, layer: (x, run(x, layer)), x, layers)[1]
 
     assert "jaxquant_dot" in jax.jit(product).lower(x, layers).as_text()
-    wanted = run(x, q)
-    np.testing.assert_array_equal(jax.jit(product)(x, layers), jnp.stack([wanted, wanted]))
+    wanted = jnp.stack([run(x, one) for one in weights])
+    np.testing.assert_array_equal(jax.jit(product)(x, layers), wanted)
     plain = jax.grad(lambda x: (run(x, q) ** 2).sum())
     again = jax.grad(jax.checkpoint(lambda x: (run(x, q) ** 2).sum()))
     np.testing.assert_allclose(again(x), plain(x), rtol=1e-5)
