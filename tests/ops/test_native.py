@@ -23,6 +23,7 @@ WEIGHTS = {
     "int8-blocks": ArrayConfig(axis=(0, 1), group_size=(K, 1)),
     "int4": ArrayConfig(format=INT4, axis=0),
     "int4-asym": ArrayConfig(format=INT4, axis=0, symmetric=False),
+    "int4-tensor": ArrayConfig(format=INT4, axis=None),
     "int4-g128": ArrayConfig(format=INT4, axis=0, group_size=128),
     "int4-asym-g32": ArrayConfig(format=INT4, axis=0, group_size=32, symmetric=False),
     "int4-nested": ArrayConfig(format=INT4, axis=0, group_size=64, scale_dtype="float8_e4m3fn"),
