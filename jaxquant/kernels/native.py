@@ -1,7 +1,7 @@
 """Products on the CPU by machine code of our own, called through XLA's FFI.
 
 `cpu.cc` is compiled when the package is installed, where there is a C++ compiler. Without it, or
-on a processor that lacks its instructions, `unavailable` says why, and XLA computes.
+on a processor that has none of its sets of instructions, `unavailable` says why, and XLA computes.
 """
 
 import ctypes
@@ -11,46 +11,69 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-# Elements of a 4-bit weight that the kernels take at a time.
+# Elements of a 4-bit weight that the kernels take at a time, at most.
 BLOCK = 128
 _KERNELS = ("int8", "int4", "lookup", "widen")
+# Sets of instructions, the best first: their places are their numbers in `cpu.cc`.
+_INSTRUCTIONS = ("AVX512-VNNI", "AVX2", "NEON")
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run in this process, or None."""
+    return _library()[0]
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Names of the sets of instructions that can be used here, the best first."""
+    return _library()[1]
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why the kernels cannot run in this process, or None."""
+def _library() -> tuple[str | None, tuple[str, ...]]:
+    """Loads the library: why that failed, and the sets of instructions that it can use."""
     folder = pathlib.Path(__file__).parent
     files = [folder / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     path = next((p for p in files if p.exists()), None)
     if path is None:
-        return "cpu.cc was not compiled as jaxquant was installed: it takes a C++ compiler"
+        return "cpu.cc was not compiled as jaxquant was installed: it takes a C++ compiler", ()
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        return f"{path.name} cannot be loaded: {error}"
-    if not library.jaxquant_can_run():
-        return "this processor has no AVX512-VNNI"
+        return f"{path.name} cannot be loaded: {error}", ()
+    found = [name for number, name in enumerate(_INSTRUCTIONS) if library.jaxquant_has(number)]
+    if not found:
+        return f"this processor has none of {', '.join(_INSTRUCTIONS)}", ()
     for name in _KERNELS:
         handler = jax.ffi.pycapsule(getattr(library, f"jaxquant_dot_{name}"))
         jax.ffi.register_ffi_target(f"jaxquant_dot_{name}", handler, platform="cpu")
-    return None
+    return None, tuple(found)
 
 
 def refuses_groups(length: int, groups: int) -> str | None:
     """Why 4-bit weights with so many groups along `length` elements cannot be read, or None."""
     size = length // max(groups, 1)
-    if length % BLOCK or (BLOCK % max(size, 1) and size % BLOCK) or size % 32:
+    if length % BLOCK or (BLOCK % max(size, 1) and size % BLOCK) or size % 8:
         return f"groups of {size} along {length} elements do not fit blocks of {BLOCK}"
     return None
 
 
-def int8_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x @ w.T of int8 codes, (M, K) by (N, K), exact in int32: at most 131071 elements long."""
-    return _call("int8", jnp.int32, w.shape[0], x, w)
+def int8_dot(x: jax.Array, w: jax.Array, instructions: str | None = None) -> jax.Array:
+    """x @ w.T of int8 codes, (M, K) by (N, K), exact in int32: at most 131071 elements long.
+
+    This and those below take the best instructions that there are, or those that are named.
+    """
+    return _call("int8", jnp.int32, w.shape[0], instructions, x, w)
 
 
-def int4_dot(x: jax.Array, w: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+def int4_dot(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    instructions: str | None = None,
+) -> jax.Array:
     """Sums over groups of scale * sum of x * (w - zero), in float32.
 
     Args:
@@ -60,28 +83,33 @@ def int4_dot(x: jax.Array, w: jax.Array, scale: jax.Array, zero: jax.Array | Non
 
     Error: sums within a group are exact; those of groups are rounded as float32 sums are.
     """
-    return _call("int4", jnp.float32, w.shape[0], x, w, *_floats(scale, zero))
+    return _call("int4", jnp.float32, w.shape[0], instructions, x, w, *_floats(scale, zero))
 
 
 def lookup_dot(
-    x: jax.Array, w: jax.Array, scale: jax.Array, zero: jax.Array | None, table: jax.Array
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    table: jax.Array,
+    instructions: str | None = None,
 ) -> jax.Array:
     """x @ ((table[bits of w] - zero) * scale).T in float32: x (M, K), the others as `int4_dot`.
 
     Args:
         table: (16,), what each pattern of 4 bits stands for.
     """
-    table = jnp.asarray(table, jnp.float32)
-    return _call("lookup", jnp.float32, w.shape[0], _float(x), w, *_floats(scale, zero), table)
+    others = w, *_floats(scale, zero), _float(table)
+    return _call("lookup", jnp.float32, w.shape[0], instructions, _float(x), *others)
 
 
-def widen_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+def widen_dot(x: jax.Array, w: jax.Array, instructions: str | None = None) -> jax.Array:
     """x @ w.T in float32, of floats (M, K) and int8 codes (N, K)."""
-    return _call("widen", jnp.float32, w.shape[0], _float(x), w)
+    return _call("widen", jnp.float32, w.shape[0], instructions, _float(x), w)
 
 
 def _float(x):
-    return x.astype(jnp.float32)
+    return jnp.asarray(x, jnp.float32)
 
 
 def _floats(scale, zero):
@@ -89,9 +117,10 @@ def _floats(scale, zero):
     return _float(scale), none if zero is None else _float(zero)
 
 
-def _call(name, dtype, columns, x, *others):
-    reason = unavailable()
-    assert reason is None, reason
+def _call(name, dtype, columns, instructions, x, *others):
+    assert unavailable() is None, unavailable()
+    instructions = instructions or instruction_sets()[0]
+    assert instructions in instruction_sets(), instructions
     result = jax.ShapeDtypeStruct((x.shape[0], columns), dtype)
     call = jax.ffi.ffi_call(f"jaxquant_dot_{name}", result, vmap_method="sequential")
-    return call(x, *others)
+    return call(x, *others, set=np.int64(_INSTRUCTIONS.index(instructions)))

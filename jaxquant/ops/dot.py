@@ -252,7 +252,7 @@ def _refuses_native(lhs, rhs, spec):
     if len({varying_axes(x) for x in leaves}) > 1:
         return "the operands differ between devices along other axes of the mesh"
     if rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None:
-        return native.refuses_codes_on_both_sides(lhs, rhs)
+        return native.refuses_size(lhs, rhs, by_codes=True)
     return "float64 is asked for" if spec.dtype == jnp.float64 else native.refuses(lhs, rhs)
 
 

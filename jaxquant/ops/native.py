@@ -12,15 +12,24 @@ from .dispatch import Operand
 from .operands import as_array, refuses_codes
 
 # Smaller weights were not measured, and are left to XLA.
-_LEAST_SIZE = 2**18
-# Rows of float inputs, by bits of the weights, up to which codes widened one by one beat blocks of
-# float weights. 4096 x 4096 on 2 cores, in units of XLA's float32: 8 bits 1.6 against 1.3 at 8
-# rows, 0.97 against 1.09 at 16; 4 bits 1.6 against 0.74 at 16, 0.95 against 0.75 at 32.
-_MOST_FLOAT_ROWS = {8: 8, 4: 32}
-# Rows of 8-bit inputs up to which the kernels beat XLA, by bits of the weights and their number at
-# least. 384 x 1536: 8 bits 2.1 against 1.9 at 8 rows, 1.2 against 1.4 at 64; 4 bits 0.9 against 0.6
-# at 128, 0.7 against 0.9 at 512; 4096 x 4096: 4 bits 1.1 against 0.8 at 512.
-_MOST_ROWS_OF_CODES = ((8, 0, 32), (4, 2**23, 512), (4, 0, 128))
+_LEAST_SIZE = 2**15
+# Rows up to which the kernels beat XLA, by instructions, bits of the weights, and whether the
+# inputs are codes; all where none is named. Measured at 4096 x 4096 on 2 cores, as speeds in units
+# of XLA's float32, kernels against XLA's best form of the same product. AVX512: codes by 8 bits
+# 3.0 against 1.7 at 64 rows, 3.8 against 1.7 at 512; floats 1.1 against 0.9 at 512. AVX2: codes by
+# 8 bits 2.3 against 2.1 at 8 rows, 1.7 against 1.8 at 16; floats by 8 bits 1.4 against 1.3 at 8,
+# 0.9 against 1.1 at 16; codes by 4 bits 1.3 against 0.7 at 32; floats by 4 bits 1.0 against 0.7 at
+# 8, 0.6 against 0.7 at 16. NEON was not measured, and is taken for an AVX2.
+_MOST_ROWS = {
+    ("AVX2", 8, True): 8,
+    ("AVX2", 8, False): 8,
+    ("AVX2", 4, True): 32,
+    ("AVX2", 4, False): 8,
+    ("NEON", 8, True): 8,
+    ("NEON", 8, False): 8,
+    ("NEON", 4, True): 32,
+    ("NEON", 4, False): 8,
+}
 
 
 def int8_product(lhs: jax.Array, rhs: jax.Array, *_) -> jax.Array:
@@ -28,13 +37,18 @@ def int8_product(lhs: jax.Array, rhs: jax.Array, *_) -> jax.Array:
     return native.int8_dot(_rows(lhs), rhs).reshape(*lhs.shape[:-1], rhs.shape[0])
 
 
-def refuses_codes_on_both_sides(lhs: Operand, rhs: QTensor) -> str | None:
-    """Why the kernels leave a product of codes to XLA, or None."""
-    bits = rhs.format.bits
-    limits = [rows for b, size, rows in _MOST_ROWS_OF_CODES if b == bits and size <= rhs.size]
-    if math.prod(lhs.shape[:-1]) > limits[0]:
-        return f"more than {limits[0]} rows of codes by {rhs.size} weights of {bits} bits"
-    return native.unavailable() or _is_small(rhs)
+def refuses_size(lhs: Operand, rhs: QTensor, by_codes: bool) -> str | None:
+    """Why the kernels leave a product with so many rows and weights to XLA, or None."""
+    if native.unavailable() is not None:
+        return native.unavailable()
+    if rhs.size < _LEAST_SIZE:
+        return f"fewer than {_LEAST_SIZE} weights"
+    instructions, bits = native.instruction_sets()[0], rhs.format.bits
+    most = _MOST_ROWS.get((instructions, bits, by_codes), math.inf)
+    if math.prod(lhs.shape[:-1]) > most:
+        inputs = "codes" if by_codes else "floats"
+        return f"more than {most} rows of {inputs} by {bits} bits, with {instructions}"
+    return None
 
 
 def takes_codes(lhs: Operand, rhs: QTensor) -> bool:
@@ -62,8 +76,7 @@ def product(lhs: Operand, rhs: QTensor) -> jax.Array:
 def refuses(lhs: Operand, rhs: QTensor) -> str | None:
     """Why `product` does not take these operands, or None."""
     length, groups = rhs.codes.shape[1], rhs.scale.shape[1]
-    is_codes = takes_codes(lhs, rhs)
-    why_not = refuses_codes_on_both_sides(lhs, rhs) if is_codes else _refuses_floats(lhs, rhs)
+    why_not = refuses_size(lhs, rhs, takes_codes(lhs, rhs))
     if why_not is not None:
         return why_not
     if rhs.format.bits == 4:
@@ -71,17 +84,6 @@ def refuses(lhs: Operand, rhs: QTensor) -> str | None:
     if refuses_codes(rhs) is not None or rhs.zero_point is not None or groups > 1:
         return "8-bit weights by floats must have whole numbers, one scale per column and no zero"
     return None
-
-
-def _refuses_floats(lhs, rhs):
-    most = _MOST_FLOAT_ROWS.get(rhs.format.bits, 0)
-    if math.prod(lhs.shape[:-1]) > most:
-        return f"more than {most} rows of floats by weights of {rhs.format.bits} bits"
-    return native.unavailable() or _is_small(rhs)
-
-
-def _is_small(rhs):
-    return f"fewer than {_LEAST_SIZE} weights" if rhs.size < _LEAST_SIZE else None
 
 
 def _rows(x):

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,18 @@ needs_native = pytest.mark.skipif(
 )
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Rows, contracted elements, columns.
+# Those of this processor; the kernels are tested by each.
+INSTRUCTIONS = native.instruction_sets() or (None,)
+by_all_instructions = pytest.mark.parametrize("instructions", INSTRUCTIONS)
+# Rows, contracted elements, columns. The last two have rows enough for panels, and parts of them.
 SHAPES = [(1, 64, 5), (3, 100, 7), (5, 1003, 33), (9, 256, 130), (4, 1, 3), (2, 65, 1)]
-EMPTY = [(0, 4, 3), (3, 0, 2), (2, 7, 0)]
+SHAPES += [(17, 1003, 70), (40, 4163, 130)]
+EMPTY = [(0, 4, 3), (3, 0, 2), (2, 7, 0), (20, 0, 3)]
 # Rows, contracted elements, columns, elements per group.
 GROUPS = [(1, 128, 5, 128), (3, 256, 7, 32), (5, 1024, 33, 64), (9, 512, 130, 256)]
 GROUPS += [(2, 384, 9, 384), (6, 256, 67, 128), (0, 128, 3, 32), (4, 128, 0, 64)]
+GROUPS += [(5, 256, 6, 16), (3, 128, 4, 8), (2, 0, 5, 32)]
+GROUPS += [(16, 128, 3, 32), (33, 4480, 65, 128), (19, 4480, 64, 4480), (22, 384, 190, 16)]
 SIGNED = np.array([*range(8), *range(-8, 0)], np.float32)
 
 
@@ -46,11 +53,13 @@ def assert_near(found, wanted, magnitudes):
 
 
 @needs_native
+@by_all_instructions
 @pytest.mark.parametrize("rows, length, columns", SHAPES + EMPTY, ids=str)
-def test_products_of_int8_codes_are_those_of_numpy_int64(rows, length, columns):
+def test_products_of_int8_codes_are_those_of_numpy_int64(rows, length, columns, instructions):
     x, w = int8(rows, length), int8(columns, length, seed=1)
     wanted = x.astype(np.int64) @ w.astype(np.int64).T
-    for run in (jax.jit(native.int8_dot), native.int8_dot):
+    product = partial(native.int8_dot, instructions=instructions)
+    for run in (jax.jit(product), product):
         found = run(jnp.asarray(x), jnp.asarray(w))
         assert found.dtype == jnp.int32
         np.testing.assert_array_equal(found, wanted)
@@ -59,9 +68,10 @@ def test_products_of_int8_codes_are_those_of_numpy_int64(rows, length, columns):
 @needs_native
 @pytest.mark.parametrize("rows, length, columns", SHAPES + EMPTY, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_of_floats_by_int8_codes_match_numpy(rows, length, columns, dtype):
+@by_all_instructions
+def test_products_of_floats_by_int8_codes_match_numpy(rows, length, columns, dtype, instructions):
     x, w = jnp.asarray(floats(rows, length), dtype), int8(columns, length, seed=1)
-    found = jax.jit(native.widen_dot)(x, jnp.asarray(w))
+    found = native.widen_dot(x, jnp.asarray(w), instructions)
     exact = np.asarray(x, np.float64)
     assert_near(found, exact @ w.T.astype(np.float64), np.abs(exact) @ np.abs(w.T.astype(float)))
 
@@ -83,34 +93,40 @@ def grouped(length, columns, group, has_zero):
 @needs_native
 @pytest.mark.parametrize("has_zero", [False, True])
 @pytest.mark.parametrize("rows, length, columns, group", GROUPS, ids=str)
-def test_products_by_int4_groups_match_numpy(rows, length, columns, group, has_zero):
+@by_all_instructions
+def test_products_by_int4_groups_match_numpy(rows, length, columns, group, has_zero, instructions):
     codes, scale, zero, weights = grouped(length, columns, group, has_zero)
     x = int8(rows, length)
-    found = jax.jit(native.int4_dot)(jnp.asarray(x), codes, scale, zero)
+    found = native.int4_dot(jnp.asarray(x), codes, scale, zero, instructions)
     exact = x.astype(np.float64)
     assert_near(found, exact @ weights.T, np.abs(exact) @ np.abs(weights.T))
 
     x = floats(rows, length)
-    found = jax.jit(native.lookup_dot)(jnp.asarray(x), codes, scale, zero, jnp.asarray(SIGNED))
+    table = jnp.asarray(SIGNED)
+    found = native.lookup_dot(jnp.asarray(x), codes, scale, zero, table, instructions)
     exact = x.astype(np.float64)
     assert_near(found, exact @ weights.T, np.abs(exact) @ np.abs(weights.T))
 
 
 @needs_native
-def test_a_table_may_hold_any_sixteen_values():
+@by_all_instructions
+@pytest.mark.parametrize("rows", [3, 18])
+def test_a_table_may_hold_any_sixteen_values(rows, instructions):
     table = floats(16, seed=3)
     codes, scale, _, _ = grouped(128, 5, 32, False)
-    x = floats(3, 128)
-    found = native.lookup_dot(jnp.asarray(x), codes, scale, None, jnp.asarray(table))
+    x = floats(rows, 128)
+    as_array = jnp.asarray(table)
+    found = native.lookup_dot(jnp.asarray(x), codes, scale, None, as_array, instructions)
     bits = np.asarray(codes).astype(np.int8).view(np.uint8) & 15
     weights = table.astype(np.float64)[bits] * np.repeat(np.asarray(scale, np.float64), 32, 1)
     assert_near(found, x.astype(np.float64) @ weights.T, np.abs(x) @ np.abs(weights.T))
 
 
 @needs_native
+@pytest.mark.parametrize("rows", [6, 20])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_no_number_reaches_its_row_alone(bad):
-    x = floats(6, 256)
+def test_what_is_no_number_reaches_its_row_alone(bad, rows):
+    x = floats(rows, 256)
     x[4, 77] = bad
     codes, scale, zero, _ = grouped(256, 67, 32, True)
     for found in (
@@ -141,7 +157,7 @@ def test_vmap_over_either_side_is_a_loop():
         found = jax.jit(jax.vmap(native.int8_dot, axes))(*args)
         for i in range(3):
             one = [a if axis is None else a[i] for a, axis in zip(args, axes, strict=True)]
-            np.testing.assert_array_equal(found[i], native.int8_dot(*one))
+            np.testing.assert_array_equal(found[i], native.int8_dot(one[0], one[1]))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +165,7 @@ def test_vmap_over_either_side_is_a_loop():
     [
         (100, 1, "groups of 100 along 100 elements do not fit blocks of 128"),
         (384, 8, "groups of 48"),
-        (256, 16, "groups of 16"),
+        (256, 64, "groups of 4"),
         (384, 2, "groups of 192"),
     ],
 )
@@ -163,19 +179,19 @@ def test_groups_that_fit(length, groups):
 
 
 def test_why_the_machine_code_is_missing_is_said(monkeypatch, tmp_path):
-    look = native.unavailable.__wrapped__
+    look = native._library.__wrapped__
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    assert "it takes a C++ compiler" in str(look())
+    assert "it takes a C++ compiler" in str(look()[0])
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     (tmp_path / f"_cpu{suffix}").write_text("no library")
-    assert f"_cpu{suffix} cannot be loaded" in str(look())
+    assert f"_cpu{suffix} cannot be loaded" in str(look()[0])
 
     class OldProcessor:
         def __init__(self, path):
-            self.jaxquant_can_run = lambda: 0
+            self.jaxquant_has = lambda number: 0
 
     monkeypatch.setattr(ctypes, "CDLL", OldProcessor)
-    assert look() == "this processor has no AVX512-VNNI"
+    assert look() == ("this processor has none of AVX512-VNNI, AVX2, NEON", ())
 
 
 def test_an_install_without_a_compiler_goes_on_without_the_kernels(tmp_path):

@@ -29,6 +29,7 @@ WEIGHTS = {
     "int4-nested": ArrayConfig(format=INT4, axis=0, group_size=64, scale_dtype="float8_e4m3fn"),
     "nf4-g64": ArrayConfig(format=NF4, axis=0, group_size=64),
     "mxfp4": ArrayConfig(format=FORMATS["mxfp4"], axis=0),
+    "nvfp4": ArrayConfig(format=FORMATS["nvfp4"], axis=0),
 }
 INPUTS = {"float": None, "int8": ArrayConfig(axis=-1), "int8-tensor": ArrayConfig(axis=None)}
 run = partial(matmul, implementation="native")
@@ -42,7 +43,9 @@ def stored(name, shape=(K, N), seed=1):
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_mixture_matches_numpy_and_is_what_is_chosen(name, inputs):
-    q, x = stored(name), jnp.asarray(normal(5, K))
+    # Few rows for some, and enough for panels for the others.
+    rows = 5 if len(name) % 2 else 18
+    q, x = stored(name), jnp.asarray(normal(rows, K))
     x = x if INPUTS[inputs] is None else quantize(x, INPUTS[inputs])
     got = jax.jit(run)(x, q)
     assert_product(got, "mk,kn->mn", x, q)
@@ -139,24 +142,14 @@ def test_columns_and_rows_may_lie_on_several_devices(name):
 
 
 REFUSED = {
-    "fewer than 262144 weights": lambda: (normal(2, 64), stored("int8", (64, 701))),
+    "fewer than 32768 weights": lambda: (normal(2, 64), stored("int8", (64, 501))),
     "not stored as a matrix whose last axis": lambda: (
         normal(2, K),
         weight(WEIGHTS["int8"], (K, N)),
     ),
-    "more than 8 rows of floats by weights of 8 bits": lambda: (normal(9, K), stored("int8")),
-    "more than 32 rows of floats by weights of 4 bits": lambda: (normal(33, K), stored("nf4-g64")),
-    "more than 32 rows of codes by 269184 weights of 8 bits": lambda: (
-        quantize(normal(33, K), ArrayConfig(axis=-1)),
-        stored("int8"),
-    ),
-    "more than 128 rows of codes by 269184 weights of 4 bits": lambda: (
-        quantize(normal(129, K), ArrayConfig(axis=-1)),
-        stored("int4-g128"),
-    ),
-    "groups of 16 along 384 elements": lambda: (
+    "groups of 48 along 384 elements": lambda: (
         normal(2, K),
-        weight(ArrayConfig(format=INT4, axis=0, group_size=16), (K, N)).reorder((-1, -2)),
+        weight(ArrayConfig(format=INT4, axis=0, group_size=48), (K, N)).reorder((-1, -2)),
     ),
     "must have whole numbers, one scale per column and no zero": lambda: (
         normal(2, K),
@@ -173,6 +166,23 @@ def test_native_is_refused_with_the_reason(reason):
     equation = "mk,kn->mn" if x.shape[1] == w.shape[0] else "km,kn->mn"
     with pytest.raises(ValueError, match=f"implementation='native' cannot run .*{reason}"):
         einsum(equation, x, w, implementation="native")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "name, inputs, most", [("int8", "int8", 8), ("int8", "float", 8), ("int4", "int8", 32)]
+)
+def test_other_instructions_leave_many_rows_to_xla(monkeypatch, name, inputs, most):
+    monkeypatch.setattr(native, "instruction_sets", lambda: ("AVX2",))
+    config, q = INPUTS[inputs], stored(name, (K, 704))
+    many, few = (jnp.asarray(normal(rows, K)) for rows in (most + 1, most))
+    if config is not None:
+        many, few = quantize(many, config), quantize(few, config)
+    kind = "floats" if config is None else "codes"
+    reason = f"more than {most} rows of {kind} by {q.format.bits} bits, with AVX2"
+    with pytest.raises(ValueError, match=reason):
+        run(many, q)
+    assert_product(run(few, q), "mk,kn->mn", few, q)
 
 
 def test_without_machine_code_native_is_refused_and_xla_computes(monkeypatch):
