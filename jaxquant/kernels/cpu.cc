@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -43,20 +44,39 @@ constexpr int64_t kAhead = 4;
 // What threads share that work on one product.
 struct Pieces {
   std::function<void(int64_t, int64_t)> work;
-  int64_t count, size;
-  std::atomic<int64_t> next{0};
+  int64_t count, least, multiple, threads;
+  std::atomic<int64_t> next{0}, done{0};
   std::mutex mutex;
   std::condition_variable all_done;
-  int64_t done = 0;
+
+  // Where the piece from `begin` on ends. Pieces become smaller, so that all end at one time: the
+  // cores of one machine are rarely equally fast.
+  int64_t End(int64_t begin) const {
+    int64_t size = std::max(least, (count - begin) / (threads * 4));
+    return std::min(begin + (size + multiple - 1) / multiple * multiple, count);
+  }
 
   // Takes pieces until none is left. A thread that comes late finds none, and touches nothing.
   void Run() {
-    for (int64_t begin; (begin = next.fetch_add(size)) < count;) {
-      int64_t end = std::min(begin + size, count);
+    for (int64_t begin = next.load(); begin < count;) {
+      int64_t end = End(begin);
+      if (!next.compare_exchange_weak(begin, end)) continue;
       work(begin, end);
-      std::lock_guard<std::mutex> lock(mutex);
-      if ((done += end - begin) == count) all_done.notify_one();
+      if (done.fetch_add(end - begin) + end - begin == count) {
+        std::lock_guard<std::mutex> lock(mutex);
+        all_done.notify_one();
+      }
+      begin = next.load();
     }
+  }
+
+  // Looks for a while before it sleeps: to be woken takes longer than most pieces.
+  void Wait() {
+    using Clock = std::chrono::steady_clock;
+    for (auto until = Clock::now() + std::chrono::microseconds(100); Clock::now() < until;)
+      if (done.load() == count) return;
+    std::unique_lock<std::mutex> lock(mutex);
+    all_done.wait(lock, [&] { return done.load() == count; });
   }
 };
 
@@ -68,14 +88,11 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, int64_t least, int64_t multi
   if (threads <= 1) return work(0, count);
   auto pieces = std::make_shared<Pieces>();
   pieces->work = std::move(work);
-  pieces->count = count;
-  // Small ones, because the cores of one machine are rarely equally fast.
-  int64_t size = std::max(least, count / (threads * 8));
-  pieces->size = (size + multiple - 1) / multiple * multiple;
+  pieces->count = count, pieces->least = least;
+  pieces->multiple = multiple, pieces->threads = threads;
   for (int64_t i = 0; i + 1 < threads; ++i) pool.Schedule([pieces] { pieces->Run(); });
   pieces->Run();
-  std::unique_lock<std::mutex> lock(pieces->mutex);
-  pieces->all_done.wait(lock, [&] { return pieces->done == count; });
+  pieces->Wait();
 }
 
 // Rows of inputs in the order in which nibbles lie: in each block the even ones, then the odd.
@@ -503,12 +520,13 @@ struct Int8ByInt8 {
   template <int R, int C>
   APART void AddVectors(Ints (&sum)[R][C], int64_t m, int64_t n) const {
     const int64_t K = w.K;
+    const uint8_t* rows = w.at(n, 0);
     Ints acc[R][C];
     EACH(r, R)
       EACH(c, C) acc[r][c] = NoInts();
     for (int64_t k = 0; k + kBytes <= K; k += kBytes)
       EACH(c, C) {
-        const uint8_t* from = w.at(n + c, k);
+        const uint8_t* from = rows + c * K + k;
         Prefetch(from + kAhead * C * K);
         Bytes weights = Xor(LoadBytes(from), kOffset);
         EACH(r, R) acc[r][c] = Dot(acc[r][c], weights, LoadBytes(x + (m + r) * K + k));
@@ -544,12 +562,13 @@ struct Int8ByInt4 {
   template <int R, int C>
   void Tile(int64_t m, int64_t n) const {
     const int64_t K = w.K, group = w.group();
+    const uint8_t* rows = w.at(n, 0);
     Floats acc[R][C];
     EACH(r, R)
       EACH(c, C) acc[r][c] = All(0);
     for (int64_t k = 0; k < K; k += kBlock)
       EACH(c, C) {
-        const uint8_t* from = w.at(n + c, k);
+        const uint8_t* from = rows + (c * K + k) / 2;
         Prefetch(from + kAhead * C * K / 2);
         Bytes both = Xor(LoadBytes(from), 0x88);
         Bytes even = Low(both), odd = High(both);
@@ -581,13 +600,14 @@ struct FloatByTable {
   template <int R, int C>
   void Tile(int64_t m, int64_t n) const {
     const int64_t K = w.K, group = w.group();
+    const uint8_t* rows = w.at(n, 0);
     const Table values(table);
     Floats acc[R][C];
     EACH(r, R)
       EACH(c, C) acc[r][c] = All(0);
     for (int64_t k = 0; k < K; k += kBlock)
       EACH(c, C) {
-        const uint8_t* from = w.at(n + c, k);
+        const uint8_t* from = rows + (c * K + k) / 2;
         const int64_t at = (n + c) * w.G + k / group;
         Prefetch(from + kAhead * C * K / 2);
         for (int i = 0; i < 4; ++i) {
@@ -619,13 +639,14 @@ struct FloatByInt8 {
   template <int R, int C>
   void Tile(int64_t m, int64_t n) const {
     const int64_t K = w.K;
+    const int8_t* rows = reinterpret_cast<const int8_t*>(w.at(n, 0));
     Floats acc[R][C];
     EACH(r, R)
       EACH(c, C) acc[r][c] = All(0);
     int64_t k = 0;
     for (; k + kLanes <= K; k += kLanes)
       EACH(c, C) {
-        const int8_t* from = reinterpret_cast<const int8_t*>(w.at(n + c, k));
+        const int8_t* from = rows + c * K + k;
         if (k % 64 == 0) Prefetch(from + kAhead * C * K);
         Floats weights = ToFloats(Widen(from));
         EACH(r, R)
