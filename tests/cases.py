@@ -56,6 +56,10 @@ ASYMMETRIC = {
     "asym_bfloat16_scales": {"scale_dtype": "bfloat16"},
     "asym_nested_scales": {"group_size": 32, "scale_dtype": "float8_e4m3fn"},
 }
+# Formats that differ from another only in their range take these of its variants alone.
+ALIKE = (INT8, INT2, E5M2)
+SHORT = ("row", "percentile", "g64", "tensor", "blocks", "value_range")
+SHORT += ("asym_row", "asym_g32", "asym_tensor", "asym_blocks")
 
 
 def configs_of(format):
@@ -66,6 +70,8 @@ def configs_of(format):
     if format.rounds:
         variants |= {name: {**v, "symmetric": False} for name, v in ASYMMETRIC.items()}
         variants["value_range"] = {"value_range": (-1, 1)}
+    if format in ALIKE:
+        variants = {name: variants[name] for name in SHORT if name in variants}
     return {
         f"{format}-{name}": ArrayConfig(**{"format": format, "axis": 1, **variant})
         for name, variant in variants.items()

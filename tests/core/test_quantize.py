@@ -242,7 +242,7 @@ def test_narrow_floats_are_computed_in_float32(config, dtype):
     assert q.dequantize().dtype == dtype
 
 
-@pytest.mark.parametrize("name", [*cases.FEW, "int8-min_mse", "fp8_e4m3-g32_float16_scales"])
+@pytest.mark.parametrize("name", [*cases.FEW, "int4-min_mse", "fp8_e4m3-g32_float16_scales"])
 def test_float64_stays_float64(name):
     with jax.enable_x64(True):
         x = cases.gaussian().astype(np.float64)
