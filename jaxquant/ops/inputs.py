@@ -18,7 +18,7 @@ from .sharding import is_sharded
 _LEAST_ROWS: dict[str | None, int] = {"v5e": 512, "v6e": 512}
 # 32 rows of float32 must fit in VMEM several times.
 _LONGEST_ROW = 2**16
-_FLOATS = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
+_FLOATS = (jnp.float32, jnp.bfloat16)
 
 
 def quantize_inputs(x: jax.Array, config: ArrayConfig) -> QTensor:
