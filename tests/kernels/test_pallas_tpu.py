@@ -45,7 +45,7 @@ def small_tiles(monkeypatch):
 
 
 def grouped_dot(x, q, dtype=jnp.float32):
-    run = partial(pallas_tpu.grouped_dot, dtype=dtype, interpret=True)
+    run = jax.jit(partial(pallas_tpu.grouped_dot, dtype=dtype, interpret=True))
     return run(x, q.codes, q.scale, q.zero_point)
 
 
@@ -90,7 +90,9 @@ def test_quantize_rows_gives_the_bits_of_quantize(small_tiles, dtype, bounds):
     x = rows_of_every_kind(dtype)
     q = quantize(x, ArrayConfig(axis=-1, value_range=bounds))
 
-    codes, scale = pallas_tpu.quantize_rows(x, *(bounds or (-127, 127)), interpret=True)
+    qmin, qmax = bounds or (-127, 127)
+    run = partial(pallas_tpu.quantize_rows, qmin=qmin, qmax=qmax, interpret=True)
+    codes, scale = jax.jit(run)(x)
 
     np.testing.assert_array_equal(codes, q.codes)
     np.testing.assert_array_equal(scale, q.scale)

@@ -24,7 +24,7 @@ RIGHT = {
     "int8 per row": ArrayConfig(format=INT4, axis=None),
     "int8 asymmetric": ArrayConfig(format=INT4, axis=(0, 1), group_size=(128, 8)),
 }
-product = partial(pallas.product, interpret=True)
+product = jax.jit(partial(pallas.product, interpret=True), static_argnames="dtype")
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -34,22 +34,26 @@ def test_products_of_operands_as_they_are_stored_match_numpy(name):
         x = quantize(x.astype(jnp.float32), LEFT[name])
     # Values, not codes, are rounded to bfloat16.
     tolerance = 2.0**-8 if name == "int8 asymmetric" else 2e-6
-    assert_product(product(x, q, jnp.float32), "abk,kn->abn", x, q, tolerance=tolerance)
-    assert product(x, q, jnp.bfloat16).dtype == jnp.bfloat16
+    got = product(x, q, dtype=jnp.float32)
+    assert_product(got, "abk,kn->abn", x, q, tolerance=tolerance)
+    narrow = jax.eval_shape(partial(product, dtype=jnp.bfloat16), x, q)
+    assert (narrow.shape, narrow.dtype) == ((2, 3, N), jnp.bfloat16)
 
 
 def test_vmap_runs_the_kernel_for_each():
     one, two = (weight(G128, (K, N), seed) for seed in (1, 2))
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, two)
     x = jnp.asarray(normal(2, 3, K), jnp.bfloat16)
-    got = jax.vmap(lambda x, q: product(x, q, jnp.float32))(x, both)
-    np.testing.assert_allclose(got[0], product(x[0], one, jnp.float32), rtol=1e-6)
-    np.testing.assert_allclose(got[1], product(x[1], two, jnp.float32), rtol=1e-6)
+    run = partial(product, dtype=jnp.float32)
+    got = jax.jit(jax.vmap(run))(x, both)
+    np.testing.assert_allclose(got[0], run(x[0], one), rtol=1e-6)
+    np.testing.assert_allclose(got[1], run(x[1], two), rtol=1e-6)
 
 
 def test_rows_of_any_number_of_axes_are_quantized_as_core_does():
     x, config = jnp.asarray(normal(2, 3, 50)), ArrayConfig(axis=2, value_range=(-100, 100))
-    got, wanted = inputs.quantize_rows(x, config, interpret=True), quantize(x, config)
+    run = jax.jit(partial(inputs.quantize_rows, config=config, interpret=True))
+    got, wanted = run(x), quantize(x, config)
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
