@@ -22,12 +22,14 @@ class Implementation:
         run: (lhs, rhs, spec) -> result.
         refusal: (lhs, rhs, spec) -> why these operands cannot be computed so, or None.
         platforms: where it is chosen by itself; None for everywhere.
+        loses: (lhs, rhs, spec) -> why it is not chosen by itself where it could be, or None.
     """
 
     name: str
     run: Callable[[Operand, Operand, Any], jax.Array]
     refusal: Callable[[Operand, Operand, Any], str | None]
     platforms: tuple[str, ...] | None = None
+    loses: Callable[[Operand, Operand, Any], str | None] = lambda lhs, rhs, spec: None
 
 
 Table = tuple[Implementation, ...]
@@ -62,7 +64,9 @@ def choose(
     """The first row for the platform that can compute the operation. The last always can."""
     for row in table[:-1]:
         is_for_platform = row.platforms is None or platform in row.platforms
-        if is_for_platform and row.refusal(lhs, rhs, spec) is None:
+        if not is_for_platform or row.refusal(lhs, rhs, spec) is not None:
+            continue
+        if row.loses(lhs, rhs, spec) is None:
             return row
     return table[-1]
 

@@ -15,9 +15,9 @@ from jax import lax
 
 from ..core import QTensor, scale_values
 from ..kernels import integer_dot
-from . import dispatch, native
+from . import dispatch, native, pallas
 from .dispatch import Implementation, Operand
-from .exporting import unless_exported
+from .exporting import on_one_tpu, unless_exported
 from .operands import (
     AxesOfBoth,
     as_array,
@@ -28,7 +28,14 @@ from .operands import (
     stored_axes,
     with_dequantized_gradient,
 )
-from .sharding import OutSharding, before_transpose, is_sharded, like_result, varying_axes
+from .sharding import (
+    OutSharding,
+    before_transpose,
+    is_sharded,
+    like_result,
+    vary_alike,
+    varying_axes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +88,8 @@ def dot_general(
         precision, out_sharding: as for `jax.lax.dot_general`.
         preferred_element_type: floating dtype of the result; None for what promotion gives
             the dtypes of both operands.
-        implementation: "native", "integer", "blocks" or "dequantize", to force one; None to
-            choose by operands and platform.
+        implementation: "native", "pallas", "integer", "blocks" or "dequantize", to force one;
+            None to choose by operands and platform.
 
     Returns:
         Array of shape (batch, lhs free, rhs free).
@@ -240,20 +247,59 @@ def _native(lhs, rhs, spec):
 
 
 def _refuses_native(lhs, rhs, spec):
-    if not isinstance(rhs, QTensor):
-        return "the right operand is not quantized"
-    if spec.batch[1] or (rhs.codes.ndim, spec.contract[1]) != (2, (1,)):
-        return "the right operand is not stored as a matrix whose last axis is contracted"
-    if spec.contract[0] != (lhs.ndim - 1,):
-        return "the left operand is not contracted along its last axis alone"
-    leaves = jax.tree.leaves((lhs, rhs))
-    if spec.out_sharding is not None or any(is_sharded(x) for x in leaves):
-        return "the native kernels take no sharded arrays"
-    if len({varying_axes(x) for x in leaves}) > 1:
+    why_not = _refuses_kernels(lhs, rhs, spec, 1)
+    if why_not is not None:
+        return why_not
+    if len({varying_axes(x) for x in jax.tree.leaves((lhs, rhs))}) > 1:
         return "the operands differ between devices along other axes of the mesh"
     if rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None:
         return native.refuses_size(lhs, rhs, by_codes=True)
     return "float64 is asked for" if spec.dtype == jnp.float64 else native.refuses(lhs, rhs)
+
+
+def _refuses_kernels(lhs, rhs, spec, axis):
+    """Why kernels of our own do not take these, for matrices that are contracted along `axis`."""
+    if not isinstance(rhs, QTensor):
+        return "the right operand is not quantized"
+    if spec.batch[1] or (rhs.codes.ndim, spec.contract[1]) != (2, (axis,)):
+        place = ("first", "last")[axis]
+        return f"the right operand is not stored as a matrix whose {place} axis is contracted"
+    if spec.contract[0] != (lhs.ndim - 1,):
+        return "the left operand is not contracted along its last axis alone"
+    leaves = jax.tree.leaves((lhs, rhs))
+    if spec.out_sharding is not None or any(is_sharded(x) for x in leaves):
+        return "the kernels take no sharded arrays"
+    return None
+
+
+def _pallas(lhs, rhs, spec):
+    """By a kernel for TPUs, in programs that XLA does not divide among several."""
+    leaves, treedef = jax.tree.flatten((lhs, rhs))
+
+    def here(*leaves):
+        lhs, rhs = jax.tree.unflatten(treedef, leaves)
+        return _logical(pallas.product(lhs, rhs, spec.dtype), spec)
+
+    def elsewhere(*leaves):
+        lhs, rhs = jax.tree.unflatten(treedef, leaves)
+        return dispatch.choose(_BY_XLA, lhs, rhs, spec, "tpu").run(lhs, rhs, spec)
+
+    return on_one_tpu(here, elsewhere, *vary_alike(leaves))
+
+
+def _refuses_pallas(lhs, rhs, spec):
+    why_not = _refuses_kernels(lhs, rhs, spec, 0)
+    if why_not is not None:
+        return why_not
+    if spec.dtype == jnp.float64:
+        return "float64 is asked for"
+    return pallas.refuses(lhs, rhs, spec.precision)
+
+
+def _pallas_loses(lhs, rhs, spec):
+    if _refuses_integer(lhs, rhs, spec) is None:
+        return "XLA multiplies codes with one scale per column as integers"
+    return pallas.loses(lhs, rhs)
 
 
 _BLOCK = 256
@@ -329,4 +375,8 @@ _BY_XLA = (
     Implementation("integer", _integer, _refuses_integer),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )
-_TABLE = (Implementation("native", _native, _refuses_native, platforms=("cpu",)), *_BY_XLA)
+_TABLE = (
+    Implementation("native", _native, _refuses_native, platforms=("cpu",)),
+    Implementation("pallas", _pallas, _refuses_pallas, ("tpu",), _pallas_loses),
+    *_BY_XLA,
+)

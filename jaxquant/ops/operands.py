@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..core import Inputs, QTensor, bits_of, quantize, quantize_with_scale
+from ..core import Inputs, QTensor, bits_of, quantize_with_scale
 from .dispatch import Operand
+from .inputs import quantize_inputs
 
 AxesOfBoth = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -179,8 +180,8 @@ def _straight_through(x, other, shared, channels):
     if _inputs_for(x, other) is None:
         return x
     x = _multiply(x, other, channels)
-    values = as_array(_quantize_inputs(x, other, shared, channels))
-    return x + lax.stop_gradient(values - x)
+    fixed = lax.stop_gradient(x)
+    return x + (as_array(_quantize_inputs(fixed, other, shared, channels)) - fixed)
 
 
 def _multiply(x, other, axes):
@@ -211,7 +212,7 @@ def _quantize_inputs(x, other, shared, channels):
     if config.axis is not None:
         config = dataclasses.replace(config, axis=_shared_axis(config, shared, channels))
     try:
-        return quantize(x, config)
+        return quantize_inputs(x, config)
     except ValueError as error:
         raise ValueError(f"The inputs of {other!r} cannot be quantized: {error}") from error
 

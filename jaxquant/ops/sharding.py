@@ -36,3 +36,9 @@ def is_sharded(x: jax.Array) -> bool:
 def varying_axes(x: jax.Array) -> frozenset:
     """The axes of a mesh along which an array differs between devices, inside `shard_map`."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def vary_alike(arrays: list[jax.Array]) -> list[jax.Array]:
+    """The arrays, differing between devices along the same axes of the mesh, inside `shard_map`."""
+    axes = frozenset[str]().union(*(varying_axes(x) for x in arrays))
+    return [jax.lax.pcast(x, tuple(sorted(axes - varying_axes(x))), to="varying") for x in arrays]

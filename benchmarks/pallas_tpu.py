@@ -1,0 +1,154 @@
+"""Prints what the Pallas kernels for TPUs take, counted from what libtpu compiles for them.
+
+    python -m benchmarks.pallas_tpu [--chips v5e v6e] [--shapes attention odd] [--rows 8 512]
+    python -m benchmarks.pallas_tpu --check [--shapes ...] [--rows ...]
+
+No TPU is needed, and none is timed. For each kernel, in microseconds: "bytes" are those that it
+moves, over the chip's bandwidth; "matrix" is its operations over the bfloat16 rate of the matrix
+units; "schedule" is the number of instruction bundles that the compiler put into one step of the
+kernel's grid, times the steps, over the clock, which is too much by what only the first and last
+step of a sum do. They overlap: the largest is the kernel's time where nothing else delays it. A
+kernel that does not fit VMEM does not compile, and ends the run. Needs the extra `tpu`, and flags
+of libtpu that nobody documents.
+
+With --check, the kernels compute every shape in interpret mode, and the largest difference from
+NumPy is printed, in units of the largest result, or the codes and scales that differ.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import pathlib
+import re
+import tempfile
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+from jax.experimental import topologies
+
+from jaxquant import INT4, ArrayConfig, quantize
+from jaxquant.kernels import pallas_tpu
+
+from .shapes import ROWS, WEIGHTS
+
+# Clock in Hz, bytes per second of HBM, bfloat16 operations per second.
+CHIPS = {"v5e": (1.5e9, 819e9, 197e12), "v6e": (1.75e9, 1640e9, 918e12)}
+CONFIGS = {
+    "g128": ArrayConfig(format=INT4, axis=0, group_size=128),
+    "g32 asymmetric": ArrayConfig(format=INT4, axis=0, group_size=32, symmetric=False),
+    "per column": ArrayConfig(format=INT4, axis=0),
+}
+
+
+def prepare(folder):
+    """Lets libtpu start without a TPU, and write what it schedules into a folder."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    # Other processes may compile at the same time: there is no TPU to fight for.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    flags = f"{given} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    os.environ["LIBTPU_INIT_ARGS"] = flags
+
+
+def grouped_dot(x, q, interpret=False):
+    """The product of the kernel, in the dtype of x."""
+    run = partial(pallas_tpu.grouped_dot, dtype=x.dtype, interpret=interpret)
+    return run(x, q.codes, q.scale, q.zero_point)
+
+
+def quantized(config, shape):
+    """The structure of a quantized weight, or None where groups do not divide it."""
+    if config.group_size is not None and shape[0] % config.group_size:
+        return None
+    return jax.eval_shape(lambda: quantize(jnp.zeros(shape), config))
+
+
+def count(chip, folder, function, *arguments):
+    """(bytes, matrix, schedule) in microseconds, of a function that is one kernel."""
+    clock, bandwidth, rate = CHIPS[chip]
+    (call,) = jax.make_jaxpr(function)(*arguments).eqns[-1:]
+    cost, grid = call.params["cost_estimate"], call.params["grid_mapping"].grid
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
+    place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    place_on = partial(
+        jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+    )
+    for path in folder.iterdir():
+        path.unlink()
+    jax.jit(function).lower(*place_on(arguments)).compile()
+    name = call.params["name"]
+    (path,) = folder.glob(f"*{name}*schedule-analysis_final_bundles.txt")
+    bundles = re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())
+    assert bundles is not None, path
+    steps = int(bundles[1]) * math.prod(grid)
+    return tuple(
+        1e6 * t for t in (cost.bytes_accessed / bandwidth, cost.flops / rate, steps / clock)
+    )
+
+
+def counts(chip, folder, shape, rows):
+    """(kernel, time by bytes, by matrix units, by schedule) of each kernel."""
+    x = jax.ShapeDtypeStruct((rows, shape[0]), jnp.bfloat16)
+    for name, config in CONFIGS.items():
+        q = quantized(config, shape)
+        if q is not None:
+            yield f"grouped_dot, {name}", *count(chip, folder, grouped_dot, x, q)
+    yield "quantize_rows", *count(chip, folder, pallas_tpu.quantize_rows, x)
+
+
+def check(shape, rows):
+    """(kernel, largest difference) of each kernel in interpret mode."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, shape[0])), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=shape) + 0.3, jnp.float32)
+    for name, config in CONFIGS.items():
+        if quantized(config, shape) is not None:
+            q = quantize(w, config)
+            wanted = np.asarray(x, np.float32) @ np.asarray(q.dequantize())
+            got = np.asarray(grouped_dot(x.astype(jnp.float32), q, interpret=True))
+            difference = np.abs(got - wanted).max() / np.abs(wanted).max()
+            yield f"grouped_dot, {name}", f"{difference:.1e}"
+    q = quantize(x, ArrayConfig(axis=-1))
+    codes, scale = pallas_tpu.quantize_rows(x, interpret=True)
+    different = np.sum(codes != q.codes) + np.sum(scale != q.scale)
+    yield "quantize_rows", f"{different} differ"
+
+
+def print_table(title, measure, shape, arguments):
+    """One line per number of rows and kernel."""
+    columns = ("difference",) if arguments.check else ("bytes", "matrix", "schedule")
+    table = rich.table.Table("rows", "kernel", *columns, title=title)
+    for rows in arguments.rows:
+        for kernel, *values in measure(shape, rows):
+            cells = [v if isinstance(v, str) else f"{v:.1f}" for v in values]
+            table.add_row(str(rows), kernel, *cells)
+    rich.console.Console(width=100).print(table)
+
+
+def main():
+    """Compiles or checks every shape."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--shapes", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(folder)
+        places = ("NumPy",) if arguments.check else arguments.chips
+        for name, place in itertools.product(arguments.shapes, places):
+            count_here = partial(counts, place, pathlib.Path(folder))
+            found = check if arguments.check else count_here
+            print_table(f"{name} {WEIGHTS[name]}, {place}", found, WEIGHTS[name], arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Products and rounding on a TPU that XLA writes to memory and reads back, by Pallas.
+
+Compiled for v5e and v6e and checked in interpret mode; no TPU has run them yet. Times below are
+instruction bundles that the compiler scheduled, over the clock: `benchmarks/pallas_tpu.py` prints
+them.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+# Tiles of x (rows, K) and of w (K, N). Wide ones, because a step of the grid costs a third of a
+# microsecond; at most 24 MiB of VMEM with both buffers.
+_ROWS = 512
+_COLUMNS = 1024
+_LENGTH = 2048
+_LENGTH_OF_MANY_ROWS = 1024
+# Rows from which a tile of x is large.
+_MANY_ROWS = 256
+_VMEM_LIMIT = 48 * 2**20
+# Smaller groups are no whole tile of 4-bit codes by half.
+_LEAST_GROUP = 32
+# Their scales and zero points for a tile of columns take 16 MiB with both buffers.
+_MOST_GROUPS = 1024
+# The loop over them is unrolled: 172 took the compiler 40 seconds.
+_MOST_GROUPS_OF_TILE = 64
+# Bytes of a tile of rows that are quantized.
+_ROW_BYTES = 2 * 2**20
+
+
+def refuses_groups(length: int, groups: int) -> str | None:
+    """Why `grouped_dot` does not take weights with so many scales along `length`, or None."""
+    size = length // max(groups, 1)
+    if groups > 1 and size % _LEAST_GROUP:
+        return f"groups of {size} are no multiple of {_LEAST_GROUP}"
+    if groups > _MOST_GROUPS:
+        return f"more than {_MOST_GROUPS} groups along a length of {length}"
+    if None in (_tile_length(length, size, n) for n in (_LENGTH, _LENGTH_OF_MANY_ROWS)):
+        return f"no tile divides a length of {length} with groups of {size}"
+    return None
+
+
+def grouped_dot(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None = None,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    interpret: bool = False,
+) -> jax.Array:
+    """x @ ((w - zero) * scale), the weights read as 4-bit codes and widened in VMEM.
+
+    Up to half as many rows as a group is long, the sums of each group are scaled; beyond, the
+    weights are, which takes longer by the weight and not by the row (v6e, 4096 x 4096, groups of
+    128: 4 against 10 microseconds for 8 rows, 7 against 11 for 64, 21 against 14 for 256).
+
+    Args:
+        x: floats or whole numbers within int8, (M, K) with M > 0; rounded to bfloat16.
+        w: 4-bit whole numbers, (K, N).
+        scale, zero: (groups, N), groups that `refuses_groups` admits; a zero of None is 0.
+        dtype: of the result, float32 or bfloat16.
+        interpret: whether to compute without a TPU, slowly, for tests.
+
+    Error: codes less zero points are exact in bfloat16, and sums are rounded as in float32. Of
+        many rows, scaled weights are rounded to bfloat16, as XLA does.
+    """
+    (rows, length), columns, groups = x.shape, w.shape[1], scale.shape[0]
+    size = length // groups
+    tile_rows = _even_tile(rows, _ROWS, 16)
+    scales_sums = 2 * tile_rows <= size
+    longest = _LENGTH_OF_MANY_ROWS if tile_rows > _MANY_ROWS else _LENGTH
+    tile_length = _tile_length(length, size, longest)
+    assert tile_length is not None, (length, groups)
+    tile_columns = _even_tile(columns, _COLUMNS, 128)
+    grid = (pl.cdiv(rows, tile_rows), pl.cdiv(columns, tile_columns), length // tile_length)
+    parameters = [v.astype(jnp.float32) for v in (scale, zero) if v is not None]
+    per_column = pl.BlockSpec((groups, tile_columns), lambda i, j, k: (0, j))
+    kernel = _scale_sums if scales_sums else _scale_weights
+    return pl.pallas_call(
+        functools.partial(_accumulate, kernel=kernel, size=size),
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((tile_rows, tile_length), lambda i, j, k: (i, k)),
+            pl.BlockSpec((tile_length, tile_columns), lambda i, j, k: (k, j)),
+            *[per_column] * len(parameters),
+        ],
+        out_specs=pl.BlockSpec((tile_rows, tile_columns), lambda i, j, k: (i, j)),
+        out_shape=_result((rows, columns), dtype, x),
+        scratch_shapes=[pltpu.VMEM((tile_rows, tile_columns), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_LIMIT,
+        ),
+        cost_estimate=_cost_of_dot(grid, rows, w, scale, len(parameters), dtype),
+        interpret=interpret,
+        name="grouped_dot",
+    )(x.astype(jnp.bfloat16), w, *parameters)
+
+
+def quantize_rows(
+    x: jax.Array, qmin: int = -127, qmax: int = 127, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of each row, by its largest magnitude, in one pass over the memory.
+
+        scale = max|x| / min(-qmin, qmax)        codes = clip(round(x / scale), qmin, qmax)
+
+    Args:
+        x: float32 or bfloat16, (M, K), neither of them 0.
+        qmin, qmax: the outermost codes.
+        interpret: whether to compute without a TPU, slowly, for tests.
+
+    Returns:
+        codes, int8 (M, K), and scale, float32 (M, 1). A row of zeros has scale 1, one with NaN or
+        Inf scale NaN, and both have codes of 0.
+    """
+    rows, length = x.shape
+    tile = max(32, _ROW_BYTES // (length * x.dtype.itemsize) // 32 * 32)
+    tile = _even_tile(rows, tile, 32)
+    return pl.pallas_call(
+        functools.partial(_quantize_tile, qmin=qmin, qmax=qmax),
+        grid=(pl.cdiv(rows, tile),),
+        in_specs=[pl.BlockSpec((tile, length), lambda i: (i, 0))],
+        out_specs=[
+            pl.BlockSpec((tile, length), lambda i: (i, 0)),
+            pl.BlockSpec((tile, 1), lambda i: (i, 0)),
+        ],
+        out_shape=[_result(x.shape, jnp.int8, x), _result((rows, 1), jnp.float32, x)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * x.size,
+            transcendentals=0,
+            bytes_accessed=x.size * (x.dtype.itemsize + 1) + 4 * rows,
+        ),
+        interpret=interpret,
+        name="quantize_rows",
+    )(x)
+
+
+def _accumulate(x_ref, w_ref, *refs, kernel, size):
+    """Adds the product of two tiles to what the tiles before them along K have given."""
+    *parameters, out_ref, sum_ref = refs
+    k, last = pl.program_id(2), pl.num_programs(2) - 1
+
+    @pl.when(k == 0)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    sum_ref[...] += kernel(x_ref, _pieces(w_ref, parameters, k, size))
+
+    @pl.when(k == last)
+    def _():
+        out_ref[...] = sum_ref[...].astype(out_ref.dtype)
+
+
+def _pieces(w_ref, parameters, k, size) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
+    """(where along K, codes less zero point, row of scales), of each group within the tile."""
+    length = w_ref.shape[0]
+    step = min(size, length)
+    for start in range(0, length, step):
+        # Of whole numbers from 0 up; `//` would ask which TPU this process has.
+        group = lax.div(k * length + start, size)
+        scale, *zero = (ref[pl.ds(group, 1), :] for ref in parameters)
+        codes = w_ref[start : start + step, :].astype(jnp.float32)
+        yield slice(start, start + step), codes - zero[0] if zero else codes, scale
+
+
+def _scale_sums(x_ref, pieces):
+    """Scales the product of each group: one factor per row and column."""
+    return functools.reduce(
+        jnp.add, (_dot(x_ref[:, part], codes) * scale for part, codes, scale in pieces)
+    )
+
+
+def _scale_weights(x_ref, pieces):
+    """Scales the weights, and multiplies all groups of the tile at once."""
+    weights = [(codes * scale).astype(jnp.bfloat16) for _, codes, scale in pieces]
+    return _dot(x_ref[...], jnp.concatenate(weights))
+
+
+def _dot(x, w):
+    return jnp.dot(x, w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+def _quantize_tile(x_ref, codes_ref, scale_ref, *, qmin, qmax):
+    x = x_ref[...].astype(jnp.float32)
+    magnitude = jnp.abs(x)
+    # NaN compares as false: both NaN and Inf become Inf, which a maximum keeps.
+    magnitude = jnp.where(magnitude < jnp.inf, magnitude, jnp.inf)
+    peak = jnp.max(magnitude, 1, keepdims=True)
+    # XLA divides by multiplying with the reciprocal, which must not be subnormal.
+    scale = jnp.minimum(peak / min(-qmin, qmax), 1 / float(jnp.finfo(jnp.float32).tiny))
+    scale = jnp.where(peak < jnp.inf, scale, jnp.nan)
+    scale = jnp.where(scale == 0, 1, scale)
+    codes = jnp.where(jnp.isnan(scale), 0, x / scale)
+    codes_ref[...] = jnp.clip(jnp.round(codes), qmin, qmax).astype(jnp.int8)
+    scale_ref[...] = scale
+
+
+def _even_tile(length: int, most: int, multiple: int) -> int:
+    """The tile for `length` elements, at most `most` long, that leaves the least over."""
+    if length <= most:
+        return length
+    even = math.ceil(length / math.ceil(length / most))
+    return math.ceil(even / multiple) * multiple
+
+
+def _tile_length(length: int, size: int, wanted: int) -> int | None:
+    """The divisor of K nearest to `wanted` that is whole groups, or of which they are whole."""
+    tiles = [t for t in range(128, length, 128) if length % t == 0] + [length]
+    most = min(4 * wanted, _MOST_GROUPS_OF_TILE * size)
+    tiles = [t for t in tiles if (t % size == 0 or size % t == 0) and t <= most]
+    return min(tiles, key=lambda t: max(t / wanted, wanted / t), default=None)
+
+
+def _result(shape, dtype, like):
+    """A result that differs between devices as `like` does, inside `shard_map`."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def _cost_of_dot(grid, rows, w, scale, parameters, dtype):
+    """What moves: x once per tile of columns, w and its scales once per tile of rows."""
+    length, columns = w.shape
+    per_row_tile = length * columns // 2 + parameters * 4 * scale.size
+    once = rows * columns * jnp.dtype(dtype).itemsize
+    return pl.CostEstimate(
+        flops=2 * rows * length * columns,
+        transcendentals=0,
+        bytes_accessed=grid[0] * per_row_tile + grid[1] * rows * length * 2 + once,
+    )

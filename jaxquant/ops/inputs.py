@@ -1,0 +1,57 @@
+"""How inputs are quantized anew in each product."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..core import INT8, AbsMax, ArrayConfig, QTensor, block_shape, quantize
+from ..kernels import pallas_tpu
+from . import chips
+from .exporting import on_one_tpu
+from .sharding import is_sharded
+
+# Rows of inputs from which one pass over the memory beats XLA's two. 4096 x 4096, bfloat16,
+# microseconds: v5e 62 against 336, v6e 31 against 190. Fewer are left to XLA, to fuse with what
+# made them.
+_LEAST_ROWS: dict[str | None, int] = {"v5e": 512, "v6e": 512}
+# 32 rows of float32 must fit in VMEM several times.
+_LONGEST_ROW = 2**16
+_FLOATS = (jnp.float32, jnp.bfloat16)
+
+
+def quantize_inputs(x: jax.Array, config: ArrayConfig) -> QTensor:
+    """`quantize`, in one pass over the memory on TPUs where `quantize_rows` is faster."""
+    if not _quantizes_at_once(x, config):
+        return quantize(x, config)
+
+    def by_xla(x):
+        return quantize(x, config)
+
+    def on_tpu(x):
+        return on_one_tpu(lambda x: quantize_rows(x, config), by_xla, x)
+
+    return lax.platform_dependent(x, tpu=on_tpu, default=by_xla)
+
+
+def quantize_rows(x: jax.Array, config: ArrayConfig, *, interpret: bool = False) -> QTensor:
+    """Int8 codes of (..., K), one scale per row; `interpret` does without a TPU, for tests."""
+    rows = x.reshape(-1, x.shape[-1])
+    qmin, qmax = (int(q) for q in config.bounds)
+    codes, scale = pallas_tpu.quantize_rows(rows, qmin, qmax, interpret=interpret)
+    scale = scale.reshape(*x.shape[:-1], 1)
+    return QTensor(codes.reshape(x.shape), scale, format=config.format, dtype=x.dtype)
+
+
+def _quantizes_at_once(x, config):
+    """Whether `quantize_rows` can do what the config says, and is faster."""
+    if not isinstance(x, jax.Array) or x.dtype not in _FLOATS or is_sharded(x):
+        return False
+    least = _LEAST_ROWS.get(chips.generation(), math.inf)
+    if math.prod(x.shape[:-1]) < least or not 0 < x.shape[-1] <= _LONGEST_ROW:
+        return False
+    is_plain = (config.format, config.range, config.symmetric) == (INT8, AbsMax(), True)
+    has_float32 = config.stored_scale_dtype == "float32"
+    per_row = (*(1,) * (x.ndim - 1), x.shape[-1])
+    return is_plain and has_float32 and block_shape(x.shape, config) == per_row

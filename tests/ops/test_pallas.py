@@ -1,0 +1,188 @@
+"""Which products the Pallas kernel for TPUs computes, and from what."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import INT4, NF4, W8A8, ArrayConfig, Inputs, einsum, matmul, quantize
+from jaxquant.ops import chips, inputs, pallas
+
+from .products import assert_product, normal, weight, with_inputs
+
+K, N = 256, 72
+G128 = ArrayConfig(format=INT4, axis=0, group_size=128)
+LEFT = {
+    "bfloat16": None,
+    "int8 per row": ArrayConfig(axis=-1),
+    "int8 asymmetric": ArrayConfig(axis=-1, symmetric=False),
+}
+RIGHT = {
+    "bfloat16": ArrayConfig(format=INT4, axis=0, group_size=64, symmetric=False),
+    "int8 per row": ArrayConfig(format=INT4, axis=None),
+    "int8 asymmetric": ArrayConfig(format=INT4, axis=(0, 1), group_size=(128, 8)),
+}
+product = jax.jit(partial(pallas.product, interpret=True), static_argnames="dtype")
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_products_of_operands_as_they_are_stored_match_numpy(name):
+    q, x = weight(RIGHT[name], (K, N)), jnp.asarray(normal(2, 3, K), jnp.bfloat16)
+    if LEFT[name] is not None:
+        x = quantize(x.astype(jnp.float32), LEFT[name])
+    # Values, not codes, are rounded to bfloat16.
+    tolerance = 2.0**-8 if name == "int8 asymmetric" else 2e-6
+    got = product(x, q, dtype=jnp.float32)
+    assert_product(got, "abk,kn->abn", x, q, tolerance=tolerance)
+    narrow = jax.eval_shape(partial(product, dtype=jnp.bfloat16), x, q)
+    assert (narrow.shape, narrow.dtype) == ((2, 3, N), jnp.bfloat16)
+
+
+def test_vmap_runs_the_kernel_for_each():
+    one, two = (weight(G128, (K, N), seed) for seed in (1, 2))
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, two)
+    x = jnp.asarray(normal(2, 3, K), jnp.bfloat16)
+    run = partial(product, dtype=jnp.float32)
+    got = jax.jit(jax.vmap(run))(x, both)
+    np.testing.assert_allclose(got[0], run(x[0], one), rtol=1e-6)
+    np.testing.assert_allclose(got[1], run(x[1], two), rtol=1e-6)
+
+
+def test_rows_of_any_number_of_axes_are_quantized_as_core_does():
+    x, config = jnp.asarray(normal(2, 3, 50)), ArrayConfig(axis=2, value_range=(-100, 100))
+    run = jax.jit(partial(inputs.quantize_rows, config=config, interpret=True))
+    got, wanted = run(x), quantize(x, config)
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_without_a_tpu_pallas_fails_with_the_reason():
+    q, x = weight(G128, (K, N)), jnp.asarray(normal(3, K))
+    with pytest.raises(ValueError, match="'pallas' needs a TPU; got a program for cpu"):
+        matmul(x, q, implementation="pallas")
+
+
+REFUSED = {
+    "nf4 codes are not whole numbers of 4 bits": (NF4, {}, {}),
+    "whose first axis is contracted": (INT4, {"order": (-1, -2)}, {}),
+    "float16 by float16 are not float32 or bfloat16": (INT4, {"dtype": jnp.float16}, {}),
+    "a precision of highest takes more than one pass": (INT4, {}, {"precision": "highest"}),
+    "an operand is empty": (INT4, {"rows": 0}, {}),
+    "groups of 16 are no multiple of 32": (INT4, {"group_size": 16}, {}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_pallas_is_refused_with_the_reason(reason):
+    format, given, options = REFUSED[reason]
+    config = ArrayConfig(format=format, axis=0, group_size=given.get("group_size", 64))
+    q = weight(config, (K, N)).reorder(given.get("order"))
+    q = q.astype(given.get("dtype", jnp.float32))
+    x = jnp.zeros((given.get("rows", 2), K), q.dtype)
+    with pytest.raises(ValueError, match=f"implementation='pallas' cannot run .*{reason}"):
+        matmul(x, q, implementation="pallas", **options)
+
+
+def test_a_default_precision_of_more_than_one_pass_is_heeded():
+    q, x = weight(G128, (K, N)), jnp.zeros((2, K))
+    assert pallas.refuses(x, q, None) is None
+    with jax.default_matmul_precision("float32"):
+        assert "a precision of float32" in str(pallas.refuses(x, q, None))
+        assert pallas.refuses(x, q, jax.lax.Precision.DEFAULT) is None
+
+
+def calls(function, *arguments, platforms=("tpu",)):
+    """How many Pallas kernels the program for a TPU has."""
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=platforms)
+    return lowered.as_text().count("tpu_custom_call")
+
+
+def w8a8(x, q):
+    return matmul(x, with_inputs(q, Inputs(W8A8.inputs)))
+
+
+# Chip, group size, rows, whether inputs are quantized first, kernels. No two cases have equal
+# shapes: JAX keeps what it has traced.
+CHOSEN = [
+    ("v6e", 128, 8, False, 1),
+    ("v6e", 128, 2048, False, 1),
+    ("v6e", 256, 9, False, 1),
+    ("v6e", 256, 257, False, 0),
+    ("v5e", 128, 10, False, 1),
+    ("v5e", 128, 258, False, 0),
+    ("v4", 128, 11, False, 0),
+    (None, 128, 12, False, 0),
+    ("v6e", 128, 511, True, 1),
+    ("v6e", 128, 512, True, 2),
+    ("v5e", 128, 513, True, 1),
+    (None, 128, 514, True, 0),
+]
+
+
+@pytest.mark.parametrize("chip, group_size, rows, quantizes, count", CHOSEN, ids=str)
+def test_the_chip_and_the_rows_decide(monkeypatch, chip, group_size, rows, quantizes, count):
+    monkeypatch.setattr(chips, "generation", lambda: chip)
+    q = weight(ArrayConfig(format=INT4, axis=0, group_size=group_size), (K, N))
+    x = jnp.zeros((rows, K), jnp.float32)
+    assert calls(w8a8 if quantizes else matmul, x, q) == count
+
+
+def test_this_process_has_no_tpu_and_quantizes_as_core_does():
+    assert chips.generation() is None
+    x = jnp.asarray(normal(600, K))
+    got = inputs.quantize_inputs(x, ArrayConfig(axis=-1))
+    jax.tree.map(np.testing.assert_array_equal, got, quantize(x, ArrayConfig(axis=-1)))
+
+
+@pytest.fixture
+def on_v6e(monkeypatch):
+    monkeypatch.setattr(chips, "generation", lambda: "v6e")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ArrayConfig(axis=None),
+        ArrayConfig(axis=-1, symmetric=False),
+        ArrayConfig(axis=-1, group_size=64),
+        ArrayConfig(axis=-1, scale_dtype="bfloat16"),
+        ArrayConfig(format=INT4, axis=-1),
+    ],
+    ids=["tensor", "asymmetric", "groups", "bfloat16", "int4"],
+)
+def test_other_inputs_are_left_to_xla(on_v6e, config):
+    x = jnp.zeros((700, K))
+    assert calls(lambda x: inputs.quantize_inputs(x, ArrayConfig(axis=-1)).codes, x) == 1
+    assert calls(lambda x: inputs.quantize_inputs(x, config).codes, x) == 0
+
+
+def test_programs_for_several_platforms_or_devices_do_without(on_v6e):
+    q, x = weight(G128, (K, N)), jnp.ones((16, K))
+    assert calls(matmul, x, q) == 1
+    assert calls(matmul, x, q, platforms=("tpu", "cpu")) == 0
+    kinds = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("a",), axis_types=kinds)
+    columns = jax.device_put(q, jax.NamedSharding(mesh, jax.P(None, "a")))
+    assert calls(matmul, x, columns) == 0
+    specs = jax.tree.map(lambda _: jax.P(None, "a"), q)
+    part = partial(jax.shard_map, mesh=mesh)
+    by_columns = part(matmul, in_specs=(jax.P(), specs), out_specs=jax.P(None, "a"))
+    assert calls(by_columns, x, columns) == 1
+    np.testing.assert_allclose(by_columns(x, columns), matmul(x, q), rtol=1e-2)
+
+
+def test_gradients_pass_through_the_kernels(on_v6e):
+    q, x = weight(ArrayConfig(axis=0), (K, N)), jnp.asarray(normal(640, K))
+    gradient = jax.grad(lambda x: (w8a8(x, q) ** 2).sum())
+    assert calls(gradient, x) > 0
+    plain = jax.grad(lambda x: (2 * w8a8(jax.lax.stop_gradient(x), q) * (x @ q.dequantize())).sum())
+    np.testing.assert_allclose(gradient(x), plain(x), rtol=1e-3, atol=1.0)
+
+
+def test_axes_of_the_result_follow_the_equation(on_v6e):
+    q, x = weight(G128, (K, N)), jnp.ones((17, K))
+    transposed = partial(einsum, "mk,kn->nm")
+    assert calls(transposed, x, q) == 1
+    assert jax.eval_shape(transposed, x, q).shape == (N, 17)
