@@ -7,6 +7,7 @@ returns at the end, by a transpose of the result if there is need of one.
 import dataclasses
 import math
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +51,25 @@ class DotSpec:
     precision: lax.PrecisionLike
     out_sharding: OutSharding
 
+    operation: ClassVar[str] = "dot_general"
+
+    def length(self, lhs: Operand, rhs: Operand) -> int:
+        """Products that are added for one element of the result."""
+        return math.prod(_stored_shape(lhs)[a] for a in self.contract[0])
+
+    def rows(self, lhs: Operand, rhs: Operand) -> int | None:
+        """Rows of inputs, where one matrix on the right multiplies them all; else None."""
+        if self.batch[0] or not isinstance(rhs, QTensor):
+            return None
+        return math.prod(_stored_shape(lhs)[a] for a in self.free(lhs, 0))
+
     def free(self, x: Operand, side: int) -> list[int]:
         """Axes of an operand (side 0: lhs, 1: rhs) that are neither contracted nor batch."""
         return [a for a in range(x.ndim) if a not in self.contract[side] + self.batch[side]]
+
+
+def _stored_shape(x):
+    return x.codes.shape if isinstance(x, QTensor) else x.shape
 
 
 def dot_general(
@@ -324,9 +341,20 @@ def _row_counts(q):
     return counts - {1}
 
 
+def _is_integer(lhs, rhs, spec):
+    return _refuses_integer(lhs, rhs, spec) is None
+
+
+def _is_integer_natively(lhs, rhs, spec):
+    return _is_integer(lhs, rhs, spec) or native.takes_codes(lhs, rhs)
+
+
 _BY_XLA = (
-    Implementation("blocks", _blocks, _refuses_blocks, platforms=("cpu",)),
-    Implementation("integer", _integer, _refuses_integer),
+    Implementation("blocks", _blocks, _refuses_blocks, ("cpu",), _is_integer),
+    Implementation("integer", _integer, _refuses_integer, is_integer=_is_integer),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )
-_TABLE = (Implementation("native", _native, _refuses_native, platforms=("cpu",)), *_BY_XLA)
+_TABLE = (
+    Implementation("native", _native, _refuses_native, ("cpu",), _is_integer_natively),
+    *_BY_XLA,
+)

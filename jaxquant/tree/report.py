@@ -12,7 +12,7 @@ import rich.console
 import rich.markup
 import rich.table
 
-from ..core import QTensor, describe, packed_bytes
+from ..core import describe, packed_bytes
 from .paths import is_quantized, leaves_with_paths
 from .plot import plot_report
 from .rules import Rules, as_rules, match
