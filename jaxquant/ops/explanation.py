@@ -18,7 +18,7 @@ class ExplanationRow:
     Attributes:
         path: where it lies: names of `jax.named_scope` and of jitted functions, as profiles have
             them. Empty outside of all.
-        line: file and line that asked for it, such as "model.py:12"; empty if JAX does not know.
+        line: of the innermost function in no library, such as "model.py:12"; empty if there is none.
         operation: name of the function of `jax.lax`.
         shapes: those of the left operand, the right one and the result, before `vmap`.
         formats: of both operands: a scheme such as "int4 g128", or the dtype of a float array.
