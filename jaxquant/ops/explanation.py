@@ -18,7 +18,7 @@ class ExplanationRow:
     Attributes:
         path: where it lies: names of `jax.named_scope` and of jitted functions, as profiles have
             them. Empty outside of all.
-        line: of the innermost function in no library, such as "model.py:12"; empty if there is none.
+        line: of the innermost function in no library, such as "model.py:12"; empty if all are.
         operation: name of the function of `jax.lax`.
         shapes: those of the left operand, the right one and the result, before `vmap`.
         formats: of both operands: a scheme such as "int4 g128", or the dtype of a float array.
