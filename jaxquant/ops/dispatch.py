@@ -99,7 +99,7 @@ def _record(lhs, rhs, spec, out, choices, implementation):
         lhs=record.operand_record(lhs),
         rhs=record.operand_record(rhs),
         shape=out.shape,
-        result_bytes=record.plain_bytes(out),
+        result_bytes=out.size * out.dtype.itemsize,
         length=spec.length(lhs, rhs),
         rows=spec.rows(lhs, rhs),
         choices=choices,

@@ -6,15 +6,13 @@ costs nothing at run time, and whatever JAX does to a program it does to the rec
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from ..core import QTensor, describe, describe_inputs, packed_bytes
+from ..core import QTensor, describe, describe_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +88,10 @@ def operand_record(x: jax.Array | np.ndarray | QTensor) -> OperandRecord:
     """Describes an operand from what is static."""
     dtype = str(np.dtype(x.dtype))
     if not isinstance(x, QTensor):
-        return OperandRecord(x.shape, False, dtype, dtype, dtype, plain_bytes(x))
+        return OperandRecord(x.shape, False, dtype, dtype, dtype, x.size * x.dtype.itemsize)
     bare = dataclasses.replace(x, inputs=None)
     words = describe(bare), describe_inputs(bare)
     return OperandRecord(x.shape, True, *words, dtype, bare.nbytes)
-
-
-def plain_bytes(x: Any) -> int:
-    """Bytes that an array of any dtype takes in device memory."""
-    is_real = jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)
-    return packed_bytes(x) if is_real else math.prod(x.shape) * x.dtype.itemsize
 
 
 Stored = jax.Array | np.ndarray

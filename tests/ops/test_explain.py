@@ -535,6 +535,12 @@ def test_the_table_shows_each_row_and_how_often_it_runs():
     assert found.table().row_count == 3
 
 
+def test_products_can_still_be_transposed():
+    q, cotangent = weight(ArrayConfig(), (64, 24)), jnp.asarray(normal(5, 24))
+    (got,) = jax.linear_transpose(lambda x: matmul(x, q), X)(cotangent)
+    np.testing.assert_allclose(got, cotangent @ q.dequantize().T, rtol=1e-4)
+
+
 def test_a_record_leaves_nothing_in_the_compiled_program():
     x = record.operand_record(np.zeros(3))
     made = record.Record("", x, x, (3,), 4, 1, None, (), False)
