@@ -59,9 +59,8 @@ class DotSpec:
 
     def rows(self, lhs: Operand, rhs: Operand) -> int | None:
         """Rows of inputs, where one matrix on the right multiplies them all; else None."""
-        if self.batch[0] or not isinstance(rhs, QTensor):
-            return None
-        return math.prod(_stored_shape(lhs)[a] for a in self.free(lhs, 0))
+        lengths = [_stored_shape(lhs)[a] for a in self.free(lhs, 0)]
+        return None if self.batch[0] else math.prod(lengths)
 
     def free(self, x: Operand, side: int) -> list[int]:
         """Axes of an operand (side 0: lhs, 1: rhs) that are neither contracted nor batch."""
@@ -346,7 +345,8 @@ def _is_integer(lhs, rhs, spec):
 
 
 def _is_integer_natively(lhs, rhs, spec):
-    return _is_integer(lhs, rhs, spec) or native.takes_codes(lhs, rhs)
+    is_of_8_bits = rhs.format.bits == 8 and _is_integer(lhs, rhs, spec)
+    return is_of_8_bits or native.takes_codes(lhs, rhs)
 
 
 _BY_XLA = (

@@ -128,7 +128,7 @@ def _speeds(mark, choice, measurement):
     inputs = record.lhs.inputs if record.lhs.is_quantized else "float"
     key = (record.rhs.inputs, inputs, choice.implementation)
     lines = [s for s in measurement.speeds if (s.weights, s.inputs, s.implementation) == key]
-    columns = math.prod(record.rhs.shape) // record.length
+    columns = math.prod(record.rhs.shape) // max(record.length, 1)
     return speeds_near(lines, (record.length, columns), record.rows)
 
 

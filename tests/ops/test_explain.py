@@ -135,6 +135,20 @@ def test_groups_of_4_bits_are_whole_numbers_by_the_native_kernels_and_floats_by_
     assert (row.implementation, row.is_integer) == ("integer", True)
 
 
+@pytest.mark.skipif(not HAS_NATIVE, reason="the native kernels look codes up")
+def test_codes_that_the_native_kernels_look_up_are_floats():
+    q = stored(format=INT4, inputs=ArrayConfig(axis=-1, symmetric=False))
+    (row,) = explain(matmul, floats(5, K), q, platform="cpu")
+    assert (row.implementation, row.is_integer) == ("native", False)
+    run = partial(matmul, implementation="integer")
+    assert explain(run, floats(5, K), q).rows[0].is_integer
+
+
+def test_empty_products_cost_nothing_but_their_results():
+    (row,) = explain(matmul, floats(5, 0), stored((0, 24)))
+    assert (row.operations, row.bytes) == (0, 4 * 24 + 4 * 5 * 24)
+
+
 def test_earlier_rows_say_why_they_do_not_run():
     arguments = floats(200, K), stored()
     (row,) = explain(matmul, *arguments, platform="cpu")
