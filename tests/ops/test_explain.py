@@ -122,7 +122,9 @@ WHOLE = {"W8A8": True, "W4A16": False, "W8A16": False, "convolution": True, "rag
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_row_says_whether_codes_are_multiplied_as_whole_numbers(name):
     function, arguments, *_ = CASES[name]
-    assert explain(function, *arguments, platform="cpu").rows[0].is_integer == WHOLE[name]
+    for platform in ("cpu", "tpu"):
+        (row,) = explain(function, *arguments, platform=platform)
+        assert row.is_integer == WHOLE[name], platform
     (row,) = explain(partial(function, implementation="dequantize"), *arguments)
     assert not row.is_integer
 
