@@ -336,14 +336,14 @@ def test_paths_are_scopes_and_jitted_functions_from_the_outside_in():
             return product(x, q)
 
     def model(x, q):
-        with jax.named_scope("layer[0]"):
+        with jax.named_scope("layer[red]"):
             hidden = feed_forward(x, q)
         return hidden, jax.vmap(product, (0, None))(x.reshape(5, 1, 64), q)
 
     first, second = explain(model, X, SMALL)
-    assert (first.path, second.path) == ("layer[0]/jit(feed_forward)/up", "vmap()")
+    assert (first.path, second.path) == ("layer[red]/jit(feed_forward)/up", "vmap()")
     text = str(explain(model, X, SMALL))
-    assert "layer[0]/jit(fe" in text
+    assert "layer[red]/jit(fe" in text
 
 
 def test_lines_are_those_of_the_caller_also_when_traced_before():
@@ -441,6 +441,13 @@ LINES = (
 )
 def test_speeds_are_the_nearest_that_were_measured_on_both_sides(shape, rows, wanted):
     assert list(speeds_near(LINES[:2], shape, rows)) == wanted
+
+
+def test_speeds_of_the_very_shape_come_before_those_of_its_size():
+    turned = Speeds("int8", "float", "dequantize", (24, 64), {2: 2.0})
+    assert speeds_near((*LINES[:2], turned), (24, 64), 2) == ((2, (24, 64), 2.0),)
+    both = speeds_near((*LINES[:2], turned), (32, 48), 2)
+    assert both == ((2, (64, 24), 3.0), (2, (24, 64), 2.0))
 
 
 def test_float_products_that_were_faster_are_warned_of(monkeypatch):
