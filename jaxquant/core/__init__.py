@@ -16,6 +16,8 @@ from .config import W8A16 as W8A16
 from .config import ArrayConfig as ArrayConfig
 from .config import Axes as Axes
 from .config import Scheme as Scheme
+from .describe import describe as describe
+from .describe import describe_inputs as describe_inputs
 from .formats import FORMATS as FORMATS
 from .formats import FP8_E4M3 as FP8_E4M3
 from .formats import FP8_E5M2 as FP8_E5M2

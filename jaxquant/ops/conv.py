@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,16 @@ class ConvSpec:
     dimension_numbers: lax.ConvDimensionNumbers
     options: tuple[tuple[str, Any], ...]
     dtype: np.dtype
+
+    operation: ClassVar[str] = "conv_general_dilated"
+
+    def length(self, lhs: Operand, rhs: Operand) -> int:
+        """Products that are added for one pixel of a channel, padding included."""
+        stored = rhs.codes.shape if isinstance(rhs, QTensor) else rhs.shape
+        return math.prod(stored[a] for a in self.dimension_numbers.rhs_spec[1:])
+
+    def rows(self, lhs: Operand, rhs: Operand) -> None:
+        """No matrix."""
 
     def run(self, lhs: jax.Array, rhs: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The convolution of plain arrays."""
@@ -255,8 +265,8 @@ def _refuses_images(lhs, rhs, spec):
 
 
 _TABLE = (
-    Implementation("images", _by_images, _refuses_images, platforms=("cpu",)),
+    Implementation("images", _by_images, _refuses_images, ("cpu",), is_integer=lambda *_: True),
     # XLA's GPU backend has no convolution of int8 to int32 (jax#7637).
-    Implementation("integer", _integer, _refuses_integer, platforms=("tpu",)),
+    Implementation("integer", _integer, _refuses_integer, ("tpu",), is_integer=lambda *_: True),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )

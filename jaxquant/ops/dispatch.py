@@ -1,16 +1,35 @@
 """Which computation runs: rows of a table, tried in order, per operands and platform."""
 
 import dataclasses
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax import lax
 
 from ..core import QTensor
+from . import record
+from .record import Choice, Record
 
 Operand = jax.Array | np.ndarray | QTensor
+
+
+class Spec(Protocol):
+    """What an operation is asked for, beside its operands."""
+
+    @property
+    def operation(self) -> str:
+        """Name of the function of `jax.lax`."""
+        ...
+
+    def length(self, lhs: Any, rhs: Any) -> int:
+        """Products that are added for one element of the result."""
+        ...
+
+    def rows(self, lhs: Any, rhs: Any) -> int | None:
+        """Rows of inputs, where one matrix on the right multiplies them all; else None."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +42,7 @@ class Implementation:
         refusal: (lhs, rhs, spec) -> why these operands cannot be computed so, or None.
         platforms: where it is chosen by itself; None for everywhere.
         loses: (lhs, rhs, spec) -> why it is not chosen by itself where it could be, or None.
+        is_integer: (lhs, rhs, spec) -> whether it multiplies codes as whole numbers.
     """
 
     name: str
@@ -30,6 +50,7 @@ class Implementation:
     refusal: Callable[[Operand, Operand, Any], str | None]
     platforms: tuple[str, ...] | None = None
     loses: Callable[[Operand, Operand, Any], str | None] = lambda lhs, rhs, spec: None
+    is_integer: Callable[[Operand, Operand, Any], bool] = lambda lhs, rhs, spec: False
 
 
 Table = tuple[Implementation, ...]
@@ -39,16 +60,32 @@ _PLATFORMS = ("cpu", "tpu")
 
 
 def run(
-    table: Table, lhs: Operand, rhs: Operand, spec: Hashable, implementation: str | None
+    table: Table, lhs: Operand, rhs: Operand, spec: Spec, implementation: str | None
 ) -> jax.Array:
     """Runs the first row that can compute the operation, or the one that is asked for.
 
     Raises:
         ValueError: no row has the name `implementation`, or that row cannot run these operands.
     """
-    if implementation is not None:
-        return _forced(table, lhs, rhs, spec, implementation).run(lhs, rhs, spec)
-    rows = {p: choose(table, lhs, rhs, spec, p) for p in (*_PLATFORMS, "default")}
+    platforms = (*_PLATFORMS, "default")
+    if implementation is None:
+        found = {p: _choose(table, lhs, rhs, spec, p) for p in platforms}
+    else:
+        found = dict.fromkeys(platforms, (_forced(table, lhs, rhs, spec, implementation), ()))
+    out = _computed({p: row for p, (row, _) in found.items()}, lhs, rhs, spec)
+    choices = tuple(
+        Choice(p if p in _PLATFORMS else None, row.name, row.is_integer(lhs, rhs, spec), refusals)
+        for p, (row, refusals) in found.items()
+    )
+    made = _record(lhs, rhs, spec, out, choices, implementation)
+    return record.keep(out, _stored(lhs), _stored(rhs), made)
+
+
+def _stored(x):
+    return x.codes if isinstance(x, QTensor) else x
+
+
+def _computed(rows, lhs, rhs, spec):
     if len(set(rows.values())) == 1:
         return rows["default"].run(lhs, rhs, spec)
 
@@ -58,17 +95,40 @@ def run(
     return lax.platform_dependent(lhs, rhs, **{p: runner(row) for p, row in rows.items()})
 
 
-def choose(
-    table: Table, lhs: Operand, rhs: Operand, spec: Hashable, platform: str
-) -> Implementation:
+def _record(lhs, rhs, spec, out, choices, implementation):
+    return Record(
+        operation=spec.operation,
+        lhs=record.operand_record(lhs),
+        rhs=record.operand_record(rhs),
+        shape=out.shape,
+        result_bytes=out.size * out.dtype.itemsize,
+        length=spec.length(lhs, rhs),
+        rows=spec.rows(lhs, rhs),
+        choices=choices,
+        is_forced=implementation is not None,
+    )
+
+
+def choose(table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str) -> Implementation:
     """The first row for the platform that can compute the operation. The last always can."""
+    return _choose(table, lhs, rhs, spec, platform)[0]
+
+
+def _choose(table, lhs, rhs, spec, platform):
+    """The row, and why those before it were not taken: (name, reason) of each."""
+    refusals = []
     for row in table[:-1]:
-        is_for_platform = row.platforms is None or platform in row.platforms
-        if not is_for_platform or row.refusal(lhs, rhs, spec) is not None:
-            continue
-        if row.loses(lhs, rhs, spec) is None:
-            return row
-    return table[-1]
+        why_not = _refusal(row, lhs, rhs, spec, platform)
+        if why_not is None:
+            return row, tuple(refusals)
+        refusals.append((row.name, why_not))
+    return table[-1], tuple(refusals)
+
+
+def _refusal(row, lhs, rhs, spec, platform):
+    if row.platforms is not None and platform not in row.platforms:
+        return f"for {' and '.join(row.platforms)} alone"
+    return row.refusal(lhs, rhs, spec) or row.loses(lhs, rhs, spec)
 
 
 def _forced(table, lhs, rhs, spec, name):

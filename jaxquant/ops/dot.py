@@ -7,6 +7,7 @@ returns at the end, by a transpose of the result if there is need of one.
 import dataclasses
 import math
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax import lax
 
 from ..core import QTensor, scale_values
 from ..kernels import integer_dot
-from . import dispatch, native, pallas
+from . import blocks, dispatch, native, pallas
 from .dispatch import Implementation, Operand
 from .exporting import on_one_tpu, unless_exported
 from .operands import (
@@ -57,9 +58,24 @@ class DotSpec:
     precision: lax.PrecisionLike
     out_sharding: OutSharding
 
+    operation: ClassVar[str] = "dot_general"
+
+    def length(self, lhs: Operand, rhs: Operand) -> int:
+        """Products that are added for one element of the result."""
+        return math.prod(_stored_shape(lhs)[a] for a in self.contract[0])
+
+    def rows(self, lhs: Operand, rhs: Operand) -> int | None:
+        """Rows of inputs, where one matrix on the right multiplies them all; else None."""
+        lengths = [_stored_shape(lhs)[a] for a in self.free(lhs, 0)]
+        return None if self.batch[0] else math.prod(lengths)
+
     def free(self, x: Operand, side: int) -> list[int]:
         """Axes of an operand (side 0: lhs, 1: rhs) that are neither contracted nor batch."""
         return [a for a in range(x.ndim) if a not in self.contract[side] + self.batch[side]]
+
+
+def _stored_shape(x):
+    return x.codes.shape if isinstance(x, QTensor) else x.shape
 
 
 def dot_general(
@@ -302,48 +318,11 @@ def _pallas_loses(lhs, rhs, spec):
     return pallas.loses(lhs, rhs)
 
 
-_BLOCK = 256
-_MOST_ROWS = 128
-
-
 def _blocks(lhs, rhs, spec):
-    """Runs over blocks of 256 output columns, so that their float weights stay in the cache.
-
-    XLA on CPU writes out a whole float matrix before the product: 4096 x 4096 int8 by one
-    row of float32 takes 24 ms in one piece and 2.1 ms in blocks of 256 (64: 4.2, 128: 3.1);
-    from 256 rows on both take as long.
-    """
-    inner = _dequantized
     if _refuses_integer(lhs, rhs, spec) is None:
-        inner = _integer
-    else:
-        # Once, not once per block.
-        lhs = as_array(lhs)
-    columns = rhs.codes.shape[0]
-    # The last block overlaps the one before it where 256 does not divide.
-    starts = np.minimum(np.arange(0, columns, _BLOCK), columns - _BLOCK)
-
-    def one_block(_, start):
-        return None, inner(lhs, _rows(rhs, start), spec)
-
-    _, out = lax.scan(one_block, None, jnp.asarray(starts))
-    out = jnp.moveaxis(out, 0, -2)
-    whole, rest = divmod(columns, _BLOCK)
-    done = out[..., :whole, :].reshape(*out.shape[:-2], whole * _BLOCK)
-    return jnp.concatenate([done, out[..., -1, _BLOCK - rest :]], -1) if rest else done
-
-
-def _rows(q, start):
-    """`_BLOCK` rows of codes, and of whatever else changes along the first axis."""
-    columns = q.codes.shape[0]
-
-    def slice_rows(x):
-        if x.shape[0] == 1:
-            return x
-        block = columns // x.shape[0]
-        return lax.dynamic_slice_in_dim(x, start // block, _BLOCK // block)
-
-    return jax.tree.map(slice_rows, dataclasses.replace(q, inputs=None))
+        return blocks.product(lhs, rhs, partial(_integer, spec=spec))
+    # Once, not once per block.
+    return blocks.product(as_array(lhs), rhs, partial(_dequantized, spec=spec))
 
 
 def _refuses_blocks(lhs, rhs, spec):
@@ -354,29 +333,29 @@ def _refuses_blocks(lhs, rhs, spec):
         return "the right operand is not stored with one free axis, first"
     if spec.out_sharding is not None or is_sharded(rhs.codes):
         return "blocks cannot be cut from sharded arrays"
-    if rhs.codes.shape[0] < 2 * _BLOCK:
-        return f"fewer than {2 * _BLOCK} columns"
-    if any(_BLOCK % (rhs.codes.shape[0] // n) for n in _row_counts(rhs)):
-        return f"blocks of scales do not divide {_BLOCK}"
-    rows = math.prod(lhs.shape[a] for a in spec.free(lhs, 0))
-    if rows > _MOST_ROWS:
-        return f"more than {_MOST_ROWS} rows"
+    why_not = blocks.refuses(rhs, math.prod(lhs.shape[a] for a in spec.free(lhs, 0)))
+    if why_not is not None:
+        return why_not
     is_native = rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None
     return "products of 8-bit codes need no blocks" if is_native else None
 
 
-def _row_counts(q):
-    counts = {x.shape[0] for x in jax.tree.leaves(dataclasses.replace(q, inputs=None))}
-    return counts - {1}
+def _is_integer(lhs, rhs, spec):
+    return _refuses_integer(lhs, rhs, spec) is None
+
+
+def _is_integer_natively(lhs, rhs, spec):
+    is_of_8_bits = rhs.format.bits == 8 and _is_integer(lhs, rhs, spec)
+    return is_of_8_bits or native.takes_codes(lhs, rhs)
 
 
 _BY_XLA = (
-    Implementation("blocks", _blocks, _refuses_blocks, platforms=("cpu",)),
-    Implementation("integer", _integer, _refuses_integer),
+    Implementation("blocks", _blocks, _refuses_blocks, ("cpu",), is_integer=_is_integer),
+    Implementation("integer", _integer, _refuses_integer, is_integer=_is_integer),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )
 _TABLE = (
-    Implementation("native", _native, _refuses_native, platforms=("cpu",)),
+    Implementation("native", _native, _refuses_native, ("cpu",), is_integer=_is_integer_natively),
     Implementation("pallas", _pallas, _refuses_pallas, ("tpu",), _pallas_loses),
     *_BY_XLA,
 )

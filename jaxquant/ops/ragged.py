@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,15 @@ class RaggedSpec:
     precision: lax.PrecisionLike
     group_sizes: jax.Array | None = None
     group_offset: jax.Array | None = None
+
+    operation: ClassVar[str] = "ragged_dot"
+
+    def length(self, lhs: Operand, rhs: Operand) -> int:
+        """Products that are added for one element of the result."""
+        return lhs.shape[1]
+
+    def rows(self, lhs: Operand, rhs: Operand) -> None:
+        """One matrix per group of rows."""
 
     def run(self, lhs: jax.Array, rhs: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The product of plain arrays, rhs as it is stored."""
@@ -165,6 +175,6 @@ def _refuses_integer(lhs, rhs, spec):
 
 
 _TABLE = (
-    Implementation("integer", _integer, _refuses_integer),
+    Implementation("integer", _integer, _refuses_integer, is_integer=lambda *_: True),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )

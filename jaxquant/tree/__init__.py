@@ -1,5 +1,6 @@
 """Whole pytrees of parameters: which leaves, how, with what effect, and in which file."""
 
+from ..core import describe as describe
 from .files import check_target as check_target
 from .files import is_saved_tree as is_saved_tree
 from .files import load as load
@@ -13,7 +14,6 @@ from .quantize import reorder as reorder
 from .quantize import reporter as reporter
 from .report import Report as Report
 from .report import ReportRow as ReportRow
-from .report import describe as describe
 from .report import report as report
 from .rules import Rule as Rule
 from .rules import Rules as Rules

@@ -12,7 +12,7 @@ import rich.console
 import rich.markup
 import rich.table
 
-from ..core import QTensor, packed_bytes
+from ..core import describe, packed_bytes
 from .paths import is_quantized, leaves_with_paths
 from .plot import plot_report
 from .rules import Rules, as_rules, match
@@ -132,19 +132,6 @@ def report(params: Any, quantized: Any, rules: Rules | None = None) -> Report:
     chosen = [None] * len(paths) if rules is None else match(as_rules(rules), paths, originals)
     items = zip(paths, before, after, chosen, strict=True)
     return Report(tuple(_row(path, x, q, rule, rules) for path, x, q, rule in items))
-
-
-def describe(q: QTensor) -> str:
-    """A scheme in the words of the field, such as "int4 g128 asymmetric, int8 inputs"."""
-    counts = [q.scale.shape[a] for a in q.stored_axes(range(q.ndim))]
-    blocks = [n // c for n, c in zip(q.shape, counts, strict=True) if 0 < c < n]
-    is_grouped = any(1 < c < n for n, c in zip(q.shape, counts, strict=True))
-    kind = "per channel" if math.prod(counts) > 1 else "per tensor"
-    words = [str(q.format), "g" + "x".join(map(str, blocks)) if is_grouped else kind]
-    words += ["asymmetric"] * (q.zero_point is not None)
-    text = " ".join(words)
-    config = q.inputs and q.inputs.config
-    return f"{text}, {config.format} inputs" if config else text
 
 
 def _leaves_before(params, paths):

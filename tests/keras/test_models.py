@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from jaxquant import INT8, NF4A16, W4A16_ASYM, W8A8, ArrayConfig, Rule
-from jaxquant.keras import Int8QuantizationConfig, layers, quantize
+from jaxquant import INT8, NF4A16, W4A16_ASYM, W8A8, ArrayConfig, Rule, explain
+from jaxquant.keras import Int8QuantizationConfig, functional, layers, quantize
 
 
 @functools.cache
@@ -168,3 +168,19 @@ def test_fit_quantize_fit_asks_for_compile_and_loses_nothing():
     for now, then in zip(model.get_weights(), floats, strict=True):
         np.testing.assert_array_equal(now, then)
     model.fit(x, y, verbose=0)
+
+
+def test_products_of_layers_are_explained_by_the_names_of_the_layers():
+    quantized, _ = quantize(small_model(), {"hidden/*": W4A16_ASYM, "head/*": W8A8})
+    apply, params = functional(quantized)
+    for rows in (explain(quantized, tokens()), explain(apply, params, tokens())):
+        assert [row.path.split("/")[-2:] for row in rows] == [
+            ["small", "hidden"],
+            ["small", "head"],
+        ]
+        assert [row.formats for row in rows] == [
+            ("float32", "int4 per channel asymmetric"),
+            ("int8", "int8 per channel"),
+        ]
+        assert [row.line for row in rows] == ["", ""], "a line in Keras says nothing"
+    assert not explain(small_model(), tokens()).rows

@@ -12,6 +12,18 @@ from jaxquant.ops.dispatch import Implementation
 from .products import K, M, assert_product, normal, weight
 
 
+class Spec(int):
+    """What the operation is asked for: a number, of which the row "small" takes up to 3."""
+
+    operation = "dot_general"
+
+    def length(self, lhs, rhs):
+        return lhs.shape[1]
+
+    def rows(self, lhs, rhs):
+        return None
+
+
 def constant(value):
     return lambda lhs, rhs, spec: jnp.full(lhs.shape, value)
 
@@ -57,19 +69,19 @@ def test_the_platform_is_chosen_when_the_program_is_compiled():
     def run(x, spec):
         return dispatch.run(TABLE, x, x, spec, None)
 
-    np.testing.assert_array_equal(jax.jit(run, static_argnums=1)(X, 4), np.ones((2, 3)))
+    np.testing.assert_array_equal(jax.jit(run, static_argnums=1)(X, Spec(4)), np.ones((2, 3)))
     for platform, constants in {"cpu": "1.0", "tpu": "3.0", "cuda": "3.0"}.items():
-        traced = jax.jit(run, static_argnums=1).trace(X, 4)
+        traced = jax.jit(run, static_argnums=1).trace(X, Spec(4))
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert f"dense<{constants}" in text
     # One choice for all platforms needs no conditional.
-    text = str(jax.make_jaxpr(lambda x: dispatch.run(TABLE[2:], x, x, 4, None))(X))
+    text = str(jax.make_jaxpr(lambda x: dispatch.run(TABLE[2:], x, x, Spec(4), None))(X))
     assert "platform_index" not in text
 
 
 @pytest.mark.parametrize("name, value", [("for cpu", 1), ("small", 2), ("last", 3)])
 def test_a_row_can_be_forced_on_every_platform(name, value):
-    got = dispatch.run(TABLE, X, X, 1, name)
+    got = dispatch.run(TABLE, X, X, Spec(1), name)
     np.testing.assert_array_equal(got, np.full((2, 3), value))
 
 
@@ -78,13 +90,13 @@ def test_forcing_fails_loudly():
         ValueError,
         match="must be one of impossible, for cpu, small, last, or None to choose; got 'fast'",
     ):
-        dispatch.run(TABLE, X, X, 1, "fast")
+        dispatch.run(TABLE, X, X, Spec(1), "fast")
     with pytest.raises(
         ValueError,
         match=r"implementation='small' cannot run float32 \(2, 3\) by float32 \(2, 3\): too long. "
         "Choose for cpu or last, or None.",
     ):
-        dispatch.run(TABLE, X, X, 9, "small")
+        dispatch.run(TABLE, X, X, Spec(9), "small")
 
 
 WIDE = ArrayConfig(format=INT4, axis=0)

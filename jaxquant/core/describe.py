@@ -1,0 +1,26 @@
+"""Quantized arrays in the words of the field."""
+
+import math
+
+from .qtensor import QTensor
+
+
+def describe(q: QTensor) -> str:
+    """A scheme in the words of the field, such as "int4 g128 asymmetric, int8 inputs"."""
+    text = _words(q, "per channel" if math.prod(q.scale.shape) > 1 else "per tensor")
+    config = q.inputs and q.inputs.config
+    return f"{text}, {config.format} inputs" if config else text
+
+
+def describe_inputs(q: QTensor) -> str:
+    """What a product's other operand was quantized to, such as "int8" or "int8 g32"."""
+    return _words(q, "")
+
+
+def _words(q, ungrouped):
+    counts = [q.scale.shape[a] for a in q.stored_axes(range(q.ndim))]
+    blocks = [n // c for n, c in zip(q.shape, counts, strict=True) if 0 < c < n]
+    is_grouped = any(1 < c < n for n, c in zip(q.shape, counts, strict=True))
+    kind = "g" + "x".join(map(str, blocks)) if is_grouped else ungrouped
+    asymmetric = "asymmetric" if q.zero_point is not None else ""
+    return " ".join(filter(None, (str(q.format), kind, asymmetric)))

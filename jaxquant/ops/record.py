@@ -1,0 +1,144 @@
+"""What was decided for a product, left in the traced program for `explain` to read.
+
+A record is a parameter of a primitive that returns its first operand and lowers to nothing, so it
+costs nothing at run time, and whatever JAX does to a program it does to the record as well.
+"""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from ..core import QTensor, describe, describe_inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What runs on a platform.
+
+    Attributes:
+        platform: as `jax.lax.platform_dependent` names it; None for all that are not named.
+        implementation: name of the row.
+        is_integer: whether it multiplies codes as whole numbers.
+        refusals: (name of an earlier row, why it cannot run these operands here).
+    """
+
+    platform: str | None
+    implementation: str
+    is_integer: bool
+    refusals: tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class OperandRecord:
+    """One operand.
+
+    Attributes:
+        shape: its logical axes.
+        is_quantized: whether it is a QTensor.
+        weights, inputs: what it is in the words for either, such as "int8 per channel" and "int8";
+            of a float array its dtype.
+        dtype: of the floats that it is or stands for.
+        bytes: in device memory, of codes, scales and zero points.
+    """
+
+    shape: tuple[int, ...]
+    is_quantized: bool
+    weights: str
+    inputs: str
+    dtype: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Record:
+    """A product as it was decided, before it was batched or repeated. Hashable.
+
+    Attributes:
+        operation: name of the function of `jax.lax`.
+        lhs, rhs: the operands, inputs treated already.
+        shape: that of the result.
+        result_bytes: bytes of the result.
+        length: products that are added for one element of the result.
+        rows: rows of inputs, where one matrix on the right multiplies them all; else None.
+        choices: one per platform that has rows of its own, and one for all others.
+        is_forced: whether `implementation=` named the row.
+    """
+
+    operation: str
+    lhs: OperandRecord
+    rhs: OperandRecord
+    shape: tuple[int, ...]
+    result_bytes: int
+    length: int
+    rows: int | None
+    choices: tuple[Choice, ...]
+    is_forced: bool
+
+    def __repr__(self) -> str:
+        # Programs are printed with it.
+        names = dict.fromkeys(c.implementation for c in self.choices)
+        return f"Record({self.operation}, {' or '.join(names)})"
+
+
+def operand_record(x: jax.Array | np.ndarray | QTensor) -> OperandRecord:
+    """Describes an operand from what is static."""
+    dtype = str(np.dtype(x.dtype))
+    if not isinstance(x, QTensor):
+        return OperandRecord(x.shape, False, dtype, dtype, dtype, x.size * x.dtype.itemsize)
+    bare = dataclasses.replace(x, inputs=None)
+    words = describe(bare), describe_inputs(bare)
+    return OperandRecord(x.shape, True, *words, dtype, bare.nbytes)
+
+
+Stored = jax.Array | np.ndarray
+
+
+def keep(out: jax.Array, lhs: Stored, rhs: Stored, record: Record) -> jax.Array:
+    """`out`, with the record of the product that made it.
+
+    lhs and rhs are arrays of the two operands: where `vmap` adds an axis to one, its copies are
+    counted.
+    """
+    return kept.bind(out, lhs, rhs, record=record, copies=(1, 1, 1))
+
+
+# Parameters: record; copies of the result, of lhs and of rhs that `vmap` made.
+kept = Primitive("quantized_product")
+
+
+@kept.def_abstract_eval
+def _(out, lhs, rhs, **parameters):
+    return out
+
+
+@kept.def_impl
+def _(out, lhs, rhs, **parameters):
+    return out
+
+
+def _batch(args, axes, record, copies):
+    is_batched = [axis is not None for axis in axes]
+    length = args[0].shape[axes[0]]
+    copies = tuple(n * length if b else n for n, b in zip(copies, is_batched, strict=True))
+    return kept.bind(*args, record=record, copies=copies), axes[0]
+
+
+batching.primitive_batchers[kept] = _batch
+# Linear in the result, and constant in the operands.
+ad.primitive_transposes[kept] = lambda ct, *operands, **parameters: [ct, None, None]
+mlir.register_lowering(kept, lambda ctx, out, lhs, rhs, **parameters: [out])
+
+
+def bytes_of(record: Record, copies: tuple[int, int, int]) -> int:
+    """Bytes of the operands and of the result, each once."""
+    sizes = (record.result_bytes, record.lhs.bytes, record.rhs.bytes)
+    return sum(n * size for n, size in zip(copies, sizes, strict=True))
+
+
+def operations_of(record: Record, copies: tuple[int, int, int]) -> int:
+    """Multiplications and additions."""
+    return 2 * copies[0] * math.prod(record.shape) * record.length
