@@ -15,7 +15,7 @@ from jax import lax
 
 from ..core import QTensor, scale_values
 from ..kernels import integer_dot
-from . import dispatch, native
+from . import dispatch, native, tpu
 from .dispatch import Implementation, Operand
 from .exporting import unless_exported
 from .operands import (
@@ -81,8 +81,8 @@ def dot_general(
         precision, out_sharding: as for `jax.lax.dot_general`.
         preferred_element_type: floating dtype of the result; None for what promotion gives
             the dtypes of both operands.
-        implementation: "native", "integer", "blocks" or "dequantize", to force one; None to
-            choose by operands and platform.
+        implementation: "native", "integer", "blocks", "scaled", "fused" or "dequantize", to
+            force one; None to choose by operands and platform.
 
     Returns:
         Array of shape (batch, lhs free, rhs free).
@@ -256,6 +256,44 @@ def _refuses_native(lhs, rhs, spec):
     return "float64 is asked for" if spec.dtype == jnp.float64 else native.refuses(lhs, rhs)
 
 
+def _scaled(lhs, rhs, spec):
+    """Multiplies codes as floats where their scales can wait for the result, values elsewhere."""
+    operands, dtype = (lhs, rhs), jnp.promote_types(lhs.dtype, rhs.dtype)
+    waits = [tpu.can_wait(*pair) for pair in zip(operands, spec.contract, strict=True)]
+    factors = [x.codes if w else as_array(x) for x, w in zip(operands, waits, strict=True)]
+    if factors[0].dtype != factors[1].dtype or not jnp.issubdtype(factors[0].dtype, jnp.floating):
+        factors = [x.astype(dtype) for x in factors]
+    compute = jnp.float64 if spec.dtype == jnp.float64 else jnp.float32
+    out = lax.dot_general(
+        *factors,
+        (spec.contract, spec.batch),
+        precision=spec.precision,
+        preferred_element_type=compute,
+        out_sharding=spec.out_sharding,
+    )
+    for side, x in enumerate(operands):
+        if waits[side]:
+            out = out * _in_result(scale_values(x.scale).astype(compute), side, operands, spec)
+    return _logical(out.astype(spec.dtype), spec)
+
+
+def _refuses_scaled(lhs, rhs, spec):
+    waits = [tpu.can_wait(*pair) for pair in zip((lhs, rhs), spec.contract, strict=True)]
+    return None if any(waits) else "no operand has codes whose scale can wait for the result"
+
+
+def _fused(lhs, rhs, spec):
+    """Dequantizes one side while the other is multiplied with it."""
+    lhs, rhs = (x if isinstance(x, QTensor) else tpu.computed(jnp.asarray(x)) for x in (lhs, rhs))
+    return _dequantized(lhs, rhs, spec)
+
+
+def _refuses_fused(lhs, rhs, spec):
+    grouped = [tpu.is_grouped(*pair) for pair in zip((lhs, rhs), spec.contract, strict=True)]
+    is_array = [not isinstance(x, QTensor) for x in (lhs, rhs)]
+    return None if any(grouped) and any(is_array) else "it is for grouped scales by a float array"
+
+
 _BLOCK = 256
 _MOST_ROWS = 128
 
@@ -327,6 +365,8 @@ def _row_counts(q):
 _BY_XLA = (
     Implementation("blocks", _blocks, _refuses_blocks, platforms=("cpu",)),
     Implementation("integer", _integer, _refuses_integer),
+    Implementation("scaled", _scaled, _refuses_scaled, platforms=("tpu",)),
+    Implementation("fused", _fused, _refuses_fused, platforms=("tpu",)),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )
 _TABLE = (Implementation("native", _native, _refuses_native, platforms=("cpu",)), *_BY_XLA)
