@@ -271,8 +271,9 @@ def _parameter(computation, number):
 def _moved(source: Array, results: tuple[Array, ...]) -> int:
     """Bytes of HBM that a copy in the background reads, and writes if it ends there.
 
-    Its result names destination and source; a copy of a slice is as large as its destination.
+    Its result names destination, source and a scalar; a copy of a slice is as large as the
+    destination. Two alike are a copy from HBM to HBM.
     """
-    destination = next((a for a in results if a != source), source)
+    destination = next((a for a in results if a.shape and a != source), source)
     size = min(source.bytes, destination.bytes)
     return size * ((not source.is_on_chip) + (not destination.is_on_chip))
