@@ -15,7 +15,7 @@ from collections.abc import Iterator
 _BITS = re.compile(r"[a-z]+(\d+)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.*)$")
 _OPCODE = re.compile(r" ([a-z][\w-]*)\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -41,10 +41,15 @@ class Array:
     is_on_chip: bool = False
 
     @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Bytes of its elements, those of 4 bits two to a byte, without padding."""
         found = _BITS.match(self.dtype)
-        return -(-math.prod(self.shape) * int(found[1] if found else 8) // 8)
+        return -(-self.size * int(found[1] if found else 8) // 8)
 
     @property
     def hbm_bytes(self) -> int:
@@ -54,13 +59,17 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of a computation: its result, opcode, operands' names, and all that follows."""
+    """A line of a computation: its result, opcode, operands' names, and all that follows.
+
+    `is_root` marks the one that gives the computation's result.
+    """
 
     name: str
     arrays: tuple[Array, ...]
     opcode: str
     operands: tuple[str, ...]
     attributes: str
+    is_root: bool = False
 
     def called(self, attribute: str) -> list[str]:
         """Names of the computations that an attribute (calls, body, condition) holds."""
@@ -113,7 +122,7 @@ class Program:
                 current = self.computations[header[2]] = {}
                 self.entry = header[2] if header[1] else self.entry
             elif found:
-                current[found[1]] = parse_instruction(found[1], found[2])
+                current[found[2]] = parse_instruction(found[2], found[3], bool(found[1]))
         if not self.entry:
             raise ValueError(f"The text must have an ENTRY computation; got {text[:80]!r}.")
 
@@ -223,10 +232,17 @@ class Program:
         """Instructions that use a value, and as which operand; views of it are seen through."""
         for user in self.computations[name].values():
             for position, operand in enumerate(user.operands):
-                if operand == value and user.opcode == "bitcast":
+                if operand == value and self._is_view(user) and not user.is_root:
                     yield from self._users(name, user.name)
                 elif operand == value:
                     yield user, position
+
+    def _is_view(self, instruction: Instruction) -> bool:
+        """Whether an instruction only gives its operand another shape."""
+        if instruction.opcode != "fusion":
+            return instruction.opcode == "bitcast"
+        fused = self.computations[instruction.called("calls")[0]]
+        return all(i.opcode in ("parameter", "bitcast") for i in fused.values())
 
     def _written(self, fused: str, instruction: Instruction) -> int:
         """Bytes that a fusion writes: of an array that it updates in place, the update."""
@@ -248,16 +264,15 @@ def parse_arrays(text: str) -> tuple[Array, ...]:
     )
 
 
-def parse_instruction(name: str, text: str) -> Instruction:
+def parse_instruction(name: str, text: str, is_root: bool = False) -> Instruction:
     """What follows `name =`: a type, the opcode, operands in brackets, attributes."""
     opcode = _OPCODE.search(" " + text)
     if opcode is None:
         raise ValueError(f"An instruction must have an opcode before a bracket; got {text!r}.")
     before, after = text[: opcode.start()], text[opcode.end() - 1 :]
     inside = after.partition(")")[0]
-    return Instruction(
-        name, parse_arrays(before), opcode[1], tuple(re.findall(r"%([^,\s)]+)", inside)), after
-    )
+    operands = tuple(re.findall(r"%([^,\s)]+)", inside))
+    return Instruction(name, parse_arrays(before), opcode[1], operands, after, is_root)
 
 
 def _parameter(computation, number):

@@ -16,7 +16,7 @@ MAIN = """HloModule jit_f, is_scheduled=true
 %fused_slice (p.2: s8[16,64,32], p.3: s32[]) -> s8[1,64,32] {{
   %p.3 = s32[] parameter(1)
   %p.2 = s8[16,64,32]{{2,1,0}} parameter(0)
-  %view = s8[16,64,32]{{2,1,0}} bitcast(%p.2)
+  %view = s8[16,64,32]{{2,1,0}} fusion(%p.2), kind=kLoop, calls=%fused_view
   ROOT %s = s8[1,64,32]{{2,1,0}} dynamic-slice(%view, %p.3), dynamic_slice_sizes={{1,64,32}}
 }}
 
@@ -25,6 +25,17 @@ MAIN = """HloModule jit_f, is_scheduled=true
   %p.5 = f32[1,32]{{1,0}} parameter(1)
   %p.6 = s32[] parameter(2)
   ROOT %u = f32[16,32]{{1,0}} dynamic-update-slice(%p.4, %p.5, %p.6)
+}}
+
+%fused_view (p.7: s8[16,64,32]) -> s8[16,64,32] {{
+  %p.7 = s8[16,64,32]{{2,1,0}} parameter(0)
+  ROOT %v = s8[16,64,32]{{2,1,0}} bitcast(%p.7)
+}}
+
+%fused_whole (p.8: s8[16,64,32]) -> s8[16,64,32] {{
+  %p.8 = s8[16,64,32]{{2,1,0}} parameter(0)
+  %viewed = s8[16,64,32]{{2,1,0}} fusion(%p.8), kind=kLoop, calls=%fused_view
+  ROOT %n = s8[16,64,32]{{2,1,0}} negate(%viewed)
 }}
 
 %condition (c: (s32[], s8[16,64,32])) -> pred[] {{
@@ -52,6 +63,7 @@ PARAMETERS = """  %x = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0), sharding={rep
   %b = f32[1,32]{1,0} parameter(3)
   %near = f32[16,32]{1,0:S(1)} parameter(4)
   %i = s32[] parameter(5)
+  %many = s8[16,64,32]{2,1,0} parameter(7)
   %loop = (s32[], s8[16,64,32]{2,1,0}) parameter(6)
 """
 
@@ -78,6 +90,12 @@ def test_a_fusion_has_cycles_and_the_bytes_of_operands_and_results():
     work = only(line)
     assert (work.name, work.opcode, work.cycles) == ("f", "fusion", 123)
     assert work.hbm_bytes == 8 * 64 * 2 + 64 * 32 // 2 + 8 * 32 * 2
+
+
+@pytest.mark.parametrize("fused", ["whole", "view"])
+def test_an_operand_that_is_seen_through_a_view_is_read_whole(fused):
+    call = f"fusion(%many), kind=kLoop, calls=%fused_{fused}"
+    assert only(f"  %f = s8[16,64,32]{{2,1,0:S(1)}} {call}").hbm_bytes == 16 * 64 * 32
 
 
 def test_what_lies_on_the_chip_moves_nothing():
