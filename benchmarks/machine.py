@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-PACKAGES = ("jaxquant", "jax", "jaxlib", "keras", "qwix", "numpy")
+PACKAGES = ("jaxquant", "jax", "jaxlib", "keras", "qwix", "numpy", "libtpu")
 
 
 def description() -> dict[str, Any]:

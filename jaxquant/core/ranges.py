@@ -40,7 +40,7 @@ class AbsMax:
     def __call__(self, groups, axes, symmetric, error):
         """Returns (low, high)."""
         if symmetric:
-            high = jnp.max(jnp.abs(groups), axes, keepdims=True, initial=0)
+            high = largest_magnitude(groups, axes)
             return -high, high
         low = jnp.min(groups, axes, keepdims=True, initial=0)
         return low, jnp.max(groups, axes, keepdims=True, initial=0)
@@ -99,6 +99,17 @@ class MinMSE:
             best = _search(best, steps, ends, lambda a, b: error(low * a, high * b))
         _, low_ratio, high_ratio = best
         return low * low_ratio, high * high_ratio
+
+
+def largest_magnitude(groups: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """max|x| of each group, 0 where there is no element, and inf if one is not finite.
+
+    XLA's CPU backend drops NaN in a maximum, hence inf in its place. Whoever asks for both, the
+    range and whether all is finite, gets them from one pass over the array.
+    """
+    magnitude = jnp.abs(groups)
+    magnitude = jnp.where(magnitude < jnp.inf, magnitude, jnp.inf)
+    return jnp.max(magnitude, axes, keepdims=True, initial=0)
 
 
 RANGES = {r.__name__: r for r in (AbsMax, Percentile, MinMSE)}

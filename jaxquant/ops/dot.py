@@ -4,23 +4,20 @@ Everything below `dot_general` works on arrays as they are stored; the logical o
 returns at the end, by a transpose of the result if there is need of one.
 """
 
-import dataclasses
 import math
 from functools import partial
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from ..core import QTensor, scale_values
 from ..kernels import integer_dot
-from . import blocks, dispatch, native, pallas
+from . import blocks, dispatch, native, pallas, tpu
 from .dispatch import Implementation, Operand
+from .dot_spec import DotSpec
 from .exporting import on_one_tpu, unless_exported
 from .operands import (
-    AxesOfBoth,
     as_array,
     check_operands,
     refuses_codes,
@@ -37,45 +34,6 @@ from .sharding import (
     vary_alike,
     varying_axes,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class DotSpec:
-    """What `dot_general` is asked for, hashable, in terms of the arrays as they are stored.
-
-    Attributes:
-        contract, batch: (axes of lhs, axes of rhs), from 0 up.
-        permutation: brings the product of the stored arrays to the logical order of axes.
-        dtype: dtype of the result.
-        precision: as for `jax.lax.dot_general`.
-        out_sharding: that of the product of the stored arrays.
-    """
-
-    contract: AxesOfBoth
-    batch: AxesOfBoth
-    permutation: tuple[int, ...]
-    dtype: np.dtype
-    precision: lax.PrecisionLike
-    out_sharding: OutSharding
-
-    operation: ClassVar[str] = "dot_general"
-
-    def length(self, lhs: Operand, rhs: Operand) -> int:
-        """Products that are added for one element of the result."""
-        return math.prod(_stored_shape(lhs)[a] for a in self.contract[0])
-
-    def rows(self, lhs: Operand, rhs: Operand) -> int | None:
-        """Rows of inputs, where one matrix on the right multiplies them all; else None."""
-        lengths = [_stored_shape(lhs)[a] for a in self.free(lhs, 0)]
-        return None if self.batch[0] else math.prod(lengths)
-
-    def free(self, x: Operand, side: int) -> list[int]:
-        """Axes of an operand (side 0: lhs, 1: rhs) that are neither contracted nor batch."""
-        return [a for a in range(x.ndim) if a not in self.contract[side] + self.batch[side]]
-
-
-def _stored_shape(x):
-    return x.codes.shape if isinstance(x, QTensor) else x.shape
 
 
 def dot_general(
@@ -104,8 +62,8 @@ def dot_general(
         precision, out_sharding: as for `jax.lax.dot_general`.
         preferred_element_type: floating dtype of the result; None for what promotion gives
             the dtypes of both operands.
-        implementation: "native", "pallas", "integer", "blocks" or "dequantize", to force one;
-            None to choose by operands and platform.
+        implementation: "native", "pallas", "blocks", "integer", "scaled", "fused" or
+            "dequantize", to force one; None to choose by operands and platform.
 
     Returns:
         Array of shape (batch, lhs free, rhs free).
@@ -318,6 +276,44 @@ def _pallas_loses(lhs, rhs, spec):
     return pallas.loses(lhs, rhs)
 
 
+def _scaled(lhs, rhs, spec):
+    """Multiplies codes as floats where their scales can wait for the result, values elsewhere."""
+    operands, dtype = (lhs, rhs), jnp.promote_types(lhs.dtype, rhs.dtype)
+    waits = [tpu.can_wait(*pair) for pair in zip(operands, spec.contract, strict=True)]
+    factors = [x.codes if w else as_array(x) for x, w in zip(operands, waits, strict=True)]
+    if factors[0].dtype != factors[1].dtype or not jnp.issubdtype(factors[0].dtype, jnp.floating):
+        factors = [x.astype(dtype) for x in factors]
+    compute = jnp.float64 if spec.dtype == jnp.float64 else jnp.float32
+    out = lax.dot_general(
+        *factors,
+        (spec.contract, spec.batch),
+        precision=spec.precision,
+        preferred_element_type=compute,
+        out_sharding=spec.out_sharding,
+    )
+    for side, x in enumerate(operands):
+        if waits[side]:
+            out = out * _in_result(scale_values(x.scale).astype(compute), side, operands, spec)
+    return _logical(out.astype(spec.dtype), spec)
+
+
+def _refuses_scaled(lhs, rhs, spec):
+    waits = [tpu.can_wait(*pair) for pair in zip((lhs, rhs), spec.contract, strict=True)]
+    return None if any(waits) else "no operand has codes whose scale can wait for the result"
+
+
+def _fused(lhs, rhs, spec):
+    """Dequantizes one side while the other is multiplied with it."""
+    lhs, rhs = (x if isinstance(x, QTensor) else tpu.computed(jnp.asarray(x)) for x in (lhs, rhs))
+    return _dequantized(lhs, rhs, spec)
+
+
+def _refuses_fused(lhs, rhs, spec):
+    grouped = [tpu.is_grouped(*pair) for pair in zip((lhs, rhs), spec.contract, strict=True)]
+    is_array = [not isinstance(x, QTensor) for x in (lhs, rhs)]
+    return None if any(grouped) and any(is_array) else "it is for grouped scales by a float array"
+
+
 def _blocks(lhs, rhs, spec):
     if _refuses_integer(lhs, rhs, spec) is None:
         return blocks.product(lhs, rhs, partial(_integer, spec=spec))
@@ -352,6 +348,8 @@ def _is_integer_natively(lhs, rhs, spec):
 _BY_XLA = (
     Implementation("blocks", _blocks, _refuses_blocks, ("cpu",), is_integer=_is_integer),
     Implementation("integer", _integer, _refuses_integer, is_integer=_is_integer),
+    Implementation("scaled", _scaled, _refuses_scaled, ("tpu",)),
+    Implementation("fused", _fused, _refuses_fused, ("tpu",)),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )
 _TABLE = (

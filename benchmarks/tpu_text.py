@@ -1,0 +1,294 @@
+"""What a program that was compiled for a TPU will do, read from its text.
+
+The text lists computations, and in each the operations in the order in which they run. A fusion
+carries the cycles that the compiler expects of it, without waiting for memory; which arrays lie in
+the chip's own memory shows in their layout, `S(1)`; all others are read from or written to HBM.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+# Bits of an element by the letters and digits of its type's name: s4, bf16, f8e4m3fn, pred.
+_BITS = re.compile(r"[a-z]+(\d+)")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_HEADER = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.*)$")
+_OPCODE = re.compile(r" ([a-z][\w-]*)\(")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
+# Views and bookkeeping, which move no data; `-done` waits for what `-start` moved.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+_SLICES = {"slice", "dynamic-slice"}
+_UPDATE = "dynamic-update-slice"
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array in the text.
+
+    Attributes:
+        dtype: as the text names it: s8, bf16.
+        shape: lengths of its axes.
+        is_on_chip: whether it lies in the chip's own memory, and not in HBM.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    is_on_chip: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its elements, those of 4 bits two to a byte, without padding."""
+        found = _BITS.match(self.dtype)
+        return -(-self.size * int(found[1] if found else 8) // 8)
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Bytes in HBM."""
+        return 0 if self.is_on_chip else self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of a computation: its result, opcode, operands' names, and all that follows.
+
+    `is_root` marks the one that gives the computation's result.
+    """
+
+    name: str
+    arrays: tuple[Array, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool = False
+
+    def called(self, attribute: str) -> list[str]:
+        """Names of the computations that an attribute (calls, body, condition) holds."""
+        found = re.search(rf"\b{attribute}=\{{?(%[^,}} ]+(?:, ?%[^,}} ]+)*)", self.attributes)
+        return re.findall(r"%([^,} ]+)", found[1]) if found else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one scheduled operation does.
+
+    Attributes:
+        name, opcode: as in the text.
+        cycles: the compiler's estimate, without waiting for HBM; None where it has none.
+        hbm_bytes: read from and written to HBM.
+        times: how often it runs.
+        operations: multiplications and additions of a kernel (Pallas), as that declares them;
+            None for what the compiler generates.
+        is_kernel: whether it is a kernel, of which the compiler knows nothing.
+        trips_are_known: False inside a loop whose number of trips the text does not tell;
+            `times` then counts one trip.
+    """
+
+    name: str
+    opcode: str
+    cycles: int | None
+    hbm_bytes: int
+    times: int = 1
+    operations: int | None = None
+    is_kernel: bool = False
+    trips_are_known: bool = True
+
+
+class Program:
+    """A compiled program.
+
+    Attributes:
+        computations: instructions by name, in order, per computation.
+        entry: name of the computation where it starts.
+    """
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            header = _HEADER.match(line)
+            found = _INSTRUCTION.match(line)
+            if header:
+                current = self.computations[header[2]] = {}
+                self.entry = header[2] if header[1] else self.entry
+            elif found:
+                current[found[2]] = parse_instruction(found[2], found[3], bool(found[1]))
+        if not self.entry:
+            raise ValueError(f"The text must have an ENTRY computation; got {text[:80]!r}.")
+
+    def work(self) -> list[Work]:
+        """Everything that runs, in order; what a loop repeats once, with its number of trips."""
+        return list(self._work_of(self.entry, 1, True))
+
+    def scheduled(self) -> Iterator[tuple[dict[str, Instruction], Instruction]]:
+        """Each instruction of each computation that is not part of a fusion, and its neighbours."""
+        names = [self.entry]
+        for name in names:
+            for instruction in self.computations[name].values():
+                yield self.computations[name], instruction
+                for attribute in ("body", "condition", "branch_computations", "to_apply"):
+                    names += [n for n in instruction.called(attribute) if n not in names]
+
+    def _work_of(self, name: str, times: int, known: bool) -> Iterator[Work]:
+        computation = self.computations[name]
+        for instruction in computation.values():
+            if instruction.opcode == "while":
+                trips = self.trips(instruction)
+                yield from self._work_of(
+                    instruction.called("body")[0], times * (trips or 1), known and trips is not None
+                )
+            elif instruction.opcode == "call":
+                yield from self._work_of(instruction.called("to_apply")[0], times, known)
+            elif instruction.opcode == "conditional":
+                branches = instruction.called("branch_computations")
+                yield from max(
+                    (list(self._work_of(b, times, known)) for b in branches),
+                    key=lambda works: sum(w.hbm_bytes * w.times for w in works),
+                )
+            elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+                yield self._one(computation, instruction, times, known)
+
+    def _one(self, computation, instruction, times, known):
+        cycles = _CYCLES.search(instruction.attributes)
+        is_kernel = 'custom_call_target="tpu_custom_call"' in instruction.attributes
+        flops = _FLOPS.search(instruction.attributes) if is_kernel else None
+        return Work(
+            instruction.name,
+            instruction.opcode,
+            int(cycles[1]) if cycles else None,
+            self._hbm_bytes(computation, instruction),
+            times,
+            int(flops[1]) if flops else None,
+            is_kernel,
+            known,
+        )
+
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a loop's body runs, where the text tells.
+
+        Either the compiler noted it, or the condition compares a counter with a constant, which
+        JAX's loops count up to from 0.
+        """
+        noted = _TRIPS.search(loop.attributes)
+        if noted:
+            return int(noted[1])
+        condition = self.computations[loop.called("condition")[0]]
+        constants = [
+            int(i.attributes.split(")")[0])
+            for i in condition.values()
+            if i.opcode == "constant" and i.arrays[0].dtype in ("s32", "u32")
+        ]
+        is_counter = any("direction=LT" in i.attributes for i in condition.values())
+        return constants[0] if is_counter and len(constants) == 1 else None
+
+    def _hbm_bytes(self, computation, instruction) -> int:
+        operands = [computation[name].arrays for name in instruction.operands]
+        if instruction.opcode.endswith("-start"):
+            return _moved(operands[0][0], instruction.arrays)
+        called = instruction.called("calls")
+        if instruction.opcode == "fusion":
+            fused = called[0]
+            read = [self._read(fused, i, a) for i, arrays in enumerate(operands) for a in arrays]
+            return sum(read) + self._written(fused, instruction)
+        if instruction.opcode in _SLICES:
+            return 2 * sum(a.hbm_bytes for a in instruction.arrays)
+        arrays = [a for arrays in operands for a in arrays]
+        return sum(a.hbm_bytes for a in (*arrays, *instruction.arrays))
+
+    def _read(self, fused: str, number: int, array: Array) -> int:
+        """Bytes that a fusion reads of one operand: of one that it only slices, the slices."""
+        if array.is_on_chip:
+            return 0
+        sliced = self._sliced(fused, number)
+        return array.bytes if sliced is None else min(array.bytes, sliced)
+
+    def _sliced(self, fused: str, number: int) -> int | None:
+        """Bytes of the slices of a parameter; None if something else uses it."""
+        computation = self.computations[fused]
+        total = 0
+        for user, position in self._users(fused, _parameter(computation, number)):
+            if user.opcode in _SLICES and position == 0:
+                total += user.arrays[0].bytes
+            elif user.opcode == "fusion":
+                inner = self._sliced(user.called("calls")[0], position)
+                if inner is None:
+                    return None
+                total += inner
+            elif user.opcode != _UPDATE or position:
+                return None
+        return total
+
+    def _users(self, name: str, value: str) -> Iterator[tuple[Instruction, int]]:
+        """Instructions that use a value, and as which operand; views of it are seen through."""
+        for user in self.computations[name].values():
+            for position, operand in enumerate(user.operands):
+                if operand == value and self._is_view(user) and not user.is_root:
+                    yield from self._users(name, user.name)
+                elif operand == value:
+                    yield user, position
+
+    def _is_view(self, instruction: Instruction) -> bool:
+        """Whether an instruction only gives its operand another shape."""
+        if instruction.opcode != "fusion":
+            return instruction.opcode == "bitcast"
+        fused = self.computations[instruction.called("calls")[0]]
+        return all(i.opcode in ("parameter", "bitcast") for i in fused.values())
+
+    def _written(self, fused: str, instruction: Instruction) -> int:
+        """Bytes that a fusion writes: of an array that it updates in place, the update."""
+        computation = self.computations[fused]
+        updates = [i for i in computation.values() if i.opcode == _UPDATE]
+        written = sum(a.hbm_bytes for a in instruction.arrays)
+        if not updates or any(a.is_on_chip for a in instruction.arrays):
+            return written
+        update = sum(computation[i.operands[1]].arrays[0].bytes for i in updates)
+        return min(written, update)
+
+
+@functools.cache
+def parse_arrays(text: str) -> tuple[Array, ...]:
+    """The arrays of a type: one, or those of a tuple, nested ones in order."""
+    return tuple(
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), "S(" in layout)
+        for dtype, shape, layout in _ARRAY.findall(text)
+    )
+
+
+def parse_instruction(name: str, text: str, is_root: bool = False) -> Instruction:
+    """What follows `name =`: a type, the opcode, operands in brackets, attributes."""
+    opcode = _OPCODE.search(" " + text)
+    if opcode is None:
+        raise ValueError(f"An instruction must have an opcode before a bracket; got {text!r}.")
+    before, after = text[: opcode.start()], text[opcode.end() - 1 :]
+    inside = after.partition(")")[0]
+    operands = tuple(re.findall(r"%([^,\s)]+)", inside))
+    return Instruction(name, parse_arrays(before), opcode[1], operands, after, is_root)
+
+
+def _parameter(computation, number):
+    return next(
+        i.name
+        for i in computation.values()
+        if i.opcode == "parameter" and i.attributes.startswith(f"{number})")
+    )
+
+
+def _moved(source: Array, results: tuple[Array, ...]) -> int:
+    """Bytes of HBM that a copy in the background reads, and writes if it ends there.
+
+    Its result names destination, source and a scalar; a copy of a slice is as large as the
+    destination. Two alike are a copy from HBM to HBM.
+    """
+    destination = next((a for a in results if a.shape and a != source), source)
+    size = min(source.bytes, destination.bytes)
+    return size * ((not source.is_on_chip) + (not destination.is_on_chip))

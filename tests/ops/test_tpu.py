@@ -1,0 +1,120 @@
+"""Forms of products that are chosen on TPUs, computed here; and the choice by generation."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import FP8_E4M3, ArrayConfig, dot_general, matmul, quantize
+from jaxquant.ops import tpu
+from jaxquant.ops.chips import by_generation, tpu_generation
+
+from .products import INPUTS, WEIGHTS, K, M, N, assert_product, normal, weight
+
+ROWS = quantize(normal(M, K), INPUTS["int8"])
+WAITING = {
+    "int8": WEIGHTS["int8"],
+    "int8-tensor": WEIGHTS["int8-tensor"],
+    "columns": ArrayConfig(axis=(0, 1), group_size=(K, 8)),
+    "fp8": WEIGHTS["fp8_e4m3"],
+    "nested": WEIGHTS["int4-nested"],
+}
+# Their values must be multiplied.
+NOT_WAITING = ("int8-asym", "int4-asym-g32", "nf4", "mxfp8")
+
+
+@pytest.mark.parametrize("kind", ["float", "int8", "fp8", "int8-asym", "mxfp8"])
+def test_codes_that_are_scaled_after_the_product_match_numpy(kind):
+    x = normal(M, K) if kind == "float" else quantize(normal(M, K), INPUTS[kind])
+    weights = {name: weight(config) for name, config in WAITING.items()}
+
+    @jax.jit
+    def products(x, weights):
+        return {n: matmul(x, q, implementation="scaled") for n, q in weights.items()}
+
+    for name, out in products(x, weights).items():
+        assert_product(out, "mk,kn->mn", x, weights[name])
+
+
+def test_one_side_can_be_scaled_after_the_product_and_the_other_before():
+    weights = {name: weight(WEIGHTS[name]) for name in NOT_WAITING}
+
+    @jax.jit
+    def products(x, weights):
+        return {n: matmul(x, q, implementation="scaled") for n, q in weights.items()}
+
+    for name, out in products(ROWS, weights).items():
+        assert_product(out, "mk,kn->mn", ROWS, weights[name])
+
+
+@pytest.mark.parametrize("name", NOT_WAITING)
+def test_nothing_is_scaled_after_the_product_that_changes_along_it(name):
+    with pytest.raises(ValueError, match=r"'scaled' cannot run .* no operand has codes whose"):
+        matmul(normal(M, K), weight(WEIGHTS[name]), implementation="scaled")
+
+
+def test_codes_of_more_than_8_bits_do_not_wait():
+    q = weight(WEIGHTS["int8"])
+    wide = types.SimpleNamespace(bits=16, codebook=None)
+    assert tpu.can_wait(q, (0,))
+    object.__setattr__(q, "format", wide)
+    assert not tpu.can_wait(q, (0,))
+
+
+def test_float8_codes_reach_the_product_as_they_are():
+    x, q = (
+        quantize(normal(M, K), ArrayConfig(format=FP8_E4M3, axis=-1)),
+        weight(WEIGHTS["fp8_e4m3"]),
+    )
+    traced = jax.jit(matmul).trace(x, q)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert f"(tensor<{M}x{K}xf8E4M3FN>, tensor<{K}x{N}xf8E4M3FN>) -> tensor<{M}x{N}xf32>" in text
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int4-asym-g32", "nf4", "nvfp4", "int8-blocks"])
+def test_grouped_weights_by_a_computed_array_match_numpy(name, monkeypatch):
+    # What v6e runs.
+    monkeypatch.setattr(tpu, "computed", tpu._times_one)
+    config = {"nf4": ArrayConfig(format=WEIGHTS[name].format, axis=0, group_size=16)}
+    x, q = normal(M, K), weight(config.get(name, WEIGHTS[name]))
+    assert_product(matmul(x, q, implementation="fused"), "mk,kn->mn", x, q)
+    turned = x.T, q.reorder((-1, -2))
+    numbers = (((0,), (0,)), ((), ()))
+    assert_product(
+        dot_general(turned[1], turned[0], numbers, implementation="fused"), "kn,km->nm", q, x.T
+    )
+
+
+def test_a_computed_array_keeps_every_value():
+    x = jnp.asarray([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 1e-40, 3.3], jnp.bfloat16)
+    np.testing.assert_array_equal(
+        jax.jit(tpu._times_one)(x).astype(jnp.float32), x.astype(jnp.float32)
+    )
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_only_a_float_array_by_grouped_scales_is_fused(kind):
+    x = quantize(normal(M, K), INPUTS[kind])
+    for lhs, rhs in ((x, weight(WEIGHTS["int4-g32"])), (normal(M, K), weight(WEIGHTS["int8"]))):
+        with pytest.raises(ValueError, match="it is for grouped scales by a float array"):
+            matmul(lhs, rhs, implementation="fused")
+
+
+def choice(x):
+    return by_generation({"v6e": lambda x: x + 6, "v5e": lambda x: x + 5}, lambda x: x + 1, x)
+
+
+def test_other_devices_take_the_default_in_every_transformation():
+    x = jnp.arange(6.0).reshape(2, 3)
+    exported = jax.export.export(jax.jit(choice), platforms=("cpu", "tpu"))(x)
+    for run in (choice, jax.jit(choice), jax.vmap(choice), jax.vmap(choice, 1, 1), exported.call):
+        np.testing.assert_array_equal(run(x), x + 1)
+
+
+def test_generations_are_known_by_the_names_that_jax_gives_devices():
+    names = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU7x": "7x", "cpu": None}
+    for kind, generation in names.items():
+        assert tpu_generation(types.SimpleNamespace(device_kind=kind)) == generation
+    assert tpu_generation(jax.devices()[0]) is None
