@@ -115,20 +115,16 @@ def choose(table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str) -
 
 
 def _choose(table, lhs, rhs, spec, platform):
-    """The row, and why those before it were not taken: (name, reason) of each."""
+    """The row, and why those before it that are for the platform were not taken."""
     refusals = []
     for row in table[:-1]:
-        why_not = _refusal(row, lhs, rhs, spec, platform)
+        if row.platforms is not None and platform not in row.platforms:
+            continue
+        why_not = row.refusal(lhs, rhs, spec) or row.loses(lhs, rhs, spec)
         if why_not is None:
             return row, tuple(refusals)
         refusals.append((row.name, why_not))
     return table[-1], tuple(refusals)
-
-
-def _refusal(row, lhs, rhs, spec, platform):
-    if row.platforms is not None and platform not in row.platforms:
-        return f"for {' and '.join(row.platforms)} alone"
-    return row.refusal(lhs, rhs, spec) or row.loses(lhs, rhs, spec)
 
 
 def _forced(table, lhs, rhs, spec, name):
