@@ -1,11 +1,7 @@
-"""Quantized products and their alternatives, as calls that do the same work.
+"""Products of inputs by weights, as calls that do the same work: XLA's, ours, and alternatives.
 
 A contender takes float weights and says what a call computes: inputs by these weights.
 """
-
-import os
-
-os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import dataclasses
 from collections.abc import Callable
@@ -15,8 +11,29 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
+from jaxquant.core import packed_bytes
 
-Product = Callable[[jax.Array, Any], jax.Array]
+SCHEMES = {
+    "W8A8": jq.W8A8,
+    "W8A16": jq.W8A16,
+    "W4A16": jq.W4A16,
+    "W4A8": jq.W4A8,
+    "NF4A16": jq.NF4A16,
+}
+
+
+def copy_arrays(weights: Any) -> Any:
+    """The same weights in other memory."""
+    return jax.tree.map(jnp.copy, weights)
+
+
+def bytes_of(weights: Any) -> int:
+    """Bytes in device memory."""
+    return sum(packed_bytes(x) for x in jax.tree.leaves(weights))
+
+
+def _as_it_is(x):
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +46,26 @@ class Contender:
         prepare: (K, N) float32 weights -> what `run` reads.
         run: (inputs, prepared) -> result.
         dtype: the dtype that inputs are given in; None for that of the table.
+        compile: what makes the call of `run`; `jax.jit` unless the contender is no JAX code.
+        place: jax.Array -> the inputs as `run` takes them.
+        copy: prepared -> the same in other memory.
+        size: prepared -> bytes that a call reads of it.
     """
 
     name: str
     is_ours: bool
     prepare: Callable[[jax.Array], Any]
-    run: Product
+    run: Callable[[Any, Any], Any]
     dtype: str | None = None
+    compile: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.jit
+    place: Callable[[jax.Array], Any] = _as_it_is
+    copy: Callable[[Any], Any] = copy_arrays
+    size: Callable[[Any], int] = bytes_of
+
+    @property
+    def is_jax(self) -> bool:
+        """Whether `run` can be part of a larger JAX program."""
+        return self.compile is jax.jit
 
 
 def ours(name: str, scheme: jq.Scheme) -> Contender:
@@ -46,67 +76,6 @@ def ours(name: str, scheme: jq.Scheme) -> Contender:
     )
 
 
-def of_keras(name: str, mode: str) -> Contender | None:
-    """A Dense layer of Keras, quantized; None where Keras is not installed."""
-    try:
-        import keras
-    except ImportError:
-        return None
-
-    def prepare(w):
-        layer: Any = keras.layers.Dense(w.shape[1], use_bias=False)
-        layer.build((None, w.shape[0]))
-        layer.kernel.assign(w)
-        layer.quantize(mode)
-        layers.append(layer)
-        return [v.value for v in layer.non_trainable_variables + layer.trainable_variables]
-
-    layers: list[Any] = []
-
-    def run(x, values):
-        layer = layers[-1]
-        variables = layer.non_trainable_variables + layer.trainable_variables
-        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            return layer(x)
-
-    return Contender(name, False, prepare, run)
-
-
-def of_qwix(name: str, weights: str, inputs: str | None, tile: int | None) -> Contender | None:
-    """Qwix's quantized arrays and product; None where Qwix is not installed."""
-    try:
-        import qwix  # pyright: ignore[reportMissingImports]  (in the extra bench)
-    except ImportError:
-        return None
-    tiled = {} if tile is None else {"tiled_axes": {0: tile}}
-
-    def prepare(w):
-        return qwix.quantize(w, weights, channelwise_axes=[1], **tiled)
-
-    def run(x, q):
-        if inputs is not None:
-            x = qwix.quantize(x, inputs, channelwise_axes=[0])
-        return qwix.dot_general(x, q, (((1,), (0,)), ((), ())))
-
-    return Contender(name, False, prepare, run)
-
-
-def _cast(dtype):
-    return lambda w: w.astype(dtype)
-
-
-def contenders() -> tuple[list[Contender], list[str]]:
-    """All that can run here, float32 first, and the names of what is not installed."""
-    found = {
-        "XLA float32": Contender("XLA float32", False, _cast("float32"), jnp.matmul, "float32"),
-        "XLA bfloat16": Contender("XLA bfloat16", False, _cast("bfloat16"), jnp.matmul, "bfloat16"),
-        "Keras int8": of_keras("Keras int8", "int8"),
-        "Keras int4 g128": of_keras("Keras int4 g128", "int4"),
-        "Qwix w8a8": of_qwix("Qwix w8a8", "int8", "int8", None),
-        "Qwix w4 g128": of_qwix("Qwix w4 g128", "int4", None, 128),
-    }
-    schemes = {"W8A8": jq.W8A8, "W8A16": jq.W8A16, "W4A16": jq.W4A16, "W4A8": jq.W4A8}
-    schemes |= {"NF4A16": jq.NF4A16}
-    here = [c for c in found.values() if c is not None]
-    missing = [name for name, c in found.items() if c is None]
-    return here + [ours(name, scheme) for name, scheme in schemes.items()], missing
+def of_xla(dtype: str) -> Contender:
+    """XLA's product of floats."""
+    return Contender(f"XLA {dtype}", False, lambda w: w.astype(dtype), jnp.matmul, dtype)
