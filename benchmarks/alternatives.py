@@ -88,9 +88,10 @@ def of_aqt(name: str) -> Contender | None:
 
 def of_torchao(name: str) -> Contender | None:
     """torchao's int8 weights by int8 inputs, compiled anew for each shape."""
-    torch, torchao = optional("torch"), optional("torchao.quantization")
-    if torch is None or torchao is None:
+    torchao = optional("torchao.quantization")
+    if torchao is None:
         return None
+    torch = importlib.import_module("torch")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     def prepare(w):

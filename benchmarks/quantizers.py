@@ -1,6 +1,12 @@
 """Ways to quantize float32 matrices: ours, Keras' and Qwix's, by what comes out."""
 
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
 import dataclasses
+import importlib
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,8 +14,6 @@ from typing import Any
 import jax
 
 import jaxquant as jq
-
-from .alternatives import optional
 
 Weights = list[jax.Array]
 
@@ -21,15 +25,20 @@ class Quantizer:
     Attributes:
         name: as printed.
         family: what comes out; those of one family are compared.
-        is_ours: whether it is this library's.
+        library: module that must be installed; None for this library's.
         prepare: weights -> the call that quantizes them; it is made anew for each call, and
             not timed.
     """
 
     name: str
     family: str
-    is_ours: bool
+    library: str | None
     prepare: Callable[[Weights], Callable[[], Any]]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is this library's."""
+        return self.library is None
 
 
 def _with(scheme: jq.Scheme, **changes: Any) -> jq.Scheme:
@@ -79,19 +88,26 @@ def _leaf_by_leaf(function):
     return lambda weights: lambda: [jax.block_until_ready(compiled(w)) for w in weights]
 
 
-def _of_qwix(qwix, kind, tile, calibration):
+def _of_qwix(kind, tile, calibration):
     tiled = {} if tile is None else {"tiled_axes": {0: tile}}
-    return _leaf_by_leaf(
-        lambda w: qwix.quantize(
+
+    def quantize(w):
+        return importlib.import_module("qwix").quantize(
             w, kind, channelwise_axes=[1], calibration_method=calibration, **tiled
         )
-    )
+
+    return _leaf_by_leaf(quantize)
 
 
-def _dense_layers(keras, mode):
+def _abs_max_of_keras(w):
+    return importlib.import_module("keras").quantizers.abs_max_quantize(w, axis=0)
+
+
+def _dense_layers(mode):
     """`Dense.quantize`, as `model.quantize` calls it."""
 
     def prepare(weights):
+        keras = importlib.import_module("keras")
         layers = [keras.layers.Dense(w.shape[1], use_bias=False) for w in weights]
         for layer, w in zip(layers, weights, strict=True):
             layer.kernel_initializer = lambda shape, dtype=None, w=w: w
@@ -107,24 +123,21 @@ def _quantize_layers(layers, mode):
     return [v.value for layer in layers for v in layer.variables]
 
 
-def _of_keras(keras):
-    """Name: family, prepare."""
-    function = partial(keras.quantizers.abs_max_quantize, axis=0)
-    return {
-        "Keras abs_max_quantize": ("int8", _leaf_by_leaf(function)),
-        "Keras Dense int8": ("int8", _dense_layers(keras, "int8")),
-        "Keras Dense int4": (_ASYMMETRIC, _dense_layers(keras, "int4")),
-    }
+# Name: family, prepare.
+_KERAS = {
+    "Keras abs_max_quantize": ("int8", _leaf_by_leaf(_abs_max_of_keras)),
+    "Keras Dense int8": ("int8", _dense_layers("int8")),
+    "Keras Dense int4": (_ASYMMETRIC, _dense_layers("int4")),
+}
 
 
 def quantizers() -> tuple[list[Quantizer], list[str]]:
-    """All that can run here, by family, and the names of the libraries that are missing."""
-    found = [Quantizer(name, f, True, _ours(scheme)) for name, (f, scheme) in _OURS.items()]
-    keras, qwix = optional("keras"), optional("qwix")
-    if keras is not None:
-        found += [Quantizer(name, f, False, p) for name, (f, p) in _of_keras(keras).items()]
-    if qwix is not None:
-        found += [Quantizer(n, f, False, _of_qwix(qwix, *a)) for n, (f, *a) in _QWIX.items()]
+    """All that can run here, by family, and the names of those whose library is missing."""
+    ours = [Quantizer(name, f, None, _ours(scheme)) for name, (f, scheme) in _OURS.items()]
+    others = [Quantizer(name, f, "keras", prepare) for name, (f, prepare) in _KERAS.items()]
+    others += [Quantizer(n, f, "qwix", _of_qwix(*options)) for n, (f, *options) in _QWIX.items()]
+    is_there = {name: importlib.util.find_spec(name) is not None for name in ("keras", "qwix")}
+    here = ours + [q for q in others if q.library and is_there[q.library]]
     families = [family for family, _ in _OURS.values()]
-    missing = [n for n, module in {"Keras": keras, "Qwix": qwix}.items() if module is None]
-    return sorted(found, key=lambda q: families.index(q.family)), missing
+    missing = [q.name for q in others if q not in here]
+    return sorted(here, key=lambda q: families.index(q.family)), missing
