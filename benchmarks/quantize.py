@@ -6,8 +6,8 @@ The weights are square float32 matrices. Each way to quantize them runs in a pro
 turns with two plain passes over the same weights: a sum, which reads them, and a copy, which writes
 them too. Peak memory is that of the first call, compilation included: the growth of the process'
 largest resident size (`ru_maxrss`) from before the weights were made, in units of the weights. They
-stay alive, so 1 and the result are the least. Red is slower in units of the copy, which was timed in
-the same process, or takes more memory, than another library that does the same.
+stay alive, so 1 and the result are the least. Red is slower in units of the copy, or takes more
+memory, than another library that does the same.
 """
 
 import gc
