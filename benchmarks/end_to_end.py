@@ -131,21 +131,21 @@ def suite(arguments: Any) -> dict[str, Any]:
     console = rich.console.Console(width=max(100, rich.console.Console().width))
     found, missing = contenders()
     others = [c for c in found if not c.is_ours and c.name != "XLA float32"]
+    outside = ", ".join(c.name for c in others if not c.is_jax)
     with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
-        task = bar.add_task("decoder", total=1 + len(SENTENCES))
+        task = bar.add_task("", total=1 + len(SENTENCES))
         config = DecoderConfig()
         models = decoders(random_params(config), others, arguments.only)
         generated = decode(models, config, PROMPT, GENERATED)
         bar.advance(task)
-        embedded = _encode_all(arguments.only, lambda size: bar.update(task, advance=1))
-    console.print(_table(f"A decoder generates {GENERATED} tokens", generated, missing))
-    outside = ", ".join(c.name for c in others if not c.is_jax)
-    console.print(f"Not compared, for they are no JAX programs: {outside or '-'}.")
+        console.print(_table(f"A decoder generates {GENERATED} tokens", generated, missing))
+        console.print(f"Not compared, for they are no JAX programs: {outside or '-'}.")
+        embedded = _encode_all(arguments.only, lambda: bar.advance(task))
     if embedded is None:
         console.print("The encoder was not run: its package, of the extra demo, is not installed.")
     else:
         console.print(_table("The demo's sentence encoder", embedded))
-        console.print("Not compared: Keras, Qwix and AQT, which do not run this encoder as it is.")
+        console.print("Not compared: other libraries, which do not run this encoder as it is.")
     return {"decoder": generated, "encoder": embedded, "not_installed": missing}
 
 
@@ -163,5 +163,5 @@ def _encode_all(only, report):
     models, results = encoders(params, only), []
     for size in SENTENCES:
         results += encode(models, config, *size)
-        report(size)
+        report()
     return results

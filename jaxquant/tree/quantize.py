@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.progress
 
-from ..core import Format, Inputs, QTensor, Scheme, block_shape
+from ..core import ArrayConfig, Format, Inputs, QTensor, Scheme, block_shape
 from ..core import quantize as quantize_array
 from ..ops import best_order
 from .paths import is_quantized, leaves_with_paths
@@ -101,21 +101,34 @@ def _quantize_leaf(leaf, scheme, platform):
     # A kernel of one pixel is still one of a convolution, which keeps its order.
     is_matrix = len(scheme.weights.axes(leaf.ndim)) == 1
     order = best_order(abstract, platform) if is_matrix else None
-    # Programs of their own, and each array's transpose too: in one, XLA's CPU backend computes
-    # code by code what it writes in another order or to half bytes, and takes up to twice as long.
-    q = quantize_array(leaf, _in_bytes(scheme.weights)).reorder(order)
-    if q.format != scheme.weights.format:
-        q = _with_format(q, scheme.weights.format)
+    is_whole = jnp.issubdtype(scheme.weights.format.dtype, jnp.integer)
+    quantized = _quantize_in_steps if is_whole else _quantize_at_once
+    q = quantized(leaf, scheme.weights, order)
     # Else the next leaf's work would start before this one's memory is free.
     q = jax.block_until_ready(q)
     return q if scheme.inputs is None else dataclasses.replace(q, inputs=Inputs(scheme.inputs))
 
 
+@partial(jax.jit, static_argnames="order")
+def _quantize_at_once(x: jax.Array, config: ArrayConfig, order: tuple[int, ...] | None) -> QTensor:
+    return quantize_array(x, config).reorder(order)
+
+
+def _quantize_in_steps(x, config, order):
+    """The same for whole codes, in programs of their own.
+
+    In one, XLA's CPU backend computes code by code what it writes in another order or to half
+    bytes: 4096 x 4096 took 2.2 times as long for W8A8, 1.4 for W4A16. Codes that are floats took
+    half of what they take here.
+    """
+    q = quantize_array(x, _in_bytes(config)).reorder(order)
+    return q if q.format == config.format else _with_format(q, config.format)
+
+
 def _in_bytes(config):
-    """The config with whole codes of less than a byte in bytes: the same codes and scales."""
+    """The config with codes of less than a byte in bytes: the same codes and scales."""
     format = config.format
-    is_whole = jnp.issubdtype(format.dtype, jnp.integer)
-    if not is_whole or format.bits >= 8:
+    if format.bits >= 8:
         return config
     is_signed = jnp.issubdtype(format.dtype, jnp.signedinteger)
     format = dataclasses.replace(format, dtype="int8" if is_signed else "uint8")
