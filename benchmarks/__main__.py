@@ -4,10 +4,18 @@ import argparse
 import json
 import pathlib
 
-from . import cpu, machine, tpu, tpu_compiler
+from . import cpu, end_to_end, machine, quantize, tpu, tpu_compiler
 from .shapes import ROWS, WEIGHTS
 
-SUITES = {"cpu": cpu.suite, "tpu-compile": tpu.suite}
+SUITES = {
+    "cpu": cpu.suite,
+    "end-to-end": end_to_end.suite,
+    "quantize": quantize.suite,
+    "tpu-compile": tpu.suite,
+}
+_SUITES_HELP = """cpu: products, by shape and rows; end-to-end: a sentence encoder, and a
+ decoder that generates text; quantize: time and memory to quantize weights; tpu-compile: what the
+ compiler for TPUs estimates of products"""
 # What must be done before JAX looks for devices.
 PREPARATIONS = {"tpu-compile": tpu_compiler.prepare}
 
@@ -15,13 +23,22 @@ PREPARATIONS = {"tpu-compile": tpu_compiler.prepare}
 def main() -> None:
     """Runs one suite."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--suite", choices=SUITES, required=True)
-    parser.add_argument("--shapes", nargs="+", choices=WEIGHTS, help="of the weights; all")
-    parser.add_argument("--rows", nargs="+", type=int, help=f"of inputs; {ROWS}")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--chips", nargs="+", choices=tpu_compiler.CHIPS, help="of tpu-compile")
-    parser.add_argument("--full", action="store_true", help="of tpu-compile: all, for hours")
-    parser.add_argument("--json", type=pathlib.Path, default=None, help="file for the results")
+    parser.add_argument("--suite", choices=SUITES, required=True, help=_SUITES_HELP)
+    parser.add_argument("--json", type=pathlib.Path, help="file for the results")
+    products = parser.add_argument_group("options of cpu and tpu-compile")
+    products.add_argument("--shapes", nargs="+", choices=WEIGHTS, help="of the weights; all")
+    products.add_argument("--rows", nargs="+", type=int, help=f"of inputs; {ROWS}")
+    products.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of inputs; float32"
+    )
+    chips = parser.add_argument_group("options of tpu-compile")
+    chips.add_argument("--chips", nargs="+", choices=tpu_compiler.CHIPS, help="generations")
+    chips.add_argument("--full", action="store_true", help="all shapes and rows, for hours")
+    other = parser.add_argument_group("options of end-to-end and quantize")
+    other.add_argument("--only", nargs="+", metavar="WORD", help="contenders with these names; all")
+    weights = parser.add_argument_group("options of quantize")
+    weights.add_argument("--gibibytes", type=float, default=1, help="of float32 weights; 1")
+    weights.add_argument("--side", type=int, default=4096, help="of the square matrices; 4096")
     arguments = parser.parse_args()
     PREPARATIONS.get(arguments.suite, lambda: None)()
     about = machine.description()

@@ -2,16 +2,19 @@
 
     python -m benchmarks --suite cpu [--shapes attention odd] [--rows 1 8] [--dtype bfloat16]
 
-All contenders take turns in one run. In the first table each reads another copy of its weights at
-every call, so that none stays in the last-level cache; in the second always the same. A number is
-the speed in units of XLA's float32, over 1 is faster, and the share of the machine's bandwidth at
-which the weights were read, as a sum over an array reaches it in the same run. What is slower than
-float32 is red; what is faster than all others is bold.
+All contenders take turns in one run. With few rows a turn is four products in a row, in one compiled
+program where the contender is JAX, as layers of a model follow one another. In the first table each
+product reads another copy of its weights, so that none stays in the last-level cache; in the second
+always the same. A number is the speed in units of XLA's float32, over 1 is faster, and the share of
+bandwidth at which the weights were read: 100 % is a sum over 256 MiB that takes turns with the
+products. What is slower than float32 is red, and so is what is wrong by more than 20 %; what is
+faster than all others is bold.
 """
 
 import itertools
 import math
 import statistics
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,12 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
-import rich.table
 
-from jaxquant.core import packed_bytes
-
-from . import machine
-from .products import Contender, contenders
+from . import machine, tables
+from .alternatives import contenders
+from .products import Contender
 from .shapes import ROWS, WEIGHTS
 from .timing import by_turns, ratio
 
@@ -32,7 +33,12 @@ REFERENCE = "XLA float32"
 # More than the last-level cache of any desktop machine holds.
 OUT_OF_CACHE = 192 * 2**20
 # Seconds that all calls of one cell may take.
-BUDGET = 4.0
+BUDGET = 6.0
+# Products of a turn, and rows up to which there are so many: more rows take long enough.
+IN_A_ROW, FEW_ROWS = 4, 32
+SUM = "a sum"
+# Bytes that it adds up.
+PROBE = 2**28
 
 
 def prepared(contender: Contender, shape: tuple[int, int], copies_of: int) -> list[Any]:
@@ -40,92 +46,136 @@ def prepared(contender: Contender, shape: tuple[int, int], copies_of: int) -> li
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=shape) / math.sqrt(shape[0]), jnp.float32)
     first = jax.block_until_ready(contender.prepare(w))
-    count = max(1, -(-copies_of // bytes_of(first)))
-    return [first] + [jax.tree.map(jnp.copy, first) for _ in range(count - 1)]
+    count = max(1, -(-copies_of // contender.size(first)))
+    return [first] + [contender.copy(first) for _ in range(count - 1)]
 
 
-def bytes_of(weights: Any) -> int:
-    """Bytes in device memory."""
-    return sum(packed_bytes(x) for x in jax.tree.leaves(weights))
+def rotating(contender: Contender, x: jax.Array, weights: list[Any], count: int = 1):
+    """A call of `count` products in a row, each by the next copy of the weights."""
+    turn = itertools.cycle(weights)
+    x = contender.place(x if contender.dtype is None else x.astype(contender.dtype))
+    if contender.is_jax:
+        run = jax.jit(partial(_in_a_row, contender.run))
+        return lambda: run(x, [next(turn) for _ in range(count)])
+    run = contender.compile(contender.run)
+    return lambda: [run(x, next(turn)) for _ in range(count)][-1]
 
 
-def rotating(contender: Contender, x: jax.Array, weights: list[Any]):
-    """A call that takes the next copy of the weights each time."""
-    run, turn = jax.jit(contender.run), itertools.cycle(weights)
-    x = x if contender.dtype is None else x.astype(contender.dtype)
-    return lambda: run(x, next(turn))
+def _in_a_row(run, x, weights):
+    """The last product, each of which waits for the one before."""
+    out = run(x, weights[0])
+    for w in weights[1:]:
+        x = x + (1e-30 * out[..., :1]).astype(x.dtype)
+        out = run(x, w)
+    return out
 
 
-def measure(shape, rows, dtype, in_cache, found, peak) -> list[dict[str, Any]]:
-    """One row of results per contender."""
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(rows, shape[0])), dtype)
-    weights = {c.name: prepared(c, shape, 0 if in_cache else OUT_OF_CACHE) for c in found}
-    calls = {c.name: rotating(c, x, weights[c.name]) for c in found}
-    once = sum(sum(t) for t in by_turns(calls, rounds=1).values())
-    times = by_turns(calls, rounds=int(np.clip(BUDGET / once, 3, 50)))
-    wanted = np.asarray(calls[REFERENCE](), np.float64)
-    results = []
+def prepare_all(found, shape, in_cache) -> dict[str, list[Any] | str]:
+    """Copies of the weights for each contender, or the error with which it refuses them."""
+    size = 0 if in_cache else OUT_OF_CACHE
+    return {c.name: _attempt(partial(prepared, c, shape, size)) for c in found}
+
+
+def _attempt(work):
+    """What it returns, or its error as a text."""
+    try:
+        return work()
+    except Exception as error:  # Other libraries raise what they like.
+        return f"{type(error).__name__}: {error}"[:300]
+
+
+def measure(found, weights, x, peaks) -> list[dict[str, Any]]:
+    """One line of results per contender.
+
+    Args:
+        found: contenders, the reference among them.
+        weights: of each, from `prepare_all`.
+        x: inputs, (M, K).
+        peaks: operations per second that the machine reaches.
+    """
+    count = IN_A_ROW if len(x) <= FEW_ROWS else 1
+    calls, lines = {}, {c.name: {"contender": c.name, "is_ours": c.is_ours} for c in found}
     for c in found:
-        size, seconds = bytes_of(weights[c.name][0]), statistics.median(times[c.name])
-        quarter, _, three = statistics.quantiles(times[c.name], n=4)
-        error = np.linalg.norm(np.asarray(calls[c.name](), np.float64) - wanted)
-        results.append(
-            {
-                "contender": c.name,
-                "is_ours": c.is_ours,
-                "K": shape[0],
-                "N": shape[1],
-                "rows": rows,
-                "dtype": dtype,
-                "in_cache": in_cache,
-                "speed": 1 / ratio(times, c.name, REFERENCE),
-                "milliseconds": 1e3 * seconds,
-                "spread": (three - quarter) / seconds,
-                "bytes": size,
-                "operations": 2 * rows * math.prod(shape),
-                "share_of_bandwidth": size / seconds / peak,
-                "error": float(error / np.linalg.norm(wanted)),
-            }
+        copies = weights[c.name]
+        call = (
+            copies if isinstance(copies, str) else _attempt(partial(_started, c, x, copies, count))
         )
-    return results
+        if isinstance(call, str):
+            lines[c.name]["refusal"] = call
+        else:
+            calls[c.name] = call
+            lines[c.name]["bytes"] = c.size(copies[0])
+    calls[SUM], size = machine.summation(PROBE)
+    times = by_turns(calls, _rounds(calls))
+    peaks = {**peaks, "bytes_per_second": size / statistics.median(times[SUM])}
+    del calls[SUM]
+    wanted = np.asarray(calls[REFERENCE](), np.float64)
+    work = 2 * x.size * wanted.shape[-1] * count
+    for name, call in calls.items():
+        error = np.linalg.norm(np.asarray(call(), np.float64) - wanted) / np.linalg.norm(wanted)
+        lines[name] |= _figures(times, name, lines[name]["bytes"] * count, work, peaks)
+        lines[name]["error"] = float(error)
+    return list(lines.values())
 
 
-def table(title: str, results: list[dict[str, Any]]) -> rich.table.Table:
-    """One line per contender, one column per number of rows."""
-    rows = sorted({r["rows"] for r in results})
-    found = rich.table.Table("by", *(f"M={m}" for m in rows), title=title)
-    best = {m: max(r["speed"] for r in results if r["rows"] == m) for m in rows}
-    for name in dict.fromkeys(r["contender"] for r in results):
-        cells = {r["rows"]: r for r in results if r["contender"] == name}
-        found.add_row(name, *(_cell(cells[m], best[m]) for m in rows))
-    return found
+def _started(contender, x, weights, count):
+    """The call of a contender, which has run once."""
+    call = rotating(contender, x, weights, count)
+    jax.block_until_ready(call())
+    return call
 
 
-def _cell(result, best):
-    text = f"{result['speed']:.2f} · {100 * result['share_of_bandwidth']:.0f} %"
-    if result["speed"] < 1 and result["contender"] != REFERENCE:
-        return f"[red]{text}[/red]"
-    return f"[bold]{text}[/bold]" if result["speed"] == best else text
+def _rounds(calls):
+    """As many rounds as the budget allows."""
+    once = sum(sum(t) for t in by_turns(calls, rounds=1).values())
+    return int(np.clip(BUDGET / once, 3, 50))
+
+
+def _figures(times, name, size, operations, peaks):
+    """What follows from the times of one contender."""
+    seconds = statistics.median(times[name])
+    quarter, _, three = statistics.quantiles(times[name], n=4)
+    share = size / seconds / peaks["bytes_per_second"]
+    return {
+        "speed": 1 / ratio(times, name, REFERENCE),
+        "milliseconds": 1e3 * seconds,
+        "spread": (three - quarter) / seconds,
+        "operations": operations,
+        "share_of_bandwidth": share,
+        "share_of_operations": operations / seconds / peaks["operations_per_second"],
+        "note": f"{100 * share:.0f} %",
+    }
 
 
 def suite(arguments: Any) -> dict[str, Any]:
     """Runs the suite, prints its tables, and returns what the JSON file holds."""
     found, missing = contenders()
-    peak = machine.bandwidth()
+    peaks = machine.peaks()
     console = rich.console.Console(width=max(100, rich.console.Console().width))
-    console.print(f"A sum reads {peak / 1e9:.1f} GB/s. Not installed: {', '.join(missing) or '-'}.")
+    console.print(
+        f"A sum reads {peaks['bytes_per_second'] / 1e9:.1f} GB/s, and a product of float32 "
+        f"matrices computes {peaks['operations_per_second'] / 1e9:.0f} G operations/s."
+    )
     cells = list(itertools.product((False, True), arguments.shapes or WEIGHTS))
     rows = arguments.rows or ROWS
     results = []
     with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
         task = bar.add_task("", total=len(cells) * len(rows))
         for in_cache, name in cells:
-            part = []
+            bar.update(task, description=f"{name}, weights")
+            shape, part = WEIGHTS[name], []
+            weights = prepare_all(found, shape, in_cache)
+            about = {"K": shape[0], "N": shape[1], "dtype": arguments.dtype, "in_cache": in_cache}
             for m in rows:
                 bar.update(task, description=f"{name}, {m} rows")
-                part += measure(WEIGHTS[name], m, arguments.dtype, in_cache, found, peak)
+                x = np.random.default_rng(1).normal(size=(m, shape[0]))
+                lines = measure(found, weights, jnp.asarray(x, arguments.dtype), peaks)
+                part += [{**line, **about, "rows": m, "column": f"M={m}"} for line in lines]
                 bar.advance(task)
             where = "in cache" if in_cache else "out of cache"
-            console.print(table(f"{name} {WEIGHTS[name]}, {arguments.dtype}, {where}", part))
+            title = f"{name} {WEIGHTS[name]}, {arguments.dtype}, {where}"
+            console.print(tables.speeds(title, part, missing))
+            for line in tables.refusals(part):
+                console.print(f"Refused by {line}")
             results += part
-    return {"bytes_per_second": peak, "not_installed": missing, "products": results}
+    return {**peaks, "not_installed": missing, "products": results}

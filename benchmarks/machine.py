@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and how fast that reads memory."""
+"""What a benchmark ran on, and how fast that reads memory and multiplies."""
 
 import datetime
 import os
@@ -6,13 +6,15 @@ import pathlib
 import platform
 import re
 import time
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-PACKAGES = ("jaxquant", "jax", "jaxlib", "keras", "qwix", "numpy", "libtpu")
+PACKAGES = ("jaxquant", "jax", "jaxlib", "keras", "qwix", "aqtp", "onnxruntime", "torchao", "numpy")
+PACKAGES += ("libtpu",)
 
 
 def description() -> dict[str, Any]:
@@ -41,14 +43,35 @@ def _processor():
     return names[0] if names else platform.processor()
 
 
+def peaks() -> dict[str, float]:
+    """What the machine reaches, against which shares are given."""
+    return {"bytes_per_second": bandwidth(), "operations_per_second": multiplication()}
+
+
 def bandwidth(size: int = 2**28, rounds: int = 10) -> float:
     """Bytes per second of a sum over `size` bytes of float32, the best of some rounds."""
-    x = jnp.ones(size // 4, jnp.float32)
-    total = jax.jit(jnp.sum)
-    total(x).block_until_ready()
+    call, size = summation(size)
+    return size / _fastest(call, rounds)
+
+
+def summation(size: int) -> tuple[Callable[[], jax.Array], int]:
+    """A call that adds up float32 of so many bytes, and their number."""
+    x, add = jnp.ones(size // 4, jnp.float32), jax.jit(jnp.sum)
+    return lambda: add(x), 4 * x.size
+
+
+def multiplication(length: int = 2048, rounds: int = 5) -> float:
+    """Operations per second of a product of square float32 matrices, the best of some rounds."""
+    x = jnp.ones((length, length), jnp.float32)
+    return 2 * length**3 / _fastest(lambda: jax.jit(jnp.matmul)(x, x), rounds)
+
+
+def _fastest(call, rounds):
+    """Least seconds of a call, after one that compiles."""
+    jax.block_until_ready(call())
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
-        total(x).block_until_ready()
+        jax.block_until_ready(call())
         best = min(best, time.perf_counter() - start)
-    return size / best
+    return best

@@ -1,22 +1,39 @@
-"""Quantized products and their alternatives, as calls that do the same work.
+"""Products of inputs by weights, as calls that do the same work: XLA's, ours, and alternatives.
 
 A contender takes float weights and says what a call computes: inputs by these weights.
 """
 
-import os
-
-os.environ.setdefault("KERAS_BACKEND", "jax")
-
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
+from jaxquant.core import packed_bytes
 
-Product = Callable[[jax.Array, Any], jax.Array]
+SCHEMES = {
+    "W8A8": jq.W8A8,
+    "W8A16": jq.W8A16,
+    "W4A16": jq.W4A16,
+    "W4A8": jq.W4A8,
+    "NF4A16": jq.NF4A16,
+}
+
+
+def copy_arrays(weights: Any) -> Any:
+    """The same weights in other memory."""
+    return jax.tree.map(jnp.copy, weights)
+
+
+def bytes_of(weights: Any) -> int:
+    """Bytes in device memory."""
+    return sum(packed_bytes(x) for x in jax.tree.leaves(weights))
+
+
+def _as_it_is(x):
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +46,10 @@ class Contender:
         prepare: (K, N) float32 weights -> what `run` reads.
         run: (inputs, prepared) -> result.
         dtype: the dtype that inputs are given in; None for that of the table.
+        compile: what makes the call of `run`; `jax.jit` unless the contender is no JAX code.
+        place: jax.Array -> the inputs as `run` takes them.
+        copy: prepared -> the same in other memory.
+        size: prepared -> bytes that a call reads of it.
         arithmetic: kind of both operands of the product, as far as the scheme allows: "bf16",
             "int8", "fp8".
     """
@@ -36,9 +57,18 @@ class Contender:
     name: str
     is_ours: bool
     prepare: Callable[[jax.Array], Any]
-    run: Product
+    run: Callable[[Any, Any], Any]
     dtype: str | None = None
+    compile: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.jit
+    place: Callable[[jax.Array], Any] = _as_it_is
+    copy: Callable[[Any], Any] = copy_arrays
+    size: Callable[[Any], int] = bytes_of
     arithmetic: str = "bf16"
+
+    @property
+    def is_jax(self) -> bool:
+        """Whether `run` can be part of a larger JAX program."""
+        return self.compile is jax.jit
 
 
 def ours(name: str, scheme: jq.Scheme, platform: str | None = None) -> Contender:
@@ -77,71 +107,6 @@ def once_quantized(contender: Contender, inputs: jq.ArrayConfig) -> Contender:
     return dataclasses.replace(contender, name=f"{contender.name}, quantized once", run=run)
 
 
-def of_keras(name: str, mode: str, arithmetic: str = "bf16") -> Contender | None:
-    """A Dense layer of Keras, quantized; None where Keras is not installed."""
-    try:
-        import keras
-    except ImportError:
-        return None
-
-    def prepare(w):
-        layer: Any = keras.layers.Dense(w.shape[1], use_bias=False, dtype=w.dtype.name)
-        layer.build((None, w.shape[0]))
-        layer.kernel.assign(w)
-        layer.quantize(mode)
-        layers.append(layer)
-        return [v.value for v in layer.non_trainable_variables + layer.trainable_variables]
-
-    layers: list[Any] = []
-
-    def run(x, values):
-        layer = layers[-1]
-        variables = layer.non_trainable_variables + layer.trainable_variables
-        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            return layer(x)
-
-    return Contender(name, False, prepare, run, arithmetic=arithmetic)
-
-
-def of_qwix(name: str, weights: str, inputs: str | None, tile: int | None) -> Contender | None:
-    """Qwix's quantized arrays and product; None where Qwix is not installed."""
-    try:
-        import qwix  # pyright: ignore[reportMissingImports]  (in the extra bench)
-    except ImportError:
-        return None
-    tiled = {} if tile is None else {"tiled_axes": {0: tile}}
-
-    def prepare(w):
-        return qwix.quantize(w, weights, channelwise_axes=[1], **tiled)
-
-    def run(x, q):
-        if inputs is not None:
-            x = qwix.quantize(x, inputs, channelwise_axes=[0])
-        return qwix.dot_general(x, q, (((1,), (0,)), ((), ())))
-
-    is_integer = inputs is not None
-    return Contender(name, False, prepare, run, arithmetic="int8" if is_integer else "bf16")
-
-
-def _cast(dtype):
-    return lambda w: w.astype(dtype)
-
-
-SCHEMES = ("W8A8", "W8A16", "W4A16", "W4A8", "NF4A16")
-
-
-def contenders(
-    schemes: Iterable[str] = SCHEMES, platform: str | None = None
-) -> tuple[list[Contender], list[str]]:
-    """All that can run here, float32 first, and the names of what is not installed."""
-    found = {
-        "XLA float32": Contender("XLA float32", False, _cast("float32"), jnp.matmul, "float32"),
-        "XLA bfloat16": Contender("XLA bfloat16", False, _cast("bfloat16"), jnp.matmul, "bfloat16"),
-        "Keras int8": of_keras("Keras int8", "int8", "int8"),
-        "Keras int4 g128": of_keras("Keras int4 g128", "int4"),
-        "Qwix w8a8": of_qwix("Qwix w8a8", "int8", "int8", None),
-        "Qwix w4 g128": of_qwix("Qwix w4 g128", "int4", None, 128),
-    }
-    here = [c for c in found.values() if c is not None]
-    missing = [name for name, c in found.items() if c is None]
-    return here + [ours(name, jq.SCHEMES[name], platform) for name in schemes], missing
+def of_xla(dtype: str) -> Contender:
+    """XLA's product of floats."""
+    return Contender(f"XLA {dtype}", False, lambda w: w.astype(dtype), jnp.matmul, dtype)

@@ -26,7 +26,8 @@ import rich.table
 import jaxquant as jq
 from jaxquant.core import packed_bytes
 
-from .products import Contender, contenders, once_quantized, threefold
+from .alternatives import contenders
+from .products import Contender, once_quantized, threefold
 from .shapes import ROWS, WEIGHTS
 from .tpu_compiler import CHIPS, compile_for, estimate
 
@@ -40,8 +41,8 @@ DEFAULT_ROWS = (8, 128, 2048)
 
 def fields() -> tuple[list[list[Contender]], list[str]]:
     """Contenders that are compared, by one matrix and by three, and what is not installed."""
-    found, missing = contenders(SCHEMES, "tpu")
-    single = [c for c in found if c.name == REFERENCE or c.dtype is None]
+    found, missing = contenders({name: jq.SCHEMES[name] for name in SCHEMES}, "tpu")
+    single = [c for c in found if c.is_jax and (c.name == REFERENCE or c.dtype is None)]
     alone = {c.name: c for c in single}
     several = [threefold(alone[n]) for n in (REFERENCE, "Qwix w8a8", "W8A8") if n in alone]
     return [single, [*several, once_quantized(several[-1], jq.ArrayConfig(axis=-1))]], missing

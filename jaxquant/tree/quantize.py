@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.progress
 
-from ..core import ArrayConfig, Inputs, QTensor, Scheme, block_shape
+from ..core import ArrayConfig, Format, Inputs, QTensor, Scheme, block_shape
 from ..core import quantize as quantize_array
 from ..ops import best_order
 from .paths import is_quantized, leaves_with_paths
@@ -101,15 +101,45 @@ def _quantize_leaf(leaf, scheme, platform):
     # A kernel of one pixel is still one of a convolution, which keeps its order.
     is_matrix = len(scheme.weights.axes(leaf.ndim)) == 1
     order = best_order(abstract, platform) if is_matrix else None
-    q = _quantize_ordered(leaf, scheme.weights, order)
+    is_whole = jnp.issubdtype(scheme.weights.format.dtype, jnp.integer)
+    quantized = _quantize_in_steps if is_whole else _quantize_at_once
+    q = quantized(leaf, scheme.weights, order)
     # Else the next leaf's work would start before this one's memory is free.
     q = jax.block_until_ready(q)
     return q if scheme.inputs is None else dataclasses.replace(q, inputs=Inputs(scheme.inputs))
 
 
 @partial(jax.jit, static_argnames="order")
-def _quantize_ordered(x: jax.Array, config: ArrayConfig, order: tuple[int, ...] | None) -> QTensor:
+def _quantize_at_once(x: jax.Array, config: ArrayConfig, order: tuple[int, ...] | None) -> QTensor:
     return quantize_array(x, config).reorder(order)
+
+
+def _quantize_in_steps(x, config, order):
+    """The same for whole codes, in programs of their own.
+
+    In one, XLA's CPU backend computes code by code what it writes in another order or to half
+    bytes: 4096 x 4096 took 2.2 times as long for W8A8, 1.4 for W4A16. Codes that are floats took
+    half of what they take here.
+    """
+    q = quantize_array(x, _in_bytes(config)).reorder(order)
+    return q if q.format == config.format else _with_format(q, config.format)
+
+
+def _in_bytes(config):
+    """The config with codes of less than a byte in bytes: the same codes and scales."""
+    format = config.format
+    if format.bits >= 8:
+        return config
+    is_signed = jnp.issubdtype(format.dtype, jnp.signedinteger)
+    format = dataclasses.replace(format, dtype="int8" if is_signed else "uint8")
+    return dataclasses.replace(config, format=format)
+
+
+@partial(jax.jit, static_argnames="format")
+def _with_format(q: QTensor, format: Format) -> QTensor:
+    zero_point = None if q.zero_point is None else q.zero_point.astype(format.dtype)
+    codes = q.codes.astype(format.dtype)
+    return dataclasses.replace(q, codes=codes, zero_point=zero_point, format=format)
 
 
 def _check(rules: tuple[Rule, ...], paths, leaves, chosen):

@@ -1,0 +1,63 @@
+"""Tables of speeds: one line per contender, one column per case."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import rich.table
+
+# A relative error above this is no rounding: the contender computes something else.
+WRONG = 0.2
+
+
+def speeds(
+    title: str,
+    results: Sequence[dict[str, Any]],
+    missing: Sequence[str] = (),
+    reference: str = "XLA float32",
+    wrong: float = WRONG,
+) -> rich.table.Table:
+    """Results as a table; what is not there or did not run is a line too.
+
+    Args:
+        title: above the table.
+        results: rows with `contender`, `column`, and either `refusal`, or `speed`, the
+            `error` relative to the reference, and the `note` that follows the speed.
+        missing: names of contenders that are not installed.
+        reference: contender whose speed is 1.
+        wrong: the error above which a contender computes something else.
+
+    Returns:
+        A table in which what is slower than the reference, or wrong, is red, and the fastest of
+        those that are right is bold.
+    """
+    columns = list(dict.fromkeys(r["column"] for r in results))
+    found = rich.table.Table("by", *columns, title=title)
+    best = {c: max(_speed(r, wrong) for r in results if r["column"] == c) for c in columns}
+    for name in dict.fromkeys(r["contender"] for r in results):
+        cells = {r["column"]: r for r in results if r["contender"] == name}
+        found.add_row(name, *(_cell(cells[c], best[c], reference, wrong) for c in columns))
+    for name in missing:
+        found.add_row(name, *["not installed"] * len(columns), style="dim")
+    return found
+
+
+def refusals(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Why contenders did not run, once each."""
+    lines = [f"{r['contender']}: {r['refusal']}" for r in results if "refusal" in r]
+    return list(dict.fromkeys(lines))
+
+
+def _speed(result, wrong):
+    """Speed of what runs and is right, else 0."""
+    return result["speed"] if "refusal" not in result and result["error"] <= wrong else 0
+
+
+def _cell(result, best, reference, wrong):
+    if "refusal" in result:
+        return "refused"
+    if not result["error"] <= wrong:
+        return f"[red]wrong, error {100 * result['error']:.0f} %[/red]"
+    text = f"{result['speed']:.2f} · {result['note']}"
+    if result["speed"] < 1 and result["contender"] != reference:
+        return f"[red]{text}[/red]"
+    return f"[bold]{text}[/bold]" if result["speed"] == best else text
