@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import W4A16, W8A8, W8A16, ArrayConfig, QTensor, Rule, best_order, quantize, tree
+from jaxquant import (
+    SCHEMES,
+    W4A16,
+    W8A8,
+    W8A16,
+    ArrayConfig,
+    QTensor,
+    Rule,
+    best_order,
+    quantize,
+    tree,
+)
 
 from .. import oracles
 from .trees import (
@@ -343,3 +354,22 @@ def test_a_convolution_of_one_pixel_keeps_the_order_of_its_kernel():
     kernel = jax.random.normal(jax.random.key(0), (1, 1, 64, 32))
     rule = Rule("*", W8A8, axis=(0, 1, 2))
     assert tree.quantize({"kernel": kernel}, rule, platform="cpu")["kernel"].order is None
+
+
+@pytest.mark.parametrize("name", ["W4A16_ASYM", "NF4A16", "FP8"])
+def test_stored_codes_scales_and_zeros_are_those_of_quantize(name):
+    kernel = jnp.asarray(normal(128, 32) + np.float32(0.5))
+    scheme = SCHEMES[name]
+    found = tree.quantize({"kernel": kernel}, scheme, platform="cpu")["kernel"]
+    wanted = quantize(kernel, scheme.weights).reorder(found.order)
+    assert found.order == (-1, -2)
+    assert found.format == wanted.format
+    for a, b in zip(
+        (found.codes, found.scale, found.zero_point),
+        (wanted.codes, wanted.scale, wanted.zero_point),
+        strict=True,
+    ):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
