@@ -1,5 +1,6 @@
 """Times of several ways to do the same work, taken by turns in one run."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,13 +10,19 @@ import jax
 
 
 def by_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 30) -> dict[str, list[float]]:
-    """Seconds of each call in each round; a first round, which compiles, is not counted."""
+    """Seconds of each call in each round; a first round, which compiles, is not counted.
+
+    Each round has an order of its own: threads of a library that go on looking for work after its
+    turn slow down whoever comes next.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
     for number in range(rounds + 1):
-        for name, call in calls.items():
+        for name in order:
             start = time.perf_counter()
-            jax.block_until_ready(call())
+            jax.block_until_ready(calls[name]())
             times[name] += [time.perf_counter() - start] * (number > 0)
+        shuffle(order)
     return times
 
 
