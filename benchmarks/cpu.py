@@ -32,6 +32,8 @@ from .timing import by_turns, ratio
 REFERENCE = "XLA float32"
 # More than the last-level cache of any desktop machine holds.
 OUT_OF_CACHE = 192 * 2**20
+# So that sessions of other runtimes, one per copy, are made in seconds.
+MOST_COPIES = 128
 # Seconds that all calls of one cell may take.
 BUDGET = 12.0
 # Products of a turn, and rows up to which there are so many: more rows take long enough.
@@ -42,11 +44,11 @@ PROBE = 2**28
 
 
 def prepared(contender: Contender, shape: tuple[int, int], copies_of: int) -> list[Any]:
-    """Copies of the weights that together take `copies_of` bytes at least."""
+    """Copies of the weights that together take `copies_of` bytes at least, or the most copies."""
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=shape) / math.sqrt(shape[0]), jnp.float32)
     first = jax.block_until_ready(contender.prepare(w))
-    count = max(1, -(-copies_of // contender.size(first)))
+    count = min(max(1, -(-copies_of // contender.size(first))), MOST_COPIES)
     return [first] + [contender.copy(first) for _ in range(count - 1)]
 
 

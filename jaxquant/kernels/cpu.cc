@@ -668,8 +668,8 @@ constexpr int kVectors = 4;
 constexpr int64_t kPanel = kVectors * kLanes;
 // Rows of a tile: with 4 vectors of columns, 24 accumulators.
 constexpr int64_t kTileRows = 6;
-// Rows from which the rearrangement of weights pays.
-constexpr int64_t kPanelRows = 16, kFloatPanelRows = 12;
+// Rows from which the rearrangement of weights pays, by what is multiplied.
+constexpr int64_t kInt8Panels = 16, kInt4Panels = 8, kTablePanels = 10, kWidenPanels = 16;
 // Elements along K for which a panel stays in the L2 cache, of bytes and of floats.
 constexpr int64_t kDepth = 4096, kFloatDepth = 512;
 
@@ -985,7 +985,7 @@ void PanelFloat(ffi::ThreadPool& pool, const float* x, int64_t M, const Weights&
 
 void DotInt8(ffi::ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, int32_t* out) {
 #ifdef IS_AVX512
-  if (M >= kPanelRows && w.K) return PanelInt8(pool, x, M, w, out);
+  if (M >= kInt8Panels && w.K) return PanelInt8(pool, x, M, w, out);
 #endif
   std::vector<int32_t> sums = SumsOf<int32_t>(x, M, w.K);
   ForTiles(pool, M, w, w.K, Int8ByInt8{x, sums.data(), w, out});
@@ -993,7 +993,7 @@ void DotInt8(ffi::ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w
 
 void DotInt4(ffi::ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, float* out) {
 #ifdef IS_AVX512
-  if (M >= kPanelRows && w.K) return PanelInt4(pool, x, M, w, out);
+  if (M >= kInt4Panels && w.K) return PanelInt4(pool, x, M, w, out);
 #endif
   std::vector<int8_t> arranged = EvensThenOdds(x, M * w.K, kBlock);
   std::vector<float> sums = SumsOf<float>(x, M * w.K / 8, 8);
@@ -1004,7 +1004,7 @@ void DotInt4(ffi::ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w
 void DotLookup(ffi::ThreadPool& pool, const float* x, int64_t M, const Weights& w,
                const float* table, float* out) {
 #ifdef IS_AVX512
-  if (M >= kFloatPanelRows && w.K) return PanelFloat(pool, x, M, w, table, out);
+  if (M >= kTablePanels && w.K) return PanelFloat(pool, x, M, w, table, out);
 #endif
   std::vector<float> arranged = EvensThenOdds(x, M * w.K, 2 * kLanes);
   auto quarter = [&](int i) { return OfLanes(2 * kLanes * i, 2, w.group()); };
@@ -1015,7 +1015,7 @@ void DotLookup(ffi::ThreadPool& pool, const float* x, int64_t M, const Weights& 
 
 void DotWiden(ffi::ThreadPool& pool, const float* x, int64_t M, const Weights& w, float* out) {
 #ifdef IS_AVX512
-  if (M >= kFloatPanelRows && w.K) return PanelFloat(pool, x, M, w, nullptr, out);
+  if (M >= kWidenPanels && w.K) return PanelFloat(pool, x, M, w, nullptr, out);
 #endif
   ForTiles(pool, M, w, 4 * w.K, FloatByInt8{x, w, out});
 }
