@@ -32,7 +32,7 @@ def lines(products: list[dict[str, Any]], dtype: str) -> list[str]:
     found: dict[tuple[str, str, str, str], list[str]] = {}
     for product in products:
         is_wanted = product["is_ours"] and not product["in_cache"] and product["dtype"] == dtype
-        if not is_wanted:
+        if not is_wanted or "refusal" in product:
             continue
         scheme, shape = jq.SCHEMES[product["contender"]], (product["K"], product["N"])
         row = explained(scheme, *shape, product["rows"], dtype)

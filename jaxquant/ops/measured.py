@@ -60,24 +60,29 @@ def _line(text):
     return Speeds(weights, inputs, implementation, (k, n), by_rows)
 
 
+# weights | inputs | implementation | KxN of the weights | rows:speed ...
+_ON_CPU = """
+int4 g128 | float | native | 384x1536  | 1:1.83 8:1.62 32:1.14 128:1.02 512:0.78 2048:0.94
+int4 g128 | float | native | 4096x4096 | 1:3.47 2:6.58 8:1.93 32:1.22 128:1.16 512:1.02 2048:1.05
+int4 g128 | int8  | native | 384x1536  | 1:1.85 8:2.15 32:1.94 128:1.81 512:1.75 2048:2.04
+int4 g128 | int8  | native | 4096x4096 | 1:5.38 2:9.72 8:4.67 32:4.13 128:2.92 512:2.96 2048:3.12
+int8      | float | native | 1000x1003 | 1:1.74 8:2.43 32:1.24 128:1.10 512:0.97 2048:1.03
+int8      | float | native | 384x1536  | 1:1.58 8:1.92 32:1.01 128:1.01 512:0.96 2048:0.93
+int8      | float | native | 4096x4096 | 1:2.55 2:5.68 8:3.26 32:1.14 128:1.06 512:1.04 2048:0.87
+int8      | int8  | native | 1000x1003 | 1:1.49 8:2.09 32:2.49 128:2.19 512:2.42 2048:2.82
+int8      | int8  | native | 384x1536  | 1:1.51 8:2.02 32:1.75 128:1.84 512:1.87 2048:2.09
+int8      | int8  | native | 4096x4096 | 1:3.49 2:6.87 8:5.27 32:3.62 128:3.52 512:3.29 2048:3.62
+nf4 g64   | float | native | 384x1536  | 1:1.85 8:1.56 32:1.11 128:1.04 512:0.93 2048:0.93
+nf4 g64   | float | native | 4096x4096 | 1:3.99 2:6.41 8:1.94 32:1.26 128:1.13 512:1.01 2048:0.92
+"""
+
 MEASUREMENTS = (
     Measurement(
         machine="cpu",
         dtype="float32",
         reference="XLA's float32 product",
         how="`python -m benchmarks --suite cpu`, 2 cores with AVX512-VNNI, weights out of cache",
-        # weights | inputs | implementation | KxN of the weights | rows:speed ...
-        speeds=_read("""
-            int8      | int8  | native  | 4096x4096 | 1:1.95 8:2.07 32:1.89
-            int8      | int8  | integer | 4096x4096 | 128:1.55
-            int8      | float | native  | 4096x4096 | 1:2.39 8:1.26
-            int8      | float | blocks  | 4096x4096 | 32:0.80 128:1.09
-            int4 g128 | float | native  | 4096x4096 | 1:2.32 8:1.82 32:0.96
-            int4 g128 | float | blocks  | 4096x4096 | 128:0.86
-            int4 g128 | int8  | native  | 4096x4096 | 1:2.61 8:3.31 32:1.85 128:1.15
-            nf4 g64   | float | native  | 4096x4096 | 1:2.72 8:1.84 32:1.08
-            nf4 g64   | float | blocks  | 4096x4096 | 128:0.80
-        """),
+        speeds=_read(_ON_CPU),
     ),
 )
 
