@@ -673,19 +673,18 @@ constexpr int64_t kInt8Panels = 16, kInt4Panels = 8, kTablePanels = 10, kWidenPa
 // Elements along K for which a panel stays in the L2 cache, of bytes and of floats.
 constexpr int64_t kDepth = 4096, kFloatDepth = 512;
 
-// Inputs in the order in which tiles read them: of each block of rows, `step` elements of every
-// row, and so on; zeros beyond K.
-template <typename T>
-std::vector<T> InTiles(ffi::ThreadPool& pool, const T* x, int64_t M, int64_t K, int64_t step) {
-  int64_t steps = (K + step - 1) / step;
-  std::vector<T> tiles(M * steps * step);
+// Codes in the order in which tiles read them: of each block of rows, 4 of every row, and so on;
+// zeros beyond K.
+std::vector<int8_t> InTiles(ffi::ThreadPool& pool, const int8_t* x, int64_t M, int64_t K) {
+  int64_t padded = (K + 3) / 4 * 4;
+  std::vector<int8_t> tiles(M * padded);
   Parallel(pool, M, 64, kTileRows, [&](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; m += kTileRows) {
       int64_t rows = std::min(kTileRows, M - m);
-      T* to = tiles.data() + m * steps * step;
-      for (int64_t k = 0; k < K; k += step)
-        for (int64_t r = 0; r < rows; ++r, to += step)
-          for (int64_t j = 0; j < std::min(step, K - k); ++j) to[j] = x[(m + r) * K + k + j];
+      int8_t* to = tiles.data() + m * padded;
+      for (int64_t k = 0; k < K; k += 4)
+        for (int64_t r = 0; r < rows; ++r, to += 4)
+          std::memcpy(to, x + (m + r) * K + k, std::min<int64_t>(4, K - k));
     }
   });
   return tiles;
@@ -816,7 +815,7 @@ struct Int8Tile {
 
 void PanelInt8(ffi::ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, int32_t* out) {
   std::vector<int32_t> sums = SumsOf<int32_t>(x, M, w.K);
-  std::vector<int8_t> tiles = InTiles(pool, x, M, w.K, 4);
+  std::vector<int8_t> tiles = InTiles(pool, x, M, w.K);
   int64_t quads = (w.K + 3) / 4;
   Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t last) {
     uint8_t* panel = Scratch<uint8_t>(0, kPanel * kDepth);
@@ -886,7 +885,7 @@ void PanelInt4(ffi::ThreadPool& pool, const int8_t* x, int64_t M, const Weights&
   for (int64_t m = 0; m < M; ++m)
     for (int64_t p = 0; p < count; ++p)
       for (int64_t k = parts[p]; k < parts[p + 1]; ++k) sums[m * count + p] += x[m * w.K + k];
-  std::vector<int8_t> tiles = InTiles(pool, x, M, w.K, 4);
+  std::vector<int8_t> tiles = InTiles(pool, x, M, w.K);
   std::vector<int64_t> quads = parts;
   for (int64_t& part : quads) part /= 4;
   Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t end) {
@@ -941,7 +940,7 @@ inline void PackFloats(const Weights& w, const float* table, int64_t n, int64_t 
 
 // Sums over a part of K, added to those of the parts before.
 struct FloatTile {
-  const float* x;  // in tiles of single elements
+  const float* x;
   const float* panel;
   int64_t first, count, K, N, n;
   float* out;
@@ -954,12 +953,14 @@ struct FloatTile {
         acc[r][v] = first ? _mm512_maskz_loadu_ps(Within(N, n + v * kLanes),
                                                   out + (m + r) * N + n + v * kLanes)
                           : All(0);
-    const float *in = x + m * K + first * R, *weights = panel;
-    for (int64_t k = 0; k < count; ++k, in += R, weights += kPanel) {
+    const float *in = x + m * K + first, *weights = panel;
+    for (int64_t k = 0; k < count; ++k, ++in, weights += kPanel) {
       Floats w[kVectors];
       for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_ps(weights + v * kLanes);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = MulAdd(w[v], All(in[r]), acc[r][v]);
+      for (int r = 0; r < R; ++r) {
+        const Floats value = All(in[r * K]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = MulAdd(w[v], value, acc[r][v]);
+      }
     }
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < kVectors; ++v)
@@ -970,14 +971,13 @@ struct FloatTile {
 
 void PanelFloat(ffi::ThreadPool& pool, const float* x, int64_t M, const Weights& w,
                 const float* table, float* out) {
-  std::vector<float> tiles = InTiles(pool, x, M, w.K, 1);
   Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t end) {
     float* panel = Scratch<float>(0, kPanel * kFloatDepth);
     for (int64_t n = begin; n < end; n += kPanel)
       for (int64_t k = 0; k < w.K; k += kFloatDepth) {
         int64_t last = std::min(k + kFloatDepth, w.K);
         PackFloats(w, table, n, k, last, panel);
-        ForRows(M, FloatTile{tiles.data(), panel, k, last - k, w.K, w.N, n, out});
+        ForRows(M, FloatTile{x, panel, k, last - k, w.K, w.N, n, out});
       }
   });
 }
