@@ -329,7 +329,7 @@ def _refuses_blocks(lhs, rhs, spec):
         return "the right operand is not stored with one free axis, first"
     if spec.out_sharding is not None or is_sharded(rhs.codes):
         return "blocks cannot be cut from sharded arrays"
-    why_not = blocks.refuses(rhs, math.prod(lhs.shape[a] for a in spec.free(lhs, 0)))
+    why_not = blocks.refuses(rhs, spec.rows(lhs, rhs) or 0)
     if why_not is not None:
         return why_not
     is_native = rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None
