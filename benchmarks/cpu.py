@@ -2,13 +2,13 @@
 
     python -m benchmarks --suite cpu [--shapes attention odd] [--rows 1 8] [--dtype bfloat16]
 
-All contenders take turns in one run. With few rows a turn is four products in a row, in one compiled
-program where the contender is JAX, as layers of a model follow one another. In the first table each
-product reads another copy of its weights, so that none stays in the last-level cache; in the second
-always the same. A number is the speed in units of XLA's float32, over 1 is faster, and the share of
-bandwidth at which the weights were read: 100 % is a sum over 256 MiB that takes turns with the
-products. What is slower than float32 is red, and so is what is wrong by more than 20 %; what is
-faster than all others is bold.
+All contenders take turns in one run. With few rows a turn is four products in a row, in one
+compiled program where the contender is JAX, as layers of a model follow one another. In the first
+table each product reads another copy of its weights, so that none stays in the last-level cache; in
+the second always the same. A number is the speed in units of XLA's float32, over 1 is faster, and
+the share of bandwidth at which the weights were read: 100 % is a sum over 256 MiB that takes turns
+with the products. What is slower than float32 is red, and so is what is wrong by more than 20 %;
+what is faster than all others is bold.
 """
 
 import itertools
