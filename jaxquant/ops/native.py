@@ -65,9 +65,9 @@ def product(lhs: Operand, rhs: QTensor) -> jax.Array:
     """(..., K) by (N, K), in float32."""
     scale = _by_row(scale_values(rhs.scale), rhs)
     zero = None if rhs.zero_point is None else _by_row(rhs.zero_point, rhs)
-    by_codes = isinstance(lhs, QTensor) and takes_codes(lhs, rhs)
-    x = lhs.codes.astype(jnp.int8) if by_codes else as_array(lhs)
-    if by_codes:
+    x = as_array(lhs)
+    if isinstance(lhs, QTensor) and takes_codes(lhs, rhs):
+        x = lhs.codes.astype(jnp.int8)
         out = native.int4_dot(_rows(x), rhs.codes, scale, zero)
     elif rhs.format.bits == 4:
         table = jnp.asarray(_table(rhs.format))
