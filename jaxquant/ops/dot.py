@@ -32,7 +32,6 @@ from .sharding import (
     is_sharded,
     like_result,
     vary_alike,
-    varying_axes,
 )
 
 
@@ -217,15 +216,13 @@ def _native(lhs, rhs, spec):
         lhs, rhs = jax.tree.unflatten(treedef, leaves)
         return dispatch.choose(_BY_XLA, lhs, rhs, spec, "cpu").run(lhs, rhs, spec)
 
-    return unless_exported(here, elsewhere, *leaves)
+    return unless_exported(here, elsewhere, *vary_alike(leaves))
 
 
 def _refuses_native(lhs, rhs, spec):
     why_not = _refuses_kernels(lhs, rhs, spec, 1)
     if why_not is not None:
         return why_not
-    if len({varying_axes(x) for x in jax.tree.leaves((lhs, rhs))}) > 1:
-        return "the operands differ between devices along other axes of the mesh"
     if rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None:
         return native.refuses_size(lhs, rhs, by_codes=True)
     return "float64 is asked for" if spec.dtype == jnp.float64 else native.refuses(lhs, rhs)

@@ -168,6 +168,7 @@ def test_columns_and_rows_may_lie_on_several_devices(name):
         part = jax.shard_map(
             matmul, mesh=mesh, in_specs=(rows, specs), out_specs=jax.P(*rows or (None,), "b")
         )
+        assert "jaxquant_dot" in jax.jit(part).lower(x, q).as_text()
         assert_product(jax.jit(part)(x, q), "mk,kn->mn", x, q)
 
 
