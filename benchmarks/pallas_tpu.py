@@ -29,15 +29,15 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
-from jax.experimental import topologies
 
 from jaxquant import INT4, ArrayConfig, quantize
 from jaxquant.kernels import pallas_tpu
 
+from . import tpu_compiler
 from .shapes import ROWS, WEIGHTS
 
-# Clock in Hz, bytes per second of HBM, bfloat16 operations per second.
-CHIPS = {"v5e": (1.5e9, 819e9, 197e12), "v6e": (1.75e9, 1640e9, 918e12)}
+# Those that the kernels were made for.
+CHIPS = ("v5e", "v6e")
 CONFIGS = {
     "g128": ArrayConfig(format=INT4, axis=0, group_size=128),
     "g32 asymmetric": ArrayConfig(format=INT4, axis=0, group_size=32, symmetric=False),
@@ -47,12 +47,7 @@ CONFIGS = {
 
 def prepare(folder):
     """Lets libtpu start without a TPU, and write what it schedules into a folder."""
-    jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    # Other processes may compile at the same time: there is no TPU to fight for.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    tpu_compiler.prepare()
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     flags = f"{given} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
     os.environ["LIBTPU_INIT_ARGS"] = flags
@@ -73,25 +68,19 @@ def quantized(config, shape):
 
 def count(chip, folder, function, *arguments):
     """(bytes, matrix, schedule) in microseconds, of a function that is one kernel."""
-    clock, bandwidth, rate = CHIPS[chip]
+    limits = tpu_compiler.CHIPS[chip]
     (call,) = jax.make_jaxpr(function)(*arguments).eqns[-1:]
     cost, grid = call.params["cost_estimate"], call.params["grid_mapping"].grid
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
-    place = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    place_on = partial(
-        jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
-    )
     for path in folder.iterdir():
         path.unlink()
-    jax.jit(function).lower(*place_on(arguments)).compile()
+    tpu_compiler.compile_for(chip, function, *arguments)
     name = call.params["name"]
     (path,) = folder.glob(f"*{name}*schedule-analysis_final_bundles.txt")
     bundles = re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())
     assert bundles is not None, path
     steps = int(bundles[1]) * math.prod(grid)
-    return tuple(
-        1e6 * t for t in (cost.bytes_accessed / bandwidth, cost.flops / rate, steps / clock)
-    )
+    times = cost.bytes_accessed / limits.bandwidth, cost.flops / limits.rates["bf16"]
+    return tuple(1e6 * t for t in (*times, steps / limits.clock))
 
 
 def counts(chip, folder, shape, rows):
@@ -136,7 +125,7 @@ def print_table(title, measure, shape, arguments):
 def main():
     """Compiles or checks every shape."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=CHIPS)
     parser.add_argument("--shapes", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--check", action="store_true")

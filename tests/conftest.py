@@ -1,4 +1,5 @@
 import gc
+import importlib.util
 import os
 
 # Eight devices, for the tests of sharding. Before JAX starts.
@@ -10,6 +11,8 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 import jax
 import pytest
+
+from benchmarks import tpu_compiler
 
 from . import cases
 
@@ -42,3 +45,19 @@ def quick_compilation():
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def libtpu():
+    """The compiler for TPUs. It reads the environment when it is loaded, and only then."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install -e '.[tpu]'")
+    before = dict(os.environ)
+    tpu_compiler.prepare()
+    try:
+        tpu_compiler.device("v5e")
+    except Exception as error:
+        pytest.skip(f"libtpu describes no TPU: {error}")
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

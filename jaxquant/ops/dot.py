@@ -32,7 +32,6 @@ from .sharding import (
     is_sharded,
     like_result,
     vary_alike,
-    varying_axes,
 )
 
 
@@ -217,15 +216,13 @@ def _native(lhs, rhs, spec):
         lhs, rhs = jax.tree.unflatten(treedef, leaves)
         return dispatch.choose(_BY_XLA, lhs, rhs, spec, "cpu").run(lhs, rhs, spec)
 
-    return unless_exported(here, elsewhere, *leaves)
+    return unless_exported(here, elsewhere, *vary_alike(leaves))
 
 
 def _refuses_native(lhs, rhs, spec):
     why_not = _refuses_kernels(lhs, rhs, spec, 1)
     if why_not is not None:
         return why_not
-    if len({varying_axes(x) for x in jax.tree.leaves((lhs, rhs))}) > 1:
-        return "the operands differ between devices along other axes of the mesh"
     if rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None:
         return native.refuses_size(lhs, rhs, by_codes=True)
     return "float64 is asked for" if spec.dtype == jnp.float64 else native.refuses(lhs, rhs)
@@ -329,7 +326,7 @@ def _refuses_blocks(lhs, rhs, spec):
         return "the right operand is not stored with one free axis, first"
     if spec.out_sharding is not None or is_sharded(rhs.codes):
         return "blocks cannot be cut from sharded arrays"
-    why_not = blocks.refuses(rhs, math.prod(lhs.shape[a] for a in spec.free(lhs, 0)))
+    why_not = blocks.refuses(rhs, spec.rows(lhs, rhs) or 0)
     if why_not is not None:
         return why_not
     is_native = rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None

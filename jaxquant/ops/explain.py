@@ -28,7 +28,8 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
         fn: a function of arrays and pytrees of arrays, jitted or not.
         args: what it is given, or `jax.ShapeDtypeStruct`s in place of arrays.
         platform: "cpu", "tpu" or "gpu", or a machine: "v5e", "v6e", "h200". None for the default
-            device. It need not be here.
+            device. It need not be here; but Pallas' kernels, which only a process on a TPU
+            chooses, are then not in the rows.
 
     Returns:
         Explanation with one row per product. Branches of `cond` are all in it.

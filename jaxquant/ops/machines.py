@@ -42,7 +42,7 @@ MACHINES = (
         "cpu", "cpu", "cpu", "cpu", 27e9, 0.69e12, 0.19e12, "measured on 2 cores with AVX512-VNNI"
     ),
     Machine("v5e", "tpu", "tpu", "TPU v5 lite", 819e9, 394e12, 197e12, "Google's data sheet"),
-    Machine("v6e", "tpu", "tpu", "TPU v6 lite", 1640e9, 1836e12, 918e12, "Google's data sheet"),
+    Machine("v6e", "tpu", "tpu", "TPU v6", 1640e9, 1836e12, 918e12, "Google's data sheet"),
     Machine("h200", "gpu", "cuda", "H200", 4800e9, 1979e12, 989e12, "NVIDIA's data sheet"),
 )
 

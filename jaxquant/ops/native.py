@@ -45,7 +45,7 @@ def refuses_size(lhs: Operand, rhs: QTensor, by_codes: bool) -> str | None:
         return f"fewer than {_LEAST_SIZE} weights"
     instructions, bits = native.instruction_sets()[0], rhs.format.bits
     most = _MOST_ROWS.get((instructions, bits, by_codes), math.inf)
-    if math.prod(lhs.shape[:-1]) > most:
+    if lhs.size // rhs.codes.shape[1] > most:
         inputs = "codes" if by_codes else "floats"
         return f"more than {most} rows of {inputs} by {bits} bits, with {instructions}"
     return None
@@ -55,22 +55,26 @@ def takes_codes(lhs: Operand, rhs: QTensor) -> bool:
     """Whether `product` multiplies the codes of the left operand, without their scale."""
     if not isinstance(lhs, QTensor) or lhs.zero_point is not None or rhs.format.bits != 4:
         return False
-    return refuses_codes(lhs) is None and rhs.format.rounds and lhs.scale.shape[-1] == 1
+    # The kernel makes codes unsigned by an offset.
+    is_signed = jnp.issubdtype(rhs.format.dtype, jnp.signedinteger)
+    is_whole = refuses_codes(lhs) is None and rhs.format.rounds
+    return is_whole and is_signed and lhs.scale.shape[-1] == 1
 
 
 def product(lhs: Operand, rhs: QTensor) -> jax.Array:
     """(..., K) by (N, K), in float32."""
     scale = _by_row(scale_values(rhs.scale), rhs)
     zero = None if rhs.zero_point is None else _by_row(rhs.zero_point, rhs)
+    x = as_array(lhs)
     if isinstance(lhs, QTensor) and takes_codes(lhs, rhs):
-        out = native.int4_dot(_rows(lhs.codes.astype(jnp.int8)), rhs.codes, scale, zero)
+        x = lhs.codes.astype(jnp.int8)
+        out = native.int4_dot(_rows(x), rhs.codes, scale, zero)
     elif rhs.format.bits == 4:
-        out = native.lookup_dot(
-            _rows(as_array(lhs)), rhs.codes, scale, zero, jnp.asarray(_table(rhs.format))
-        )
+        table = jnp.asarray(_table(rhs.format))
+        out = native.lookup_dot(_rows(x), rhs.codes, scale, zero, table)
     else:
-        out = native.widen_dot(_rows(as_array(lhs)), rhs.codes) * scale.reshape(1, -1)
-    return out.reshape(*lhs.shape[:-1], rhs.codes.shape[0])
+        out = native.widen_dot(_rows(x), rhs.codes) * scale.reshape(1, -1)
+    return out.reshape(*x.shape[:-1], rhs.codes.shape[0])
 
 
 def refuses(lhs: Operand, rhs: QTensor) -> str | None:
@@ -81,6 +85,8 @@ def refuses(lhs: Operand, rhs: QTensor) -> str | None:
         return why_not
     if rhs.format.bits == 4:
         return native.refuses_groups(length, groups)
+    if rhs.format.bits != 8:
+        return f"{rhs.format} weights have codes of neither 4 nor 8 bits"
     if refuses_codes(rhs) is not None or rhs.zero_point is not None or groups > 1:
         return "8-bit weights by floats must have whole numbers, one scale per column and no zero"
     return None
@@ -103,4 +109,7 @@ def _table(format: Format):
         return bits.view(jnp.dtype(format.dtype)).astype(np.float32)
     is_signed = jnp.issubdtype(format.dtype, jnp.signedinteger)
     codes = (bits ^ 8).astype(np.int32) - 8 if is_signed else bits.astype(np.int32)
-    return codes if format.codebook is None else np.asarray(format.codebook)[codes]
+    if format.codebook is None:
+        return codes
+    # A codebook may have fewer entries: the other patterns do not occur.
+    return np.take(np.asarray(format.codebook), codes, mode="clip")

@@ -62,9 +62,10 @@ def loses(lhs: Operand, rhs: QTensor) -> str | None:
     """Why XLA is left to compute on this process' TPU, or None."""
     chip = chips.generation()
     if chip not in _MOST_ROWS:
-        return f"no chip that it was compared on: {jax.devices()[0].device_kind}"
+        known, kind = " and ".join(map(str, _MOST_ROWS)), jax.devices()[0].device_kind
+        return f"it is chosen by processes on {known} alone, and this one runs on {kind}"
     most = _MOST_ROWS[chip][rhs.scale.shape[0] == 1]
-    rows = math.prod(lhs.shape[:-1])
+    rows = lhs.size // rhs.codes.shape[0]
     return f"{rows} rows, more than {most}, are faster by XLA on {chip}" if rows > most else None
 
 

@@ -138,6 +138,31 @@ def test_what_is_no_number_reaches_its_row_alone(bad, rows):
 
 
 @needs_native
+@by_all_instructions
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_scale_that_is_no_number_reaches_its_column_alone(rows, instructions):
+    codes, scale, zero, _ = grouped(256, 67, 32, True)
+    scale = scale.at[65, 3].set(jnp.nan)
+    table = jnp.asarray(SIGNED)
+    for found in (
+        native.int4_dot(jnp.asarray(int8(rows, 256)), codes, scale, zero, instructions),
+        native.lookup_dot(jnp.asarray(floats(rows, 256)), codes, scale, zero, table, instructions),
+    ):
+        assert np.isnan(found[:, 65]).all()
+        assert np.isfinite(np.delete(np.asarray(found), 65, 1)).all()
+
+
+@needs_native
+@by_all_instructions
+@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("x, w", [(-128, -128), (-128, 127), (127, -128)])
+def test_the_longest_sums_stay_within_int32(rows, x, w, instructions):
+    length = 131071
+    codes = jnp.full((rows, length), x, jnp.int8), jnp.full((5, length), w, jnp.int8)
+    np.testing.assert_array_equal(native.int8_dot(*codes, instructions), length * x * w)
+
+
+@needs_native
 def test_many_calls_at_once_wait_for_none_another():
     # Each waits within a thread of the pool that the others need.
     weights = [jnp.asarray(int8(512, 2048, seed=i)) for i in range(8)]

@@ -1,15 +1,13 @@
 """The Pallas kernels for TPUs: what they compute, in interpret mode, and that they compile."""
 
-import importlib.util
-import os
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 
+from benchmarks import tpu_compiler
 from benchmarks.shapes import WEIGHTS
 from jaxquant import INT4, ArrayConfig, quantize
 from jaxquant.kernels import pallas_tpu
@@ -130,32 +128,16 @@ def test_the_cost_counts_what_moves():
     assert cost.bytes_accessed == read + 4 * 1024 * 2048
 
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu, the compiler for TPUs, is not installed: pip install libtpu",
-)
-
-
 def compiled(chip, function, *arguments):
     """The program for one chip that is not there, as text, and the bytes that it needs besides."""
-    for name, value in {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    }.items():
-        os.environ.setdefault(name, value)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
-    place = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arguments]
-    program = jax.jit(function).lower(*structs).compile()
+    program = tpu_compiler.compile_for(chip, function, *arguments)
     text, memory = program.as_text(), program.memory_analysis()
     assert text is not None
     assert memory is not None
     return text, memory.temp_size_in_bytes
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_kernels_compile_and_need_no_memory_besides(chip):
     q = jax.eval_shape(lambda: quantize(jnp.zeros((1024, 1500)), G32_ASYM))

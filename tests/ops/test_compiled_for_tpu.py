@@ -1,8 +1,5 @@
 """What the TPU's compiler makes of products. Needs libtpu, and no TPU; nothing runs."""
 
-import importlib.util
-import os
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,23 +9,8 @@ from benchmarks.tpu_text import Program
 from jaxquant import W4A16, W8A8, ArrayConfig, Rule, matmul, quantize, tree
 from jaxquant.ops.chips import tpu_generation
 
+pytestmark = pytest.mark.usefixtures("libtpu")
 K, N = 1024, 1536
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    """libtpu reads the environment when it is loaded, and only then."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install -e '.[tpu]'")
-    before = dict(os.environ)
-    tpu_compiler.prepare()
-    try:
-        tpu_compiler.device("v5e")
-    except Exception as error:
-        pytest.skip(f"libtpu describes no TPU: {error}")
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def weights(scheme, dtype=jnp.bfloat16):

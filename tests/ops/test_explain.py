@@ -191,6 +191,11 @@ def test_earlier_rows_of_the_platform_say_why_they_do_not_run():
     )
     (row,) = explain(matmul, *arguments, platform="tpu")
     assert [name for name, _ in row.refusals] == ["pallas", "integer"]
+    (row,) = explain(matmul, floats(5, K), stored(order=None, **G128), platform="v6e")
+    assert row.refusals[0] == (
+        "pallas",
+        "it is chosen by processes on v5e and v6e alone, and this one runs on cpu",
+    )
     (row,) = explain(matmul, *arguments, platform="gpu")
     assert row.refusals == (("integer", "an operand of float32 has no codes"),)
 
@@ -428,6 +433,8 @@ def test_the_default_is_the_device_that_is_here(monkeypatch):
     assert explain(matmul, X, SMALL).machine.name == "v6e"
     assert explain(matmul, X, SMALL, platform="tpu").machine.name == "v6e"
     assert explain(matmul, X, SMALL, platform="v5e").machine.name == "v5e"
+    device.device_kind = "TPU v6e"
+    assert explain(matmul, X, SMALL).machine.name == "v6e"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import FORMATS, INT4, NF4, ArrayConfig, Inputs, einsum, matmul, quantize
+from jaxquant import (
+    FORMATS,
+    FP8_E4M3,
+    INT2,
+    INT4,
+    INT8,
+    NF4,
+    ArrayConfig,
+    Format,
+    Inputs,
+    dot_general,
+    einsum,
+    matmul,
+    quantize,
+)
 from jaxquant.kernels import native
 
 from .products import assert_product, normal, weight, with_inputs
@@ -30,6 +44,12 @@ WEIGHTS = {
     "nf4-g64": ArrayConfig(format=NF4, axis=0, group_size=64),
     "mxfp4": ArrayConfig(format=FORMATS["mxfp4"], axis=0),
     "nvfp4": ArrayConfig(format=FORMATS["nvfp4"], axis=0),
+    "unsigned": ArrayConfig(
+        format=Format("uint4", "uint4", 0, 15), axis=0, group_size=128, symmetric=False
+    ),
+    "seven": ArrayConfig(
+        format=Format("seven", "int4", -1, 1, (-1, -0.5, -0.2, 0, 0.2, 0.5, 1)), axis=0
+    ),
 }
 INPUTS = {"float": None, "int8": ArrayConfig(axis=-1), "int8-tensor": ArrayConfig(axis=None)}
 run = partial(matmul, implementation="native")
@@ -98,6 +118,16 @@ def test_any_number_of_axes_and_of_rows(name, shape):
 
 
 @needs_native
+@pytest.mark.parametrize("format", [INT8, FP8_E4M3], ids=str)
+def test_inputs_may_be_stored_in_another_order(format):
+    q = stored("int4-g128")
+    x = quantize(jnp.asarray(normal(K, 3, 5)), ArrayConfig(format=format, axis=0))
+    x = x.reorder((-2, -1, -3))
+    found = dot_general(x, q, (((0,), (0,)), ((), ())), implementation="native")
+    assert_product(found, "kab,kn->abn", x, q)
+
+
+@needs_native
 def test_scans_and_rematerialization_keep_the_machine_code():
     q, x = stored("int4-g128"), jnp.asarray(normal(2, K))
     weights = q, stored("int4-g128", seed=2)
@@ -138,6 +168,7 @@ def test_columns_and_rows_may_lie_on_several_devices(name):
         part = jax.shard_map(
             matmul, mesh=mesh, in_specs=(rows, specs), out_specs=jax.P(*rows or (None,), "b")
         )
+        assert "jaxquant_dot" in jax.jit(part).lower(x, q).as_text()
         assert_product(jax.jit(part)(x, q), "mk,kn->mn", x, q)
 
 
@@ -154,6 +185,10 @@ REFUSED = {
     "must have whole numbers, one scale per column and no zero": lambda: (
         normal(2, K),
         weight(ArrayConfig(axis=0, symmetric=False), (K, N)).reorder((-1, -2)),
+    ),
+    "int2 weights have codes of neither 4 nor 8 bits": lambda: (
+        normal(2, K),
+        weight(ArrayConfig(format=INT2, axis=0), (K, N)).reorder((-1, -2)),
     ),
     "the right operand is not quantized": lambda: (stored("int8", (N, K)), normal(N, K)),
 }
