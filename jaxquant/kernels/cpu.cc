@@ -368,7 +368,7 @@ inline Floats Mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats MulAdd(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats MulSub(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
 inline int32_t Sum(Ints x) {
-  alignas(32) int32_t lanes[8];
+  alignas(32) uint32_t lanes[8];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
   return lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
 }
@@ -546,7 +546,9 @@ struct Int8ByInt8 {
           Bytes weights = Xor(LoadPart(w.at(n + c, K - rest), rest), kOffset);
           acc[r][c] = Dot(acc[r][c], weights, LoadPart(x + (m + r + 1) * K - rest, rest));
         }
-        out[(m + r) * w.N + n + c] = Sum(acc[r][c]) - kOffset * sums[m + r];
+        // The sum with its offset may leave 32 bits, and comes back.
+        out[(m + r) * w.N + n + c] =
+            static_cast<uint32_t>(Sum(acc[r][c])) - static_cast<uint32_t>(kOffset * sums[m + r]);
       }
   }
 };

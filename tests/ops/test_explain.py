@@ -563,6 +563,23 @@ def test_results_of_the_suite_become_lines_of_the_table():
     assert [measured._line(line).by_rows for line in found] == [{600: 2.0}, {600: 1.23, 700: 0.5}]
 
 
+def test_4_bit_weights_in_a_loop_are_warned_of_on_cpu():
+    def stacked(q):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), q)
+
+    def product(x, layers):
+        return jax.lax.scan(lambda x, q: (matmul(x, q), None), x, layers)[0]
+
+    x, square = floats(5, 128), (128, 128)
+    words = "in a loop XLA copies 4-bit weights one by one: keep layers apart"
+    for config, platform, wanted in ((G128, "cpu", words), (G128, "tpu", None), ({}, "cpu", None)):
+        q = stored(square, **config)
+        (row,) = explain(product, x, stacked(q), platform=platform)
+        assert row.warning == wanted
+        (row,) = explain(matmul, x, q, platform=platform)
+        assert row.warning is None
+
+
 def test_the_table_shows_each_row_and_how_often_it_runs():
     def model(x, q):
         forced = partial(matmul, implementation="dequantize")
