@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 triton: Any
 try:
     from jax.experimental.pallas import triton
-except ImportError:  # jaxlib for Windows has no Triton.
+except ImportError:  # Not in jaxlib for Windows; JAX 0.11 says that it will go from all.
     triton = None
 
 # Tiles of x (rows, step) and of w (columns, step), powers of two as Triton wants them. 16 rows and
@@ -34,7 +34,7 @@ _LEAST_STEPS = 4
 def refuses_groups(length: int, groups: int) -> str | None:
     """Why `grouped_dot` does not take weights with so many scales along `length`, or None."""
     if triton is None:
-        return "this jaxlib has no Triton"
+        return "this JAX has no Triton"
     size = length // max(groups, 1)
     if _step(size) < _LEAST_STEP:
         return f"groups of {size} are no multiple of {_LEAST_STEP}"

@@ -13,6 +13,7 @@ from jaxquant.kernels import pallas_gpu
 
 from .. import oracles
 from ..ops.products import normal, weight
+from ..triton import needs_lowering
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -52,6 +53,7 @@ def as_lowered(x, w, scale, zero=None):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@needs_lowering
 @pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
 def test_the_kernel_takes_the_codes_as_they_lie(wide):
     q = weight(int4(group_size=64, symmetric=False), (192, 33)).reorder((-1, -2))
@@ -80,4 +82,4 @@ def test_the_groups_of_the_benchmarks_are_taken(shape):
 
 def test_without_triton_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(pallas_gpu, "triton", None)
-    assert pallas_gpu.refuses_groups(256, 2) == "this jaxlib has no Triton"
+    assert pallas_gpu.refuses_groups(256, 2) == "this JAX has no Triton"

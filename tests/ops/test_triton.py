@@ -11,6 +11,7 @@ from jax import export
 from jaxquant import INT4, NF4, ArrayConfig, einsum, matmul, quantize
 from jaxquant.ops import triton
 
+from ..triton import needs_lowering
 from .products import assert_product, normal, weight
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -105,6 +106,7 @@ def calls(function, *arguments, platforms=("cuda",)):
     return lowered.as_text().count("gpu.triton")
 
 
+@needs_lowering
 def test_the_kernel_runs_only_where_it_is_asked_for():
     q, x = stored().astype(jnp.bfloat16), jnp.ones((16, K), jnp.bfloat16)
     assert calls(forced, x, q) == 1
@@ -115,6 +117,7 @@ def test_the_kernel_runs_only_where_it_is_asked_for():
     assert jax.eval_shape(transposed, x, q).shape == (N, 16)
 
 
+@needs_lowering
 def test_programs_for_several_platforms_or_devices_do_without():
     q, x = stored().astype(jnp.bfloat16), jnp.ones((18, K), jnp.bfloat16)
     assert calls(forced, x, q, platforms=("cuda", "cpu")) == 0
