@@ -4,20 +4,21 @@ import argparse
 import json
 import pathlib
 
-from . import cpu, end_to_end, machine, quantize, tpu, tpu_compiler
+from . import cpu, end_to_end, gpu, machine, quantize, tpu, tpu_compiler
 from .shapes import ROWS, WEIGHTS
 
 SUITES = {
     "cpu": cpu.suite,
     "end-to-end": end_to_end.suite,
+    "gpu": gpu.suite,
     "quantize": quantize.suite,
     "tpu-compile": tpu.suite,
 }
 _SUITES_HELP = """cpu: products, by shape and rows; end-to-end: a sentence encoder, and a
- decoder that generates text; quantize: time and memory to quantize weights; tpu-compile: what the
- compiler for TPUs estimates of products"""
+ decoder that generates text; gpu: products on a GPU; quantize: time and memory to quantize weights;
+ tpu-compile: what the compiler for TPUs estimates of products"""
 # What must be done before JAX looks for devices.
-PREPARATIONS = {"tpu-compile": tpu_compiler.prepare}
+PREPARATIONS = {"gpu": gpu.prepare, "tpu-compile": tpu_compiler.prepare}
 
 
 def main() -> None:
@@ -25,15 +26,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--suite", choices=SUITES, required=True, help=_SUITES_HELP)
     parser.add_argument("--json", type=pathlib.Path, help="file for the results")
-    products = parser.add_argument_group("options of cpu and tpu-compile")
-    products.add_argument("--shapes", nargs="+", choices=WEIGHTS, help="of the weights; all")
-    products.add_argument("--rows", nargs="+", type=int, help=f"of inputs; {ROWS}")
+    products = parser.add_argument_group("options of cpu, gpu and tpu-compile")
+    products.add_argument("--shapes", nargs="+", choices=WEIGHTS, help="of the weights")
+    products.add_argument("--rows", nargs="+", type=int, help=f"of inputs; on cpu {ROWS}")
     products.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of inputs; float32"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of inputs of cpu; float32",
     )
     chips = parser.add_argument_group("options of tpu-compile")
     chips.add_argument("--chips", nargs="+", choices=tpu_compiler.CHIPS, help="generations")
-    chips.add_argument("--full", action="store_true", help="all shapes and rows, for hours")
+    products.add_argument(
+        "--full", action="store_true", help="gpu and tpu-compile: all shapes and rows, for hours"
+    )
     other = parser.add_argument_group("options of end-to-end and quantize")
     other.add_argument("--only", nargs="+", metavar="WORD", help="contenders with these names; all")
     weights = parser.add_argument_group("options of quantize")

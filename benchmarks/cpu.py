@@ -43,10 +43,12 @@ SUM = "a sum"
 PROBE = 2**28
 
 
-def prepared(contender: Contender, shape: tuple[int, int], copies_of: int) -> list[Any]:
+def prepared(
+    contender: Contender, shape: tuple[int, int], copies_of: int, dtype: str = "float32"
+) -> list[Any]:
     """Copies of the weights that together take `copies_of` bytes at least, or the most copies."""
     rng = np.random.default_rng(0)
-    w = jnp.asarray(rng.normal(size=shape) / math.sqrt(shape[0]), jnp.float32)
+    w = jnp.asarray(rng.normal(size=shape) / math.sqrt(shape[0]), dtype)
     first = jax.block_until_ready(contender.prepare(w))
     count = min(max(1, -(-copies_of // contender.size(first))), MOST_COPIES)
     return [first] + [contender.copy(first) for _ in range(count - 1)]
@@ -72,10 +74,10 @@ def _in_a_row(run, x, weights):
     return out
 
 
-def prepare_all(found, shape, in_cache) -> dict[str, list[Any] | str]:
+def prepare_all(found, shape, in_cache, dtype="float32") -> dict[str, list[Any] | str]:
     """Copies of the weights for each contender, or the error with which it refuses them."""
     size = 0 if in_cache else OUT_OF_CACHE
-    return {c.name: _attempt(partial(prepared, c, shape, size)) for c in found}
+    return {c.name: _attempt(partial(prepared, c, shape, size, dtype)) for c in found}
 
 
 def _attempt(work):
@@ -86,7 +88,9 @@ def _attempt(work):
         return f"{type(error).__name__}: {error}"[:300]
 
 
-def measure(found, weights, x, peaks) -> list[dict[str, Any]]:
+def measure(
+    found, weights, x, peaks, *, reference=REFERENCE, count=None, probe=None
+) -> list[dict[str, Any]]:
     """One line of results per contender.
 
     Args:
@@ -94,8 +98,12 @@ def measure(found, weights, x, peaks) -> list[dict[str, Any]]:
         weights: of each, from `prepare_all`.
         x: inputs, (M, K).
         peaks: operations per second that the machine reaches.
+        reference: contender whose speed is 1.
+        count: products of a turn; None for what suits CPUs.
+        probe: bytes that the sum adds up; None for what suits CPUs.
     """
-    count = IN_A_ROW if len(x) <= FEW_ROWS else 1
+    if count is None:
+        count = IN_A_ROW if len(x) <= FEW_ROWS else 1
     calls, lines = {}, {c.name: {"contender": c.name, "is_ours": c.is_ours} for c in found}
     for c in found:
         copies = weights[c.name]
@@ -107,15 +115,15 @@ def measure(found, weights, x, peaks) -> list[dict[str, Any]]:
         else:
             calls[c.name] = call
             lines[c.name]["bytes"] = c.size(copies[0])
-    calls[SUM], size = machine.summation(PROBE)
+    calls[SUM], size = machine.summation(probe or PROBE)
     times = by_turns(calls, _rounds(calls))
     peaks = {**peaks, "bytes_per_second": size / statistics.median(times[SUM])}
     del calls[SUM]
-    wanted = np.asarray(calls[REFERENCE](), np.float64)
+    wanted = np.asarray(calls[reference](), np.float64)
     work = 2 * x.size * wanted.shape[-1] * count
     for name, call in calls.items():
         error = np.linalg.norm(np.asarray(call(), np.float64) - wanted) / np.linalg.norm(wanted)
-        lines[name] |= _figures(times, name, lines[name]["bytes"] * count, work, peaks)
+        lines[name] |= _figures(times, name, lines[name]["bytes"] * count, work, peaks, reference)
         lines[name]["error"] = float(error)
     return list(lines.values())
 
@@ -133,13 +141,13 @@ def _rounds(calls):
     return int(np.clip(BUDGET / once, 3, 50))
 
 
-def _figures(times, name, size, operations, peaks):
+def _figures(times, name, size, operations, peaks, reference):
     """What follows from the times of one contender."""
     seconds = statistics.median(times[name])
     quarter, _, three = statistics.quantiles(times[name], n=4)
     share = size / seconds / peaks["bytes_per_second"]
     return {
-        "speed": 1 / ratio(times, name, REFERENCE),
+        "speed": 1 / ratio(times, name, reference),
         "milliseconds": 1e3 * seconds,
         "spread": (three - quarter) / seconds,
         "operations": operations,

@@ -6,6 +6,8 @@ One row of inputs goes through eight products, by `lax.scan` over stacked weight
 loop over a list. A number is the time of the scan in units of the list's.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import rich.console
@@ -45,7 +47,7 @@ def main() -> None:
             layers = [jq.tree.quantize({"kernel": w}, rule)["kernel"] for w in weights]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
         for kind, run, values in (("apart", apart, layers), ("loop", in_a_loop, stacked)):
-            calls[f"{name} {kind}"] = lambda run=jax.jit(run), values=values: run(x, values)
+            calls[f"{name} {kind}"] = partial(jax.jit(run), x, values)
     times = by_turns(calls, rounds=15)
     found = rich.table.Table("by", "time of a scan, apart = 1", title=f"{LAYERS} layers of {SIZE}")
     for name in SCHEMES:

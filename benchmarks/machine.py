@@ -60,9 +60,9 @@ def summation(size: int) -> tuple[Callable[[], jax.Array], int]:
     return lambda: add(x), 4 * x.size
 
 
-def multiplication(length: int = 2048, rounds: int = 5) -> float:
-    """Operations per second of a product of square float32 matrices, the best of some rounds."""
-    x = jnp.ones((length, length), jnp.float32)
+def multiplication(length: int = 2048, rounds: int = 5, dtype: str = "float32") -> float:
+    """Operations per second of a product of square matrices, the best of some rounds."""
+    x = jnp.ones((length, length), dtype)
     return 2 * length**3 / _fastest(lambda: jax.jit(jnp.matmul)(x, x), rounds)
 
 

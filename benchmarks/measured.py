@@ -3,8 +3,8 @@
     python -m benchmarks --suite cpu --json cpu.json
     python -m benchmarks.measured cpu.json [--dtype bfloat16]
 
-Speeds are those out of cache, in units of XLA's float32. Which computation ran is what
-`jaxquant.explain` says on this machine: run it where the suite ran.
+Speeds are those out of cache, in units of the suite's reference. Which computation ran is what
+`jaxquant.explain` says on this machine: run it where the suite ran. Forced ones are left out.
 """
 
 import argparse
@@ -31,7 +31,8 @@ def lines(products: list[dict[str, Any]], dtype: str) -> list[str]:
     """One line per scheme, computation and shape, as jaxquant/ops/measured.py reads them."""
     found: dict[tuple[str, str, str, str], list[str]] = {}
     for product in products:
-        is_wanted = product["is_ours"] and not product["in_cache"] and product["dtype"] == dtype
+        is_chosen = product["is_ours"] and product["contender"] in jq.SCHEMES
+        is_wanted = is_chosen and not product["in_cache"] and product["dtype"] == dtype
         if not is_wanted or "refusal" in product:
             continue
         scheme, shape = jq.SCHEMES[product["contender"]], (product["K"], product["N"])

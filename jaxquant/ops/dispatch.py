@@ -56,7 +56,7 @@ class Implementation:
 Table = tuple[Implementation, ...]
 
 # Platforms with rows of their own; all others share a choice.
-_PLATFORMS = ("cpu", "tpu")
+_PLATFORMS = ("cpu", "tpu", "cuda")
 
 
 def run(
@@ -86,13 +86,17 @@ def _stored(x):
 
 
 def _computed(rows, lhs, rhs, spec):
-    if len(set(rows.values())) == 1:
-        return rows["default"].run(lhs, rhs, spec)
+    default = rows["default"]
+    # A platform that does as all others do needs no branch, which would be traced again.
+    own = {p: row for p, row in rows.items() if row != default}
+    if not own:
+        return default.run(lhs, rhs, spec)
 
     def runner(row):
         return lambda lhs, rhs: row.run(lhs, rhs, spec)
 
-    return lax.platform_dependent(lhs, rhs, **{p: runner(row) for p, row in rows.items()})
+    branches = {p: runner(row) for p, row in own.items()}
+    return lax.platform_dependent(lhs, rhs, **branches, default=runner(default))
 
 
 def _record(lhs, rhs, spec, out, choices, implementation):

@@ -13,10 +13,10 @@ from jax import lax
 
 from ..core import QTensor, scale_values
 from ..kernels import integer_dot
-from . import blocks, dispatch, native, pallas, tpu
+from . import blocks, dispatch, native, pallas, tpu, triton
 from .dispatch import Implementation, Operand
 from .dot_spec import DotSpec
-from .exporting import on_one_tpu, unless_exported
+from .exporting import on_one_gpu, on_one_tpu, unless_exported
 from .operands import (
     as_array,
     check_operands,
@@ -61,8 +61,8 @@ def dot_general(
         precision, out_sharding: as for `jax.lax.dot_general`.
         preferred_element_type: floating dtype of the result; None for what promotion gives
             the dtypes of both operands.
-        implementation: "native", "pallas", "blocks", "integer", "scaled", "fused" or
-            "dequantize", to force one; None to choose by operands and platform.
+        implementation: "native", "pallas", "triton", "blocks", "integer", "scaled", "fused"
+            or "dequantize", to force one; None to choose by operands and platform.
 
     Returns:
         Array of shape (batch, lhs free, rhs free).
@@ -243,28 +243,28 @@ def _refuses_kernels(lhs, rhs, spec, axis):
     return None
 
 
-def _pallas(lhs, rhs, spec):
-    """By a kernel for TPUs, in programs that XLA does not divide among several."""
+def _by_kernel(lhs, rhs, spec, product, on_one_device, platform):
+    """By a Pallas kernel, in programs that XLA does not divide among several devices."""
     leaves, treedef = jax.tree.flatten((lhs, rhs))
 
     def here(*leaves):
         lhs, rhs = jax.tree.unflatten(treedef, leaves)
-        return _logical(pallas.product(lhs, rhs, spec.dtype), spec)
+        return _logical(product(lhs, rhs, spec.dtype), spec)
 
     def elsewhere(*leaves):
         lhs, rhs = jax.tree.unflatten(treedef, leaves)
-        return dispatch.choose(_BY_XLA, lhs, rhs, spec, "tpu").run(lhs, rhs, spec)
+        return dispatch.choose(_BY_XLA, lhs, rhs, spec, platform).run(lhs, rhs, spec)
 
-    return on_one_tpu(here, elsewhere, *vary_alike(leaves))
+    return on_one_device(here, elsewhere, *vary_alike(leaves))
 
 
-def _refuses_pallas(lhs, rhs, spec):
-    why_not = _refuses_kernels(lhs, rhs, spec, 0)
+def _refuses_kernel(lhs, rhs, spec, refuses, axis):
+    why_not = _refuses_kernels(lhs, rhs, spec, axis)
     if why_not is not None:
         return why_not
-    if spec.dtype == jnp.float64:
-        return "float64 is asked for"
-    return pallas.refuses(lhs, rhs, spec.precision)
+    return (
+        "float64 is asked for" if spec.dtype == jnp.float64 else refuses(lhs, rhs, spec.precision)
+    )
 
 
 def _pallas_loses(lhs, rhs, spec):
@@ -351,6 +351,19 @@ _BY_XLA = (
 )
 _TABLE = (
     Implementation("native", _native, _refuses_native, ("cpu",), is_integer=_is_integer_natively),
-    Implementation("pallas", _pallas, _refuses_pallas, ("tpu",), _pallas_loses),
+    Implementation(
+        "pallas",
+        partial(_by_kernel, product=pallas.product, on_one_device=on_one_tpu, platform="tpu"),
+        partial(_refuses_kernel, refuses=pallas.refuses, axis=0),
+        ("tpu",),
+        _pallas_loses,
+    ),
+    Implementation(
+        "triton",
+        partial(_by_kernel, product=triton.product, on_one_device=on_one_gpu, platform="cuda"),
+        partial(_refuses_kernel, refuses=triton.refuses, axis=1),
+        ("cuda",),
+        lambda lhs, rhs, spec: triton.loses(lhs, rhs),
+    ),
     *_BY_XLA,
 )

@@ -29,18 +29,38 @@ def on_one_tpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
     Raises:
         ValueError: as the program is lowered, if it is not for TPUs.
     """
-    return _choose(here, elsewhere, _takes_no_kernel, args)
+    return _choose(here, elsewhere, _takes_no_kernel_of_tpu, args)
+
+
+def on_one_gpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
+    """`on_one_tpu` for GPUs with CUDA; elsewhere(*args) also in what `jax.export` writes.
+
+    It refuses Triton's kernels, whose form may change between versions.
+
+    Raises:
+        ValueError: as the program is lowered, if it is not for CUDA.
+    """
+    return _choose(here, elsewhere, _takes_no_kernel_of_gpu, args)
 
 
 def _is_exported(context):
     return context.module_context.lowering_parameters.for_export
 
 
-def _takes_no_kernel(context):
+def _takes_no_kernel_of_tpu(context):
+    return _takes_no_kernel(context, "tpu", "'pallas' needs a TPU")
+
+
+def _takes_no_kernel_of_gpu(context):
+    is_divided = _takes_no_kernel(context, "cuda", "'triton' needs a GPU with CUDA")
+    return is_divided or _is_exported(context)
+
+
+def _takes_no_kernel(context, platform, need):
     platforms = tuple(context.platforms or context.module_context.platforms)
-    if "tpu" not in platforms:
+    if platform not in platforms:
         raise ValueError(
-            f"implementation='pallas' needs a TPU; got a program for {', '.join(platforms)}. "
+            f"implementation={need}; got a program for {', '.join(platforms)}. "
             "Choose another one, or None."
         )
     return len(platforms) > 1 or _is_divided(context.module_context.axis_context)

@@ -27,7 +27,7 @@ def product(
     lhs: Operand, rhs: QTensor, dtype: jax.typing.DTypeLike, *, interpret: bool = False
 ) -> jax.Array:
     """(..., K) by (K, N), in `dtype`; `interpret` computes without a TPU, for tests."""
-    x, scale = _codes_and_scale(lhs)
+    x, scale = codes_and_scale(lhs)
     zero = None if rhs.zero_point is None else _per_column(rhs.zero_point, rhs)
     is_narrow = scale is None and dtype == jnp.bfloat16
     out = pallas_tpu.grouped_dot(
@@ -69,7 +69,7 @@ def loses(lhs: Operand, rhs: QTensor) -> str | None:
     return f"{rows} rows, more than {most}, are faster by XLA on {chip}" if rows > most else None
 
 
-def _codes_and_scale(lhs):
+def codes_and_scale(lhs: Operand) -> tuple[jax.Array, jax.Array | None]:
     """Codes of the left operand and their scales per row, or its values and None."""
     if not isinstance(lhs, QTensor):
         return jnp.asarray(lhs), None

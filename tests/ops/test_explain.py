@@ -197,7 +197,10 @@ def test_earlier_rows_of_the_platform_say_why_they_do_not_run():
         "it is chosen by processes on v5e and v6e alone, and this one runs on cpu",
     )
     (row,) = explain(matmul, *arguments, platform="gpu")
-    assert row.refusals == (("integer", "an operand of float32 has no codes"),)
+    assert [name for name, _ in row.refusals] == ["triton", "integer"]
+    assert row.refusals[-1][1] == "an operand of float32 has no codes"
+    (row,) = explain(matmul, floats(5, K), stored(**G128), platform="gpu")
+    assert row.refusals[0] == ("triton", "not measured on a GPU yet")
 
 
 def test_what_is_forced_is_said_to_be():

@@ -1,0 +1,133 @@
+"""Which products the Pallas kernel for GPUs computes, and from what."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from jaxquant import INT4, NF4, ArrayConfig, einsum, matmul, quantize
+from jaxquant.ops import triton
+
+from ..triton import needs_lowering
+from .products import assert_product, normal, weight
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+K, N = 256, 72
+G128 = ArrayConfig(format=INT4, axis=0, group_size=128)
+LEFT = {
+    "bfloat16": None,
+    "float16": None,
+    "int8 per row": ArrayConfig(axis=-1),
+    "int8 asymmetric": ArrayConfig(axis=-1, symmetric=False),
+}
+RIGHT = {
+    "bfloat16": ArrayConfig(format=INT4, axis=0, group_size=64, symmetric=False),
+    "float16": ArrayConfig(format=INT4, axis=0, group_size=32, scale_dtype="float8_e4m3fn"),
+    "int8 per row": ArrayConfig(format=INT4, axis=None),
+    "int8 asymmetric": ArrayConfig(format=INT4, axis=(0, 1), group_size=(128, 8)),
+}
+product = jax.jit(partial(triton.product, interpret=True), static_argnames="dtype")
+forced = partial(matmul, implementation="triton")
+
+
+def stored(config=G128, order=(-1, -2), seed=1):
+    """A weight with its contracted axis last, as `tree.quantize` stores it for GPUs."""
+    return weight(config, (K, N), seed).reorder(order)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_products_of_operands_as_they_are_stored_match_numpy(name):
+    q, config = stored(RIGHT[name]), LEFT[name]
+    floats = normal(2, 3, K)
+    x = jnp.asarray(floats, name) if config is None else quantize(floats, config)
+    assert_product(product(x, q, dtype=jnp.float32), "abk,kn->abn", x, q)
+    narrow = jax.eval_shape(partial(product, dtype=jnp.bfloat16), x, q)
+    assert (narrow.shape, narrow.dtype) == ((2, 3, N), jnp.bfloat16)
+
+
+def test_vmap_runs_the_kernel_for_each():
+    one, two = (stored(seed=seed) for seed in (1, 2))
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, two)
+    x = jnp.asarray(normal(2, 3, K), jnp.bfloat16)
+    run = partial(product, dtype=jnp.float32)
+    got = jax.jit(jax.vmap(run))(x, both)
+    np.testing.assert_allclose(got[0], run(x[0], one), rtol=1e-6)
+    np.testing.assert_allclose(got[1], run(x[1], two), rtol=1e-6)
+
+
+REFUSED = {
+    "nf4 codes are not whole numbers of 4 bits": (NF4, {}, {}),
+    "whose last axis is contracted": (INT4, {"order": None}, {}),
+    "a precision of highest takes more than TF32": (INT4, {}, {"precision": "highest"}),
+    "an operand is empty": (INT4, {"rows": 0}, {}),
+    "groups of 8 are no multiple of 16": (INT4, {"group_size": 8}, {}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_triton_is_refused_with_the_reason(reason):
+    format, given, options = REFUSED[reason]
+    config = ArrayConfig(format=format, axis=0, group_size=given.get("group_size", 64))
+    q = stored(config, given.get("order", (-1, -2)))
+    x = jnp.zeros((given.get("rows", 2), K))
+    with pytest.raises(ValueError, match=f"implementation='triton' cannot run .*{reason}"):
+        forced(x, q, **options)
+
+
+def test_a_default_precision_of_more_than_tf32_is_heeded():
+    q, x = stored(), jnp.zeros((2, K))
+    assert triton.refuses(x, q, None) is None
+    with jax.default_matmul_precision("float32"):
+        assert "a precision of float32" in str(triton.refuses(x, q, None))
+        assert triton.refuses(x.astype(jnp.bfloat16), q.astype(jnp.bfloat16), None) is None
+
+
+def test_float64_is_refused():
+    with jax.enable_x64(True):
+        q, x = stored(), jnp.zeros((2, K), jnp.float32)
+        with pytest.raises(ValueError, match=r"cannot run .*: float64 is asked for"):
+            forced(x, q, preferred_element_type=jnp.float64)
+        reason = "float64 by float32 are not floats of 16 or 32 bits"
+        assert triton.refuses(x.astype(jnp.float64), q, None) == reason
+
+
+def test_without_a_gpu_triton_fails_with_the_reason():
+    with pytest.raises(ValueError, match="'triton' needs a GPU with CUDA; got a program for cpu"):
+        forced(jnp.asarray(normal(3, K)), stored())
+
+
+def calls(function, *arguments, platforms=("cuda",)):
+    """How many of Triton's kernels the program for a GPU has."""
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=platforms)
+    return lowered.as_text().count("gpu.triton")
+
+
+@needs_lowering
+def test_the_kernel_runs_only_where_it_is_asked_for():
+    q, x = stored().astype(jnp.bfloat16), jnp.ones((16, K), jnp.bfloat16)
+    assert calls(forced, x, q) == 1
+    assert calls(matmul, x, q) == 0
+    assert calls(lambda x, q: forced(x, q).sum(), x, q) == 1
+    transposed = partial(einsum, "mk,kn->nm", implementation="triton")
+    assert calls(transposed, x, q) == 1
+    assert jax.eval_shape(transposed, x, q).shape == (N, 16)
+
+
+@needs_lowering
+def test_programs_for_several_platforms_or_devices_do_without():
+    q, x = stored().astype(jnp.bfloat16), jnp.ones((18, K), jnp.bfloat16)
+    assert calls(forced, x, q, platforms=("cuda", "cpu")) == 0
+    exported = export.export(jax.jit(forced), platforms=["cuda"])(x, q)
+    assert "gpu.triton" not in exported.mlir_module()
+    kinds = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("a",), axis_types=kinds)
+    columns = jax.device_put(q, jax.NamedSharding(mesh, jax.P("a")))
+    assert calls(forced, x, columns) == 0
+    specs = jax.tree.map(lambda _: jax.P("a"), q)
+    part = partial(jax.shard_map, mesh=mesh)
+    by_columns = part(forced, in_specs=(jax.P(), specs), out_specs=jax.P(None, "a"))
+    assert calls(by_columns, x, columns) == 1
