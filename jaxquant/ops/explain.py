@@ -137,7 +137,8 @@ def _warning(mark, machine, speeds, measurement):
     """What is slower than it need be, or None."""
     words = []
     weights = mark.record.rhs
-    if machine.lowering == "cpu" and mark.times != 1 and weights.bytes < math.prod(weights.shape):
+    has_4_bits = weights.bytes < math.prod(weights.shape)
+    if has_4_bits and mark.times != 1 and not machine.slices_4_bits:
         # `python -m benchmarks.loops`: 49 to 65 times as long at one row.
         words.append("in a loop XLA copies 4-bit weights one by one: keep layers apart")
     found = [speed for *_, speed in speeds]

@@ -18,6 +18,7 @@ class Machine:
         integer_per_second, float_per_second: multiplications and additions, of int8 and of the
             floats that products are computed in (bfloat16 on TPU and GPU, float32 on CPU).
         source: where the figures come from.
+        slices_4_bits: whether loops slice 4-bit arrays as fast as others.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Machine:
     integer_per_second: float
     float_per_second: float
     source: str
+    slices_4_bits: bool = True
 
     def operations_per_byte(self, is_integer: bool) -> float:
         """Operations for each byte from which on arithmetic takes longer than memory."""
@@ -39,7 +41,15 @@ class Machine:
 MACHINES = (
     # A sum over 256 MiB, and 2048 rows by 4096 x 4096 in W8A8 and float32: in `--suite cpu`.
     Machine(
-        "cpu", "cpu", "cpu", "cpu", 27e9, 0.69e12, 0.19e12, "measured on 2 cores with AVX512-VNNI"
+        name="cpu",
+        platform="cpu",
+        lowering="cpu",
+        kind="cpu",
+        bytes_per_second=27e9,
+        integer_per_second=0.69e12,
+        float_per_second=0.19e12,
+        source="measured on 2 cores with AVX512-VNNI",
+        slices_4_bits=False,
     ),
     Machine("v5e", "tpu", "tpu", "TPU v5 lite", 819e9, 394e12, 197e12, "Google's data sheet"),
     Machine("v6e", "tpu", "tpu", "TPU v6", 1640e9, 1836e12, 918e12, "Google's data sheet"),
