@@ -1,13 +1,11 @@
 """A choice between ways to compute, by the TPU generation that a program is compiled for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
-Function = Callable[..., jax.Array]
+from .lowering import Function, choose_when_lowered
 
 # Generations by what JAX calls their devices.
 _GENERATIONS = {
@@ -32,7 +30,7 @@ def generation() -> str | None:
     return tpu_generation(jax.devices()[0])
 
 
-def by_generation(branches: Mapping[str, Function], default: Function, *args: Any) -> jax.Array:
+def by_generation(branches: Mapping[str, Function], default: Function, *args: Any) -> Any:
     """branches[generation](*args), by the TPU that the program is compiled for, or default(*args).
 
     Decided when the program is lowered, so right for TPUs that are described and not there. A
@@ -40,40 +38,20 @@ def by_generation(branches: Mapping[str, Function], default: Function, *args: An
 
     Args:
         branches: functions by generation.
-        default: function for all others. All give an array of one shape and dtype.
+        default: function for all others. All give results of one structure.
         args: arrays.
     """
-    return _choice.bind(*args, branches=tuple(branches.items()), default=default)
+    names = (*branches, None)
+
+    def pick(context):
+        chip = generation() if context is None else _target(context.module_context)
+        return names.index(chip if chip in branches else None)
+
+    return choose_when_lowered((*branches.values(), default), pick, *args)
 
 
-_choice = Primitive("by_generation")
-
-
-@_choice.def_abstract_eval
-def _(*avals, branches, default):
-    out = jax.eval_shape(default, *avals)
-    return avals[0].update(shape=out.shape, dtype=out.dtype, weak_type=False)
-
-
-@_choice.def_impl
-def _(*args, branches, default):
-    run = dict(branches).get(tpu_generation(jax.devices()[0]) or "", default)
-    return run(*args)
-
-
-def _batch(args, axes, branches, default):
-    branches = {name: jax.vmap(f, axes) for name, f in branches}
-    return by_generation(branches, jax.vmap(default, axes), *args), 0
-
-
-def _lower(ctx, *args, branches, default):
-    module, generation = ctx.module_context, None
-    # All devices of a backend are of one kind.
-    if module.backend is not None and not module.lowering_parameters.for_export:
-        generation = tpu_generation(module.backend.devices()[0])
-    run = dict(branches).get(generation or "", default)
-    return mlir.lower_fun(run, multiple_results=False)(ctx, *args)
-
-
-batching.primitive_batchers[_choice] = _batch
-mlir.register_lowering(_choice, _lower)
+def _target(module):
+    """The generation that a program is compiled for: all devices of a backend are of one kind."""
+    if module.backend is None or module.lowering_parameters.for_export:
+        return None
+    return tpu_generation(module.backend.devices()[0])

@@ -16,7 +16,7 @@ from ..kernels import integer_dot
 from . import blocks, dispatch, native, pallas, tpu, triton
 from .dispatch import Implementation, Operand
 from .dot_spec import DotSpec
-from .exporting import on_one_gpu, on_one_tpu, unless_exported
+from .lowering import on_one_gpu, on_one_tpu, unless_exported
 from .operands import (
     as_array,
     check_operands,
@@ -200,23 +200,13 @@ def _refuses_integer(lhs, rhs, spec):
 
 
 def _native(lhs, rhs, spec):
-    """By machine code of our own, in programs that stay in this process."""
-    leaves, treedef = jax.tree.flatten((lhs, rhs))
-
-    def here(*leaves):
-        lhs, rhs = jax.tree.unflatten(treedef, leaves)
-        if rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None:
-            return _integer(lhs, rhs, spec, native.int8_product)
-        out = native.product(lhs, rhs)
-        if native.takes_codes(lhs, rhs):
-            out = out * _in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec)
-        return _logical(out.astype(spec.dtype), spec)
-
-    def elsewhere(*leaves):
-        lhs, rhs = jax.tree.unflatten(treedef, leaves)
-        return dispatch.choose(_BY_XLA, lhs, rhs, spec, "cpu").run(lhs, rhs, spec)
-
-    return unless_exported(here, elsewhere, *vary_alike(leaves))
+    """By machine code of our own for CPUs."""
+    if rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None:
+        return _integer(lhs, rhs, spec, native.int8_product)
+    out = native.product(lhs, rhs)
+    if native.takes_codes(lhs, rhs):
+        out = out * _in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec)
+    return _logical(out.astype(spec.dtype), spec)
 
 
 def _refuses_native(lhs, rhs, spec):
@@ -243,19 +233,22 @@ def _refuses_kernels(lhs, rhs, spec, axis):
     return None
 
 
-def _by_kernel(lhs, rhs, spec, product, on_one_device, platform):
-    """By a Pallas kernel, in programs that XLA does not divide among several devices."""
+def _pallas(lhs, rhs, spec, product):
+    return _logical(product(lhs, rhs, spec.dtype), spec)
+
+
+def _by_kernel(lhs, rhs, spec, run, where, platform):
+    """run(lhs, rhs, spec) in programs that may hold kernels of our own; in others, XLA's choice."""
     leaves, treedef = jax.tree.flatten((lhs, rhs))
 
     def here(*leaves):
-        lhs, rhs = jax.tree.unflatten(treedef, leaves)
-        return _logical(product(lhs, rhs, spec.dtype), spec)
+        return run(*jax.tree.unflatten(treedef, leaves), spec)
 
     def elsewhere(*leaves):
         lhs, rhs = jax.tree.unflatten(treedef, leaves)
         return dispatch.choose(_BY_XLA, lhs, rhs, spec, platform).run(lhs, rhs, spec)
 
-    return on_one_device(here, elsewhere, *vary_alike(leaves))
+    return where(here, elsewhere, *vary_alike(leaves))
 
 
 def _refuses_kernel(lhs, rhs, spec, refuses, axis):
@@ -350,20 +343,36 @@ _BY_XLA = (
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )
 _TABLE = (
-    Implementation("native", _native, _refuses_native, ("cpu",), is_integer=_is_integer_natively),
+    Implementation(
+        "native",
+        partial(_by_kernel, run=_native, where=unless_exported, platform="cpu"),
+        _refuses_native,
+        ("cpu",),
+        is_integer=_is_integer_natively,
+    ),
     Implementation(
         "pallas",
-        partial(_by_kernel, product=pallas.product, on_one_device=on_one_tpu, platform="tpu"),
+        partial(
+            _by_kernel,
+            run=partial(_pallas, product=pallas.product),
+            where=on_one_tpu,
+            platform="tpu",
+        ),
         partial(_refuses_kernel, refuses=pallas.refuses, axis=0),
         ("tpu",),
         _pallas_loses,
     ),
     Implementation(
         "triton",
-        partial(_by_kernel, product=triton.product, on_one_device=on_one_gpu, platform="cuda"),
+        partial(
+            _by_kernel,
+            run=partial(_pallas, product=triton.product),
+            where=on_one_gpu,
+            platform="cuda",
+        ),
         partial(_refuses_kernel, refuses=triton.refuses, axis=1),
         ("cuda",),
-        lambda lhs, rhs, spec: triton.loses(lhs, rhs),
+        triton.loses,
     ),
     *_BY_XLA,
 )

@@ -9,7 +9,7 @@ from jax import lax
 from ..core import INT8, AbsMax, ArrayConfig, QTensor, block_shape, quantize
 from ..kernels import pallas_tpu
 from . import chips
-from .exporting import on_one_tpu
+from .lowering import on_one_tpu
 from .sharding import is_sharded
 
 # Rows of inputs from which one pass over the memory beats XLA's two. 4096 x 4096, bfloat16,

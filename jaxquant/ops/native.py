@@ -13,23 +13,15 @@ from .operands import as_array, refuses_codes
 
 # Smaller weights were not measured, and are left to XLA.
 _LEAST_SIZE = 2**15
-# Rows up to which the kernels beat XLA, by instructions, bits of the weights, and whether the
-# inputs are codes; all where none is named. Measured at 4096 x 4096 on 2 cores, as speeds in units
-# of XLA's float32, kernels against XLA's best form of the same product. AVX512: codes by 8 bits
-# 3.0 against 1.7 at 64 rows, 3.8 against 1.7 at 512; floats 1.1 against 0.9 at 512. AVX2: codes by
-# 8 bits 2.3 against 2.1 at 8 rows, 1.7 against 1.8 at 16; floats by 8 bits 1.4 against 1.3 at 8,
-# 0.9 against 1.1 at 16; codes by 4 bits 1.3 against 0.7 at 32; floats by 4 bits 1.0 against 0.7 at
-# 8, 0.6 against 0.7 at 16. NEON was not measured, and is taken for an AVX2.
-_MOST_ROWS = {
-    ("AVX2", 8, True): 8,
-    ("AVX2", 8, False): 8,
-    ("AVX2", 4, True): 32,
-    ("AVX2", 4, False): 8,
-    ("NEON", 8, True): 8,
-    ("NEON", 8, False): 8,
-    ("NEON", 4, True): 32,
-    ("NEON", 4, False): 8,
-}
+# Rows up to which the kernels beat XLA, by bits of the weights and whether the inputs are codes, if
+# there is a limit. Measured at 4096 x 4096 on 2 cores, as speeds in units of XLA's
+# float32, kernels against XLA's best form of the same product. AVX512: codes by 8 bits 3.0 against
+# 1.7 at 64 rows, 3.8 against 1.7 at 512; floats 1.1 against 0.9 at 512. AVX2: codes by 8 bits 2.3
+# against 2.1 at 8 rows, 1.7 against 1.8 at 16; floats by 8 bits 1.4 against 1.3 at 8, 0.9 against
+# 1.1 at 16; codes by 4 bits 1.3 against 0.7 at 32; floats by 4 bits 1.0 against 0.7 at 8, 0.6
+# against 0.7 at 16. NEON was not measured, and is taken for an AVX2.
+_FEW_ROWS = {(8, True): 8, (8, False): 8, (4, True): 32, (4, False): 8}
+_MOST_ROWS = {"AVX512-VNNI": {}, "AVX2": _FEW_ROWS, "NEON": _FEW_ROWS}
 
 
 def int8_product(lhs: jax.Array, rhs: jax.Array, *_) -> jax.Array:
@@ -44,7 +36,7 @@ def refuses_size(lhs: Operand, rhs: QTensor, by_codes: bool) -> str | None:
     if rhs.size < _LEAST_SIZE:
         return f"fewer than {_LEAST_SIZE} weights"
     instructions, bits = native.instruction_sets()[0], rhs.format.bits
-    most = _MOST_ROWS.get((instructions, bits, by_codes), math.inf)
+    most = _MOST_ROWS[instructions].get((bits, by_codes), math.inf)
     if lhs.size // rhs.codes.shape[1] > most:
         inputs = "codes" if by_codes else "floats"
         return f"more than {most} rows of {inputs} by {bits} bits, with {instructions}"

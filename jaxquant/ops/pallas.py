@@ -1,6 +1,7 @@
 """Which products the Pallas kernel for TPUs takes, on arrays as they are stored."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,18 +45,35 @@ def product(
 
 def refuses(lhs: Operand, rhs: QTensor, precision: lax.PrecisionLike) -> str | None:
     """Why `product` does not take these operands, or None."""
+    why_not = refuses_operands(lhs, rhs, precision, _FLOATS, _ONE_PASS)
+    return why_not or pallas_tpu.refuses_groups(rhs.codes.shape[0], rhs.scale.shape[0])
+
+
+def refuses_operands(
+    lhs: Operand,
+    rhs: QTensor,
+    precision: lax.PrecisionLike,
+    dtypes: Sequence[jax.typing.DTypeLike],
+    precisions: Sequence[lax.PrecisionLike],
+) -> str | None:
+    """Why kernels for 4-bit weights do not take these operands, or None.
+
+    Args:
+        precision: what is asked for, `jax.default_matmul_precision` included.
+        dtypes: of both operands that the kernel takes.
+        precisions: those at which it multiplies float32.
+    """
     if rhs.format.bits != 4 or not rhs.format.rounds:
         return f"{rhs.format} codes are not whole numbers of 4 bits"
-    if lhs.dtype not in _FLOATS or rhs.dtype not in _FLOATS:
-        return f"{lhs.dtype} by {rhs.dtype} are not float32 or bfloat16"
+    if lhs.dtype not in dtypes or rhs.dtype not in dtypes:
+        names = " or ".join(jnp.dtype(d).name for d in dtypes)
+        return f"{lhs.dtype} by {rhs.dtype} are not {names}"
     if jnp.float32 in (lhs.dtype, rhs.dtype):
         default = jax.default_matmul_precision.value
         wanted = precision if isinstance(precision, tuple) else (precision or default,)
-        if any(p not in _ONE_PASS for p in wanted):
-            return f"a precision of {precision or default} takes more than one pass of bfloat16"
-    if 0 in (*lhs.shape, *rhs.codes.shape):
-        return "an operand is empty"
-    return pallas_tpu.refuses_groups(rhs.codes.shape[0], rhs.scale.shape[0])
+        if any(p not in precisions for p in wanted):
+            return f"a precision of {precision or default} is more than {precisions[-1]}"
+    return "an operand is empty" if 0 in (*lhs.shape, *rhs.codes.shape) else None
 
 
 def loses(lhs: Operand, rhs: QTensor) -> str | None:

@@ -7,7 +7,7 @@ from jax import lax
 from ..core import QTensor, scale_values
 from ..kernels import pallas_gpu
 from .dispatch import Operand
-from .pallas import codes_and_scale
+from .pallas import codes_and_scale, refuses_operands
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 # What XLA on a GPU does with float32 unless it is asked for more: TF32.
@@ -34,21 +34,11 @@ def product(
 
 def refuses(lhs: Operand, rhs: QTensor, precision: lax.PrecisionLike) -> str | None:
     """Why `product` does not take these operands, or None."""
-    if rhs.format.bits != 4 or not rhs.format.rounds:
-        return f"{rhs.format} codes are not whole numbers of 4 bits"
-    if lhs.dtype not in _FLOATS or rhs.dtype not in _FLOATS:
-        return f"{lhs.dtype} by {rhs.dtype} are not floats of 16 or 32 bits"
-    if jnp.float32 in (lhs.dtype, rhs.dtype):
-        default = jax.default_matmul_precision.value
-        wanted = precision if isinstance(precision, tuple) else (precision or default,)
-        if any(p not in _TF32 for p in wanted):
-            return f"a precision of {precision or default} takes more than TF32"
-    if 0 in (*lhs.shape, *rhs.codes.shape):
-        return "an operand is empty"
-    return pallas_gpu.refuses_groups(rhs.codes.shape[1], rhs.scale.shape[1])
+    why_not = refuses_operands(lhs, rhs, precision, _FLOATS, _TF32)
+    return why_not or pallas_gpu.refuses_groups(rhs.codes.shape[1], rhs.scale.shape[1])
 
 
-def loses(lhs: Operand, rhs: Operand) -> str:
+def loses(*_: object) -> str:
     """Why XLA is left to compute."""
     return "not measured on a GPU yet"
 

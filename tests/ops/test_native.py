@@ -145,6 +145,13 @@ def test_scans_and_rematerialization_keep_the_machine_code():
 
 
 @needs_native
+def test_operations_that_run_one_by_one_use_the_machine_code_too():
+    q, x = stored("int4-g128"), jnp.asarray(normal(2, K))
+    with jax.disable_jit():
+        np.testing.assert_array_equal(run(x, q), jax.jit(run)(x, q))
+
+
+@needs_native
 def test_exported_programs_do_without():
     q, x = stored("int4-g128"), jnp.asarray(normal(2, K))
     assert "jaxquant_dot" in jax.jit(matmul).lower(x, q).as_text()

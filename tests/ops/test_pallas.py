@@ -68,7 +68,7 @@ REFUSED = {
     "nf4 codes are not whole numbers of 4 bits": (NF4, {}, {}),
     "whose first axis is contracted": (INT4, {"order": (-1, -2)}, {}),
     "float16 by float16 are not float32 or bfloat16": (INT4, {"dtype": jnp.float16}, {}),
-    "a precision of highest takes more than one pass": (INT4, {}, {"precision": "highest"}),
+    "a precision of highest is more than bfloat16": (INT4, {}, {"precision": "highest"}),
     "an operand is empty": (INT4, {"rows": 0}, {}),
     "groups of 16 are no multiple of 32": (INT4, {"group_size": 16}, {}),
 }

@@ -62,7 +62,7 @@ def test_vmap_runs_the_kernel_for_each():
 REFUSED = {
     "nf4 codes are not whole numbers of 4 bits": (NF4, {}, {}),
     "whose last axis is contracted": (INT4, {"order": None}, {}),
-    "a precision of highest takes more than TF32": (INT4, {}, {"precision": "highest"}),
+    "a precision of highest is more than tensorfloat32": (INT4, {}, {"precision": "highest"}),
     "an operand is empty": (INT4, {"rows": 0}, {}),
     "groups of 8 are no multiple of 16": (INT4, {"group_size": 8}, {}),
 }
@@ -91,7 +91,7 @@ def test_float64_is_refused():
         q, x = stored(), jnp.zeros((2, K), jnp.float32)
         with pytest.raises(ValueError, match=r"cannot run .*: float64 is asked for"):
             forced(x, q, preferred_element_type=jnp.float64)
-        reason = "float64 by float32 are not floats of 16 or 32 bits"
+        reason = "float64 by float32 are not float32 or bfloat16 or float16"
         assert triton.refuses(x.astype(jnp.float64), q, None) == reason
 
 

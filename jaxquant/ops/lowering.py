@@ -1,4 +1,4 @@
-"""A choice between two ways to compute, made when it is known where the program will run."""
+"""A choice between ways to compute, made when it is known where the program will run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 Function = Callable[..., Any]
+Pick = Callable[[mlir.LoweringRuleContext | None], int]
 
 
 def unless_exported(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
@@ -75,10 +76,24 @@ def _is_divided(where):
 
 
 def _choose(here, elsewhere, goes_elsewhere, args):
-    found = jax.tree.structure(jax.eval_shape(elsewhere, *args))
-    ways = {"here": _flat(here), "elsewhere": _flat(elsewhere)}
-    leaves = _choice.bind(*args, **ways, goes_elsewhere=goes_elsewhere)
-    return jax.tree.unflatten(found, leaves)
+    def pick(context):
+        return context is not None and goes_elsewhere(context)
+
+    return choose_when_lowered((here, elsewhere), pick, *args)
+
+
+def choose_when_lowered(ways: tuple[Function, ...], pick: Pick, *args: jax.Array) -> Any:
+    """ways[pick(context)](*args), decided as the program is lowered.
+
+    Args:
+        ways: functions whose results have the same structure, shapes and dtypes.
+        pick: from JAX's lowering context to the place of a way; True is 1. It gets None where
+            nothing is lowered, because each operation runs by itself.
+        args: arrays.
+    """
+    structure = jax.tree.structure(jax.eval_shape(ways[-1], *args))
+    leaves = _choice.bind(*args, ways=tuple(_flat(way) for way in ways), pick=pick)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _flat(function):
@@ -90,27 +105,25 @@ _choice.multiple_results = True
 
 
 @_choice.def_abstract_eval
-def _(*avals, here, elsewhere, goes_elsewhere):
+def _(*avals, ways, pick):
     return [
         avals[0].update(shape=out.shape, dtype=out.dtype, weak_type=False)
-        for out in jax.eval_shape(elsewhere, *avals)
+        for out in jax.eval_shape(ways[-1], *avals)
     ]
 
 
 @_choice.def_impl
-def _(*args, here, elsewhere, goes_elsewhere):
-    return here(*args)
+def _(*args, ways, pick):
+    return ways[pick(None)](*args)
 
 
-def _batch(args, axes, here, elsewhere, goes_elsewhere):
-    here, elsewhere = (jax.vmap(f, axes) for f in (here, elsewhere))
-    out = _choice.bind(*args, here=here, elsewhere=elsewhere, goes_elsewhere=goes_elsewhere)
+def _batch(args, axes, ways, pick):
+    out = _choice.bind(*args, ways=tuple(jax.vmap(way, axes) for way in ways), pick=pick)
     return out, [0] * len(out)
 
 
-def _lower(context, *args, here, elsewhere, goes_elsewhere):
-    chosen = elsewhere if goes_elsewhere(context) else here
-    return mlir.lower_fun(chosen, multiple_results=True)(context, *args)
+def _lower(context, *args, ways, pick):
+    return mlir.lower_fun(ways[pick(context)], multiple_results=True)(context, *args)
 
 
 batching.primitive_batchers[_choice] = _batch
