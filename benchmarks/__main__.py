@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import pathlib
+from collections.abc import Callable
 
 from . import cpu, end_to_end, gpu, machine, quantize, tpu, tpu_compiler
 from .shapes import ROWS, WEIGHTS
@@ -21,6 +23,21 @@ _SUITES_HELP = """cpu: products, by shape and rows; end-to-end: a sentence encod
 PREPARATIONS = {"gpu": gpu.prepare, "tpu-compile": tpu_compiler.prepare}
 
 
+def above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """A type of arguments for argparse: numbers of a kind that are above 0."""
+
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"wanted {kind.__name__} above 0; got {text!r}")
+        return number
+
+    return read
+
+
 def main() -> None:
     """Runs one suite."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -28,23 +45,29 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="file for the results")
     products = parser.add_argument_group("options of cpu, gpu and tpu-compile")
     products.add_argument("--shapes", nargs="+", choices=WEIGHTS, help="of the weights")
-    products.add_argument("--rows", nargs="+", type=int, help=f"of inputs; on cpu {ROWS}")
+    products.add_argument(
+        "--rows", nargs="+", type=above_zero(int), help=f"of inputs; on cpu {ROWS}"
+    )
     products.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
         help="of inputs of cpu; float32",
     )
-    chips = parser.add_argument_group("options of tpu-compile")
-    chips.add_argument("--chips", nargs="+", choices=tpu_compiler.CHIPS, help="generations")
     products.add_argument(
         "--full", action="store_true", help="gpu and tpu-compile: all shapes and rows, for hours"
     )
+    chips = parser.add_argument_group("options of tpu-compile")
+    chips.add_argument("--chips", nargs="+", choices=tpu_compiler.CHIPS, help="generations")
     other = parser.add_argument_group("options of end-to-end and quantize")
     other.add_argument("--only", nargs="+", metavar="WORD", help="contenders with these names; all")
     weights = parser.add_argument_group("options of quantize")
-    weights.add_argument("--gibibytes", type=float, default=1, help="of float32 weights; 1")
-    weights.add_argument("--side", type=int, default=4096, help="of the square matrices; 4096")
+    weights.add_argument(
+        "--gibibytes", type=above_zero(float), default=1, help="of float32 weights; 1"
+    )
+    weights.add_argument(
+        "--side", type=above_zero(int), default=4096, help="of the square matrices; 4096"
+    )
     arguments = parser.parse_args()
     PREPARATIONS.get(arguments.suite, lambda: None)()
     about = machine.description()

@@ -146,6 +146,9 @@ def suite(arguments: Any) -> dict[str, Any]:
     found, missing = quantizers()
     only = arguments.only or [""]
     chosen = [q for q in found if any(word in q.name for word in only)]
+    if not chosen:
+        names = ", ".join(q.name for q in found)
+        raise SystemExit(f"No contender has one of {only} in its name. There are {names}.")
     count = max(1, round(arguments.gibibytes * 2**28 / arguments.side**2))
     console = rich.console.Console(width=max(120, rich.console.Console().width))
     results = []

@@ -6,6 +6,7 @@ another, each the longer of its cycles and of its traffic with HBM.
 
 import dataclasses
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +81,16 @@ class Estimate:
 
 
 def prepare() -> None:
-    """Sets up the process for compiling only. Before JAX looks for devices."""
+    """Sets up the process for compiling only. Before JAX looks for devices.
+
+    Raises:
+        SystemExit: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise SystemExit(
+            "The suite tpu-compile needs the compiler for TPUs, and found none. Install it by "
+            "pip install -e '.[tpu]'."
+        )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")

@@ -139,7 +139,11 @@ def _forced(table, lhs, rhs, spec, name):
         )
     why_not = rows[name].refusal(lhs, rhs, spec)
     if why_not is not None:
-        able = [r.name for r in table if r.refusal(lhs, rhs, spec) is None]
+        able = [
+            row.name
+            for row in table
+            if (row.refusal(lhs, rhs, spec) or row.loses(lhs, rhs, spec)) is None
+        ]
         raise ValueError(
             f"implementation={name!r} cannot run {_describe(lhs)} by {_describe(rhs)}: "
             f"{why_not}. Choose {' or '.join(able)}, or None."

@@ -35,8 +35,13 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
         Explanation with one row per product. Branches of `cond` are all in it.
 
     Raises:
-        ValueError: the platform is another one.
+        ValueError: `fn` is no function, or the platform is another one.
     """
+    if not callable(fn):
+        raise ValueError(
+            "explain takes a function and its arguments, as in explain(jq.matmul, x, q); got "
+            f"{fn!r}."
+        )
     machine = machine_for(platform)
     found = list(_marks(jax.make_jaxpr(fn)(*args).jaxpr, machine))
     measured = [measurement_for(machine.name, mark.record.lhs.dtype) for mark in found]

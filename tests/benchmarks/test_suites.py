@@ -78,6 +78,25 @@ def test_the_command_writes_json(tmp_path, monkeypatch, capsys):
     assert "W8A8 MinMSE" in capsys.readouterr().out
 
 
+WRONG = {
+    "--suite cpu --rows 0": "argument --rows: wanted int above 0; got '0'",
+    "--suite cpu --rows 1.5": "argument --rows: wanted int above 0; got '1.5'",
+    "--suite quantize --gibibytes -1": "argument --gibibytes: wanted float above 0; got '-1'",
+    "--suite quantize --only nothing": "No contender has one of ['nothing'] in its name. There are",
+    "--suite tpu-compile": "needs the compiler for TPUs, and found none",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_options_are_refused_with_the_reason(options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *options.split()])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(machine, "description", lambda: {"processor": "a test"})
+    with pytest.raises(SystemExit) as refusal:
+        main()
+    assert WRONG[options] in f"{refusal.value} {capsys.readouterr().err}"
+
+
 def test_encoders_are_compared_with_float32(tmp_path, monkeypatch):
     monkeypatch.setattr(end_to_end, "BUDGET", 0.0)
     encoders.write_encoder(tmp_path)

@@ -566,6 +566,11 @@ def test_results_of_the_suite_become_lines_of_the_table():
     assert [measured._line(line).by_rows for line in found] == [{600: 2.0}, {600: 1.23, 700: 0.5}]
 
 
+def test_what_is_no_function_is_refused():
+    with pytest.raises(ValueError, match=r"explain takes a function .*; got QTensor\(int8"):
+        explain(weight(ArrayConfig(), (64, 24)))
+
+
 def test_4_bit_weights_in_a_loop_are_warned_of_on_cpu():
     def stacked(q):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), q)
