@@ -159,7 +159,7 @@ def test_other_inputs_are_left_to_xla(on_v6e, config):
 
 
 def test_programs_for_several_platforms_or_devices_do_without(on_v6e):
-    q, x = weight(G128, (K, N)), jnp.ones((16, K))
+    q, x = weight(G128, (K, N)), jnp.asarray(normal(16, K))
     assert calls(matmul, x, q) == 1
     assert calls(matmul, x, q, platforms=("tpu", "cpu")) == 0
     kinds = (jax.sharding.AxisType.Auto,)
@@ -170,7 +170,7 @@ def test_programs_for_several_platforms_or_devices_do_without(on_v6e):
     part = partial(jax.shard_map, mesh=mesh)
     by_columns = part(matmul, in_specs=(jax.P(), specs), out_specs=jax.P(None, "a"))
     assert calls(by_columns, x, columns) == 1
-    np.testing.assert_allclose(by_columns(x, columns), matmul(x, q), rtol=1e-2)
+    assert_product(by_columns(x, columns), "mk,kn->mn", x, q)
 
 
 def test_gradients_pass_through_the_kernels(on_v6e):
@@ -178,7 +178,7 @@ def test_gradients_pass_through_the_kernels(on_v6e):
     gradient = jax.grad(lambda x: (w8a8(x, q) ** 2).sum())
     assert calls(gradient, x) > 0
     plain = jax.grad(lambda x: (2 * w8a8(jax.lax.stop_gradient(x), q) * (x @ q.dequantize())).sum())
-    np.testing.assert_allclose(gradient(x), plain(x), rtol=1e-3, atol=1.0)
+    np.testing.assert_allclose(gradient(x), plain(x), rtol=1e-3, atol=1e-2)
 
 
 def test_axes_of_the_result_follow_the_equation(on_v6e):
