@@ -1,5 +1,6 @@
 """Quantization as pure functions over pytrees, compiled by XLA."""
 
+from . import training as training
 from . import tree as tree
 from .core import FORMATS as FORMATS
 from .core import FP8 as FP8
@@ -38,6 +39,7 @@ from .core import pack_int4 as pack_int4
 from .core import pack_int4_halves as pack_int4_halves
 from .core import percentile_quantize as percentile_quantize
 from .core import quantize as quantize
+from .core import quantize_with_range as quantize_with_range
 from .core import quantize_with_scale as quantize_with_scale
 from .core import unpack_int2 as unpack_int2
 from .core import unpack_int4 as unpack_int4

@@ -15,7 +15,7 @@ import pytest
 import jaxquant as jq
 from benchmarks import quality
 from jaxquant import __main__ as command_line
-from jaxquant import demo, tree
+from jaxquant import demo, training, tree
 from jaxquant.core import packed_bytes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -120,11 +120,12 @@ def test_every_public_name_is_in_a_document():
     assert set(missing) <= allowed, f"undocumented: {sorted(set(missing) - allowed)}"
 
 
-def test_the_reference_lists_every_public_name_of_trees_and_no_other():
+@pytest.mark.parametrize("module", [tree, training], ids=["tree", "training"])
+def test_the_reference_lists_every_public_name_of_a_module_and_no_other(module):
     text = (ROOT / "docs" / "reference.md").read_text()
-    listed = re.findall(r"^\| `tree\.(\w+)` \|", text, re.MULTILINE)
-    names = [name for name in dir(tree) if not name.startswith("_")]
-    public = [name for name in names if not inspect.ismodule(getattr(tree, name))]
+    listed = re.findall(rf"^\| `{module.__name__.split('.')[-1]}\.(\w+)` \|", text, re.MULTILINE)
+    names = [name for name in dir(module) if not name.startswith("_")]
+    public = [name for name in names if not inspect.ismodule(getattr(module, name))]
     assert sorted(listed) == sorted(public)
 
 

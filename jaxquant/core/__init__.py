@@ -36,6 +36,7 @@ from .packing import pack_int4_halves as pack_int4_halves
 from .packing import unpack_int2 as unpack_int2
 from .packing import unpack_int4 as unpack_int4
 from .packing import unpack_int4_halves as unpack_int4_halves
+from .qtensor import Deferred as Deferred
 from .qtensor import Inputs as Inputs
 from .qtensor import QTensor as QTensor
 from .qtensor import dequantize as dequantize
@@ -44,6 +45,7 @@ from .qtensor import scale_values as scale_values
 from .quantize import abs_max_quantize as abs_max_quantize
 from .quantize import percentile_quantize as percentile_quantize
 from .quantize import quantize as quantize
+from .quantize import quantize_with_range as quantize_with_range
 from .quantize import quantize_with_scale as quantize_with_scale
 from .ranges import RANGES as RANGES
 from .ranges import AbsMax as AbsMax
@@ -54,3 +56,4 @@ from .serialization import config_from_json as config_from_json
 from .serialization import config_to_json as config_to_json
 from .serialization import static_from_json as static_from_json
 from .serialization import static_to_json as static_to_json
+from .straight_through import straight_through as straight_through

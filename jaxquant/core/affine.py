@@ -5,6 +5,7 @@ are reached by splitting axes, never by moving them, and only axes that need it:
 means an array so reshaped.
 """
 
+import itertools
 from typing import TYPE_CHECKING
 
 import jax
@@ -73,8 +74,12 @@ def spread(scale: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
 
 def per_block(values: jax.Array, shape: tuple[int, ...], blocks: tuple[int, ...]) -> jax.Array:
     """Undoes `spread`: one element per block, in the rank of the array of `shape`."""
-    counts = [1 if block == n else n // block for n, block in zip(shape, blocks, strict=True)]
-    return values.reshape(counts)
+    return values.reshape(scale_shape(shape, blocks))
+
+
+def scale_shape(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scales of an array of `shape`."""
+    return tuple(1 if block == n else n // block for n, block in zip(shape, blocks, strict=True))
 
 
 def fit_scale(low: jax.Array, high: jax.Array, config: "ArrayConfig") -> jax.Array:
@@ -114,18 +119,43 @@ def fit_zero_point(low: jax.Array, scale: jax.Array, config: "ArrayConfig") -> j
 
 
 def encode(
-    x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, config: "ArrayConfig"
+    x: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    config: "ArrayConfig",
+    key: jax.Array | None = None,
 ) -> jax.Array:
-    """Values to codes: the nearest code to x/scale + zero_point, clipped. Arrays broadcast."""
+    """Values to codes: the nearest code to x/scale + zero_point, clipped. Arrays broadcast.
+
+    With a key, of the two codes around it one at random, so that the expectation is the value.
+    """
     # A scale of NaN marks its group; the codes below it need only be defined.
     values = jnp.where(jnp.isnan(scale), 0, x / scale)
-    if config.format.codebook is not None:
-        return _nearest(values, config.format.codebook).astype(config.format.dtype)
-    if config.format.rounds:
-        values = jnp.round(values)
+    format = config.format
+    noise = None if key is None else jax.random.uniform(key, values.shape, values.dtype)
+    if format.codebook is not None:
+        return _nearest(values, format.codebook, noise).astype(format.dtype)
+    if format.rounds:
+        values = jnp.round(values) if noise is None else jnp.floor(values + noise)
+    elif noise is not None:
+        step = _float_step(values, format.dtype)
+        values = jnp.floor(values / step + noise) * step
     if zero_point is not None:
         values = values + zero_point.astype(values.dtype)
-    return jnp.clip(values, *config.bounds).astype(config.format.dtype)
+    return jnp.clip(values, *config.bounds).astype(format.dtype)
+
+
+def clip_edges(config: "ArrayConfig") -> tuple[float, float]:
+    """The outermost x/scale + zero_point whose nearest code is no further than a step's half."""
+    qmin, qmax = config.bounds
+    format = config.format
+    if format.rounds:
+        return qmin - 0.5, qmax + 0.5
+    if format.codebook is not None:
+        book = format.codebook
+        return qmin - (book[1] - book[0]) / 2, qmax + (book[-1] - book[-2]) / 2
+    gaps = [2.0 ** (int(np.frexp(q)[1]) - 2 - jnp.finfo(format.dtype).nmant) for q in (qmin, qmax)]
+    return qmin - gaps[0], qmax + gaps[1]
 
 
 def decode(
@@ -140,14 +170,23 @@ def decode(
     return values * scale
 
 
-def _nearest(values, codebook):
-    """Index of the nearest entry of an ascending codebook; of two equally near, the lower."""
-    points = np.asarray(codebook)
-    between = (points[1:] + points[:-1]) / 2
-    index = jnp.zeros(values.shape, jnp.int8)
-    for b in between.tolist():
-        index += (values > b).astype(jnp.int8)
+def _nearest(values, codebook, noise=None):
+    """Index of the nearest entry of an ascending codebook; of two equally near, the lower.
+
+    With noise from [0, 1), the one below or the one above a value, the nearer the more often.
+    """
+    index = jnp.zeros(values.shape, jnp.int8 if len(codebook) <= 128 else jnp.int16)
+    for below, above in itertools.pairwise(np.asarray(codebook).tolist()):
+        between = (below + above) / 2 if noise is None else below + (above - below) * noise
+        index += (values > between).astype(index.dtype)
     return index
+
+
+def _float_step(values, dtype):
+    """The distance between neighbouring numbers of a float dtype, where values lie."""
+    info = jnp.finfo(dtype)
+    exponent = jnp.maximum(jnp.frexp(values)[1] - 1, int(info.minexp)) - int(info.nmant)
+    return jnp.ldexp(jnp.ones_like(values), exponent)
 
 
 def _lookup(codes, codebook, dtype):

@@ -1,5 +1,6 @@
 """The quantized array."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -49,13 +50,16 @@ class QTensor:
     - `scale` and `zero_point` have the rank of `codes` and its axis order, and each of their
       lengths divides that of `codes`: one element for each block of codes;
     - `scale` may itself be a QTensor;
-    - a scale of NaN marks a block that held NaN or Inf.
+    - a scale of NaN marks a block that held NaN or Inf;
+    - `values`, if there, has the shape of `codes` and equals what they decode to.
 
     Attributes:
         codes: the stored codes.
         scale: step, in units of x per code.
         zero_point: the code of zero, in units of codes; None is zero.
         inputs: how an operand that meets this array in a product is treated first.
+        values: in training, the floats that the codes stand for, to which gradients go (see
+            `Deferred`); None otherwise.
         format: number format of the codes, static.
         dtype: dtype that the array dequantizes to, static.
         order: order in which the trailing axes are stored, counted from the end: (-1, -2)
@@ -67,6 +71,7 @@ class QTensor:
     scale: "jax.Array | QTensor"
     zero_point: jax.Array | None = None
     inputs: Inputs | None = None
+    values: jax.Array | None = None
     format: Format = dataclasses.field(kw_only=True, metadata={"static": True})
     dtype: Any = dataclasses.field(kw_only=True, metadata={"static": True})
     order: tuple[int, ...] | None = dataclasses.field(
@@ -132,6 +137,7 @@ class QTensor:
             if isinstance(scale, QTensor)
             else scale.transpose(permutation),
             zero_point=None if zero_point is None else zero_point.transpose(permutation),
+            values=None if self.values is None else self.values.transpose(permutation),
         )
 
     def dequantize(self) -> jax.Array:
@@ -140,6 +146,8 @@ class QTensor:
 
     def decode(self) -> jax.Array:
         """`dequantize` with the axes left as they are stored. Codes get no gradient."""
+        if self.values is not None:
+            return self.values
         scale = scale_values(self.scale)
         blocks = affine.blocks_between(self.codes.shape, scale.shape)
         # Some codes are floats, which JAX would differentiate.
@@ -156,6 +164,18 @@ class QTensor:
             return f"QTensor({self.format}, codes={self.codes!r}, scale={self.scale!r})"
         shape = "x".join(map(str, self.shape))
         return f"QTensor({self.format} {shape}, scale {self.scale.shape}, {self.dtype})"
+
+
+class Deferred(abc.ABC):
+    """A float array that is quantized anew by each operation that it is given to.
+
+    Operations take it wherever they take a QTensor, compute with what `quantize` returns, as
+    they would with any QTensor, and pass gradients on to its `values`.
+    """
+
+    @abc.abstractmethod
+    def quantize(self) -> QTensor:
+        """The array as a QTensor with `values`."""
 
 
 def dequantize(x: QTensor) -> jax.Array:

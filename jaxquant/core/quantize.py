@@ -11,7 +11,7 @@ from .ranges import AbsMax, Percentile, largest_magnitude
 
 
 @jax.jit
-def quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
+def quantize(x: jax.Array, config: ArrayConfig, key: jax.Array | None = None) -> QTensor:
     """Quantizes an array as `config` says.
 
         (low, high) = range of each group            by config.range
@@ -27,6 +27,8 @@ def quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
     Args:
         x: floating array of any rank and size.
         config: format, groups, range and dtype of the scales.
+        key: random key, to round stochastically: to one of the two codes around a value, so
+            that the expectation is the value where it is not clipped. None rounds to nearest.
 
     Returns:
         QTensor of
@@ -42,12 +44,13 @@ def quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
         ValueError: x is not a floating array, config is not an ArrayConfig, an axis is not
             there, or a group size does not divide.
 
-    Error: at most scale/2 per element that is not clipped, in formats of whole numbers; up to
-        float32 rounding. `AbsMax()` with float32 scales clips none; a scale that is rounded
-        down to a narrower dtype clips what it no longer reaches. Groups whose largest
-        magnitude is under 1.2e-38 * qmax have no normal float32 scale and come back as zeros;
-        scales end at 8.5e37, so in formats with qmax = 1 values beyond it are clipped.
-    Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
+    Error: at most scale/2 per element that is not clipped, in formats of whole numbers, and scale
+        with a key; up to float32 rounding. `AbsMax()` with float32 scales clips none; a scale
+        that is rounded down to a narrower dtype clips what it no longer reaches. Groups whose
+        largest magnitude is under 1.2e-38 * qmax have no normal float32 scale and come back as
+        zeros; scales end at 8.5e37, so in formats with qmax = 1 values beyond it are clipped.
+    Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; stochastic rounding: Gupta et al.
+        2015, arXiv:1502.02551, section 3.1.
     """
     groups, axes, blocks = _groups(x, config)
     peak = jnp.max(jnp.abs(groups), axes, keepdims=True, initial=0)
@@ -67,13 +70,65 @@ def quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
         return scale, zero_point
 
     low, high = config.range(groups, axes, config.symmetric, error)
+    return _quantize_groups(x, groups, axes, blocks, low, high, config, key)
+
+
+@jax.jit
+def quantize_with_range(
+    x: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    config: ArrayConfig,
+    key: jax.Array | None = None,
+) -> QTensor:
+    """Quantizes so that the codes span a range that is given, such as an observed or learned one.
+
+    This is `quantize`, which has the details, with (low, high) in place of config.range.
+
+    Args:
+        x: floating array of any rank.
+        low, high: ends of each group's range, one per scale in the shape that the scales have,
+            or scalars. An asymmetric range is widened to hold zero; of a symmetric one `high`
+            counts alone. A range without width gets scale 1.
+        config: format, groups and dtype of the scales.
+        key: as for `quantize`.
+
+    Returns:
+        QTensor. A group whose range is not finite or negative has scale NaN.
+
+    Raises:
+        ValueError: as for `quantize`, or a range has another shape.
+
+    Error: at most scale/2 per element within the range, in formats of whole numbers.
+    Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
+    """
+    groups, axes, blocks = _groups(x, config)
+    counts = affine.scale_shape(x.shape, blocks)
+    for end in (low, high):
+        if end.ndim and end.shape != counts:
+            raise ValueError(
+                f"low and high must be scalars or have the shape of the scales, {counts}; got "
+                f"{end.shape} for x {x.shape}."
+            )
+    ends = (jnp.broadcast_to(end, counts).astype(groups.dtype) for end in (low, high))
+    low, high = (affine.spread(end, blocks) for end in ends)
+    if config.symmetric:
+        low = -high
+    is_range = (low <= high) & (high < jnp.inf) & (low > -jnp.inf)
+    low, high = (jnp.where(is_range, end, jnp.nan) for end in (low, high))
+    low, high = jnp.where(low > 0, 0, low), jnp.where(high < 0, 0, high)
+    return _quantize_groups(x, groups, axes, blocks, low, high, config, key)
+
+
+def _quantize_groups(x, groups, axes, blocks, low, high, config, key):
+    """Codes of x, split into `groups`, that span [low, high]."""
     scale = affine.fit_scale(low, high, config)
     # Here, not in the ranges: no range may hide NaN or Inf, whoever wrote it.
     scale = jnp.where(_is_finite(groups, axes), scale, jnp.nan)
     scale = _store_scale(affine.per_block(scale, x.shape, blocks), config.stored_scale_dtype)
     step = affine.spread(scale_values(scale).astype(groups.dtype), blocks)
     zero_point = None if config.symmetric else affine.fit_zero_point(low, step, config)
-    codes = affine.encode(groups, step, zero_point, config).reshape(x.shape)
+    codes = affine.encode(groups, step, zero_point, config, key).reshape(x.shape)
     if zero_point is not None:
         zero_point = affine.per_block(zero_point, x.shape, blocks)
     return QTensor(codes, scale, zero_point, format=config.format, dtype=x.dtype)

@@ -13,7 +13,7 @@ from jax import lax
 
 from ..core import QTensor, scale_values
 from . import dispatch
-from .dispatch import Implementation, Operand
+from .dispatch import Factor, Implementation, Operand
 from .operands import (
     as_array,
     check_operands,
@@ -55,8 +55,8 @@ class ConvSpec:
 
 
 def conv_general_dilated(
-    lhs: Operand,
-    rhs: Operand,
+    lhs: Factor,
+    rhs: Factor,
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     lhs_dilation: Sequence[int] | None = None,
@@ -106,7 +106,7 @@ def conv_general_dilated(
         "precision": precision,
         "out_sharding": out_sharding,
     }
-    check_operands((lhs, rhs), implementation)
+    lhs, rhs = check_operands((lhs, rhs), implementation)
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
         return lax.conv_general_dilated(
             jnp.asarray(lhs),

@@ -8,11 +8,13 @@ import jax
 import numpy as np
 from jax import lax
 
-from ..core import QTensor
+from ..core import Deferred, QTensor
 from . import record
 from .record import Choice, Record
 
 Operand = jax.Array | np.ndarray | QTensor
+# What an operation may be given for an operand.
+Factor = Operand | Deferred
 
 
 class Spec(Protocol):

@@ -14,7 +14,7 @@ from jax import lax
 from ..core import QTensor, scale_values
 from ..kernels import integer_dot
 from . import blocks, dispatch, native, pallas, tpu, triton
-from .dispatch import Implementation, Operand
+from .dispatch import Factor, Implementation
 from .dot_spec import DotSpec
 from .lowering import on_one_gpu, on_one_tpu, unless_exported
 from .operands import (
@@ -36,8 +36,8 @@ from .sharding import (
 
 
 def dot_general(
-    lhs: Operand,
-    rhs: Operand,
+    lhs: Factor,
+    rhs: Factor,
     dimension_numbers: lax.DotDimensionNumbers,
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
@@ -78,7 +78,7 @@ def dot_general(
         float32. Others are those of `jax.lax.dot_general` on dequantized operands.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
     """
-    check_operands((lhs, rhs), implementation)
+    lhs, rhs = check_operands((lhs, rhs), implementation)
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
         return lax.dot_general(
             lhs,

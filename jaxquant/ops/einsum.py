@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core import QTensor
-from .dispatch import Operand
+from .dispatch import Factor
 from .dot import dot_general
 from .operands import check_operands
 from .sharding import OutSharding, before_transpose
@@ -17,7 +17,7 @@ from .sharding import OutSharding, before_transpose
 def einsum(
     subscripts: str,
     /,
-    *operands: Operand,
+    *operands: Factor,
     optimize: Any = "auto",
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
@@ -52,7 +52,7 @@ def einsum(
             "subscripts must be one string, such as 'btd,dh->bth'; got "
             f"{type(subscripts).__name__}."
         )
-    check_operands(operands, implementation)
+    operands = check_operands(operands, implementation)
     if len(operands) < 2 or not any(isinstance(x, QTensor) for x in operands):
         return jnp.einsum(
             subscripts,
@@ -79,8 +79,8 @@ def einsum(
 
 
 def matmul(
-    a: Operand,
-    b: Operand,
+    a: Factor,
+    b: Factor,
     *,
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
@@ -106,7 +106,7 @@ def matmul(
     Gradients and error: those of `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
     """
-    check_operands((a, b), implementation)
+    a, b = check_operands((a, b), implementation)
     if not (isinstance(a, QTensor) or isinstance(b, QTensor)):
         return jnp.matmul(
             a,

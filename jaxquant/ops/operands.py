@@ -9,8 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..core import Inputs, QTensor, bits_of, quantize_with_scale
-from .dispatch import Operand
+from ..core import (
+    Deferred,
+    Inputs,
+    QTensor,
+    bits_of,
+    quantize_with_scale,
+    straight_through,
+)
+from .dispatch import Factor, Operand
 from .inputs import quantize_inputs
 
 AxesOfBoth = tuple[tuple[int, ...], tuple[int, ...]]
@@ -26,13 +33,14 @@ def stored_axes(x: Operand, axes) -> tuple[int, ...]:
     return x.stored_axes(axes) if isinstance(x, QTensor) else tuple(a % x.ndim for a in axes)
 
 
-def check_operands(operands: Sequence[Operand], implementation: str | None) -> None:
-    """Checks what a product is given, before anything asks for its shape.
+def check_operands(factors: Sequence[Factor], implementation: str | None) -> tuple[Operand, ...]:
+    """What a product is given, checked before anything asks for its shape, and quantized.
 
     Raises:
         ValueError: an operand is neither an array nor a QTensor, or `implementation` is named
             for a product without a QTensor.
     """
+    operands = tuple(x.quantize() if isinstance(x, Deferred) else x for x in factors)
     for x in operands:
         if not isinstance(x, jax.Array | np.ndarray | np.generic | QTensor):
             raise ValueError(
@@ -44,6 +52,7 @@ def check_operands(operands: Sequence[Operand], implementation: str | None) -> N
             f"implementation={implementation!r} is for products with a QTensor; got {shapes}. "
             "Quantize one, or leave it None."
         )
+    return operands
 
 
 def result_dtype(lhs: Operand, rhs: Operand, preferred: jax.typing.DTypeLike | None):
@@ -99,8 +108,9 @@ def with_dequantized_gradient(
 
     Rounding has derivative zero almost everywhere; here it counts as the identity (the
     straight-through estimator, Bengio et al. 2013, arXiv:1308.3432), so a float operand gets
-    the gradient of the float product. Scales of 16 bits or more get theirs; codes, and the
-    calibrated scales of `inputs`, get none.
+    the gradient of the float product, less what a calibrated scale of `inputs` clips. That scale
+    gets the gradient of a step (LSQ, Esser et al. 2020, arXiv:1902.08153, eq. 3), and scales of 16
+    bits or more get theirs; codes get none. In a QTensor with `values` these get all of it.
     """
     leaves, treedef = jax.tree.flatten((operands, others))
     lhs_channels, rhs_channels = channels or contract
@@ -110,6 +120,7 @@ def with_dequantized_gradient(
     @jax.custom_jvp
     def product(*leaves):
         (lhs, rhs), others = jax.tree.unflatten(treedef, leaves)
+        lhs, rhs = _without_values(lhs), _without_values(rhs)
         return fast(_treat(lhs, rhs, *lhs_axes), _treat(rhs, lhs, *rhs_axes), *others)
 
     def on_dequantized(*leaves):
@@ -135,6 +146,10 @@ def with_dequantized_gradient(
         return out, jax.jvp(of_active, *taken)[1]
 
     return product(*leaves)
+
+
+def _without_values(x):
+    return dataclasses.replace(x, values=None) if isinstance(x, QTensor) else x
 
 
 def _carries_gradient(tangent):
@@ -177,11 +192,14 @@ def _treat(x, other, shared, channels):
 
 def _straight_through(x, other, shared, channels):
     """`_treat`, with the values of the quantized operand and the derivative of x."""
-    if _inputs_for(x, other) is None:
+    inputs = _inputs_for(x, other)
+    if inputs is None:
         return x
     x = _multiply(x, other, channels)
-    fixed = lax.stop_gradient(x)
-    return x + (as_array(_quantize_inputs(fixed, other, shared, channels)) - fixed)
+    if inputs.config is None:
+        return x
+    q = _quantize_inputs(lax.stop_gradient(x), other, shared, channels)
+    return straight_through(x, q, inputs.config, inputs.scale, margin=inputs.scale is None)
 
 
 def _multiply(x, other, axes):

@@ -11,7 +11,7 @@ from jax import lax
 
 from ..core import QTensor, scale_values
 from . import dispatch
-from .dispatch import Implementation, Operand
+from .dispatch import Factor, Implementation, Operand
 from .operands import (
     as_array,
     check_operands,
@@ -69,8 +69,8 @@ class RaggedSpec:
 
 
 def ragged_dot(
-    lhs: Operand,
-    rhs: Operand,
+    lhs: Factor,
+    rhs: Factor,
     group_sizes: jax.Array | np.ndarray,
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
@@ -102,7 +102,7 @@ def ragged_dot(
     Gradients and error: as for `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
     """
-    check_operands((lhs, rhs), implementation)
+    lhs, rhs = check_operands((lhs, rhs), implementation)
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
         return lax.ragged_dot(
             jnp.asarray(lhs),

@@ -6,12 +6,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ..core import QTensor
-from .dispatch import Operand
+from ..core import Deferred, QTensor
+from .dispatch import Factor
 
 
 def take(
-    a: Operand,
+    a: Factor,
     indices: jax.typing.ArrayLike,
     axis: int | None = None,
     *,
@@ -42,6 +42,8 @@ def take(
     Gradients: scales of 16 bits or more get theirs.
     Error: none; equal to `jnp.take` from the dequantized array.
     """
+    if isinstance(a, Deferred):
+        a = a.quantize()
     if axis is None or not isinstance(a, QTensor):
         return jnp.take(
             a.dequantize() if isinstance(a, QTensor) else a,

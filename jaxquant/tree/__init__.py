@@ -7,11 +7,14 @@ from .files import load as load
 from .files import read_arrays as read_arrays
 from .files import read_metadata as read_metadata
 from .files import save as save
+from .paths import leaves_with_paths as leaves_with_paths
 from .quantize import Progress as Progress
 from .quantize import dequantize as dequantize
 from .quantize import quantize as quantize
 from .quantize import reorder as reorder
 from .quantize import reporter as reporter
+from .quantize import select as select
+from .quantize import stored_order as stored_order
 from .report import Report as Report
 from .report import ReportRow as ReportRow
 from .report import report as report

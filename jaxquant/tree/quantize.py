@@ -54,10 +54,7 @@ def quantize(
 
     Error: as for `jaxquant.quantize`.
     """
-    rules = as_rules(rules)
-    paths, leaves, treedef = leaves_with_paths(params)
-    chosen = [rule and rule.resolve() for rule in match(rules, paths, leaves)]
-    _check(rules, paths, leaves, chosen)
+    paths, leaves, chosen, treedef = select(params, rules)
     total = sum(scheme is not None for scheme in chosen)
     platform = platform or jax.default_backend()
     result, done = [], 0
@@ -69,6 +66,30 @@ def quantize(
                 report(done, total, path)
             result.append(leaf)
     return jax.tree.unflatten(treedef, result)
+
+
+def select(params: Any, rules: Rules) -> tuple[list[str], list[Any], list[Scheme | None], Any]:
+    """Paths, leaves, the scheme of each leaf or None, and the structure of a tree, all checked.
+
+    Raises:
+        ValueError: as for `quantize`.
+    """
+    rules = as_rules(rules)
+    paths, leaves, treedef = leaves_with_paths(params)
+    chosen = [rule and rule.resolve() for rule in match(rules, paths, leaves)]
+    _check(rules, paths, leaves, chosen)
+    return paths, leaves, chosen, treedef
+
+
+def stored_order(
+    leaf: jax.Array, config: ArrayConfig, platform: str | None = None
+) -> tuple[int, ...] | None:
+    """The order of axes in which `quantize` stores a leaf."""
+    # A kernel of one pixel is still one of a convolution, which keeps its order.
+    if len(config.axes(leaf.ndim)) != 1:
+        return None
+    abstract = jax.eval_shape(quantize_array, leaf, config)
+    return best_order(abstract, platform or jax.default_backend())
 
 
 def dequantize(params: Any) -> Any:
@@ -97,10 +118,7 @@ def _map_quantized(function, params):
 
 
 def _quantize_leaf(leaf, scheme, platform):
-    abstract = jax.eval_shape(quantize_array, leaf, scheme.weights)
-    # A kernel of one pixel is still one of a convolution, which keeps its order.
-    is_matrix = len(scheme.weights.axes(leaf.ndim)) == 1
-    order = best_order(abstract, platform) if is_matrix else None
+    order = stored_order(leaf, scheme.weights, platform)
     is_whole = jnp.issubdtype(scheme.weights.format.dtype, jnp.integer)
     quantized = _quantize_in_steps if is_whole else _quantize_at_once
     q = quantized(leaf, scheme.weights, order)

@@ -175,12 +175,38 @@ def loss(product, *operands):
     return jnp.sum(product(*operands) * COTANGENT)
 
 
+def reached(name):
+    """The largest magnitude of each element of X that is not clipped."""
+    if name == "static":
+        return 127 * np.asarray(SCALE)
+    # The step between the outermost codes is 32, and half of it rounds to the last one.
+    met = TREATMENTS["mxfp8"][1](X)
+    is_mxfp8 = name == "mxfp8"
+    return np.repeat(464 * np.asarray(met.scale, np.float32), 32, 1) if is_mxfp8 else np.inf
+
+
 @pytest.mark.parametrize("name", ["nothing", "per token", "asymmetric", "static", "mxfp8"])
 @pytest.mark.parametrize("weights", FEW)
-def test_a_float_operand_gets_the_gradient_of_the_float_product(weights, name):
+def test_a_float_operand_gets_the_gradient_of_the_product_where_it_is_not_clipped(weights, name):
     q = with_inputs(weight(WEIGHTS[weights]).reorder((-1, -2)), TREATMENTS[name][0])
     got = jax.jit(jax.grad(partial(loss, matmul)))(X, q)
-    assert_product(got, "mn,kn->mk", COTANGENT, q)
+    is_kept = np.abs(X) <= reached(name)
+    assert (name in ("static", "mxfp8")) == (not is_kept.all())
+    assert_product(got, "mn,kn,mk->mk", COTANGENT, q, is_kept)
+
+
+def test_a_static_scale_gets_the_gradient_of_a_step():
+    q = weight(WEIGHTS["int8"])
+
+    def product(scale):
+        return matmul(X, with_inputs(q, Inputs(ArrayConfig(), scale=scale)))
+
+    got = jax.jit(jax.grad(partial(loss, product)))(SCALE)
+
+    # LSQ, eq. 3: round(x/s) - x/s inside, the outermost code outside.
+    v = X / np.asarray(SCALE)
+    slope = np.where(np.abs(v) <= 127, np.round(v) - v, 127 * np.sign(v))
+    assert_product(got, "mn,kn,mk->", COTANGENT, q, slope, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", ["multiplier", "multiplier, then per token"])

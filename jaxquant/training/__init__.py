@@ -1,0 +1,9 @@
+"""Quantization inside training loops: pure functions and pytrees, for `jax.grad` and optax."""
+
+from .fake_quantize import LearnedRange as LearnedRange
+from .fake_quantize import LearnedStep as LearnedStep
+from .fake_quantize import fake_quantize as fake_quantize
+from .prepare import Prepared as Prepared
+from .prepare import convert as convert
+from .prepare import init_learned as init_learned
+from .prepare import prepare as prepare
