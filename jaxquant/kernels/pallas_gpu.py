@@ -217,7 +217,7 @@ def _scaled_tile(x_ref, w_ref, row_scale_ref, column_scale_ref, out_ref, *, row,
     )
 
     def add_step(number, total):
-        first = number * np.int32(step)
+        first = number * step
         codes = pl.ds(first, step)
         has_code = (first + jnp.arange(step, dtype=jnp.int32) < length)[None, :]
         # 0 on both sides: 0 by what may be a NaN of float8 is none.

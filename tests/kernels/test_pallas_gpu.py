@@ -162,4 +162,6 @@ def test_codes_reach_the_kernel_as_they_are_and_sums_stay_inside(rows, dtype):
     name = {"int8": "i8", "float8_e4m3fn": "f8E4M3FN"}[dtype.name]
     assert f"(tensor<{rows}x200x{name}>, tensor<90x200x{name}>, " in line
     assert f"-> tensor<{rows}x90xbf16>" in line
+    # No fewer than tensor cores multiply.
+    assert f"[{16 if rows == 8 else 128},128] <- " in str(traced.jaxpr)
     assert f"tensor<{rows}x90x{'i32' if dtype == jnp.int8 else 'f32'}>" not in text

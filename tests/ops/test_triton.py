@@ -93,10 +93,10 @@ def test_triton_is_refused_with_the_reason(reason):
 
 PER_ROW, PER_COLUMN = ArrayConfig(axis=-1), ArrayConfig(axis=0)
 FP8_ROWS, FP8_COLUMNS = (ArrayConfig(format=FP8_E4M3, axis=axis) for axis in (-1, 0))
-# Configs of a (4, 3, K) left operand and of the weight.
+# Configs of a (3, 4, K) left operand and of the weight.
 CODES = {
     "float32": (PER_ROW, PER_COLUMN),
-    "bfloat16": (ArrayConfig(axis=(0, 2), group_size=(2, K)), ArrayConfig(axis=None)),
+    "bfloat16": (ArrayConfig(axis=(1, 2), group_size=(2, K)), ArrayConfig(axis=None)),
     "float16": (
         ArrayConfig(axis=None, scale_dtype="bfloat16"),
         ArrayConfig(axis=(0, 1), group_size=(K, 8), scale_dtype="float8_e4m3fn"),
@@ -107,7 +107,7 @@ CODES = {
 @pytest.mark.parametrize("name", CODES)
 def test_products_of_int8_codes_have_the_bits_of_the_integer_row(name):
     left, right = CODES[name]
-    q, x = stored(right), quantize(normal(4, 3, K, seed=2), left)
+    q, x = stored(right), quantize(normal(3, 4, K, seed=2), left)
     got = product(x, q, dtype=name)
     by_xla = partial(matmul, implementation="integer", preferred_element_type=name)
     np.testing.assert_array_equal(got, jax.jit(by_xla)(x, q), strict=True)
