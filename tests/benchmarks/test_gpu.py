@@ -6,10 +6,11 @@ import io
 import json
 import sys
 
+import jax
 import pytest
 import rich.console
 
-from benchmarks import cpu, gpu, gpu_goals
+from benchmarks import cpu, gpu, gpu_compiler, gpu_goals
 from benchmarks.__main__ import main
 from benchmarks.products import SCHEMES, of_xla, ours
 
@@ -101,3 +102,34 @@ def test_each_figure_to_reach_has_a_line_that_says_whether_it_was_met():
     verdicts = [next((v for v in ("met", "missed", "not run") if v in row), "") for row in rows]
     missed, met, unknown = "missed", "met", "not run"
     assert verdicts == [missed, met, missed, met, missed, unknown, unknown, met, missed]
+
+
+def test_a_compiled_program_is_told_by_its_temporaries_and_instructions(tmp_path):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    w8a8 = ours("W8A8", SCHEMES["W8A8"], "gpu")
+    (tmp_path / "other.ptx").write_text("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
+    text = gpu_compiler.compiled(w8a8, (64, 32), 2, sharding, tmp_path)
+    size, _, kinds = text.partition(" MB · ")
+    assert float(size) >= 0
+    assert kinds == "none"
+
+
+def test_formats_are_read_from_matrix_instructions():
+    code = """
+        wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%f1},
+        mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32 {%r1},
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1},
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f2},
+    """
+    assert gpu_compiler.multiplied(code) == ["f32 of bf16", "f32 of e4m3", "s32 of s8"]
+
+
+def test_without_the_compiler_for_gpus_it_is_said(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("no cuda here")
+
+    monkeypatch.setattr(gpu_compiler.topologies, "get_topology_desc", refuse)
+    with pytest.raises(
+        SystemExit, match=r"needs jax\[cuda13\] .* NotImplementedError: no cuda here"
+    ):
+        gpu_compiler.device()
