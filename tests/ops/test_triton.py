@@ -16,11 +16,13 @@ from jaxquant import (
     MXFP8,
     NF4,
     ArrayConfig,
+    Format,
     einsum,
     explain,
     matmul,
     quantize,
 )
+from jaxquant.kernels import pallas_gpu
 from jaxquant.ops import triton
 
 from ..triton import needs_lowering
@@ -93,6 +95,7 @@ def test_triton_is_refused_with_the_reason(reason):
 
 PER_ROW, PER_COLUMN = ArrayConfig(axis=-1), ArrayConfig(axis=0)
 FP8_ROWS, FP8_COLUMNS = (ArrayConfig(format=FP8_E4M3, axis=axis) for axis in (-1, 0))
+THIRDS = Format("thirds", dtype="int8", qmin=-1, qmax=1, codebook=(-1, -1 / 3, 0, 1 / 3, 1))
 # Configs of a (3, 4, K) left operand and of the weight.
 CODES = {
     "float32": (PER_ROW, PER_COLUMN),
@@ -124,6 +127,11 @@ CODES_REFUSED = {
     "fp8_e5m2 by fp8_e5m2 codes are not both int8 or both float8_e4m3fn": (
         ArrayConfig(format=FP8_E5M2, axis=-1),
         ArrayConfig(format=FP8_E5M2, axis=0),
+        {},
+    ),
+    "thirds by thirds codes are not both int8 or both float8_e4m3fn": (
+        ArrayConfig(format=THIRDS, axis=-1),
+        ArrayConfig(format=THIRDS, axis=0),
         {},
     ),
     "int8 codes have zero points": (ArrayConfig(axis=-1, symmetric=False), PER_COLUMN, {}),
@@ -158,6 +166,13 @@ def test_sums_that_may_leave_int32_are_refused():
     assert triton.refuses(of(PER_ROW, 2, 2**16), of(ArrayConfig(axis=-1), 3, 2**16), None) is None
 
 
+def test_without_triton_nothing_is_taken(monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "triton", None)
+    x = jnp.zeros((2, K))
+    for left, right in ((x, stored()), (quantize(x, PER_ROW), stored(PER_COLUMN))):
+        assert triton.refuses(left, right, None) == "this JAX has no Triton"
+
+
 def test_codes_of_whole_numbers_need_no_precision():
     x, q = quantize(normal(3, K), PER_ROW), stored(PER_COLUMN)
     with jax.default_matmul_precision("float32"):
@@ -188,8 +203,12 @@ def test_without_a_gpu_triton_fails_with_the_reason():
 
 def calls(function, *arguments, platforms=("cuda",)):
     """How many of Triton's kernels the program for a GPU has."""
+    return text_of(function, *arguments, platforms=platforms).count("gpu.triton")
+
+
+def text_of(function, *arguments, platforms=("cuda",)):
     lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=platforms)
-    return lowered.as_text().count("gpu.triton")
+    return lowered.as_text()
 
 
 @needs_lowering
@@ -223,7 +242,11 @@ def test_programs_for_several_platforms_or_devices_do_without():
 def test_gradients_and_batches_of_codes_run_the_kernel_once():
     q = stored(PER_COLUMN).astype(jnp.bfloat16)
     x = quantize(jnp.ones((16, K), jnp.bfloat16), PER_ROW)
-    assert calls(forced, x, q) == 1
+    text = text_of(forced, x, q)
+    assert text.count("gpu.triton") == 1
+    # The result is written in its dtype, and nothing wider.
+    assert f"tensor<16x{N}xbf16>" in text
+    assert f"tensor<16x{N}xf32>" not in text
     assert calls(matmul, x, q) == 0
     several = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), x)
     assert calls(jax.vmap(forced, (0, None)), several, q) == 1
