@@ -9,7 +9,8 @@ inputs, which is counted for all. A cell has the speed in units of XLA's bfloat1
 product (the median), and the shares of what the GPU was measured to reach: of the bandwidth of a
 sum over 4 GiB at which the weights were read, and of the rate of a product of bfloat16 matrices.
 What is slower than bfloat16 is red, and so is what is wrong by more than 20 %; what is faster than
-all others is bold. "W4A16, triton" and the like force a computation that is not chosen by itself.
+all others is bold. "W4A16, triton" and the like force a computation that is not chosen by itself. A
+last table holds what was found against what is to be reached (`gpu_goals.py`).
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ import rich.progress
 
 import jaxquant as jq
 
-from . import cpu, machine, tables
+from . import cpu, gpu_goals, machine, tables
 from .alternatives import contenders
 from .products import Contender
 from .shapes import ROWS, WEIGHTS
@@ -33,7 +34,14 @@ from .shapes import ROWS, WEIGHTS
 REFERENCE = "XLA bfloat16"
 SCHEMES = ("W8A8", "W8A16", "W4A16", "W4A8", "FP8", "NF4A16")
 # Computations that are only run where they are asked for, until they were measured.
-FORCED = {"W4A16": "triton", "W4A8": "triton", "W8A16": "scaled", "FP8": "scaled"}
+FORCED = (
+    ("W8A8", "triton"),
+    ("W4A16", "triton"),
+    ("W4A8", "triton"),
+    ("FP8", "triton"),
+    ("FP8", "scaled"),
+    ("W8A16", "scaled"),
+)
 IN_A_ROW = 16
 # Long enough, half a millisecond and more, not to measure how a program is started.
 PROBE = 2**32
@@ -62,7 +70,7 @@ def fields() -> tuple[list[Contender], list[str]]:
     found, missing = contenders({name: jq.SCHEMES[name] for name in SCHEMES}, "gpu")
     here = [c for c in found if c.is_jax]
     by_name = {c.name: c for c in here}
-    return here + [forced(by_name[name], how) for name, how in FORCED.items()], missing
+    return here + [forced(by_name[name], how) for name, how in FORCED], missing
 
 
 def forced(contender: Contender, implementation: str) -> Contender:
@@ -87,8 +95,19 @@ def measure_shape(
         )
         about = {"shape": name, "K": shape[0], "N": shape[1], "rows": m, "dtype": "bfloat16"}
         about |= {"column": f"M={m}", "in_cache": False}
-        results += [_of_one_product(line) | about for line in lines]
+        results += [
+            _of_one_product(line) | about | _explained(c, x, weights[c.name], line)
+            for c, line in zip(found, lines, strict=True)
+        ]
     return results
+
+
+def _explained(contender, x, weights, line):
+    """What `explain` warns of in a product of ours that ran."""
+    if "refusal" in line or not contender.is_ours:
+        return {}
+    warnings = [row.warning for row in jq.explain(contender.run, x, weights[0])]
+    return {"warning": "; ".join(w for w in warnings if w is not None) or None}
 
 
 def _of_one_product(line):
@@ -121,4 +140,6 @@ def suite(arguments: Any) -> dict[str, Any]:
         for line in tables.refusals(part):
             console.print(f"Refused by {line}", markup=False)
         results += part
-    return {**peaks, "not_installed": missing, "products": results}
+    goals = gpu_goals.outcomes(results)
+    console.print(gpu_goals.table(goals))
+    return {**peaks, "not_installed": missing, "products": results, "goals": goals}

@@ -1,9 +1,10 @@
-"""Products of few rows with grouped 4-bit weights on a GPU, by Pallas through Triton.
+"""Products of few rows with grouped 4-bit weights, and of 8-bit codes, by Pallas through Triton.
 
-Lowered to Triton's language and checked in interpret mode; it was never compiled for a GPU, run or
-timed on one. Tile sizes are therefore guesses.
+Checked in interpret mode, and compiled by XLA for an H200 that is not there; no GPU ran or timed
+them. Tile sizes are therefore guesses.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -29,16 +30,60 @@ _LEAST_STEP, _MOST_STEP = 16, 128
 # have enough reads under way; each adds up so many steps at least.
 _PROGRAMS = 528
 _LEAST_STEPS = 4
+# Dtypes of codes that `scaled_dot` multiplies as they are, and of their sums.
+SUMS = {jnp.dtype(jnp.int8): jnp.int32, jnp.dtype(jnp.float8_e4m3fn): jnp.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """How `scaled_dot` divides its work.
+
+    Attributes:
+        columns, most_rows: of a tile of the result.
+        warps: that compute one.
+        stages: steps along K that are read ahead, and the one that is computed.
+    """
+
+    columns: int
+    most_rows: int
+    warps: int
+    stages: int
+
+
+# Few rows are bound by reading w: narrow tiles, to keep all processors busy, and many reads under
+# way. Many rows are bound by arithmetic: two programs of 128 registers per thread and 96 KiB of
+# shared memory fit one processor of an H200, and every GPU from compute capability 8.0 on has
+# room for one.
+_FEW_ROWS = 64
+_FOR_FEW = _Tiles(columns=32, most_rows=64, warps=4, stages=5)
+_FOR_MANY = _Tiles(columns=128, most_rows=128, warps=8, stages=3)
+# Tensor cores multiply 32 codes of 8 bits along K at least.
+_LEAST_CODES, _MOST_CODES = 32, 128
+# Tiles of rows that run together for all columns, so that their codes stay in the L2 cache: 16 of
+# them are 8 MB if K is 4096.
+_TILES_TOGETHER = 16
+# JAX addresses arrays of up to 2**32 bytes by int32.
+_MOST_OFFSETS = 2**31
+
+
+def refuses_platform() -> str | None:
+    """Why no kernel here can be built, or None."""
+    return "this JAX has no Triton" if triton is None else None
 
 
 def refuses_groups(length: int, groups: int) -> str | None:
     """Why `grouped_dot` does not take weights with so many scales along `length`, or None."""
-    if triton is None:
-        return "this JAX has no Triton"
     size = length // max(groups, 1)
     if _step(size) < _LEAST_STEP:
         return f"groups of {size} are no multiple of {_LEAST_STEP}"
     return None
+
+
+def refuses_sizes(*sizes: int) -> str | None:
+    """Why the kernels do not take arrays of so many elements of a byte or less, or None."""
+    if max(sizes) < _MOST_OFFSETS:
+        return None
+    return f"offsets in arrays of {max(sizes)} elements may leave int32"
 
 
 def grouped_dot(
@@ -100,6 +145,95 @@ def grouped_dot(
         name="grouped_dot",
     )(x.reshape(rows, steps, step), w.reshape(columns, steps, step), *parameters)
     return parts.sum(0)
+
+
+def scaled_dot(
+    x: jax.Array,
+    w: jax.Array,
+    row_scale: jax.Array,
+    column_scale: jax.Array,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    interpret: bool = False,
+) -> jax.Array:
+    """(x @ w.T) * row_scale[:, None] * column_scale, written once, in the dtype that is asked for.
+
+    Sums stay in registers: neither they nor their float32 values go through memory. What lies
+    beyond the operands counts as zero, so any sizes fit the tiles.
+
+    Args:
+        x: codes with a dtype among `SUMS`, (M, K), no axis 0 long.
+        w: codes of the same dtype, (N, K).
+        row_scale: float32, (M,).
+        column_scale: float32, (N,).
+        dtype: float32, bfloat16 or float16, of the result.
+        interpret: whether to compute without a GPU, slowly, for tests.
+
+    Returns:
+        `dtype`, (M, N).
+
+    Error: sums of int8 are exact as long as they fit in int32, and rounded once to float32; each
+        scale rounds once more, and so does `dtype`. Sums of float8_e4m3fn are float32; some tensor
+        cores add up 32 products less precisely. Others, an H200's through JAX 0.10 among them,
+        multiply these codes as float16, exactly and no faster.
+    """
+    (rows, length), columns = x.shape, w.shape[0]
+    plan = _FOR_FEW if rows <= _FEW_ROWS else _FOR_MANY
+    tile = min(max(pl.next_power_of_2(rows), _LEAST_ROWS), plan.most_rows), plan.columns
+    step = min(max(pl.next_power_of_2(length), _LEAST_CODES), _MOST_CODES)
+    row_tiles = pl.cdiv(rows, tile[0])
+    rounds = pl.cdiv(row_tiles, _TILES_TOGETHER)
+    together = pl.cdiv(row_tiles, rounds)
+
+    def row(r, j, first):
+        return first * together + r
+
+    return pl.pallas_call(
+        functools.partial(_scaled_tile, row=row, shape=(rows, columns), step=step),
+        grid=(together, pl.cdiv(columns, tile[1]), rounds),
+        in_specs=[
+            pl.BlockSpec((tile[0], length), lambda *place: (row(*place), 0)),
+            pl.BlockSpec((tile[1], length), lambda r, j, first: (j, 0)),
+            pl.BlockSpec((tile[0],), lambda *place: (row(*place),)),
+            pl.BlockSpec((tile[1],), lambda r, j, first: (j,)),
+        ],
+        out_specs=pl.BlockSpec(tile, lambda r, j, first: (row(r, j, first), j)),
+        out_shape=jax.ShapeDtypeStruct(
+            (rows, columns), dtype, manual_axis_type=jax.typeof(x).manual_axis_type
+        ),
+        compiler_params=triton.CompilerParams(num_warps=plan.warps, num_stages=plan.stages),
+        interpret=interpret,
+        name="scaled_dot",
+    )(x, w, row_scale, column_scale)
+
+
+def _scaled_tile(x_ref, w_ref, row_scale_ref, column_scale_ref, out_ref, *, row, shape, step):
+    """One tile of the scaled result. What lies outside is never stored."""
+    tile, length = out_ref.shape, x_ref.shape[1]
+    place = row(*(pl.program_id(a) for a in range(3))), pl.program_id(1)
+    has_row, has_column = (
+        p * t + jnp.arange(t, dtype=jnp.int32) < n
+        for p, t, n in zip(place, tile, shape, strict=True)
+    )
+
+    def add_step(number, total):
+        first = number * step
+        codes = pl.ds(first, step)
+        has_code = (first + jnp.arange(step, dtype=jnp.int32) < length)[None, :]
+        # 0 on both sides: 0 by what may be a NaN of float8 is none.
+        x, w = (
+            triton.load(
+                ref.at[:, codes], mask=has[:, None] & has_code, other=jnp.zeros((), ref.dtype)
+            )
+            for ref, has in ((x_ref, has_row), (w_ref, has_column))
+        )
+        return total + triton.dot(x, w, trans_b=True)
+
+    zeros = jnp.zeros(tile, SUMS[x_ref.dtype])
+    total = lax.fori_loop(np.int32(0), np.int32(pl.cdiv(length, step)), add_step, zeros)
+    out = total.astype(jnp.float32) * triton.load(row_scale_ref, mask=has_row)[:, None]
+    out = out * triton.load(column_scale_ref, mask=has_column)[None, :]
+    triton.store(out_ref, out.astype(out_ref.dtype), mask=has_row[:, None] & has_column[None, :])
 
 
 def _sum_of_steps(x_ref, w_ref, *refs, shape, steps, steps_of_group):

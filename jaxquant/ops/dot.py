@@ -330,9 +330,12 @@ def _is_integer(lhs, rhs, spec):
     return _refuses_integer(lhs, rhs, spec) is None
 
 
+def _is_integer_of_8_bits(lhs, rhs, spec):
+    return rhs.format.bits == 8 and _is_integer(lhs, rhs, spec)
+
+
 def _is_integer_natively(lhs, rhs, spec):
-    is_of_8_bits = rhs.format.bits == 8 and _is_integer(lhs, rhs, spec)
-    return is_of_8_bits or native.takes_codes(lhs, rhs)
+    return _is_integer_of_8_bits(lhs, rhs, spec) or native.takes_codes(lhs, rhs)
 
 
 _BY_XLA = (
@@ -373,6 +376,7 @@ _TABLE = (
         partial(_refuses_kernel, refuses=triton.refuses, axis=1),
         ("cuda",),
         triton.loses,
+        _is_integer_of_8_bits,
     ),
     *_BY_XLA,
 )

@@ -65,6 +65,17 @@ def refuses_operands(
     """
     if rhs.format.bits != 4 or not rhs.format.rounds:
         return f"{rhs.format} codes are not whole numbers of 4 bits"
+    return refuses_floats(lhs, rhs, precision, dtypes, precisions)
+
+
+def refuses_floats(
+    lhs: Operand,
+    rhs: QTensor,
+    precision: lax.PrecisionLike,
+    dtypes: Sequence[jax.typing.DTypeLike],
+    precisions: Sequence[lax.PrecisionLike],
+) -> str | None:
+    """Why kernels do not take what these operands stand for, or None; as `refuses_operands`."""
     if lhs.dtype not in dtypes or rhs.dtype not in dtypes:
         names = " or ".join(jnp.dtype(d).name for d in dtypes)
         return f"{lhs.dtype} by {rhs.dtype} are not {names}"

@@ -1,5 +1,6 @@
-"""The Pallas kernel for GPUs: what it computes, in interpret mode, and that it becomes Triton's."""
+"""The Pallas kernels for GPUs: what they compute, in interpret mode, and what becomes of them."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -82,4 +83,85 @@ def test_the_groups_of_the_benchmarks_are_taken(shape):
 
 def test_without_triton_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(pallas_gpu, "triton", None)
-    assert pallas_gpu.refuses_groups(256, 2) == "this JAX has no Triton"
+    assert pallas_gpu.refuses_platform() == "this JAX has no Triton"
+
+
+def test_sizes_beyond_the_offsets_of_the_kernels_are_refused():
+    assert pallas_gpu.refuses_sizes(8, 2**31 - 1) is None
+    reason = "offsets in arrays of 2147483648 elements may leave int32"
+    assert pallas_gpu.refuses_sizes(2**31, 8) == reason
+
+
+def codes_and_scales(rows, length, columns, dtype=jnp.int8):
+    """Operands of `scaled_dot`, with the outermost codes among them."""
+    random = np.random.default_rng(0)
+    limits = {"int8": (-128, 127), "float8_e4m3fn": (-448, 448)}[np.dtype(dtype).name]
+    x, w = (random.uniform(-0.25, 1, (n, length)) * limits[1] for n in (rows, columns))
+    x[0, :2] = w[-1, -2:] = limits[-length:]
+    scales = [np.exp2(random.uniform(-9, 0, n)).astype(np.float32) for n in (rows, columns)]
+    return *(jnp.asarray(codes, dtype) for codes in (x, w)), *scales
+
+
+def scaled(*operands, dtype: jax.typing.DTypeLike = jnp.float32):
+    return jax.jit(partial(pallas_gpu.scaled_dot, dtype=dtype, interpret=True))(*operands)
+
+
+# Rows, K, N, dtype of the result.
+SCALED = {
+    "one row": (1, 70, 33, "float32"),
+    "sums beyond 24 bits": (17, 8192, 40, "float32"),
+    "one code": (16, 1, 5, "float16"),
+    "many rows": (65, 130, 129, "bfloat16"),
+}
+
+
+def assert_exact(got, x, w, row_scale, column_scale):
+    """Sums as whole numbers, then one rounding to float32 and one for each scale."""
+    sums = np.asarray(x, np.int64) @ np.asarray(w, np.int64).T
+    want = sums.astype(np.float32) * row_scale[:, None] * column_scale[None, :]
+    np.testing.assert_array_equal(got, want.astype(got.dtype), strict=True)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_dot_of_int8_is_exact(name):
+    *sizes, dtype = SCALED[name]
+    operands = codes_and_scales(*sizes)
+    assert_exact(np.asarray(scaled(*operands, dtype=dtype)), *operands)
+
+
+def test_tiles_of_rows_that_run_together_cover_all_rows(monkeypatch):
+    tiles = dataclasses.replace(pallas_gpu._FOR_MANY, most_rows=16, columns=32)
+    monkeypatch.setattr(pallas_gpu, "_FOR_MANY", tiles)
+    monkeypatch.setattr(pallas_gpu, "_TILES_TOGETHER", 2)
+    # Five tiles, two at a time; a sixth has no rows.
+    operands = codes_and_scales(75, 96, 70)
+    assert_exact(np.asarray(scaled(*operands)), *operands)
+
+
+def test_scaled_dot_of_float8_matches_numpy_and_keeps_nan_to_its_row():
+    *operands, row_scale, column_scale = codes_and_scales(5, 37, 20, jnp.float8_e4m3fn)
+    x, w = (np.array(codes, np.float64) for codes in operands)
+    x[3, 1] = np.nan
+    got = scaled(jnp.asarray(x, jnp.float8_e4m3fn), operands[1], row_scale, column_scale)
+    scale = row_scale.astype(np.float64)[:, None] * column_scale
+    want, size = x @ w.T * scale, np.abs(x) @ np.abs(w).T * scale
+    kept = [0, 1, 2, 4]
+    np.testing.assert_array_less(np.abs(got - want)[kept], 1e-6 * size[kept])
+    assert np.isnan(got[3]).all()
+
+
+@needs_lowering
+@pytest.mark.parametrize("dtype", pallas_gpu.SUMS, ids=str)
+@pytest.mark.parametrize("rows", [8, 300])
+def test_codes_reach_the_kernel_as_they_are_and_sums_stay_inside(rows, dtype):
+    operands = codes_and_scales(rows, 200, 90, dtype)
+    with jax.enable_x64(rows == 8):
+        traced = jax.jit(partial(pallas_gpu.scaled_dot, dtype=jnp.bfloat16)).trace(*operands)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (line,) = (line for line in text.splitlines() if "gpu.triton" in line)
+    name = {"int8": "i8", "float8_e4m3fn": "f8E4M3FN"}[dtype.name]
+    assert f"(tensor<{rows}x200x{name}>, tensor<90x200x{name}>, " in line
+    assert f"-> tensor<{rows}x90xbf16>" in line
+    # No fewer than tensor cores multiply.
+    assert f"[{16 if rows == 8 else 128},128] <- " in str(traced.jaxpr)
+    assert f"tensor<{rows}x90x{'i32' if dtype == jnp.int8 else 'f32'}>" not in text

@@ -1,5 +1,6 @@
-"""Which products the Pallas kernel for GPUs computes, and from what."""
+"""Which products the Pallas kernels for GPUs compute, and from what."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,7 +9,20 @@ import numpy as np
 import pytest
 from jax import export
 
-from jaxquant import INT4, NF4, ArrayConfig, einsum, matmul, quantize
+from jaxquant import (
+    FP8_E4M3,
+    FP8_E5M2,
+    INT4,
+    MXFP8,
+    NF4,
+    ArrayConfig,
+    Format,
+    einsum,
+    explain,
+    matmul,
+    quantize,
+)
+from jaxquant.kernels import pallas_gpu
 from jaxquant.ops import triton
 
 from ..triton import needs_lowering
@@ -64,6 +78,7 @@ REFUSED = {
     "whose last axis is contracted": (INT4, {"order": None}, {}),
     "a precision of highest is more than tensorfloat32": (INT4, {}, {"precision": "highest"}),
     "an operand is empty": (INT4, {"rows": 0}, {}),
+    "offsets in arrays of 2147483648 elements may leave int32": (INT4, {"rows": 2**23}, {}),
     "groups of 8 are no multiple of 16": (INT4, {"group_size": 8}, {}),
 }
 
@@ -73,9 +88,95 @@ def test_triton_is_refused_with_the_reason(reason):
     format, given, options = REFUSED[reason]
     config = ArrayConfig(format=format, axis=0, group_size=given.get("group_size", 64))
     q = stored(config, given.get("order", (-1, -2)))
-    x = jnp.zeros((given.get("rows", 2), K))
+    x = jax.ShapeDtypeStruct((given.get("rows", 2), K), jnp.float32)
     with pytest.raises(ValueError, match=f"implementation='triton' cannot run .*{reason}"):
-        forced(x, q, **options)
+        jax.eval_shape(partial(forced, **options), x, q)
+
+
+PER_ROW, PER_COLUMN = ArrayConfig(axis=-1), ArrayConfig(axis=0)
+FP8_ROWS, FP8_COLUMNS = (ArrayConfig(format=FP8_E4M3, axis=axis) for axis in (-1, 0))
+THIRDS = Format("thirds", dtype="int8", qmin=-1, qmax=1, codebook=(-1, -1 / 3, 0, 1 / 3, 1))
+# Configs of a (3, 4, K) left operand and of the weight.
+CODES = {
+    "float32": (PER_ROW, PER_COLUMN),
+    "bfloat16": (ArrayConfig(axis=(1, 2), group_size=(2, K)), ArrayConfig(axis=None)),
+    "float16": (
+        ArrayConfig(axis=None, scale_dtype="bfloat16"),
+        ArrayConfig(axis=(0, 1), group_size=(K, 8), scale_dtype="float8_e4m3fn"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_products_of_int8_codes_have_the_bits_of_the_integer_row(name):
+    left, right = CODES[name]
+    q, x = stored(right), quantize(normal(3, 4, K, seed=2), left)
+    got = product(x, q, dtype=name)
+    by_xla = partial(matmul, implementation="integer", preferred_element_type=name)
+    np.testing.assert_array_equal(got, jax.jit(by_xla)(x, q), strict=True)
+
+
+def test_products_of_float8_codes_match_numpy():
+    q, x = stored(FP8_COLUMNS), quantize(normal(2, 3, K), FP8_ROWS)
+    assert_product(product(x, q, dtype=jnp.float32), "abk,kn->abn", x, q)
+
+
+CODES_REFUSED = {
+    "an operand of float32 has no codes to multiply with int8 codes": (None, PER_COLUMN, {}),
+    "int8 by fp8_e4m3 codes are not both int8 or both float8_e4m3fn": (PER_ROW, FP8_COLUMNS, {}),
+    "fp8_e5m2 by fp8_e5m2 codes are not both int8 or both float8_e4m3fn": (
+        ArrayConfig(format=FP8_E5M2, axis=-1),
+        ArrayConfig(format=FP8_E5M2, axis=0),
+        {},
+    ),
+    "thirds by thirds codes are not both int8 or both float8_e4m3fn": (
+        ArrayConfig(format=THIRDS, axis=-1),
+        ArrayConfig(format=THIRDS, axis=0),
+        {},
+    ),
+    "int8 codes have zero points": (ArrayConfig(axis=-1, symmetric=False), PER_COLUMN, {}),
+    "scales .* change along the contracted axes": (
+        FP8_ROWS,
+        ArrayConfig(format=MXFP8, axis=0),
+        {},
+    ),
+    "a precision of highest is more than tensorfloat32": (
+        FP8_ROWS,
+        FP8_COLUMNS,
+        {"precision": "highest"},
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", CODES_REFUSED)
+def test_codes_are_refused_with_the_reason(reason):
+    left, right, options = CODES_REFUSED[reason]
+    x = jnp.asarray(normal(3, K))
+    x = x if left is None else quantize(x, left)
+    with pytest.raises(ValueError, match=f"implementation='triton' cannot run .*{reason}"):
+        forced(x, stored(right), **options)
+
+
+def test_sums_that_may_leave_int32_are_refused():
+    def of(config, *shape):
+        return jax.eval_shape(partial(quantize, config=config), jnp.zeros(shape))
+
+    x, q = of(PER_ROW, 2, 2**17), of(ArrayConfig(axis=-1), 3, 2**17)
+    assert triton.refuses(x, q, None) == "sums of 131072 codes may leave int32"
+    assert triton.refuses(of(PER_ROW, 2, 2**16), of(ArrayConfig(axis=-1), 3, 2**16), None) is None
+
+
+def test_without_triton_nothing_is_taken(monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "triton", None)
+    x = jnp.zeros((2, K))
+    for left, right in ((x, stored()), (quantize(x, PER_ROW), stored(PER_COLUMN))):
+        assert triton.refuses(left, right, None) == "this JAX has no Triton"
+
+
+def test_codes_of_whole_numbers_need_no_precision():
+    x, q = quantize(normal(3, K), PER_ROW), stored(PER_COLUMN)
+    with jax.default_matmul_precision("float32"):
+        assert triton.refuses(x, q, "highest") is None
 
 
 def test_a_default_precision_of_more_than_tf32_is_heeded():
@@ -102,8 +203,12 @@ def test_without_a_gpu_triton_fails_with_the_reason():
 
 def calls(function, *arguments, platforms=("cuda",)):
     """How many of Triton's kernels the program for a GPU has."""
+    return text_of(function, *arguments, platforms=platforms).count("gpu.triton")
+
+
+def text_of(function, *arguments, platforms=("cuda",)):
     lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=platforms)
-    return lowered.as_text().count("gpu.triton")
+    return lowered.as_text()
 
 
 @needs_lowering
@@ -131,3 +236,34 @@ def test_programs_for_several_platforms_or_devices_do_without():
     part = partial(jax.shard_map, mesh=mesh)
     by_columns = part(forced, in_specs=(jax.P(), specs), out_specs=jax.P(None, "a"))
     assert calls(by_columns, x, columns) == 1
+
+
+@needs_lowering
+def test_gradients_and_batches_of_codes_run_the_kernel_once():
+    q = stored(PER_COLUMN).astype(jnp.bfloat16)
+    x = quantize(jnp.ones((16, K), jnp.bfloat16), PER_ROW)
+    text = text_of(forced, x, q)
+    assert text.count("gpu.triton") == 1
+    # The result is written in its dtype, and nothing wider.
+    assert f"tensor<16x{N}xbf16>" in text
+    assert f"tensor<16x{N}xf32>" not in text
+    assert calls(matmul, x, q) == 0
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), x)
+    assert calls(jax.vmap(forced, (0, None)), several, q) == 1
+
+    def loss(scale, x, q):
+        return forced(dataclasses.replace(x, scale=scale), q).sum().astype(jnp.float32)
+
+    assert calls(jax.value_and_grad(loss), x.scale, x, q) == 1
+
+
+def test_explain_says_what_the_kernel_multiplies():
+    x, q = jnp.ones((16, K)), stored(PER_COLUMN)
+    (row,) = explain(matmul, quantize(x, PER_ROW), q, platform="gpu")
+    assert (row.implementation, row.is_integer) == ("integer", True)
+    assert row.refusals == (("triton", "not measured on a GPU yet"),)
+    (row,) = explain(forced, quantize(x, PER_ROW), q, platform="gpu")
+    assert (row.implementation, row.is_integer) == ("triton", True)
+    for left, right in ((PER_ROW, G128), (FP8_ROWS, FP8_COLUMNS)):
+        (row,) = explain(forced, quantize(x, left), stored(right), platform="gpu")
+        assert not row.is_integer
