@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxquant import INT2, INT4, NF4, NVFP4, ArrayConfig, QTensor, explain, matmul, quantize, scan
 from jaxquant.kernels import native
+from jaxquant.ops.scan import _compiled
 
 from .products import assert_product, normal
 
@@ -72,6 +73,13 @@ def test_the_body_gets_each_layer_as_it_was_stacked(name):
     assert isinstance(layers, QTensor)
     # What the body got, stacked again, is what was stacked: nothing of XLA's slices is in that.
     assert_same(layers, q)
+
+
+@needs_native
+def test_steps_are_unrolled():
+    for unroll, count in ((1, 1), (True, 0)):
+        run = jax.jit(partial(slices, scan, unroll=unroll))
+        assert run.lower(SQUARE).as_text().count("stablehlo.while") == count
 
 
 @needs_native
@@ -166,6 +174,9 @@ def test_the_function_is_traced_once_and_compiled_once():
         run(jnp.float32(value), SQUARE)
     # Within `jit` its context is another one.
     assert len(traces) <= 2
+    before = _compiled.cache_info().misses
+    scan(f, jnp.float32(4), SQUARE)
+    assert _compiled.cache_info().misses == before
     # A carry of weak type is traced again, and becomes what the function returns.
     assert scan(f, 1, SQUARE)[0].dtype == jnp.float32
 
@@ -212,6 +223,20 @@ def test_effects_happen_in_order(capfd):
     jax.block_until_ready(jax.jit(lambda q: scan(f, 0, q))(SQUARE))
     jax.effects_barrier()
     assert capfd.readouterr().out.split() == ["step", "0", "step", "1", "step", "2"]
+
+
+def test_a_function_may_write_to_references():
+    @jax.jit
+    def run(codes):
+        seen = jax.new_ref(jnp.zeros(codes.shape[1:], jnp.int4))
+
+        def f(count, codes):
+            seen[...] = codes
+            return count + 1, None
+
+        return scan(f, 0, codes)[0], seen[...]
+
+    assert_same(run(SQUARE.codes), (jnp.int32(LAYERS), SQUARE.codes[-1]))
 
 
 def place(q, mesh, partition):
@@ -283,15 +308,14 @@ def test_donated_stacks_and_disabled_jit_change_nothing():
 
 
 def test_it_can_be_transposed():
+    codes = jnp.asarray([[2, 1], [3, 1], [-5, 1]]).astype(jnp.int4)
+
     def linear(run, x):
-        return run(lambda x, codes: (x * codes[0, 0].astype(x.dtype), x), x, SQUARE.codes)
+        return run(lambda x, code: (x * code[0].astype(x.dtype), x), x, codes)[0]
 
     for run in (scan, lax.scan):
-        transpose = jax.linear_transpose(partial(linear, run), X)
-        (got,) = transpose((X, jnp.ones((LAYERS, *X.shape))))
-        first = np.asarray(SQUARE.codes[:, 0, 0], np.float32)
-        before = 1 + first[0] + first[0] * first[1]
-        np.testing.assert_allclose(got, np.asarray(X) * np.prod(first) + before, rtol=1e-6)
+        (got,) = jax.linear_transpose(partial(linear, run), X)(X)
+        np.testing.assert_allclose(got, np.asarray(X) * -30, rtol=1e-6)
 
 
 def test_explain_has_one_row_per_product_and_no_warning_where_bytes_are_copied():
