@@ -14,7 +14,7 @@ from .explanation import Explanation, ExplanationRow
 from .machines import Machine, machine_for
 from .measured import Measurement, measurement_for, speeds_near
 from .record import Choice, Record, bytes_of, kept, operations_of
-from .slices import is_sliced, sliced_by, sliced_results, sliced_within
+from .slices import is_sliced, sliced_by, sliced_within
 
 
 def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> Explanation:
@@ -80,7 +80,6 @@ def _marks(
             repeated = None if times is None or trips is None else times * trips
             there = sliced_within(eqn, inner, sliced)
             yield from _marks(inner, machine, there, inside, repeated)
-            sliced |= sliced_results(eqn, inner, there)
         sliced |= sliced_by(eqn, sliced)
 
 
@@ -97,7 +96,7 @@ def _inner(eqn, machine) -> Iterator[tuple[Jaxpr, int | None]]:
     yield eqn.params["branches"][chosen].jaxpr, trips
 
 
-_TRIPS = dict.fromkeys(("scan", "copying_scan"), lambda params: params["length"])
+_TRIPS = dict.fromkeys(("scan",), lambda params: params["length"])
 _TRIPS |= {"while": lambda params: None}
 
 

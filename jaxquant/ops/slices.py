@@ -37,14 +37,8 @@ def sliced_within(eqn: JaxprEqn, inner: Jaxpr, sliced: set[Var]) -> set[Var]:
     return narrow | {v for outer, v in pairs if _is_in(outer, sliced)}
 
 
-def sliced_results(eqn: JaxprEqn, inner: Jaxpr, sliced_there: set[Var]) -> set[Var]:
-    """Slices among the results of an operation, given those in a program inside of it."""
-    pairs = zip(reversed(eqn.outvars), reversed(inner.outvars), strict=False)
-    return {v for v, out in pairs if _is_in(out, sliced_there)}
-
-
 def sliced_by(eqn: JaxprEqn, sliced: set[Var]) -> set[Var]:
-    """Narrow results of an operation without programs inside that are cut from larger arrays."""
+    """Narrow results of an operation that are cut from larger arrays, or made of slices."""
     results = {v for v in eqn.outvars if is_narrow(v.aval)}
     if is_sliced(eqn.invars, sliced):
         return results

@@ -609,6 +609,7 @@ SLICES = {
         )[0],
         True,
     ),
+    "one, turned": (lambda x, q: matmul(x, q.reorder(None).reorder((-1, -2))), False),
     "one in a loop": (
         lambda x, q: jax.lax.fori_loop(0, 3, lambda _, x: matmul(x, q), x),
         False,
