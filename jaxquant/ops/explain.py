@@ -96,7 +96,7 @@ def _inner(eqn, machine) -> Iterator[tuple[Jaxpr, int | None]]:
     yield eqn.params["branches"][chosen].jaxpr, trips
 
 
-_TRIPS = dict.fromkeys(("scan",), lambda params: params["length"])
+_TRIPS = dict.fromkeys(("scan", "copying_scan"), lambda params: params["length"])
 _TRIPS |= {"while": lambda params: None}
 
 

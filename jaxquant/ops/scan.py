@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.extend.core.primitives import scan_p
 from jax.interpreters import ad, batching, mlir
@@ -86,7 +87,7 @@ def _replaced(program: ClosedJaxpr) -> Callable[..., list[jax.Array]]:
 
 
 def _is_replaced(eqn):
-    is_pure = all(isinstance(v.aval, jax.core.ShapedArray) for v in eqn.invars)  # has no `Ref`
+    is_pure = all(isinstance(v.aval, ShapedArray) for v in eqn.invars)  # has no `Ref`
     if eqn.primitive is not scan_p or not is_pure:
         return False
     return any(_is_copied(v.aval) for v in eqn.invars[_first_slice(eqn.params) :])
