@@ -2,8 +2,8 @@
 
     python -m benchmarks.loops
 
-One row of inputs goes through eight products, by `lax.scan` over stacked weights and by a Python
-loop over a list. A number is the time of the scan in units of the list's.
+One row of inputs goes through eight products, by `jax.lax.scan` and by `jaxquant.scan` over stacked
+weights, and by a Python loop over a list. A number is the time of a scan in units of the list's.
 """
 
 from functools import partial
@@ -19,6 +19,7 @@ from .timing import by_turns, ratio
 
 SIZE, LAYERS = 2048, 8
 SCHEMES = {"float32": None, **{name: jq.SCHEMES[name] for name in ("W8A8", "W8A16")}}
+SCANS = {"jax.lax.scan": jax.lax.scan, "jaxquant.scan": jq.scan}
 SCHEMES |= {name: jq.SCHEMES[name] for name in ("W4A8", "W4A16", "NF4A16", "FP8")}
 
 
@@ -29,9 +30,9 @@ def apart(x: jax.Array, layers) -> jax.Array:
     return x
 
 
-def in_a_loop(x: jax.Array, stacked) -> jax.Array:
+def in_a_loop(scan, x: jax.Array, stacked) -> jax.Array:
     """The same products by a scan."""
-    return jax.lax.scan(lambda x, layer: (jq.matmul(x, layer), None), x, stacked)[0]
+    return scan(lambda x, layer: (jq.matmul(x, layer), None), x, stacked)[0]
 
 
 def main() -> None:
@@ -46,12 +47,15 @@ def main() -> None:
             rule = [jq.Rule("*", scheme, axis=-2)]
             layers = [jq.tree.quantize({"kernel": w}, rule)["kernel"] for w in weights]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-        for kind, run, values in (("apart", apart, layers), ("loop", in_a_loop, stacked)):
-            calls[f"{name} {kind}"] = partial(jax.jit(run), x, values)
+        calls[f"{name} apart"] = partial(jax.jit(apart), x, layers)
+        for kind, scan in SCANS.items():
+            calls[f"{name} {kind}"] = partial(jax.jit(partial(in_a_loop, scan)), x, stacked)
     times = by_turns(calls, rounds=15)
-    found = rich.table.Table("by", "time of a scan, apart = 1", title=f"{LAYERS} layers of {SIZE}")
+    title = f"Time of a scan over {LAYERS} layers of {SIZE}, apart = 1"
+    found = rich.table.Table("by", *SCANS, title=title)
     for name in SCHEMES:
-        found.add_row(name, f"{ratio(times, f'{name} loop', f'{name} apart'):.1f}")
+        ratios = [ratio(times, f"{name} {kind}", f"{name} apart") for kind in SCANS]
+        found.add_row(name, *(f"{r:.1f}" for r in ratios))
     rich.console.Console().print(found)
 
 

@@ -53,6 +53,7 @@ from .ops import einsum as einsum
 from .ops import explain as explain
 from .ops import matmul as matmul
 from .ops import ragged_dot as ragged_dot
+from .ops import scan as scan
 from .ops import take as take
 from .tree import Rule as Rule
 from .tree import load as load

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..ops import einsum, take
+from ..ops import einsum, scan, take
 from ..tree import read_arrays
 
 Params = dict[str, Any]
@@ -56,7 +56,7 @@ def embed(params: Params, config: EncoderConfig, ids: jax.Array, mask: jax.Array
     def layer(x, weights):
         return _layer(x, weights, bias, config), None
 
-    x, _ = jax.lax.scan(layer, x, params["layers"])
+    x, _ = scan(layer, x, params["layers"])
     weight = mask[:, :, None].astype(x.dtype)
     mean = jnp.sum(x * weight, 1) / jnp.sum(weight, 1)
     return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)

@@ -40,6 +40,8 @@ constexpr int64_t kColumns = 64;
 // Asks early for the weights of columns to come, so many steps ahead: by itself a core has too few
 // reads under way to use the memory's bandwidth.
 constexpr int64_t kAhead = 4;
+// Bytes that a thread copies at least.
+constexpr int64_t kLeastCopy = 1 << 17;
 
 // What threads share that work on one product.
 struct Pieces {
@@ -262,6 +264,20 @@ ffi::Error DotWiden(ffi::ThreadPool pool, int64_t set, In<ffi::F32> x, In<ffi::S
   return ffi::Error::Success();
 }
 
+// One of `count` arrays that lie side by side along an axis, in each of `outer` places before it.
+// XLA moves elements of less than a byte one at a time where it slices.
+ffi::Error Slice(ffi::ThreadPool pool, int64_t outer, int64_t count, int64_t bytes,
+                 ffi::AnyBuffer stack, In<ffi::S32> index, ffi::Result<ffi::AnyBuffer> out) {
+  const auto* from = static_cast<const uint8_t*>(stack.untyped_data());
+  auto* to = static_cast<uint8_t*>(out->untyped_data());
+  int64_t at = std::clamp<int64_t>(index.typed_data()[0], 0, count - 1);
+  for (int64_t i = 0; i < outer; ++i)
+    Parallel(pool, bytes, kLeastCopy, 64, [=](int64_t begin, int64_t end) {
+      std::memcpy(to + i * bytes + begin, from + (i * count + at) * bytes + begin, end - begin);
+    });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #define HANDLER(name, function, binding)                                    \
@@ -276,6 +292,15 @@ HANDLER(jaxquant_dot_int4, DotInt4, ARG(S8).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F
 HANDLER(jaxquant_dot_lookup, DotLookup,
         ARG(F32).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32) RET(F32));
 HANDLER(jaxquant_dot_widen, DotWiden, ARG(F32) ARG(S8) RET(F32));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_slice, Slice,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("outer")
+                                  .Attr<int64_t>("count")
+                                  .Attr<int64_t>("bytes")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<In<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());
 #endif
 
 #else  // One set of instructions.

@@ -7,15 +7,19 @@ on a processor that has none of its sets of instructions, `unavailable` says why
 import ctypes
 import functools
 import importlib.machinery
+import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
+from ..core import bits_of
 
 # Elements of a 4-bit weight that the kernels take at a time, at most.
 BLOCK = 128
-_KERNELS = ("int8", "int4", "lookup", "widen")
+_KERNELS = ("dot_int8", "dot_int4", "dot_lookup", "dot_widen", "slice")
 # Sets of instructions, the best first: their places are their numbers in `cpu.cc`.
 _INSTRUCTIONS = ("AVX512-VNNI", "AVX2", "NEON")
 
@@ -46,8 +50,8 @@ def _library() -> tuple[str | None, tuple[str, ...]]:
     if not found:
         return f"this processor has none of {', '.join(_INSTRUCTIONS)}", ()
     for name in _KERNELS:
-        handler = jax.ffi.pycapsule(getattr(library, f"jaxquant_dot_{name}"))
-        jax.ffi.register_ffi_target(f"jaxquant_dot_{name}", handler, platform="cpu")
+        handler = jax.ffi.pycapsule(getattr(library, f"jaxquant_{name}"))
+        jax.ffi.register_ffi_target(f"jaxquant_{name}", handler, platform="cpu")
     return None, tuple(found)
 
 
@@ -106,6 +110,38 @@ def lookup_dot(
 def widen_dot(x: jax.Array, w: jax.Array, instructions: str | None = None) -> jax.Array:
     """x @ w.T in float32, of floats (M, K) and int8 codes (N, K)."""
     return _call("widen", jnp.float32, w.shape[0], instructions, _float(x), w)
+
+
+def take_slice(stack: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
+    """`jax.lax.dynamic_index_in_dim(stack, index, axis, keepdims=False)`, copied as bytes.
+
+    Args:
+        stack: elements of any width; those below one index of `axis` fill whole bytes.
+        index: int32, a scalar.
+        axis: from 0 up.
+    """
+    assert unavailable() is None, unavailable()
+    *outer, count = stack.shape[: axis + 1]
+    inner = stack.shape[axis + 1 :]
+    bits = math.prod(inner) * bits_of(stack.dtype)
+    assert bits % 8 == 0, f"{stack.dtype}{list(inner)} is no whole number of bytes"
+
+    @jax.custom_batching.custom_vmap
+    def copy(stack, index):
+        result = jax.ShapeDtypeStruct((*outer, *inner), stack.dtype)
+        sizes = {"outer": math.prod(outer), "count": count, "bytes": bits // 8}
+        call = jax.ffi.ffi_call("jaxquant_slice", result)
+        return call(stack, index, **{name: np.int64(size) for name, size in sizes.items()})
+
+    @copy.def_vmap
+    def _(length, is_batched, stack, index):
+        if is_batched[1]:
+            axes = [0 if b else None for b in is_batched]
+            plain = functools.partial(lax.dynamic_index_in_dim, axis=axis, keepdims=False)
+            return jax.vmap(plain, axes)(stack, index), True
+        return take_slice(stack, index, axis + 1), True
+
+    return copy(stack, index)
 
 
 def _float(x):

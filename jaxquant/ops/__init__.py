@@ -8,5 +8,6 @@ from .explain import explain as explain
 from .explanation import Explanation as Explanation
 from .explanation import ExplanationRow as ExplanationRow
 from .ragged import ragged_dot as ragged_dot
+from .scan import scan as scan
 from .storage import best_order as best_order
 from .take import take as take

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
+from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
 from .explanation import Explanation, ExplanationRow
 from .machines import Machine, machine_for
 from .measured import Measurement, measurement_for, speeds_near
 from .record import Choice, Record, bytes_of, kept, operations_of
+from .slices import is_sliced, sliced_by, sliced_within
 
 
 def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> Explanation:
@@ -43,7 +44,7 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
             f"{fn!r}."
         )
     machine = machine_for(platform)
-    found = list(_marks(jax.make_jaxpr(fn)(*args).jaxpr, machine))
+    found = list(_marks(jax.make_jaxpr(fn)(*args).jaxpr, machine, set()))
     measured = [measurement_for(machine.name, mark.record.lhs.dtype) for mark in found]
     rows = [_row(mark, machine, m) for mark, m in zip(found, measured, strict=True)]
     used = [m for row, m in zip(rows, measured, strict=True) if m is not None and row.speeds]
@@ -53,25 +54,33 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Mark:
-    """A record that was found in a program."""
+    """A record that was found in a program, and whether an operand is a slice of narrow codes."""
 
     record: Record
     copies: tuple[int, int, int]
     within: tuple[JaxprEqn, ...]
     times: int | None
+    is_sliced: bool
 
 
 def _marks(
-    jaxpr: Jaxpr, machine: Machine, within: tuple[JaxprEqn, ...] = (), times: int | None = 1
+    jaxpr: Jaxpr,
+    machine: Machine,
+    sliced: set[Var],
+    within: tuple[JaxprEqn, ...] = (),
+    times: int | None = 1,
 ) -> Iterator[_Mark]:
-    """The records in a program and in those inside of it, in order."""
+    """The records in a program and in those inside of it, in order; adds to `sliced`."""
     for eqn in jaxpr.eqns:
         inside = (*within, eqn)
         if eqn.primitive is kept:
-            yield _Mark(eqn.params["record"], eqn.params["copies"], inside, times)
+            cut = is_sliced(eqn.invars, sliced)
+            yield _Mark(eqn.params["record"], eqn.params["copies"], inside, times, cut)
         for inner, trips in _inner(eqn, machine):
             repeated = None if times is None or trips is None else times * trips
-            yield from _marks(inner, machine, inside, repeated)
+            there = sliced_within(eqn, inner, sliced)
+            yield from _marks(inner, machine, there, inside, repeated)
+        sliced |= sliced_by(eqn, sliced)
 
 
 def _inner(eqn, machine) -> Iterator[tuple[Jaxpr, int | None]]:
@@ -87,7 +96,8 @@ def _inner(eqn, machine) -> Iterator[tuple[Jaxpr, int | None]]:
     yield eqn.params["branches"][chosen].jaxpr, trips
 
 
-_TRIPS = {"scan": lambda params: params["length"], "while": lambda params: None}
+_TRIPS = dict.fromkeys(("scan", "copying_scan"), lambda params: params["length"])
+_TRIPS |= {"while": lambda params: None}
 
 
 def _row(mark: _Mark, machine: Machine, measurement: Measurement | None) -> ExplanationRow:
@@ -138,14 +148,19 @@ def _speeds(mark, choice, measurement):
     return speeds_near(lines, (record.length, columns), record.rows)
 
 
+# Those that need no copy of 4-bit weights. XLA's own cost as much by themselves as their slices.
+_READ_CODES_AS_THEY_LIE = ("native",)
+
+
 def _warning(mark, machine, speeds, measurement):
     """What is slower than it need be, or None."""
     words = []
-    weights = mark.record.rhs
-    has_4_bits = weights.bytes < math.prod(weights.shape)
-    if has_4_bits and mark.times != 1 and not machine.slices_4_bits:
-        # `python -m benchmarks.loops`: 49 to 65 times as long at one row.
-        words.append("in a loop XLA copies 4-bit weights one by one: keep layers apart")
+    is_read_as_it_lies = _choice(mark.record, machine).implementation in _READ_CODES_AS_THEY_LIE
+    if mark.is_sliced and is_read_as_it_lies and not machine.slices_4_bits:
+        words.append(
+            "XLA copies 4-bit weights one by one where it slices them: use jaxquant.scan "
+            "(without gradients), or keep layers apart"
+        )
     found = [speed for *_, speed in speeds]
     if found and min(found) < 1:
         verb = "is" if max(found) < 1 else "may be"

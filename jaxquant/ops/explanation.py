@@ -33,8 +33,7 @@ class ExplanationRow:
         bound: "memory" or "arithmetic": which takes longer. An estimate, from the machine's rates.
         speeds: (rows, (K, N), speed in units of the float product's) as measured for the same
             computation at this size, or at the next below and above; empty if it was not.
-        warning: says so where a float product was faster, or a loop copies weights slowly; else
-            None.
+        warning: says so where a float product was faster, or weights are sliced slowly; else None.
     """
 
     path: str

@@ -44,6 +44,15 @@ def on_one_gpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
     return _choose(here, elsewhere, _takes_no_kernel_of_gpu, args)
 
 
+def is_for_one_cpu(context: mlir.LoweringRuleContext) -> bool:
+    """Whether a program can hold machine code of this process, and will run on one CPU.
+
+    XLA cannot divide machine code among devices: inside `shard_map` each one runs it.
+    """
+    is_divided = _is_divided(context.module_context.axis_context)
+    return _platforms(context) == ("cpu",) and not is_divided and not _is_exported(context)
+
+
 def _is_exported(context):
     return context.module_context.lowering_parameters.for_export
 
@@ -58,13 +67,17 @@ def _takes_no_kernel_of_gpu(context):
 
 
 def _takes_no_kernel(context, platform, need):
-    platforms = tuple(context.platforms or context.module_context.platforms)
+    platforms = _platforms(context)
     if platform not in platforms:
         raise ValueError(
             f"implementation={need}; got a program for {', '.join(platforms)}. "
             "Choose another one, or None."
         )
     return len(platforms) > 1 or _is_divided(context.module_context.axis_context)
+
+
+def _platforms(context):
+    return tuple(context.platforms or context.module_context.platforms)
 
 
 def _is_divided(where):

@@ -18,7 +18,7 @@ class Machine:
         integer_per_second, float_per_second: multiplications and additions, of int8 and of the
             floats that products are computed in (bfloat16 on TPU and GPU, float32 on CPU).
         source: where the figures come from.
-        slices_4_bits: whether loops slice 4-bit arrays as fast as others.
+        slices_4_bits: whether 4-bit arrays are sliced as fast as others.
     """
 
     name: str

@@ -185,6 +185,38 @@ def test_vmap_over_either_side_is_a_loop():
             np.testing.assert_array_equal(found[i], native.int8_dot(one[0], one[1]))
 
 
+# Widths of all kinds, axes first, between and last, and more bytes than one thread copies.
+SLICED = [("int4", (3, 5, 4), 0), ("uint2", (2, 3, 1, 4), 1), ("float4_e2m1fn", (2, 2, 3, 2), 2)]
+SLICED += [("int8", (4, 3), 0), ("float32", (2, 3), 0), ("int4", (2, 1 << 19), 0)]
+SLICED += [("int4", (0, 3, 4), 1), ("int4", (3, 0), 0)]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype, shape, axis", SLICED, ids=str)
+def test_slices_are_those_of_numpy(dtype, shape, axis):
+    values = np.random.default_rng(0).integers(0, 4, shape).astype(np.int8)
+    stack = jnp.asarray(values - (dtype[0] == "i")).astype(dtype)
+    take = jax.jit(partial(native.take_slice, axis=axis))
+    # An index outside is the nearest one within, as for `jax.lax.dynamic_index_in_dim`.
+    for index in (0, shape[axis] - 1, -7, 99):
+        got = take(stack, jnp.int32(index))
+        wanted = np.take(np.asarray(stack), np.clip(index, 0, shape[axis] - 1), axis)
+        assert got.dtype == stack.dtype
+        np.testing.assert_array_equal(np.asarray(got), wanted)
+
+
+@needs_native
+def test_slices_are_batched_over_stacks_indices_or_both():
+    stacks = jnp.asarray(int8(2, 3, 4, 6) % 8).astype(jnp.int4)
+    indices = jnp.asarray([2, 0], jnp.int32)
+    for axes in ((0, None), (None, 0), (0, 0)):
+        args = [a if axis == 0 else a[1] for a, axis in zip((stacks, indices), axes, strict=True)]
+        got = jax.jit(jax.vmap(native.take_slice, axes))(*args)
+        for i in range(2):
+            stack, index = (a if b is None else a[i] for a, b in zip(args, axes, strict=True))
+            np.testing.assert_array_equal(got[i], np.asarray(stack)[index])
+
+
 @pytest.mark.parametrize(
     "length, groups, reason",
     [

@@ -23,6 +23,7 @@ from jaxquant import (
     matmul,
     quantize,
     ragged_dot,
+    scan,
     take,
 )
 from jaxquant.kernels import native
@@ -571,21 +572,70 @@ def test_what_is_no_function_is_refused():
         explain(weight(ArrayConfig(), (64, 24)))
 
 
-def test_4_bit_weights_in_a_loop_are_warned_of_on_cpu():
-    def stacked(q):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), q)
+def sliced_by_index(x, layers):
+    for i in range(3):
+        x = matmul(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+    return x
 
-    def product(x, layers):
-        return jax.lax.scan(lambda x, q: (matmul(x, q), None), x, layers)[0]
 
-    x, square = floats(5, 128), (128, 128)
-    words = "in a loop XLA copies 4-bit weights one by one: keep layers apart"
+def taken_in_a_loop(x, layers):
+    def step(i, x):
+        return matmul(x, jax.tree.map(lambda leaf: jnp.take(leaf, i, 0), layers))
+
+    return jax.lax.fori_loop(0, 3, step, x)
+
+
+def by_a(scan, x, layers):
+    return scan(lambda x, q: (jax.jit(matmul)(x, q), None), x, layers)[0]
+
+
+def gradient_of(scan, x, layers):
+    return jax.grad(lambda x: jnp.sum(by_a(scan, x, layers)))(x)
+
+
+# What slices the weights of its products, by whether they are copied one by one.
+SLICES = {
+    "scan": (partial(by_a, jax.lax.scan), True),
+    "ours": (partial(by_a, scan), False),
+    "gradient of ours": (partial(gradient_of, scan), True),
+    "vmap of ours": (lambda x, q: jax.vmap(partial(by_a, scan), (0, None))(x[None], q), False),
+    "indices": (sliced_by_index, True),
+    "take in a loop": (taken_in_a_loop, True),
+    "ours in a scan": (
+        lambda x, q: jax.lax.scan(
+            lambda x, q: (by_a(scan, x, q), None),
+            x,
+            jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), q),
+        )[0],
+        True,
+    ),
+    "one, turned": (lambda x, q: matmul(x, q.reorder(None).reorder((-1, -2))), False),
+    "one in a loop": (
+        lambda x, q: jax.lax.fori_loop(0, 3, lambda _, x: matmul(x, q), x),
+        False,
+    ),
+}
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="XLA reads 4-bit weights as slowly as it slices them")
+@pytest.mark.parametrize("name", SLICES)
+def test_4_bit_weights_that_xla_slices_are_warned_of_on_cpu(name):
+    function, is_slow = SLICES[name]
+    words = (
+        "XLA copies 4-bit weights one by one where it slices them: use jaxquant.scan (without "
+        "gradients), or keep layers apart"
+    )
+    x = floats(5, 256)
     for config, platform, wanted in ((G128, "cpu", words), (G128, "tpu", None), ({}, "cpu", None)):
-        q = stored(square, **config)
-        (row,) = explain(product, x, stacked(q), platform=platform)
-        assert row.warning == wanted
-        (row,) = explain(matmul, x, q, platform=platform)
-        assert row.warning is None
+        q = stored((256, 256), **config)
+        found = explain(function, x, q if "one" in name else stacked(q), platform=platform)
+        assert {row.warning for row in found} == {wanted if is_slow else None}
+
+
+def test_a_loop_copies_nothing_that_xla_reads_itself():
+    layers = stacked(stored((128, 128), **G128))
+    (row,) = explain(partial(by_a, jax.lax.scan), floats(5, 128), layers, platform="cpu")
+    assert (row.implementation, row.warning) == ("dequantize", None)
 
 
 def test_the_table_shows_each_row_and_how_often_it_runs():
