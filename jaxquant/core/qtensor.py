@@ -30,12 +30,15 @@ class Inputs:
         multiplier: one factor per contracted channel (SmoothQuant's 1/s, AWQ's 1/s), in the
             shape of the contracted axes of this array, in its order; for a convolution, one per
             input channel. None for 1.
+        tap: called with the operand before it is quantized, by whoever observes operands; None
+            for nobody.
     """
 
     config: ArrayConfig | None = dataclasses.field(default=None, metadata={"static": True})
     scale: jax.Array | None = None
     zero_point: jax.Array | None = None
     multiplier: jax.Array | None = None
+    tap: Any = None
 
 
 @jax.tree_util.register_dataclass

@@ -112,10 +112,12 @@ def with_dequantized_gradient(
     gets the gradient of a step (LSQ, Esser et al. 2020, arXiv:1902.08153, eq. 3), and scales of 16
     bits or more get theirs; codes get none. In a QTensor with `values` these get all of it.
     """
-    leaves, treedef = jax.tree.flatten((operands, others))
     lhs_channels, rhs_channels = channels or contract
     lhs_axes = contract[0], _in_order_of(operands[1], rhs_channels, lhs_channels)
     rhs_axes = contract[1], _in_order_of(operands[0], lhs_channels, rhs_channels)
+    lhs, rhs = operands
+    operands = _observed(lhs, rhs, rhs_axes[1]), _observed(rhs, lhs, lhs_axes[1])
+    leaves, treedef = jax.tree.flatten((operands, others))
 
     @jax.custom_jvp
     def product(*leaves):
@@ -181,6 +183,15 @@ def _inputs_for(x, other) -> Inputs | None:
             f"{x!r}. Multiply it before you quantize it, and drop the multiplier."
         )
     return None
+
+
+def _observed(other, x, channels):
+    """`other` without a tap, after x has run through it."""
+    inputs = _inputs_for(x, other)
+    if inputs is None or inputs.tap is None:
+        return other
+    inputs.tap(_multiply(x, other, channels))
+    return dataclasses.replace(other, inputs=dataclasses.replace(inputs, tap=None))
 
 
 def _treat(x, other, shared, channels):

@@ -1,8 +1,14 @@
 """Quantization inside training loops: pure functions and pytrees, for `jax.grad` and optax."""
 
+from .calibrate import calibrate as calibrate
 from .fake_quantize import LearnedRange as LearnedRange
 from .fake_quantize import LearnedStep as LearnedStep
 from .fake_quantize import fake_quantize as fake_quantize
+from .observers import MovingAverage as MovingAverage
+from .observers import MSEHistogram as MSEHistogram
+from .observers import Observer as Observer
+from .observers import PercentileHistogram as PercentileHistogram
+from .observers import RunningAbsMax as RunningAbsMax
 from .prepare import Prepared as Prepared
 from .prepare import convert as convert
 from .prepare import init_learned as init_learned

@@ -18,7 +18,8 @@ from ..ops import best_order
 from .paths import is_quantized, leaves_with_paths
 from .rules import Rule, Rules, as_rules, bits_per_weight, match, shrinks, unused
 
-Progress = Callable[[int, int, str], None]
+# Steps done, those in all (None: not known), and what was done last.
+Progress = Callable[[int, int | None, str], None]
 
 
 def quantize(
@@ -206,12 +207,14 @@ def _is_finite(x):
 
 
 @contextlib.contextmanager
-def reporter(progress: Progress | bool | None, total: int) -> Iterator[Progress]:
-    """Yields the function to call after each of `total` leaves, as `quantize` describes."""
+def reporter(
+    progress: Progress | bool | None, total: int | None, task: str = "Quantizing"
+) -> Iterator[Progress]:
+    """Yields the function to call after each of `total` steps, as `quantize` describes."""
     if callable(progress):
         yield progress
         return
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(console=console, transient=True, disable=not progress) as bar:
-        task = bar.add_task("Quantizing", total=total)
-        yield lambda done, total, path: bar.update(task, completed=done, description=path)
+        number = bar.add_task(task, total=total)
+        yield lambda done, total, what: bar.update(number, completed=done, description=what)

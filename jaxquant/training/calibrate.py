@@ -1,0 +1,156 @@
+"""Static ranges of activations, from batches that run through the model."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sized
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..core import Inputs, QTensor, quantize_with_range, scale_values
+from ..tree import Progress, Rules, reporter
+from ..tree import quantize as quantize_tree
+from .observers import Observer, PercentileHistogram
+from .prepare import Prepared
+
+
+def calibrate(
+    apply: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Any],
+    rules: Rules | None = None,
+    *,
+    observer: Observer | None = None,
+    progress: Progress | bool | None = None,
+) -> Any:
+    """Runs batches through a model and gives its weights static scales for their inputs.
+
+        scale of inputs = that of the range which an observer found in all operands that met the
+        weight, over all batches, while inputs were left as they are
+
+    Each batch runs in one compiled program, which hands the operands out, so that those of one
+    batch lie in host memory until the observers have seen them. Weights that are stacked, and
+    sliced by `lax.scan`, get one scale per slice.
+
+    Args:
+        apply: (params, batch) -> anything, written with jaxquant's operations.
+        params: tree of floats, with rules; or a tree from `tree.quantize` or `prepare`, without.
+        batches: what apply takes, one after another; arrays of equal shapes compile once.
+        rules: as for `tree.quantize`.
+        observer: one that has seen nothing; None for `PercentileHistogram.init()`.
+        progress: as for `tree.quantize`, per batch.
+
+    Returns:
+        The quantized (or prepared) tree, whose `inputs` have a scale, and a zero point if they are
+        asymmetric.
+
+    Raises:
+        ValueError: no weight's scheme quantizes its inputs, an input's format has groups, a weight
+            met no operand, was sliced in two ways, or met NaN or Inf; or as for `tree.quantize`.
+
+    Source: Jacob et al. 2018, arXiv:1712.05877, section 3; Wu et al. 2020, arXiv:2004.09602,
+        section 3.
+    """
+    tree = params if rules is None else quantize_tree(params, rules)
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_weight)
+    leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in found}
+    _check(leaves)
+    first = PercentileHistogram.init() if observer is None else observer
+    waiting, seen = [], {}
+    tapped = [_tapped(x, path, waiting) if _has_inputs(x) else x for path, x in leaves.items()]
+    run, tapped = jax.jit(apply), jax.tree.unflatten(treedef, tapped)
+    total = len(batches) if isinstance(batches, Sized) else None
+    with reporter(progress, total, "Calibrating") as report:
+        for done, batch in enumerate(batches, 1):
+            jax.block_until_ready(run(tapped, batch))
+            jax.effects_barrier()
+            while waiting:
+                path, number, x = waiting.pop(0)
+                observers = seen.setdefault((path, number.shape), {})
+                slice_ = int(number.flat[0])
+                observers[slice_] = observers.get(slice_, first).update(x)
+            report(done, total, f"batch {done}")
+    scaled = [_scaled(x, path, seen) if _has_inputs(x) else x for path, x in leaves.items()]
+    return jax.tree.unflatten(treedef, scaled)
+
+
+def _check(leaves):
+    weights = {path: x for path, x in leaves.items() if _has_inputs(x)}
+    if not weights:
+        raise ValueError(
+            f"No weight has inputs to calibrate; got {', '.join(list(leaves)[:8]) or 'no leaf'}. "
+            "Use a scheme with inputs, such as W8A8."
+        )
+    for path, weight in weights.items():
+        config = weight.inputs.config
+        if config.group_size is not None or config.format.group_size is not None:
+            raise ValueError(
+                f"{path}: a static scale is one for the whole operand; got inputs in groups, "
+                f"{config!r}. Leave them to be quantized anew in each product."
+            )
+
+
+def _is_weight(x):
+    return isinstance(x, QTensor | Prepared)
+
+
+def _has_inputs(x):
+    return _is_weight(x) and x.inputs is not None and x.inputs.config is not None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tap:
+    """Hands out what runs through it, with the numbers of the slices of the weight that it met."""
+
+    numbers: jax.Array
+    take: Callable[..., None] = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, x):
+        jax.debug.callback(self.take, self.numbers, x)
+
+
+def _tapped(weight, path, waiting):
+    """The weight with inputs as they come, and a tap: one number for each matrix in it."""
+    leading = weight.shape[:-2]
+    numbers = jnp.arange(math.prod(leading), dtype=jnp.int32).reshape(leading)
+
+    def take(numbers, x):
+        waiting.append((path, np.asarray(numbers), np.asarray(x)))
+
+    inputs = Inputs(multiplier=weight.inputs.multiplier, tap=_Tap(numbers, take))
+    return dataclasses.replace(weight, inputs=inputs)
+
+
+def _scaled(weight, path, seen):
+    """The weight with the scale of its inputs, one for each slice that products met."""
+    shapes = [shape for name, shape in seen if name == path]
+    if len(shapes) != 1:
+        raise ValueError(
+            f"{path}: products must all meet the whole weight, or slices of one shape; got "
+            f"{len(shapes)} shapes, {shapes}. Give batches that reach it, or a rule without inputs."
+        )
+    leading = weight.shape[:-2]
+    sliced = leading[: len(leading) - len(shapes[0])]
+    observers = seen[path, shapes[0]]
+    numbers = np.arange(math.prod(sliced)) * (math.prod(leading) // max(math.prod(sliced), 1))
+    missing = [n for n in numbers.tolist() if n not in observers]
+    if missing:
+        raise ValueError(
+            f"{path}: every slice must meet an operand; got none for {len(missing)} of "
+            f"{len(numbers)}. Give batches that reach them."
+        )
+    config = weight.inputs.config
+    try:
+        ends = [observers[n].finish(config) for n in numbers.tolist()]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    low, high = (jnp.stack(end).reshape(sliced) for end in zip(*ends, strict=True))
+    whole = dataclasses.replace(config, axis=(), group_size=None)
+    q = quantize_with_range(jnp.zeros(sliced), low, high, whole)
+    inputs = dataclasses.replace(
+        weight.inputs, scale=scale_values(q.scale), zero_point=q.zero_point
+    )
+    return dataclasses.replace(weight, inputs=inputs)

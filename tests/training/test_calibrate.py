@@ -1,0 +1,208 @@
+"""Static scales of inputs from batches, in models whose products meet weights in every way."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import (
+    INT8,
+    MXFP8A8,
+    W8A8,
+    W8A16,
+    ArrayConfig,
+    QTensor,
+    Scheme,
+    conv_general_dilated,
+    einsum,
+    matmul,
+    tree,
+)
+from jaxquant.training import Prepared, RunningAbsMax, calibrate, convert, prepare
+
+LAYERS, WIDTH, OUT = 3, 16, 10
+STATIC = Scheme(W8A8.weights, ArrayConfig(axis=None))
+RANDOM = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
+
+
+PARAMS = {
+    "layers": {"kernel": normal(LAYERS, WIDTH, WIDTH) / 4},
+    "out": {"kernel": normal(WIDTH, OUT), "bias": jnp.ones(OUT)},
+}
+BATCHES = [normal(5, WIDTH) * size for size in (1.0, 4.0, 0.5)]
+
+
+def hidden(params, x):
+    """What meets each kernel."""
+    met = [x]
+    for kernel in tree.dequantize(tree.quantize(params, W8A16))["layers"]["kernel"]:
+        met.append(jnp.tanh(met[-1] @ kernel))
+    return met
+
+
+def apply(params, x):
+    def layer(x, kernel):
+        return jnp.tanh(matmul(x, kernel)), None
+
+    x, _ = jax.lax.scan(layer, x, params["layers"]["kernel"])
+    # Whole numbers: nothing can be differentiated.
+    return jnp.argmax(matmul(x, params["out"]["kernel"]) + params["out"]["bias"][None], -1)
+
+
+def abs_max(*operands):
+    return max(float(jnp.abs(x).max()) for x in operands)
+
+
+@pytest.mark.parametrize("make", [tree.quantize, prepare])
+def test_each_slice_of_stacked_layers_gets_the_scale_of_what_it_met(make):
+    each = [hidden(PARAMS, x) for x in BATCHES]
+    want = [abs_max(*met) / 127 for met in zip(*each, strict=True)]
+
+    got = calibrate(apply, make(PARAMS, STATIC), BATCHES, observer=RunningAbsMax.init())
+
+    kernels = got["layers"]["kernel"], got["out"]["kernel"]
+    assert isinstance(kernels[0], QTensor if make is tree.quantize else Prepared)
+    found = [kernel.inputs.scale for kernel in kernels]
+    assert [scale.shape for scale in found] == [(LAYERS,), ()]
+    np.testing.assert_allclose(np.append(*found), want, rtol=1e-5)
+    assert all(k.inputs.config == STATIC.inputs and k.inputs.tap is None for k in kernels)
+    np.testing.assert_array_equal(got["out"]["bias"], PARAMS["out"]["bias"])
+    jax.jit(apply)(got, BATCHES[0])
+
+
+def test_rules_quantize_first_and_the_products_use_the_scale():
+    got = calibrate(lambda p, x: matmul(x, p["kernel"]), PARAMS["out"], BATCHES, STATIC)
+    scale = got["kernel"].inputs.scale
+    x = BATCHES[0]
+    codes = np.clip(np.round(x / scale), -127, 127)
+    want = np.asarray(codes * scale) @ np.asarray(got["kernel"].dequantize())
+    np.testing.assert_allclose(matmul(x, got["kernel"]), want, rtol=1e-5, atol=1e-5)
+
+
+def test_asymmetric_inputs_get_a_zero_point():
+    scheme = Scheme(W8A8.weights, ArrayConfig(axis=None, symmetric=False))
+    seen = [jnp.abs(x) for x in BATCHES]
+    got = calibrate(
+        lambda p, x: matmul(x, p["kernel"]),
+        PARAMS["out"],
+        seen,
+        scheme,
+        observer=RunningAbsMax.init(),
+    )
+    inputs = got["kernel"].inputs
+    np.testing.assert_allclose(inputs.scale, abs_max(*seen) / 254, rtol=1e-6)
+    assert (inputs.zero_point.dtype, int(inputs.zero_point)) == (jnp.int8, -127)
+
+
+def test_a_multiplier_comes_before_the_scale():
+    q = tree.quantize(PARAMS["out"], STATIC)
+    multiplier = jnp.linspace(0.1, 2.0, WIDTH)
+    inputs = dataclasses.replace(q["kernel"].inputs, multiplier=multiplier)
+    q["kernel"] = dataclasses.replace(q["kernel"], inputs=inputs)
+    got = calibrate(lambda p, x: matmul(x, p["kernel"]), q, BATCHES, observer=RunningAbsMax.init())
+    want = abs_max(*(x * multiplier[None] for x in BATCHES)) / 127
+    np.testing.assert_allclose(got["kernel"].inputs.scale, want, rtol=1e-6)
+    np.testing.assert_array_equal(got["kernel"].inputs.multiplier, multiplier)
+
+
+def test_a_weight_that_is_met_twice_spans_both_and_experts_share_a_scale():
+    params = {"kernel": normal(WIDTH, WIDTH), "experts": {"kernel": normal(4, WIDTH, OUT)}}
+
+    @jax.jit
+    @jax.checkpoint
+    def apply(p, x):
+        h = matmul(matmul(x, p["kernel"]) * 0 + 50, p["kernel"])
+        return einsum("bk,ekn->ebn", x, p["experts"]["kernel"]) + h.sum()
+
+    got = calibrate(apply, params, BATCHES, STATIC, observer=RunningAbsMax.init())
+
+    np.testing.assert_allclose(got["kernel"].inputs.scale, 50 / 127, rtol=1e-6)
+    experts = got["experts"]["kernel"].inputs.scale
+    np.testing.assert_allclose(experts, abs_max(*BATCHES) / 127, rtol=1e-6)
+    assert experts.shape == ()
+
+
+def test_a_convolution_and_a_conv_gets_its_scale():
+    kernel = tree.quantize({"conv_kernel": normal(3, 3, 8, 16)}, STATIC)
+    images = [normal(2, 6, 6, 8) for _ in range(2)]
+
+    def apply(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return conv_general_dilated(x, p["conv_kernel"], (1, 1), "SAME", dimension_numbers=numbers)
+
+    got = calibrate(apply, kernel, images, observer=RunningAbsMax.init())
+    np.testing.assert_allclose(got["conv_kernel"].inputs.scale, abs_max(*images) / 127, rtol=1e-6)
+
+
+def test_training_goes_on_from_the_static_scale():
+    prepared = calibrate(apply, prepare(PARAMS, STATIC), BATCHES)
+    converted = convert(prepared)
+
+    def loss(params):
+        return jnp.sum(jnp.square(matmul(BATCHES[0], params["out"]["kernel"])))
+
+    gradient = jax.grad(loss)(prepared)["out"]["kernel"]
+    assert float(jnp.abs(gradient.inputs.scale)) > 0
+    np.testing.assert_array_equal(
+        jax.jit(apply)(prepared, BATCHES[1]), jax.jit(apply)(converted, BATCHES[1])
+    )
+
+
+def test_progress_is_reported_per_batch(capsys):
+    seen = []
+    calibrate(apply, PARAMS, BATCHES, STATIC, progress=lambda *step: seen.append(step))
+    assert seen == [(i, 3, f"batch {i}") for i in (1, 2, 3)]
+    calibrate(apply, PARAMS, iter(BATCHES), STATIC, progress=True)
+    assert capsys.readouterr().out == ""
+
+
+def with_nan(x):
+    return x.at[0, 0].set(jnp.nan)
+
+
+REFUSED = {
+    "no inputs": (W8A16, BATCHES, "No weight has inputs to calibrate; got layers/kernel, .*W8A8"),
+    "groups": (
+        Scheme(W8A8.weights, ArrayConfig(format=INT8, group_size=8)),
+        BATCHES,
+        "layers/kernel: a static scale is one for the whole operand; got inputs in groups",
+    ),
+    "mx": (
+        {"out/kernel": Scheme(W8A8.weights, MXFP8A8.inputs)},
+        BATCHES,
+        "out/kernel: a static scale is one for the whole operand",
+    ),
+    "no batches": (STATIC, [], "layers/kernel: products must all meet .*; got 0 shapes"),
+    "nan": (STATIC, [with_nan(BATCHES[0])], "layers/kernel: .*must be finite; got a range"),
+    "zeros": (STATIC, [BATCHES[0] * 0], "layers/kernel: .*something beside zeros"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_calibrated_is_refused(name):
+    rules, batches, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        calibrate(apply, PARAMS, batches, rules)
+
+
+def test_a_weight_that_is_met_whole_and_in_slices_is_refused():
+    def both(params, x):
+        return apply(params, x), matmul(x[None], params["layers"]["kernel"])
+
+    with pytest.raises(ValueError, match=r"slices of one shape; got 2 shapes, \[.*\(3,\)"):
+        calibrate(both, PARAMS, BATCHES, STATIC)
+
+
+def test_a_slice_that_meets_nothing_is_refused():
+    def first(params, x):
+        kernel = jax.tree.map(lambda a: a[0], params["layers"]["kernel"])
+        return matmul(x, kernel), matmul(x, params["out"]["kernel"])
+
+    with pytest.raises(ValueError, match=r"every slice must meet .*; got none for 2 of 3"):
+        calibrate(first, PARAMS, BATCHES, STATIC)
