@@ -97,7 +97,7 @@ def grouped(length, columns, group, has_zero):
 def test_products_by_int4_groups_match_numpy(rows, length, columns, group, has_zero, instructions):
     codes, scale, zero, weights = grouped(length, columns, group, has_zero)
     x = int8(rows, length)
-    found = native.int4_dot(jnp.asarray(x), codes, scale, zero, instructions)
+    found = native.int4_dot(jnp.asarray(x), codes, scale, zero, instructions=instructions)
     exact = x.astype(np.float64)
     assert_near(found, exact @ weights.T, np.abs(exact) @ np.abs(weights.T))
 
@@ -145,7 +145,7 @@ def test_a_scale_that_is_no_number_reaches_its_column_alone(rows, instructions):
     scale = scale.at[65, 3].set(jnp.nan)
     table = jnp.asarray(SIGNED)
     for found in (
-        native.int4_dot(jnp.asarray(int8(rows, 256)), codes, scale, zero, instructions),
+        native.int4_dot(jnp.asarray(int8(rows, 256)), codes, scale, zero, instructions=instructions),
         native.lookup_dot(jnp.asarray(floats(rows, 256)), codes, scale, zero, table, instructions),
     ):
         assert np.isnan(found[:, 65]).all()
