@@ -36,7 +36,7 @@ def quantize_inputs(x: jax.Array, config: ArrayConfig) -> QTensor:
     if not _is_of_rows(x, config):
         return quantize(x, config)
     branches = {"tpu": on_tpu} if _pays_on_tpu(x) else {}
-    branches |= {"cpu": on_cpu} if _pays_on_cpu(x) else {}
+    branches |= {"cpu": on_cpu} if _pays_on_cpu() else {}
     return lax.platform_dependent(x, **branches, default=by_xla) if branches else by_xla(x)
 
 
@@ -73,5 +73,7 @@ def _pays_on_tpu(x):
     return math.prod(x.shape[:-1]) >= least and x.shape[-1] <= _LONGEST_ROW
 
 
-def _pays_on_cpu(x):
+def _pays_on_cpu():
+    # 2 cores, AVX512, float32, microseconds against those of XLA: 15 and 20 for 1 x 4096, 13 and 22
+    # for 8 x 384, 1000 and 3200 for 512 x 4096; equal for 1 x 32 and 64 x 4096.
     return native.unavailable() is None

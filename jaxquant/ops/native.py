@@ -40,10 +40,7 @@ def scaled_int8_product(
     rhs_scale: jax.Array,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """`int8_product` times scales that broadcast with it, the left one first, by one call.
-
-    4096 x 4096 and one row: XLA takes 30 microseconds of 700 for the scales.
-    """
+    """`int8_product` times scales that broadcast with it, the left one first, by one call."""
     row = _per_row(lhs_scale, lhs.shape)
     column = jnp.broadcast_to(rhs_scale.reshape(-1), rhs.shape[:1])
     out = native.scaled_int8_dot(_rows(lhs), rhs, row, column, _result(dtype))
