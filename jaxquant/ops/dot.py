@@ -214,12 +214,12 @@ def _natively_by_int8(lhs, rhs, spec):
     zeros = lhs.zero_point, rhs.zero_point
     if spec.dtype == jnp.float64 or any(zero is not None for zero in zeros):
         return _integer(lhs, rhs, spec, native.int8_product)
-    codes = (x.codes.astype(jnp.int8) for x in (lhs, rhs))
-    scales = (
+    left, right = (x.codes.astype(jnp.int8) for x in (lhs, rhs))
+    row, column = (
         _in_result(scale_values(x.scale), side, (lhs, rhs), spec)
         for side, x in enumerate((lhs, rhs))
     )
-    out = native.scaled_int8_product(*codes, *scales, spec.dtype)
+    out = native.scaled_int8_product(left, right, row, column, spec.dtype)
     return _logical(out.astype(spec.dtype), spec)
 
 

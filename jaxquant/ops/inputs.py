@@ -55,7 +55,8 @@ def quantize_rows_natively(x: jax.Array, config: ArrayConfig) -> QTensor:
 
 
 def _bounds(config):
-    return tuple(int(q) for q in config.bounds)
+    qmin, qmax = (int(q) for q in config.bounds)
+    return qmin, qmax
 
 
 def _is_of_rows(x, config):
