@@ -1,4 +1,4 @@
-"""Products on the CPU by machine code of our own, called through XLA's FFI.
+"""Products and rounding on the CPU by machine code of our own, called through XLA's FFI.
 
 `cpu.cc` is compiled when the package is installed, where there is a C++ compiler. Without it, or
 on a processor that has none of its sets of instructions, `unavailable` says why, and XLA computes.
@@ -19,7 +19,7 @@ from ..core import bits_of
 
 # Elements of a 4-bit weight that the kernels take at a time, at most.
 BLOCK = 128
-_KERNELS = ("dot_int8", "dot_int4", "dot_lookup", "dot_widen", "slice")
+_KERNELS = ("quantize_rows", "dot_int8", "dot_int4", "dot_lookup", "dot_widen", "slice")
 # Sets of instructions, the best first: their places are their numbers in `cpu.cc`.
 _INSTRUCTIONS = ("AVX512-VNNI", "AVX2", "NEON")
 
@@ -63,12 +63,58 @@ def refuses_groups(length: int, groups: int) -> str | None:
     return None
 
 
-def int8_dot(x: jax.Array, w: jax.Array, instructions: str | None = None) -> jax.Array:
-    """x @ w.T of int8 codes, (M, K) by (N, K), exact in int32: at most 131071 elements long.
+def quantize_rows(
+    x: jax.Array, qmin: int = -127, qmax: int = 127, instructions: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of each row, by its largest magnitude, while the row is in the cache.
+
+        scale = max|x| / min(-qmin, qmax)        codes = clip(round(x / scale), qmin, qmax)
 
     This and those below take the best instructions that there are, or those that are named.
+
+    Args:
+        x: float32 or bfloat16, (..., K).
+        qmin, qmax: the outermost codes.
+
+    Returns:
+        codes, int8 (..., K), and scale, float32 (..., 1): the bits that `core.quantize` gives
+        under `jax.jit`. A row of zeros has scale 1, one with NaN or Inf scale NaN, and both have
+        codes of 0.
     """
-    return _call("int8", jnp.int32, w.shape[0], instructions, x, w)
+    codes = jax.ShapeDtypeStruct(x.shape, jnp.int8)
+    scale = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
+    # Rows are quantized one by one, however many axes they have.
+    attributes = {
+        "qmin": np.int64(qmin),
+        "qmax": np.int64(qmax),
+        "vmap_method": "broadcast_all",
+    }
+    return _call("quantize_rows", (codes, scale), instructions, x, **attributes)
+
+
+def int8_dot(x: jax.Array, w: jax.Array, instructions: str | None = None) -> jax.Array:
+    """x @ w.T of int8 codes, (M, K) by (N, K), exact in int32: at most 131071 elements long."""
+    none = jnp.zeros(0, jnp.float32)
+    return _call("dot_int8", _result(x, w, jnp.int32), instructions, x, w, none, none)
+
+
+def scaled_int8_dot(
+    x: jax.Array,
+    w: jax.Array,
+    row: jax.Array,
+    column: jax.Array,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    instructions: str | None = None,
+) -> jax.Array:
+    """`int8_dot`, rounded to float32, times the scales of rows, times those of columns.
+
+    Args:
+        x, w: as for `int8_dot`.
+        row, column: (M,) and (N,).
+        dtype: of the result, float32 or bfloat16.
+    """
+    scales = _float(row), _float(column)
+    return _call("dot_int8", _result(x, w, dtype), instructions, x, w, *scales)
 
 
 def int4_dot(
@@ -76,18 +122,24 @@ def int4_dot(
     w: jax.Array,
     scale: jax.Array,
     zero: jax.Array | None,
+    row: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     instructions: str | None = None,
 ) -> jax.Array:
-    """Sums over groups of scale * sum of x * (w - zero), in float32.
+    """Sums over groups of scale * sum of x * (w - zero), in float32, times the scales of rows.
 
     Args:
         x: int8, (M, K).
         w: int4, (N, K), in groups that `refuses_groups` admits.
         scale, zero: (N, groups); a zero point of None is 0.
+        row: (M,); None for 1.
+        dtype: of the result, float32 or bfloat16.
 
     Error: sums within a group are exact; those of groups are rounded as float32 sums are.
     """
-    return _call("int4", jnp.float32, w.shape[0], instructions, x, w, *_floats(scale, zero))
+    row = jnp.zeros(0, jnp.float32) if row is None else _float(row)
+    others = w, *_floats(scale, zero), row
+    return _call("dot_int4", _result(x, w, dtype), instructions, x, *others)
 
 
 def lookup_dot(
@@ -104,12 +156,12 @@ def lookup_dot(
         table: (16,), what each pattern of 4 bits stands for.
     """
     others = w, *_floats(scale, zero), _float(table)
-    return _call("lookup", jnp.float32, w.shape[0], instructions, _float(x), *others)
+    return _call("dot_lookup", _result(x, w, jnp.float32), instructions, _float(x), *others)
 
 
 def widen_dot(x: jax.Array, w: jax.Array, instructions: str | None = None) -> jax.Array:
     """x @ w.T in float32, of floats (M, K) and int8 codes (N, K)."""
-    return _call("widen", jnp.float32, w.shape[0], instructions, _float(x), w)
+    return _call("dot_widen", _result(x, w, jnp.float32), instructions, _float(x), w)
 
 
 def take_slice(stack: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
@@ -153,10 +205,13 @@ def _floats(scale, zero):
     return _float(scale), none if zero is None else _float(zero)
 
 
-def _call(name, dtype, columns, instructions, x, *others):
+def _result(x, w, dtype):
+    return jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype)
+
+
+def _call(name, result, instructions, *args, vmap_method="sequential", **attributes):
     assert unavailable() is None, unavailable()
     instructions = instructions or instruction_sets()[0]
     assert instructions in instruction_sets(), instructions
-    result = jax.ShapeDtypeStruct((x.shape[0], columns), dtype)
-    call = jax.ffi.ffi_call(f"jaxquant_dot_{name}", result, vmap_method="sequential")
-    return call(x, *others, set=np.int64(_INSTRUCTIONS.index(instructions)))
+    call = jax.ffi.ffi_call(f"jaxquant_{name}", result, vmap_method=vmap_method)
+    return call(*args, set=np.int64(_INSTRUCTIONS.index(instructions)), **attributes)

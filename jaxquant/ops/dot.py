@@ -202,10 +202,24 @@ def _refuses_integer(lhs, rhs, spec):
 def _native(lhs, rhs, spec):
     """By machine code of our own for CPUs."""
     if rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None:
-        return _integer(lhs, rhs, spec, native.int8_product)
-    out = native.product(lhs, rhs)
+        return _natively_by_int8(lhs, rhs, spec)
+    scale = None
     if native.takes_codes(lhs, rhs):
-        out = out * _in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec)
+        scale = _in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec)
+    out = native.product(lhs, rhs, spec.dtype, scale)
+    return _logical(out.astype(spec.dtype), spec)
+
+
+def _natively_by_int8(lhs, rhs, spec):
+    zeros = lhs.zero_point, rhs.zero_point
+    if spec.dtype == jnp.float64 or any(zero is not None for zero in zeros):
+        return _integer(lhs, rhs, spec, native.int8_product)
+    left, right = (x.codes.astype(jnp.int8) for x in (lhs, rhs))
+    row, column = (
+        _in_result(scale_values(x.scale), side, (lhs, rhs), spec)
+        for side, x in enumerate((lhs, rhs))
+    )
+    out = native.scaled_int8_product(left, right, row, column, spec.dtype)
     return _logical(out.astype(spec.dtype), spec)
 
 

@@ -20,6 +20,14 @@ def unless_exported(here: Function, elsewhere: Function, *args: jax.Array) -> An
     return _choose(here, elsewhere, _is_exported, args)
 
 
+def on_one_cpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
+    """`unless_exported`; elsewhere(*args) also in programs that XLA divides among devices.
+
+    It would gather on each device what lies in parts.
+    """
+    return _choose(here, elsewhere, _takes_no_kernel_of_cpu, args)
+
+
 def on_one_tpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
     """here(*args), and elsewhere(*args) in programs that XLA divides among devices.
 
@@ -55,6 +63,10 @@ def is_for_one_cpu(context: mlir.LoweringRuleContext) -> bool:
 
 def _is_exported(context):
     return context.module_context.lowering_parameters.for_export
+
+
+def _takes_no_kernel_of_cpu(context):
+    return _is_exported(context) or _is_divided(context.module_context.axis_context)
 
 
 def _takes_no_kernel_of_tpu(context):

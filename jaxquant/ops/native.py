@@ -24,9 +24,27 @@ _FEW_ROWS = {(8, True): 8, (8, False): 8, (4, True): 32, (4, False): 8}
 _MOST_ROWS = {"AVX512-VNNI": {}, "AVX2": _FEW_ROWS, "NEON": _FEW_ROWS}
 
 
+# What the kernels round their results to.
+_RESULTS = (jnp.float32, jnp.bfloat16)
+
+
 def int8_product(lhs: jax.Array, rhs: jax.Array, *_) -> jax.Array:
     """Exact sums of int8 codes: (..., K) by (N, K), in int32."""
     return native.int8_dot(_rows(lhs), rhs).reshape(*lhs.shape[:-1], rhs.shape[0])
+
+
+def scaled_int8_product(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    lhs_scale: jax.Array,
+    rhs_scale: jax.Array,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """`int8_product` times scales that broadcast with it, the left one first, by one call."""
+    row = _per_row(lhs_scale, lhs.shape)
+    column = jnp.broadcast_to(rhs_scale.reshape(-1), rhs.shape[:1])
+    out = native.scaled_int8_dot(_rows(lhs), rhs, row, column, _result(dtype))
+    return out.reshape(*lhs.shape[:-1], rhs.shape[0])
 
 
 def refuses_size(lhs: Operand, rhs: QTensor, by_codes: bool) -> str | None:
@@ -53,14 +71,23 @@ def takes_codes(lhs: Operand, rhs: QTensor) -> bool:
     return is_whole and is_signed and lhs.scale.shape[-1] == 1
 
 
-def product(lhs: Operand, rhs: QTensor) -> jax.Array:
-    """(..., K) by (N, K), in float32."""
+def product(
+    lhs: Operand,
+    rhs: QTensor,
+    dtype: jax.typing.DTypeLike,
+    lhs_scale: jax.Array | None = None,
+) -> jax.Array:
+    """(..., K) by (N, K), in float32 or already in `dtype`.
+
+    `lhs_scale` is that of the codes that `takes_codes` admits, to broadcast with the result.
+    """
     scale = _by_row(scale_values(rhs.scale), rhs)
     zero = None if rhs.zero_point is None else _by_row(rhs.zero_point, rhs)
     x = as_array(lhs)
-    if isinstance(lhs, QTensor) and takes_codes(lhs, rhs):
+    if isinstance(lhs, QTensor) and lhs_scale is not None:
         x = lhs.codes.astype(jnp.int8)
-        out = native.int4_dot(_rows(x), rhs.codes, scale, zero)
+        row = _per_row(lhs_scale, x.shape)
+        out = native.int4_dot(_rows(x), rhs.codes, scale, zero, row, _result(dtype))
     elif rhs.format.bits == 4:
         table = jnp.asarray(_table(rhs.format))
         out = native.lookup_dot(_rows(x), rhs.codes, scale, zero, table)
@@ -86,6 +113,14 @@ def refuses(lhs: Operand, rhs: QTensor) -> str | None:
 
 def _rows(x):
     return jnp.asarray(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _per_row(scale, shape):
+    return jnp.broadcast_to(scale, (*shape[:-1], 1)).reshape(-1)
+
+
+def _result(dtype):
+    return dtype if dtype in _RESULTS else jnp.float32
 
 
 def _by_row(values, rhs):

@@ -196,7 +196,7 @@ class PercentileHistogram(Histogram):
             ValueError: p is not above 50 and at most 100, or bins is no power of two from 2 on.
         """
         Percentile(p)
-        return cls(*_nothing(bins), p)
+        return cls(*_nothing(bins), p=p)
 
     def read(self, config: ArrayConfig) -> Ends:
         """(low, high) in units of the limit."""

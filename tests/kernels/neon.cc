@@ -40,7 +40,7 @@ void Check(int64_t M, int64_t K, int64_t N, int64_t group) {
 
   std::vector<int32_t> total = SumsOf<int32_t>(x.data(), M, K);
   Weights bytes{reinterpret_cast<const uint8_t*>(w.data()), N, K, 8};
-  Run(M, N, Int8ByInt8{x.data(), total.data(), bytes, ints.data()});
+  Run(M, N, Int8ByInt8{x.data(), total.data(), bytes, {ints.data(), N, Result::kInt32}});
   Run(M, N, FloatByInt8{real.data(), bytes, floats.data()});
   for (int64_t i = 0; i < M * N; ++i) {
     const int64_t m = i / N, n = i % N;
@@ -59,7 +59,9 @@ void Check(int64_t M, int64_t K, int64_t N, int64_t group) {
   std::vector<float> eights = SumsOf<float>(x.data(), M * K / 8, 8);
   std::vector<float> pairs = EvensThenOdds(real.data(), M * K, 2 * kLanes);
   auto quarter = [&](int i) { return OfLanes(2 * kLanes * i, 2, group); };
-  Run(M, N, Int8ByInt4{arranged.data(), eights.data(), nibbles, floats.data(), OfLanes(0, 8, group)});
+  std::vector<float> row(M, 0.5f);
+  Result halved{floats.data(), N, Result::kFloat32, row.data()};
+  Run(M, N, Int8ByInt4{arranged.data(), eights.data(), nibbles, halved, OfLanes(0, 8, group)});
   Run(M, N, FloatByTable{pairs.data(), nibbles, table.data(), sums.data(),
                          {quarter(0), quarter(1), quarter(2), quarter(3)}});
   for (int64_t i = 0; i < M * N; ++i) {
@@ -72,12 +74,28 @@ void Check(int64_t M, int64_t K, int64_t N, int64_t group) {
       by_codes += x[m * K + k] * value;
       by_floats += real[m * K + k] * value;
     }
-    Expect(floats[i], by_codes, 0.05 * std::sqrt(K), "int8 by int4");
+    Expect(floats[i], by_codes / 2, 0.05 * std::sqrt(K), "int8 by int4");
     Expect(sums[i], by_floats, 2e-3 * std::sqrt(K), "float by table");
   }
 }
 
+void CheckRow(int64_t K, float size) {
+  std::vector<float> x(K);
+  std::mt19937 random(2);
+  for (auto& v : x) v = (static_cast<int>(random() % 255) / 2.f - 63.5f) * size;
+  x[K / 2] = 127 * size;
+  std::vector<int8_t> codes(K);
+  float scale = ScaleOf(x.data(), K, 127);
+  CodesOf(x.data(), K, 1 / scale, -127, 100, codes.data());
+  Expect(scale / size, 1, 1e-6, "scale");
+  for (int64_t k = 0; k < K; ++k)
+    Expect(codes[k], std::fmin(std::nearbyint(x[k] * (1 / scale)), 100), 0, "codes");
+  x[K / 3] = NAN;
+  Expect(std::isnan(ScaleOf(x.data(), K, 127)), 1, 0, "scale of NaN");
+}
+
 int main() {
+  for (int64_t K : {3, 64, 101}) CheckRow(K, 1), CheckRow(K, 1e-36f), CheckRow(K, 1e30f);
   for (auto [M, K, N, group] : std::vector<std::array<int64_t, 4>>{
            {1, 128, 5, 128}, {7, 256, 7, 32}, {4, 512, 9, 16}, {3, 384, 6, 384}, {6, 1024, 5, 256}, {5, 203, 6, 203}})
     Check(M, K, N, group);

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxquant import ArrayConfig, quantize
 from jaxquant.kernels import native
 
 needs_native = pytest.mark.skipif(
@@ -90,6 +91,105 @@ def grouped(length, columns, group, has_zero):
     return as_int4, jnp.asarray(scale), zero, (codes - less) * step
 
 
+def round_to_bfloat16(x):
+    return np.asarray(jnp.asarray(x, jnp.bfloat16))
+
+
+@needs_native
+@pytest.mark.parametrize("rows, length, columns", SHAPES + EMPTY[:1] + EMPTY[2:], ids=str)
+@by_all_instructions
+def test_scales_of_rows_then_columns_are_folded_into_the_product(
+    rows, length, columns, instructions
+):
+    x, w = int8(rows, length), int8(columns, length, seed=1)
+    row, column = floats(rows, seed=2), floats(columns, seed=3)
+    # Rounded twice and in this order: large sums show another one.
+    sums = (x.astype(np.int64) @ w.astype(np.int64).T).astype(np.float32)
+    wanted = (sums * row[:, None]) * column
+    args = jnp.asarray(x), jnp.asarray(w), jnp.asarray(row), jnp.asarray(column)
+    product = partial(native.scaled_int8_dot, instructions=instructions)
+    np.testing.assert_array_equal(product(*args), wanted)
+    narrow = product(*args, dtype=jnp.bfloat16)
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(narrow, round_to_bfloat16(wanted))
+
+
+@needs_native
+@pytest.mark.parametrize("rows, group", [(3, 32), (20, 128), (9, 4480)])
+@by_all_instructions
+def test_scales_of_rows_are_folded_into_products_by_int4(rows, group, instructions):
+    codes, scale, zero, _ = grouped(4480, 67, group, True)
+    x, row = jnp.asarray(int8(rows, 4480)), floats(rows, seed=2)
+    product = partial(native.int4_dot, instructions=instructions)
+    wanted = np.asarray(product(x, codes, scale, zero)) * row[:, None]
+    args = x, codes, scale, zero, jnp.asarray(row)
+    np.testing.assert_array_equal(product(*args), wanted)
+    narrow = product(*args, dtype=jnp.bfloat16)
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(narrow, round_to_bfloat16(wanted))
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 20])
+@by_all_instructions
+def test_results_that_are_no_number_or_too_small_are_those_of_xla(rows, instructions):
+    x, w = jnp.asarray(int8(rows, 64)), jnp.asarray(int8(18, 64, seed=1))
+    column = jnp.asarray([jnp.nan, -jnp.nan, jnp.inf, 1e-38, 1e-43, 3e38] * 3)
+    row = jnp.full(rows, 1e-4)
+    xla = jax.jit(lambda acc, row, column: acc.astype(jnp.float32) * row * column)
+    wanted = xla(native.int8_dot(x, w), row[:, None], column[None])
+    for dtype in (jnp.float32, jnp.bfloat16):
+        found = native.scaled_int8_dot(x, w, row, column, dtype, instructions)
+        as_xla_does = np.asarray(wanted.astype(dtype), np.float32)
+        np.testing.assert_array_equal(np.asarray(found, np.float32), as_xla_does)
+
+
+def rows_of_every_kind(count, length, dtype):
+    """Any magnitude, ties, subnormals, zeros, and what is no number."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(count, length)) * 2.0 ** rng.uniform(-149, 120, (count, 1))
+    x[0], x[1] = 0, np.arange(length) % 255 / 2 - 63.5
+    x[1, 0] = 127
+    x[2] = rng.uniform(0.2, 1.1, length) * 2.0**-126
+    x[3] = rng.uniform(0.4, 300, length) * 2.0**-126
+    x[4] = rng.uniform(-1, 1, length) * np.finfo(np.float32).max
+    for row, value in ((5, np.nan), (6, np.inf), (7, -np.inf), (8, -np.nan)):
+        x[row, row % length] = value
+    return jnp.asarray(x.astype(np.float32), dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("bounds", [(-127, 127), (-128, 100), (-1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantized_rows_have_the_bits_of_quantize(dtype, bounds):
+    for length in (1, 63, 200):
+        x = rows_of_every_kind(60, length, dtype)
+        wanted = quantize(x, ArrayConfig(axis=-1, value_range=bounds))
+        for instructions in INSTRUCTIONS:
+            codes, scale = native.quantize_rows(x, *bounds, instructions=instructions)
+            assert (codes.dtype, scale.dtype) == (jnp.int8, jnp.float32)
+            np.testing.assert_array_equal(codes, wanted.codes)
+            np.testing.assert_array_equal(scale, wanted.scale)
+
+
+@needs_native
+def test_rows_are_quantized_along_any_axes_and_on_several_threads():
+    config = ArrayConfig(axis=-1)
+    for shape in ((200,), (0, 5), (3, 0), (2, 3, 100), (300, 1000)):
+        x = jnp.asarray(floats(*shape))
+        codes, scale = jax.jit(native.quantize_rows)(x)
+        wanted = quantize(x, config)
+        np.testing.assert_array_equal(codes, wanted.codes)
+        np.testing.assert_array_equal(scale, wanted.scale)
+    x = jnp.asarray(floats(4, 3, 100))
+    wanted = quantize(x, config)
+    for axis in (0, 1):
+        run = jax.jit(jax.vmap(native.quantize_rows, axis, axis))
+        assert run.lower(x).as_text().count("@jaxquant_quantize_rows") == 1
+        np.testing.assert_array_equal(run(x)[0], wanted.codes)
+        np.testing.assert_array_equal(run(x)[1], wanted.scale)
+
+
 @needs_native
 @pytest.mark.parametrize("has_zero", [False, True])
 @pytest.mark.parametrize("rows, length, columns, group", GROUPS, ids=str)
@@ -97,7 +197,7 @@ def grouped(length, columns, group, has_zero):
 def test_products_by_int4_groups_match_numpy(rows, length, columns, group, has_zero, instructions):
     codes, scale, zero, weights = grouped(length, columns, group, has_zero)
     x = int8(rows, length)
-    found = native.int4_dot(jnp.asarray(x), codes, scale, zero, instructions)
+    found = native.int4_dot(jnp.asarray(x), codes, scale, zero, instructions=instructions)
     exact = x.astype(np.float64)
     assert_near(found, exact @ weights.T, np.abs(exact) @ np.abs(weights.T))
 
@@ -145,7 +245,9 @@ def test_a_scale_that_is_no_number_reaches_its_column_alone(rows, instructions):
     scale = scale.at[65, 3].set(jnp.nan)
     table = jnp.asarray(SIGNED)
     for found in (
-        native.int4_dot(jnp.asarray(int8(rows, 256)), codes, scale, zero, instructions),
+        native.int4_dot(
+            jnp.asarray(int8(rows, 256)), codes, scale, zero, instructions=instructions
+        ),
         native.lookup_dot(jnp.asarray(floats(rows, 256)), codes, scale, zero, table, instructions),
     ):
         assert np.isnan(found[:, 65]).all()

@@ -14,15 +14,19 @@ from jaxquant import (
     INT4,
     INT8,
     NF4,
+    W8A8,
+    AbsMax,
     ArrayConfig,
     Format,
     Inputs,
+    Percentile,
     dot_general,
     einsum,
     matmul,
     quantize,
 )
 from jaxquant.kernels import native
+from jaxquant.ops.inputs import quantize_inputs
 
 from .products import assert_product, normal, weight, with_inputs
 
@@ -79,6 +83,108 @@ def test_inputs_of_either_kind_are_quantized_first():
         for name in ("int8", "int4-g128"):
             q = with_inputs(stored(name), Inputs(config))
             assert_product(run(x, q), "abk,kn->abn", quantize(x, config), q)
+
+
+def by_xla(x, config, q, dtype=None):
+    """The product of codes by XLA, with rows that XLA quantized."""
+    product = partial(matmul, implementation="integer", preferred_element_type=dtype)
+    return jax.jit(product)(quantize(x, config), q)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "config, dtype, rows",
+    [
+        (ArrayConfig(axis=-1), "float32", 1),
+        (ArrayConfig(axis=-1), "bfloat16", 20),
+        (ArrayConfig(axis=-1), "float16", 3),
+        (ArrayConfig(axis=None), "float32", 20),
+        (ArrayConfig(axis=-1, symmetric=False), "float32", 4),
+        (ArrayConfig(axis=-1, value_range=(-100, 90)), "bfloat16", 5),
+    ],
+    ids=["row", "bfloat16", "float16", "tensor", "asymmetric", "bounds"],
+)
+def test_products_of_int8_codes_have_the_bits_of_xla(config, dtype, rows):
+    q, x = stored("int8").astype(dtype), jnp.asarray(normal(rows, K), dtype)
+    found = jax.jit(matmul)(x, with_inputs(q, Inputs(config)))
+    wanted = by_xla(x, config, q)
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(found, wanted)
+    found = run(quantize(x, config), q, preferred_element_type=jnp.bfloat16)
+    np.testing.assert_array_equal(found, by_xla(x, config, q, jnp.bfloat16))
+
+
+@needs_native
+def test_scales_that_several_rows_share_are_spread():
+    q, x = stored("int8"), jnp.asarray(normal(3, 4, K))
+    for config in (ArrayConfig(axis=(1, 2), group_size=(2, K)), ArrayConfig(axis=(0, 2))):
+        np.testing.assert_array_equal(run(quantize(x, config), q), by_xla(x, config, q))
+        four = stored("int4-g128")
+        assert_product(run(quantize(x, config), four), "abk,kn->abn", quantize(x, config), four)
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["int8", "int4-g128"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_product_with_quantized_inputs_is_two_calls_and_nothing_else(name, dtype):
+    q, x = stored(name).astype(dtype), jnp.asarray(normal(1, K), dtype)
+    text = jax.jit(matmul).lower(x, with_inputs(q, Inputs(W8A8.inputs))).compile().as_text()
+    assert text is not None
+    assert text.count("custom_call_target=") == 2
+    assert " fusion(" not in text
+    assert "jaxquant_quantize_rows" in text
+
+
+def calls(function, *arguments):
+    return jax.jit(function).lower(*arguments).as_text().count("@jaxquant_quantize_rows")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "config, dtype",
+    [
+        (ArrayConfig(axis=None), "float32"),
+        (ArrayConfig(axis=0), "float32"),
+        (ArrayConfig(axis=-1, symmetric=False), "float32"),
+        (ArrayConfig(axis=-1, group_size=64), "float32"),
+        (ArrayConfig(axis=-1, scale_dtype="bfloat16"), "float32"),
+        (ArrayConfig(axis=-1, range=Percentile(99)), "float32"),
+        (ArrayConfig(format=INT4, axis=-1), "float32"),
+        (ArrayConfig(axis=-1), "float16"),
+    ],
+    ids=str,
+)
+def test_other_rows_are_quantized_by_xla(config, dtype):
+    x = jnp.asarray(normal(7, K), dtype)
+    plain = ArrayConfig(axis=-1, range=AbsMax())
+    assert calls(lambda x: quantize_inputs(x, plain).codes, x) == (dtype != "float16")
+    assert calls(lambda x: quantize_inputs(x, config).codes, x) == 0
+
+
+@needs_native
+def test_rows_on_several_devices_are_quantized_where_they_lie():
+    x, config = jnp.asarray(normal(8, K)), ArrayConfig(axis=-1)
+    wanted = quantize(x, config)
+
+    def run(x):
+        return quantize_inputs(x, config)
+
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("a",), axis_types=(kind,))
+        parts = jax.device_put(x, jax.NamedSharding(mesh, jax.P("a")))
+        assert calls(run, parts) == 0
+        jax.tree.map(np.testing.assert_array_equal, jax.jit(run)(parts), wanted)
+    part = jax.shard_map(run, mesh=mesh, in_specs=jax.P("a"), out_specs=jax.P("a"))
+    assert calls(part, parts) == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(part)(parts), wanted)
+
+
+@needs_native
+def test_gradients_pass_straight_through_quantized_rows():
+    q, x = with_inputs(stored("int8"), Inputs(W8A8.inputs)), jnp.asarray(normal(3, K))
+    found = jax.jit(jax.grad(lambda x: (matmul(x, q) ** 2).sum()))(x)
+    wanted = 2 * matmul(x, q) @ q.dequantize().T
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-2)
 
 
 @needs_native
@@ -155,10 +261,12 @@ def test_operations_that_run_one_by_one_use_the_machine_code_too():
 def test_exported_programs_do_without():
     q, x = stored("int4-g128"), jnp.asarray(normal(2, K))
     assert "jaxquant_dot" in jax.jit(matmul).lower(x, q).as_text()
+    q = with_inputs(q, Inputs(W8A8.inputs))
+    assert calls(matmul, x, q) == 1
     exported = jax.export.export(jax.jit(matmul))(x, q)
-    assert "jaxquant_dot" not in exported.mlir_module()
+    assert "jaxquant_" not in exported.mlir_module()
     read = jax.export.deserialize(exported.serialize())
-    assert_product(read.call(x, q), "mk,kn->mn", x, q)
+    assert_product(read.call(x, q), "mk,kn->mn", quantize(x, W8A8.inputs), q)
 
 
 @needs_native
