@@ -246,7 +246,7 @@ def _by_kernel(lhs, rhs, spec, run, where, platform):
 
     def elsewhere(*leaves):
         lhs, rhs = jax.tree.unflatten(treedef, leaves)
-        return dispatch.choose(_BY_XLA, lhs, rhs, spec, platform).run(lhs, rhs, spec)
+        return dispatch.run_on(_BY_XLA, lhs, rhs, spec, platform)
 
     return where(here, elsewhere, *vary_alike(leaves))
 
@@ -260,10 +260,10 @@ def _refuses_kernel(lhs, rhs, spec, refuses, axis):
     )
 
 
-def _pallas_loses(lhs, rhs, spec):
+def _pallas_loses(lhs, rhs, spec, chip):
     if _refuses_integer(lhs, rhs, spec) is None:
         return "XLA multiplies codes with one scale per column as integers"
-    return pallas.loses(lhs, rhs)
+    return pallas.loses(lhs, rhs, chip)
 
 
 def _scaled(lhs, rhs, spec):

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
+from . import chips
 from .explanation import Explanation, ExplanationRow
 from .machines import Machine, machine_for
 from .measured import Measurement, measurement_for, speeds_near
@@ -28,8 +29,7 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
         fn: a function of arrays and pytrees of arrays, jitted or not.
         args: what it is given, or `jax.ShapeDtypeStruct`s in place of arrays.
         platform: "cpu", "tpu" or "gpu", or a machine: "v5e", "v6e", "h200". None for the default
-            device. It need not be here; but Pallas' kernels, which only a process on a TPU
-            chooses, are then not in the rows.
+            device. It need not be here.
 
     Returns:
         Explanation with one row per product. Branches of `cond` are all in it.
@@ -43,9 +43,10 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
             f"{fn!r}."
         )
     machine = machine_for(platform)
+    chip = _chip(platform, machine)
     found = list(_marks(jax.make_jaxpr(fn)(*args).jaxpr, machine))
     measured = [measurement_for(machine.name, mark.record.lhs.dtype) for mark in found]
-    rows = [_row(mark, machine, m) for mark, m in zip(found, measured, strict=True)]
+    rows = [_row(mark, machine, chip, m) for mark, m in zip(found, measured, strict=True)]
     used = [m for row, m in zip(rows, measured, strict=True) if m is not None and row.speeds]
     distinct = [m for i, m in enumerate(used) if m not in used[:i]]
     return Explanation(machine, tuple(distinct), tuple(rows))
@@ -90,8 +91,10 @@ def _inner(eqn, machine) -> Iterator[tuple[Jaxpr, int | None]]:
 _TRIPS = {"scan": lambda params: params["length"], "while": lambda params: None}
 
 
-def _row(mark: _Mark, machine: Machine, measurement: Measurement | None) -> ExplanationRow:
-    record, choice = mark.record, _choice(mark.record, machine)
+def _row(
+    mark: _Mark, machine: Machine, chip: str | None, measurement: Measurement | None
+) -> ExplanationRow:
+    record, choice = mark.record, _choice(mark.record, machine, chip)
     size, operations = bytes_of(record, mark.copies), operations_of(record, mark.copies)
     is_bound_by_memory = operations < size * machine.operations_per_byte(choice.is_integer)
     speeds = () if measurement is None else _speeds(mark, choice, measurement)
@@ -116,9 +119,17 @@ def _row(mark: _Mark, machine: Machine, measurement: Measurement | None) -> Expl
     )
 
 
-def _choice(record: Record, machine: Machine) -> Choice:
-    by_platform = {choice.platform: choice for choice in record.choices}
-    return by_platform.get(machine.lowering, by_platform[None])
+def _chip(platform: str | None, machine: Machine) -> str | None:
+    """The chip that is asked about: this process' own, unless another one is named."""
+    here = chips.generation() if platform in (None, machine.platform) else None
+    return here or machine.name
+
+
+def _choice(record: Record, machine: Machine, chip: str | None) -> Choice:
+    """That of the chip, else that of its platform, else that of all others."""
+    found = {(choice.platform, choice.chip): choice for choice in record.choices}
+    keys = (machine.lowering, chip), (machine.lowering, None), (None, None)
+    return next(found[key] for key in keys if key in found)
 
 
 def _formats(record):

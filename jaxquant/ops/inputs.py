@@ -8,14 +8,14 @@ from jax import lax
 
 from ..core import INT8, AbsMax, ArrayConfig, QTensor, block_shape, quantize
 from ..kernels import pallas_tpu
-from . import chips
+from .chips import by_generation
 from .lowering import on_one_tpu
 from .sharding import is_sharded
 
 # Rows of inputs from which one pass over the memory beats XLA's two. 4096 x 4096, bfloat16,
 # microseconds: v5e 62 against 336, v6e 31 against 190. Fewer are left to XLA, to fuse with what
 # made them.
-_LEAST_ROWS: dict[str | None, int] = {"v5e": 512, "v6e": 512}
+_LEAST_ROWS = {"v5e": 512, "v6e": 512}
 # 32 rows of float32 must fit in VMEM several times.
 _LONGEST_ROW = 2**16
 _FLOATS = (jnp.float32, jnp.bfloat16)
@@ -29,8 +29,13 @@ def quantize_inputs(x: jax.Array, config: ArrayConfig) -> QTensor:
     def by_xla(x):
         return quantize(x, config)
 
-    def on_tpu(x):
+    def at_once(x):
         return on_one_tpu(lambda x: quantize_rows(x, config), by_xla, x)
+
+    def on_tpu(x):
+        rows = math.prod(x.shape[:-1])
+        able = {chip: at_once for chip, least in _LEAST_ROWS.items() if rows >= least}
+        return by_generation(able, by_xla, x)
 
     return lax.platform_dependent(x, tpu=on_tpu, default=by_xla)
 
@@ -45,11 +50,11 @@ def quantize_rows(x: jax.Array, config: ArrayConfig, *, interpret: bool = False)
 
 
 def _quantizes_at_once(x, config):
-    """Whether `quantize_rows` can do what the config says, and is faster."""
+    """Whether `quantize_rows` can do what the config says, and is faster on some TPU."""
     if not isinstance(x, jax.Array) or x.dtype not in _FLOATS or is_sharded(x):
         return False
-    least = _LEAST_ROWS.get(chips.generation(), math.inf)
-    if math.prod(x.shape[:-1]) < least or not 0 < x.shape[-1] <= _LONGEST_ROW:
+    rows = math.prod(x.shape[:-1])
+    if rows < min(_LEAST_ROWS.values()) or not 0 < x.shape[-1] <= _LONGEST_ROW:
         return False
     is_plain = (config.format, config.range, config.symmetric) == (INT8, AbsMax(), True)
     has_float32 = config.stored_scale_dtype == "float32"

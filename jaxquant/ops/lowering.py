@@ -106,10 +106,7 @@ _choice.multiple_results = True
 
 @_choice.def_abstract_eval
 def _(*avals, ways, pick):
-    return [
-        avals[0].update(shape=out.shape, dtype=out.dtype, weak_type=False)
-        for out in jax.eval_shape(ways[-1], *avals)
-    ]
+    return [out.update(weak_type=False) for out in jax.make_jaxpr(ways[-1])(*avals).out_avals]
 
 
 @_choice.def_impl

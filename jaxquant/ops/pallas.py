@@ -9,7 +9,6 @@ from jax import lax
 
 from ..core import QTensor, blocks_between, scale_values
 from ..kernels import pallas_tpu
-from . import chips
 from .dispatch import Operand
 from .operands import refuses_codes
 
@@ -76,12 +75,10 @@ def refuses_operands(
     return "an operand is empty" if 0 in (*lhs.shape, *rhs.codes.shape) else None
 
 
-def loses(lhs: Operand, rhs: QTensor) -> str | None:
-    """Why XLA is left to compute on this process' TPU, or None."""
-    chip = chips.generation()
+def loses(lhs: Operand, rhs: QTensor, chip: str | None) -> str | None:
+    """Why XLA is left to compute on a generation of TPUs, or None."""
     if chip not in _MOST_ROWS:
-        known, kind = " and ".join(map(str, _MOST_ROWS)), jax.devices()[0].device_kind
-        return f"it is chosen by processes on {known} alone, and this one runs on {kind}"
+        return f"it is chosen on {' and '.join(map(str, _MOST_ROWS))} alone"
     most = _MOST_ROWS[chip][rhs.scale.shape[0] == 1]
     rows = lhs.size // rhs.codes.shape[0]
     return f"{rows} rows, more than {most}, are faster by XLA on {chip}" if rows > most else None

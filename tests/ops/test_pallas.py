@@ -123,7 +123,7 @@ CHOSEN = [
 
 @pytest.mark.parametrize("chip, group_size, rows, quantizes, count", CHOSEN, ids=str)
 def test_the_chip_and_the_rows_decide(monkeypatch, chip, group_size, rows, quantizes, count):
-    monkeypatch.setattr(chips, "generation", lambda: chip)
+    monkeypatch.setattr(chips, "target", lambda module: chip)
     q = weight(ArrayConfig(format=INT4, axis=0, group_size=group_size), (K, N))
     x = jnp.zeros((rows, K), jnp.float32)
     assert calls(w8a8 if quantizes else matmul, x, q) == count
@@ -138,7 +138,7 @@ def test_this_process_has_no_tpu_and_quantizes_as_core_does():
 
 @pytest.fixture
 def on_v6e(monkeypatch):
-    monkeypatch.setattr(chips, "generation", lambda: "v6e")
+    monkeypatch.setattr(chips, "target", lambda module: "v6e")
 
 
 @pytest.mark.parametrize(
