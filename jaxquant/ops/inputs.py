@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..core import INT8, AbsMax, ArrayConfig, QTensor, block_shape, quantize
+from ..core import FP8_E4M3, INT8, AbsMax, ArrayConfig, QTensor, block_shape, quantize
 from ..kernels import pallas_tpu
 from .chips import by_generation
 from .lowering import on_one_tpu
@@ -18,6 +18,7 @@ from .sharding import is_sharded
 _LEAST_ROWS = {"v5e": 512, "v6e": 512}
 # 32 rows of float32 must fit in VMEM several times.
 _LONGEST_ROW = 2**16
+_FORMATS = (INT8, FP8_E4M3)
 _FLOATS = (jnp.float32, jnp.bfloat16)
 
 
@@ -41,10 +42,12 @@ def quantize_inputs(x: jax.Array, config: ArrayConfig) -> QTensor:
 
 
 def quantize_rows(x: jax.Array, config: ArrayConfig, *, interpret: bool = False) -> QTensor:
-    """Int8 codes of (..., K), one scale per row; `interpret` does without a TPU, for tests."""
+    """Codes of 8 bits of (..., K), one scale per row; `interpret` does without a TPU, for tests."""
     rows = x.reshape(-1, x.shape[-1])
-    qmin, qmax = (int(q) for q in config.bounds)
-    codes, scale = pallas_tpu.quantize_rows(rows, qmin, qmax, interpret=interpret)
+    qmin, qmax = (float(q) for q in config.bounds)
+    codes, scale = pallas_tpu.quantize_rows(
+        rows, qmin, qmax, config.format.dtype, interpret=interpret
+    )
     scale = scale.reshape(*x.shape[:-1], 1)
     return QTensor(codes.reshape(x.shape), scale, format=config.format, dtype=x.dtype)
 
@@ -56,7 +59,7 @@ def _quantizes_at_once(x, config):
     rows = math.prod(x.shape[:-1])
     if rows < min(_LEAST_ROWS.values()) or not 0 < x.shape[-1] <= _LONGEST_ROW:
         return False
-    is_plain = (config.format, config.range, config.symmetric) == (INT8, AbsMax(), True)
+    is_plain = config.format in _FORMATS and (config.range, config.symmetric) == (AbsMax(), True)
     has_float32 = config.stored_scale_dtype == "float32"
     per_row = (*(1,) * (x.ndim - 1), x.shape[-1])
     return is_plain and has_float32 and block_shape(x.shape, config) == per_row

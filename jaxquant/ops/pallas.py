@@ -27,19 +27,20 @@ def product(
     lhs: Operand, rhs: QTensor, dtype: jax.typing.DTypeLike, *, interpret: bool = False
 ) -> jax.Array:
     """(..., K) by (K, N), in `dtype`; `interpret` computes without a TPU, for tests."""
-    x, scale = codes_and_scale(lhs)
+    x, row_scale = codes_and_scale(lhs)
     zero = None if rhs.zero_point is None else _per_column(rhs.zero_point, rhs)
-    is_narrow = scale is None and dtype == jnp.bfloat16
+    if row_scale is not None:
+        row_scale = jnp.broadcast_to(row_scale, (*x.shape[:-1], 1)).reshape(-1, 1)
     out = pallas_tpu.grouped_dot(
         x.reshape(-1, x.shape[-1]),
         rhs.codes,
         _per_column(scale_values(rhs.scale), rhs),
         zero,
-        dtype=jnp.bfloat16 if is_narrow else jnp.float32,
+        row_scale,
+        dtype=jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32,
         interpret=interpret,
     )
-    out = out.reshape(*x.shape[:-1], rhs.codes.shape[1])
-    return (out if scale is None else out * scale).astype(dtype)
+    return out.reshape(*x.shape[:-1], rhs.codes.shape[1]).astype(dtype)
 
 
 def refuses(lhs: Operand, rhs: QTensor, precision: lax.PrecisionLike) -> str | None:
