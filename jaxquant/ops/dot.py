@@ -292,6 +292,11 @@ def _refuses_scaled(lhs, rhs, spec):
     return None if any(waits) else "no operand has codes whose scale can wait for the result"
 
 
+def _scaled_loses(lhs, rhs, spec, chip):
+    is_by_float = not isinstance(lhs, QTensor)
+    return tpu.dequantizes_faster(spec.rows(lhs, rhs), chip) if is_by_float else None
+
+
 def _fused(lhs, rhs, spec):
     """Dequantizes one side while the other is multiplied with it."""
     lhs, rhs = (x if isinstance(x, QTensor) else tpu.computed(jnp.asarray(x)) for x in (lhs, rhs))
@@ -338,7 +343,7 @@ def _is_integer_natively(lhs, rhs, spec):
 _BY_XLA = (
     Implementation("blocks", _blocks, _refuses_blocks, ("cpu",), is_integer=_is_integer),
     Implementation("integer", _integer, _refuses_integer, is_integer=_is_integer),
-    Implementation("scaled", _scaled, _refuses_scaled, ("tpu",)),
+    Implementation("scaled", _scaled, _refuses_scaled, ("tpu",), _scaled_loses),
     Implementation("fused", _fused, _refuses_fused, ("tpu",)),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )

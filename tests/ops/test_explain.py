@@ -85,12 +85,13 @@ CASES = {
         "integer",
     ),
     "W4A16": (matmul, (floats(5, K), stored(**G128)), if_native, "fused", "dequantize"),
-    "W8A16": (matmul, (floats(100, K), stored()), if_panels("blocks"), "scaled", "dequantize"),
+    "W8A16": (matmul, (floats(100, K), stored()), if_panels("blocks"), "dequantize", "dequantize"),
+    "few rows": (matmul, (floats(50, K), stored()), if_panels("blocks"), "scaled", "dequantize"),
     "many rows": (
         matmul,
         (floats(600, K), stored()),
         if_panels("dequantize"),
-        "scaled",
+        "dequantize",
         "dequantize",
     ),
     "grouped int8": (
@@ -190,9 +191,16 @@ def test_earlier_rows_of_the_platform_say_why_they_do_not_run():
         ("integer", "an operand of float32 has no codes"),
     )
     (row,) = explain(matmul, *arguments, platform="tpu")
-    assert [name for name, _ in row.refusals] == ["pallas", "integer"]
+    assert [name for name, _ in row.refusals] == ["pallas", "integer", "scaled", "fused"]
     (row,) = explain(matmul, floats(300, K), stored(order=None, **G128), platform="v5e")
     assert row.refusals[0] == ("pallas", "300 rows, more than 256, are faster by XLA on v5e")
+    (row,) = explain(matmul, floats(20, K), stored(), platform="v6e")
+    words = "rows, {}, are faster dequantized on"
+    assert row.refusals[-2] == ("scaled", f"20 {words.format('fewer than 65')} v6e")
+    (row,) = explain(matmul, floats(70, K), stored(), platform="v6e")
+    assert row.implementation == "scaled"
+    (row,) = explain(matmul, floats(70, K), stored(), platform="v5e")
+    assert row.refusals[-2] == ("scaled", f"70 {words.format('more than 64')} v5e")
     (row,) = explain(matmul, *arguments, platform="gpu")
     assert [name for name, _ in row.refusals] == ["triton", "integer"]
     assert row.refusals[-1][1] == "an operand of float32 has no codes"
@@ -616,8 +624,11 @@ def test_the_table_shows_each_row_and_how_often_it_runs():
     assert found.table().row_count == 3
 
 
-def test_products_can_still_be_transposed():
-    q, cotangent = weight(ArrayConfig(), (64, 24)), jnp.asarray(normal(5, 24))
+@pytest.mark.parametrize(
+    "config", [ArrayConfig(), ArrayConfig(format=INT4, group_size=32)], ids=str
+)
+def test_products_can_still_be_transposed(config):
+    q, cotangent = weight(config, (64, 24)), jnp.asarray(normal(5, 24))
     (got,) = jax.linear_transpose(lambda x: matmul(x, q), X)(cotangent)
     np.testing.assert_allclose(got, cotangent @ q.dequantize().T, rtol=1e-4)
 
