@@ -160,7 +160,8 @@ def _warning(mark, machine, speeds, measurement):
     found = [speed for *_, speed in speeds]
     if found and min(found) < 1:
         verb = "is" if max(found) < 1 else "may be"
-        words.append(f"{measurement.reference} {verb} faster")
+        source = ", by estimate" if measurement.is_estimate else ""
+        words.append(f"{measurement.reference} {verb} faster{source}")
     return "; ".join(words) or None
 
 

@@ -1,9 +1,10 @@
-"""How fast quantized products were beside float ones: a line per scheme, row of a table and shape.
+"""How fast quantized products are beside float ones: a line per scheme, row of a table and shape.
 
     python -m benchmarks --suite cpu --json cpu.json
     python -m benchmarks.measured cpu.json
 
-print the lines of a machine's table.
+print the lines of a machine's table. Nothing was measured on a TPU: their tables are estimates of
+the compiler, by `--suite tpu-compile`, and so are called.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ class Measurement:
         reference: the float product whose speed is 1.
         how: what was run, and where.
         speeds: what was found.
+        is_estimate: whether the compiler estimated it, and nothing ran.
     """
 
     machine: str
@@ -46,6 +48,7 @@ class Measurement:
     reference: str
     how: str
     speeds: tuple[Speeds, ...]
+    is_estimate: bool = False
 
 
 def _read(text):
@@ -75,6 +78,21 @@ int8      | int8  | native | 4096x4096 | 1:3.49 2:6.87 8:5.27 32:3.62 128:3.52 5
 nf4 g64   | float | native | 384x1536  | 1:1.85 8:1.56 32:1.11 128:1.04 512:0.93 2048:0.93
 nf4 g64   | float | native | 4096x4096 | 1:3.99 2:6.41 8:1.94 32:1.26 128:1.13 512:1.01 2048:0.92
 """
+_FOR_V5E = """
+fp8_e4m3 | fp8_e4m3 | scaled | 4096x4096 | 8:1.45 128:1.13
+int4 g128 | float | fused | 4096x4096 | 2048:1.07
+int4 g128 | int8 | scaled | 4096x4096 | 2048:1.03
+int8 | float | dequantize | 4096x4096 | 128:1.61 2048:1.07
+int8 | float | scaled | 4096x4096 | 8:1.63
+int8 | int8 | integer | 4096x4096 | 8:1.60 128:1.42 2048:1.78
+"""
+
+_FOR_V6E = """
+fp8_e4m3 | fp8_e4m3 | scaled | 4096x4096 | 8:1.20 128:0.98
+int8 | float | dequantize | 4096x4096 | 8:1.75
+int8 | float | scaled | 4096x4096 | 128:1.41 2048:1.10
+int8 | int8 | integer | 4096x4096 | 8:1.33 128:1.06 2048:1.14
+"""
 
 MEASUREMENTS = (
     Measurement(
@@ -83,6 +101,18 @@ MEASUREMENTS = (
         reference="XLA's float32 product",
         how="`python -m benchmarks --suite cpu`, 2 cores with AVX512-VNNI, weights out of cache",
         speeds=_read(_ON_CPU),
+    ),
+    *(
+        Measurement(
+            machine=chip,
+            dtype="bfloat16",
+            reference="XLA's bfloat16 product",
+            how="the compiler's estimates in `python -m benchmarks --suite tpu-compile`, with "
+            "bytes for kernels that quantize; nothing ran",
+            speeds=_read(text),
+            is_estimate=True,
+        )
+        for chip, text in (("v5e", _FOR_V5E), ("v6e", _FOR_V6E))
     ),
 )
 

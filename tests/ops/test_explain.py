@@ -11,8 +11,9 @@ import pytest
 import rich.console
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.measured import lines
+from benchmarks.measured import lines, with_speeds
 from jaxquant import (
+    FP8_E4M3,
     INT4,
     NF4,
     ArrayConfig,
@@ -541,16 +542,52 @@ def test_speeds_are_of_one_matrix_dtype_and_machine(monkeypatch):
 @pytest.mark.skipif(not HAS_PANELS, reason="it was measured with AVX512-VNNI")
 def test_every_line_of_the_table_is_of_what_still_runs():
     configs = {"int8": {}, "int4 g128": G128, "nf4 g64": {"format": NF4, "group_size": 64}}
-    for measurement in MEASUREMENTS:
-        for line in measurement.speeds:
-            inputs = {"int8": INT8_INPUTS, "float": None}[line.inputs]
-            q = stored(line.shape, inputs=inputs, **configs[line.weights])
-            for rows, speed in line.by_rows.items():
-                x = floats(rows, line.shape[0], dtype=measurement.dtype)
-                (row,) = explain(matmul, x, q, platform=measurement.machine)
-                assert row.implementation == line.implementation, (line, rows)
-                assert row.speeds == ((rows, line.shape, speed),)
-                assert (row.warning is None) == (speed >= 1)
+    (measurement,) = (m for m in MEASUREMENTS if m.machine == "cpu")
+    for line in measurement.speeds:
+        inputs = {"int8": INT8_INPUTS, "float": None}[line.inputs]
+        q = stored(line.shape, inputs=inputs, **configs[line.weights])
+        for rows, speed in line.by_rows.items():
+            x = floats(rows, line.shape[0], dtype=measurement.dtype)
+            (row,) = explain(matmul, x, q, platform=measurement.machine)
+            assert row.implementation == line.implementation, (line, rows)
+            assert row.speeds == ((rows, line.shape, speed),)
+            assert (row.warning is None) == (speed >= 1)
+
+
+FP8_ROWS = {"format": FP8_E4M3, "axis": -1}
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_every_estimate_for_a_tpu_is_of_what_still_runs_and_warns_as_an_estimate(chip):
+    configs = {"int8": {}, "int4 g128": G128, "fp8_e4m3": {"format": FP8_E4M3}}
+    given = {"int8": INT8_INPUTS, "float": None, "fp8_e4m3": ArrayConfig(**FP8_ROWS)}
+    (measurement,) = (m for m in MEASUREMENTS if m.machine == chip)
+    assert measurement.is_estimate
+    assert "nothing ran" in measurement.how
+    for line in measurement.speeds:
+        q = stored(line.shape, None, given[line.inputs], **configs[line.weights])
+        q = q.astype(jnp.bfloat16)
+        for rows, speed in line.by_rows.items():
+            x = floats(rows, line.shape[0], dtype=jnp.bfloat16)
+            (row,) = explain(matmul, x, q, platform=chip)
+            assert row.implementation == line.implementation, (line, rows)
+            assert row.speeds == ((rows, line.shape, speed),)
+            warning = "XLA's bfloat16 product is faster, by estimate" if speed < 1 else None
+            assert row.warning == warning
+
+
+def test_estimates_become_speeds_where_no_kernel_multiplies():
+    def product(contender, time, kernel=0):
+        about = {"chip": "v6e", "K": 384, "N": 701, "rows": 600, "operations": 9}
+        found = {"is_ours": contender in "W8A8 W4A16", "dtype": "bfloat16"}
+        estimate = {"compiler_estimate_microseconds": time, "kernel_operations": kernel}
+        return {**about, **found, **estimate, "contender": contender}
+
+    failed = {**product("W4A8", 0), "error": "no such groups"}
+    del failed["compiler_estimate_microseconds"]
+    products = [product("XLA bfloat16", 6), product("W8A8", 4, 1), product("W4A16", 1, 9), failed]
+    found = lines(with_speeds(products), "bfloat16", "v6e")
+    assert found == ["int8 | int8 | integer | 384x701 | 600:1.50"]
 
 
 def test_results_of_the_suite_become_lines_of_the_table():
