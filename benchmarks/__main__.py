@@ -59,7 +59,7 @@ def main() -> None:
     )
     chips = parser.add_argument_group("options of tpu-compile")
     chips.add_argument("--chips", nargs="+", choices=tpu_compiler.CHIPS, help="generations")
-    other = parser.add_argument_group("options of end-to-end and quantize")
+    other = parser.add_argument_group("options of end-to-end, quantize and tpu-compile")
     other.add_argument("--only", nargs="+", metavar="WORD", help="contenders with these names; all")
     weights = parser.add_argument_group("options of quantize")
     weights.add_argument(

@@ -3,8 +3,13 @@
     python -m benchmarks --suite cpu --json cpu.json
     python -m benchmarks.measured cpu.json [--dtype bfloat16]
 
-Speeds are those out of cache, in units of the suite's reference. Which computation ran is what
-`jaxquant.explain` says on this machine: run it where the suite ran. Forced ones are left out.
+    python -m benchmarks --suite tpu-compile --json tpu.json
+    python -m benchmarks.measured tpu.json --dtype bfloat16 --chip v6e
+
+Speeds are those out of cache, in units of the suite's reference; on TPUs the compiler's estimates,
+without products that a Pallas kernel computes, of which there is none. Which computation ran is
+what `jaxquant.explain` says, of the chip or on this machine: run it where the suite ran. Forced
+ones are left out.
 """
 
 import argparse
@@ -16,18 +21,42 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
+from jaxquant.ops.machines import machine_for
+
+from . import tpu, tpu_compiler
 
 
-def explained(scheme: jq.Scheme, k: int, n: int, rows: int, dtype: str) -> jq.ExplanationRow:
+def explained(
+    scheme: jq.Scheme, k: int, n: int, rows: int, dtype: str, machine: str | None
+) -> jq.ExplanationRow:
     """What runs for inputs of (rows, k) by weights of (k, n) that `tree.quantize` stored."""
+    platform = machine and machine_for(machine).platform
     rule = [jq.Rule("*", scheme, axis=-2)]
-    weights = {"kernel": jax.ShapeDtypeStruct((k, n), jnp.float32)}
-    weights = jax.eval_shape(lambda w: jq.tree.quantize(w, rule), weights)
-    (row,) = jq.explain(jq.matmul, jax.ShapeDtypeStruct((rows, k), dtype), weights["kernel"])
+    weights = {"kernel": jax.ShapeDtypeStruct((k, n), dtype if machine else jnp.float32)}
+    weights = jax.eval_shape(lambda w: jq.tree.quantize(w, rule, platform=platform), weights)
+    x = jax.ShapeDtypeStruct((rows, k), dtype)
+    (row,) = jq.explain(jq.matmul, x, weights["kernel"], platform=machine)
     return row
 
 
-def lines(products: list[dict[str, Any]], dtype: str) -> list[str]:
+def with_speeds(products: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Estimates of the compiler for TPUs with speeds in units of the first contender's.
+
+    What was not compiled is left out, and so are products that a kernel computes.
+    """
+
+    def key(product):
+        return product["chip"], product["K"], product["N"], product["rows"]
+
+    times = {key(p): p[_ESTIMATE] for p in products if p["contender"] == tpu.REFERENCE}
+    able = [p for p in products if _ESTIMATE in p and p["kernel_operations"] < p["operations"]]
+    return [{**p, "in_cache": False, "speed": times[key(p)] / p[_ESTIMATE]} for p in able]
+
+
+_ESTIMATE = "compiler_estimate_microseconds"
+
+
+def lines(products: list[dict[str, Any]], dtype: str, machine: str | None = None) -> list[str]:
     """One line per scheme, computation and shape, as jaxquant/ops/measured.py reads them."""
     found: dict[tuple[str, str, str, str], list[str]] = {}
     for product in products:
@@ -36,7 +65,7 @@ def lines(products: list[dict[str, Any]], dtype: str) -> list[str]:
         if not is_wanted or "refusal" in product:
             continue
         scheme, shape = jq.SCHEMES[product["contender"]], (product["K"], product["N"])
-        row = explained(scheme, *shape, product["rows"], dtype)
+        row = explained(scheme, *shape, product["rows"], dtype, machine)
         inputs = row.formats[0] if scheme.inputs else "float"
         weights = row.formats[1].replace(" per channel", "")
         key = weights, inputs, row.implementation, f"{shape[0]}x{shape[1]}"
@@ -49,9 +78,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measured", description=__doc__)
     parser.add_argument("results", type=pathlib.Path)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--chip", choices=tpu_compiler.CHIPS, help="of results of tpu-compile")
     arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
-    print("\n".join(lines(results["products"], arguments.dtype)))
+    products, chip = json.loads(arguments.results.read_text())["products"], arguments.chip
+    if chip is not None:
+        products = with_speeds([p for p in products if p["chip"] == chip])
+    print("\n".join(lines(products, arguments.dtype, chip)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How fast products with quantized weights would be on TPUs, as their compiler estimates it.
 
     python -m benchmarks --suite tpu-compile [--chips v5e v6e] [--shapes attention] [--rows 8 2048]
+        [--only W4A16 Qwix]
 
 Needs libtpu (extra `tpu`) and no TPU: nothing runs. Everything is compiled for bfloat16 inputs, and
 what is printed is an ESTIMATE of the compiler, not a measurement. A cell has microseconds, those of
@@ -39,13 +40,23 @@ DEFAULT_SHAPES = ("attention",)
 DEFAULT_ROWS = (8, 128, 2048)
 
 
-def fields() -> tuple[list[list[Contender]], list[str]]:
-    """Contenders that are compared, by one matrix and by three, and what is not installed."""
+def fields(only: list[str] | None = None) -> tuple[list[list[Contender]], list[str]]:
+    """Contenders that are compared, by one matrix and by three, and what is not installed.
+
+    Args:
+        only: words, of which names of all but the reference have one; None for all contenders.
+    """
     found, missing = contenders({name: jq.SCHEMES[name] for name in SCHEMES}, "tpu")
     single = [c for c in found if c.is_jax and (c.name == REFERENCE or c.dtype is None)]
     alone = {c.name: c for c in single}
     several = [threefold(alone[n]) for n in (REFERENCE, "Qwix w8a8", "W8A8") if n in alone]
-    return [single, [*several, once_quantized(several[-1], jq.ArrayConfig(axis=-1))]], missing
+    several.append(once_quantized(several[-1], jq.ArrayConfig(axis=-1)))
+    return [[c for c in kind if _is_chosen(c, only)] for kind in (single, several)], missing
+
+
+def _is_chosen(contender, only):
+    is_reference = contender.name.startswith(REFERENCE)
+    return is_reference or any(word in contender.name for word in only or [""])
 
 
 @functools.cache
@@ -134,7 +145,7 @@ def suite(arguments: Any) -> dict[str, Any]:
     chips = arguments.chips or (CHIPS if arguments.full else DEFAULT_CHIPS)
     shapes = arguments.shapes or (WEIGHTS if arguments.full else DEFAULT_SHAPES)
     rows = arguments.rows or ((*ROWS, 4096) if arguments.full else DEFAULT_ROWS)
-    kinds, missing = fields()
+    kinds, missing = fields(arguments.only)
     console = rich.console.Console(width=max(120, rich.console.Console().width))
     console.print(
         "Microseconds (of the roofline), MB through HBM + temporaries: an estimate of the "

@@ -51,20 +51,22 @@ def grouped_dot(
     w: jax.Array,
     scale: jax.Array,
     zero: jax.Array | None = None,
+    row_scale: jax.Array | None = None,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
-    """x @ ((w - zero) * scale), the weights read as 4-bit codes and widened in VMEM.
+    """row_scale * (x @ ((w - zero) * scale)), the weights read as 4-bit codes and widened in VMEM.
 
     Up to half as many rows as a group is long, the sums of each group are scaled; beyond, the
     weights are, which takes longer by the weight and not by the row (v6e, 4096 x 4096, groups of
     128: 4 against 10 microseconds for 8 rows, 7 against 11 for 64, 21 against 14 for 256).
 
     Args:
-        x: floats or whole numbers within int8, (M, K) with M > 0; rounded to bfloat16.
+        x: floats, which are rounded to bfloat16, or int8, (M, K) with M > 0.
         w: 4-bit whole numbers, (K, N).
         scale, zero: (groups, N), groups that `refuses_groups` admits; a zero of None is 0.
+        row_scale: (M, 1), or None for 1.
         dtype: of the result, float32 or bfloat16.
         interpret: whether to compute without a TPU, slowly, for tests.
 
@@ -73,23 +75,27 @@ def grouped_dot(
     """
     (rows, length), columns, groups = x.shape, w.shape[1], scale.shape[0]
     size = length // groups
-    tile_rows = _even_tile(rows, _ROWS, 16)
+    tile_rows = _even_tile(rows, _ROWS, 32)
     scales_sums = 2 * tile_rows <= size
     longest = _LENGTH_OF_MANY_ROWS if tile_rows > _MANY_ROWS else _LENGTH
     tile_length = _tile_length(length, size, longest)
     assert tile_length is not None, (length, groups)
     tile_columns = _even_tile(columns, _COLUMNS, 128)
     grid = (pl.cdiv(rows, tile_rows), pl.cdiv(columns, tile_columns), length // tile_length)
-    parameters = [v.astype(jnp.float32) for v in (scale, zero) if v is not None]
+    per_row = pl.BlockSpec((tile_rows, 1), lambda i, j, k: (i, 0))
     per_column = pl.BlockSpec((groups, tile_columns), lambda i, j, k: (0, j))
+    given = ((row_scale, per_row), (scale, per_column), (zero, per_column))
+    parameters = [(v.astype(jnp.float32), spec) for v, spec in given if v is not None]
     kernel = _scale_sums if scales_sums else _scale_weights
+    has_rows = row_scale is not None
+    x = x if x.dtype == jnp.int8 else x.astype(jnp.bfloat16)
     return pl.pallas_call(
-        functools.partial(_accumulate, kernel=kernel, size=size),
+        functools.partial(_accumulate, kernel=kernel, size=size, has_rows=has_rows),
         grid=grid,
         in_specs=[
             pl.BlockSpec((tile_rows, tile_length), lambda i, j, k: (i, k)),
             pl.BlockSpec((tile_length, tile_columns), lambda i, j, k: (k, j)),
-            *[per_column] * len(parameters),
+            *[spec for _, spec in parameters],
         ],
         out_specs=pl.BlockSpec((tile_rows, tile_columns), lambda i, j, k: (i, j)),
         out_shape=_result((rows, columns), dtype, x),
@@ -98,14 +104,19 @@ def grouped_dot(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM_LIMIT,
         ),
-        cost_estimate=_cost_of_dot(grid, rows, w, scale, len(parameters), dtype),
+        cost_estimate=_cost_of_dot(grid, x, w, scale, len(parameters) - has_rows, dtype),
         interpret=interpret,
         name="grouped_dot",
-    )(x.astype(jnp.bfloat16), w, *parameters)
+    )(x, w, *[v for v, _ in parameters])
 
 
 def quantize_rows(
-    x: jax.Array, qmin: int = -127, qmax: int = 127, *, interpret: bool = False
+    x: jax.Array,
+    qmin: float = -127,
+    qmax: float = 127,
+    dtype: jax.typing.DTypeLike = jnp.int8,
+    *,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Codes and scales of each row, by its largest magnitude, in one pass over the memory.
 
@@ -114,10 +125,11 @@ def quantize_rows(
     Args:
         x: float32 or bfloat16, (M, K), neither of them 0.
         qmin, qmax: the outermost codes.
+        dtype: of the codes, int8 or a float of 8 bits, to which values are rounded as it is stored.
         interpret: whether to compute without a TPU, slowly, for tests.
 
     Returns:
-        codes, int8 (M, K), and scale, float32 (M, 1). A row of zeros has scale 1, one with NaN or
+        codes, (M, K), and scale, float32 (M, 1). A row of zeros has scale 1, one with NaN or
         Inf scale NaN, and both have codes of 0.
     """
     rows, length = x.shape
@@ -131,7 +143,7 @@ def quantize_rows(
             pl.BlockSpec((tile, length), lambda i: (i, 0)),
             pl.BlockSpec((tile, 1), lambda i: (i, 0)),
         ],
-        out_shape=[_result(x.shape, jnp.int8, x), _result((rows, 1), jnp.float32, x)],
+        out_shape=[_result(x.shape, dtype, x), _result((rows, 1), jnp.float32, x)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_LIMIT
         ),
@@ -145,8 +157,9 @@ def quantize_rows(
     )(x)
 
 
-def _accumulate(x_ref, w_ref, *refs, kernel, size):
+def _accumulate(x_ref, w_ref, *refs, kernel, size, has_rows):
     """Adds the product of two tiles to what the tiles before them along K have given."""
+    row_scale, refs = (refs[0], refs[1:]) if has_rows else (None, refs)
     *parameters, out_ref, sum_ref = refs
     k, last = pl.program_id(2), pl.num_programs(2) - 1
 
@@ -158,7 +171,8 @@ def _accumulate(x_ref, w_ref, *refs, kernel, size):
 
     @pl.when(k == last)
     def _():
-        out_ref[...] = sum_ref[...].astype(out_ref.dtype)
+        total = sum_ref[...] if row_scale is None else sum_ref[...] * row_scale[...]
+        out_ref[...] = total.astype(out_ref.dtype)
 
 
 def _pieces(w_ref, parameters, k, size) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
@@ -187,7 +201,9 @@ def _scale_weights(x_ref, pieces):
 
 
 def _dot(x, w):
-    return jnp.dot(x, w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    # Codes of 8 bits are exact in bfloat16.
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
 
 def _quantize_tile(x_ref, codes_ref, scale_ref, *, qmin, qmax):
@@ -201,7 +217,9 @@ def _quantize_tile(x_ref, codes_ref, scale_ref, *, qmin, qmax):
     scale = jnp.where(peak < jnp.inf, scale, jnp.nan)
     scale = jnp.where(scale == 0, 1, scale)
     codes = jnp.where(jnp.isnan(scale), 0, x / scale)
-    codes_ref[...] = jnp.clip(jnp.round(codes), qmin, qmax).astype(jnp.int8)
+    is_whole = jnp.issubdtype(codes_ref.dtype, jnp.integer)
+    codes = jnp.clip(jnp.round(codes) if is_whole else codes, qmin, qmax)
+    codes_ref[...] = codes.astype(codes_ref.dtype)
     scale_ref[...] = scale
 
 
@@ -226,13 +244,13 @@ def _result(shape, dtype, like):
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
-def _cost_of_dot(grid, rows, w, scale, parameters, dtype):
+def _cost_of_dot(grid, x, w, scale, parameters, dtype):
     """What moves: x once per tile of columns, w and its scales once per tile of rows."""
-    length, columns = w.shape
+    rows, (length, columns) = x.shape[0], w.shape
     per_row_tile = length * columns // 2 + parameters * 4 * scale.size
     once = rows * columns * jnp.dtype(dtype).itemsize
     return pl.CostEstimate(
         flops=2 * rows * length * columns,
         transcendentals=0,
-        bytes_accessed=grid[0] * per_row_tile + grid[1] * rows * length * 2 + once,
+        bytes_accessed=grid[0] * per_row_tile + grid[1] * x.nbytes + once,
     )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.interpreters import mlir
 
 from .lowering import Function, choose_when_lowered
 
@@ -19,6 +20,9 @@ _GENERATIONS = {
     "TPU7x": "7x",
 }
 
+# Those with choices of their own, for which the compiler's estimates were compared.
+TUNED = ("v5e", "v6e")
+
 
 def tpu_generation(device: Any) -> str | None:
     """Generation of a device ("v5e", "v6e", "7x"), or None if it is no TPU, or an unknown one."""
@@ -26,7 +30,10 @@ def tpu_generation(device: Any) -> str | None:
 
 
 def generation() -> str | None:
-    """The generation of this process' TPUs; None for others, and without one."""
+    """The generation of this process' TPUs; None for others, and without one.
+
+    A program may be compiled for another one: `by_generation` asks for that.
+    """
     return tpu_generation(jax.devices()[0])
 
 
@@ -44,13 +51,13 @@ def by_generation(branches: Mapping[str, Function], default: Function, *args: An
     names = (*branches, None)
 
     def pick(context):
-        chip = generation() if context is None else _target(context.module_context)
+        chip = generation() if context is None else target(context.module_context)
         return names.index(chip if chip in branches else None)
 
     return choose_when_lowered((*branches.values(), default), pick, *args)
 
 
-def _target(module):
+def target(module: mlir.ModuleContext) -> str | None:
     """The generation that a program is compiled for: all devices of a backend are of one kind."""
     if module.backend is None or module.lowering_parameters.for_export:
         return None

@@ -9,8 +9,9 @@ import numpy as np
 from jax import lax
 
 from ..core import Deferred, QTensor
-from . import record
+from . import chips, record
 from .record import Choice, Record
+from .sharding import is_sharded
 
 Operand = jax.Array | np.ndarray | QTensor
 # What an operation may be given for an operand.
@@ -43,7 +44,8 @@ class Implementation:
         run: (lhs, rhs, spec) -> result.
         refusal: (lhs, rhs, spec) -> why these operands cannot be computed so, or None.
         platforms: where it is chosen by itself; None for everywhere.
-        loses: (lhs, rhs, spec) -> why it is not chosen by itself where it could be, or None.
+        loses: (lhs, rhs, spec, chip) -> why it is not chosen by itself where it could be, or None;
+            chip is the generation of a TPU, among `chips.TUNED`, or None for all others.
         is_integer: (lhs, rhs, spec) -> whether it multiplies codes as whole numbers.
     """
 
@@ -51,14 +53,15 @@ class Implementation:
     run: Callable[[Operand, Operand, Any], jax.Array]
     refusal: Callable[[Operand, Operand, Any], str | None]
     platforms: tuple[str, ...] | None = None
-    loses: Callable[[Operand, Operand, Any], str | None] = lambda lhs, rhs, spec: None
+    loses: Callable[[Operand, Operand, Any, str | None], str | None] = lambda *_: None
     is_integer: Callable[[Operand, Operand, Any], bool] = lambda lhs, rhs, spec: False
 
 
 Table = tuple[Implementation, ...]
 
-# Platforms with rows of their own; all others share a choice.
-_PLATFORMS = ("cpu", "tpu", "cuda")
+# Platforms with rows of their own, and their chips that have; all others share a choice.
+_PLATFORMS: dict[str, tuple[str, ...]] = {"cpu": (), "tpu": chips.TUNED, "cuda": ()}
+_OTHERS = "default"
 
 
 def run(
@@ -69,36 +72,64 @@ def run(
     Raises:
         ValueError: no row has the name `implementation`, or that row cannot run these operands.
     """
-    platforms = (*_PLATFORMS, "default")
+    platforms = (*_PLATFORMS, _OTHERS)
     if implementation is None:
-        found = {p: _choose(table, lhs, rhs, spec, p) for p in platforms}
+        found = {p: _choose_by_chip(table, lhs, rhs, spec, p) for p in platforms}
     else:
-        found = dict.fromkeys(platforms, (_forced(table, lhs, rhs, spec, implementation), ()))
-    out = _computed({p: row for p, (row, _) in found.items()}, lhs, rhs, spec)
+        forced = _forced(table, lhs, rhs, spec, implementation), ()
+        found = {p: {None: forced} for p in platforms}
+    out = _computed(found, lhs, rhs, spec)
     choices = tuple(
-        Choice(p if p in _PLATFORMS else None, row.name, row.is_integer(lhs, rhs, spec), refusals)
-        for p, (row, refusals) in found.items()
+        Choice(
+            platform if platform in _PLATFORMS else None,
+            chip,
+            row.name,
+            row.is_integer(lhs, rhs, spec),
+            refusals,
+        )
+        for platform, rows in found.items()
+        for chip, (row, refusals) in rows.items()
     )
     made = _record(lhs, rhs, spec, out, choices, implementation)
     return record.keep(out, _stored(lhs), _stored(rhs), made)
+
+
+def run_on(table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str) -> jax.Array:
+    """Runs the first row that can compute the operation in programs for one platform."""
+    return _by_chip(_choose_by_chip(table, lhs, rhs, spec, platform), lhs, rhs, spec)
 
 
 def _stored(x):
     return x.codes if isinstance(x, QTensor) else x
 
 
-def _computed(rows, lhs, rhs, spec):
-    default = rows["default"]
+def _computed(found, lhs, rhs, spec):
+    ((default, _),) = found[_OTHERS].values()
     # A platform that does as all others do needs no branch, which would be traced again.
-    own = {p: row for p, row in rows.items() if row != default}
+    own = {p: rows for p, rows in found.items() if any(row != default for row, _ in rows.values())}
     if not own:
         return default.run(lhs, rhs, spec)
 
-    def runner(row):
-        return lambda lhs, rhs: row.run(lhs, rhs, spec)
+    def runner(rows):
+        return lambda lhs, rhs: _by_chip(rows, lhs, rhs, spec)
 
-    branches = {p: runner(row) for p, row in own.items()}
-    return lax.platform_dependent(lhs, rhs, **branches, default=runner(default))
+    branches = {p: runner(rows) for p, rows in own.items()}
+    return lax.platform_dependent(lhs, rhs, **branches, default=runner(found[_OTHERS]))
+
+
+def _by_chip(found, lhs, rhs, spec):
+    """Runs the row of the chip that the program is compiled for."""
+    default, _ = found[None]
+    own = {chip: row for chip, (row, _) in found.items() if row != default}
+    if not own:
+        return default.run(lhs, rhs, spec)
+    leaves, treedef = jax.tree.flatten((lhs, rhs))
+
+    def runner(row):
+        return lambda *leaves: row.run(*jax.tree.unflatten(treedef, leaves), spec)
+
+    branches = {chip: runner(row) for chip, row in own.items()}
+    return chips.by_generation(branches, runner(default), *leaves)
 
 
 def _record(lhs, rhs, spec, out, choices, implementation):
@@ -115,18 +146,28 @@ def _record(lhs, rhs, spec, out, choices, implementation):
     )
 
 
-def choose(table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str) -> Implementation:
+def choose(
+    table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str, chip: str | None = None
+) -> Implementation:
     """The first row for the platform that can compute the operation. The last always can."""
-    return _choose(table, lhs, rhs, spec, platform)[0]
+    return _choose(table, lhs, rhs, spec, platform, chip)[0]
 
 
-def _choose(table, lhs, rhs, spec, platform):
+def _choose_by_chip(table, lhs, rhs, spec, platform):
+    """What `_choose` finds, by the chips of a platform; None for all that are not named."""
+    # What is chosen as a program is lowered is traced outside of a mesh with explicit axes.
+    is_explicit = any(is_sharded(x) for x in jax.tree.leaves((lhs, rhs)))
+    named = () if is_explicit else _PLATFORMS.get(platform, ())
+    return {chip: _choose(table, lhs, rhs, spec, platform, chip) for chip in (None, *named)}
+
+
+def _choose(table, lhs, rhs, spec, platform, chip):
     """The row, and why those before it that are for the platform were not taken."""
     refusals = []
     for row in table[:-1]:
         if row.platforms is not None and platform not in row.platforms:
             continue
-        why_not = row.refusal(lhs, rhs, spec) or row.loses(lhs, rhs, spec)
+        why_not = row.refusal(lhs, rhs, spec) or row.loses(lhs, rhs, spec, chip)
         if why_not is None:
             return row, tuple(refusals)
         refusals.append((row.name, why_not))
@@ -141,10 +182,11 @@ def _forced(table, lhs, rhs, spec, name):
         )
     why_not = rows[name].refusal(lhs, rhs, spec)
     if why_not is not None:
+        chip = chips.generation()
         able = [
             row.name
             for row in table
-            if (row.refusal(lhs, rhs, spec) or row.loses(lhs, rhs, spec)) is None
+            if (row.refusal(lhs, rhs, spec) or row.loses(lhs, rhs, spec, chip)) is None
         ]
         raise ValueError(
             f"implementation={name!r} cannot run {_describe(lhs)} by {_describe(rhs)}: "

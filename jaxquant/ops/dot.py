@@ -203,9 +203,8 @@ def _native(lhs, rhs, spec):
     """By machine code of our own for CPUs."""
     if rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None:
         return _natively_by_int8(lhs, rhs, spec)
-    scale = None
-    if native.takes_codes(lhs, rhs):
-        scale = _in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec)
+    by_codes = native.takes_codes(lhs, rhs)
+    scale = _in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec) if by_codes else None
     out = native.product(lhs, rhs, spec.dtype, scale)
     return _logical(out.astype(spec.dtype), spec)
 
@@ -260,7 +259,7 @@ def _by_kernel(lhs, rhs, spec, run, where, platform):
 
     def elsewhere(*leaves):
         lhs, rhs = jax.tree.unflatten(treedef, leaves)
-        return dispatch.choose(_BY_XLA, lhs, rhs, spec, platform).run(lhs, rhs, spec)
+        return dispatch.run_on(_BY_XLA, lhs, rhs, spec, platform)
 
     return where(here, elsewhere, *vary_alike(leaves))
 
@@ -274,10 +273,10 @@ def _refuses_kernel(lhs, rhs, spec, refuses, axis):
     )
 
 
-def _pallas_loses(lhs, rhs, spec):
+def _pallas_loses(lhs, rhs, spec, chip):
     if _refuses_integer(lhs, rhs, spec) is None:
         return "XLA multiplies codes with one scale per column as integers"
-    return pallas.loses(lhs, rhs)
+    return pallas.loses(lhs, rhs, chip)
 
 
 def _scaled(lhs, rhs, spec):
@@ -304,6 +303,11 @@ def _scaled(lhs, rhs, spec):
 def _refuses_scaled(lhs, rhs, spec):
     waits = [tpu.can_wait(*pair) for pair in zip((lhs, rhs), spec.contract, strict=True)]
     return None if any(waits) else "no operand has codes whose scale can wait for the result"
+
+
+def _scaled_loses(lhs, rhs, spec, chip):
+    is_by_float = not isinstance(lhs, QTensor)
+    return tpu.dequantizes_faster(spec.rows(lhs, rhs), chip) if is_by_float else None
 
 
 def _fused(lhs, rhs, spec):
@@ -355,7 +359,7 @@ def _is_integer_natively(lhs, rhs, spec):
 _BY_XLA = (
     Implementation("blocks", _blocks, _refuses_blocks, ("cpu",), is_integer=_is_integer),
     Implementation("integer", _integer, _refuses_integer, is_integer=_is_integer),
-    Implementation("scaled", _scaled, _refuses_scaled, ("tpu",)),
+    Implementation("scaled", _scaled, _refuses_scaled, ("tpu",), _scaled_loses),
     Implementation("fused", _fused, _refuses_fused, ("tpu",)),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
+from . import chips
 from .explanation import Explanation, ExplanationRow
 from .machines import Machine, machine_for
 from .measured import Measurement, measurement_for, speeds_near
@@ -29,8 +30,7 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
         fn: a function of arrays and pytrees of arrays, jitted or not.
         args: what it is given, or `jax.ShapeDtypeStruct`s in place of arrays.
         platform: "cpu", "tpu" or "gpu", or a machine: "v5e", "v6e", "h200". None for the default
-            device. It need not be here; but Pallas' kernels, which only a process on a TPU
-            chooses, are then not in the rows.
+            device. It need not be here.
 
     Returns:
         Explanation with one row per product. Branches of `cond` are all in it.
@@ -44,9 +44,10 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
             f"{fn!r}."
         )
     machine = machine_for(platform)
+    chip = _chip(platform, machine)
     found = list(_marks(jax.make_jaxpr(fn)(*args).jaxpr, machine, set()))
     measured = [measurement_for(machine.name, mark.record.lhs.dtype) for mark in found]
-    rows = [_row(mark, machine, m) for mark, m in zip(found, measured, strict=True)]
+    rows = [_row(mark, machine, chip, m) for mark, m in zip(found, measured, strict=True)]
     used = [m for row, m in zip(rows, measured, strict=True) if m is not None and row.speeds]
     distinct = [m for i, m in enumerate(used) if m not in used[:i]]
     return Explanation(machine, tuple(distinct), tuple(rows))
@@ -100,8 +101,10 @@ _TRIPS = dict.fromkeys(("scan", "copying_scan"), lambda params: params["length"]
 _TRIPS |= {"while": lambda params: None}
 
 
-def _row(mark: _Mark, machine: Machine, measurement: Measurement | None) -> ExplanationRow:
-    record, choice = mark.record, _choice(mark.record, machine)
+def _row(
+    mark: _Mark, machine: Machine, chip: str | None, measurement: Measurement | None
+) -> ExplanationRow:
+    record, choice = mark.record, _choice(mark.record, machine, chip)
     size, operations = bytes_of(record, mark.copies), operations_of(record, mark.copies)
     is_bound_by_memory = operations < size * machine.operations_per_byte(choice.is_integer)
     speeds = () if measurement is None else _speeds(mark, choice, measurement)
@@ -122,13 +125,21 @@ def _row(mark: _Mark, machine: Machine, measurement: Measurement | None) -> Expl
         operations=trips * operations,
         bound="memory" if is_bound_by_memory else "arithmetic",
         speeds=speeds,
-        warning=_warning(mark, machine, speeds, measurement),
+        warning=_warning(mark, choice, machine, speeds, measurement),
     )
 
 
-def _choice(record: Record, machine: Machine) -> Choice:
-    by_platform = {choice.platform: choice for choice in record.choices}
-    return by_platform.get(machine.lowering, by_platform[None])
+def _chip(platform: str | None, machine: Machine) -> str | None:
+    """The chip that is asked about: this process' own, unless another one is named."""
+    here = chips.generation() if platform in (None, machine.platform) else None
+    return here or machine.name
+
+
+def _choice(record: Record, machine: Machine, chip: str | None) -> Choice:
+    """That of the chip, else that of its platform, else that of all others."""
+    found = {(choice.platform, choice.chip): choice for choice in record.choices}
+    keys = (machine.lowering, chip), (machine.lowering, None), (None, None)
+    return next(found[key] for key in keys if key in found)
 
 
 def _formats(record):
@@ -152,10 +163,10 @@ def _speeds(mark, choice, measurement):
 _READ_CODES_AS_THEY_LIE = ("native",)
 
 
-def _warning(mark, machine, speeds, measurement):
+def _warning(mark, choice, machine, speeds, measurement):
     """What is slower than it need be, or None."""
     words = []
-    is_read_as_it_lies = _choice(mark.record, machine).implementation in _READ_CODES_AS_THEY_LIE
+    is_read_as_it_lies = choice.implementation in _READ_CODES_AS_THEY_LIE
     if mark.is_sliced and is_read_as_it_lies and not machine.slices_4_bits:
         words.append(
             "XLA copies 4-bit weights one by one where it slices them: use jaxquant.scan "
@@ -164,7 +175,8 @@ def _warning(mark, machine, speeds, measurement):
     found = [speed for *_, speed in speeds]
     if found and min(found) < 1:
         verb = "is" if max(found) < 1 else "may be"
-        words.append(f"{measurement.reference} {verb} faster")
+        source = ", by estimate" if measurement.is_estimate else ""
+        words.append(f"{measurement.reference} {verb} faster{source}")
     return "; ".join(words) or None
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 Function = Callable[..., Any]
 Pick = Callable[[mlir.LoweringRuleContext | None], int]
@@ -131,10 +131,7 @@ _choice.multiple_results = True
 
 @_choice.def_abstract_eval
 def _(*avals, ways, pick):
-    return [
-        avals[0].update(shape=out.shape, dtype=out.dtype, weak_type=False)
-        for out in jax.eval_shape(ways[-1], *avals)
-    ]
+    return [out.update(weak_type=False) for out in jax.make_jaxpr(ways[-1])(*avals).out_avals]
 
 
 @_choice.def_impl
@@ -147,9 +144,27 @@ def _batch(args, axes, ways, pick):
     return out, [0] * len(out)
 
 
+def _transpose(cotangents, *args, ways, pick):
+    """By the last way, because kernels have no transpose."""
+    linear = [i for i, x in enumerate(args) if ad.is_undefined_primal(x)]
+
+    def last(*values):
+        given = list(args)
+        for i, value in zip(linear, values, strict=True):
+            given[i] = value
+        return ways[-1](*given)
+
+    found = [None] * len(args)
+    back = jax.linear_transpose(last, *(args[i].aval for i in linear))
+    for i, cotangent in zip(linear, back([*map(ad.instantiate_zeros, cotangents)]), strict=True):
+        found[i] = cotangent
+    return found
+
+
 def _lower(context, *args, ways, pick):
     return mlir.lower_fun(ways[pick(context)], multiple_results=True)(context, *args)
 
 
 batching.primitive_batchers[_choice] = _batch
+ad.primitive_transposes[_choice] = _transpose
 mlir.register_lowering(_choice, _lower)

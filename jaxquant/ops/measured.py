@@ -1,9 +1,10 @@
-"""How fast quantized products were beside float ones: a line per scheme, row of a table and shape.
+"""How fast quantized products are beside float ones: a line per scheme, row of a table and shape.
 
     python -m benchmarks --suite cpu --json cpu.json
     python -m benchmarks.measured cpu.json
 
-print the lines of a machine's table.
+print the lines of a machine's table. Nothing was measured on a TPU: their tables are estimates of
+the compiler, by `--suite tpu-compile`, and so are called.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ class Measurement:
         reference: the float product whose speed is 1.
         how: what was run, and where.
         speeds: what was found.
+        is_estimate: whether the compiler estimated it, and nothing ran.
     """
 
     machine: str
@@ -46,6 +48,7 @@ class Measurement:
     reference: str
     how: str
     speeds: tuple[Speeds, ...]
+    is_estimate: bool = False
 
 
 def _read(text):
@@ -75,6 +78,66 @@ int8      | int8  | native | 4096x4096 | 1:3.49 2:6.87 8:5.27 32:3.62 128:3.52 5
 nf4 g64   | float | native | 384x1536  | 1:1.85 8:1.56 32:1.11 128:1.04 512:0.93 2048:0.93
 nf4 g64   | float | native | 4096x4096 | 1:3.99 2:6.41 8:1.94 32:1.26 128:1.13 512:1.01 2048:0.92
 """
+_FOR_V5E = """
+fp8_e4m3 | fp8_e4m3 | scaled | 1000x1003 | 8:0.68 128:0.62 2048:0.69
+fp8_e4m3 | fp8_e4m3 | scaled | 14336x4096 | 8:1.60 128:1.17
+fp8_e4m3 | fp8_e4m3 | scaled | 2048x8192 | 8:1.46 128:1.22 2048:1.01
+fp8_e4m3 | fp8_e4m3 | scaled | 384x1536 | 8:0.50 128:0.55 2048:0.92
+fp8_e4m3 | fp8_e4m3 | scaled | 4096x14336 | 8:1.62 128:1.34
+fp8_e4m3 | fp8_e4m3 | scaled | 4096x4096 | 8:1.45 128:1.13 2048:1.00
+int4 g128 | float | fused | 2048x8192 | 2048:1.09
+int4 g128 | float | fused | 384x1536 | 2048:0.94
+int4 g128 | float | fused | 4096x14336 | 2048:1.10
+int4 g128 | float | fused | 4096x4096 | 2048:1.07
+int4 g128 | int8 | scaled | 2048x8192 | 2048:1.07
+int4 g128 | int8 | scaled | 384x1536 | 2048:0.86
+int4 g128 | int8 | scaled | 4096x4096 | 2048:1.03
+int8 | float | dequantize | 1000x1003 | 128:1.16 2048:1.04
+int8 | float | dequantize | 14336x4096 | 128:1.92
+int8 | float | dequantize | 2048x8192 | 128:1.47 2048:1.08
+int8 | float | dequantize | 384x1536 | 128:0.91 2048:0.99
+int8 | float | dequantize | 4096x14336 | 128:1.71 2048:1.10
+int8 | float | dequantize | 4096x4096 | 128:1.61 2048:1.07
+int8 | float | scaled | 1000x1003 | 8:1.29
+int8 | float | scaled | 14336x4096 | 8:1.69
+int8 | float | scaled | 2048x8192 | 8:1.65
+int8 | float | scaled | 384x1536 | 8:1.17
+int8 | float | scaled | 4096x14336 | 8:1.69
+int8 | float | scaled | 4096x4096 | 8:1.63
+int8 | int8 | integer | 1000x1003 | 8:0.82 128:0.68 2048:0.69
+int8 | int8 | integer | 14336x4096 | 8:1.74 128:1.51
+int8 | int8 | integer | 2048x8192 | 8:1.60 128:1.50 2048:1.83
+int8 | int8 | integer | 384x1536 | 8:0.59 128:0.64 2048:0.98
+int8 | int8 | integer | 4096x14336 | 8:1.75 128:1.77 2048:1.93
+int8 | int8 | integer | 4096x4096 | 8:1.60 128:1.42 2048:1.78
+"""
+
+_FOR_V6E = """
+fp8_e4m3 | fp8_e4m3 | scaled | 1000x1003 | 8:0.53 128:0.52 2048:0.60
+fp8_e4m3 | fp8_e4m3 | scaled | 14336x4096 | 8:1.32 128:1.03
+fp8_e4m3 | fp8_e4m3 | scaled | 2048x8192 | 8:1.23 128:1.07 2048:1.02
+fp8_e4m3 | fp8_e4m3 | scaled | 384x1536 | 8:0.41 128:0.43 2048:0.88
+fp8_e4m3 | fp8_e4m3 | scaled | 4096x14336 | 8:1.36 128:1.23
+fp8_e4m3 | fp8_e4m3 | scaled | 4096x4096 | 8:1.20 128:0.98 2048:0.94
+int8 | float | dequantize | 1000x1003 | 8:1.17
+int8 | float | dequantize | 14336x4096 | 8:1.86
+int8 | float | dequantize | 2048x8192 | 8:1.74
+int8 | float | dequantize | 384x1536 | 8:0.80
+int8 | float | dequantize | 4096x14336 | 8:1.88
+int8 | float | dequantize | 4096x4096 | 8:1.75
+int8 | float | scaled | 1000x1003 | 128:1.14 2048:1.04
+int8 | float | scaled | 14336x4096 | 128:1.35
+int8 | float | scaled | 2048x8192 | 128:1.41 2048:1.10
+int8 | float | scaled | 384x1536 | 128:0.83 2048:0.95
+int8 | float | scaled | 4096x14336 | 128:1.43 2048:0.80
+int8 | float | scaled | 4096x4096 | 128:1.41 2048:1.10
+int8 | int8 | integer | 1000x1003 | 8:0.57 128:0.57 2048:0.60
+int8 | int8 | integer | 14336x4096 | 8:1.40 128:1.10
+int8 | int8 | integer | 2048x8192 | 8:1.33 128:1.15 2048:1.19
+int8 | int8 | integer | 384x1536 | 8:0.44 128:0.46 2048:0.89
+int8 | int8 | integer | 4096x14336 | 8:1.44 128:1.37 2048:1.09
+int8 | int8 | integer | 4096x4096 | 8:1.33 128:1.06 2048:1.14
+"""
 
 MEASUREMENTS = (
     Measurement(
@@ -83,6 +146,18 @@ MEASUREMENTS = (
         reference="XLA's float32 product",
         how="`python -m benchmarks --suite cpu`, 2 cores with AVX512-VNNI, weights out of cache",
         speeds=_read(_ON_CPU),
+    ),
+    *(
+        Measurement(
+            machine=chip,
+            dtype="bfloat16",
+            reference="XLA's bfloat16 product",
+            how="the compiler's estimates in `python -m benchmarks --suite tpu-compile`, with "
+            "bytes for kernels that quantize; nothing ran",
+            speeds=_read(text),
+            is_estimate=True,
+        )
+        for chip, text in (("v5e", _FOR_V5E), ("v6e", _FOR_V6E))
     ),
 )
 

@@ -9,7 +9,6 @@ from jax import lax
 
 from ..core import QTensor, blocks_between, scale_values
 from ..kernels import pallas_tpu
-from . import chips
 from .dispatch import Operand
 from .operands import refuses_codes
 
@@ -28,19 +27,20 @@ def product(
     lhs: Operand, rhs: QTensor, dtype: jax.typing.DTypeLike, *, interpret: bool = False
 ) -> jax.Array:
     """(..., K) by (K, N), in `dtype`; `interpret` computes without a TPU, for tests."""
-    x, scale = codes_and_scale(lhs)
+    x, row_scale = codes_and_scale(lhs)
     zero = None if rhs.zero_point is None else _per_column(rhs.zero_point, rhs)
-    is_narrow = scale is None and dtype == jnp.bfloat16
+    if row_scale is not None:
+        row_scale = jnp.broadcast_to(row_scale, (*x.shape[:-1], 1)).reshape(-1, 1)
     out = pallas_tpu.grouped_dot(
         x.reshape(-1, x.shape[-1]),
         rhs.codes,
         _per_column(scale_values(rhs.scale), rhs),
         zero,
-        dtype=jnp.bfloat16 if is_narrow else jnp.float32,
+        row_scale,
+        dtype=jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32,
         interpret=interpret,
     )
-    out = out.reshape(*x.shape[:-1], rhs.codes.shape[1])
-    return (out if scale is None else out * scale).astype(dtype)
+    return out.reshape(*x.shape[:-1], rhs.codes.shape[1]).astype(dtype)
 
 
 def refuses(lhs: Operand, rhs: QTensor, precision: lax.PrecisionLike) -> str | None:
@@ -87,12 +87,10 @@ def refuses_floats(
     return "an operand is empty" if 0 in (*lhs.shape, *rhs.codes.shape) else None
 
 
-def loses(lhs: Operand, rhs: QTensor) -> str | None:
-    """Why XLA is left to compute on this process' TPU, or None."""
-    chip = chips.generation()
+def loses(lhs: Operand, rhs: QTensor, chip: str | None) -> str | None:
+    """Why XLA is left to compute on a generation of TPUs, or None."""
     if chip not in _MOST_ROWS:
-        known, kind = " and ".join(map(str, _MOST_ROWS)), jax.devices()[0].device_kind
-        return f"it is chosen by processes on {known} alone, and this one runs on {kind}"
+        return f"it is chosen on {' and '.join(map(str, _MOST_ROWS))} alone"
     most = _MOST_ROWS[chip][rhs.scale.shape[0] == 1]
     rows = lhs.size // rhs.codes.shape[0]
     return f"{rows} rows, more than {most}, are faster by XLA on {chip}" if rows > most else None

@@ -21,12 +21,14 @@ class Choice:
 
     Attributes:
         platform: as `jax.lax.platform_dependent` names it; None for all that are not named.
+        chip: a generation of TPUs; None for all that are not named.
         implementation: name of the row.
         is_integer: whether it multiplies codes as whole numbers.
         refusals: (name of an earlier row, why it cannot run these operands here).
     """
 
     platform: str | None
+    chip: str | None
     implementation: str
     is_integer: bool
     refusals: tuple[tuple[str, str], ...]
@@ -64,7 +66,8 @@ class Record:
         result_bytes: bytes of the result.
         length: products that are added for one element of the result.
         rows: rows of inputs, where one matrix on the right multiplies them all; else None.
-        choices: one per platform that has rows of its own, and one for all others.
+        choices: one per platform that has rows of its own, and per chip that has, and one for all
+            others.
         is_forced: whether `implementation=` named the row.
     """
 

@@ -1,12 +1,14 @@
 """What the TPU's compiler makes of products. Needs libtpu, and no TPU; nothing runs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from benchmarks import tpu_compiler
 from benchmarks.tpu_text import Program
-from jaxquant import W4A16, W8A8, ArrayConfig, Rule, matmul, quantize, tree
+from jaxquant import W4A16, W8A8, ArrayConfig, Rule, explain, matmul, quantize, tree
 from jaxquant.ops.chips import tpu_generation
 
 pytestmark = pytest.mark.usefixtures("libtpu")
@@ -55,14 +57,45 @@ def test_w8a8_multiplies_int8_by_int8_into_int32(chip):
 
 
 @pytest.mark.parametrize("chip, rows", [("v5e", 8), ("v5e", 512), ("v6e", 8), ("v6e", 512)])
-def test_grouped_int4_weights_are_read_once_at_half_a_byte(chip, rows):
-    program = compiled(chip, matmul, rows, weights(W4A16))
+def test_xla_reads_grouped_int4_weights_once_at_half_a_byte(chip, rows):
+    program = compiled(chip, partial(matmul, implementation="fused"), rows, weights(W4A16))
     assert ("s4", (K, N)) in [(a.dtype, a.shape) for _, i in program.scheduled() for a in i.arrays]
     # No second pass, and no dequantized copy, not even in the chip's own memory.
     (product,) = taking_weights(program)
     assert product.opcode == "fusion"
     assert all(a.size < K * N for a in product.arrays)
     assert len(products(program)) == 1
+
+
+def kernels(program):
+    """Operands' types of every Pallas kernel."""
+    return [
+        tuple(computation[name].arrays[0].dtype for name in i.operands)
+        for computation, i in program.scheduled()
+        if "tpu_custom_call" in i.attributes
+    ]
+
+
+# By this process, which has no TPU.
+@pytest.mark.parametrize(
+    "chip, rows, dtypes",
+    [("v5e", 8, ["bf16 s4 f32"]), ("v5e", 300, []), ("v6e", 512, ["bf16 s4 f32"])],
+)
+def test_the_chip_that_is_compiled_for_decides_about_kernels(chip, rows, dtypes):
+    q = weights(W4A16)
+    assert [" ".join(k) for k in kernels(compiled(chip, matmul, rows, q))] == dtypes
+    (row,) = explain(matmul, jax.ShapeDtypeStruct((rows, K), jnp.bfloat16), q, platform=chip)
+    assert row.implementation == ("pallas" if dtypes else "fused")
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_three_products_of_many_rows_quantize_their_input_by_one_kernel(chip):
+    def run(x, *weights):
+        return [matmul(x, w) for w in weights]
+
+    program = compiled(chip, run, 512, *[weights(W8A8)] * 3)
+    assert kernels(program) == [("bf16",)]
+    assert products(program) == [("s8", "s8", "s32")] * 3
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])

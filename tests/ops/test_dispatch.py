@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxquant import FP8_E4M3, INT4, ArrayConfig, matmul, quantize
-from jaxquant.ops import dispatch
+from jaxquant.ops import chips, dispatch
 from jaxquant.ops.dispatch import Implementation
 
 from .products import K, M, assert_product, normal, weight
@@ -58,6 +58,39 @@ X = jnp.zeros((2, 3))
 )
 def test_the_first_able_row_for_the_platform_is_chosen(platform, spec, name):
     assert dispatch.choose(TABLE, X, X, spec, platform).name == name
+
+
+BY_CHIP = (
+    Implementation(
+        "quick",
+        constant(1.0),
+        always,
+        ("tpu",),
+        lambda lhs, rhs, spec, chip: None if chip == "v6e" else f"slow on {chip}",
+    ),
+    TABLE[-1],
+)
+
+
+def test_chips_choose_rows_of_their_own_as_the_program_is_lowered(monkeypatch):
+    assert dispatch.choose(BY_CHIP, X, X, 1, "tpu", "v6e").name == "quick"
+    assert dispatch.choose(BY_CHIP, X, X, 1, "tpu", "v5e").name == "last"
+    for chip, wanted in {"v6e": "1.0", "v5e": "3.0", "7x": "3.0", None: "3.0"}.items():
+        monkeypatch.setattr(chips, "target", lambda module, chip=chip: chip)
+        for run in (partial(dispatch.run, implementation=None), dispatch.run_on):
+            given = {"platform": "tpu"} if run is dispatch.run_on else {}
+            traced = jax.jit(lambda x, run=run, given=given: run(BY_CHIP, x, x, Spec(1), **given))
+            text = traced.trace(X).lower(lowering_platforms=("tpu",)).as_text()
+            assert f"dense<{wanted}" in text
+
+
+def test_arrays_with_explicit_sharding_are_computed_alike_on_all_chips():
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = jax.device_put(X, jax.NamedSharding(mesh, jax.P("a")))
+    for array, count in ((x, 4), (X, 6)):
+        jaxpr = jax.make_jaxpr(lambda x: dispatch.run(BY_CHIP, x, x, Spec(1), None))(array)
+        (kept,) = (e.params["record"] for e in jaxpr.eqns if "record" in e.params)
+        assert len(kept.choices) == count
 
 
 def test_the_last_row_is_chosen_without_being_asked():

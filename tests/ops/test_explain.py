@@ -11,8 +11,9 @@ import pytest
 import rich.console
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.measured import lines
+from benchmarks.measured import lines, with_speeds
 from jaxquant import (
+    FP8_E4M3,
     INT4,
     NF4,
     ArrayConfig,
@@ -86,12 +87,13 @@ CASES = {
         "integer",
     ),
     "W4A16": (matmul, (floats(5, K), stored(**G128)), if_native, "fused", "dequantize"),
-    "W8A16": (matmul, (floats(100, K), stored()), if_panels("blocks"), "scaled", "dequantize"),
+    "W8A16": (matmul, (floats(100, K), stored()), if_panels("blocks"), "dequantize", "dequantize"),
+    "few rows": (matmul, (floats(50, K), stored()), if_panels("blocks"), "scaled", "dequantize"),
     "many rows": (
         matmul,
         (floats(600, K), stored()),
         if_panels("dequantize"),
-        "scaled",
+        "dequantize",
         "dequantize",
     ),
     "grouped int8": (
@@ -191,12 +193,16 @@ def test_earlier_rows_of_the_platform_say_why_they_do_not_run():
         ("integer", "an operand of float32 has no codes"),
     )
     (row,) = explain(matmul, *arguments, platform="tpu")
-    assert [name for name, _ in row.refusals] == ["pallas", "integer"]
-    (row,) = explain(matmul, floats(5, K), stored(order=None, **G128), platform="v6e")
-    assert row.refusals[0] == (
-        "pallas",
-        "it is chosen by processes on v5e and v6e alone, and this one runs on cpu",
-    )
+    assert [name for name, _ in row.refusals] == ["pallas", "integer", "scaled", "fused"]
+    (row,) = explain(matmul, floats(300, K), stored(order=None, **G128), platform="v5e")
+    assert row.refusals[0] == ("pallas", "300 rows, more than 256, are faster by XLA on v5e")
+    (row,) = explain(matmul, floats(20, K), stored(), platform="v6e")
+    words = "rows, {}, are faster dequantized on"
+    assert row.refusals[-2] == ("scaled", f"20 {words.format('fewer than 65')} v6e")
+    (row,) = explain(matmul, floats(70, K), stored(), platform="v6e")
+    assert row.implementation == "scaled"
+    (row,) = explain(matmul, floats(70, K), stored(), platform="v5e")
+    assert row.refusals[-2] == ("scaled", f"70 {words.format('more than 64')} v5e")
     (row,) = explain(matmul, *arguments, platform="gpu")
     assert [name for name, _ in row.refusals] == ["triton", "integer"]
     assert row.refusals[-1][1] == "an operand of float32 has no codes"
@@ -537,16 +543,52 @@ def test_speeds_are_of_one_matrix_dtype_and_machine(monkeypatch):
 @pytest.mark.skipif(not HAS_PANELS, reason="it was measured with AVX512-VNNI")
 def test_every_line_of_the_table_is_of_what_still_runs():
     configs = {"int8": {}, "int4 g128": G128, "nf4 g64": {"format": NF4, "group_size": 64}}
-    for measurement in MEASUREMENTS:
-        for line in measurement.speeds:
-            inputs = {"int8": INT8_INPUTS, "float": None}[line.inputs]
-            q = stored(line.shape, inputs=inputs, **configs[line.weights])
-            for rows, speed in line.by_rows.items():
-                x = floats(rows, line.shape[0], dtype=measurement.dtype)
-                (row,) = explain(matmul, x, q, platform=measurement.machine)
-                assert row.implementation == line.implementation, (line, rows)
-                assert row.speeds == ((rows, line.shape, speed),)
-                assert (row.warning is None) == (speed >= 1)
+    (measurement,) = (m for m in MEASUREMENTS if m.machine == "cpu")
+    for line in measurement.speeds:
+        inputs = {"int8": INT8_INPUTS, "float": None}[line.inputs]
+        q = stored(line.shape, inputs=inputs, **configs[line.weights])
+        for rows, speed in line.by_rows.items():
+            x = floats(rows, line.shape[0], dtype=measurement.dtype)
+            (row,) = explain(matmul, x, q, platform=measurement.machine)
+            assert row.implementation == line.implementation, (line, rows)
+            assert row.speeds == ((rows, line.shape, speed),)
+            assert (row.warning is None) == (speed >= 1)
+
+
+FP8_ROWS = {"format": FP8_E4M3, "axis": -1}
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_every_estimate_for_a_tpu_is_of_what_still_runs_and_warns_as_an_estimate(chip):
+    configs = {"int8": {}, "int4 g128": G128, "fp8_e4m3": {"format": FP8_E4M3}}
+    given = {"int8": INT8_INPUTS, "float": None, "fp8_e4m3": ArrayConfig(**FP8_ROWS)}
+    (measurement,) = (m for m in MEASUREMENTS if m.machine == chip)
+    assert measurement.is_estimate
+    assert "nothing ran" in measurement.how
+    for line in measurement.speeds:
+        q = stored(line.shape, None, given[line.inputs], **configs[line.weights])
+        q = q.astype(jnp.bfloat16)
+        for rows, speed in line.by_rows.items():
+            x = floats(rows, line.shape[0], dtype=jnp.bfloat16)
+            (row,) = explain(matmul, x, q, platform=chip)
+            assert row.implementation == line.implementation, (line, rows)
+            assert row.speeds == ((rows, line.shape, speed),)
+            warning = "XLA's bfloat16 product is faster, by estimate" if speed < 1 else None
+            assert row.warning == warning
+
+
+def test_estimates_become_speeds_where_no_kernel_multiplies():
+    def product(contender, time, kernel=0):
+        about = {"chip": "v6e", "K": 384, "N": 701, "rows": 600, "operations": 9}
+        found = {"is_ours": contender in "W8A8 W4A16", "dtype": "bfloat16"}
+        estimate = {"compiler_estimate_microseconds": time, "kernel_operations": kernel}
+        return {**about, **found, **estimate, "contender": contender}
+
+    failed = {**product("W4A8", 0), "error": "no such groups"}
+    del failed["compiler_estimate_microseconds"]
+    products = [product("XLA bfloat16", 6), product("W8A8", 4, 1), product("W4A16", 1, 9), failed]
+    found = lines(with_speeds(products), "bfloat16", "v6e")
+    assert found == ["int8 | int8 | integer | 384x701 | 600:1.50"]
 
 
 def test_results_of_the_suite_become_lines_of_the_table():
@@ -669,8 +711,11 @@ def test_the_table_shows_each_row_and_how_often_it_runs():
     assert found.table().row_count == 3
 
 
-def test_products_can_still_be_transposed():
-    q, cotangent = weight(ArrayConfig(), (64, 24)), jnp.asarray(normal(5, 24))
+@pytest.mark.parametrize(
+    "config", [ArrayConfig(), ArrayConfig(format=INT4, group_size=32)], ids=str
+)
+def test_products_can_still_be_transposed(config):
+    q, cotangent = weight(config, (64, 24)), jnp.asarray(normal(5, 24))
     (got,) = jax.linear_transpose(lambda x: matmul(x, q), X)(cotangent)
     np.testing.assert_allclose(got, cotangent @ q.dequantize().T, rtol=1e-4)
 

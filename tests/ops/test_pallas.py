@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import INT4, NF4, W8A8, ArrayConfig, Inputs, einsum, matmul, quantize
+from jaxquant import (
+    FP8_E4M3,
+    FP8_E5M2,
+    INT4,
+    NF4,
+    W8A8,
+    ArrayConfig,
+    Inputs,
+    einsum,
+    matmul,
+    quantize,
+)
 from jaxquant.ops import chips, inputs, pallas
 
 from .products import assert_product, normal, weight, with_inputs
@@ -40,6 +51,14 @@ def test_products_of_operands_as_they_are_stored_match_numpy(name):
     assert (narrow.shape, narrow.dtype) == ((2, 3, N), jnp.bfloat16)
 
 
+def test_one_scale_for_all_rows_and_results_of_16_bits():
+    q, x = weight(G128, (K, N)), quantize(normal(2, 3, K), ArrayConfig(axis=None))
+    for dtype, tolerance in ((jnp.float32, 2e-6), (jnp.bfloat16, 2.0**-8)):
+        got = product(x, q, dtype=dtype)
+        assert got.dtype == dtype
+        assert_product(got.astype(jnp.float32), "abk,kn->abn", x, q, tolerance=tolerance)
+
+
 def test_vmap_runs_the_kernel_for_each():
     one, two = (weight(G128, (K, N), seed) for seed in (1, 2))
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, two)
@@ -50,12 +69,21 @@ def test_vmap_runs_the_kernel_for_each():
     np.testing.assert_allclose(got[1], run(x[1], two), rtol=1e-6)
 
 
-def test_rows_of_any_number_of_axes_are_quantized_as_core_does():
-    x, config = jnp.asarray(normal(2, 3, 50)), ArrayConfig(axis=2, value_range=(-100, 100))
+@pytest.mark.parametrize(
+    "config",
+    [ArrayConfig(axis=2, value_range=(-100, 100)), ArrayConfig(format=FP8_E4M3, axis=2)],
+    ids=["int8", "fp8"],
+)
+def test_rows_of_any_number_of_axes_are_quantized_as_core_does(config):
+    x = jnp.asarray(normal(2, 3, 50))
     run = jax.jit(partial(inputs.quantize_rows, config=config, interpret=True))
     got, wanted = run(x), quantize(x, config)
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    special = x.at[0, 0, 0].set(jnp.nan).at[1, 1, 1].set(jnp.inf).at[1, 2].set(0)
+    got, wanted = (jax.tree.map(np.float32, q) for q in (run(special), quantize(special, config)))
+    np.testing.assert_array_equal(got.scale, wanted.scale)
+    np.testing.assert_array_equal(got.codes, wanted.codes)
 
 
 def test_without_a_tpu_pallas_fails_with_the_reason():
@@ -123,7 +151,7 @@ CHOSEN = [
 
 @pytest.mark.parametrize("chip, group_size, rows, quantizes, count", CHOSEN, ids=str)
 def test_the_chip_and_the_rows_decide(monkeypatch, chip, group_size, rows, quantizes, count):
-    monkeypatch.setattr(chips, "generation", lambda: chip)
+    monkeypatch.setattr(chips, "target", lambda module: chip)
     q = weight(ArrayConfig(format=INT4, axis=0, group_size=group_size), (K, N))
     x = jnp.zeros((rows, K), jnp.float32)
     assert calls(w8a8 if quantizes else matmul, x, q) == count
@@ -138,7 +166,7 @@ def test_this_process_has_no_tpu_and_quantizes_as_core_does():
 
 @pytest.fixture
 def on_v6e(monkeypatch):
-    monkeypatch.setattr(chips, "generation", lambda: "v6e")
+    monkeypatch.setattr(chips, "target", lambda module: "v6e")
 
 
 @pytest.mark.parametrize(
@@ -149,8 +177,9 @@ def on_v6e(monkeypatch):
         ArrayConfig(axis=-1, group_size=64),
         ArrayConfig(axis=-1, scale_dtype="bfloat16"),
         ArrayConfig(format=INT4, axis=-1),
+        ArrayConfig(format=FP8_E5M2, axis=-1),
     ],
-    ids=["tensor", "asymmetric", "groups", "bfloat16", "int4"],
+    ids=["tensor", "asymmetric", "groups", "bfloat16", "int4", "e5m2"],
 )
 def test_other_inputs_are_left_to_xla(on_v6e, config):
     x = jnp.zeros((700, K))

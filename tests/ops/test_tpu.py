@@ -1,6 +1,7 @@
 """Forms of products that are chosen on TPUs, computed here; and the choice by generation."""
 
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxquant import FP8_E4M3, ArrayConfig, dot_general, matmul, quantize
-from jaxquant.ops import tpu
+from jaxquant.ops import chips, tpu
 from jaxquant.ops.chips import by_generation, tpu_generation
 
 from .products import INPUTS, WEIGHTS, K, M, N, assert_product, normal, weight
@@ -111,6 +112,18 @@ def test_other_devices_take_the_default_in_every_transformation():
     exported = jax.export.export(jax.jit(choice), platforms=("cpu", "tpu"))(x)
     for run in (choice, jax.jit(choice), jax.vmap(choice), jax.vmap(choice, 1, 1), exported.call):
         np.testing.assert_array_equal(run(x), x + 1)
+
+
+@pytest.mark.parametrize("is_exported, wanted", [(False, "v6e"), (True, None)])
+def test_what_is_exported_is_for_no_generation(is_exported, wanted):
+    device = types.SimpleNamespace(device_kind="TPU v6 lite")
+    module: Any = types.SimpleNamespace(
+        backend=types.SimpleNamespace(devices=lambda: [device]),
+        lowering_parameters=types.SimpleNamespace(for_export=is_exported),
+    )
+    assert chips.target(module) == wanted
+    module.backend = None
+    assert chips.target(module) is None
 
 
 def test_generations_are_known_by_the_names_that_jax_gives_devices():
