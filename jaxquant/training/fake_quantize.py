@@ -71,6 +71,7 @@ class LearnedRange:
         return low, high, scale, qmin - low / scale
 
 
+@jax.jit
 def fake_quantize(
     x: jax.Array,
     config: ArrayConfig,

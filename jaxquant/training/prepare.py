@@ -163,7 +163,8 @@ def prepare(params: Any, rules: Rules, learned: Any = None, *, platform: str | N
         ValueError: as for `tree.quantize`; or something selected has nothing learned, something
             learned is not selected, or what is learned does not suit a leaf and its config.
 
-    Error: none against `convert`: products are equal, bit for bit.
+    Error: none against `convert`: products are equal, bit for bit, where both run under `jax.jit`
+        or neither does. What XLA fuses with a product may be rounded otherwise in its last bit.
     """
     paths, leaves, chosen, treedef = select(params, rules)
     found = _by_path(learned)
@@ -208,7 +209,7 @@ def convert(prepared: Any) -> Any:
 
     Returns:
         The tree with a QTensor in place of each `Prepared`. Products with it are equal to those
-        before, bit for bit.
+        before, bit for bit (see `prepare`).
 
     Raises:
         ValueError: the tree holds no `Prepared`.
