@@ -39,7 +39,7 @@ def test_derivatives_are_those_of_the_equations(config, dtype):
     def derivatives(x, scale, zero):
         q = quantize_with_scale(x, scale, None if config.symmetric else zero, config)
         values, pullback = jax.vjp(
-            lambda *sources: straight_through(sources[0], q, config, *sources[1:], margin=False),
+            lambda x, s, z: straight_through(x, q, config, s, z, margin=False),
             x,
             scale,
             zero,
@@ -52,7 +52,7 @@ def test_derivatives_are_those_of_the_equations(config, dtype):
     assert values.dtype == got[0].dtype == dtype
     wide = [np.asarray(a).astype(np.float64) for a in (x, cotangent)]
     spread = [oracles.spread(a.astype(np.float64), SHAPE) for a in (scale, zero)]
-    value, of_x, of_scale, of_zero = oracles.straight_through(wide[0], *spread, config)
+    value, of_x, of_scale, of_zero = oracles.straight_through(wide[0], spread[0], spread[1], config)
     assert 0 < of_x.sum() < of_x.size
     tolerance = 1e-5 if dtype == "float32" else 2.0**-8
     np.testing.assert_allclose(np.asarray(values).astype(np.float64), value, rtol=tolerance)
@@ -76,7 +76,9 @@ def test_scalar_parameters_get_the_sum_of_all_groups():
     q = quantize_with_scale(x, scale, None, SYMMETRIC)
 
     def loss(step):
-        return jnp.vdot(straight_through(x, q, SYMMETRIC, step, margin=False), cotangent)
+        return jnp.vdot(
+            straight_through(jnp.asarray(x), q, SYMMETRIC, step, margin=False), cotangent
+        )
 
     _, _, of_scale, _ = oracles.straight_through(
         x, oracles.spread(scale, SHAPE), np.zeros(SHAPE), SYMMETRIC

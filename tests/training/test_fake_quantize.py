@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +93,9 @@ def test_a_learned_step_has_the_values_and_gradients_of_lsq(name, sign):
     np.testing.assert_allclose(of_step.scale, want, rtol=2e-3, atol=2e-5)
 
 
-def surrogate(x, low, high, config, moved):
+def surrogate(x, ends, config, moved):
     """`fake_quantize` with rounding frozen: what it moved the codes and zero points by is added."""
+    low, high = ends
     qmin, qmax = oracles.bounds(config)
     step = (high - low) / (qmax - qmin)
     zero = qmin - low / step + moved[1]
@@ -124,7 +126,7 @@ def test_a_learned_range_has_the_values_and_the_derivatives_of_its_float_surroga
     g = 1 / np.sqrt(X.size / np.prod(counts) * (qmax - qmin))
     for i, gradient in enumerate((got.low, got.high)):
         up, down = ([e + s * 1e-7 * (i == j) for j, e in enumerate(ends)] for s in (1, -1))
-        change = surrogate(X, *up, config, moved) - surrogate(X, *down, config, moved)
+        change = surrogate(X, up, config, moved) - surrogate(X, down, config, moved)
         want = g * oracles.sum_blocks(COTANGENT * change / 2e-7, counts)
         np.testing.assert_allclose(gradient, want, rtol=2e-3, atol=2e-4)
 
@@ -193,7 +195,7 @@ def test_gradients_are_the_same_in_every_transformation_and_compiled_once():
     config, traces = ArrayConfig(format=INT4, axis=-1, group_size=8), []
     learned = LearnedStep(jnp.full((6, 4), 0.3))
 
-    def of_row(row, step, cotangent, function=fake_quantize):
+    def of_row(row, step, cotangent, function: Any = fake_quantize):
         traces.append(row)
         return jax.vjp(lambda row, step: function(row, config, step), row, step)[1](cotangent)
 
