@@ -176,3 +176,30 @@ def pack_halves(codes, axis):
         return np.array([line[i] + 16 * line[i + half] for i in range(half)], np.uint8)
 
     return np.apply_along_axis(pack_line, axis, np.asarray(codes))
+
+
+def straight_through(x, scale, zero_point, config):
+    """(value, d value / d x, d value / d scale, d value / d zero_point) for each element.
+
+    LSQ, Esser et al. 2020, eq. 1 and 3, and LSQ+, Bhalgat et al. 2020, eq. 5, with an offset in
+    units of codes. Scale and zero point are as long as x.
+    """
+    qmin, qmax = bounds(config)
+    v = x / scale + zero_point
+    value, of_x, of_scale, of_zero = (np.zeros(x.shape) for _ in range(4))
+    for i in np.ndindex(x.shape):
+        s, z = scale[i], zero_point[i]
+        if v[i] < qmin or v[i] > qmax:
+            end = qmin if v[i] < qmin else qmax
+            value[i], of_scale[i], of_zero[i] = (end - z) * s, end - z, -s
+        else:
+            value[i], of_x[i] = (np.round(v[i]) - z) * s, 1
+            of_scale[i] = np.round(v[i]) - v[i]
+    return value, of_x, of_scale, of_zero
+
+
+def sum_blocks(x, counts):
+    """Sums over the elements that share a scale, of which there are so many along each axis."""
+    for axis, count in enumerate(counts):
+        x = np.add.reduceat(x, np.arange(count) * (x.shape[axis] // count), axis)
+    return x

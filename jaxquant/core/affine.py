@@ -127,7 +127,8 @@ def encode(
 ) -> jax.Array:
     """Values to codes: the nearest code to x/scale + zero_point, clipped. Arrays broadcast.
 
-    With a key, of the two codes around it one at random, so that the expectation is the value.
+    With a key, of the two codes around it one at random, so that the expectation is the value; a
+    value that is a code stays what it is.
     """
     format, values = config.format, x / scale
     # A scale of NaN marks its group; the codes below it need only be defined. Whole numbers always
@@ -137,13 +138,22 @@ def encode(
     if format.codebook is not None:
         return _nearest(values, format.codebook, noise).astype(format.dtype)
     if format.rounds:
-        values = jnp.round(values) if noise is None else jnp.floor(values + noise)
+        values = jnp.round(values) if noise is None else _round_by(noise, values)
     elif noise is not None:
         step = _float_step(values, format.dtype)
-        values = jnp.floor(values / step + noise) * step
+        values = _round_by(noise, values / step) * step
     if zero_point is not None:
         values = values + zero_point.astype(values.dtype)
     return jnp.clip(values, *config.bounds).astype(format.dtype)
+
+
+def _round_by(noise, values):
+    """The whole number above where the part of the value above the one below exceeds the noise.
+
+    Not floor(values + noise), which rounds: 127 + 0.9999999 is 128 in float32.
+    """
+    below = jnp.floor(values)
+    return below + (noise < values - below).astype(values.dtype)
 
 
 def clip_edges(config: "ArrayConfig") -> tuple[float, float]:
@@ -178,8 +188,11 @@ def _nearest(values, codebook, noise=None):
     """
     index = jnp.zeros(values.shape, jnp.int8 if len(codebook) <= 128 else jnp.int16)
     for below, above in itertools.pairwise(np.asarray(codebook).tolist()):
-        between = (below + above) / 2 if noise is None else below + (above - below) * noise
-        index += (values > between).astype(index.dtype)
+        if noise is None:
+            is_above = values > (below + above) / 2
+        else:
+            is_above = (values - below) / (above - below) > noise
+        index += is_above.astype(index.dtype)
     return index
 
 

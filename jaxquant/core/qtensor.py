@@ -110,7 +110,8 @@ class QTensor:
 
     def astype(self, dtype: jax.typing.DTypeLike) -> "QTensor":
         """The same codes, dequantizing to another dtype."""
-        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+        values = None if self.values is None else self.values.astype(dtype)
+        return dataclasses.replace(self, values=values, dtype=jnp.dtype(dtype))
 
     def reorder(self, order: tuple[int, ...] | None) -> "QTensor":
         """The same array, its trailing axes stored in another order (see `order`).
@@ -179,6 +180,10 @@ class Deferred(abc.ABC):
     @abc.abstractmethod
     def quantize(self) -> QTensor:
         """The array as a QTensor with `values`."""
+
+    def convert(self) -> QTensor:
+        """The array as a QTensor to keep: the same, without `values` and so without gradients."""
+        return dataclasses.replace(self.quantize(), values=None)
 
 
 def dequantize(x: QTensor) -> jax.Array:

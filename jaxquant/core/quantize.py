@@ -146,7 +146,8 @@ def quantize_with_scale(
         x: floating array of any rank.
         scale: positive float array of the rank of x whose lengths divide those of x, or a
             scalar.
-        zero_point: whole numbers in the shape of scale, clipped to the codes; None for zero.
+        zero_point: in the shape of scale, rounded to whole numbers and clipped to the codes; None
+            for zero.
         config: its format and value range are used; its axis, group size and range are not.
 
     Returns:
@@ -180,7 +181,7 @@ def quantize_with_scale(
     step = affine.spread(scale.reshape(shape).astype(groups.dtype), blocks)
     step = jnp.where(_is_finite(groups, axes) & (step > 0), step, jnp.nan)
     if zero_point is not None:
-        zero_point = jnp.clip(zero_point.reshape(shape), *config.bounds)
+        zero_point = jnp.clip(jnp.round(zero_point.reshape(shape)), *config.bounds)
         zero_point = zero_point.astype(config.format.dtype)
     spread_zero = None if zero_point is None else affine.spread(zero_point, blocks)
     codes = affine.encode(groups, step, spread_zero, config).reshape(x.shape)

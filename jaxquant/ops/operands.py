@@ -109,7 +109,8 @@ def with_dequantized_gradient(
     Rounding has derivative zero almost everywhere; here it counts as the identity (the
     straight-through estimator, Bengio et al. 2013, arXiv:1308.3432), so a float operand gets
     the gradient of the float product, less what a calibrated scale of `inputs` clips. That scale
-    gets the gradient of a step (LSQ, Esser et al. 2020, arXiv:1902.08153, eq. 3), and scales of 16
+    gets the gradient of a step (LSQ, Esser et al. 2020, arXiv:1902.08153, eq. 3), a floating zero
+    point beside it that of LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576, eq. 5), and scales of 16
     bits or more get theirs; codes get none. In a QTensor with `values` these get all of it.
     """
     lhs_channels, rhs_channels = channels or contract
@@ -210,7 +211,8 @@ def _straight_through(x, other, shared, channels):
     if inputs.config is None:
         return x
     q = _quantize_inputs(lax.stop_gradient(x), other, shared, channels)
-    return straight_through(x, q, inputs.config, inputs.scale, margin=inputs.scale is None)
+    parameters = inputs.scale, inputs.zero_point
+    return straight_through(x, q, inputs.config, *parameters, margin=inputs.scale is None)
 
 
 def _multiply(x, other, axes):

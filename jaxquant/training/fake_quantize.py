@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,7 @@ class LearnedRange:
         return low, high, scale, qmin - low / scale
 
 
+@jax.jit
 def fake_quantize(
     x: jax.Array,
     config: ArrayConfig,
@@ -120,21 +122,26 @@ def quantize_for_training(
     if learned is None:
         q = quantize(fixed, config, key)
         return dataclasses.replace(q, values=straight_through(x, q, config))
+    if not isinstance(learned, LearnedStep | LearnedRange):
+        raise ValueError(
+            f"learned must be a LearnedStep, a LearnedRange or None; got {type(learned).__name__}. "
+            "Wrap an array of steps: LearnedStep(steps)."
+        )
     low, high, *parameters = learned.span(config, x.size)
     low, high = jax.lax.stop_gradient((low, high))
     q = quantize_with_range(fixed, low, high, config, key)
     return dataclasses.replace(q, values=straight_through(x, q, config, *parameters, margin=False))
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
     """x, with a gradient that is multiplied by `factor`."""
+    return x
 
-    @jax.custom_jvp
-    def same(x):
-        return x
 
-    same.defjvp(lambda primals, tangents: (primals[0], tangents[0] * factor))
-    return same(x)
+@scale_gradient.defjvp
+def _(factor, primals, tangents):
+    return primals[0], tangents[0] * factor
 
 
 def _gradient_factor(size, scales, qmax):

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..core import (
     ArrayConfig,
@@ -16,12 +17,12 @@ from ..core import (
     quantize,
     scale_values,
 )
-from ..tree import Rules, select, stored_order
+from ..tree import Rules, leaves_with_paths, select, stored_order
 from .fake_quantize import LearnedRange, LearnedStep, quantize_for_training, scale_gradient
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Prepared(Deferred):
     """A weight in training: every operation sees it quantized, and it gets gradients. A pytree.
 
@@ -29,9 +30,12 @@ class Prepared(Deferred):
         weight: the float array that is trained.
         learned: its step or range as parameters, trained too; None for those of `config.range`.
         inputs: how an operand that meets it in a product is treated first. A calibrated scale in
-            it is trained as a learned step.
-        config: how it is quantized, static.
+            it is trained as a learned step, whose sign does not count, and so is a zero point
+            that is floating.
+        config: how it is quantized, static. `prepare` counts its axes from the end, so that a
+            stack of layers can be scanned.
         order: order in which its trailing axes are stored once it is quantized, static.
+        result_dtype: dtype that operations see, static; None for that of the weight.
     """
 
     weight: jax.Array
@@ -41,6 +45,7 @@ class Prepared(Deferred):
     order: tuple[int, ...] | None = dataclasses.field(
         default=None, kw_only=True, metadata={"static": True}
     )
+    result_dtype: Any = dataclasses.field(default=None, kw_only=True, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,24 +58,50 @@ class Prepared(Deferred):
         return self.weight.ndim
 
     @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.weight.size
+
+    @property
     def dtype(self) -> Any:
-        """Dtype of the weight."""
-        return self.weight.dtype
+        """Dtype that operations see."""
+        return jnp.dtype(self.result_dtype or self.weight.dtype)
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> "Prepared":
+        """The same weight and codes, seen in another dtype: for products in bfloat16."""
+        return dataclasses.replace(self, result_dtype=jnp.dtype(dtype))
 
     def quantize(self) -> QTensor:
         """The weight as a QTensor whose `values` pass gradients on."""
-        q = quantize_for_training(self.weight, self.config, self.learned)
-        return dataclasses.replace(q, inputs=self._trained_inputs()).reorder(self.order)
+        q = quantize_for_training(self.weight, self.config, self.learned).astype(self.dtype)
+        q = q.reorder(self.order)
+        # Else XLA would swap the axes of the product instead of those of the codes, and add in
+        # another order than in a product with the converted weight.
+        fixed = jax.lax.optimization_barrier(dataclasses.replace(q, values=None))
+        return dataclasses.replace(fixed, values=q.values, inputs=self._trained_inputs())
 
     def _trained_inputs(self):
         inputs = self.inputs
         if inputs is None or inputs.config is None or inputs.scale is None:
             return inputs
-        # As many features as share the step in one product (LSQ, section 2.2).
+        # As many features as share the step in one product (LSQ, section 2.2). Where the config
+        # has all axes, the last is that of the output.
         axes = self.config.axes(self.ndim)
+        axes = axes if len(axes) < self.ndim else range(self.ndim - 1)
         features = max(1, math.prod(self.shape[a] for a in axes))
-        factor = 1 / (features * inputs.config.bounds[1]) ** 0.5
-        return dataclasses.replace(inputs, scale=scale_gradient(inputs.scale, factor))
+        factor = 1 / math.sqrt(features * inputs.config.bounds[1])
+        scale, zero_point = scale_gradient(jnp.abs(inputs.scale), factor), inputs.zero_point
+        if zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.floating):
+            zero_point = scale_gradient(zero_point, factor)
+        return dataclasses.replace(inputs, scale=scale, zero_point=zero_point)
+
+    def __repr__(self) -> str:
+        if not hasattr(self.weight, "shape"):
+            # JAX fills pytrees with placeholders, and prints them in its errors.
+            return f"Prepared({self.config.format}, weight={self.weight!r})"
+        shape = "x".join(map(str, self.shape))
+        learned = "" if self.learned is None else f", {type(self.learned).__name__}"
+        return f"Prepared({self.config.format} {shape}{learned}, {self.dtype})"
 
 
 def init_learned(params: Any, rules: Rules, range: Range | None = MinMSE()) -> Any:  # noqa: B008 (frozen)
@@ -129,10 +160,11 @@ def prepare(params: Any, rules: Rules, learned: Any = None, *, platform: str | N
         The tree with a `Prepared` in place of each selected leaf.
 
     Raises:
-        ValueError: as for `tree.quantize`, or something selected has nothing learned, or something
-            learned is not selected.
+        ValueError: as for `tree.quantize`; or something selected has nothing learned, something
+            learned is not selected, or what is learned does not suit a leaf and its config.
 
-    Error: none against `convert`: products are equal, bit for bit.
+    Error: none against `convert`: products are equal, bit for bit, where both run under `jax.jit`
+        or neither does. What XLA fuses with a product may be rounded otherwise in its last bit.
     """
     paths, leaves, chosen, treedef = select(params, rules)
     found = _by_path(learned)
@@ -143,18 +175,30 @@ def prepare(params: Any, rules: Rules, learned: Any = None, *, platform: str | N
             f"{sorted(found)}. Make it by init_learned(params, rules)."
         )
     prepared = [
-        leaf
-        if scheme is None
-        else Prepared(
-            leaf,
-            found.get(path),
-            None if scheme.inputs is None else Inputs(scheme.inputs),
-            config=scheme.weights,
-            order=stored_order(leaf, scheme.weights, platform),
-        )
+        leaf if scheme is None else _prepare(path, leaf, scheme, found.get(path), platform)
         for path, leaf, scheme in zip(paths, leaves, chosen, strict=True)
     ]
     return jax.tree.unflatten(treedef, prepared)
+
+
+def _prepare(path, leaf, scheme, learned, platform):
+    config = _from_end(scheme.weights, leaf.ndim)
+    try:
+        jax.eval_shape(quantize_for_training, leaf, config, learned)
+    except ValueError as error:
+        raise ValueError(
+            f"What is learned for {path} does not suit it: {error} Make it by "
+            "init_learned(params, rules), by the same rules."
+        ) from error
+    inputs = None if scheme.inputs is None else Inputs(scheme.inputs)
+    order = stored_order(leaf, config, platform)
+    return Prepared(jnp.asarray(leaf), learned, inputs, config=config, order=order)
+
+
+def _from_end(config, ndim):
+    """The config with its axes counted from the end."""
+    axes = tuple(a - ndim for a in config.axes(ndim))
+    return dataclasses.replace(config, axis=axes[0] if isinstance(config.axis, int) else axes)
 
 
 def convert(prepared: Any) -> Any:
@@ -165,24 +209,21 @@ def convert(prepared: Any) -> Any:
 
     Returns:
         The tree with a QTensor in place of each `Prepared`. Products with it are equal to those
-        before, bit for bit.
+        before, bit for bit (see `prepare`).
 
     Raises:
         ValueError: the tree holds no `Prepared`.
     """
     if not any(map(_is_prepared, jax.tree.leaves(prepared, is_leaf=_is_prepared))):
+        paths = ", ".join(leaves_with_paths(prepared)[0][:8]) or "none"
         raise ValueError(
-            f"convert takes a tree from prepare; got {jax.tree.structure(prepared)}, which holds "
-            "no Prepared."
+            f"convert takes a tree from prepare; got one without a Prepared, with paths {paths}."
         )
     return jax.tree.map(
-        lambda x: _convert(x) if _is_prepared(x) else x, prepared, is_leaf=_is_prepared
+        lambda x: jax.jit(Prepared.convert)(x) if _is_prepared(x) else x,
+        prepared,
+        is_leaf=_is_prepared,
     )
-
-
-@jax.jit
-def _convert(prepared):
-    return dataclasses.replace(prepared.quantize(), values=None)
 
 
 def _is_prepared(x):

@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 
 from .manifest import Decoder, Encoder
-from .paths import leaves_with_paths
+from .paths import is_quantized, leaves_with_paths
 
 VERSION = 1
 _MANIFEST, _CHECKSUM = "jaxquant", "jaxquant.crc32"
@@ -165,8 +165,9 @@ def _read_array(file, name, path):
 
 
 def _restructure(tree, like, path):
-    paths, leaves, _ = leaves_with_paths(tree)
-    wanted, leaves_like, treedef = leaves_with_paths(like)
+    # A file has no Deferred, but the arrays in it.
+    paths, leaves, _ = leaves_with_paths(tree, is_quantized)
+    wanted, leaves_like, treedef = leaves_with_paths(like, is_quantized)
     found = dict(zip(paths, leaves, strict=True))
     if len(found) < len(paths):
         twice = next(p for p in paths if paths.count(p) > 1)

@@ -1,10 +1,11 @@
-"""Leaves of a pytree with their paths; a QTensor is one leaf."""
+"""Leaves of a pytree with their paths; a QTensor is one leaf, and so is a Deferred."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from ..core import QTensor
+from ..core import Deferred, QTensor
 
 
 def is_quantized(x: Any) -> bool:
@@ -12,8 +13,15 @@ def is_quantized(x: Any) -> bool:
     return isinstance(x, QTensor)
 
 
-def leaves_with_paths(tree: Any) -> tuple[list[str], list[Any], Any]:
+def is_whole(x: Any) -> bool:
+    """Whether x is one leaf to people, though a pytree to JAX: a QTensor or a Deferred."""
+    return isinstance(x, QTensor | Deferred)
+
+
+def leaves_with_paths(
+    tree: Any, is_leaf: Callable[[Any], bool] = is_whole
+) -> tuple[list[str], list[Any], Any]:
     """Paths such as "layers/0/kernel", leaves in their order, and the structure."""
-    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
     return paths, [leaf for _, leaf in found], treedef

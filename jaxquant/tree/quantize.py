@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.progress
 
-from ..core import ArrayConfig, Format, Inputs, QTensor, Scheme, block_shape
+from ..core import ArrayConfig, Deferred, Format, Inputs, QTensor, Scheme, block_shape
 from ..core import quantize as quantize_array
 from ..ops import best_order
 from .paths import is_quantized, leaves_with_paths
@@ -180,6 +180,8 @@ def _objection(leaf: Any, scheme: Scheme) -> str | None:
     """Why a leaf cannot be quantized, or None."""
     if is_quantized(leaf):
         return f"quantized already ({leaf!r}); dequantize it first, or give it a rule with None"
+    if isinstance(leaf, Deferred):
+        return f"prepared for training already ({leaf!r}); training.convert makes it a QTensor"
     is_array, shape = isinstance(leaf, jax.Array | np.ndarray | np.generic), np.shape(leaf)
     if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
         what = leaf.dtype if is_array else type(leaf).__name__

@@ -12,7 +12,7 @@ import rich.console
 import rich.markup
 import rich.table
 
-from ..core import describe, packed_bytes
+from ..core import Deferred, describe, packed_bytes
 from .paths import is_quantized, leaves_with_paths
 from .plot import plot_report
 from .rules import Rules, as_rules, match
@@ -115,7 +115,8 @@ def report(params: Any, quantized: Any, rules: Rules | None = None) -> Report:
 
     Args:
         params: the tree before, or None where there is none to compare with.
-        quantized: the tree from `tree.quantize`.
+        quantized: the tree from `tree.quantize`; one from `training.prepare` counts as what
+            `training.convert` makes of it.
         rules: what `tree.quantize` was given, so that a leaf that was left says which rule
             left it; None says only what can be seen from the leaf.
 
@@ -126,6 +127,7 @@ def report(params: Any, quantized: Any, rules: Rules | None = None) -> Report:
         ValueError: the two trees do not have the same leaves, or one differs in shape.
     """
     paths, after, _ = leaves_with_paths(quantized)
+    after = [jax.jit(type(x).convert)(x) if isinstance(x, Deferred) else x for x in after]
     before = _leaves_before(params, paths) if params is not None else [None] * len(paths)
     originals = [a if b is None else b for a, b in zip(after, before, strict=True)]
     _check_shapes(paths, originals, after)

@@ -18,6 +18,7 @@ from jaxquant import (
     abs_max_quantize,
     percentile_quantize,
     quantize,
+    quantize_with_range,
     quantize_with_scale,
 )
 
@@ -426,3 +427,81 @@ def test_a_given_scale_must_divide_the_shape():
         quantize_with_scale(jnp.ones((4, 6)), jnp.ones((6,)), None, ArrayConfig())
     with pytest.raises(ValueError, match="x must be a floating array; got int32"):
         quantize_with_scale(jnp.ones((4, 6), jnp.int32), jnp.ones(()), None, ArrayConfig())
+
+
+SPANS = {
+    "int8-row": (64, 1),
+    "int4-asym_g64": (64, 4),
+    "int2-asym_blocks": (4, 4),
+    "int8-tensor": (1, 1),
+    "fp8_e4m3-g32_e8m0_scales": (64, 8),
+    "nf4-g32_nested_scales": (64, 8),
+    "nvfp4-row": (64, 16),
+    "mxfp4-row": (64, 8),
+    "int8-asym_value_range": (64, 1),
+}
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_the_range_that_is_found_and_the_same_that_is_given_are_alike(name):
+    config, x = cases.CONFIGS[name], cases.gaussian()
+    ends = np.zeros((2, *SPANS[name]), np.float32)
+    for index, where in oracles.blocks(x.shape, config)[1]:
+        ends[(slice(None), *index)] = oracles.abs_max_range(x[where], config.symmetric)
+
+    given = quantize_with_range(x, *ends, config)
+
+    checks.assert_equal_quantized(given, quantize(x, config))
+
+
+@pytest.mark.parametrize(
+    "low, high, config, scale, zero_point",
+    [
+        (-9.0, 7.0, ArrayConfig(format=INT4), 1, None),
+        (jnp.nan, 14.0, ArrayConfig(format=INT4), 2, None),
+        (-1.0, 0.0, ArrayConfig(format=INT4), 1, None),
+        (0.0, -7.0, ArrayConfig(format=INT4), np.nan, None),
+        (0.0, jnp.inf, ArrayConfig(format=INT4), np.nan, None),
+        (0.0, jnp.nan, ArrayConfig(format=INT4), np.nan, None),
+        (-8.0, 7.0, ArrayConfig(format=INT4, symmetric=False), 1, 0),
+        (3.0, 7.5, ArrayConfig(format=INT4, symmetric=False), 0.5, -8),
+        (-15.0, -1.0, ArrayConfig(format=INT4, symmetric=False), 1, 7),
+        (0.0, 0.0, ArrayConfig(format=INT4, symmetric=False), 1, -8),
+        (2.0, 1.0, ArrayConfig(format=INT4, symmetric=False), np.nan, 0),
+        (-jnp.inf, 1.0, ArrayConfig(format=INT4, symmetric=False), np.nan, 0),
+        (jnp.nan, 1.0, ArrayConfig(format=INT4, symmetric=False), np.nan, 0),
+        (0.0, 3.0, ArrayConfig(format=INT4, scale_dtype="float8_e8m0fnu"), 0.5, None),
+    ],
+)
+def test_a_given_range_is_widened_to_hold_zero_and_marked_if_it_is_none(
+    low, high, config, scale, zero_point
+):
+    x = np.array([[1.0, -2.0, 0.0], [30.0, 4.0, -20.0]], np.float32)
+
+    q = quantize_with_range(x, jnp.float32(low), jnp.float32(high), config)
+
+    np.testing.assert_allclose(checks.scale_of(q), np.full((1, 3), scale), rtol=1e-6)
+    if zero_point is not None:
+        np.testing.assert_array_equal(checks.zero_point_of(q), np.full((1, 3), zero_point))
+    bare, zero = np.full(x.shape, scale), np.full(x.shape, zero_point or 0)
+    values = np.asarray(q.dequantize())
+    want = (np.clip(np.round(x / bare) + zero, -8, 7) - zero) * bare
+    np.testing.assert_allclose(values, want, rtol=1e-6)
+
+
+def test_a_given_range_does_not_hide_nan_and_serves_narrow_floats():
+    x = np.ones((2, 4), np.float32)
+    x[1, 2] = np.nan
+    ends = np.array([[-2.0], [-2.0]], np.float32), np.array([[2.0], [2.0]], np.float32)
+    values = quantize_with_range(x, *ends, ArrayConfig(axis=1)).dequantize()
+    np.testing.assert_array_equal(np.isnan(values).all(1), [False, True])
+    narrow = quantize_with_range(jnp.asarray(x, jnp.bfloat16), *ends, ArrayConfig(axis=1))
+    assert narrow.dequantize().dtype == jnp.bfloat16
+
+
+def test_a_given_range_must_have_the_shape_of_the_scales():
+    text = r"must be scalars or have the shape of the scales, \(1, 4\); got \(4,\) for x \(3, 4\)"
+    with pytest.raises(ValueError, match=text):
+        quantize_with_range(jnp.ones((3, 4)), jnp.zeros(()), jnp.ones(4), ArrayConfig())
+    with pytest.raises(ValueError, match="x must be a floating array; got int32"):
+        quantize_with_range(jnp.ones(4, jnp.int32), jnp.zeros(()), jnp.ones(()), ArrayConfig())

@@ -22,6 +22,7 @@ from jaxquant import (
     quantize_with_scale,
 )
 
+from .. import oracles
 from .products import (
     FEW,
     WEIGHTS,
@@ -195,18 +196,24 @@ def test_a_float_operand_gets_the_gradient_of_the_product_where_it_is_not_clippe
     assert_product(got, "mn,kn,mk->mk", COTANGENT, q, is_kept)
 
 
-def test_a_static_scale_gets_the_gradient_of_a_step():
+@pytest.mark.parametrize("config, zero_point", [(ArrayConfig(), 0), (INT8_ASYM, -20.3)])
+def test_a_static_scale_gets_the_gradient_of_a_step_and_a_floating_zero_point_its_own(
+    config, zero_point
+):
     q = weight(WEIGHTS["int8"])
 
-    def product(scale):
-        return matmul(X, with_inputs(q, Inputs(ArrayConfig(), scale=scale)))
+    def product(scale, zero_point):
+        zero_point = None if config.symmetric else zero_point
+        return matmul(X, with_inputs(q, Inputs(config, scale, zero_point)))
 
-    got = jax.jit(jax.grad(partial(loss, product)))(SCALE)
+    got = jax.jit(jax.grad(partial(loss, product), (0, 1)))(SCALE, jnp.float32(zero_point))
 
-    # LSQ, eq. 3: round(x/s) - x/s inside, the outermost code outside.
-    v = X / np.asarray(SCALE)
-    slope = np.where(np.abs(v) <= 127, np.round(v) - v, 127 * np.sign(v))
-    assert_product(got, "mn,kn,mk->", COTANGENT, q, slope, tolerance=1e-4)
+    steps, zeros = (np.full((M, K), v, np.float32) for v in (SCALE, round(zero_point)))
+    _, _, *slopes = oracles.straight_through(np.asarray(X), steps, zeros, config)
+    assert_product(got[0], "mn,kn,mk->", COTANGENT, q, slopes[0], tolerance=1e-4)
+    if not config.symmetric:
+        assert slopes[1].any()
+        assert_product(got[1], "mn,kn,mk->", COTANGENT, q, slopes[1], tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", ["multiplier", "multiplier, then per token"])
@@ -221,13 +228,6 @@ def test_gradients_pass_through_the_multiplier_and_reach_it(name):
 
     assert_product(of_x, "mn,kn,k->mk", COTANGENT, q, MULTIPLIER)
     assert_product(of_multiplier, "mn,kn,mk->k", COTANGENT, q, X, tolerance=1e-5)
-
-
-def block_sums(x, counts):
-    """Sums over the blocks that share a scale."""
-    for axis, count in enumerate(counts):
-        x = np.add.reduceat(x, np.arange(count) * (x.shape[axis] // count), axis)
-    return x
 
 
 @pytest.mark.parametrize("order", [None, (-1, -2)])
@@ -250,7 +250,7 @@ def test_scales_get_their_gradient(name, order):
     )
     of_weight = np.asarray(X, np.float64).T @ COTANGENT * bare
     counts = q.reorder(None).scale.shape
-    want = block_sums(of_weight, counts)
+    want = oracles.sum_blocks(of_weight, counts)
     of_scale = np.asarray(got.scale if order is None else got.scale.T)
     np.testing.assert_allclose(of_scale, want, rtol=1e-4, atol=1e-3 * np.abs(want).max())
 

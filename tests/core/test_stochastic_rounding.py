@@ -1,0 +1,104 @@
+"""Rounding with a random key: of the two codes around a value one at random."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import FORMATS, INT4, INT8, NF4, ArrayConfig, Percentile, quantize
+
+from .. import checks, oracles
+
+DRAWS = 1024
+CONFIGS = {str(f): ArrayConfig(format=f, axis=1) for f in FORMATS.values()} | {
+    "int4 asymmetric": ArrayConfig(format=INT4, axis=1, group_size=32, symmetric=False),
+    "int8 percentile": ArrayConfig(format=INT8, axis=1, range=Percentile(90)),
+}
+
+
+def rows():
+    x = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    x[1] *= 1e-6
+    x[:, 5], x[2, :32] = 0, 0
+    x[0, :3] = [1e-4, -1e-4, 0.9]
+    return x
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [(name, "float32") for name in CONFIGS] + [("int4 asymmetric", "bfloat16")]
+)
+def test_the_mean_of_many_draws_is_the_value_and_each_is_a_neighbour(name, dtype):
+    config, x = CONFIGS[name], jnp.asarray(rows(), dtype)
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+
+    draws = jax.jit(jax.vmap(lambda key: quantize(x, config, key)))(keys)
+
+    one = jax.tree.map(lambda leaf: leaf[0], draws)
+    scale, zero = (oracles.spread(f(one), x.shape) for f in (checks.scale_of, checks.zero_point_of))
+    points = checks.points_of(config)
+    wanted = np.clip(np.asarray(x).astype(np.float64) / scale + zero, points[0], points[-1])
+    above = np.clip(np.searchsorted(points, wanted, "right"), 1, len(points) - 1)
+    low, high = points[above - 1], points[above]
+    got = oracles.code_values(draws.codes, config.format)
+    # A value within float32 rounding of a code may lie on its other side.
+    is_code = np.minimum(wanted - low, high - wanted) < 1e-5 * (1 + np.abs(wanted))
+    nearest = np.where(wanted - low < high - wanted, low, high)
+    assert np.all((got == low) | (got == high) | is_code)
+    assert np.all(np.abs(got - nearest) <= np.where(is_code, high - low, np.inf))
+    chance = (wanted - low) / (high - low)
+    deviation = (high - low) * np.sqrt(chance * (1 - chance) / DRAWS)
+    assert np.all(np.abs(got.mean(0) - wanted) < 5 * deviation + 1e-4 * (high - low))
+    values = np.asarray(jax.vmap(lambda q: q.dequantize())(draws)).astype(np.float64)
+    np.testing.assert_array_equal(values[:, np.asarray(x) == 0], 0)
+
+
+def test_the_scale_is_that_of_rounding_to_nearest_and_keys_differ():
+    config, x = CONFIGS["int4 asymmetric"], rows()
+    nearest = quantize(x, config)
+    first, second = (quantize(x, config, jax.random.key(i)) for i in range(2))
+    for q in (first, second):
+        np.testing.assert_array_equal(q.scale, nearest.scale)
+        np.testing.assert_array_equal(q.zero_point, nearest.zero_point)
+    assert np.any(checks.codes_of(first) != checks.codes_of(second))
+    again = quantize(x, config, jax.random.key(0))
+    checks.assert_equal_quantized(again, first)
+
+
+@pytest.mark.parametrize("format", [INT8, NF4], ids=str)
+def test_what_is_a_code_already_stays_it_in_millions_of_draws(format):
+    # Added to noise just below 1, 127 would round to 128 once in 2^18 draws.
+    book = format.codebook or (127.0, -127.0, 90.0, -1.0)
+    x = jnp.asarray(np.resize(np.asarray(book, np.float32), (2**20, 1)))
+    config = ArrayConfig(format=format, axis=None)
+
+    codes = jax.jit(lambda x: quantize(x, config, jax.random.key(1)).codes)(x)
+
+    values = oracles.code_values(codes, format)
+    np.testing.assert_array_equal(values.astype(np.float32), x)
+
+
+def test_nan_marks_its_group_and_what_is_clipped_stays_on_the_end():
+    x = rows()
+    x[0, 7], x[1, 9] = np.nan, np.inf
+    values = np.asarray(quantize(x, ArrayConfig(axis=1), jax.random.key(0)).dequantize())
+    np.testing.assert_array_equal(np.isnan(values).all(1), [True, True, False])
+
+    config = CONFIGS["int8 percentile"]
+    codes = checks.codes_of(quantize(rows(), config, jax.random.key(0)))
+    scale = checks.scale_of(quantize(rows(), config))
+    is_beyond = rows() > 127.01 * scale
+    assert is_beyond.any()
+    np.testing.assert_array_equal(codes[is_beyond], 127)
+
+
+def test_keys_share_one_compilation():
+    config, traces = ArrayConfig(axis=0), []
+
+    @jax.jit
+    def f(x, key):
+        traces.append(x)
+        return quantize(x, config, key)
+
+    for seed in range(3):
+        f(jnp.ones((8, 3)), jax.random.key(seed))
+    assert len(traces) == 1
