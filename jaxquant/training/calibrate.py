@@ -124,7 +124,7 @@ def _tapped(weight, path, waiting):
     return dataclasses.replace(weight, inputs=inputs)
 
 
-def _scaled(weight, path, seen):
+def _scaled(weight: Any, path: str, seen: dict[Any, Any]) -> Any:
     """The weight with the scale of its inputs, one for each slice that products met."""
     shapes = [shape for name, shape in seen if name == path]
     if len(shapes) != 1:
@@ -142,7 +142,7 @@ def _scaled(weight, path, seen):
             f"{path}: every slice must meet an operand; got none for {len(missing)} of "
             f"{len(numbers)}. Give batches that reach them."
         )
-    config = weight.inputs.config
+    inputs, config = weight.inputs, weight.inputs.config
     try:
         ends = [observers[n].finish(config) for n in numbers.tolist()]
     except ValueError as error:
@@ -150,7 +150,9 @@ def _scaled(weight, path, seen):
     low, high = (jnp.stack(end).reshape(sliced) for end in zip(*ends, strict=True))
     whole = dataclasses.replace(config, axis=(), group_size=None)
     q = quantize_with_range(jnp.zeros(sliced), low, high, whole)
-    inputs = dataclasses.replace(
-        weight.inputs, scale=scale_values(q.scale), zero_point=q.zero_point
-    )
+    zero_point = q.zero_point
+    if isinstance(weight, Prepared) and zero_point is not None:
+        # Floats are trained; `convert` keeps them.
+        zero_point = zero_point.astype(jnp.float32)
+    inputs = dataclasses.replace(weight.inputs, scale=scale_values(q.scale), zero_point=zero_point)
     return dataclasses.replace(weight, inputs=inputs)
