@@ -128,8 +128,16 @@ def test_optimizers_do_not_see_states():
     moved: Any = optax.apply_updates(params, updates)
     np.testing.assert_array_equal(moved["s"][0].lhs, [0, 0])
     np.testing.assert_array_equal(training.update_scaling(moved, gradients)["s"][0].lhs, [1e6, 0])
-    alone = training.skip_scaling(optax.scale(-1.0))
-    turned: Any = alone.update(gradients, alone.init(params))[0]
+
+    def by_params(updates, state, params=None):
+        return jax.tree.map(
+            lambda u: u * sum(map(jnp.sum, jax.tree.leaves(params))), updates
+        ), state
+
+    alone = training.skip_scaling(optax.GradientTransformation(lambda params: (), by_params))
+    turned: Any = alone.update(gradients, (), {**params, "s": [seen, None]})[0]
+    np.testing.assert_allclose(turned["w"], [4.2, 5.6], rtol=1e-6)
+    turned = training.skip_scaling(optax.scale(-1.0)).update(gradients, optax.ScaleState())[0]
     np.testing.assert_allclose(turned["w"], [-0.6, -0.8])
 
 
