@@ -96,7 +96,7 @@ def dot_general(
         codes wherever codes are multiplied.
     Error: products without config are those of `jax.lax.dot_general`, bit for bit. NaN or Inf in
         an operand makes all of its scale's results NaN.
-    Source: Wortsman et al. 2023 (SwitchBack), arXiv:2304.13013, section 2.2, with a config for each
+    Source: Wortsman et al. 2023 (SwitchBack), arXiv:2304.13013, with a config for each
         product; stochastic rounding: Gupta et al. 2015, arXiv:1502.02551, section 3.1; float8:
         Micikevicius et al. 2022, arXiv:2209.05433, section 3.
     """

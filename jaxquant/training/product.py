@@ -100,7 +100,7 @@ _E4M3 = ArrayConfig(format=FP8_E4M3, axis=None)
 # arXiv:2010.14298, theorem 1.
 INT8_TRAINING = ProductConfig(lhs=_INT8, rhs=_INT8, gradient=_INT8, rounds_stochastically=True)
 # The gradient of the weights, on the right, sums over all tokens of a batch, and stays in float.
-# Wortsman et al. 2023, arXiv:2304.13013, section 2.2.
+# Wortsman et al. 2023 (SwitchBackQ, with scales per row), arXiv:2304.13013.
 SWITCHBACK = ProductConfig(lhs=_INT8, rhs=_INT8, gradient=_INT8, quantizes_rhs_gradient=False)
 # Micikevicius et al. 2022, arXiv:2209.05433, section 3.
 FP8_TRAINING = ProductConfig(lhs=_E4M3, rhs=_E4M3, gradient=ArrayConfig(format=FP8_E5M2, axis=None))
