@@ -135,7 +135,8 @@ def test_optimizers_do_not_see_states():
         ), state
 
     alone = training.skip_scaling(optax.GradientTransformation(lambda params: (), by_params))
-    turned: Any = alone.update(gradients, (), {**params, "s": [seen, None]})[0]
+    seeing: Any = {**params, "s": [seen, None]}
+    turned: Any = alone.update(gradients, (), seeing)[0]
     np.testing.assert_allclose(turned["w"], [4.2, 5.6], rtol=1e-6)
     turned = training.skip_scaling(optax.scale(-1.0)).update(gradients, optax.ScaleState())[0]
     np.testing.assert_allclose(turned["w"], [-0.6, -0.8])
