@@ -52,6 +52,7 @@ from .ranges import AbsMax as AbsMax
 from .ranges import MinMSE as MinMSE
 from .ranges import Percentile as Percentile
 from .ranges import Range as Range
+from .ranges import largest_magnitude as largest_magnitude
 from .serialization import config_from_json as config_from_json
 from .serialization import config_to_json as config_to_json
 from .serialization import static_from_json as static_from_json

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..training import amax_of, push_amax
 from . import compat
 from .configs import QuantizationConfig
 from .product import ProductMixin
@@ -34,7 +35,7 @@ def scale_of(amax: jax.Array, otherwise: jax.Array, dtype: str) -> jax.Array:
 def current_scale(x: jax.Array, scale: jax.Array, history: jax.Array, dtype: str) -> jax.Array:
     """The given scale, or where the history is still empty that of x itself."""
     is_empty = jnp.max(history) == 0
-    return jnp.where(is_empty, scale_of(_amax(x), scale, dtype), scale)
+    return jnp.where(is_empty, scale_of(amax_of(x), scale, dtype), scale)
 
 
 def through(x: jax.Array, scale: jax.Array, dtype: str) -> jax.Array:
@@ -55,14 +56,8 @@ def next_scaling(
 
     The history moves on by one, with the newest first; amax that is not finite counts as 0.
     """
-    amax = _amax(x)
-    newest = jnp.where(jnp.isfinite(amax), amax, 0)
-    history = jnp.roll(history, 1).at[0].set(newest)
+    history = push_amax(history, amax_of(x))
     return scale_of(jnp.max(history), scale, dtype), history
-
-
-def _amax(x):
-    return jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0)
 
 
 @jax.custom_vjp

@@ -9,5 +9,7 @@ from .explanation import Explanation as Explanation
 from .explanation import ExplanationRow as ExplanationRow
 from .ragged import ragged_dot as ragged_dot
 from .scan import scan as scan
+from .sharding import vary_alike as vary_alike
+from .sharding import varying_axes as varying_axes
 from .storage import best_order as best_order
 from .take import take as take

@@ -62,7 +62,9 @@ def test_gradients_of_scales_are_their_next_values(dtype):
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_arrays_without_a_range_leave_the_scale(value):
-    x = jnp.full(3, value)
+    # Among many finite ones too, where a maximum of XLA's CPU backend drops NaN.
+    x = jnp.full(5000, value).at[:2500].set(0)
+    x = x if value == 0 else x.at[-1].set(7)
     scale, history = float8.next_scaling(x, *scaling(0.125), float8.FORWARD)
     assert float(scale) == 0.125
     assert not np.any(history)

@@ -1,0 +1,298 @@
+"""Products that are quantized in training: forward, and in both gradients."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+from jax import lax
+
+from .. import ops
+from ..core import ArrayConfig, QTensor, quantize, quantize_with_range
+from .delayed import DelayedScaling, amax_of
+from .product import ProductConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """What `dot_general` is asked for, hashable.
+
+    Attributes:
+        contract, batch: (axes of lhs, axes of rhs), from 0 up.
+        ndims: numbers of axes of lhs and rhs.
+        precision, dtype, out_sharding: as for `lax.dot_general`, `dtype` being the preferred one.
+        shardings: those that the gradients of lhs and rhs need; None where nothing is explicit.
+    """
+
+    contract: tuple[tuple[int, ...], tuple[int, ...]]
+    batch: tuple[tuple[int, ...], tuple[int, ...]]
+    ndims: tuple[int, int]
+    precision: lax.PrecisionLike
+    dtype: jax.typing.DTypeLike | None
+    out_sharding: jax.sharding.NamedSharding | jax.P | None
+    shardings: tuple[jax.sharding.NamedSharding | None, jax.sharding.NamedSharding | None]
+
+    def free(self, side: int) -> tuple[int, ...]:
+        """Axes of an operand (side 0: lhs, 1: rhs) that are neither contracted nor batch."""
+        taken = self.contract[side] + self.batch[side]
+        return tuple(a for a in range(self.ndims[side]) if a not in taken)
+
+    def contract_in_gradient(self, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the gradient of a side contracts: free axes of the other, in out and in itself."""
+        free = self.free(1 - side)
+        first = len(self.batch[0]) + (0 if side else len(self.free(0)))
+        return tuple(range(first, first + len(free))), free
+
+    def axes_of_gradient(self, side: int) -> list[int]:
+        """The axes of an operand in the order in which the product for its gradient has them."""
+        by_other = np.argsort(self.contract[1 - side]).tolist()
+        contract = [self.contract[side][i] for i in by_other]
+        return [*self.batch[side], *self.free(side), *contract]
+
+
+def dot_general(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: lax.DotDimensionNumbers,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    *,
+    out_sharding: jax.sharding.NamedSharding | jax.P | None = None,
+    config: ProductConfig,
+    key: jax.Array | None = None,
+    scaling: DelayedScaling | None = None,
+) -> jax.Array:
+    """`jax.lax.dot_general` of float arrays, quantized forward and in both gradients.
+
+        out          = Q(lhs) . Q(rhs)
+        lhs gradient = Q(gradient) . Q(rhs)        for each Q scales along the axes
+        rhs gradient = Q(gradient) . Q(lhs)        that this product contracts
+
+    Q(x) is `jaxquant.quantize(x, ...)`, and the products are those of `jaxquant.dot_general`, which
+    multiplies int8 codes as integers. As `functools.partial(dot_general, config=config)` it serves
+    where modules take a `dot_general`, as those of Flax do.
+
+    Args:
+        lhs, rhs: floating arrays.
+        dimension_numbers, precision, out_sharding: as for `jax.lax.dot_general`.
+        preferred_element_type: floating dtype of the result; None for what promotion gives.
+        config: which products and operands are quantized, and how.
+        key: random key for `config.rounds_stochastically`: another one in each step, product,
+            example of vmap and device of shard_map. Both gradients round by the same numbers.
+        scaling: histories to take the ranges from, those of the operands as they are for None.
+            In the place of its gradient comes what was seen: see `DelayedScaling`. In shard_map
+            with check_vma that is the largest of all devices.
+
+    Returns:
+        Array of shape (batch, lhs free, rhs free).
+
+    Raises:
+        ValueError: an operand is no floating array, a key is missing, the config does not suit
+            `scaling`, or an axis cannot be quantized so.
+        TypeError: the shapes do not fit; from `jax.lax.dot_general`.
+
+    Gradients: rounding and clipping count as the identity. Of first order only: the derivative of
+        a gradient does not see through its rounding. What one needs of lhs and rhs is kept as
+        codes wherever codes are multiplied.
+    Error: products without config are those of `jax.lax.dot_general`, bit for bit. NaN or Inf in
+        an operand makes all of its scale's results NaN.
+    Source: Wortsman et al. 2023 (SwitchBack), arXiv:2304.13013, with a config for each
+        product; stochastic rounding: Gupta et al. 2015, arXiv:1502.02551, section 3.1; float8:
+        Micikevicius et al. 2022, arXiv:2209.05433, section 3.
+    """
+    _check(lhs, rhs, config, key, scaling)
+    contract, batch = (
+        (tuple(a % lhs.ndim for a in pair[0]), tuple(a % rhs.ndim for a in pair[1]))
+        for pair in dimension_numbers
+    )
+    spec = _Spec(
+        contract,
+        batch,
+        (lhs.ndim, rhs.ndim),
+        precision,
+        preferred_element_type,
+        out_sharding,
+        (_explicit_sharding(lhs), _explicit_sharding(rhs)),
+    )
+    # The sum over devices that a shared operand's gradient needs is that of JAX, outside.
+    lhs, rhs = ops.vary_alike([lhs, rhs])
+    return _dot_general(lhs, rhs, config, key, scaling, spec)
+
+
+def matmul(
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    config: ProductConfig,
+    key: jax.Array | None = None,
+    scaling: DelayedScaling | None = None,
+) -> jax.Array:
+    """`jax.numpy.matmul` of float arrays, quantized forward and in both gradients.
+
+    Args:
+        a: floating array (..., M, K).
+        b: floating array (K, N), or (..., K, N) with the leading axes of a.
+        precision, preferred_element_type, config, key, scaling: as for `dot_general`, which has
+            the details.
+
+    Returns:
+        Array of shape (..., M, N).
+
+    Raises:
+        ValueError: the shapes are others, or as for `dot_general`.
+    """
+    is_stack = b.ndim > 2
+    if a.ndim < 2 or b.ndim < 2 or (is_stack and a.shape[:-2] != b.shape[:-2]):
+        raise ValueError(
+            "matmul takes (..., M, K) by (K, N), or by (..., K, N) with the same leading axes; "
+            f"got {a.shape} by {b.shape}. Broadcast or reshape them, or use dot_general."
+        )
+    leading = tuple(range(b.ndim - 2))
+    dimension_numbers = ((a.ndim - 1,), (b.ndim - 2,)), (leading, leading)
+    return dot_general(
+        a,
+        b,
+        dimension_numbers,
+        precision,
+        preferred_element_type,
+        config=config,
+        key=key,
+        scaling=scaling,
+    )
+
+
+def _check(lhs, rhs, config, key, scaling):
+    for name, x in (("lhs", lhs), ("rhs", rhs)):
+        is_array = isinstance(x, jax.Array | np.ndarray)
+        if not is_array or not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
+            got = f"{x.dtype} of shape {x.shape}" if is_array else type(x).__name__
+            raise ValueError(
+                f"{name} must be a floating array, which training quantizes itself; got {got}."
+            )
+    if not isinstance(config, ProductConfig):
+        raise ValueError(
+            f"config must be a ProductConfig such as training.INT8_TRAINING; got {config!r}."
+        )
+    if config.rounds_stochastically and key is None:
+        raise ValueError(
+            f"key must be a random key, because the config rounds stochastically; got {key}. Pass "
+            "another one in each step, or a config with rounds_stochastically=False."
+        )
+    if scaling is None:
+        return
+    config.check_delayed()
+    if scaling.lhs.ndim != 1:
+        raise ValueError(
+            "scaling must be the state of one product, with histories of one axis; got "
+            f"{scaling.lhs.shape}. Scan or vmap over a stack of them."
+        )
+
+
+def _explicit_sharding(x):
+    """The sharding of an array where it is part of its type."""
+    sharding = jax.typeof(x).sharding
+    return sharding if sharding.mesh.explicit_axes else None
+
+
+@partial(jax.jit, static_argnames="spec")
+def _dot_general(lhs, rhs, config, key, scaling, spec):
+    return _product(spec, config, lhs, rhs, key, scaling)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(spec: _Spec, config: ProductConfig, lhs, rhs, key, scaling):
+    of_lhs, of_rhs = _ranges(scaling, lhs, rhs)
+    return ops.dot_general(
+        _operand(lhs, config.of_out[0], spec.contract[0], of_lhs),
+        _operand(rhs, config.of_out[1], spec.contract[1], of_rhs),
+        (spec.contract, spec.batch),
+        spec.precision,
+        spec.dtype,
+        out_sharding=spec.out_sharding,
+    )
+
+
+def _forward(spec, config, lhs, rhs, key, scaling):
+    out = _product(spec, config, lhs, rhs, key, scaling)
+    of_lhs, of_rhs = _ranges(scaling, lhs, rhs)
+    kept_lhs = _operand(lhs, config.of_rhs_gradient[1], spec.free(0), of_lhs)
+    kept_rhs = _operand(rhs, config.of_lhs_gradient[1], spec.free(1), of_rhs)
+    seen = None
+    if scaling is not None:
+        seen = _shared_amax(lhs, scaling.lhs), _shared_amax(rhs, scaling.rhs)
+    return out, (kept_lhs, kept_rhs, seen, key, scaling)
+
+
+def _backward(spec, config, kept, gradient):
+    lhs, rhs, seen, key, scaling = kept
+    key = key if config.rounds_stochastically else None
+    reach = None if scaling is None else scaling.reach(scaling.gradient, amax_of(gradient))
+
+    def of_side(side, x, config, other):
+        axes, _ = contract = spec.contract_in_gradient(side)
+        order = spec.axes_of_gradient(side)
+        leading = tuple(range(len(spec.batch[0])))
+        out = ops.dot_general(
+            _operand(gradient, config[0], axes, reach, key),
+            other,
+            (contract, (leading, spec.batch[1 - side])),
+            spec.precision,
+            spec.dtype,
+            out_sharding=_in_order(spec.shardings[side], order),
+        )
+        return out.transpose(np.argsort(order)).astype(x.dtype)
+
+    if scaling is not None:
+        scaling = scaling.seen(*seen, _shared_amax(gradient, scaling.gradient))
+    return (
+        of_side(0, lhs, config.of_lhs_gradient, rhs),
+        of_side(1, rhs, config.of_rhs_gradient, lhs),
+        None,
+        scaling,
+    )
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _ranges(scaling, lhs, rhs):
+    """How far lhs and rhs reach, by their histories; None without."""
+    if scaling is None:
+        return None, None
+    return scaling.reach(scaling.lhs, amax_of(lhs)), scaling.reach(scaling.rhs, amax_of(rhs))
+
+
+def _operand(x, config: ArrayConfig | None, contract, reach=None, key=None) -> jax.Array | QTensor:
+    """x as a product takes it that contracts these axes of it."""
+    if config is None:
+        return x
+    if reach is not None:
+        return quantize_with_range(x, -reach, reach, config, key)
+    q = quantize(x, _along(config, contract), key)
+    return q.reorder(ops.best_order(q, jax.default_backend()))
+
+
+def _along(config, contract):
+    """The config with scales that are shared along these axes, or along the last in groups."""
+    if config.axis is None:
+        return config
+    is_grouped = config.group_size is not None or config.format.group_size is not None
+    axes = tuple(sorted(contract))
+    return dataclasses.replace(config, axis=axes[-1] if is_grouped and axes else axes)
+
+
+def _shared_amax(x, history):
+    """amax of x, over the devices of shard_map too that have the history in common."""
+    axes = ops.varying_axes(x) - ops.varying_axes(history)
+    amax = amax_of(x)
+    return lax.pmax(amax, tuple(sorted(axes))) if axes else amax
+
+
+def _in_order(sharding, order):
+    """The sharding of an array whose axes are put into this order."""
+    if sharding is None:
+        return None
+    named = dict(enumerate(sharding.spec))
+    return sharding.update(spec=jax.P(*(named.get(a) for a in order)))

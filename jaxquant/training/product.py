@@ -1,0 +1,106 @@
+"""How the three products of a training step are quantized."""
+
+import dataclasses
+
+import jax
+
+from ..core import FP8_E4M3, FP8_E5M2, INT8, AbsMax, ArrayConfig
+
+Pair = tuple[ArrayConfig | None, ArrayConfig | None]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProductConfig:
+    """How a product and the two of its gradients are quantized. Static, like `ArrayConfig`.
+
+        out          = lhs      x rhs
+        lhs gradient = gradient x rhs        gradient: that of out, which comes back
+        rhs gradient = gradient x lhs
+
+    Each product quantizes its two operands anew, with scales shared along the axes that it
+    contracts: these differ from product to product.
+
+    Attributes:
+        lhs, rhs, gradient: config of each operand, None to leave it in float. Its `axis` only says
+            per tensor (None) or not; with a group size, groups lie along the last contracted axis,
+            or along all axes for None.
+        quantizes_out, quantizes_lhs_gradient, quantizes_rhs_gradient: whether that product is
+            quantized; one that is not multiplies floats.
+        rounds_stochastically: whether the gradient is rounded at random, so that its expectation
+            is kept. lhs and rhs are rounded to nearest.
+
+    Raises:
+        ValueError: a field is of another kind, or nothing is there to be rounded.
+    """
+
+    lhs: ArrayConfig | None = None
+    rhs: ArrayConfig | None = None
+    gradient: ArrayConfig | None = None
+    quantizes_out: bool = True
+    quantizes_lhs_gradient: bool = True
+    quantizes_rhs_gradient: bool = True
+    rounds_stochastically: bool = False
+
+    def __post_init__(self):
+        for name, config in self._operands():
+            if not isinstance(config, ArrayConfig | None):
+                raise ValueError(f"{name} must be an ArrayConfig or None; got {config!r}.")
+            if config is not None and isinstance(config.group_size, tuple):
+                raise ValueError(
+                    f"{name}.group_size must be one int or None, because products differ in how "
+                    f"many axes they contract; got {config.group_size}."
+                )
+        if self.rounds_stochastically and self.gradient is None:
+            raise ValueError(
+                "rounds_stochastically is about the gradient, and needs a config for it; got "
+                f"gradient={self.gradient}."
+            )
+
+    @property
+    def of_out(self) -> Pair:
+        """Configs of lhs and rhs in the product itself."""
+        return (self.lhs, self.rhs) if self.quantizes_out else (None, None)
+
+    @property
+    def of_lhs_gradient(self) -> Pair:
+        """Configs of the gradient and of rhs in the gradient of lhs."""
+        return (self.gradient, self.rhs) if self.quantizes_lhs_gradient else (None, None)
+
+    @property
+    def of_rhs_gradient(self) -> Pair:
+        """Configs of the gradient and of lhs in the gradient of rhs."""
+        return (self.gradient, self.lhs) if self.quantizes_rhs_gradient else (None, None)
+
+    def check_delayed(self) -> None:
+        """Whether a history of amax can say how large the operands are.
+
+        Raises:
+            ValueError: an operand has several scales, a zero point, or a range of its own.
+        """
+        for name, config in self._operands():
+            if config is None:
+                continue
+            is_per_tensor = config.axis is None and config.group_size is None
+            if not (is_per_tensor and config.symmetric and config.range == AbsMax()):
+                raise ValueError(
+                    "scaling has one range for each operand, so its config must have axis=None, "
+                    f"no group_size, symmetric=True and range=AbsMax(); got {name}={config!r}. "
+                    "Leave scaling None, or take a config such as training.FP8_TRAINING."
+                )
+
+    def _operands(self):
+        return ("lhs", self.lhs), ("rhs", self.rhs), ("gradient", self.gradient)
+
+
+_INT8 = ArrayConfig(format=INT8, axis=-1)
+_E4M3 = ArrayConfig(format=FP8_E4M3, axis=None)
+
+# All three products in int8. Gradients keep their expectation: Chen et al. 2020 (StatQuant),
+# arXiv:2010.14298, theorem 1.
+INT8_TRAINING = ProductConfig(lhs=_INT8, rhs=_INT8, gradient=_INT8, rounds_stochastically=True)
+# The gradient of the weights, on the right, sums over all tokens of a batch, and stays in float.
+# Wortsman et al. 2023 (SwitchBackQ, with scales per row), arXiv:2304.13013.
+SWITCHBACK = ProductConfig(lhs=_INT8, rhs=_INT8, gradient=_INT8, quantizes_rhs_gradient=False)
+# Micikevicius et al. 2022, arXiv:2209.05433, section 3.
+FP8_TRAINING = ProductConfig(lhs=_E4M3, rhs=_E4M3, gradient=ArrayConfig(format=FP8_E5M2, axis=None))
