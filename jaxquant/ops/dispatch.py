@@ -8,13 +8,13 @@ import jax
 import numpy as np
 from jax import lax
 
-from ..core import Deferred, QTensor
+from ..core import Deferred, LowRank, QTensor
 from . import record
 from .record import Choice, Record
 
 Operand = jax.Array | np.ndarray | QTensor
 # What an operation may be given for an operand.
-Factor = Operand | Deferred
+Factor = Operand | Deferred | LowRank
 
 
 class Spec(Protocol):

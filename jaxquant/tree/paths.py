@@ -1,15 +1,15 @@
-"""Leaves of a pytree with their paths; a QTensor is one leaf."""
+"""Leaves of a pytree with their paths; a QTensor is one leaf, with its adapters if it has any."""
 
 from typing import Any
 
 import jax
 
-from ..core import QTensor
+from ..core import LowRank, QTensor
 
 
 def is_quantized(x: Any) -> bool:
-    """Whether x is a QTensor: `is_leaf` for trees of them."""
-    return isinstance(x, QTensor)
+    """Whether x is a QTensor, perhaps with adapters: `is_leaf` for trees of them."""
+    return isinstance(x, QTensor | LowRank)
 
 
 def leaves_with_paths(tree: Any) -> tuple[list[str], list[Any], Any]:
