@@ -180,7 +180,8 @@ def merge(tree: Any) -> Any:
 
 @jax.jit
 def _merge(x):
-    compute = jnp.promote_types(x.dtype, jnp.float32)
+    # Not rounded to bfloat16 in between.
+    compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     total = dataclasses.replace(x, base=x.base.astype(compute)).dequantize()
     q = quantize(total, x.config).astype(x.dtype)
     return dataclasses.replace(q, inputs=x.base.inputs).reorder(x.base.order)
