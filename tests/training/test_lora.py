@@ -473,21 +473,21 @@ def test_a_report_has_one_row_for_a_weight_with_its_adapters():
 
 W = jnp.asarray(normal(K, N))
 OPTIONS = {
-    "rank 0": ((0,), {}, r"rank must be a positive int; got 0\. 8 to 64"),
-    "rank 2.0": ((2.0,), {}, r"rank must be a positive int; got 2\.0"),
-    "rank True": ((True,), {}, r"rank must be a positive int; got True"),
-    "alpha 0": ((2,), {"alpha": 0}, r"alpha must be a positive number.*got 0\."),
-    "alpha NaN": ((2,), {"alpha": float("nan")}, r"alpha must be a positive number.*got nan"),
-    "alpha True": ((2,), {"alpha": True}, r"alpha must be a positive number.*got True"),
-    "dtype": ((2,), {"dtype": "int8"}, r"dtype must be floating; got 'int8'"),
+    "rank 0": ({"rank": 0}, r"rank must be a positive int; got 0\. 8 to 64"),
+    "rank 2.0": ({"rank": 2.0}, r"rank must be a positive int; got 2\.0"),
+    "rank True": ({"rank": True}, r"rank must be a positive int; got True"),
+    "alpha 0": ({"alpha": 0}, r"alpha must be a positive number.*got 0\."),
+    "alpha NaN": ({"alpha": float("nan")}, r"alpha must be a positive number.*got nan"),
+    "alpha True": ({"alpha": True}, r"alpha must be a positive number.*got True"),
+    "dtype": ({"dtype": "int8"}, r"dtype must be floating; got 'int8'"),
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_out_of_their_range_are_refused(name):
-    given, options, text = OPTIONS[name]
+    given, text = OPTIONS[name]
     with pytest.raises(ValueError, match=text):
-        lora_init({"w": W}, INT4_G32, *given, KEY, **options)
+        lora_init({"w": W}, INT4_G32, **({"rank": 2, "key": KEY} | given))
 
 
 ASYM = Scheme(dataclasses.replace(INT4_G32.weights, symmetric=False))
