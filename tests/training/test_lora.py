@@ -86,7 +86,7 @@ def assert_adapted(got, equation, w, *others, met=None, tolerance=4e-6):
 PRODUCTS = {
     "kernel": ("mk,kn->mn", (K, N), INT4_G32, (K, 3), (3, N)),
     "nf4": ("mk,kn->nm", (K, N), NF4_G32, (K, 3), (3, N)),
-    "outputs first": ("mk,nk->mn", (N, K), along(-1), (N, 3), (3, K)),
+    "outputs first": ("emk,enk->emn", (2, N, K), along(-1), (2, N, 3), (2, 3, K)),
     "contracted with outputs": ("mn,kn->mk", (K, N), INT4_G32, (K, 3), (3, N)),
     "heads": ("btk,khd->bthd", (K, 3, 8), along(0), (K, 3), (3, 3, 8)),
     "from heads": ("bthd,hdm->btm", (4, 8, N), along((0, 1), group_size=None), (4, 8, 3), (3, N)),
@@ -136,6 +136,10 @@ def test_every_product_that_knows_them_gives_the_same():
     one = jax.tree.map(lambda leaf: leaf[None], w)
     rows = jnp.stack([x, x + 1])
     assert_adapted(matmul(rows, one), "bmk,kn->bmn", w, rows)
+    heads = adapted(along((0, 1), group_size=None), (4, 8, 1))
+    many = jnp.asarray(normal(7, 4, 8, 5, seed=3))
+    out = einsum("mhd...,hd...->m...", many, heads)
+    assert_adapted(out, "mhdi,hdj->mi", heads, many)
     q = quantize(x, ArrayConfig(axis=-1))
     assert_adapted(matmul(q, w), "mk,kn->mn", w, q.dequantize())
     want = np.asarray(w.dequantize())[np.array([[3, 0], [-1, 2]])]
@@ -145,6 +149,14 @@ def test_every_product_that_knows_them_gives_the_same():
     filled = jq.take(w, np.array([K, 1]), -2, fill_value=7)
     np.testing.assert_allclose(filled[0], 7)
     assert jnp.isnan(jq.take(w, np.array([K, 1]), 0)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"), [("mk,kn->mn", (7, K)), ("mn,kn->mk", (7, N)), ("mn,kn->km", (7, N))]
+)
+def test_inputs_meet_the_factor_that_shares_their_axis_first(equation, shape):
+    traced = jax.make_jaxpr(partial(einsum, equation))(jnp.ones(shape), adapted(INT4_G32))
+    assert "f32[7,3] = dot_general" in str(traced)
 
 
 @pytest.mark.parametrize("order", [None, (-1, -2)])
@@ -566,6 +578,8 @@ def test_operations_say_what_they_do_not_take():
             jq.take(w, jnp.array([0]), axis)
     with pytest.raises(ValueError, match="rows of a matrix"):
         jq.take(adapted(INT4_G32, (2, K, N)), jnp.array([0]), 0)
+    with pytest.raises(ValueError, match=r"integer.* cannot run float32 .* has no codes"):
+        matmul(W.T, w, implementation="integer")
     with pytest.raises(ValueError, match="implementation='integer' is for products with a QTensor"):
         matmul(W.T, W, implementation="integer")
     with_inputs = dataclasses.replace(w, base=dataclasses.replace(w.base, inputs=Inputs()))
