@@ -2,11 +2,14 @@
 
 import math
 
+from .low_rank import LowRank
 from .qtensor import QTensor
 
 
-def describe(q: QTensor) -> str:
+def describe(q: QTensor | LowRank) -> str:
     """A scheme in the words of the field, such as "int4 g128 asymmetric, int8 inputs"."""
+    if isinstance(q, LowRank):
+        return f"{describe(q.base)}, adapters of rank {q.rank}"
     text = _words(q, "per channel" if math.prod(q.scale.shape) > 1 else "per tensor")
     config = q.inputs and q.inputs.config
     return f"{text}, {config.format} inputs" if config else text

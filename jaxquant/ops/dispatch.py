@@ -8,14 +8,14 @@ import jax
 import numpy as np
 from jax import lax
 
-from ..core import Deferred, QTensor
+from ..core import Deferred, LowRank, QTensor
 from . import chips, record
 from .record import Choice, Record
 from .sharding import is_sharded
 
 Operand = jax.Array | np.ndarray | QTensor
 # What an operation may be given for an operand.
-Factor = Operand | Deferred
+Factor = Operand | Deferred | LowRank
 
 
 class Spec(Protocol):

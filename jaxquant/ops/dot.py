@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..core import QTensor, scale_values
+from ..core import LowRank, QTensor, scale_values
 from ..kernels import integer_dot
 from . import blocks, dispatch, native, pallas, tpu, triton
 from .dispatch import Factor, Implementation
 from .dot_spec import DotSpec
+from .low_rank import with_low_rank
 from .lowering import on_one_gpu, on_one_tpu, unless_exported
 from .operands import (
     as_array,
-    check_operands,
+    check_factors,
     refuses_codes,
     refuses_length,
     result_dtype,
@@ -56,7 +57,8 @@ def dot_general(
         out = scale_l * scale_r * (sum c_l c_r - z_l sum c_r - z_r sum c_l + n z_l z_r)
 
     Args:
-        lhs, rhs: float arrays or QTensors; axes are logical ones, whatever their `order`.
+        lhs, rhs: float arrays or QTensors, one perhaps with adapters (`training.lora_init`);
+            axes are logical ones, whatever their `order`.
         dimension_numbers: ((lhs contracted, rhs contracted), (lhs batch, rhs batch)).
         precision, out_sharding: as for `jax.lax.dot_general`.
         preferred_element_type: floating dtype of the result; None for what promotion gives
@@ -78,7 +80,11 @@ def dot_general(
         float32. Others are those of `jax.lax.dot_general` on dequantized operands.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
     """
-    lhs, rhs = check_operands((lhs, rhs), implementation)
+    lhs, rhs = check_factors((lhs, rhs), implementation)
+    if isinstance(lhs, LowRank) or isinstance(rhs, LowRank):
+        options = preferred_element_type, precision, out_sharding
+        product = partial(dot_general, implementation=implementation)
+        return with_low_rank(product, lhs, rhs, dimension_numbers, *options)
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
         return lax.dot_general(
             lhs,

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..core import QTensor
+from ..core import LowRank, QTensor
 from .dispatch import Factor
 from .dot import dot_general
-from .operands import check_operands
+from .operands import check_factors, is_quantized
 from .sharding import OutSharding, before_transpose
 
 
@@ -52,8 +52,8 @@ def einsum(
             "subscripts must be one string, such as 'btd,dh->bth'; got "
             f"{type(subscripts).__name__}."
         )
-    operands = check_operands(operands, implementation)
-    if len(operands) < 2 or not any(isinstance(x, QTensor) for x in operands):
+    operands = check_factors(operands, implementation)
+    if len(operands) < 2 or not any(map(is_quantized, operands)):
         return jnp.einsum(
             subscripts,
             *map(_plain, operands),
@@ -106,8 +106,8 @@ def matmul(
     Gradients and error: those of `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
     """
-    a, b = check_operands((a, b), implementation)
-    if not (isinstance(a, QTensor) or isinstance(b, QTensor)):
+    a, b = check_factors((a, b), implementation)
+    if not (isinstance(a, QTensor | LowRank) or isinstance(b, QTensor | LowRank)):
         return jnp.matmul(
             a,
             b,
@@ -191,7 +191,7 @@ def _contract(lhs, lhs_labels, rhs, rhs_labels, out_labels, options):
         )
     order = tuple(found.index(label) for label in out_labels)
     options = options | {"out_sharding": before_transpose(options["out_sharding"], order)}
-    if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
+    if not (is_quantized(lhs) or is_quantized(rhs)):
         # Of three operands, two may be plain: what is forced is for the others.
         options = options | {"implementation": None}
     out = dot_general(lhs, rhs, (contract, batch_axes), **options)
@@ -219,6 +219,13 @@ def _broadcast_away(lhs, lhs_labels, rhs, rhs_labels):
 def _squeeze(x, labels, label):
     axis = labels.index(label)
     rest = labels[:axis] + labels[axis + 1 :]
+    if isinstance(x, LowRank):
+        base, _ = _squeeze(x.base, labels, label)
+        a, b = (
+            f.squeeze(axes.index(axis)) if axis in axes else f
+            for f, axes in zip((x.a, x.b), x.axes(), strict=True)
+        )
+        return dataclasses.replace(x, base=base, a=a, b=b), rest
     if isinstance(x, QTensor):
         # Every array in it has this axis, 1 long.
         bare = dataclasses.replace(x.reorder(None), inputs=None)
@@ -238,11 +245,12 @@ def _sum_to(x, labels, keep):
 
 def _plain(x):
     """The operand as an array, where a product is not what is asked for."""
-    if not isinstance(x, QTensor):
+    if not is_quantized(x):
         return x
-    if x.inputs is not None:
+    inputs = x.base.inputs if isinstance(x, LowRank) else x.inputs
+    if inputs is not None:
         raise ValueError(
-            "A QTensor with `inputs` can only be multiplied; got a sum or a diagonal of "
+            "What has `inputs` can only be multiplied; got a sum or a diagonal of "
             f"{x!r}. Use each of its labels once, in the output or in the other operand."
         )
     return x.dequantize()

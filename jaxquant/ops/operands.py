@@ -12,6 +12,7 @@ from jax import lax
 from ..core import (
     Deferred,
     Inputs,
+    LowRank,
     QTensor,
     bits_of,
     quantize_with_scale,
@@ -34,25 +35,47 @@ def stored_axes(x: Operand, axes) -> tuple[int, ...]:
 
 
 def check_operands(factors: Sequence[Factor], implementation: str | None) -> tuple[Operand, ...]:
+    """`check_factors` for an operation that knows nothing of adapters.
+
+    Raises:
+        ValueError: an operand has adapters, or as for `check_factors`.
+    """
+    for x in factors:
+        if isinstance(x, LowRank):
+            raise ValueError(
+                "Only matmul, einsum, dot_general and take know adapters; got "
+                f"{x!r}. Merge it first, by jaxquant.training.merge."
+            )
+    return check_factors(factors, implementation)  # pyright: ignore[reportReturnType] (checked)
+
+
+def check_factors(
+    factors: Sequence[Factor], implementation: str | None
+) -> tuple[Operand | LowRank, ...]:
     """What a product is given, checked before anything asks for its shape, and quantized.
 
     Raises:
-        ValueError: an operand is neither an array nor a QTensor, or `implementation` is named
-            for a product without a QTensor.
+        ValueError: an operand is neither an array nor quantized, or `implementation` is named
+            for a product of arrays.
     """
     operands = tuple(x.quantize() if isinstance(x, Deferred) else x for x in factors)
     for x in operands:
-        if not isinstance(x, jax.Array | np.ndarray | np.generic | QTensor):
+        if not isinstance(x, jax.Array | np.ndarray | np.generic | QTensor | LowRank):
             raise ValueError(
                 f"Operands must be arrays or QTensors; got {type(x).__name__}. Use jnp.asarray."
             )
-    if implementation is not None and not any(isinstance(x, QTensor) for x in operands):
+    if implementation is not None and not any(map(is_quantized, operands)):
         shapes = " and ".join(f"{x.dtype} {x.shape}" for x in operands)
         raise ValueError(
             f"implementation={implementation!r} is for products with a QTensor; got {shapes}. "
             "Quantize one, or leave it None."
         )
     return operands
+
+
+def is_quantized(x: Operand | LowRank) -> bool:
+    """Whether an operand is more than an array."""
+    return isinstance(x, QTensor | LowRank)
 
 
 def result_dtype(lhs: Operand, rhs: Operand, preferred: jax.typing.DTypeLike | None):

@@ -6,8 +6,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ..core import Deferred, QTensor
+from ..core import Deferred, LowRank, QTensor
 from .dispatch import Factor
+from .low_rank import take_low_rank
 
 
 def take(
@@ -44,6 +45,15 @@ def take(
     """
     if isinstance(a, Deferred):
         a = a.quantize()
+    if isinstance(a, LowRank):
+        rows = partial(
+            take,
+            indices=indices,
+            mode=mode,
+            unique_indices=unique_indices,
+            indices_are_sorted=indices_are_sorted,
+        )
+        return take_low_rank(rows, a, axis, fill_value)
     if axis is None or not isinstance(a, QTensor):
         return jnp.take(
             a.dequantize() if isinstance(a, QTensor) else a,

@@ -1,5 +1,6 @@
 """Quantization inside training loops: pure functions and pytrees, for `jax.grad` and optax."""
 
+from ..core import LowRank as LowRank
 from .calibrate import calibrate as calibrate
 from .delayed import DelayedScaling as DelayedScaling
 from .delayed import amax_of as amax_of
@@ -11,6 +12,11 @@ from .dot import matmul as matmul
 from .fake_quantize import LearnedRange as LearnedRange
 from .fake_quantize import LearnedStep as LearnedStep
 from .fake_quantize import fake_quantize as fake_quantize
+from .lora import combine as combine
+from .lora import lora_init as lora_init
+from .lora import merge as merge
+from .lora import partition as partition
+from .lora import trainable_mask as trainable_mask
 from .observers import MovingAverage as MovingAverage
 from .observers import MSEHistogram as MSEHistogram
 from .observers import Observer as Observer

@@ -10,7 +10,9 @@ from .files import save as save
 from .paths import leaves_with_paths as leaves_with_paths
 from .quantize import Progress as Progress
 from .quantize import dequantize as dequantize
+from .quantize import objection as objection
 from .quantize import quantize as quantize
+from .quantize import quantize_leaf as quantize_leaf
 from .quantize import reorder as reorder
 from .quantize import reporter as reporter
 from .quantize import select as select

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..core import (
     Inputs,
+    LowRank,
     QTensor,
     bits_of,
     config_from_json,
@@ -61,6 +62,8 @@ class Encoder:
             return [type(tree).__name__, items]
         if isinstance(tree, QTensor):
             return self._encode_qtensor(tree, path)
+        if isinstance(tree, LowRank):
+            return self._encode_low_rank(tree, path)
         if tree is None or isinstance(tree, bool | int | float | str):
             return ["value", tree]
         if isinstance(tree, jax.Array | np.ndarray | np.generic):
@@ -77,6 +80,14 @@ class Encoder:
             config = None if inputs.config is None else self._static(config_to_json(inputs.config))
             parts["inputs"] = [config, self.encode(known, _join(path, "inputs"))]
         return ["qtensor", [self._static(static_to_json(q)), parts]]
+
+    def _encode_low_rank(self, x, path):
+        static = self._static({"alpha": x.alpha, "config": config_to_json(x.config)})
+        fields = {"base": x.base, "a": x.a, "b": x.b}
+        return [
+            "low_rank",
+            [static, {k: self.encode(v, _join(path, k)) for k, v in fields.items()}],
+        ]
 
     def _static(self, value):
         value = json.loads(json.dumps(value))
@@ -162,6 +173,12 @@ class Decoder:
             arrays["inputs"] = Inputs(config, **self.decode(node))
         return QTensor(**arrays, **static_from_json(self.statics[static]))
 
+    def _low_rank(self, content):
+        static, parts = content
+        row = self.statics[static]
+        arrays = {k: self.decode(v) for k, v in parts.items()}
+        return LowRank(**arrays, alpha=row["alpha"], config=config_from_json(row["config"]))
+
 
 _DECODERS = {
     "dict": Decoder._dict,
@@ -170,6 +187,7 @@ _DECODERS = {
     "value": Decoder._value,
     "array": Decoder._array,
     "qtensor": Decoder._qtensor,
+    "low_rank": Decoder._low_rank,
 }
 
 

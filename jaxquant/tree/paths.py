@@ -1,21 +1,21 @@
-"""Leaves of a pytree with their paths; a QTensor is one leaf, and so is a Deferred."""
+"""Leaves of a pytree with their paths; a QTensor is one leaf, with adapters or not, or a Deferred."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from ..core import Deferred, QTensor
+from ..core import Deferred, LowRank, QTensor
 
 
 def is_quantized(x: Any) -> bool:
-    """Whether x is a QTensor: `is_leaf` for trees of them."""
-    return isinstance(x, QTensor)
+    """Whether x is a QTensor, perhaps with adapters: `is_leaf` for trees of them."""
+    return isinstance(x, QTensor | LowRank)
 
 
 def is_whole(x: Any) -> bool:
-    """Whether x is one leaf to people, though a pytree to JAX: a QTensor or a Deferred."""
-    return isinstance(x, QTensor | Deferred)
+    """Whether x is one leaf to people, though a pytree to JAX: a QTensor, a LowRank or a Deferred."""
+    return isinstance(x, QTensor | LowRank | Deferred)
 
 
 def leaves_with_paths(

@@ -62,15 +62,21 @@ def quantize(
     with reporter(progress, total) as report:
         for path, leaf, scheme in zip(paths, leaves, chosen, strict=True):
             if scheme is not None:
-                leaf = _quantize_leaf(leaf, scheme, platform)
+                leaf = quantize_leaf(leaf, scheme, platform)
                 done += 1
                 report(done, total, path)
             result.append(leaf)
     return jax.tree.unflatten(treedef, result)
 
 
-def select(params: Any, rules: Rules) -> tuple[list[str], list[Any], list[Scheme | None], Any]:
+def select(
+    params: Any, rules: Rules, refuses: Callable[[Any, Scheme], str | None] | None = None
+) -> tuple[list[str], list[Any], list[Scheme | None], Any]:
     """Paths, leaves, the scheme of each leaf or None, and the structure of a tree, all checked.
+
+    Args:
+        params, rules: as for `quantize`.
+        refuses: (leaf, scheme) -> why the leaf cannot be taken, or None; None for `objection`.
 
     Raises:
         ValueError: as for `quantize`.
@@ -78,7 +84,7 @@ def select(params: Any, rules: Rules) -> tuple[list[str], list[Any], list[Scheme
     rules = as_rules(rules)
     paths, leaves, treedef = leaves_with_paths(params)
     chosen = [rule and rule.resolve() for rule in match(rules, paths, leaves)]
-    _check(rules, paths, leaves, chosen)
+    _check(rules, paths, leaves, chosen, refuses or objection)
     return paths, leaves, chosen, treedef
 
 
@@ -94,8 +100,10 @@ def stored_order(
 
 
 def dequantize(params: Any) -> Any:
-    """The tree with each QTensor as the float array that it stands for."""
-    return _map_quantized(QTensor.dequantize, params)
+    """The tree with each QTensor as the float array that it stands for, with its adapters."""
+    return jax.tree.map(
+        lambda x: x.dequantize() if is_quantized(x) else x, params, is_leaf=is_quantized
+    )
 
 
 def reorder(params: Any, platform: str | None = None) -> Any:
@@ -109,16 +117,19 @@ def reorder(params: Any, platform: str | None = None) -> Any:
         ValueError: the platform is another one.
     """
     platform = platform or jax.default_backend()
-    return _map_quantized(lambda q: q.reorder(best_order(q, platform)), params)
 
+    def is_qtensor(x):
+        return isinstance(x, QTensor)
 
-def _map_quantized(function, params):
     return jax.tree.map(
-        lambda x: function(x) if is_quantized(x) else x, params, is_leaf=is_quantized
+        lambda x: x.reorder(best_order(x, platform)) if is_qtensor(x) else x,
+        params,
+        is_leaf=is_qtensor,
     )
 
 
-def _quantize_leaf(leaf, scheme, platform):
+def quantize_leaf(leaf: jax.Array, scheme: Scheme, platform: str | None = None) -> QTensor:
+    """What `quantize` makes of one leaf that a rule selects, unchecked."""
     order = stored_order(leaf, scheme.weights, platform)
     is_whole = jnp.issubdtype(scheme.weights.format.dtype, jnp.integer)
     quantized = _quantize_in_steps if is_whole else _quantize_at_once
@@ -161,7 +172,7 @@ def _with_format(q: QTensor, format: Format) -> QTensor:
     return dataclasses.replace(q, codes=codes, zero_point=zero_point, format=format)
 
 
-def _check(rules: tuple[Rule, ...], paths, leaves, chosen):
+def _check(rules: tuple[Rule, ...], paths, leaves, chosen, refuses):
     """Raises one error that lists everything wrong."""
     problems = [f"rule {r.pattern!r} matches no leaf" for r in unused(rules, paths, leaves)]
     if not problems and all(scheme is None for scheme in chosen):
@@ -170,14 +181,14 @@ def _check(rules: tuple[Rule, ...], paths, leaves, chosen):
         known = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "") or "none"
         problems[-1] += f"; the paths are {known}"
     selected = [item for item in zip(paths, leaves, chosen, strict=True) if item[2] is not None]
-    problems += [f"{path}: {why}" for path, *item in selected if (why := _objection(*item))]
+    problems += [f"{path}: {why}" for path, *item in selected if (why := refuses(*item))]
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(f"Nothing was quantized. {len(problems)} to mend:\n  {lines}")
 
 
-def _objection(leaf: Any, scheme: Scheme) -> str | None:
-    """Why a leaf cannot be quantized, or None."""
+def objection(leaf: Any, scheme: Scheme) -> str | None:
+    """Why a leaf cannot be quantized by a scheme, or None."""
     if is_quantized(leaf):
         return f"quantized already ({leaf!r}); dequantize it first, or give it a rule with None"
     if isinstance(leaf, Deferred):

@@ -12,7 +12,7 @@ import rich.console
 import rich.markup
 import rich.table
 
-from ..core import Deferred, describe, packed_bytes
+from ..core import Deferred, LowRank, describe, packed_bytes
 from .paths import is_quantized, leaves_with_paths
 from .plot import plot_report
 from .rules import Rules, as_rules, match
@@ -220,6 +220,7 @@ def _histogram_of(codes, low, high, bins):
 
 def _histogram(q):
     """Counts of codes in equal bins; of a codebook's codes, by their index."""
+    q = q.base if isinstance(q, LowRank) else q
     levels = q.format.codebook
     low, high = (0, len(levels)) if levels else (q.format.qmin, q.format.qmax)
     whole = float(q.format.rounds)

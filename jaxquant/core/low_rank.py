@@ -1,0 +1,98 @@
+"""A quantized array with a low-rank one beside it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .config import ArrayConfig
+from .qtensor import QTensor, packed_bytes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LowRank:
+    """A frozen quantized array plus a product of two small ones that are trained. A pytree.
+
+        x ~ base + (alpha / rank) * a @ b
+
+    The axes of the array are those of a stack, then those of `a`, then those of `b`: a kernel
+    (K, N) has a (K, rank) and b (rank, N), a stack of them one more axis in front of each, and a
+    kernel (K, heads, size) may have a (K, rank) and b (rank, heads, size). Which axes are whose
+    follows from the numbers of axes, so that slicing a stack by scan, or vmap, keeps it true.
+
+    `base` gets no gradient. Where it has `inputs`, the operand that meets `base` is treated as
+    they say, and that which meets `a @ b` is left as it is.
+
+    Attributes:
+        base: the quantized array; None in the trained part of a tree.
+        a: float array (stack, first axes, rank).
+        b: float array (stack, rank, last axes).
+        alpha: the sum is weighted by alpha / rank, static.
+        config: how `base` was quantized, and is again when the sum is merged into it, static.
+
+    Source: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314, eq. 5; Hu et al. 2021 (LoRA),
+        arXiv:2106.09685, section 4.1.
+    """
+
+    base: QTensor
+    a: jax.Array
+    b: jax.Array
+    alpha: float = dataclasses.field(kw_only=True, metadata={"static": True})
+    config: ArrayConfig = dataclasses.field(kw_only=True, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the array."""
+        return self.base.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the array."""
+        return self.base.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in device memory of all its arrays, from their bits."""
+        return sum(packed_bytes(x) for x in jax.tree.leaves(self))
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype that the array dequantizes to."""
+        return self.base.dtype
+
+    @property
+    def rank(self) -> int:
+        """Length of the axis between `a` and `b`."""
+        return self.a.shape[-1]
+
+    @property
+    def factor(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    def axes(self) -> tuple[list[int], list[int]]:
+        """The axes of the array that those of `a` and `b` are; `ndim` for the one between them."""
+        ndim, split = self.ndim, self.a.ndim - 1
+        stack = split + self.b.ndim - 1 - ndim
+        return [*range(split), ndim], [*range(stack), ndim, *range(split, ndim)]
+
+    def dequantize(self) -> jax.Array:
+        """Returns base + (alpha / rank) * a @ b, computed in float32 (float64 for float64)."""
+        compute = jnp.float64 if self.dtype == jnp.float64 else jnp.float32
+        a_axes, b_axes = self.axes()
+        a, b = self.a.astype(compute), self.b.astype(compute)
+        out = list(range(self.ndim))
+        delta = jnp.einsum(a, a_axes, b, b_axes, out, precision=jax.lax.Precision.HIGHEST)
+        base = jax.lax.stop_gradient(self.base).astype(compute).dequantize()
+        return (base + self.factor * delta).astype(self.dtype)
+
+    def __repr__(self) -> str:
+        a, b = (getattr(x, "shape", x) for x in (self.a, self.b))
+        return f"LowRank({self.base!r}, a {a}, b {b}, alpha {self.alpha})"

@@ -1,0 +1,271 @@
+"""Trees of frozen quantized weights with trainable low-rank adapters beside them (QLoRA)."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..core import ArrayConfig, LowRank, QTensor, Scheme, describe, quantize
+from ..tree import Rules, objection, quantize_leaf, select
+
+
+def lora_init(
+    params: Any,
+    rules: Rules,
+    rank: int,
+    key: jax.Array,
+    *,
+    alpha: float | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    platform: str | None = None,
+) -> Any:
+    """Quantizes selected leaves and puts adapters beside them, which alone are to be trained.
+
+        x @ leaf  =  x @ base + (alpha / rank) * (x @ a) @ b
+
+    The factor that inputs meet starts normal with variance 1 / (number of inputs), the other with
+    zeros, so that products start as those of the base. With any optimizer of optax:
+
+        params = lora_init(params, rules, rank=8, key=key)
+        trained, frozen = partition(params)
+        state = optimizer.init(trained)
+
+        @jax.jit
+        def step(trained, state, frozen, batch):
+            gradient = jax.grad(lambda t: loss(combine(t, frozen), batch))(trained)
+            updates, state = optimizer.update(gradient, state, trained)
+            return optax.apply_updates(trained, updates), state
+
+        served = merge(combine(trained, frozen))
+
+    Args:
+        params: any pytree of float arrays and of QTensors from the same rules, which are kept.
+        rules: as for `tree.quantize`. Leaves that none selects stay as they are, and frozen.
+        rank: length of the axis between `a` and `b`.
+        key: random key.
+        alpha: weight of the adapters, over the rank; None for the rank, that is for factor 1.
+        dtype: floating dtype of `a` and `b`. Products compute in that of inputs and base.
+        platform: as for `tree.quantize`.
+
+    Returns:
+        The tree with a `LowRank` in place of each selected leaf. The axes along which its config
+        shares scales are those that inputs meet: `a` has them, and `b` those after them; those
+        before are a stack's. Where they include the last axis, or are all, `a` has the one before
+        the last and `b` the last.
+
+    Raises:
+        ValueError: rank, alpha or dtype is out of its range; as for `tree.quantize`, but for
+            QTensors; or a selected leaf has one axis, adapters already, scales along axes that
+            are not neighbours, another format, groups or inputs than its rule, or a multiplier.
+
+    Source: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314, eq. 5; Hu et al. 2021 (LoRA),
+        arXiv:2106.09685, section 4.1.
+    """
+    _check_options(rank, alpha, dtype)
+    _, leaves, chosen, treedef = select(params, rules, _objection)
+    keys = iter(jax.random.split(key, sum(scheme is not None for scheme in chosen)))
+    result = []
+    for leaf, scheme in zip(leaves, chosen, strict=True):
+        if scheme is not None:
+            is_base = isinstance(leaf, QTensor)
+            base = leaf if is_base else quantize_leaf(leaf, scheme, platform)
+            a, b = _adapters(base.shape, scheme.weights, rank, next(keys), dtype)
+            weight = float(rank if alpha is None else alpha)
+            leaf = LowRank(base, a, b, alpha=weight, config=scheme.weights)
+        result.append(leaf)
+    return jax.tree.unflatten(treedef, result)
+
+
+def trainable_mask(tree: Any) -> Any:
+    """Which leaves of a tree are trained: `a` and `b` of its adapters, and no others.
+
+    For `partition`, `optax.masked` and, by `jax.tree.map`, the labels of `optax.multi_transform`.
+
+    Args:
+        tree: from `lora_init`.
+
+    Returns:
+        Tree of booleans, with one for each QTensor: a prefix of the tree. Change it to train more.
+
+    Raises:
+        ValueError: the tree has no adapters.
+    """
+    _check_adapters(tree)
+
+    def mark(x):
+        if not isinstance(x, LowRank):
+            return False
+        return dataclasses.replace(x, base=False, a=True, b=True)  # pyright: ignore[reportArgumentType] (a mask)
+
+    return jax.tree.map(mark, tree, is_leaf=_is_quantized)
+
+
+def partition(tree: Any, mask: Any = None) -> tuple[Any, Any]:
+    """Splits a tree into what is trained and what is frozen. Undone by `combine`.
+
+    Args:
+        tree: from `lora_init`.
+        mask: tree of booleans like it, or a prefix of it; None for `trainable_mask(tree)`.
+
+    Returns:
+        (trained, frozen): the tree, with None in place of what belongs to the other. The first has
+        floating leaves alone: differentiate with respect to it, give it to optax, save it.
+
+    Raises:
+        ValueError: the tree has no adapters and there is no mask, or the mask is for another tree,
+            or selects what is no floating array.
+    """
+    mask = trainable_mask(tree) if mask is None else mask
+    paths, treedef = jax.tree_util.tree_flatten_with_path(mask)
+    parts = treedef.flatten_up_to(tree)
+    for (path, is_trained), x in zip(paths, parts, strict=True):
+        if is_trained and not _is_floating(x):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"Only floating arrays can be trained; the mask selects {x!r} at {where!r}. Mark "
+                "it False."
+            )
+    trained = [x if m else None for (_, m), x in zip(paths, parts, strict=True)]
+    frozen = [None if m else x for (_, m), x in zip(paths, parts, strict=True)]
+    return jax.tree.unflatten(treedef, trained), jax.tree.unflatten(treedef, frozen)
+
+
+def combine(trained: Any, frozen: Any) -> Any:
+    """The tree of which `partition` made the two, with the values that they have now.
+
+    Raises:
+        ValueError: the two are not parts of one tree, or both have a leaf.
+    """
+
+    def either(path, x, y):
+        if x is not None and y is not None:
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"Each leaf must be trained or frozen; got both at {where}. Pass the two trees "
+                "that partition returned."
+            )
+        return y if x is None else x
+
+    return jax.tree_util.tree_map_with_path(either, trained, frozen, is_leaf=lambda x: x is None)
+
+
+def merge(tree: Any) -> Any:
+    """Adds the adapters to their bases and quantizes the sums as the bases were.
+
+        base  <-  quantize(dequantize(base) + (alpha / rank) * a @ b, config)
+
+    For floats in place of all quantized leaves, adapters added, there is `tree.dequantize`.
+
+    Args:
+        tree: from `lora_init`, trained, and whole: before a stack is sliced.
+
+    Returns:
+        The tree with a QTensor in place of each `LowRank`, which has the format, groups, order,
+        dtype and `inputs` of its base.
+
+    Raises:
+        ValueError: the tree has no adapters.
+
+    Error: that of `jaxquant.quantize`: in formats of whole numbers at most scale/2 per element that
+        is not clipped, with the new scale. Adapters far below the scale may be lost.
+    Source: Hu et al. 2021 (LoRA), arXiv:2106.09685, section 4.1.
+    """
+    _check_adapters(tree)
+    return jax.tree.map(
+        lambda x: _merge(x) if isinstance(x, LowRank) else x, tree, is_leaf=_is_quantized
+    )
+
+
+@jax.jit
+def _merge(x):
+    # Not rounded to bfloat16 in between.
+    compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    total = dataclasses.replace(x, base=x.base.astype(compute)).dequantize()
+    q = quantize(total, x.config).astype(x.dtype)
+    return dataclasses.replace(q, inputs=x.base.inputs).reorder(x.base.order)
+
+
+def _is_floating(x):
+    is_array = hasattr(x, "dtype") and not _is_quantized(x)
+    return is_array and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _is_quantized(x):
+    return isinstance(x, QTensor | LowRank)
+
+
+def _check_adapters(tree):
+    if not any(isinstance(x, LowRank) for x in jax.tree.leaves(tree, is_leaf=_is_quantized)):
+        raise ValueError(
+            f"The tree must be one from lora_init; got {jax.tree.structure(tree)}, which has no "
+            "adapters."
+        )
+
+
+def _check_options(rank, alpha, dtype):
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank must be a positive int; got {rank!r}. 8 to 64 are usual.")
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if alpha is not None and not (is_number and 0 < alpha < math.inf):
+        raise ValueError(f"alpha must be a positive number, or None for the rank; got {alpha!r}.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be floating; got {dtype!r}. Use float32 or bfloat16.")
+
+
+def _objection(leaf: Any, scheme: Scheme) -> str | None:
+    """Why adapters cannot be put beside a leaf, or None."""
+    if isinstance(leaf, LowRank):
+        return f"has adapters already ({leaf!r}); merge them first, or give it a rule with None"
+    is_base = isinstance(leaf, QTensor)
+    why_not = _refuses_base(leaf, scheme) if is_base else objection(leaf, scheme)
+    if why_not is not None:
+        return why_not
+    axes = sorted(scheme.weights.axes(leaf.ndim))
+    if leaf.ndim < 2:
+        return f"has shape {leaf.shape}; adapters need two axes: give it a rule with None"
+    if axes != list(range(axes[0], axes[-1] + 1)):
+        return (
+            f"shares scales along axes {tuple(axes)} of shape {leaf.shape}; adapters need "
+            "neighbours: move the axes, or give it a rule with None"
+        )
+    return None
+
+
+def _refuses_base(q, scheme):
+    """Why a quantized leaf is not what its rule says, or None."""
+    if q.inputs is not None and q.inputs.multiplier is not None:
+        return f"has inputs.multiplier ({q!r}), which adapters do not see; multiply it in first"
+    try:
+        wanted = jax.eval_shape(quantize, jax.ShapeDtypeStruct(q.shape, q.dtype), scheme.weights)
+    except ValueError as error:
+        return str(error)
+    found = q.reorder(None)
+    kinds = [(x.format, x.scale.shape, x.zero_point is None) for x in (found, wanted)]
+    inputs = None if q.inputs is None else q.inputs.config
+    if kinds[0] == kinds[1] and inputs == scheme.inputs:
+        return None
+    return (
+        f"is quantized otherwise than its rule says: {describe(q)}, scales {found.scale.shape}, "
+        f"and not {describe(wanted)}, scales {wanted.scale.shape}, inputs {scheme.inputs}"
+    )
+
+
+def _adapters(shape, config: ArrayConfig, rank, key, dtype):
+    """a and b at the start of training: one normal, one zeros."""
+    stack, split = _split(config, len(shape))
+    a_shape, b_shape = (*shape[:split], rank), (*shape[:stack], rank, *shape[split:])
+    meets_b = set(config.axes(len(shape))) == {len(shape) - 1}
+    inputs = math.prod(shape[split:] if meets_b else shape[stack:split])
+    drawn, zeros = (b_shape, a_shape) if meets_b else (a_shape, b_shape)
+    start = jax.random.normal(key, drawn, jnp.float32) / math.sqrt(max(inputs, 1))
+    factors = start.astype(dtype), jnp.zeros(zeros, dtype)
+    return factors[::-1] if meets_b else factors
+
+
+def _split(config: ArrayConfig, ndim: int) -> tuple[int, int]:
+    """Where the axes of `a` begin, and where those of `b` do."""
+    axes = sorted(config.axes(ndim))
+    end = axes[-1] + 1
+    return (ndim - 2, ndim - 1) if end == ndim else (axes[0], end)
