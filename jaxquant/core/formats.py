@@ -61,7 +61,11 @@ class Format:
 
     def _check_power(self, book, power):
         count = len(book) // 2 if self.has_negative else len(book) - 1
-        if power not in (2, 4) or count < 1 or book != power_codebook(power, count, self.has_negative):
+        if (
+            power not in (2, 4)
+            or count < 1
+            or book != power_codebook(power, count, self.has_negative)
+        ):
             raise ValueError(
                 f"{self.name}: power must be 2 or 4, with a codebook that is power_codebook(power, "
                 f"...); got {power} and {book}. Leave it None for other codebooks."

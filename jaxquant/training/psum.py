@@ -16,7 +16,7 @@ GRADIENT_8_BIT = ArrayConfig(format=GRADIENT_8, axis=-1, group_size=256)
 def quantized_psum(
     x: Any,
     axis_name: str | Sequence[str],
-    config: ArrayConfig = GRADIENT_8_BIT,  # noqa: B008 (frozen)
+    config: ArrayConfig = GRADIENT_8_BIT,
     *,
     key: jax.Array | None = None,
     error: Any = None,
@@ -57,8 +57,8 @@ def quantized_psum(
         Tang et al. 2019 (DoubleSqueeze), arXiv:1905.05957, algorithm 1.
     """
     leaves, treedef = jax.tree.flatten(x)
+    _check(leaves, config)
     errors = None if error is None else _like(error, leaves, treedef)
-    _check(leaves)
     block = block_length(config)
     given = leaves if errors is None else _add(leaves, errors)
     is_large = [leaf.size >= block for leaf in leaves]
@@ -77,7 +77,11 @@ def quantized_psum(
     return total, jax.tree.unflatten(treedef, rest)
 
 
-def _check(leaves):
+def _check(leaves, config):
+    if not isinstance(config, ArrayConfig):
+        raise ValueError(
+            f"config must be an ArrayConfig; got {config!r}. Of a Scheme, pass its weights."
+        )
     for leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +49,7 @@ def stored_in(state):
     """Formats by path, of what is stored quantized."""
     found = jax.tree_util.tree_flatten_with_path(state.inner, is_leaf=is_stored)[0]
     name = jax.tree_util.keystr
-    return {
-        name(p, simple=True, separator="/"): x.q.format.name for p, x in found if is_stored(x)
-    }
+    return {name(p, simple=True, separator="/"): x.q.format.name for p, x in found if is_stored(x)}
 
 
 def values_of(leaf, shape):
@@ -80,7 +79,9 @@ def assert_stored(leaf, values, format, length):
 def test_steps_of_adamw_match_numpy_with_rounding_in_between(bits):
     signed, positive, length = FORMATS[bits]
     rate, b1, b2, epsilon, decay = 1e-2, 0.9, 0.99, 1e-8, 0.1
-    optimizer = quantized_state(optax.adamw(rate, b1, b2, epsilon, weight_decay=decay), STATES[bits])
+    optimizer = quantized_state(
+        optax.adamw(rate, b1, b2, epsilon, weight_decay=decay), STATES[bits]
+    )
     params, traces = tree(0), []
 
     @jax.jit
@@ -111,7 +112,9 @@ def test_steps_of_adamw_match_numpy_with_rounding_in_between(bits):
 def test_blocks_lie_along_the_last_axis_where_they_divide_it():
     params = tree(0, {**SHAPES, "short": (700, 6), "thousand": (8, 1000), "prime": (16, 1009)})
     state = quantized_state(optax.sgd(0.1, momentum=0.9)).init(params).inner[0].trace
-    layout = {k: (v.shape, v.q.codes.shape, v.q.scale.shape) for k, v in state.items() if is_stored(v)}
+    layout = {
+        k: (v.shape, v.q.codes.shape, v.q.scale.shape) for k, v in state.items() if is_stored(v)
+    }
     assert layout == {
         "rows": (None, (16, 512), (16, 2)),
         "thousand": (None, (8, 1000), (8, 4)),
@@ -177,7 +180,7 @@ def test_any_transformation_steps_as_it_does_in_float(name):
     extra = {"value": jnp.float32(1)} if name == "extra_arguments" else {}
     results = []
     for transformation in (build(lambda t: t), build(quantized_state)):
-        step = jax.jit(lambda g, s, t=transformation: t.update(g, s, params, **extra))
+        step: Any = jax.jit(lambda g, s, t=transformation: t.update(g, s, params, **extra))
         state, updates = transformation.init(params), []
         for seed in (1, 2):
             structure = jax.tree.structure(state)
@@ -196,7 +199,7 @@ def test_any_transformation_steps_as_it_does_in_float(name):
 
 def test_adafactor_has_nothing_to_store():
     params = tree(0, {"kernel": (256, 512), "bias": (10,)})
-    adafactor = optax.adafactor(0.1)
+    adafactor: Any = optax.adafactor(0.1)
     plain, ours = (t.init(params) for t in (adafactor, quantized_state(adafactor)))
     assert jax.tree.structure(ours.inner) == jax.tree.structure(plain)
 
@@ -210,7 +213,9 @@ def test_fields_of_the_state_decide_and_not_names_of_parameters():
     expected = {f"0/mu/attention/{n}": signed for n in names}
     assert stored_in(state) == expected | {f"0/nu/attention/{n}": positive for n in names}
 
-    groups = optax.multi_transform({"nu": optax.adam(0.1)}, lambda p: jax.tree.map(lambda _: "nu", p))
+    groups = optax.multi_transform(
+        {"nu": optax.adam(0.1)}, lambda p: jax.tree.map(lambda _: "nu", p)
+    )
     state = jax.eval_shape(quantized_state(groups).init, params)
     prefix = "inner_states/nu/inner_state/0"
     assert {k: v for k, v in stored_in(state).items() if k.endswith("kernel")} == {
@@ -313,10 +318,10 @@ def test_a_state_comes_back_from_a_file_and_from_its_leaves(tmp_path):
 def test_what_is_not_finite_shows_where_it_does_in_float_and_later_in_its_block(bad):
     shapes = {"rows": (16, 512)}
     gradients = {"rows": tree(1, shapes)["rows"].at[3, 300].set(bad)}
-    plain, ours = optax.adam(0.1), quantized_state(optax.adam(0.1))
-    states = [t.init(gradients) for t in (plain, ours)]
+    both: list[Any] = [optax.adam(0.1), quantized_state(optax.adam(0.1))]
+    states = [t.init(gradients) for t in both]
     for t, g in enumerate((gradients, tree(2, shapes))):
-        found = [x.update(g, s) for x, s in zip((plain, ours), states, strict=True)]
+        found = [x.update(g, s) for x, s in zip(both, states, strict=True)]
         (expected, _), (got, _) = found
         states = [state for _, state in found]
         is_bad = ~np.isfinite(got["rows"])
@@ -332,7 +337,9 @@ def test_rounding_at_random_follows_an_average_that_moves_slowly():
     wanted = jnp.tile(jnp.linspace(0.1, 1, 8, dtype=jnp.float32), (16, 64))
 
     def average(key):
-        optimizer = quantized_state(optax.ema(0.99, debias=False), ArrayConfig(format=INT4), key=key)
+        optimizer = quantized_state(
+            optax.ema(0.99, debias=False), ArrayConfig(format=INT4), key=key
+        )
 
         def body(state, _):
             updates, state = optimizer.update(wanted, state)
