@@ -357,6 +357,15 @@ def test_rounding_at_random_follows_an_average_that_moves_slowly():
     assert not np.array_equal(run(jax.random.key(1))[1], followed)
 
 
+def test_equal_arrays_are_rounded_at_random_in_different_ways():
+    optimizer = quantized_state(optax.trace(0.9), ArrayConfig(format=INT4), key=jax.random.key(0))
+    gradients = dict.fromkeys("ab", tree(0)["odd"])
+    _, state = optimizer.update(gradients, optimizer.init(gradients))
+    a, b = (state.inner.trace[name].q for name in "ab")
+    np.testing.assert_array_equal(a.scale, b.scale)
+    assert not np.array_equal(a.codes.astype(np.int8), b.codes.astype(np.int8))
+
+
 def test_a_regression_ends_where_it_does_in_float():
     """A network of two layers, with noise in the targets that no network can learn."""
     random = np.random.default_rng(0)
