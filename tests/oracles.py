@@ -83,7 +83,8 @@ def ideal_scale(low, high, config):
     """Jacob et al. 2018, eq. 1; 0 for an empty range. e8m0: the next power of two above, but for
     codes that are floats the rule of OCP MX v1.0, section 6.3."""
     qmin, qmax = bounds(config)
-    span, reach = (high, min(-qmin, qmax)) if config.symmetric else (high - low, qmax - qmin)
+    reach = qmax - qmin if not config.symmetric else min(-qmin, qmax) if qmin < 0 else qmax
+    span = high if config.symmetric else high - low
     scale_dtype = config.scale_dtype or config.format.scale_dtype
     if scale_dtype == "float8_e8m0fnu" and span > 0:
         if config.format.rounds or config.format.codebook is not None:
@@ -110,7 +111,9 @@ def encode(group, scale, zero_point, config):
     values = np.asarray(group, np.float64) / scale
     if config.format.codebook is not None:
         distance = np.abs(values[..., None] - np.asarray(config.format.codebook))
-        return distance.argmin(-1)
+        codes = distance.argmin(-1)
+        # A codebook without negative numbers keeps what is positive.
+        return codes if config.format.codebook[0] < 0 else np.maximum(codes, values > 0)
     qmin, qmax = bounds(config)
     if not config.format.dtype.startswith(("int", "uint")):
         cast = np.clip(values, qmin, qmax).astype(getattr(ml_dtypes, config.format.dtype))

@@ -30,6 +30,7 @@ from .formats import NF4 as NF4
 from .formats import NVFP4 as NVFP4
 from .formats import Format as Format
 from .formats import bits_of as bits_of
+from .formats import power_codebook as power_codebook
 from .low_rank import LowRank as LowRank
 from .packing import pack_int2 as pack_int2
 from .packing import pack_int4 as pack_int4

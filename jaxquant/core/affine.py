@@ -85,13 +85,13 @@ def scale_shape(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, .
 def fit_scale(low: jax.Array, high: jax.Array, config: "ArrayConfig") -> jax.Array:
     """The step with which the codes span [low, high], before it is rounded to its dtype.
 
-    Symmetric: high / min(-qmin, qmax). Asymmetric: (high - low) / (qmax - qmin). An empty range
+    Symmetric: high / config.reach. Asymmetric: (high - low) / (qmax - qmin). An empty range
     has scale 0. A scale of exponents only (e8m0) is the next power of two above that; for codes
     that are floats it is 2^(floor(log2(high)) - floor(log2(qmax))), the rule of OCP MX v1.0,
     section 6.3, under which the largest values may be clipped.
     """
     qmin, qmax = config.bounds
-    span, reach = high, min(-qmin, qmax)
+    span, reach = high, config.reach
     if not config.symmetric:
         # In halves, so that a range of more than the largest float does not overflow.
         span, reach = high / 2 - low / 2, (qmax - qmin) / 2
@@ -136,7 +136,11 @@ def encode(
     values = values if format.rounds else jnp.where(jnp.isnan(scale), 0, values)
     noise = None if key is None else jax.random.uniform(key, values.shape, values.dtype)
     if format.codebook is not None:
-        return _nearest(values, format.codebook, noise).astype(format.dtype)
+        find = _nearest if format.power is None else _nearest_power
+        codes = find(values, format, noise)
+        if not format.has_negative:
+            codes = jnp.maximum(codes, (values > 0).astype(codes.dtype))
+        return codes.astype(format.dtype)
     if format.rounds:
         values = jnp.round(values) if noise is None else _round_by(noise, values)
     elif noise is not None:
@@ -173,6 +177,8 @@ def decode(
     codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, format: Format
 ) -> jax.Array:
     """Codes to values, (codes - zero_point) * scale, in the dtype of scale. Arrays broadcast."""
+    if format.power is not None:
+        return _power_value(codes, format, scale.dtype) * scale
     if format.codebook is not None:
         return _lookup(codes, format.codebook, scale.dtype) * scale
     values = codes.astype(scale.dtype)
@@ -181,11 +187,12 @@ def decode(
     return values * scale
 
 
-def _nearest(values, codebook, noise=None):
-    """Index of the nearest entry of an ascending codebook; of two equally near, the lower.
+def _nearest(values, format, noise=None):
+    """Index of the nearest entry of the codebook; of two equally near, the lower.
 
     With noise from [0, 1), the one below or the one above a value, the nearer the more often.
     """
+    codebook = format.codebook
     index = jnp.zeros(values.shape, jnp.int8 if len(codebook) <= 128 else jnp.int16)
     for below, above in itertools.pairwise(np.asarray(codebook).tolist()):
         if noise is None:
@@ -194,6 +201,35 @@ def _nearest(values, codebook, noise=None):
             is_above = (values - below) / (above - below) > noise
         index += is_above.astype(index.dtype)
     return index
+
+
+def _nearest_power(values, format, noise=None):
+    """`_nearest` for a codebook of powers, by roots: values between count^power and the next."""
+    count = len(format.codebook) // 2 if format.has_negative else len(format.codebook) - 1
+    magnitude = jnp.minimum(jnp.abs(values), 1)
+    root = jnp.sqrt(magnitude) if format.power == 2 else jnp.sqrt(jnp.sqrt(magnitude))
+    index = jnp.minimum(jnp.floor(root * count), count - 1)
+    below, above = (_raise(i / count, format.power) for i in (index, index + 1))
+    # A root that is rounded up over a whole number starts above its value, and stays there.
+    part = 0.5 if noise is None else noise
+    index += (magnitude - below > (above - below) * part).astype(index.dtype)
+    if not format.has_negative:
+        return jnp.where(values > 0, index, 0).astype(jnp.int16)
+    return (jnp.where(values < 0, -index, index) + count).astype(jnp.int16)
+
+
+def _power_value(codes, format, dtype):
+    """Entries of a codebook of powers."""
+    book = format.codebook
+    if not format.has_negative:
+        return _raise(codes.astype(dtype) / (len(book) - 1), format.power)
+    value = (codes.astype(dtype) - len(book) // 2) / (len(book) // 2)
+    return jnp.sign(value) * _raise(value, format.power)
+
+
+def _raise(x, power):
+    square = x * x
+    return square if power == 2 else square * square
 
 
 def _float_step(values, dtype):

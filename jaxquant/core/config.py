@@ -59,7 +59,8 @@ class ArrayConfig:
         if self.value_range is not None:
             self._check_value_range(self.value_range)
         qmin, qmax = self.bounds
-        if self.symmetric and not qmin < 0 < qmax:
+        is_nonnegative = self.format.codebook is not None and qmin == 0
+        if self.symmetric and not (qmin < 0 < qmax or is_nonnegative):
             raise ValueError(
                 f"Symmetric codes must have zero inside; got {qmin} to {qmax}. Widen the range, "
                 "or pass symmetric=False."
@@ -121,6 +122,12 @@ class ArrayConfig:
     def bounds(self) -> tuple[float, float]:
         """(qmin, qmax): the outermost codes in use."""
         return self.value_range or (self.format.qmin, self.format.qmax)
+
+    @property
+    def reach(self) -> float:
+        """The code on which abs-max puts the largest magnitude of a symmetric array."""
+        qmin, qmax = self.bounds
+        return min(-qmin, qmax) if qmin < 0 else qmax
 
     @property
     def stored_scale_dtype(self) -> str:

@@ -21,9 +21,15 @@ class Format:
         codebook: ascending values that the codes index; None where a code is its own value.
         group_size: elements per scale that the format prescribes; None leaves it to the config.
         scale_dtype: dtype of the scales, unless the config names another.
+        power: 2 or 4 if the codebook is `power_codebook(power, ...)`: codes are then computed,
+            which is faster than to look them up. None otherwise.
+
+    A codebook that starts at zero is for what is never negative: negative elements become zero,
+    and no positive element does, however small beside the others of its group.
 
     Raises:
-        ValueError: JAX has no such dtype, or it does not hold the codes.
+        ValueError: JAX has no such dtype, or it does not hold the codes, or the codebook is not
+            of the power.
     """
 
     name: str
@@ -33,6 +39,7 @@ class Format:
     codebook: tuple[float, ...] | None = None
     group_size: int | None = None
     scale_dtype: str = "float32"
+    power: int | None = None
 
     def __post_init__(self):
         try:
@@ -48,6 +55,20 @@ class Format:
             raise ValueError(
                 f"{self.name}: qmin and qmax must ascend within {self.dtype}, {info.min} to "
                 f"{info.max}; got {self.qmin} and {self.qmax}."
+            )
+        if self.power is not None:
+            self._check_power(self.codebook or (), self.power)
+
+    def _check_power(self, book, power):
+        count = len(book) // 2 if self.has_negative else len(book) - 1
+        if (
+            power not in (2, 4)
+            or count < 1
+            or book != power_codebook(power, count, self.has_negative)
+        ):
+            raise ValueError(
+                f"{self.name}: power must be 2 or 4, with a codebook that is power_codebook(power, "
+                f"...); got {power} and {book}. Leave it None for other codebooks."
             )
 
     def _check_codebook(self, book, most):
@@ -69,12 +90,26 @@ class Format:
         return self.codebook is None and jnp.issubdtype(self.dtype, jnp.integer)
 
     @property
+    def has_negative(self) -> bool:
+        """Whether some codes stand for negative numbers."""
+        return self.qmin < 0
+
+    @property
     def bits(self) -> int:
         """Bits that one code takes in device memory."""
         return bits_of(self.dtype)
 
     def __repr__(self) -> str:
         return self.name
+
+
+def power_codebook(power: int, count: int, has_negative: bool) -> tuple[float, ...]:
+    """A codebook with (i/count)^power for i from 0 to count, and the same below zero.
+
+    Fine near zero and coarse near one: for values of many orders of magnitude.
+    """
+    above = tuple((i / count) ** power for i in range(count + 1))
+    return tuple(-v for v in above[:0:-1]) + above if has_negative else above
 
 
 def bits_of(dtype: jax.typing.DTypeLike) -> int:

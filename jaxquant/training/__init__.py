@@ -1,6 +1,7 @@
 """Quantization inside training loops: pure functions and pytrees, for `jax.grad` and optax."""
 
 from ..core import LowRank as LowRank
+from .blocks import Blockwise as Blockwise
 from .calibrate import calibrate as calibrate
 from .delayed import DelayedScaling as DelayedScaling
 from .delayed import amax_of as amax_of
@@ -22,6 +23,11 @@ from .observers import MSEHistogram as MSEHistogram
 from .observers import Observer as Observer
 from .observers import PercentileHistogram as PercentileHistogram
 from .observers import RunningAbsMax as RunningAbsMax
+from .optimizer import STATE_4_BIT as STATE_4_BIT
+from .optimizer import STATE_8_BIT as STATE_8_BIT
+from .optimizer import QuantizedState as QuantizedState
+from .optimizer import quantized_state as quantized_state
+from .optimizer import state_bytes as state_bytes
 from .prepare import Prepared as Prepared
 from .prepare import convert as convert
 from .prepare import init_learned as init_learned
@@ -30,3 +36,5 @@ from .product import FP8_TRAINING as FP8_TRAINING
 from .product import INT8_TRAINING as INT8_TRAINING
 from .product import SWITCHBACK as SWITCHBACK
 from .product import ProductConfig as ProductConfig
+from .psum import GRADIENT_8_BIT as GRADIENT_8_BIT
+from .psum import quantized_psum as quantized_psum

@@ -154,5 +154,5 @@ def _scaled(weight: Any, path: str, seen: dict[Any, Any]) -> Any:
     if isinstance(weight, Prepared) and zero_point is not None:
         # Floats are trained; `convert` keeps them.
         zero_point = zero_point.astype(jnp.float32)
-    inputs = dataclasses.replace(weight.inputs, scale=scale_values(q.scale), zero_point=zero_point)
+    inputs = dataclasses.replace(inputs, scale=scale_values(q.scale), zero_point=zero_point)
     return dataclasses.replace(weight, inputs=inputs)

@@ -35,10 +35,9 @@ class LearnedStep:
             raise ValueError(
                 f"A LearnedStep is for symmetric=True; got {config!r}. Use a LearnedRange."
             )
-        qmin, qmax = config.bounds
-        factor = _gradient_factor(size, self.scale.size, qmax)
+        factor = _gradient_factor(size, self.scale.size, config.bounds[1])
         scale = scale_gradient(jnp.abs(self.scale), factor)
-        high = scale * min(-qmin, qmax)
+        high = scale * config.reach
         return -high, high, scale, jnp.zeros_like(scale)
 
 

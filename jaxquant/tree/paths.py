@@ -1,4 +1,4 @@
-"""Leaves of a pytree with their paths; a QTensor is one leaf, with adapters or not, or a Deferred."""
+"""Leaves of a pytree with their paths; a QTensor is one leaf, and so are others like it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ def is_quantized(x: Any) -> bool:
 
 
 def is_whole(x: Any) -> bool:
-    """Whether x is one leaf to people, though a pytree to JAX: a QTensor, a LowRank or a Deferred."""
+    """Whether x is one leaf to people, though a pytree to JAX: an array in some form."""
     return isinstance(x, QTensor | LowRank | Deferred)
 
 

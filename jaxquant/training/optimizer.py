@@ -1,0 +1,188 @@
+"""Optimizer states in few bits: what an optax transformation remembers, stored as QTensors."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..core import ArrayConfig, Scheme, bits_of, packed_bytes
+from ..tree import Rule, Rules, as_rules
+from .blocks import Blockwise, quantize_blocks
+from .formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
+
+# What optax calls averages of squares, and what else is never negative. A "v" only at the front:
+# it is the name of values in attention, too.
+_SQUARES = r"nu|nu_max|sum_of_squares|exp_avg_sq|grad_sum_sq|e_g|e_x|v_row|v_col"
+# Sums that are not finished, and copies of parameters. They do not forget errors, as averages do.
+_COPIES = r"acc_grads|z|init_params|diff_params_memory|diff_updates_memory"
+# Before a field of the state: wrappers and labels, but no other field, since what follows that one
+# names parameters, and these may be called anything.
+_FIELDS = rf"(mu|trace|ema|m|exp_avg|updates|{_SQUARES}|{_COPIES})"
+_OUTER = rf"(inner_states/[^/]+/|(?!inner_states/|{_FIELDS}/)[^/]+/)*"
+_WRAPPER = r"(\d+|inner_state|inner_opt_state|inner_states/[^/]+)"
+_POSITIVE = rf"re:{_OUTER}({_SQUARES})(/.*)?|({_WRAPPER}/)*v(/.*)?"
+_EXACT = rf"re:{_OUTER}({_COPIES})(/.*)?"
+
+
+def _state_rules(signed, positive, length):
+    """Rules for the names that optax uses."""
+    of_signed, of_positive = (
+        ArrayConfig(format=format, axis=-1, group_size=length) for format in (signed, positive)
+    )
+    return (
+        Rule(_EXACT, None, required=False),
+        Rule(_POSITIVE, of_positive, required=False),
+        Rule("*", of_signed, required=False),
+    )
+
+
+STATE_8_BIT = _state_rules(SIGNED_8, POSITIVE_8, 256)
+STATE_4_BIT = _state_rules(SIGNED_4, POSITIVE_4, 128)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedState:
+    """The state of a `quantized_state`. A pytree.
+
+    Attributes:
+        inner: state of the transformation, with a `Blockwise` in place of each array that the
+            rules select.
+        key: random key of the next step; None where rounding is to nearest.
+    """
+
+    inner: Any
+    key: jax.Array | None = None
+
+
+def quantized_state(
+    transformation: Any,
+    rules: Rules = STATE_8_BIT,
+    *,
+    key: jax.Array | None = None,
+    min_size: int = 4096,
+) -> Any:
+    """An optax transformation whose state is stored in 8 bits, or in 4, between its steps.
+
+        updates, state = update(gradients, dequantize(state))        state = quantize(state)
+
+    Each step computes as the transformation does; what it remembers is rounded afterwards.
+
+    Args:
+        transformation: any `optax.GradientTransformation`, chains and wrappers included.
+        rules: for the paths of the state, such as "0/mu/layers/0/kernel": `STATE_8_BIT`,
+            `STATE_4_BIT`, an ArrayConfig for all, or rules as for `tree.quantize`, of which the
+            first that matches decides. Of a config, the group size is the number of elements per
+            block (None: 256), and the axis is not used. The two constants know optax's names: they
+            store averages of squares without a sign and so that none becomes zero, and leave
+            sums that are not finished (`optax.MultiSteps`) and copies of parameters as they are.
+        key: random key for stochastic rounding, kept in the state; None rounds to nearest. With
+            4 bits give one: to nearest, averages stay where they are while they change by less
+            than half a step, which costs several percent of the loss.
+        min_size: arrays with fewer elements stay as they are.
+
+    Returns:
+        The transformation, of the same type. Its state is a `QuantizedState`.
+
+    Raises:
+        ValueError: the transformation has no init and update, rules are none, min_size is not
+            positive; in `init`, a required rule matches nothing in the state, or as for `quantize`.
+
+    Error: NaN or Inf in an array of the state makes all of its block NaN in the next step.
+    Source: Dettmers et al. 2022, arXiv:2110.02861, section 2; 4 bits: Li et al. 2023,
+        arXiv:2309.01507, sections 3 and 4, with powers for their codes.
+    """
+    rules = _checked(transformation, rules, min_size)
+
+    def init(params):
+        inner = transformation.init(params)
+        _check_used(rules, inner)
+        return QuantizedState(_store(inner, rules, min_size, None), key)
+
+    def update(updates, state, params=None, **extra):
+        later, now = (None, None) if state.key is None else jax.random.split(state.key)
+        updates, inner = transformation.update(updates, _restore(state.inner), params, **extra)
+        return updates, QuantizedState(_store(inner, rules, min_size, now), later)
+
+    # Of the type that it is, so that optax, which is not imported here, knows it.
+    return transformation._replace(init=init, update=update)
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes in device memory of all arrays of a tree, such as the state of an optimizer.
+
+    Args:
+        state: pytree of arrays, abstract ones (`jax.eval_shape`), and QTensors.
+
+    Returns:
+        The sum over the leaves, where elements of 4 bits lie two to a byte.
+    """
+    return sum(map(_bytes_of, jax.tree.leaves(state)))
+
+
+def _checked(transformation, rules, min_size):
+    """The rules, if all is as `quantized_state` wants it."""
+    if not all(hasattr(transformation, name) for name in ("init", "update", "_replace")):
+        raise ValueError(
+            "transformation must be an optax.GradientTransformation, such as optax.adamw(1e-3); "
+            f"got {transformation!r}. Of optax.MultiSteps, pass .gradient_transformation()."
+        )
+    if not isinstance(min_size, int) or min_size < 1:
+        raise ValueError(
+            f"min_size must be a positive number of elements; got {min_size!r}. 1 stores all "
+            "arrays quantized."
+        )
+    if isinstance(rules, Scheme):
+        raise ValueError(
+            "rules must be for the paths of the state, or one ArrayConfig; got "
+            f"{rules!r}. Of a Scheme, pass its weights."
+        )
+    return (Rule("*", rules),) if isinstance(rules, ArrayConfig) else as_rules(rules)
+
+
+def _check_used(rules, inner):
+    found = [(_name(p), leaf) for p, leaf in jax.tree_util.tree_flatten_with_path(inner)[0]]
+    unused = [r for r in rules if r.required and not any(r.matches(*pair) for pair in found)]
+    if unused:
+        raise ValueError(
+            f"No array of the state matches {[r.pattern for r in unused]}; its paths are "
+            f"{[path for path, _ in found]}. Correct the patterns, or pass required=False."
+        )
+
+
+def _store(inner, rules, min_size, key):
+    """The state with a Blockwise in place of each array that the rules select."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(inner)
+    stored = []
+    for i, (path, leaf) in enumerate(found):
+        config = _config_of(_name(path), leaf, rules, min_size)
+        noise = None if key is None else jax.random.fold_in(key, i)
+        stored.append(leaf if config is None else quantize_blocks(leaf, config, noise))
+    return jax.tree.unflatten(treedef, stored)
+
+
+def _restore(inner):
+    return jax.tree.map(lambda x: x.dequantize() if _is_stored(x) else x, inner, is_leaf=_is_stored)
+
+
+def _is_stored(x):
+    return isinstance(x, Blockwise)
+
+
+def _name(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _config_of(path, leaf, rules, min_size):
+    """The config by which a leaf is stored, or None if it stays as it is."""
+    if leaf.size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return None
+    scheme = next((r.resolve() for r in rules if r.matches(path, leaf)), None)
+    is_larger = scheme is not None and bits_of(leaf.dtype) > scheme.weights.format.bits
+    return scheme.weights if scheme is not None and is_larger else None
+
+
+def _bytes_of(x):
+    is_number = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+    return packed_bytes(x) if is_number else x.size * x.dtype.itemsize

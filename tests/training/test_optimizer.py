@@ -1,0 +1,425 @@
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxquant as jq
+from jaxquant import FP8_E4M3, INT4, MXFP8, ArrayConfig
+from jaxquant.training import STATE_4_BIT, STATE_8_BIT, Blockwise, quantized_state, state_bytes
+from jaxquant.training.formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
+from jaxquant.tree import Rule
+
+from .. import checks, oracles
+
+STATES = {"8": STATE_8_BIT, "4": STATE_4_BIT}
+FORMATS = {"8": (SIGNED_8, POSITIVE_8, 256), "4": (SIGNED_4, POSITIVE_4, 128)}
+each_state = pytest.mark.parametrize("bits", STATES)
+SHAPES = {"rows": (16, 512), "odd": (4099,), "bias": (10,), "none": (0, 512)}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(autouse=True)
+def _implicit_promotion():
+    """Optax needs it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def tree(seed, shapes=SHAPES):
+    """Gradients whose elements span some orders of magnitude."""
+    random = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(random.normal(size=s) * 10.0 ** random.uniform(-3, 0, s), jnp.float32)
+        for name, s in shapes.items()
+    }
+
+
+def is_stored(x):
+    return isinstance(x, Blockwise)
+
+
+def stored_in(state):
+    """Formats by path, of what is stored quantized."""
+    found = jax.tree_util.tree_flatten_with_path(state.inner, is_leaf=is_stored)[0]
+    name = jax.tree_util.keystr
+    return {name(p, simple=True, separator="/"): x.q.format.name for p, x in found if is_stored(x)}
+
+
+def values_of(leaf, shape):
+    """What a leaf of the state stands for, in float64, from its stored fields."""
+    if not is_stored(leaf):
+        return np.asarray(leaf, np.float64)
+    return oracles.dequantize(leaf.q).reshape(-1)[: np.prod(shape, dtype=int)].reshape(shape)
+
+
+def assert_stored(leaf, values, format, length):
+    """The leaf holds `values`, by the definition of its format."""
+    if not is_stored(leaf):
+        assert values.size < 4096
+        np.testing.assert_allclose(leaf, values, rtol=1e-5, atol=1e-12)
+        return
+    assert leaf.q.format == format
+    x = values if leaf.shape is None else np.pad(values.reshape(-1), (0, -values.size % length))
+    config = ArrayConfig(format=format, axis=-1, group_size=length)
+    codes, scale, zero_point = oracles.quantize(x, config, oracles.abs_max_range)
+    np.testing.assert_allclose(leaf.q.scale, scale, rtol=1e-5)
+    checks.assert_same_quantized(
+        dataclasses.replace(leaf.q, scale=scale), codes, scale, zero_point, x, config
+    )
+
+
+@each_state
+def test_steps_of_adamw_match_numpy_with_rounding_in_between(bits):
+    signed, positive, length = FORMATS[bits]
+    rate, b1, b2, epsilon, decay = 1e-2, 0.9, 0.99, 1e-8, 0.1
+    optimizer = quantized_state(
+        optax.adamw(rate, b1, b2, epsilon, weight_decay=decay), STATES[bits]
+    )
+    params, traces = tree(0), []
+
+    @jax.jit
+    def step(gradients, state, params):
+        traces.append(1)
+        return optimizer.update(gradients, state, params)
+
+    state = optimizer.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(optimizer.init, params))
+    for t in range(1, 4):
+        gradients, before = tree(t), state.inner[0]
+        updates, state = step(gradients, state, params)
+        after = state.inner[0]
+        for name, shape in SHAPES.items():
+            g, w = (np.asarray(x[name], np.float64) for x in (gradients, params))
+            m = b1 * values_of(before.mu[name], shape) + (1 - b1) * g
+            v = b2 * values_of(before.nu[name], shape) + (1 - b2) * g**2
+            direction = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + epsilon)
+            np.testing.assert_allclose(
+                updates[name], -rate * (direction + decay * w), rtol=2e-4, atol=1e-7
+            )
+            assert_stored(after.mu[name], m, signed, length)
+            assert_stored(after.nu[name], v, positive, length)
+    assert len(traces) == 1
+    assert int(after.count) == 3
+
+
+def test_blocks_lie_along_the_last_axis_where_they_divide_it():
+    params = tree(0, {**SHAPES, "short": (700, 6), "thousand": (8, 1000), "prime": (16, 1009)})
+    state = quantized_state(optax.sgd(0.1, momentum=0.9)).init(params).inner[0].trace
+    layout = {
+        k: (v.shape, v.q.codes.shape, v.q.scale.shape) for k, v in state.items() if is_stored(v)
+    }
+    assert layout == {
+        "rows": (None, (16, 512), (16, 2)),
+        "thousand": (None, (8, 1000), (8, 4)),
+        "prime": ((16, 1009), (16384,), (64,)),
+        "odd": ((4099,), (4352,), (17,)),
+        "short": ((700, 6), (4352,), (17,)),
+    }
+
+
+# Of a small transformer, biases and norms included.
+LAYER = {"attention": (4, 256, 256), "up": (256, 1024), "down": (1024, 256)}
+LAYER |= {f"small{i}": (256,) for i in range(9)} | {"bias": (1024,)}
+MODEL = {"embedding": (256, 256), "positions": (129, 256), "layers": [LAYER] * 4}
+
+
+@pytest.mark.parametrize("bits, limit", [("8", 0.27), ("4", 0.15)])
+def test_bytes_of_the_state_stay_below_the_limit(bits, limit):
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), MODEL, is_leaf=lambda x: type(x) is tuple
+    )
+    adamw = optax.adamw(1e-3)
+    plain = state_bytes(jax.eval_shape(adamw.init, params))
+    assert plain == 2 * 4 * sum(x.size for x in jax.tree.leaves(params)) + 4
+    few = state_bytes(jax.eval_shape(quantized_state(adamw, STATES[bits]).init, params))
+    assert 0.8 * limit < few / plain <= limit
+
+
+def test_bytes_count_every_kind_of_array():
+    key = jax.random.PRNGKey(0)
+    state = {"a": jnp.zeros(7, jnp.int4), "b": np.zeros(3, bool), "c": key, "d": None}
+    assert state_bytes(state) == 4 + 3 + 8
+    assert state_bytes(quantized_state(optax.adamw(1e-3)).init(tree(0))) > 0
+
+
+def halves(params):
+    return {name: "nu" if name == "rows" else "v" for name in params}
+
+
+def multi_steps(inner):
+    return optax.MultiSteps(inner, 2)
+
+
+ADAMW = optax.adamw(optax.cosine_decay_schedule(1e-2, 10))
+MASK = dict.fromkeys(SHAPES, True) | {"odd": False}
+TRANSFORMATIONS = {
+    "chain": lambda q: q(optax.chain(optax.clip_by_global_norm(1.0), ADAMW)),
+    "masked": lambda q: q(optax.masked(ADAMW, MASK)),
+    "inside_masked": lambda q: optax.masked(q(ADAMW), MASK),
+    "multi": lambda q: q(optax.multi_transform({"nu": ADAMW, "v": optax.lion(0.1)}, halves)),
+    "steps": lambda q: q(multi_steps(ADAMW).gradient_transformation()),
+    "inside_steps": lambda q: multi_steps(q(ADAMW)).gradient_transformation(),
+    "lion": lambda q: q(optax.lion(1e-3)),
+    "momentum": lambda q: q(optax.sgd(0.1, momentum=0.9, nesterov=True)),
+    "finite": lambda q: q(optax.apply_if_finite(ADAMW, 2)),
+    "extra_arguments": lambda q: q(optax.chain(ADAMW, optax.contrib.reduce_on_plateau())),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_any_transformation_steps_as_it_does_in_float(name):
+    """The first step equals float's, whose state is zeros; then the state is a rounded one."""
+    build, params = TRANSFORMATIONS[name], tree(0)
+    extra = {"value": jnp.float32(1)} if name == "extra_arguments" else {}
+    results = []
+    for transformation in (build(lambda t: t), build(quantized_state)):
+        step: Any = jax.jit(lambda g, s, t=transformation: t.update(g, s, params, **extra))
+        state, updates = transformation.init(params), []
+        for seed in (1, 2):
+            structure = jax.tree.structure(state)
+            update, state = step(tree(seed), state)
+            assert jax.tree.structure(state) == structure
+            updates.append(update)
+        assert step._cache_size() == 1
+        results.append((updates, state_bytes(state)))
+    (plain, bytes_before), (ours, bytes_after) = results
+    assert bytes_after < 0.7 * bytes_before
+    for a, b in zip(jax.tree.leaves(plain[0]), jax.tree.leaves(ours[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    for a, b in zip(jax.tree.leaves(plain[1]), jax.tree.leaves(ours[1]), strict=True):
+        assert np.linalg.norm(a - b) <= 0.1 * np.linalg.norm(a)
+
+
+def test_adafactor_has_nothing_to_store():
+    params = tree(0, {"kernel": (256, 512), "bias": (10,)})
+    adafactor: Any = optax.adafactor(0.1)
+    plain, ours = (t.init(params) for t in (adafactor, quantized_state(adafactor)))
+    assert jax.tree.structure(ours.inner) == jax.tree.structure(plain)
+
+
+def test_fields_of_the_state_decide_and_not_names_of_parameters():
+    """A parameter may be called nu, v or z, and a group of them too."""
+    names = ("nu", "v", "z", "mu", "kernel")
+    params = {"attention": {n: jnp.zeros(4096) for n in names}}
+    state = jax.eval_shape(quantized_state(optax.adam(0.1)).init, params)
+    signed, positive = SIGNED_8.name, POSITIVE_8.name
+    expected = {f"0/mu/attention/{n}": signed for n in names}
+    assert stored_in(state) == expected | {f"0/nu/attention/{n}": positive for n in names}
+
+    groups = optax.multi_transform(
+        {"nu": optax.adam(0.1)}, lambda p: jax.tree.map(lambda _: "nu", p)
+    )
+    state = jax.eval_shape(quantized_state(groups).init, params)
+    prefix = "inner_states/nu/inner_state/0"
+    assert {k: v for k, v in stored_in(state).items() if k.endswith("kernel")} == {
+        f"{prefix}/mu/attention/kernel": signed,
+        f"{prefix}/nu/attention/kernel": positive,
+    }
+    steps = optax.MultiSteps(optax.sgd(0.1, 0.9), 2).gradient_transformation()
+    state = jax.eval_shape(quantized_state(steps).init, params)
+    assert set(stored_in(state)) == {f"inner_opt_state/0/trace/attention/{n}" for n in names}
+    factored = jax.eval_shape(quantized_state(optax.adafactor(0.1)).init, params)
+    assert stored_in(factored)["0/v/attention/v"] == positive
+
+
+@pytest.mark.parametrize(
+    "rules, expected",
+    [
+        (ArrayConfig(), {"0/mu/rows": "int8", "0/nu/rows": "int8"}),
+        (ArrayConfig(format=MXFP8), {"0/mu/rows": "mxfp8", "0/nu/rows": "mxfp8"}),
+        ({"0/mu/*": ArrayConfig(format=INT4, symmetric=False)}, {"0/mu/rows": "int4"}),
+        (
+            [("*/mu/*", None), ("*", ArrayConfig(format=FP8_E4M3, group_size=64))],
+            {"0/nu/rows": "fp8_e4m3"},
+        ),
+    ],
+    ids=str,
+)
+def test_rules_name_any_format_for_any_path(rules, expected):
+    params = tree(0, {"rows": (16, 512), "bias": (10,)})
+    optimizer = quantized_state(optax.adam(0.1), rules)
+    _, state = optimizer.update(tree(1, {"rows": (16, 512), "bias": (10,)}), optimizer.init(params))
+    assert stored_in(state) == expected
+
+
+def test_small_and_narrow_arrays_stay_unless_asked_for():
+    params = {"half": jnp.zeros(512, jnp.bfloat16), "count": jnp.zeros(3)}
+    state = quantized_state(optax.adam(0.1), ArrayConfig(group_size=64), min_size=512).init(params)
+    assert set(stored_in(state)) == {"0/mu/half", "0/nu/half"}
+    assert state.inner[0].mu["half"].dequantize().dtype == jnp.bfloat16
+    narrow = {"eight": jnp.zeros(512, jnp.float8_e4m3fn)}
+    trace = quantized_state(optax.trace(0.9), ArrayConfig(), min_size=1).init(narrow)
+    assert stored_in(trace) == {}
+
+
+def test_scan_and_shard_map_step_as_a_loop_does():
+    optimizer = quantized_state(optax.adamw(1e-2))
+    shapes = {"rows": (64, 512)}
+    params, gradients = tree(0, shapes), [tree(seed, shapes) for seed in (1, 2, 3)]
+    step = jax.jit(optimizer.update, donate_argnums=1)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = step(gradient, state, params)
+
+    def body(state, gradient):
+        updates, state = optimizer.update(gradient, state, params)
+        return state, updates
+
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *gradients)
+    _, scanned = jax.jit(lambda: jax.lax.scan(body, optimizer.init(params), stacked))()
+    np.testing.assert_allclose(scanned["rows"][-1], updates["rows"], rtol=1e-4, atol=1e-7)
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P("d"), P(None, "d")), out_specs=P("d"))
+    def parts(params, stacked):
+        def body(state, gradient):
+            updates, state = optimizer.update(gradient, state, params)
+            return state, updates
+
+        state, updates = optimizer.update(
+            jax.tree.map(lambda g: g[0], stacked), optimizer.init(params), params
+        )[::-1]
+        rest = jax.tree.map(lambda g: g[1:], stacked)
+        _, updates = jax.lax.scan(body, state, rest)
+        return jax.tree.map(lambda u: u[-1], updates)
+
+    np.testing.assert_allclose(
+        parts(params, stacked)["rows"], updates["rows"], rtol=1e-4, atol=1e-7
+    )
+
+
+def test_a_state_comes_back_from_a_file_and_from_its_leaves(tmp_path):
+    optimizer = quantized_state(optax.adamw(1e-2), key=jax.random.PRNGKey(0))
+    params = tree(0)
+    update = jax.jit(optimizer.update)
+    _, state = update(tree(1), optimizer.init(params), params)
+    expected, _ = update(tree(2), state, params)
+    jq.save(tmp_path / "state.safetensors", state)
+    loaded = jq.load(tmp_path / "state.safetensors", like=jax.eval_shape(optimizer.init, params))
+    leaves, treedef = jax.tree.flatten(state)
+    for other in (loaded, jax.tree.unflatten(treedef, leaves)):
+        assert jax.tree.structure(other) == treedef
+        for a, b in zip(leaves, jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        updates, _ = update(tree(2), other, params)
+        jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_shows_where_it_does_in_float_and_later_in_its_block(bad):
+    shapes = {"rows": (16, 512)}
+    gradients = {"rows": tree(1, shapes)["rows"].at[3, 300].set(bad)}
+    both: list[Any] = [optax.adam(0.1), quantized_state(optax.adam(0.1))]
+    states = [t.init(gradients) for t in both]
+    for t, g in enumerate((gradients, tree(2, shapes))):
+        found = [x.update(g, s) for x, s in zip(both, states, strict=True)]
+        (expected, _), (got, _) = found
+        states = [state for _, state in found]
+        is_bad = ~np.isfinite(got["rows"])
+        assert np.all(is_bad | np.isfinite(expected["rows"]))
+        where = np.zeros((16, 512), bool)
+        where[3, 256:] = t == 1
+        where[3, 300] = True
+        np.testing.assert_array_equal(is_bad, where)
+
+
+def test_rounding_at_random_follows_an_average_that_moves_slowly():
+    """To nearest, steps of one in hundred are lost among codes that are a tenth apart."""
+    wanted = jnp.tile(jnp.linspace(0.1, 1, 8, dtype=jnp.float32), (16, 64))
+
+    def average(key):
+        optimizer = quantized_state(
+            optax.ema(0.99, debias=False), ArrayConfig(format=INT4), key=key
+        )
+
+        def body(state, _):
+            updates, state = optimizer.update(wanted, state)
+            return state, updates
+
+        state, updates = jax.lax.scan(body, optimizer.init(wanted), None, 100)
+        return state.key, updates[-1].reshape(-1, 8).mean(0) / (1 - 0.99**100)
+
+    run = jax.jit(average)
+    key, followed = run(jax.random.key(0))
+    assert np.max(np.abs(followed / wanted[0, :8] - 1)) < 0.05
+    assert np.max(np.abs(run(None)[1] / wanted[0, :8] - 1)) > 0.1
+    assert not np.array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.key(0)))
+    np.testing.assert_array_equal(run(jax.random.key(0))[1], followed)
+    assert not np.array_equal(run(jax.random.key(1))[1], followed)
+
+
+def test_equal_arrays_are_rounded_at_random_in_different_ways():
+    optimizer = quantized_state(optax.trace(0.9), ArrayConfig(format=INT4), key=jax.random.key(0))
+    gradients = dict.fromkeys("ab", tree(0)["odd"])
+    _, state = optimizer.update(gradients, optimizer.init(gradients))
+    a, b = (state.inner.trace[name].q for name in "ab")
+    np.testing.assert_array_equal(a.scale, b.scale)
+    assert not np.array_equal(a.codes.astype(np.int8), b.codes.astype(np.int8))
+
+
+def test_a_regression_ends_where_it_does_in_float():
+    """A network of two layers, with noise in the targets that no network can learn."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(256, 64)), jnp.float32)
+    y = jnp.sin(x @ jnp.asarray(random.normal(size=(64, 4)), jnp.float32) / 4)
+    y += jnp.asarray(random.normal(size=y.shape), jnp.float32)
+    first = {"a": random.normal(size=(64, 128)) / 8, "b": random.normal(size=(128, 4)) / 11}
+    first = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), first)
+
+    def loss(params):
+        out = jnp.tanh(x @ params["a"]) @ params["b"]
+        return jnp.mean((out - y) ** 2) + 3e-3 * sum(jnp.sum(w**2) for w in jax.tree.leaves(params))
+
+    def train(optimizer):
+        def body(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        carry = first, optimizer.init(first)
+        return loss(jax.jit(lambda c: jax.lax.scan(body, c, None, 150)[0])(carry)[0])
+
+    adam = optax.adamw(optax.cosine_decay_schedule(1e-2, 150))
+    plain = train(adam)
+    assert plain < 0.7 * loss(first)
+    assert abs(train(quantized_state(adam, STATE_8_BIT)) / plain - 1) < 0.005
+    key = jax.random.key(0)
+    assert abs(train(quantized_state(adam, STATE_4_BIT, key=key)) / plain - 1) < 0.015
+
+
+ADAM = optax.adam(0.1)
+ERRORS = [
+    (lambda: quantized_state(0.1), "must be an optax.GradientTransformation.*got 0.1"),
+    (lambda: quantized_state(optax.MultiSteps(ADAM, 2)), r"pass .gradient_transformation\(\)"),
+    (lambda: quantized_state(ADAM, min_size=0), "positive number of elements; got 0"),
+    (lambda: quantized_state(ADAM, jq.W8A8), "paths of the state.*got Scheme"),
+    (lambda: quantized_state(ADAM, "W8A8"), "rules must be"),
+    (
+        lambda: quantized_state(ADAM, {"*/momentum/*": ArrayConfig()}).init(tree(0)),
+        re.escape("matches ['*/momentum/*']; its paths are ['0/count', '0/mu/bias'"),
+    ),
+    (
+        lambda: quantized_state(ADAM, ArrayConfig(axis=(0, 1), group_size=(2, 2))).init(tree(0)),
+        r"one number of elements per block, or None for 256; got \(2, 2\)",
+    ),
+]
+
+
+@pytest.mark.parametrize("call, text", ERRORS, ids=range(len(ERRORS)))
+def test_errors_say_what_was_got(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_a_rule_that_is_not_required_may_match_nothing():
+    rules = [Rule("*/momentum/*", None, required=False), Rule("*", ArrayConfig())]
+    assert stored_in(quantized_state(ADAM, rules).init(tree(0)))
