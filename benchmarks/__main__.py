@@ -6,7 +6,7 @@ import math
 import pathlib
 from collections.abc import Callable
 
-from . import cpu, end_to_end, gpu, machine, quantize, tpu, tpu_compiler
+from . import cpu, end_to_end, gpu, machine, quantize, tpu, tpu_compiler, training
 from .shapes import ROWS, WEIGHTS
 
 SUITES = {
@@ -15,10 +15,11 @@ SUITES = {
     "gpu": gpu.suite,
     "quantize": quantize.suite,
     "tpu-compile": tpu.suite,
+    "training": training.suite,
 }
 _SUITES_HELP = """cpu: products, by shape and rows; end-to-end: a sentence encoder, and a
  decoder that generates text; gpu: products on a GPU; quantize: time and memory to quantize weights;
- tpu-compile: what the compiler for TPUs estimates of products"""
+ tpu-compile: what the compiler for TPUs estimates of products; training: losses after training with quantization, speed and memory"""
 # What must be done before JAX looks for devices.
 PREPARATIONS = {"gpu": gpu.prepare, "tpu-compile": tpu_compiler.prepare}
 
@@ -67,6 +68,12 @@ def main() -> None:
     )
     weights.add_argument(
         "--side", type=above_zero(int), default=4096, help="of the square matrices; 4096"
+    )
+    trained = parser.add_argument_group("options of training")
+    trained.add_argument("--parts", nargs="+", choices=training.PARTS, help="of the suite; all")
+    trained.add_argument("--seeds", type=above_zero(int), default=3, help="3")
+    trained.add_argument(
+        "--steps", type=above_zero(int), default=500, help="of training from the start; 500"
     )
     arguments = parser.parse_args()
     PREPARATIONS.get(arguments.suite, lambda: None)()

@@ -1,0 +1,19 @@
+"""Training with quantization, on real data: `python -m benchmarks --suite training`."""
+
+import importlib.util
+from typing import Any
+
+PARTS = ("qat", "products", "optimizers", "qlora")
+
+
+def suite(arguments: Any) -> dict[str, Any]:
+    """Runs the suite, prints its tables, and returns what the JSON file holds.
+
+    Raises:
+        SystemExit: optax, which other suites do without, is not installed.
+    """
+    if importlib.util.find_spec("optax") is None:
+        raise SystemExit("The suite training needs optax, and found none: pip install optax.")
+    from . import parts
+
+    return parts.run_all(arguments)

@@ -1,0 +1,139 @@
+"""What training with quantization gives and costs: a transformer on bytes, and digits.
+
+    python -m benchmarks --suite training [--parts qat optimizers] [--seeds 3] [--steps 500]
+
+Everything starts from, or is held against, float32 parameters that are trained once per seed.
+Losses are those of text and digits that nothing was trained on: mean and standard deviation over
+the seeds. Comparisons are made seed by seed. What is lost is red.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+import rich.table
+
+from . import products, qat, qlora, states
+from .loop import Result, Setting, held_out_loss, pretrain
+from .model import BytesConfig
+from .tasks import Task, documentation, installed_digits, source, text_task
+
+# Steps of fine-tuning, as a share of those of training from the start.
+FINE = 0.25
+DOCUMENTATION, DIGITS, SOURCE = "documentation", "digits", "this library's source"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of the suite.
+
+    Attributes:
+        title: above its tables.
+        run, table: what trains, and shows the results.
+        fits: trainings per task and seed.
+        tasks: names of the tasks.
+        start: name of the task on which what it starts from was trained; None for the same.
+    """
+
+    title: str
+    run: Callable[[Setting], list[Result]]
+    table: Callable[[str, list[Result]], rich.table.Table]
+    fits: int
+    tasks: tuple[str, ...] = (DOCUMENTATION, DIGITS)
+    start: str | None = None
+
+
+PARTS = {
+    "qat": Part("Quantization after and in training", qat.run, qat.table, qat.FITS),
+    "products": Part("Products quantized in training", products.run, products.table, products.FITS),
+    "optimizers": Part("Moments of AdamW in few bits", states.run, states.table, states.FITS),
+    "qlora": Part(
+        "Adapters over INT4", qlora.run, qlora.table, qlora.FITS, (SOURCE,), DOCUMENTATION
+    ),
+}
+
+
+def all_tasks(config: BytesConfig = BytesConfig()) -> dict[str, Task | None]:  # noqa: B008 (frozen)
+    """The tasks by name; None for one whose data are not installed."""
+    return {
+        DOCUMENTATION: text_task(DOCUMENTATION, documentation(), config),
+        DIGITS: installed_digits(),
+        SOURCE: text_task(SOURCE, source(), config),
+    }
+
+
+def run(
+    tasks: dict[str, Task | None],
+    parts: list[str],
+    seeds: int,
+    steps: int,
+    show: Callable[[Any], None],
+    progress: rich.progress.Progress,
+) -> list[Result]:
+    """Runs parts on tasks, shows a table after each, and returns all results."""
+    chosen = {name: PARTS[name] for name in parts}
+    starts = {part.start or task for part in chosen.values() for task in part.tasks}
+    starts = [name for name in tasks if name in starts and tasks[name] is not None]
+    fits = len(starts) + sum(_count(part, tasks) for part in chosen.values())
+    bar = progress.add_task("", total=fits * seeds)
+
+    def advance(share):
+        progress.advance(bar, share)
+
+    settings = {}
+    for name in starts:
+        progress.update(bar, description=f"float32, {name}")
+        settings[name] = start(tasks[name], seeds, steps, advance)
+        show(about(settings[name]))
+    results = []
+    for name, part in chosen.items():
+        for task in part.tasks:
+            if tasks[task] is None:
+                continue
+            progress.update(bar, description=f"{name}, {task}")
+            setting = dataclasses.replace(settings[part.start or task], task=tasks[task])
+            found = part.run(setting)
+            show(part.table(f"{part.title}: {task}", found))
+            results += [{"part": name, "task": task, **r} for r in found]
+    return results
+
+
+def _count(part, tasks):
+    return part.fits * sum(tasks[name] is not None for name in part.tasks)
+
+
+def start(task: Task, seeds: int, steps: int, advance: Callable[[float], None]) -> Setting:
+    """Float32 parameters of each seed, and their losses."""
+    pretrained = {seed: pretrain(task, seed, steps, advance) for seed in range(seeds)}
+    losses = {seed: held_out_loss(task, params) for seed, params in pretrained.items()}
+    return Setting(task, pretrained, losses, steps, max(1, round(FINE * steps)), advance)
+
+
+def about(setting: Setting) -> str:
+    """What was trained, in one line."""
+    params = next(iter(setting.pretrained.values()))
+    size = sum(x.size for x in jax.tree.leaves(params))
+    return (
+        f"{setting.task.name}: {size} parameters, {setting.steps} steps, "
+        f"{setting.fine_steps} of fine-tuning, seeds {sorted(setting.pretrained)}."
+    )
+
+
+def run_all(arguments: Any) -> dict[str, Any]:
+    """Runs the suite, prints its tables, and returns what the JSON file holds."""
+    console = rich.console.Console(width=max(120, rich.console.Console().width))
+    tasks, parts = all_tasks(), arguments.parts or list(PARTS)
+    before = time.perf_counter()
+    with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
+        results = run(tasks, parts, arguments.seeds, arguments.steps, console.print, bar)
+    missing = [name for name, task in tasks.items() if task is None]
+    if missing:
+        console.print(f"Not run, for scikit-learn is not installed: {', '.join(missing)}.")
+    seconds = time.perf_counter() - before
+    console.print(f"It took {seconds / 60:.0f} minutes.")
+    options = {"seeds": arguments.seeds, "steps": arguments.steps, "seconds": seconds}
+    return {"training": results, "not_run": missing, **options}
