@@ -19,7 +19,8 @@ SUITES = {
 }
 _SUITES_HELP = """cpu: products, by shape and rows; end-to-end: a sentence encoder, and a
  decoder that generates text; gpu: products on a GPU; quantize: time and memory to quantize weights;
- tpu-compile: what the compiler for TPUs estimates of products; training: losses after training with quantization, speed and memory"""
+ tpu-compile: what the compiler for TPUs estimates of products; training: losses,
+ speed and memory of training with quantization"""
 # What must be done before JAX looks for devices.
 PREPARATIONS = {"gpu": gpu.prepare, "tpu-compile": tpu_compiler.prepare}
 

@@ -76,8 +76,8 @@ def run(
 ) -> list[Result]:
     """Runs parts on tasks, shows a table after each, and returns all results."""
     chosen = {name: PARTS[name] for name in parts}
-    starts = {part.start or task for part in chosen.values() for task in part.tasks}
-    starts = [name for name in tasks if name in starts and tasks[name] is not None]
+    wanted = {part.start or task for part in chosen.values() for task in part.tasks}
+    starts = {name: task for name, task in tasks.items() if name in wanted and task is not None}
     fits = len(starts) + sum(_count(part, tasks) for part in chosen.values())
     bar = progress.add_task("", total=fits * seeds)
 
@@ -85,20 +85,19 @@ def run(
         progress.advance(bar, share)
 
     settings = {}
-    for name in starts:
+    for name, task in starts.items():
         progress.update(bar, description=f"float32, {name}")
-        settings[name] = start(tasks[name], seeds, steps, advance)
+        settings[name] = start(task, seeds, steps, advance)
         show(about(settings[name]))
     results = []
     for name, part in chosen.items():
-        for task in part.tasks:
-            if tasks[task] is None:
+        for of in part.tasks:
+            if tasks[of] is None:
                 continue
-            progress.update(bar, description=f"{name}, {task}")
-            setting = dataclasses.replace(settings[part.start or task], task=tasks[task])
-            found = part.run(setting)
-            show(part.table(f"{part.title}: {task}", found))
-            results += [{"part": name, "task": task, **r} for r in found]
+            progress.update(bar, description=f"{name}, {of}")
+            found = part.run(dataclasses.replace(settings[part.start or of], task=tasks[of]))
+            show(part.table(f"{part.title}: {of}", found))
+            results += [{"part": name, "task": of, **r} for r in found]
     return results
 
 

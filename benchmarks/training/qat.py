@@ -87,9 +87,7 @@ def run(setting: Setting) -> list[Result]:
             results += [_result(setting, name, method, s, p) for s, p in quantized.items()]
         learned = functools.partial(training.init_learned, rules=rules)
         for method, init in {STE: lambda p: None, LSQ: learned}.items():
-            starts = {
-                s: training.prepare(p, rules, init(p)) for s, p in setting.pretrained.items()
-            }
+            starts = {s: training.prepare(p, rules, init(p)) for s, p in setting.pretrained.items()}
             optimizer = optimizer_for(next(iter(starts.values())), steps)
             ends = _fine_tune(setting, starts, optimizer)
             converted = {s: training.convert(p) for s, p in ends.items()}

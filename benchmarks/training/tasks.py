@@ -150,4 +150,5 @@ def installed_digits() -> Task | None:
         from sklearn.datasets import load_digits
     except ImportError:
         return None
-    return digits_task(*load_digits(return_X_y=True))
+    images, labels = load_digits(return_X_y=True)
+    return digits_task(np.asarray(images), np.asarray(labels))

@@ -83,6 +83,9 @@ WRONG = {
     "--suite cpu --rows 1.5": "argument --rows: wanted int above 0; got '1.5'",
     "--suite quantize --gibibytes -1": "argument --gibibytes: wanted float above 0; got '-1'",
     "--suite quantize --only nothing": "No contender has one of ['nothing'] in its name. There are",
+    "--suite training --seeds 0": "argument --seeds: wanted int above 0; got '0'",
+    "--suite training --parts all": "argument --parts: invalid choice: 'all' (choose from",
+    "--suite training": "needs optax, and found none: pip install optax.",
     "--suite tpu-compile": "needs the compiler for TPUs, and found none",
 }
 

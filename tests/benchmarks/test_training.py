@@ -134,9 +134,9 @@ def test_learned_steps_move_by_a_lower_rate_and_do_not_decay(params):
     for gradients in (ones, none):
         state = optimizer.init(start)
         for _ in range(3):  # The first step has rate 0, the third the highest.
-            updates, state = optimizer.update(gradients, state, start)
-        kernel = updates["up"]["kernel"]
-        moves.append([float(jnp.max(jnp.abs(x))) for x in (kernel.weight, kernel.learned.scale)])
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = optimizer.update(gradients, state, start)
+        moves.append([float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(updates)])
     (weight, step), (decay, nothing) = moves
     assert step == pytest.approx(qat.STEP_RATE * loop.FINE_TUNING_RATE, rel=1e-3)
     assert weight == pytest.approx(loop.FINE_TUNING_RATE + decay, rel=1e-2)
@@ -145,7 +145,8 @@ def test_learned_steps_move_by_a_lower_rate_and_do_not_decay(params):
 
 def test_the_rate_rises_and_falls():
     rate = loop.schedule(2.0, 50)
-    np.testing.assert_allclose([rate(i) for i in (0, 5, 50)], [0, 2, 0.02], rtol=1e-6)
+    found = np.asarray(jnp.stack([jnp.asarray(rate(i)) for i in (0, 5, 50)]))
+    np.testing.assert_allclose(found, [0, 2, 0.02], rtol=1e-6)
 
 
 def in_text(table):
@@ -194,15 +195,13 @@ def test_losses_are_held_against_the_reference_seed_by_seed():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Perceptrons in place of all tasks, which train in no time."""
-    first, second = (np.random.default_rng(i).uniform(0, 1, (40, 32)) for i in range(2))
-    tasks = {
-        parts.DOCUMENTATION: digits_task(first, np.arange(40) % 3, (128,), batch=8),
-        parts.DIGITS: None,
-        parts.SOURCE: digits_task(second, np.arange(40) % 3, (128,), batch=8),
-    }
+    """Products of 32 pixels by 128 digits in place of all tasks: they train in no time."""
+    images = np.random.default_rng(0).uniform(0, 1, (2, 40, 32))
+    first, second = (digits_task(x, 3 * np.arange(40) + 10, (), batch=8) for x in images)
+    tasks = {parts.DOCUMENTATION: first, parts.DIGITS: None, parts.SOURCE: second}
     monkeypatch.setattr(parts, "all_tasks", lambda: tasks)
     monkeypatch.setattr(machine, "description", lambda: {"processor": "a test"})
+    monkeypatch.setattr(qlora, "RANK", 2)
     monkeypatch.setattr(qat, "SCHEMES", {k: qat.SCHEMES[k] for k in ("W4A4",)})
     return tasks
 
@@ -236,13 +235,12 @@ def test_quantization_in_training_is_measured_on_the_converted_tree(tiny, tmp_pa
 
 
 def test_training_learns_and_equal_seeds_are_equal():
-    text = [bytes([97 + i % 7]) * (3 + i % 5) for i in range(80)]
-    task = text_task("text", text, CONFIG, batch=2)
+    task = digits()
     with jax.numpy_dtype_promotion("standard"):
-        params = [loop.pretrain(task, seed, 40, lambda _: None) for seed in (3, 3)]
+        params = [loop.pretrain(task, seed, 60, lambda _: None) for seed in (3, 3, 4)]
     losses = [loop.held_out_loss(task, p) for p in params]
-    before = loop.held_out_loss(task, task.init(jax.random.key(3)))
-    assert losses[0] == losses[1] < 0.6 * before
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[0] < loop.held_out_loss(task, task.init(jax.random.key(3)))
 
 
 def test_the_other_parts_print_their_tables(tiny, tmp_path, monkeypatch, capsys):
