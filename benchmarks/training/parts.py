@@ -23,7 +23,7 @@ from .model import BytesConfig
 from .tasks import Task, documentation, installed_digits, source, text_task
 
 # Steps of fine-tuning, as a share of those of training from the start.
-FINE = 0.25
+FINE = 0.5
 DOCUMENTATION, DIGITS, SOURCE = "documentation", "digits", "this library's source"
 
 
