@@ -15,7 +15,7 @@ from ..core import LowRank, QTensor, scale_values
 from ..kernels import integer_dot
 from . import blocks, dispatch, native, pallas, tpu, triton
 from .dispatch import Factor, Implementation
-from .dot_spec import DotSpec
+from .dot_spec import DotSpec, in_result, logical
 from .low_rank import with_low_rank
 from .lowering import on_one_gpu, on_one_tpu, unless_exported
 from .operands import (
@@ -31,7 +31,6 @@ from .sharding import (
     OutSharding,
     before_transpose,
     is_sharded,
-    like_result,
     vary_alike,
 )
 
@@ -125,11 +124,6 @@ def _permutation(lhs, rhs, dimension_numbers):
     return tuple(order)
 
 
-def _logical(out, spec):
-    is_in_order = spec.permutation == tuple(range(out.ndim))
-    return out if is_in_order else out.transpose(spec.permutation)
-
-
 def _dequantized(lhs, rhs, spec):
     """Dequantizes both sides as they are stored; XLA fuses that into the product if it can."""
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
@@ -141,7 +135,7 @@ def _dequantized(lhs, rhs, spec):
         preferred_element_type=spec.dtype,
         out_sharding=spec.out_sharding,
     )
-    return _logical(out, spec)
+    return logical(out, spec)
 
 
 def _integer(lhs, rhs, spec, dot=integer_dot):
@@ -157,13 +151,13 @@ def _integer(lhs, rhs, spec, dot=integer_dot):
     out = acc.astype(compute)
     for side, x in enumerate((lhs, rhs)):
         scale = scale_values(x.scale).astype(compute)
-        out = out * _in_result(scale, side, (lhs, rhs), spec)
-    return _logical(out.astype(spec.dtype), spec)
+        out = out * in_result(scale, side, (lhs, rhs), spec)
+    return logical(out.astype(spec.dtype), spec)
 
 
 def _zero_point_terms(lhs, rhs, spec):
     """-z_l sum c_r - z_r sum (c_l - z_l): sums of rows and columns, not a second product."""
-    view = partial(_in_result, operands=(lhs, rhs), spec=spec)
+    view = partial(in_result, operands=(lhs, rhs), spec=spec)
     lhs_sum, rhs_sum = (
         jnp.sum(x.codes.astype(jnp.int32), axes, keepdims=True)
         for x, axes in zip((lhs, rhs), spec.contract, strict=True)
@@ -176,22 +170,6 @@ def _zero_point_terms(lhs, rhs, spec):
     if rhs.zero_point is not None:
         terms = terms - view(rhs.zero_point.astype(jnp.int32), 1) * lhs_centered
     return terms
-
-
-def _in_result(values, side, operands, spec):
-    """Shapes what one operand has per block, and 1 long if contracted, like the product."""
-    x = operands[side]
-    free, batch = spec.free(x, side), spec.batch[side]
-    for axis in (*batch, *free):
-        if 1 < values.shape[axis] < x.codes.shape[axis]:
-            values = jnp.repeat(values, x.codes.shape[axis] // values.shape[axis], axis)
-    values = values.transpose(*batch, *free, *spec.contract[side])
-    kept = values.shape[: len(batch) + len(free)]
-    ones = (1,) * len(spec.free(operands[1 - side], 1 - side))
-    values = values.reshape(
-        *kept[: len(batch)], *ones * side, *kept[len(batch) :], *ones * (1 - side)
-    )
-    return like_result(values, spec.out_sharding)
 
 
 def _refuses_integer(lhs, rhs, spec):
@@ -210,9 +188,9 @@ def _native(lhs, rhs, spec):
     if rhs.format.bits == 8 and _refuses_integer(lhs, rhs, spec) is None:
         return _natively_by_int8(lhs, rhs, spec)
     by_codes = native.takes_codes(lhs, rhs)
-    scale = _in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec) if by_codes else None
+    scale = in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec) if by_codes else None
     out = native.product(lhs, rhs, spec.dtype, scale)
-    return _logical(out.astype(spec.dtype), spec)
+    return logical(out.astype(spec.dtype), spec)
 
 
 def _natively_by_int8(lhs, rhs, spec):
@@ -221,11 +199,11 @@ def _natively_by_int8(lhs, rhs, spec):
         return _integer(lhs, rhs, spec, native.int8_product)
     left, right = (x.codes.astype(jnp.int8) for x in (lhs, rhs))
     row, column = (
-        _in_result(scale_values(x.scale), side, (lhs, rhs), spec)
+        in_result(scale_values(x.scale), side, (lhs, rhs), spec)
         for side, x in enumerate((lhs, rhs))
     )
     out = native.scaled_int8_product(left, right, row, column, spec.dtype)
-    return _logical(out.astype(spec.dtype), spec)
+    return logical(out.astype(spec.dtype), spec)
 
 
 def _refuses_native(lhs, rhs, spec):
@@ -253,7 +231,7 @@ def _refuses_kernels(lhs, rhs, spec, axis):
 
 
 def _pallas(lhs, rhs, spec, product):
-    return _logical(product(lhs, rhs, spec.dtype), spec)
+    return logical(product(lhs, rhs, spec.dtype), spec)
 
 
 def _by_kernel(lhs, rhs, spec, run, where, platform):
@@ -302,8 +280,8 @@ def _scaled(lhs, rhs, spec):
     )
     for side, x in enumerate(operands):
         if waits[side]:
-            out = out * _in_result(scale_values(x.scale).astype(compute), side, operands, spec)
-    return _logical(out.astype(spec.dtype), spec)
+            out = out * in_result(scale_values(x.scale).astype(compute), side, operands, spec)
+    return logical(out.astype(spec.dtype), spec)
 
 
 def _refuses_scaled(lhs, rhs, spec):

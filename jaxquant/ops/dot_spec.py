@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from ..core import QTensor
 from .dispatch import Operand
 from .operands import AxesOfBoth
-from .sharding import OutSharding
+from .sharding import OutSharding, like_result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,3 +52,25 @@ class DotSpec:
 
 def _stored_shape(x):
     return x.codes.shape if isinstance(x, QTensor) else x.shape
+
+
+def logical(out: jax.Array, spec: DotSpec) -> jax.Array:
+    """The product of the stored arrays with its axes in their logical order."""
+    is_in_order = spec.permutation == tuple(range(out.ndim))
+    return out if is_in_order else out.transpose(spec.permutation)
+
+
+def in_result(values: jax.Array, side: int, operands: tuple[Any, Any], spec: DotSpec) -> jax.Array:
+    """Shapes what one operand has per block, and 1 long if contracted, like the product."""
+    x = operands[side]
+    free, batch = spec.free(x, side), spec.batch[side]
+    for axis in (*batch, *free):
+        if 1 < values.shape[axis] < x.codes.shape[axis]:
+            values = jnp.repeat(values, x.codes.shape[axis] // values.shape[axis], axis)
+    values = values.transpose(*batch, *free, *spec.contract[side])
+    kept = values.shape[: len(batch) + len(free)]
+    ones = (1,) * len(spec.free(operands[1 - side], 1 - side))
+    values = values.reshape(
+        *kept[: len(batch)], *ones * side, *kept[len(batch) :], *ones * (1 - side)
+    )
+    return like_result(values, spec.out_sharding)
