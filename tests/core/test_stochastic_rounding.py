@@ -9,6 +9,8 @@ from jaxquant import FORMATS, INT4, INT8, NF4, ArrayConfig, Percentile, quantize
 
 from .. import checks, oracles
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DRAWS = 1024
 CONFIGS = {str(f): ArrayConfig(format=f, axis=1) for f in FORMATS.values()} | {
     "int4 asymmetric": ArrayConfig(format=INT4, axis=1, group_size=32, symmetric=False),

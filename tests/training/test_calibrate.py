@@ -22,6 +22,8 @@ from jaxquant import (
 )
 from jaxquant.training import Prepared, RunningAbsMax, calibrate, convert, prepare
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LAYERS, WIDTH, OUT = 3, 16, 10
 STATIC = Scheme(W8A8.weights, ArrayConfig(axis=None))
 RANDOM = np.random.default_rng(0)

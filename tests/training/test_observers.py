@@ -8,6 +8,8 @@ import pytest
 from jaxquant import INT4, INT8, ArrayConfig, MinMSE, quantize
 from jaxquant.training import MovingAverage, MSEHistogram, PercentileHistogram, RunningAbsMax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SYMMETRIC, ASYMMETRIC = ArrayConfig(), ArrayConfig(symmetric=False)
 BINS = 4096
 FIRST = {
