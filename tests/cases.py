@@ -60,6 +60,8 @@ ASYMMETRIC = {
 ALIKE = (INT8, INT2, E5M2)
 SHORT = ("row", "percentile", "g64", "tensor", "blocks", "value_range")
 SHORT += ("asym_row", "asym_g32", "asym_tensor", "asym_blocks")
+# Variants of groups that formats which are no whole numbers leave to INT4.
+GROUPED_BY_INT4 = ("g128", "blocks", "g32_float16_scales", "g32_e8m0_scales")
 
 
 def configs_of(format):
@@ -70,6 +72,8 @@ def configs_of(format):
     if format.rounds:
         variants |= {name: {**v, "symmetric": False} for name, v in ASYMMETRIC.items()}
         variants["value_range"] = {"value_range": (-1, 1)}
+    if not format.rounds:
+        variants = {name: v for name, v in variants.items() if name not in GROUPED_BY_INT4}
     if format in ALIKE:
         variants = {name: variants[name] for name in SHORT if name in variants}
     return {
@@ -83,7 +87,8 @@ CONFIGS |= {
     "int8-value_range": ArrayConfig(axis=1, value_range=(-100, 90)),
     "int8-asym_value_range": ArrayConfig(axis=1, value_range=(3, 100), symmetric=False),
 }
-CONFIGS |= {n: dataclasses.replace(s.weights, axis=1) for n, s in SCHEMES.items()}
+PRESETS = {n: dataclasses.replace(s.weights, axis=1) for n, s in SCHEMES.items()}
+CONFIGS |= {n: config for n, config in PRESETS.items() if config not in CONFIGS.values()}
 
 # One of each kind, for checks that compile each case anew.
 FEW = {
