@@ -60,7 +60,7 @@ ASYMMETRIC = {
 ALIKE = (INT8, INT2, E5M2)
 SHORT = ("row", "percentile", "g64", "tensor", "blocks", "value_range")
 SHORT += ("asym_row", "asym_g32", "asym_tensor", "asym_blocks")
-# Variants of groups that formats which are no whole numbers leave to INT4.
+# Variants of groups that formats with a codebook leave to INT4.
 GROUPED_BY_INT4 = ("g128", "blocks", "g32_float16_scales", "g32_e8m0_scales")
 
 
@@ -72,7 +72,7 @@ def configs_of(format):
     if format.rounds:
         variants |= {name: {**v, "symmetric": False} for name, v in ASYMMETRIC.items()}
         variants["value_range"] = {"value_range": (-1, 1)}
-    if not format.rounds:
+    if format.codebook is not None:
         variants = {name: v for name, v in variants.items() if name not in GROUPED_BY_INT4}
     if format in ALIKE:
         variants = {name: variants[name] for name in SHORT if name in variants}
