@@ -1,7 +1,7 @@
 """A small transformer that predicts the next byte of a text, in plain JAX on jaxquant's operations.
 
-The same code runs float, prepared and quantized parameters. Layers are a list, not a stack, for
-loops slice 4-bit arrays slowly on CPU.
+The same code runs float, prepared and quantized parameters. Layers are a list, not a stack: where
+gradients are taken, loops slice 4-bit arrays slowly on CPU.
 """
 
 import dataclasses

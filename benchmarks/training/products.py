@@ -18,16 +18,17 @@ from . import versus
 from .loop import PRETRAINING_RATE, Result, Setting, Step, adamw, held_out_loss, make_step, train
 from .tasks import Task
 
-CONFIGS = {
-    "int8": training.INT8_TRAINING,
-    "int8, weights' gradient float": training.SWITCHBACK,
-    "float8": training.FP8_TRAINING,
+# (how products are quantized, whether scales come from the steps before)
+WAYS = {
+    "int8": (training.INT8_TRAINING, False),
+    "int8, weights' gradient float": (training.SWITCHBACK, False),
+    "float8": (training.FP8_TRAINING, False),
+    "float8, delayed scaling": (training.FP8_TRAINING, True),
 }
-DELAYED = ("float8",)
 # Loss above float32's that is lost, as a share.
 GOAL = 0.01
 ROUNDS = 10
-FITS = len(CONFIGS)
+FITS = len(WAYS)
 
 
 @jax.tree_util.register_dataclass
@@ -98,11 +99,11 @@ def run(setting: Setting) -> list[Result]:
     start = task.init(jax.random.key(0))
     timed: dict[str, Any] = {"float32": (make_step(task, exact), start, exact.init(start))}
     optimizer = training.skip_scaling(exact)
-    for name, config in CONFIGS.items():
+    for name, (config, is_delayed) in WAYS.items():
         step = quantized_step(task, optimizer, config)
         for seed in setting.losses:
             weights = task.init(jax.random.key(seed))
-            params = weights, scalings(task, weights, name in DELAYED)
+            params = weights, scalings(task, weights, is_delayed)
             state = optimizer.init(params), jax.random.key(seed)
             timed[name] = step, params, state
             params, _ = train(step, params, state, task, steps, (seed, 0), setting.advance)
@@ -135,4 +136,4 @@ def table(title: str, results: list[Result]) -> rich.table.Table:
         "steps per second": lambda r: (f"{r['steps_per_second']:.2f}", False),
         "speed, float32 = 1": lambda r: (f"{r['speed']:.2f}", r["speed"] < 1),
     }
-    return versus.table(title, results, "float32", dict.fromkeys(CONFIGS, GOAL), columns)
+    return versus.table(title, results, "float32", dict.fromkeys(WAYS, GOAL), columns)

@@ -10,9 +10,11 @@ from benchmarks import end_to_end
 from benchmarks.decoder import DecoderConfig, empty_cache, generate, random_params, step
 from benchmarks.products import of_xla
 
+from .slow_transformer import attend, normalize
+
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = DecoderConfig(layers=2, width=32, heads=4, vocabulary=37, length=14)
-HEADS, SIZE = 4, 8
+HEADS = 4
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +32,10 @@ def logits_of(params, tokens):
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     x = params["tokens"][tokens] + params["positions"][: len(tokens)]
     for weights in params["layers"]:
-        x = x + attend(normalize(x, weights["norms"][0]), weights)
+        x = x + attend(normalize(x, weights["norms"][0]), weights, (0,) * HEADS)
         up = normalize(x, weights["norms"][1]) @ weights["up"]["kernel"]
         x = x + np.maximum(up, 0) @ weights["down"]["kernel"]
     return normalize(x, params["norm"]) @ params["head"]["kernel"]
-
-
-def normalize(x, scale):
-    return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * scale
-
-
-def attend(x, weights):
-    query, key, value = np.split(x @ weights["qkv"]["kernel"], 3, 1)
-    mixed = np.zeros_like(x)
-    for t in range(len(x)):
-        for h in range(HEADS):
-            part = slice(h * SIZE, (h + 1) * SIZE)
-            share = np.exp(key[: t + 1, part] @ query[t, part] / np.sqrt(SIZE))
-            mixed[t, part] = share @ value[: t + 1, part] / share.sum()
-    return mixed @ weights["out"]["kernel"]
 
 
 def test_steps_with_a_cache_equal_the_slow_decoder(params):

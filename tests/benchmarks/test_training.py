@@ -17,12 +17,15 @@ from benchmarks import machine, training
 from benchmarks.__main__ import main
 from benchmarks.training import loop, model, parts, qat, qlora, versus
 from benchmarks.training.model import BytesConfig
+from benchmarks.training.products import WAYS
 from benchmarks.training.tasks import digits_task, documentation, source, text_task
 from jaxquant.training import Prepared, init_learned, prepare
 
+from .slow_transformer import attend, normalize
+
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = BytesConfig(layers=1, width=32, hidden=128, heads=2, seen=3, length=11)
-HEADS, SIZE, SLOPES = 2, 16, (1 / 16, 1 / 256)
+SLOPES = (1 / 16, 1 / 256)
 
 
 @pytest.fixture(scope="module")
@@ -42,27 +45,11 @@ def logits_of(params, text):
         for back in range(min(CONFIG.seen, place + 1)):
             x[place] += params["embedding"][back, text[place - back]]
     for weights in params["layers"]:
-        x = x + attend(normalize(x, weights["norms"][0]), weights)
+        x = x + attend(normalize(x, weights["norms"][0]), weights, SLOPES)
         up = normalize(x, weights["norms"][1]) @ weights["up"]["kernel"]
         gelu = up / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
         x = x + gelu @ weights["down"]["kernel"]
     return normalize(x, params["norm"]) @ params["head"]["kernel"]
-
-
-def normalize(x, scale):
-    return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * scale
-
-
-def attend(x, weights):
-    query, key, value = np.split(x @ weights["qkv"]["kernel"], 3, 1)
-    mixed = np.zeros_like(x)
-    for t in range(len(x)):
-        for h, slope in enumerate(SLOPES):
-            part = slice(h * SIZE, (h + 1) * SIZE)
-            scores = key[: t + 1, part] @ query[t, part] / math.sqrt(SIZE)
-            share = np.exp(scores - slope * (t - np.arange(t + 1)))
-            mixed[t, part] = share @ value[: t + 1, part] / share.sum()
-    return mixed @ weights["out"]["kernel"]
 
 
 def test_the_model_equals_a_slow_one(params):
@@ -252,10 +239,11 @@ def test_the_other_parts_print_their_tables(tiny, tmp_path, monkeypatch, capsys)
     assert list(by_part) == ["products", "optimizers", "qlora"]
     assert all(math.isfinite(r["loss"]) for r in found["training"])
     products, optimizers, adapters = by_part.values()
-    assert list(products) == ["float32", "int8", "int8, weights' gradient float", "float8"]
+    assert list(products) == ["float32", *WAYS]
     assert all(r["steps_per_second"] > 0 and r["speed"] > 0 for r in products.values())
     losses = {name: r["loss"] for name, r in products.items()}
     assert list(losses.values()).count(losses["float32"]) == 1, losses
+    assert losses["float8"] != losses["float8, delayed scaling"]
     assert optimizers["float32"]["loss"] == products["float32"]["loss"]
     assert 1 > optimizers["8-bit"]["share"] > optimizers["4-bit"]["share"]
     losses = {name: r["loss"] for name, r in adapters.items()}
