@@ -3,7 +3,7 @@
 import importlib.util
 from typing import Any
 
-PARTS = ("qat", "products", "optimizers", "qlora")
+PARTS = ("qat", "products", "optimizers", "qlora", "gradients")
 
 
 def suite(arguments: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from . import products, qat, qlora, states
+from . import gradients, products, qat, qlora, states
 from .loop import Result, Setting, held_out_loss, pretrain
 from .model import BytesConfig
 from .tasks import Task, documentation, installed_digits, source, text_task
@@ -37,6 +37,7 @@ class Part:
         fits: trainings per task and seed.
         tasks: names of the tasks.
         start: name of the task on which what it starts from was trained; None for the same.
+        devices: how many it runs on.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Part:
     fits: int
     tasks: tuple[str, ...] = (DOCUMENTATION, DIGITS)
     start: str | None = None
+    devices: int = 1
 
 
 PARTS = {
@@ -53,6 +55,13 @@ PARTS = {
     "optimizers": Part("Moments of AdamW in few bits", states.run, states.table, states.FITS),
     "qlora": Part(
         "Adapters over INT4", qlora.run, qlora.table, qlora.FITS, (SOURCE,), DOCUMENTATION
+    ),
+    "gradients": Part(
+        "Gradients summed over devices in few bits",
+        gradients.run,
+        gradients.table,
+        gradients.FITS,
+        devices=gradients.DEVICES,
     ),
 }
 
@@ -125,14 +134,26 @@ def about(setting: Setting) -> str:
 def run_all(arguments: Any) -> dict[str, Any]:
     """Runs the suite, prints its tables, and returns what the JSON file holds."""
     console = rich.console.Console(width=max(120, rich.console.Console().width))
-    tasks, parts = all_tasks(), arguments.parts or list(PARTS)
+    tasks, asked = all_tasks(), arguments.parts or list(PARTS)
+    not_run = missing(tasks, asked)
+    parts = [name for name in asked if name not in not_run]
     before = time.perf_counter()
     with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
         results = run(tasks, parts, arguments.seeds, arguments.steps, console.print, bar)
-    missing = [name for name, task in tasks.items() if task is None]
-    if missing:
-        console.print(f"Not run, for scikit-learn is not installed: {', '.join(missing)}.")
+    for name, why in not_run.items():
+        console.print(f"Not run: {name}, {why}.")
     seconds = time.perf_counter() - before
     console.print(f"It took {seconds / 60:.0f} minutes.")
     options = {"seeds": arguments.seeds, "steps": arguments.steps, "seconds": seconds}
-    return {"training": results, "not_run": missing, **options}
+    return {"training": results, "not_run": not_run, **options}
+
+
+def missing(tasks: dict[str, Task | None], asked: list[str]) -> dict[str, str]:
+    """The tasks and parts that cannot be run here, and why not."""
+    here, flag = jax.device_count(), "XLA_FLAGS=--xla_force_host_platform_device_count="
+    without_data = [name for name, task in tasks.items() if task is None]
+    too_wide = {name: n for name in asked if (n := PARTS[name].devices) > here}
+    return dict.fromkeys(without_data, "for scikit-learn is not installed") | {
+        name: f"which needs {n} devices and found {here}; on CPU, set {flag}{n}"
+        for name, n in too_wide.items()
+    }

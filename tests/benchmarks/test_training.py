@@ -15,9 +15,8 @@ import rich.console
 import jaxquant as jq
 from benchmarks import machine, training
 from benchmarks.__main__ import main
-from benchmarks.training import loop, model, parts, qat, qlora, versus
+from benchmarks.training import gradients, loop, model, parts, products, qat, qlora, versus
 from benchmarks.training.model import BytesConfig
-from benchmarks.training.products import WAYS
 from benchmarks.training.tasks import digits_task, documentation, source, text_task
 from jaxquant.training import Prepared, init_learned, prepare
 
@@ -25,6 +24,7 @@ from .slow_transformer import attend, normalize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = BytesConfig(layers=1, width=32, hidden=128, heads=2, seen=3, length=11)
+SUMS = ("8-bit, error feedback", "4-bit")
 SLOPES = (1 / 16, 1 / 256)
 
 
@@ -118,11 +118,11 @@ def test_learned_steps_move_by_a_lower_rate_and_do_not_decay(params):
     optimizer = qat.optimizer_for(start, 20)
     ones, none = (jax.tree.map(lambda x, v=v: jnp.full_like(x, v), start) for v in (1, 0))
     moves = []
-    for gradients in (ones, none):
+    for tree in (ones, none):
         state = optimizer.init(start)
         for _ in range(3):  # The first step has rate 0, the third the highest.
             with jax.numpy_dtype_promotion("standard"):
-                updates, state = optimizer.update(gradients, state, start)
+                updates, state = optimizer.update(tree, state, start)
         moves.append([float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(updates)])
     (weight, step), (decay, nothing) = moves
     assert step == pytest.approx(qat.STEP_RATE * loop.FINE_TUNING_RATE, rel=1e-3)
@@ -189,6 +189,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(parts, "all_tasks", lambda: tasks)
     monkeypatch.setattr(machine, "description", lambda: {"processor": "a test"})
     monkeypatch.setattr(qlora, "RANK", 2)
+    monkeypatch.setattr(gradients, "WAYS", {k: gradients.WAYS[k] for k in SUMS})
     monkeypatch.setattr(qat, "SCHEMES", {k: qat.SCHEMES[k] for k in ("W4A4",)})
     return tasks
 
@@ -218,7 +219,7 @@ def test_quantization_in_training_is_measured_on_the_converted_tree(tiny, tmp_pa
     wanted = [(s, m, seed) for s in qat.SCHEMES for m in methods for seed in (0, 1)]
     assert rows == [("", qat.FLOAT, 0), ("", qat.FLOAT, 1), *wanted]
     assert len({r["loss"] for r in found["training"]}) == len(rows)
-    assert (found["steps"], found["seeds"], found["not_run"]) == (8, 2, [parts.DIGITS])
+    assert (found["steps"], found["seeds"], list(found["not_run"])) == (8, 2, [parts.DIGITS])
 
 
 def test_training_learns_and_equal_seeds_are_equal():
@@ -231,29 +232,42 @@ def test_training_learns_and_equal_seeds_are_equal():
 
 
 def test_the_other_parts_print_their_tables(tiny, tmp_path, monkeypatch, capsys):
-    options = "--parts products optimizers qlora --seeds 1 --steps 12"
+    options = "--parts products optimizers qlora gradients --seeds 1 --steps 12"
     found = run_suite(options, tmp_path / "found.json", monkeypatch)
     by_part = {}
     for r in found["training"]:
         by_part.setdefault(r["part"], {})[r["contender"]] = r
-    assert list(by_part) == ["products", "optimizers", "qlora"]
+    assert list(by_part) == ["products", "optimizers", "qlora", "gradients"]
     assert all(math.isfinite(r["loss"]) for r in found["training"])
-    products, optimizers, adapters = by_part.values()
-    assert list(products) == ["float32", *WAYS]
-    assert all(r["steps_per_second"] > 0 and r["speed"] > 0 for r in products.values())
-    losses = {name: r["loss"] for name, r in products.items()}
+    by_product, by_state, by_adapters, by_sum = by_part.values()
+    assert list(by_product) == ["float32", *products.WAYS]
+    assert all(r["steps_per_second"] > 0 and r["speed"] > 0 for r in by_product.values())
+    losses = {name: r["loss"] for name, r in by_product.items()}
     assert list(losses.values()).count(losses["float32"]) == 1, losses
     assert losses["float8"] != losses["float8, delayed scaling"]
-    assert optimizers["float32"]["loss"] == products["float32"]["loss"]
-    assert 1 > optimizers["8-bit"]["share"] > optimizers["4-bit"]["share"]
-    losses = {name: r["loss"] for name, r in adapters.items()}
+    assert by_state["float32"]["loss"] == by_product["float32"]["loss"]
+    assert 1 > by_state["8-bit"]["share"] > by_state["4-bit"]["share"]
+    losses = {name: r["loss"] for name, r in by_adapters.items()}
     assert list(losses) == [qlora.BEFORE, qlora.BASE, qlora.FULL, qlora.QLORA, qlora.MERGED]
     assert len(set(losses.values())) == 5
-    assert adapters[qlora.BASE]["bytes"] < adapters[qlora.QLORA]["bytes"]
-    assert adapters[qlora.QLORA]["bytes"] < adapters[qlora.FULL]["bytes"]
+    assert by_adapters[qlora.BASE]["bytes"] < by_adapters[qlora.QLORA]["bytes"]
+    assert by_adapters[qlora.QLORA]["bytes"] < by_adapters[qlora.FULL]["bytes"]
+    losses = {name: r["loss"] for name, r in by_sum.items()}
+    assert list(losses) == ["float32", *SUMS]
+    assert len(set(losses.values())) == 3
     printed = capsys.readouterr().out
     columns = ("steps per second", "kB of state", "share of the gain", "validation loss")
     assert all(column in printed for column in columns)
+
+
+def test_what_the_machine_lacks_is_said(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    found = parts.missing({parts.DIGITS: None, parts.SOURCE: digits()}, list(parts.PARTS))
+    assert list(found) == [parts.DIGITS, "gradients"]
+    assert found[parts.DIGITS] == "for scikit-learn is not installed"
+    assert found["gradients"].startswith(
+        "which needs 8 devices and found 2; on CPU, set XLA_FLAGS="
+    )
 
 
 def test_the_parts_are_those_that_can_be_asked_for():
