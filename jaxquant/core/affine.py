@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .formats import Format
+from .noise import uniform_noise
 
 if TYPE_CHECKING:
     from .config import ArrayConfig
@@ -134,7 +135,7 @@ def encode(
     # A scale of NaN marks its group; the codes below it need only be defined. Whole numbers always
     # are, and to ask here would take a TPU 1.2 microseconds, by its compiler's estimate.
     values = values if format.rounds else jnp.where(jnp.isnan(scale), 0, values)
-    noise = None if key is None else jax.random.uniform(key, values.shape, values.dtype)
+    noise = None if key is None else uniform_noise(key, values.shape, values.dtype)
     if format.codebook is not None:
         find = _nearest if format.power is None else _nearest_power
         codes = find(values, format, noise)
