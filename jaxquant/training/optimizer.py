@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import ArrayConfig, Scheme, bits_of, packed_bytes
-from ..tree import Rule, Rules, as_rules
+from ..tree import Rule, Rules, as_rules, leaves_with_paths, match, unused
 from .blocks import Blockwise, quantize_blocks
 from .formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
 
@@ -142,21 +142,21 @@ def _checked(transformation, rules, min_size):
 
 
 def _check_used(rules, inner):
-    found = [(_name(p), leaf) for p, leaf in jax.tree_util.tree_flatten_with_path(inner)[0]]
-    unused = [r for r in rules if r.required and not any(r.matches(*pair) for pair in found)]
-    if unused:
+    paths, leaves, _ = leaves_with_paths(inner, None)
+    found = unused(rules, paths, leaves)
+    if found:
         raise ValueError(
-            f"No array of the state matches {[r.pattern for r in unused]}; its paths are "
-            f"{[path for path, _ in found]}. Correct the patterns, or pass required=False."
+            f"No array of the state matches {[r.pattern for r in found]}; its paths are "
+            f"{paths}. Correct the patterns, or pass required=False."
         )
 
 
 def _store(inner, rules, min_size, key):
     """The state with a Blockwise in place of each array that the rules select."""
-    found, treedef = jax.tree_util.tree_flatten_with_path(inner)
+    paths, leaves, treedef = leaves_with_paths(inner, None)
     stored = []
-    for i, (path, leaf) in enumerate(found):
-        config = _config_of(_name(path), leaf, rules, min_size)
+    for i, (leaf, rule) in enumerate(zip(leaves, match(rules, paths, leaves), strict=True)):
+        config = _config_of(leaf, rule, min_size)
         noise = None if key is None else jax.random.fold_in(key, i)
         stored.append(leaf if config is None else quantize_blocks(leaf, config, noise))
     return jax.tree.unflatten(treedef, stored)
@@ -170,17 +170,14 @@ def _is_stored(x):
     return isinstance(x, Blockwise)
 
 
-def _name(path):
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _config_of(path, leaf, rules, min_size):
+def _config_of(leaf, rule, min_size):
     """The config by which a leaf is stored, or None if it stays as it is."""
-    if leaf.size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    scheme = rule and rule.resolve()
+    is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    if scheme is None or leaf.size < min_size or not is_floating:
         return None
-    scheme = next((r.resolve() for r in rules if r.matches(path, leaf)), None)
-    is_larger = scheme is not None and bits_of(leaf.dtype) > scheme.weights.format.bits
-    return scheme.weights if scheme is not None and is_larger else None
+    config = scheme.weights
+    return config if bits_of(leaf.dtype) > config.format.bits else None
 
 
 def _bytes_of(x):
