@@ -10,6 +10,7 @@ from ..core import ArrayConfig, Scheme, bits_of, packed_bytes
 from ..tree import Rule, Rules, as_rules, leaves_with_paths, match, unused
 from .blocks import Blockwise, quantize_blocks
 from .formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
+from .transformation import AnyTransformation, check_transformation
 
 # What optax calls averages of squares, and what else is never negative. A "v" only at the front:
 # it is the name of values in attention, too.
@@ -57,12 +58,12 @@ class QuantizedState:
 
 
 def quantized_state(
-    transformation: Any,
+    transformation: AnyTransformation,
     rules: Rules = STATE_8_BIT,
     *,
     key: jax.Array | None = None,
     min_size: int = 4096,
-) -> Any:
+) -> AnyTransformation:
     """An optax transformation whose state is stored in 8 bits, or in 4, between its steps.
 
         updates, state = update(gradients, dequantize(state))        state = quantize(state)
@@ -93,7 +94,8 @@ def quantized_state(
     Source: Dettmers et al. 2022, arXiv:2110.02861, section 2; 4 bits: Li et al. 2023,
         arXiv:2309.01507, sections 3 and 4, with powers for their codes.
     """
-    rules = _checked(transformation, rules, min_size)
+    check_transformation(transformation)
+    rules = _checked(rules, min_size)
 
     def init(params):
         inner = transformation.init(params)
@@ -121,13 +123,8 @@ def state_bytes(state: Any) -> int:
     return sum(map(_bytes_of, jax.tree.leaves(state)))
 
 
-def _checked(transformation, rules, min_size):
+def _checked(rules, min_size):
     """The rules, if all is as `quantized_state` wants it."""
-    if not all(hasattr(transformation, name) for name in ("init", "update", "_replace")):
-        raise ValueError(
-            "transformation must be an optax.GradientTransformation, such as optax.adamw(1e-3); "
-            f"got {transformation!r}. Of optax.MultiSteps, pass .gradient_transformation()."
-        )
     if not isinstance(min_size, int) or min_size < 1:
         raise ValueError(
             f"min_size must be a positive number of elements; got {min_size!r}. 1 stores all "
