@@ -219,4 +219,6 @@ def scale_values(scale: jax.Array | QTensor) -> jax.Array:
 
 def packed_bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Bytes that an array takes in device memory, where 4-bit elements lie two to a byte."""
-    return -(-math.prod(x.shape) * bits_of(x.dtype) // 8)
+    is_number = jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)
+    bits = bits_of(x.dtype) if is_number else 8 * x.dtype.itemsize
+    return -(-math.prod(x.shape) * bits // 8)

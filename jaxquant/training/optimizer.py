@@ -120,7 +120,7 @@ def state_bytes(state: Any) -> int:
     Returns:
         The sum over the leaves, where elements of 4 bits lie two to a byte.
     """
-    return sum(map(_bytes_of, jax.tree.leaves(state)))
+    return sum(map(packed_bytes, jax.tree.leaves(state)))
 
 
 def _checked(rules, min_size):
@@ -175,8 +175,3 @@ def _config_of(leaf, rule, min_size):
         return None
     config = scheme.weights
     return config if bits_of(leaf.dtype) > config.format.bits else None
-
-
-def _bytes_of(x):
-    is_number = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
-    return packed_bytes(x) if is_number else x.size * x.dtype.itemsize
