@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxquant as jq
 from jaxquant import FP8_E4M3, INT4, MXFP8, ArrayConfig, training
 from jaxquant.training import STATE_4_BIT, STATE_8_BIT, Blockwise, state_bytes
+from jaxquant.training.blocks import quantize_blocks
 from jaxquant.training.formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
 from jaxquant.tree import Rule
 
@@ -23,7 +25,7 @@ quantized_state: Any = training.quantized_state
 STATES = {"8": STATE_8_BIT, "4": STATE_4_BIT}
 FORMATS = {"8": (SIGNED_8, POSITIVE_8, 256), "4": (SIGNED_4, POSITIVE_4, 128)}
 each_state = pytest.mark.parametrize("bits", STATES)
-SHAPES = {"rows": (16, 512), "odd": (4099,), "bias": (10,), "none": (0, 512)}
+SHAPES = {"rows": (16, 512), "odd": (700, 6), "bias": (10,), "none": (0, 512)}
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -111,19 +113,35 @@ def test_steps_of_adamw_match_numpy_with_rounding_in_between(bits):
     assert int(after.count) == 3
 
 
-def test_blocks_lie_along_the_last_axis_where_they_divide_it():
-    params = tree(0, {**SHAPES, "short": (700, 6), "thousand": (8, 1000), "prime": (16, 1009)})
-    state = quantized_state(optax.sgd(0.1, momentum=0.9)).init(params).inner[0].trace
-    layout = {
-        k: (v.shape, v.q.codes.shape, v.q.scale.shape) for k, v in state.items() if is_stored(v)
-    }
-    assert layout == {
-        "rows": (None, (16, 512), (16, 2)),
-        "thousand": (None, (8, 1000), (8, 4)),
-        "prime": ((16, 1009), (16384,), (64,)),
-        "odd": ((4099,), (4352,), (17,)),
-        "short": ((700, 6), (4352,), (17,)),
-    }
+# (group size, shape of the array): (shape that is kept, that of the codes, that of the scales).
+LAYOUTS = {
+    (None, (16, 512)): (None, (16, 512), (16, 2)),
+    (None, (8, 1000)): (None, (8, 1000), (8, 4)),
+    (None, (3, 128)): (None, (3, 128), (3, 1)),
+    (None, (3, 127)): ((3, 127), (512,), (2,)),
+    (None, (16, 1009)): ((16, 1009), (16384,), (64,)),
+    (5, (2, 9)): (None, (2, 9), (2, 3)),
+    (5, (2, 2)): ((2, 2), (5,), (1,)),
+    (1, ()): ((), (1,), (1,)),
+    (256, (0, 3)): ((0, 3), (0,), (0,)),
+}
+
+
+@pytest.mark.parametrize("given", LAYOUTS, ids=str)
+def test_blocks_lie_along_the_last_axis_where_they_divide_it(given):
+    length, shape = given
+    x, config = jnp.zeros(shape, jnp.bfloat16), ArrayConfig(axis=0, group_size=length)
+    found = jax.eval_shape(quantize_blocks, x, config)
+    assert (found.shape, found.q.codes.shape, found.q.scale.shape) == LAYOUTS[given]
+    again = jax.eval_shape(Blockwise.dequantize, found)
+    assert (again.shape, again.dtype) == (x.shape, x.dtype)
+
+
+@pytest.mark.parametrize("shape, kept", [((4, 64), None), ((4, 16), (4, 16))])
+def test_blocks_of_a_format_with_groups_have_their_length(shape, kept):
+    """Half of it would do for others."""
+    found = jax.eval_shape(quantize_blocks, jnp.zeros(shape), ArrayConfig(format=MXFP8))
+    assert (found.shape, found.q.scale.size) == (kept, math.prod(shape) // 32)
 
 
 # Of a small transformer, biases and norms included.
