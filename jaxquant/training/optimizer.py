@@ -12,18 +12,25 @@ from .blocks import Blockwise, quantize_blocks
 from .formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
 from .transformation import AnyTransformation, check_transformation
 
-# What optax calls averages of squares, and what else is never negative. A "v" only at the front:
-# it is the name of values in attention, too.
+# What optax calls averages of squares, and what else is never negative.
 _SQUARES = r"nu|nu_max|sum_of_squares|exp_avg_sq|grad_sum_sq|e_g|e_x|v_row|v_col"
 # Sums that are not finished, and copies of parameters. They do not forget errors, as averages do.
-_COPIES = r"acc_grads|z|init_params|diff_params_memory|diff_updates_memory"
+_COPIES = (
+    r"acc_grads|z|x0|init_params|params0|init_particles|cumulative_gradients|projector"
+    r"|diff_params_memory|diff_updates_memory"
+)
+# Names that parameters have, too, count only behind wrappers. A v has a sign in adan and none in
+# adafactor, where most arrays are in v_row and v_col instead, and is left as it is.
+_SHORT_SQUARES = r"n"
+_SHORT_COPIES = r"v|s|params|updates|grad|cache"
+_WRAPPER = r"(\d+|\w*state|inner_states/[^/]+)"
 # Before a field of the state: wrappers and labels, but no other field, since what follows that one
 # names parameters, and these may be called anything.
-_FIELDS = rf"(mu|trace|ema|m|exp_avg|updates|{_SQUARES}|{_COPIES})"
+_AVERAGES = r"mu|trace|ema|m|m1|m2|g|exp_avg|grad_sum"
+_FIELDS = rf"({_AVERAGES}|{_SQUARES}|{_COPIES}|{_SHORT_SQUARES}|{_SHORT_COPIES})"
 _OUTER = rf"(inner_states/[^/]+/|(?!inner_states/|{_FIELDS}/)[^/]+/)*"
-_WRAPPER = r"(\d+|inner_state|inner_opt_state|inner_states/[^/]+)"
-_POSITIVE = rf"re:{_OUTER}({_SQUARES})(/.*)?|({_WRAPPER}/)*v(/.*)?"
-_EXACT = rf"re:{_OUTER}({_COPIES})(/.*)?"
+_POSITIVE = rf"re:{_OUTER}({_SQUARES})(/.*)?|({_WRAPPER}/)*({_SHORT_SQUARES})(/.*)?"
+_EXACT = rf"re:{_OUTER}({_COPIES})(/.*)?|({_WRAPPER}/)*({_SHORT_COPIES})(/.*)?"
 
 
 def _state_rules(signed, positive, length):
@@ -78,6 +85,7 @@ def quantized_state(
             block (None: 256), and the axis is not used. The two constants know optax's names: they
             store averages of squares without a sign and so that none becomes zero, and leave
             sums that are not finished (`optax.MultiSteps`) and copies of parameters as they are.
+            They are not for `optax.sm3`, whose `nu` is an average of gradients.
         key: random key for stochastic rounding, kept in the state; None rounds to nearest. With
             4 bits give one: to nearest, averages stay where they are while they change by less
             than half a step, which costs several percent of the loss.

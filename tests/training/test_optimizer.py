@@ -16,7 +16,7 @@ from jaxquant import FP8_E4M3, INT4, MXFP8, ArrayConfig, training
 from jaxquant.training import STATE_4_BIT, STATE_8_BIT, Blockwise, state_bytes
 from jaxquant.training.blocks import quantize_blocks
 from jaxquant.training.formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
-from jaxquant.tree import Rule
+from jaxquant.tree import Rule, leaves_with_paths
 
 from .. import checks, oracles
 
@@ -217,11 +217,10 @@ def test_any_transformation_steps_as_it_does_in_float(name):
         assert np.linalg.norm(a - b) <= 0.1 * np.linalg.norm(a)
 
 
-def test_adafactor_has_nothing_to_store():
-    params = tree(0, {"kernel": (256, 512), "bias": (10,)})
-    adafactor: Any = optax.adafactor(0.1)
-    plain, ours = (t.init(params) for t in (adafactor, quantized_state(adafactor)))
-    assert jax.tree.structure(ours.inner) == jax.tree.structure(plain)
+def test_averages_of_rows_and_columns_have_no_sign():
+    params = {k: jax.ShapeDtypeStruct(s, "float32") for k, s in (("a", (384, 256)), ("b", (10,)))}
+    state = jax.eval_shape(quantized_state(optax.adafactor(0.1), min_size=256).init, params)
+    assert stored_in(state) == dict.fromkeys(("0/v_row/a", "0/v_col/a"), POSITIVE_8.name)
 
 
 def test_fields_of_the_state_decide_and_not_names_of_parameters():
@@ -246,7 +245,43 @@ def test_fields_of_the_state_decide_and_not_names_of_parameters():
     state = jax.eval_shape(quantized_state(steps).init, params)
     assert set(stored_in(state)) == {f"inner_opt_state/0/trace/attention/{n}" for n in names}
     factored = jax.eval_shape(quantized_state(optax.adafactor(0.1)).init, params)
-    assert stored_in(factored)["0/v/attention/v"] == positive
+    assert stored_in(factored) == {}
+
+
+# Of optax and its contributions, whose states have other fields: what is never negative in each,
+# and what is not stored. All else has a sign.
+FIELDS = {
+    optax.amsgrad: ("0/nu 0/nu_max", ""),
+    optax.adagrad: ("0/sum_of_squares", ""),
+    optax.adadelta: ("1/e_g 1/e_x", ""),
+    optax.rmsprop: ("0/nu", ""),
+    optax.adan: ("0/n", "0/v"),
+    optax.adafactor: ("", "0/v"),
+    optax.lbfgs: ("", "0/params 0/updates 0/diff_params_memory 0/diff_updates_memory 2/grad"),
+    optax.contrib.ademamix: ("0/nu", ""),
+    optax.contrib.cocob: ("", "2/init_particles 2/cumulative_gradients"),
+    optax.contrib.dowg: ("", "1/init_params"),
+    optax.contrib.galore: ("0/base_optimizer_state/nu", "0/projector"),
+    optax.contrib.madgrad: ("1/grad_sum_sq", "1/s 1/x0"),
+    optax.contrib.prodigy: ("exp_avg_sq", "params0"),
+    optax.contrib.schedule_free_adamw: ("base_optimizer_state/0/nu", "z"),
+}
+
+
+@pytest.mark.parametrize("build", FIELDS, ids=lambda build: build.__name__)
+def test_states_without_a_sign_are_those_that_have_none(build):
+    plain: Any = build(0.1)
+    params = {"params": {"g": jnp.full((2, 3), 0.5)}}
+    state = jax.eval_shape(quantized_state(plain, min_size=4).init, params)
+    paths, leaves, _ = leaves_with_paths(state.inner, is_stored)
+    formats = {
+        path.partition("/params/g")[0]: x.q.format if is_stored(x) else None
+        for path, x in zip(paths, leaves, strict=True)
+        if is_stored(x) or x.size >= 4
+    }
+    positive, exact = (set(names.split()) for names in FIELDS[build])
+    assert {k for k, format in formats.items() if format == POSITIVE_8} == positive
+    assert {k for k, format in formats.items() if format is None} == exact
 
 
 @pytest.mark.parametrize(
