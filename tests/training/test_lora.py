@@ -14,7 +14,6 @@ from jaxquant import (
     INT4,
     NF4,
     W4A8,
-    W4A16,
     ArrayConfig,
     Inputs,
     Rule,
@@ -168,7 +167,7 @@ def test_only_the_base_meets_quantized_inputs(order):
     assert_adapted(jax.jit(matmul)(x, w), "mk,kn->mn", w, x, met=met)
 
 
-@pytest.mark.parametrize("scheme", [W4A16, INT4_INT8, NF4_G32], ids=["W4A16", "W4A8", "NF4"])
+@pytest.mark.parametrize("scheme", [INT4_INT8, NF4_G32], ids=["W4A8", "NF4"])
 def test_training_starts_at_the_base(scheme):
     params = {
         "one": jnp.asarray(normal(128, N)),
@@ -340,7 +339,7 @@ def test_a_rank_4_adapter_learns_a_shift_of_rank_4_over_int4():
     params = {"kernel": jnp.asarray(w, jnp.float32), "norm": jnp.ones(K), "bias": jnp.zeros(32)}
     started = lora_init(params, {"kernel": INT4_G32}, 4, KEY, alpha=8)
     target = started["kernel"].base.dequantize() + jnp.asarray(shift, jnp.float32)
-    optimizer, traces = optax.adam(1e-2), []
+    optimizer, traces = optax.adam(2e-2), []
 
     def loss(params, x):
         out = matmul(x * params["norm"][None], params["kernel"]) + params["bias"][None]
@@ -350,24 +349,29 @@ def test_a_rank_4_adapter_learns_a_shift_of_rank_4_over_int4():
     before = jax.tree.map(np.array, frozen)
 
     @jax.jit
-    def step(trained, state, frozen, key):
+    def steps(carry, frozen, keys):
         traces.append(1)
-        x = jax.random.normal(key, (128, K))
-        value, gradient = jax.value_and_grad(lambda t: loss(combine(t, frozen), x))(trained)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.update(gradient, state, trained)
-        return optax.apply_updates(trained, updates), state, value
 
-    state, losses = optimizer.init(trained), []
-    for key in jax.random.split(KEY, 400):
-        trained, state, value = step(trained, state, frozen, key)
-        losses.append(float(value))
+        def step(carry, key):
+            trained, state = carry
+            x = jax.random.normal(key, (64, K))
+            value, gradient = jax.value_and_grad(lambda t: loss(combine(t, frozen), x))(trained)
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = optimizer.update(gradient, state, trained)
+            return (optax.apply_updates(trained, updates), state), value
+
+        return jax.lax.scan(step, carry, keys)
+
+    carry, losses = (trained, optimizer.init(trained)), []
+    for keys in jax.random.split(KEY, (2, 150)):
+        carry, values = steps(carry, frozen, keys)
+        losses += values.tolist()
 
     assert losses[0] > 0.2
     assert np.mean(losses[-20:]) < 1e-3 * losses[0]
     assert len(traces) == 1
     assert_equal_quantized(frozen, before)
-    final = combine(trained, frozen)
+    final = combine(carry[0], frozen)
     assert final["norm"] is params["norm"]
     assert final["bias"] is params["bias"]
     np.testing.assert_allclose(tree.dequantize(final)["kernel"], target, atol=0.05)

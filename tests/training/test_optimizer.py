@@ -177,19 +177,20 @@ def multi_steps(inner):
     return optax.MultiSteps(inner, 2)
 
 
+ADAM = optax.adam(0.1)
 ADAMW = optax.adamw(optax.cosine_decay_schedule(1e-2, 10))
+MOMENTUM = optax.sgd(optax.cosine_decay_schedule(0.1, 10), momentum=0.9, nesterov=True)
 MASK = dict.fromkeys(SHAPES, True) | {"odd": False}
 TRANSFORMATIONS = {
     "chain": lambda q: q(optax.chain(optax.clip_by_global_norm(1.0), ADAMW)),
-    "masked": lambda q: q(optax.masked(ADAMW, MASK)),
-    "inside_masked": lambda q: optax.masked(q(ADAMW), MASK),
+    "masked": lambda q: q(optax.masked(MOMENTUM, MASK)),
+    "inside_masked": lambda q: optax.masked(q(MOMENTUM), MASK),
     "multi": lambda q: q(optax.multi_transform({"nu": ADAMW, "v": optax.lion(0.1)}, halves)),
-    "steps": lambda q: q(multi_steps(ADAMW).gradient_transformation()),
-    "inside_steps": lambda q: multi_steps(q(ADAMW)).gradient_transformation(),
+    "steps": lambda q: q(multi_steps(MOMENTUM).gradient_transformation()),
+    "inside_steps": lambda q: multi_steps(q(MOMENTUM)).gradient_transformation(),
     "lion": lambda q: q(optax.lion(1e-3)),
-    "momentum": lambda q: q(optax.sgd(0.1, momentum=0.9, nesterov=True)),
-    "finite": lambda q: q(optax.apply_if_finite(ADAMW, 2)),
-    "extra_arguments": lambda q: q(optax.chain(ADAMW, optax.contrib.reduce_on_plateau())),
+    "finite": lambda q: q(optax.apply_if_finite(MOMENTUM, 2)),
+    "extra_arguments": lambda q: q(optax.chain(MOMENTUM, optax.contrib.reduce_on_plateau())),
 }
 
 
@@ -241,6 +242,13 @@ def test_fields_of_the_state_decide_and_not_names_of_parameters():
         f"{prefix}/mu/attention/kernel": signed,
         f"{prefix}/nu/attention/kernel": positive,
     }
+    for wrapped in (optax.masked(ADAM, True), optax.apply_if_finite(ADAM, 2)):
+        state = jax.eval_shape(quantized_state(wrapped).init, params)
+        assert stored_in(state) == {
+            f"inner_state/0/{field}/attention/{n}": kind
+            for field, kind in (("mu", signed), ("nu", positive))
+            for n in names
+        }
     steps = optax.MultiSteps(optax.sgd(0.1, 0.9), 2).gradient_transformation()
     state = jax.eval_shape(quantized_state(steps).init, params)
     assert set(stored_in(state)) == {f"inner_opt_state/0/trace/attention/{n}" for n in names}
@@ -451,7 +459,6 @@ def test_a_regression_ends_where_it_does_in_float():
     assert abs(train(quantized_state(adam, STATE_4_BIT, key=key)) / plain - 1) < 0.015
 
 
-ADAM = optax.adam(0.1)
 ERRORS = [
     (lambda: quantized_state(0.1), "must be an optax.GradientTransformation.*got 0.1"),
     (lambda: quantized_state(optax.MultiSteps(ADAM, 2)), r"pass .gradient_transformation\(\)"),
