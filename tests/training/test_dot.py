@@ -1,7 +1,7 @@
 """Products that are quantized forward and in both gradients."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -62,7 +62,11 @@ def dimension_numbers(lhs, rhs, out):
 
 def pulled(config, labels, *operands, key=None, scaling=None, **options):
     """out, and the gradients of lhs and rhs, in one program."""
+    return _pull(config, labels, tuple(options.items()))(*operands, key, scaling)
 
+
+@cache
+def _pull(config, labels, options):
     @jax.jit
     def run(lhs, rhs, gradient, key, scaling):
         product = partial(
@@ -71,12 +75,12 @@ def pulled(config, labels, *operands, key=None, scaling=None, **options):
             config=config,
             key=key,
             scaling=scaling,
-            **options,
+            **dict(options),
         )
         out, pull = jax.vjp(product, lhs, rhs)
         return out, *pull(gradient)
 
-    return run(*operands, key, scaling)
+    return run
 
 
 def rounded(x, config, shared):

