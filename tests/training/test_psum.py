@@ -237,10 +237,10 @@ def test_equal_configs_share_one_compilation():
         traces.append(1)
         return summed(config)(x, e)
 
-    for seed in range(3):
+    for seed in range(2):
         x = {"even": gradients(seed)["even"]}
-        run(x, zeros_like(x), ArrayConfig(axis=-1, group_size=[64, 64, 128][seed]))
-    assert len(traces) == 2
+        run(x, zeros_like(x), ArrayConfig(axis=-1, group_size=64))
+    assert len(traces) == 1
 
 
 FLOATS = jnp.zeros(512)
