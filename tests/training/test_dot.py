@@ -487,6 +487,7 @@ def test_prescribed_groups_lie_along_the_last_contracted_axis():
     random = np.random.default_rng(0)
     x, y = (random.normal(size=s).astype(np.float32) for s in ((2, 3, 64), (3, 64, 5)))
     dimensions = ((1, 2), (0, 1)), ((), ())
-    found = training.dot_general(x, y, dimensions, config=ProductConfig(lhs=mx, rhs=mx))
+    product = partial(training.dot_general, config=ProductConfig(lhs=mx, rhs=mx))
+    found = product(jnp.asarray(x), jnp.asarray(y), dimensions)
     codes = [rounded(a, mx, axes) for a, axes in ((x, (1, 2)), (y, (0, 1)))]
     np.testing.assert_allclose(found, np.einsum("abk,bkn->an", *codes), rtol=1e-4, atol=1e-4)
