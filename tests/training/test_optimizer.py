@@ -318,7 +318,7 @@ def test_small_and_narrow_arrays_stay_unless_asked_for():
     state = jax.eval_shape(optimizer.init, params)
     assert set(stored_in(state)) == {"0/mu/half", "0/nu/half"}
     assert jax.eval_shape(Blockwise.dequantize, state.inner[0].mu["half"]).dtype == jnp.bfloat16
-    narrow = {"eight": jnp.zeros(512, jnp.float8_e4m3fn)}
+    narrow = {"eight": jnp.zeros(512, jnp.float8_e4m3fn), "whole": jnp.zeros(512, jnp.int32)}
     trace = quantized_state(optax.trace(0.9), ArrayConfig(), min_size=1).init(narrow)
     assert stored_in(trace) == {}
 
