@@ -41,6 +41,7 @@ from .packing import unpack_int4_halves as unpack_int4_halves
 from .qtensor import Deferred as Deferred
 from .qtensor import Inputs as Inputs
 from .qtensor import QTensor as QTensor
+from .qtensor import Shaped as Shaped
 from .qtensor import dequantize as dequantize
 from .qtensor import packed_bytes as packed_bytes
 from .qtensor import scale_values as scale_values

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from .config import ArrayConfig
-from .qtensor import QTensor, packed_bytes
+from .qtensor import QTensor, Shaped
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class LowRank:
+class LowRank(Shaped):
     """A frozen quantized array plus a product of two small ones that are trained. A pytree.
 
         x ~ base + (alpha / rank) * a @ b
@@ -46,21 +46,6 @@ class LowRank:
     def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
         return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the array."""
-        return self.base.ndim
-
-    @property
-    def size(self) -> int:
-        """Number of elements of the array."""
-        return self.base.size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in device memory of all its arrays, from their bits."""
-        return sum(packed_bytes(x) for x in jax.tree.leaves(self))
 
     @property
     def dtype(self) -> Any:

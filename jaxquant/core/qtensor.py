@@ -41,9 +41,33 @@ class Inputs:
     tap: Any = None
 
 
+class Shaped(abc.ABC):
+    """What stands for an array and is a pytree of others. It has what follows from its shape."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that it stands for."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in device memory of all its arrays, from their bits."""
+        return sum(packed_bytes(x) for x in jax.tree.leaves(self))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class QTensor:
+class QTensor(Shaped):
     """A quantized array: x ~ (codes - zero_point) * scale. A pytree.
 
     What always holds between the fields (not checked, because JAX rebuilds pytrees with
@@ -90,16 +114,6 @@ class QTensor:
     def ndim(self) -> int:
         """Number of axes."""
         return self.codes.ndim
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.codes.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in device memory of all its arrays, from their bits."""
-        return sum(packed_bytes(x) for x in jax.tree.leaves(self))
 
     def stored_axes(self, axes: Iterable[int]) -> tuple[int, ...]:
         """Where logical axes lie in `codes`, from 0 up."""
@@ -205,4 +219,6 @@ def scale_values(scale: jax.Array | QTensor) -> jax.Array:
 
 def packed_bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Bytes that an array takes in device memory, where 4-bit elements lie two to a byte."""
-    return -(-math.prod(x.shape) * bits_of(x.dtype) // 8)
+    is_number = jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)
+    bits = bits_of(x.dtype) if is_number else 8 * x.dtype.itemsize
+    return -(-math.prod(x.shape) * bits // 8)

@@ -55,9 +55,9 @@ def quantize_blocks(x: jax.Array, config: ArrayConfig, key: jax.Array | None = N
     Source: Dettmers et al. 2022, arXiv:2110.02861, section 2.1.
     """
     length = block_length(config)
-    last = x.shape[-1] if x.ndim else 1
     smallest = length if config.format.group_size else -(-length // 2)
-    divisor = next((d for d in range(length, smallest - 1, -1) if last % d == 0), None)
+    lengths = range(length, smallest - 1, -1) if x.ndim else ()
+    divisor = next((d for d in lengths if x.shape[-1] % d == 0), None)
     if divisor is not None:
         return Blockwise(quantize(x, blocks_of(config, divisor), key))
     row = jnp.pad(x.reshape(-1), (0, -x.size % length))

@@ -1,27 +1,13 @@
 """Scales from the steps before: histories of amax, the largest magnitude of an array."""
 
 import dataclasses
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ..core import largest_magnitude
-
-
-class _Optimizer(Protocol):
-    """What `optax.GradientTransformation` is: a named tuple of two functions."""
-
-    @property
-    def init(self) -> Any: ...
-
-    @property
-    def update(self) -> Any: ...
-
-    def _replace(self, **kwargs: Any) -> Any: ...
-
-
-_AnyOptimizer = TypeVar("_AnyOptimizer", bound=_Optimizer)
+from .transformation import AnyTransformation, check_transformation
 
 
 @jax.tree_util.register_dataclass
@@ -125,26 +111,30 @@ def update_scaling(params: Any, gradients: Any) -> Any:
     )
 
 
-def skip_scaling(optimizer: _AnyOptimizer) -> _AnyOptimizer:
+def skip_scaling(transformation: AnyTransformation) -> AnyTransformation:
     """An optimizer that does not see the `DelayedScaling`s of a tree.
 
         updates, state = skip_scaling(optax.adamw(1e-3)).update(gradients, state, params)
         params = update_scaling(optax.apply_updates(params, updates), gradients)
 
     Args:
-        optimizer: any `optax.GradientTransformation`.
+        transformation: any `optax.GradientTransformation`.
 
     Returns:
         The same kind of transformation. Its state has nothing for a `DelayedScaling`, no norm or
         average counts one, and its update of one is zero.
+
+    Raises:
+        ValueError: the transformation has no init and update.
     """
+    check_transformation(transformation)
 
     def init(params):
-        return optimizer.init(_without_scaling(params))
+        return transformation.init(_without_scaling(params))
 
     def update(updates, state, params=None, **extra):
         others = _without_scaling(updates), state, _without_scaling(params)
-        found, state = optimizer.update(*others, **extra)
+        found, state = transformation.update(*others, **extra)
         found = jax.tree.map(
             lambda x, other: jax.tree.map(jnp.zeros_like, x) if _is_scaling(x) else other,
             updates,
@@ -153,7 +143,7 @@ def skip_scaling(optimizer: _AnyOptimizer) -> _AnyOptimizer:
         )
         return found, state
 
-    return optimizer._replace(init=init, update=update)
+    return transformation._replace(init=init, update=update)
 
 
 def _without_scaling(tree):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import ArrayConfig, LowRank, QTensor, Scheme, describe, quantize
-from ..tree import Rules, objection, quantize_leaf, select
+from ..tree import Rules, is_quantized, leaves_with_paths, objection, quantize_leaf, select
 
 
 def lora_init(
@@ -99,7 +99,7 @@ def trainable_mask(tree: Any) -> Any:
             return False
         return dataclasses.replace(x, base=False, a=True, b=True)  # pyright: ignore[reportArgumentType] (a mask)
 
-    return jax.tree.map(mark, tree, is_leaf=_is_quantized)
+    return jax.tree.map(mark, tree, is_leaf=is_quantized)
 
 
 def partition(tree: Any, mask: Any = None) -> tuple[Any, Any]:
@@ -118,17 +118,16 @@ def partition(tree: Any, mask: Any = None) -> tuple[Any, Any]:
             or selects what is no floating array.
     """
     mask = trainable_mask(tree) if mask is None else mask
-    paths, treedef = jax.tree_util.tree_flatten_with_path(mask)
+    paths, marks, treedef = leaves_with_paths(mask, None)
     parts = treedef.flatten_up_to(tree)
-    for (path, is_trained), x in zip(paths, parts, strict=True):
+    for path, is_trained, x in zip(paths, marks, parts, strict=True):
         if is_trained and not _is_floating(x):
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
-                f"Only floating arrays can be trained; the mask selects {x!r} at {where!r}. Mark "
+                f"Only floating arrays can be trained; the mask selects {x!r} at {path!r}. Mark "
                 "it False."
             )
-    trained = [x if m else None for (_, m), x in zip(paths, parts, strict=True)]
-    frozen = [None if m else x for (_, m), x in zip(paths, parts, strict=True)]
+    trained = [x if m else None for m, x in zip(marks, parts, strict=True)]
+    frozen = [None if m else x for m, x in zip(marks, parts, strict=True)]
     return jax.tree.unflatten(treedef, trained), jax.tree.unflatten(treedef, frozen)
 
 
@@ -138,17 +137,16 @@ def combine(trained: Any, frozen: Any) -> Any:
     Raises:
         ValueError: the two are not parts of one tree, or both have a leaf.
     """
-
-    def either(path, x, y):
+    paths, ours, treedef = leaves_with_paths(trained, lambda x: x is None)
+    others = treedef.flatten_up_to(frozen)
+    for path, x, y in zip(paths, ours, others, strict=True):
         if x is not None and y is not None:
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
-                f"Each leaf must be trained or frozen; got both at {where}. Pass the two trees "
+                f"Each leaf must be trained or frozen; got both at {path}. Pass the two trees "
                 "that partition returned."
             )
-        return y if x is None else x
-
-    return jax.tree_util.tree_map_with_path(either, trained, frozen, is_leaf=lambda x: x is None)
+    both = zip(ours, others, strict=True)
+    return jax.tree.unflatten(treedef, [y if x is None else x for x, y in both])
 
 
 def merge(tree: Any) -> Any:
@@ -174,7 +172,7 @@ def merge(tree: Any) -> Any:
     """
     _check_adapters(tree)
     return jax.tree.map(
-        lambda x: _merge(x) if isinstance(x, LowRank) else x, tree, is_leaf=_is_quantized
+        lambda x: _merge(x) if isinstance(x, LowRank) else x, tree, is_leaf=is_quantized
     )
 
 
@@ -188,16 +186,12 @@ def _merge(x):
 
 
 def _is_floating(x):
-    is_array = hasattr(x, "dtype") and not _is_quantized(x)
+    is_array = hasattr(x, "dtype") and not is_quantized(x)
     return is_array and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _is_quantized(x):
-    return isinstance(x, QTensor | LowRank)
-
-
 def _check_adapters(tree):
-    if not any(isinstance(x, LowRank) for x in jax.tree.leaves(tree, is_leaf=_is_quantized)):
+    if not any(isinstance(x, LowRank) for x in jax.tree.leaves(tree, is_leaf=is_quantized)):
         raise ValueError(
             f"The tree must be one from lora_init; got {jax.tree.structure(tree)}, which has no "
             "adapters."

@@ -7,22 +7,30 @@ import jax
 import jax.numpy as jnp
 
 from ..core import ArrayConfig, Scheme, bits_of, packed_bytes
-from ..tree import Rule, Rules, as_rules
+from ..tree import Rule, Rules, as_rules, leaves_with_paths, match, unused
 from .blocks import Blockwise, quantize_blocks
 from .formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
+from .transformation import AnyTransformation, check_transformation
 
-# What optax calls averages of squares, and what else is never negative. A "v" only at the front:
-# it is the name of values in attention, too.
+# What optax calls averages of squares, and what else is never negative.
 _SQUARES = r"nu|nu_max|sum_of_squares|exp_avg_sq|grad_sum_sq|e_g|e_x|v_row|v_col"
 # Sums that are not finished, and copies of parameters. They do not forget errors, as averages do.
-_COPIES = r"acc_grads|z|init_params|diff_params_memory|diff_updates_memory"
+_COPIES = (
+    r"acc_grads|z|x0|init_params|params0|init_particles|cumulative_gradients|projector"
+    r"|diff_params_memory|diff_updates_memory"
+)
+# Names that parameters have, too, count only behind wrappers. A v has a sign in adan and none in
+# adafactor, where most arrays are in v_row and v_col instead, and is left as it is.
+_SHORT_SQUARES = r"n"
+_SHORT_COPIES = r"v|s|params|updates|grad|cache"
+_WRAPPER = r"(\d+|\w*state|inner_states/[^/]+)"
 # Before a field of the state: wrappers and labels, but no other field, since what follows that one
 # names parameters, and these may be called anything.
-_FIELDS = rf"(mu|trace|ema|m|exp_avg|updates|{_SQUARES}|{_COPIES})"
+_AVERAGES = r"mu|trace|ema|m|m1|m2|g|exp_avg|grad_sum"
+_FIELDS = rf"({_AVERAGES}|{_SQUARES}|{_COPIES}|{_SHORT_SQUARES}|{_SHORT_COPIES})"
 _OUTER = rf"(inner_states/[^/]+/|(?!inner_states/|{_FIELDS}/)[^/]+/)*"
-_WRAPPER = r"(\d+|inner_state|inner_opt_state|inner_states/[^/]+)"
-_POSITIVE = rf"re:{_OUTER}({_SQUARES})(/.*)?|({_WRAPPER}/)*v(/.*)?"
-_EXACT = rf"re:{_OUTER}({_COPIES})(/.*)?"
+_POSITIVE = rf"re:{_OUTER}({_SQUARES})(/.*)?|({_WRAPPER}/)*({_SHORT_SQUARES})(/.*)?"
+_EXACT = rf"re:{_OUTER}({_COPIES})(/.*)?|({_WRAPPER}/)*({_SHORT_COPIES})(/.*)?"
 
 
 def _state_rules(signed, positive, length):
@@ -57,12 +65,12 @@ class QuantizedState:
 
 
 def quantized_state(
-    transformation: Any,
+    transformation: AnyTransformation,
     rules: Rules = STATE_8_BIT,
     *,
     key: jax.Array | None = None,
     min_size: int = 4096,
-) -> Any:
+) -> AnyTransformation:
     """An optax transformation whose state is stored in 8 bits, or in 4, between its steps.
 
         updates, state = update(gradients, dequantize(state))        state = quantize(state)
@@ -77,6 +85,7 @@ def quantized_state(
             block (None: 256), and the axis is not used. The two constants know optax's names: they
             store averages of squares without a sign and so that none becomes zero, and leave
             sums that are not finished (`optax.MultiSteps`) and copies of parameters as they are.
+            They are not for `optax.sm3`, whose `nu` is an average of gradients.
         key: random key for stochastic rounding, kept in the state; None rounds to nearest. With
             4 bits give one: to nearest, averages stay where they are while they change by less
             than half a step, which costs several percent of the loss.
@@ -93,7 +102,8 @@ def quantized_state(
     Source: Dettmers et al. 2022, arXiv:2110.02861, section 2; 4 bits: Li et al. 2023,
         arXiv:2309.01507, sections 3 and 4, with powers for their codes.
     """
-    rules = _checked(transformation, rules, min_size)
+    check_transformation(transformation)
+    rules = _checked(rules, min_size)
 
     def init(params):
         inner = transformation.init(params)
@@ -118,16 +128,11 @@ def state_bytes(state: Any) -> int:
     Returns:
         The sum over the leaves, where elements of 4 bits lie two to a byte.
     """
-    return sum(map(_bytes_of, jax.tree.leaves(state)))
+    return sum(map(packed_bytes, jax.tree.leaves(state)))
 
 
-def _checked(transformation, rules, min_size):
+def _checked(rules, min_size):
     """The rules, if all is as `quantized_state` wants it."""
-    if not all(hasattr(transformation, name) for name in ("init", "update", "_replace")):
-        raise ValueError(
-            "transformation must be an optax.GradientTransformation, such as optax.adamw(1e-3); "
-            f"got {transformation!r}. Of optax.MultiSteps, pass .gradient_transformation()."
-        )
     if not isinstance(min_size, int) or min_size < 1:
         raise ValueError(
             f"min_size must be a positive number of elements; got {min_size!r}. 1 stores all "
@@ -142,21 +147,21 @@ def _checked(transformation, rules, min_size):
 
 
 def _check_used(rules, inner):
-    found = [(_name(p), leaf) for p, leaf in jax.tree_util.tree_flatten_with_path(inner)[0]]
-    unused = [r for r in rules if r.required and not any(r.matches(*pair) for pair in found)]
-    if unused:
+    paths, leaves, _ = leaves_with_paths(inner, None)
+    found = unused(rules, paths, leaves)
+    if found:
         raise ValueError(
-            f"No array of the state matches {[r.pattern for r in unused]}; its paths are "
-            f"{[path for path, _ in found]}. Correct the patterns, or pass required=False."
+            f"No array of the state matches {[r.pattern for r in found]}; its paths are "
+            f"{paths}. Correct the patterns, or pass required=False."
         )
 
 
 def _store(inner, rules, min_size, key):
     """The state with a Blockwise in place of each array that the rules select."""
-    found, treedef = jax.tree_util.tree_flatten_with_path(inner)
+    paths, leaves, treedef = leaves_with_paths(inner, None)
     stored = []
-    for i, (path, leaf) in enumerate(found):
-        config = _config_of(_name(path), leaf, rules, min_size)
+    for i, (leaf, rule) in enumerate(zip(leaves, match(rules, paths, leaves), strict=True)):
+        config = _config_of(leaf, rule, min_size)
         noise = None if key is None else jax.random.fold_in(key, i)
         stored.append(leaf if config is None else quantize_blocks(leaf, config, noise))
     return jax.tree.unflatten(treedef, stored)
@@ -170,19 +175,11 @@ def _is_stored(x):
     return isinstance(x, Blockwise)
 
 
-def _name(path):
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _config_of(path, leaf, rules, min_size):
+def _config_of(leaf, rule, min_size):
     """The config by which a leaf is stored, or None if it stays as it is."""
-    if leaf.size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    scheme = rule and rule.resolve()
+    is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    if scheme is None or leaf.size < min_size or not is_floating:
         return None
-    scheme = next((r.resolve() for r in rules if r.matches(path, leaf)), None)
-    is_larger = scheme is not None and bits_of(leaf.dtype) > scheme.weights.format.bits
-    return scheme.weights if scheme is not None and is_larger else None
-
-
-def _bytes_of(x):
-    is_number = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
-    return packed_bytes(x) if is_number else x.size * x.dtype.itemsize
+    config = scheme.weights
+    return config if bits_of(leaf.dtype) > config.format.bits else None

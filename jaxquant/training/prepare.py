@@ -14,6 +14,7 @@ from ..core import (
     MinMSE,
     QTensor,
     Range,
+    Shaped,
     quantize,
     scale_values,
 )
@@ -23,7 +24,7 @@ from .fake_quantize import LearnedRange, LearnedStep, quantize_for_training, sca
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Prepared(Deferred):
+class Prepared(Shaped, Deferred):
     """A weight in training: every operation sees it quantized, and it gets gradients. A pytree.
 
     Attributes:
@@ -51,16 +52,6 @@ class Prepared(Deferred):
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
         return self.weight.shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the weight."""
-        return self.weight.ndim
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self.weight.size
 
     @property
     def dtype(self) -> Any:

@@ -7,6 +7,7 @@ from .files import load as load
 from .files import read_arrays as read_arrays
 from .files import read_metadata as read_metadata
 from .files import save as save
+from .paths import is_quantized as is_quantized
 from .paths import leaves_with_paths as leaves_with_paths
 from .quantize import Progress as Progress
 from .quantize import dequantize as dequantize
@@ -25,3 +26,5 @@ from .rules import Rules as Rules
 from .rules import as_rules as as_rules
 from .rules import default_rules as default_rules
 from .rules import is_matrix as is_matrix
+from .rules import match as match
+from .rules import unused as unused

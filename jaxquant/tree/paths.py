@@ -19,7 +19,7 @@ def is_whole(x: Any) -> bool:
 
 
 def leaves_with_paths(
-    tree: Any, is_leaf: Callable[[Any], bool] = is_whole
+    tree: Any, is_leaf: Callable[[Any], bool] | None = is_whole
 ) -> tuple[list[str], list[Any], Any]:
     """Paths such as "layers/0/kernel", leaves in their order, and the structure."""
     found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)

@@ -173,10 +173,7 @@ def _row(path, x, q, rule, rules):
 def _bytes(x):
     if is_quantized(x):
         return x.nbytes
-    if not hasattr(x, "dtype"):
-        return np.asarray(x).nbytes
-    is_number = jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)
-    return packed_bytes(x) if is_number else x.nbytes
+    return packed_bytes(x) if hasattr(x, "dtype") else np.asarray(x).nbytes
 
 
 def _reason(x, rule, rules):

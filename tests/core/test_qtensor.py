@@ -204,6 +204,8 @@ def test_a_qtensor_rebuilds_from_placeholders():
     ((0, 3), "int4", 0),
     ((3, 5), "uint4", 8),
     ((7,), "bfloat16", 14),
+    ((3,), "bool", 3),
+    ((2,), "complex64", 16),
 ])  # fmt: skip
 def test_bytes_count_codes_of_less_than_a_byte_at_their_bits(shape, dtype, expected):
     assert packed_bytes(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))) == expected

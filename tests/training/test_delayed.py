@@ -147,3 +147,5 @@ def test_errors_say_what_to_do():
         DelayedScaling.init(0)
     with pytest.raises(ValueError, match=r"holds DelayedScaling; got PyTreeDef.*'w'"):
         training.update_scaling({"w": jnp.ones(2)}, {"w": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"optax.GradientTransformation.*pass .gradient_transf"):
+        training.skip_scaling(optax.MultiSteps(optax.sgd(0.1), 2))  # pyright: ignore[reportArgumentType] (what is refused)

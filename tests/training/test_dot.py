@@ -1,7 +1,7 @@
 """Products that are quantized forward and in both gradients."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -62,7 +62,11 @@ def dimension_numbers(lhs, rhs, out):
 
 def pulled(config, labels, *operands, key=None, scaling=None, **options):
     """out, and the gradients of lhs and rhs, in one program."""
+    return _pull(config, labels, tuple(options.items()))(*operands, key, scaling)
 
+
+@cache
+def _pull(config, labels, options):
     @jax.jit
     def run(lhs, rhs, gradient, key, scaling):
         product = partial(
@@ -71,12 +75,12 @@ def pulled(config, labels, *operands, key=None, scaling=None, **options):
             config=config,
             key=key,
             scaling=scaling,
-            **options,
+            **dict(options),
         )
         out, pull = jax.vjp(product, lhs, rhs)
         return out, *pull(gradient)
 
-    return run(*operands, key, scaling)
+    return run
 
 
 def rounded(x, config, shared):
@@ -85,7 +89,8 @@ def rounded(x, config, shared):
     if config is None:
         return x.astype(np.float64)
     if config.axis is not None:
-        axes = shared[-1] if config.group_size else tuple(shared)
+        is_grouped = config.group_size or config.format.group_size
+        axes = shared[-1] if is_grouped else tuple(shared)
         config = dataclasses.replace(config, axis=axes)
     codes, scale, zero_point = oracles.quantize(x, config, oracles.abs_max_range)
     return (codes - oracles.spread(zero_point, x.shape)) * oracles.spread(scale, x.shape)
@@ -479,11 +484,10 @@ def test_errors_say_what_to_do(name):
 
 def test_prescribed_groups_lie_along_the_last_contracted_axis():
     mx = ArrayConfig(format=MXFP8, axis=-1)
-    x, y = jax.random.normal(KEY, (2, 3, 64)), jax.random.normal(KEY, (3, 64, 5))
+    random = np.random.default_rng(0)
+    x, y = (random.normal(size=s).astype(np.float32) for s in ((2, 3, 64), (3, 64, 5)))
     dimensions = ((1, 2), (0, 1)), ((), ())
-    found = training.dot_general(x, y, dimensions, config=ProductConfig(lhs=mx, rhs=mx))
-    codes = [
-        quantize(a, ArrayConfig(format=MXFP8, axis=axis)).dequantize()
-        for a, axis in ((x, 2), (y, 1))
-    ]
+    product = partial(training.dot_general, config=ProductConfig(lhs=mx, rhs=mx))
+    found = product(jnp.asarray(x), jnp.asarray(y), dimensions)
+    codes = [rounded(a, mx, axes) for a, axes in ((x, (1, 2)), (y, (0, 1)))]
     np.testing.assert_allclose(found, np.einsum("abk,bkn->an", *codes), rtol=1e-4, atol=1e-4)

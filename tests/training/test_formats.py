@@ -31,6 +31,22 @@ def test_codes_are_the_nearest_entries_of_the_codebook(format):
         checks.check_is_nearest(config, x)
 
 
+@pytest.mark.parametrize(
+    ("format", "smallest"),
+    [
+        (SIGNED_8, 127**-4),
+        (POSITIVE_8, 255**-4),
+        (SIGNED_4, 7**-2),
+        (POSITIVE_4, 15**-2),
+        (GRADIENT_8, 127**-2),
+    ],
+    ids=str,
+)
+def test_averages_reach_further_down_than_sums(format, smallest):
+    """Fourth powers in 8 bits, squares in 4 and for sums of gradients."""
+    assert min(v for v in format.codebook if v > 0) == pytest.approx(smallest, rel=1e-12)
+
+
 @each_format
 def test_every_code_comes_back(format):
     """Exhaustively: each entry of the codebook, in a group that has the largest."""

@@ -185,41 +185,47 @@ def test_rounding_at_random_differs_between_devices_and_is_right_on_average():
 
 
 def test_training_on_parts_of_the_data_ends_where_it_does_with_exact_sums():
-    """By 4 bits, and with devices that disagree: without error feedback, what they send is lost."""
-    config = ArrayConfig(format=INT4, group_size=64)
-    random = np.random.default_rng(0)
-    x = random.normal(size=(DEVICES, 32, 64)).astype(np.float32)
-    y = x @ random.normal(size=(DEVICES, 64, 4)).astype(np.float32)
-    y += random.normal(size=y.shape).astype(np.float32)
-    first = {"kernel": jnp.zeros((64, 4)), "bias": jnp.zeros(4)}
+    """A small network. Without error feedback, what rounding to 4 bits takes away is lost."""
+    random, rate, steps = np.random.default_rng(0), 0.1, 300
+    x = random.normal(size=(DEVICES, 64, 32)).astype(np.float32)
+    hidden = np.tanh(x @ random.normal(size=(32, 16)).astype(np.float32) / np.float32(32**0.5))
+    y = hidden @ random.normal(size=(16, 4)).astype(np.float32)
+    y += 0.3 * random.normal(size=y.shape).astype(np.float32)
+    first = {"up": random.normal(size=(32, 64)) / 32**0.5, "down": random.normal(size=(64, 4)) / 8}
+    first = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), first)
 
     def loss(params, x, y):
-        out = x @ params["kernel"] + params["bias"].reshape(1, -1)
+        out = jnp.tanh(x @ params["up"]) @ params["down"]
         return jnp.mean(jnp.sum((out - y) ** 2, -1))
 
     def train(total):
         def body(carry, _, x, y):
             params, error = carry
             varying = jax.lax.pcast(params, "a", to="varying")
-            gradient = jax.grad(loss)(varying, x, y)
-            gradient, error = total(gradient, error)
-            return (jax.tree.map(lambda p, g: p - 0.02 * g / 8, params, gradient), error), None
+            gradient, error = total(jax.grad(loss)(varying, x, y), error)
+            params = jax.tree.map(lambda p, g: p - rate / DEVICES * g, params, gradient)
+            return (params, error), None
 
         def run(x, y):
             error = jax.lax.pcast(jax.tree.map(jnp.zeros_like, first), "a", to="varying")
-            (params, _), _ = jax.lax.scan(partial(body, x=x, y=y), (first, error), None, 100)
-            return (params,)
+            (params, _), _ = jax.lax.scan(partial(body, x=x, y=y), (first, error), None, steps)
+            return params, loss(jax.lax.pcast(params, "a", to="varying"), x, y)[None]
 
-        (params,) = per_device(run, (P(),))(x, y)
-        return params, np.mean([loss(params, *part) for part in zip(x, y, strict=True)])
+        params, losses = per_device(run, ONE_AND_EACH)(x, y)
+        return params, np.mean(losses)
 
     def distance(params):
-        return np.linalg.norm(params["kernel"] - exact["kernel"])
+        return np.sqrt(sum(np.sum((params[k] - exact[k]) ** 2) for k in exact))
 
+    four = ArrayConfig(format=INT4, group_size=64)
     exact, least = train(lambda g, e: (jax.lax.psum(g, "a"), e))
-    fed_back, end = train(lambda g, e: quantized_psum(g, "a", config, error=e))
-    without, _ = train(lambda g, e: (quantized_psum(g, "a", config), e))
-    assert abs(end / least - 1) < 0.01
+    _, in_8_bits = train(lambda g, e: quantized_psum(g, "a", GRADIENT_8_BIT, error=e))
+    fed_back, in_4_bits = train(lambda g, e: quantized_psum(g, "a", four, error=e))
+    without, beyond = train(lambda g, e: (quantized_psum(g, "a", four), e))
+    assert least < 0.05 * np.mean([loss(first, *part) for part in zip(x, y, strict=True)])
+    assert abs(in_8_bits / least - 1) < 0.01
+    assert abs(in_4_bits / least - 1) < 0.01
+    assert abs(beyond / least - 1) > 0.01
     assert distance(fed_back) < 0.2 * distance(without)
 
 
@@ -231,10 +237,10 @@ def test_equal_configs_share_one_compilation():
         traces.append(1)
         return summed(config)(x, e)
 
-    for seed in range(3):
+    for seed in range(2):
         x = {"even": gradients(seed)["even"]}
-        run(x, zeros_like(x), ArrayConfig(axis=-1, group_size=[64, 64, 128][seed]))
-    assert len(traces) == 2
+        run(x, zeros_like(x), ArrayConfig(axis=-1, group_size=64))
+    assert len(traces) == 1
 
 
 FLOATS = jnp.zeros(512)
