@@ -161,6 +161,11 @@ def test_other_rows_are_quantized_by_xla(config, dtype):
     assert calls(lambda x: quantize_inputs(x, config).codes, x) == 0
 
 
+def test_one_number_is_quantized_as_core_does():
+    x, config = jnp.float32(3), ArrayConfig(axis=None)
+    jax.tree.map(np.testing.assert_array_equal, quantize_inputs(x, config), quantize(x, config))
+
+
 @needs_native
 def test_rows_on_several_devices_are_quantized_where_they_lie():
     x, config = jnp.asarray(normal(8, K)), ArrayConfig(axis=-1)
