@@ -299,10 +299,11 @@ def test_slices_are_those_of_numpy(dtype, shape, axis):
     values = np.random.default_rng(0).integers(0, 4, shape).astype(np.int8)
     stack = jnp.asarray(values - (dtype[0] == "i")).astype(dtype)
     take = jax.jit(partial(native.take_slice, axis=axis))
-    # An index outside is the nearest one within, as for `jax.lax.dynamic_index_in_dim`.
-    for index in (0, shape[axis] - 1, -7, 99):
+    last = shape[axis] - 1
+    # From -1 down it counts from the end; outside it is the nearest one within.
+    for index, place in ((0, 0), (last, last), (-1, last), (-last, 1), (-7, 0), (99, last)):
         got = take(stack, jnp.int32(index))
-        wanted = np.take(np.asarray(stack), np.clip(index, 0, shape[axis] - 1), axis)
+        wanted = np.take(np.asarray(stack), place, axis)
         assert got.dtype == stack.dtype
         np.testing.assert_array_equal(np.asarray(got), wanted)
 
