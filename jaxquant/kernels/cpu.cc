@@ -1235,7 +1235,6 @@ APART float ScaleOf(const T* x, int64_t K, int64_t reach) {
   uint32_t most = 0;
   for (int64_t k = 0; k < K; ++k) most = std::max(most, BitsOf(x[k]) & kMagnitude);
   if (most >= kInfinity) return FloatOf(kInfinity | 0x400000);
-  if (most < kLeastNormal) return 1;
   const float scale = FloatOf(most) * (1 / static_cast<float>(reach));
   if (scale < FloatOf(kLeastNormal)) return 1;
   return std::min(scale, 1 / FloatOf(kLeastNormal));
