@@ -23,6 +23,8 @@ from jaxquant.ops import chips, inputs, pallas
 
 from .products import assert_product, normal, weight, with_inputs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 K, N = 256, 72
 G128 = ArrayConfig(format=INT4, axis=0, group_size=128)
 LEFT = {
