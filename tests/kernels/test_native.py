@@ -3,6 +3,7 @@
 import concurrent.futures
 import ctypes
 import importlib.machinery
+import itertools
 import os
 import pathlib
 import subprocess
@@ -339,10 +340,11 @@ def test_slices_are_batched_over_stacks_indices_or_both():
     indices = jnp.asarray([2, 0], jnp.int32)
     for axes in ((0, None), (None, 0), (0, 0)):
         args = [a if axis == 0 else a[1] for a, axis in zip((stacks, indices), axes, strict=True)]
-        got = jax.jit(jax.vmap(native.take_slice, axes))(*args)
-        for i in range(2):
+        along = [jax.vmap(partial(native.take_slice, axis=axis), axes) for axis in (0, 1)]
+        got = jax.jit(lambda *args, along=along: [take(*args) for take in along])(*args)
+        for axis, i in itertools.product((0, 1), (0, 1)):
             stack, index = (a if b is None else a[i] for a, b in zip(args, axes, strict=True))
-            np.testing.assert_array_equal(got[i], np.asarray(stack)[index])
+            np.testing.assert_array_equal(got[axis][i], np.take(np.asarray(stack), index, axis))
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,12 @@ def test_other_inputs_are_left_to_xla(on_v6e, config):
     assert calls(lambda x: inputs.quantize_inputs(x, config).codes, x) == 0
 
 
+def test_rows_too_long_for_a_core_are_left_to_xla(on_v6e):
+    for length, count in ((2**16, 1), (2**16 + 1, 0)):
+        x = jax.ShapeDtypeStruct((512, length), jnp.float32)
+        assert calls(lambda x: inputs.quantize_inputs(x, ArrayConfig(axis=-1)).codes, x) == count
+
+
 def test_programs_for_several_platforms_or_devices_do_without(on_v6e):
     q, x = weight(G128, (K, N)), jnp.asarray(normal(16, K))
     assert calls(matmul, x, q) == 1

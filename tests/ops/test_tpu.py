@@ -14,6 +14,8 @@ from jaxquant.ops.chips import by_generation, tpu_generation
 
 from .products import INPUTS, WEIGHTS, K, M, N, assert_product, normal, weight
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROWS = quantize(normal(M, K), INPUTS["int8"])
 WAITING = {
     "int8": WEIGHTS["int8"],
