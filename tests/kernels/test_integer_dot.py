@@ -49,7 +49,7 @@ def test_products_are_those_of_numpy_int64():
 
     @jax.jit
     def products(operands):
-        return {case: integer_dot(*pair, PRODUCTS[case][2]) for case, pair in operands.items()}
+        return {case: integer_dot(x, y, PRODUCTS[case][2]) for case, (x, y) in operands.items()}
 
     for case, got in products(operands).items():
         want = in_numpy(PRODUCTS[case][3], *operands[case])
@@ -59,7 +59,7 @@ def test_products_are_those_of_numpy_int64():
 def test_products_of_any_small_size_are_exact():
     sizes = list(itertools.product((1, 2, 3), (0, 1, 2, 17, 40), (1, 2, 3)))
     operands = [(codes((m, k), 0), codes((k, n), 1)) for m, k, n in sizes]
-    products = jax.jit(lambda pairs: [integer_dot(*pair, MATRICES) for pair in pairs])
+    products = jax.jit(lambda pairs: [integer_dot(x, y, MATRICES) for x, y in pairs])
     for size, pair, got in zip(sizes, operands, products(operands), strict=True):
         np.testing.assert_array_equal(got, in_numpy("mk,kn->mn", *pair), str(size))
 

@@ -122,9 +122,9 @@ def test_scales_of_rows_then_columns_are_folded_into_the_product(
 @pytest.mark.parametrize("rows", [1, 20])
 @by_all_instructions
 def test_ties_are_rounded_to_even_in_bfloat16(rows, instructions):
-    x = np.full((rows, 3), [127, 127, 1], np.int8)
-    w = np.array([[1, 1, 3], [1, 1, 5], [-1, -1, -3]], np.int8)
-    ones = np.ones(rows), np.ones(3)
+    x = jnp.full((rows, 3), jnp.asarray([[127, 127, 1]], jnp.int8))
+    w = jnp.asarray([[1, 1, 3], [1, 1, 5], [-1, -1, -3]], jnp.int8)
+    ones = jnp.ones(rows), jnp.ones(3)
     found = native.scaled_int8_dot(x, w, *ones, jnp.bfloat16, instructions)
     # Of 257, 259 and -257, where every other whole number is one of bfloat16.
     np.testing.assert_array_equal(found, np.full((rows, 3), [256, 260, -256]))
@@ -150,7 +150,7 @@ def test_results_that_are_no_number_or_too_small_are_those_of_xla(rows, instruct
     x, w = jnp.asarray(int8(rows, 64)), jnp.asarray(int8(18, 64, seed=1))
     # The last NaN has all its bits set: rounded as a number it would become -0.
     nan = np.uint32(0x7FFFFFFF).view(np.float32)
-    column = jnp.asarray(np.float32([np.nan, -np.nan, np.inf, 1e-38, 1e-43, nan] * 3))
+    column = jnp.asarray(np.array([np.nan, -np.nan, np.inf, 1e-38, 1e-43, nan] * 3, np.float32))
     row = jnp.full(rows, 1e-4)
     xla = jax.jit(lambda acc, row, column: acc.astype(jnp.float32) * row * column)
     wanted = xla(native.int8_dot(x, w), row[:, None], column[None])
@@ -222,7 +222,7 @@ def test_products_by_int4_groups_match_numpy(rows, length, columns, group, instr
         return [
             (
                 native.int4_dot(x, codes, scale, zero, instructions=instructions),
-                native.lookup_dot(y, codes, scale, zero, SIGNED, instructions),
+                native.lookup_dot(y, codes, scale, zero, jnp.asarray(SIGNED), instructions),
             )
             for zero in zeros
         ]

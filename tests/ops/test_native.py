@@ -81,7 +81,8 @@ def test_every_mixture_matches_numpy_and_is_what_is_chosen(name):
 @needs_native
 def test_inputs_of_either_kind_are_quantized_first():
     x = jnp.asarray(normal(2, 3, K))
-    for config in (ArrayConfig(axis=-1), ArrayConfig(axis=-1, symmetric=False)):
+    of_groups, uneven = ArrayConfig(axis=-1, group_size=64), ArrayConfig(axis=-1, symmetric=False)
+    for config in (ArrayConfig(axis=-1), uneven, of_groups):
         for name in ("int8", "int4-g128"):
             q = with_inputs(stored(name), Inputs(config))
             assert_product(run(x, q), "abk,kn->abn", quantize(x, config), q)

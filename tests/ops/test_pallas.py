@@ -138,10 +138,11 @@ def w8a8(x, q):
 CHOSEN = [
     ("v6e", 128, 8, False, 1),
     ("v6e", 128, 2048, False, 1),
-    ("v6e", 256, 9, False, 1),
+    ("v6e", 256, 256, False, 1),
     ("v6e", 256, 257, False, 0),
     ("v5e", 128, 10, False, 1),
     ("v5e", 128, 258, False, 0),
+    ("v5e", 256, 259, False, 0),
     ("v4", 128, 11, False, 0),
     (None, 128, 12, False, 0),
     ("v6e", 128, 511, True, 1),

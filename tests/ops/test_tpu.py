@@ -133,7 +133,13 @@ def test_products_are_tuned_for_the_chips_that_are_asked_about():
 
 
 def test_generations_are_known_by_the_names_that_jax_gives_devices():
-    names = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU7x": "7x", "cpu": None}
+    names = {
+        "TPU v5 lite": "v5e",
+        "TPU v5": "v5p",
+        "TPU v6 lite": "v6e",
+        "TPU7x": "7x",
+        "cpu": None,
+    }
     for kind, generation in names.items():
         assert tpu_generation(types.SimpleNamespace(device_kind=kind)) == generation
     assert tpu_generation(jax.devices()[0]) is None
