@@ -42,11 +42,11 @@ constexpr int64_t kQuantizedAtOnce = 1 << 17;
 // Asks early for the weights of columns to come, so many steps ahead: by itself a core has too few
 // reads under way to use the memory's bandwidth.
 constexpr int64_t kAhead = 4;
-// Bytes that a thread copies at least.
-constexpr int64_t kLeastCopy = 1 << 17;
 // The same where one row is read after another, in bytes. Asked for in L2, 8-bit codes of 4096 x 4096
 // by one row arrive at 96 % of the bandwidth of a sum; in L1 at 79 %, and without asking at 80 %.
 constexpr int64_t kAheadInRow = 4096;
+// Bytes that a thread copies at least.
+constexpr int64_t kLeastCopy = 1 << 17;
 
 // What threads share that work on one product.
 struct Pieces {
@@ -332,7 +332,8 @@ ffi::Error Slice(ffi::ThreadPool pool, int64_t outer, int64_t count, int64_t byt
                  ffi::AnyBuffer stack, In<ffi::S32> index, ffi::Result<ffi::AnyBuffer> out) {
   const auto* from = static_cast<const uint8_t*>(stack.untyped_data());
   auto* to = static_cast<uint8_t*>(out->untyped_data());
-  int64_t at = std::clamp<int64_t>(index.typed_data()[0], 0, count - 1);
+  int64_t at = index.typed_data()[0];
+  at = std::clamp<int64_t>(at < 0 ? at + count : at, 0, count - 1);
   for (int64_t i = 0; i < outer; ++i)
     Parallel(pool, bytes, kLeastCopy, 64, [=](int64_t begin, int64_t end) {
       std::memcpy(to + i * bytes + begin, from + (i * count + at) * bytes + begin, end - begin);
@@ -595,8 +596,8 @@ struct OfLanes {
 
 // Adds up a row of K elements by blocks: add(sum, k) gives sum and the block from k on. Several
 // sums, so that no addition waits for the one before.
-template <typename Sum, typename Add1>
-inline Sum Along(int64_t K, int64_t block, Sum none, const Add1& add) {
+template <typename Sum, typename AddBlock>
+inline Sum Along(int64_t K, int64_t block, Sum none, const AddBlock& add) {
   Sum sum[kAlong];
   EACH(i, kAlong) sum[i] = none;
   int64_t k = 0;
@@ -1234,7 +1235,6 @@ APART float ScaleOf(const T* x, int64_t K, int64_t reach) {
   uint32_t most = 0;
   for (int64_t k = 0; k < K; ++k) most = std::max(most, BitsOf(x[k]) & kMagnitude);
   if (most >= kInfinity) return FloatOf(kInfinity | 0x400000);
-  if (most < kLeastNormal) return 1;
   const float scale = FloatOf(most) * (1 / static_cast<float>(reach));
   if (scale < FloatOf(kLeastNormal)) return 1;
   return std::min(scale, 1 / FloatOf(kLeastNormal));

@@ -83,13 +83,11 @@ def quantize_rows(
     """
     codes = jax.ShapeDtypeStruct(x.shape, jnp.int8)
     scale = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
+    bounds = {"qmin": np.int64(qmin), "qmax": np.int64(qmax)}
     # Rows are quantized one by one, however many axes they have.
-    attributes = {
-        "qmin": np.int64(qmin),
-        "qmax": np.int64(qmax),
-        "vmap_method": "broadcast_all",
-    }
-    return _call("quantize_rows", (codes, scale), instructions, x, **attributes)
+    one_call = "broadcast_all"
+    result = codes, scale
+    return _call("quantize_rows", result, instructions, x, vmap_method=one_call, **bounds)
 
 
 def int8_dot(x: jax.Array, w: jax.Array, instructions: str | None = None) -> jax.Array:
@@ -169,14 +167,15 @@ def take_slice(stack: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
 
     Args:
         stack: elements of any width; those below one index of `axis` fill whole bytes.
-        index: int32, a scalar.
-        axis: from 0 up.
+        index: int32, a scalar; from -1 down it counts from the end.
+        axis: from 0 up, at least 1 long.
     """
     assert unavailable() is None, unavailable()
     *outer, count = stack.shape[: axis + 1]
     inner = stack.shape[axis + 1 :]
     bits = math.prod(inner) * bits_of(stack.dtype)
     assert bits % 8 == 0, f"{stack.dtype}{list(inner)} is no whole number of bytes"
+    assert count > 0, f"there is nothing along axis {axis} of {stack.shape}"
 
     @jax.custom_batching.custom_vmap
     def copy(stack, index):

@@ -47,6 +47,7 @@ class Implementation:
         loses: (lhs, rhs, spec, chip) -> why it is not chosen by itself where it could be, or None;
             chip is the generation of a TPU, among `chips.TUNED`, or None for all others.
         is_integer: (lhs, rhs, spec) -> whether it multiplies codes as whole numbers.
+        copies_no_codes: whether it reads codes of less than a byte as they lie in memory.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Implementation:
     platforms: tuple[str, ...] | None = None
     loses: Callable[[Operand, Operand, Any, str | None], str | None] = lambda *_: None
     is_integer: Callable[[Operand, Operand, Any], bool] = lambda lhs, rhs, spec: False
+    copies_no_codes: bool = False
 
 
 Table = tuple[Implementation, ...]
@@ -85,6 +87,7 @@ def run(
             chip,
             row.name,
             row.is_integer(lhs, rhs, spec),
+            row.copies_no_codes,
             refusals,
         )
         for platform, rows in found.items()

@@ -354,6 +354,7 @@ _TABLE = (
         _refuses_native,
         ("cpu",),
         is_integer=_is_integer_natively,
+        copies_no_codes=True,
     ),
     Implementation(
         "pallas",
@@ -366,6 +367,7 @@ _TABLE = (
         partial(_refuses_kernel, refuses=pallas.refuses, axis=0),
         ("tpu",),
         _pallas_loses,
+        copies_no_codes=True,
     ),
     Implementation(
         "triton",
@@ -379,6 +381,7 @@ _TABLE = (
         ("cuda",),
         triton.loses,
         _is_integer_of_8_bits,
+        copies_no_codes=True,
     ),
     *_BY_XLA,
 )

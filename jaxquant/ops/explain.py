@@ -159,15 +159,11 @@ def _speeds(mark, choice, measurement):
     return speeds_near(lines, (record.length, columns), record.rows)
 
 
-# Those that need no copy of 4-bit weights. XLA's own cost as much by themselves as their slices.
-_READ_CODES_AS_THEY_LIE = ("native",)
-
-
 def _warning(mark, choice, machine, speeds, measurement):
     """What is slower than it need be, or None."""
     words = []
-    is_read_as_it_lies = choice.implementation in _READ_CODES_AS_THEY_LIE
-    if mark.is_sliced and is_read_as_it_lies and not machine.slices_4_bits:
+    # Where a product copies codes itself, that costs as much as slices of them.
+    if mark.is_sliced and choice.copies_no_codes and not machine.slices_4_bits:
         words.append(
             "XLA copies 4-bit weights one by one where it slices them: use jaxquant.scan "
             "(without gradients), or keep layers apart"

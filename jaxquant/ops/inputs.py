@@ -77,7 +77,9 @@ def _branches_at_once(x, config):
 
 def _is_of_rows(x, config):
     """Whether the config asks for codes of 8 bits with one float32 scale per row."""
-    if not isinstance(x, jax.Array) or x.dtype not in _FLOATS or is_sharded(x) or not x.size:
+    if not isinstance(x, jax.Array) or x.dtype not in _FLOATS or is_sharded(x):
+        return False
+    if 0 in (x.ndim, x.size):
         return False
     is_plain = config.format in _FORMATS and (config.range, config.symmetric) == (AbsMax(), True)
     has_float32 = config.stored_scale_dtype == "float32"

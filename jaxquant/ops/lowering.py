@@ -1,6 +1,6 @@
 """A choice between ways to compute, made when it is known where the program will run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -57,8 +57,7 @@ def is_for_one_cpu(context: mlir.LoweringRuleContext) -> bool:
 
     XLA cannot divide machine code among devices: inside `shard_map` each one runs it.
     """
-    is_divided = _is_divided(context.module_context.axis_context)
-    return _platforms(context) == ("cpu",) and not is_divided and not _is_exported(context)
+    return _platforms(context) == ("cpu",) and not _takes_no_kernel_of_cpu(context)
 
 
 def _is_exported(context):
@@ -107,6 +106,27 @@ def _choose(here, elsewhere, goes_elsewhere, args):
     return choose_when_lowered((here, elsewhere), pick, *args)
 
 
+def transpose_of(
+    function: Function, cotangents: Sequence[Any], args: Sequence[Any]
+) -> list[jax.Array | None]:
+    """Cotangents of the args in which a function is linear, as a rule for a primitive gives them.
+
+    Args:
+        function: from as many args to a list of results.
+        cotangents: of its results, or JAX's zeros.
+        args: values, or `UndefinedPrimal`s for those in which it is linear.
+    """
+    places = [i for i, x in enumerate(args) if ad.is_undefined_primal(x)]
+
+    def linear(*values):
+        whole = dict(enumerate(args)) | dict(zip(places, values, strict=True))
+        return function(*(whole[i] for i in range(len(args))))
+
+    back = jax.linear_transpose(linear, *(args[i].aval for i in places))
+    by_place = dict(zip(places, back([*map(ad.instantiate_zeros, cotangents)]), strict=True))
+    return [by_place.get(i) for i in range(len(args))]
+
+
 def choose_when_lowered(ways: tuple[Function, ...], pick: Pick, *args: jax.Array) -> Any:
     """ways[pick(context)](*args), decided as the program is lowered.
 
@@ -146,19 +166,7 @@ def _batch(args, axes, ways, pick):
 
 def _transpose(cotangents, *args, ways, pick):
     """By the last way, because kernels have no transpose."""
-    linear = [i for i, x in enumerate(args) if ad.is_undefined_primal(x)]
-
-    def last(*values):
-        given = list(args)
-        for i, value in zip(linear, values, strict=True):
-            given[i] = value
-        return ways[-1](*given)
-
-    found = [None] * len(args)
-    back = jax.linear_transpose(last, *(args[i].aval for i in linear))
-    for i, cotangent in zip(linear, back([*map(ad.instantiate_zeros, cotangents)]), strict=True):
-        found[i] = cotangent
-    return found
+    return transpose_of(ways[-1], cotangents, args)
 
 
 def _lower(context, *args, ways, pick):

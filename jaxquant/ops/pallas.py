@@ -1,7 +1,7 @@
 """Which products the Pallas kernel for TPUs takes, on arrays as they are stored."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,36 @@ from .operands import refuses_codes
 # against 757 for 4096; v6e 6 against 73, 14 against 84, 221 against 390. One per column: v5e 11
 # against 22, 44 against 63; v6e 5 against 15, 12 against 22, 200 against 191.
 _MOST_ROWS: dict[str | None, tuple[float, float]] = {"v5e": (256, 256), "v6e": (math.inf, 256)}
-_FLOATS = (jnp.float32, jnp.bfloat16)
 # What XLA on a TPU does with float32 unless it is asked for more: one pass of bfloat16.
 _ONE_PASS = (None, lax.Precision.DEFAULT, "default", "fastest", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Floats:
+    """What kernels on one platform multiply.
+
+    Attributes:
+        dtypes: of both operands, or of what their codes stand for.
+        precisions: those at which float32 is multiplied, the highest of them last.
+    """
+
+    dtypes: tuple[jax.typing.DTypeLike, ...]
+    precisions: tuple[lax.PrecisionLike, ...]
+
+    def refuses(self, lhs: Operand, rhs: QTensor, precision: lax.PrecisionLike) -> str | None:
+        """Why these operands are not taken, or None; a `precision` of None is JAX's default."""
+        if lhs.dtype not in self.dtypes or rhs.dtype not in self.dtypes:
+            names = " or ".join(jnp.dtype(d).name for d in self.dtypes)
+            return f"{lhs.dtype} by {rhs.dtype} are not {names}"
+        if jnp.float32 in (lhs.dtype, rhs.dtype):
+            default = jax.default_matmul_precision.value
+            wanted = precision if isinstance(precision, tuple) else (precision or default,)
+            if any(p not in self.precisions for p in wanted):
+                return f"a precision of {precision or default} is more than {self.precisions[-1]}"
+        return "an operand is empty" if 0 in (*lhs.shape, *rhs.codes.shape) else None
+
+
+_FLOATS = Floats((jnp.float32, jnp.bfloat16), _ONE_PASS)
 
 
 def product(
@@ -37,7 +64,7 @@ def product(
         _per_column(scale_values(rhs.scale), rhs),
         zero,
         row_scale,
-        dtype=jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32,
+        dtype=dtype if dtype in _FLOATS.dtypes else jnp.float32,
         interpret=interpret,
     )
     return out.reshape(*x.shape[:-1], rhs.codes.shape[1]).astype(dtype)
@@ -45,46 +72,15 @@ def product(
 
 def refuses(lhs: Operand, rhs: QTensor, precision: lax.PrecisionLike) -> str | None:
     """Why `product` does not take these operands, or None."""
-    why_not = refuses_operands(lhs, rhs, precision, _FLOATS, _ONE_PASS)
+    why_not = refuses_codes_of_4_bits(rhs) or _FLOATS.refuses(lhs, rhs, precision)
     return why_not or pallas_tpu.refuses_groups(rhs.codes.shape[0], rhs.scale.shape[0])
 
 
-def refuses_operands(
-    lhs: Operand,
-    rhs: QTensor,
-    precision: lax.PrecisionLike,
-    dtypes: Sequence[jax.typing.DTypeLike],
-    precisions: Sequence[lax.PrecisionLike],
-) -> str | None:
-    """Why kernels for 4-bit weights do not take these operands, or None.
-
-    Args:
-        precision: what is asked for, `jax.default_matmul_precision` included.
-        dtypes: of both operands that the kernel takes.
-        precisions: those at which it multiplies float32.
-    """
-    if rhs.format.bits != 4 or not rhs.format.rounds:
-        return f"{rhs.format} codes are not whole numbers of 4 bits"
-    return refuses_floats(lhs, rhs, precision, dtypes, precisions)
-
-
-def refuses_floats(
-    lhs: Operand,
-    rhs: QTensor,
-    precision: lax.PrecisionLike,
-    dtypes: Sequence[jax.typing.DTypeLike],
-    precisions: Sequence[lax.PrecisionLike],
-) -> str | None:
-    """Why kernels do not take what these operands stand for, or None; as `refuses_operands`."""
-    if lhs.dtype not in dtypes or rhs.dtype not in dtypes:
-        names = " or ".join(jnp.dtype(d).name for d in dtypes)
-        return f"{lhs.dtype} by {rhs.dtype} are not {names}"
-    if jnp.float32 in (lhs.dtype, rhs.dtype):
-        default = jax.default_matmul_precision.value
-        wanted = precision if isinstance(precision, tuple) else (precision or default,)
-        if any(p not in precisions for p in wanted):
-            return f"a precision of {precision or default} is more than {precisions[-1]}"
-    return "an operand is empty" if 0 in (*lhs.shape, *rhs.codes.shape) else None
+def refuses_codes_of_4_bits(rhs: QTensor) -> str | None:
+    """Why kernels for whole numbers of 4 bits do not take these weights, or None."""
+    if rhs.format.bits == 4 and rhs.format.rounds:
+        return None
+    return f"{rhs.format} codes are not whole numbers of 4 bits"
 
 
 def loses(lhs: Operand, rhs: QTensor, chip: str | None) -> str | None:

@@ -24,6 +24,7 @@ class Choice:
         chip: a generation of TPUs; None for all that are not named.
         implementation: name of the row.
         is_integer: whether it multiplies codes as whole numbers.
+        copies_no_codes: whether it reads codes of less than a byte as they lie in memory.
         refusals: (name of an earlier row, why it cannot run these operands here).
     """
 
@@ -31,6 +32,7 @@ class Choice:
     chip: str | None
     implementation: str
     is_integer: bool
+    copies_no_codes: bool
     refusals: tuple[tuple[str, str], ...]
 
 

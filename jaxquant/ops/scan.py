@@ -23,8 +23,8 @@ from jax.interpreters import ad, batching, mlir
 
 from ..core import bits_of
 from ..kernels import native
-from .lowering import is_for_one_cpu
-from .slices import is_narrow
+from .lowering import is_for_one_cpu, transpose_of
+from .slices import count_before_slices, is_narrow
 
 
 def scan(
@@ -90,11 +90,7 @@ def _is_replaced(eqn):
     is_pure = all(isinstance(v.aval, ShapedArray) for v in eqn.invars)  # has no `Ref`
     if eqn.primitive is not scan_p or not is_pure:
         return False
-    return any(_is_copied(v.aval) for v in eqn.invars[_first_slice(eqn.params) :])
-
-
-def _first_slice(params):
-    return params["num_consts"] + params["num_carry"]
+    return any(_is_copied(v.aval) for v in eqn.invars[count_before_slices(eqn.params) :])
 
 
 def _plain(*args, **params):
@@ -103,7 +99,7 @@ def _plain(*args, **params):
 
 def _by_bytes(*args, **params):
     """The loop that `_plain` is, whose slices of narrow arrays machine code copies."""
-    carries = slice(params["num_consts"], _first_slice(params))
+    carries = slice(params["num_consts"], count_before_slices(params))
     consts, init, xs = args[: carries.start], args[carries], args[carries.stop :]
     step = jaxpr_as_fun(params["jaxpr"])
 
@@ -145,17 +141,7 @@ def _jvp(primals, tangents, **params):
 
 
 def _transpose(cotangents, *args, **params):
-    places = [i for i, x in enumerate(args) if ad.is_undefined_primal(x)]
-
-    def linear(*values):
-        whole = dict(enumerate(args)) | dict(zip(places, values, strict=True))
-        return _plain(*(whole[i] for i in range(len(args))), **params)
-
-    found = jax.linear_transpose(linear, *(args[i].aval for i in places))(
-        [ad.instantiate_zeros(c) for c in cotangents]
-    )
-    by_place = dict(zip(places, found, strict=True))
-    return [by_place.get(i) for i in range(len(args))]
+    return transpose_of(functools.partial(_plain, **params), cotangents, args)
 
 
 def _batch(axis, args, dims, **params):

@@ -22,6 +22,11 @@ def is_narrow(x: Any) -> bool:
     return is_number and bits_of(dtype) < 8
 
 
+def count_before_slices(params: dict[str, Any]) -> int:
+    """How many operands a `scan` has, by its parameters, before those that it goes over."""
+    return params["num_consts"] + params["num_carry"]
+
+
 def is_sliced(variables: Sequence[Var | Literal], sliced: set[Var]) -> bool:
     """Whether one of several operands is among the slices."""
     return any(_is_in(v, sliced) for v in variables)
@@ -32,7 +37,7 @@ def sliced_within(eqn: JaxprEqn, inner: Jaxpr, sliced: set[Var]) -> set[Var]:
     # Some operations have further inputs, all before those of the program. Our own loop, which
     # copies bytes, is no `scan_p`.
     pairs = zip(reversed(eqn.invars), reversed(inner.invars), strict=False)
-    loops_over = inner.invars[_count_before_slices(eqn.params) :] if eqn.primitive is scan_p else []
+    loops_over = inner.invars[count_before_slices(eqn.params) :] if eqn.primitive is scan_p else []
     narrow = {v for v in loops_over if is_narrow(v.aval)}
     return narrow | {v for outer, v in pairs if _is_in(outer, sliced)}
 
@@ -52,7 +57,3 @@ def _size(variable):
 
 def _is_in(variable, sliced):
     return isinstance(variable, Var) and variable in sliced
-
-
-def _count_before_slices(params):
-    return params["num_consts"] + params["num_carry"]

@@ -8,19 +8,20 @@ from ..core import QTensor, scale_values
 from ..kernels import pallas_gpu
 from .dispatch import Operand
 from .operands import refuses_length
-from .pallas import codes_and_scale, refuses_floats, refuses_operands
+from .pallas import Floats, codes_and_scale, refuses_codes_of_4_bits
 
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 # What XLA on a GPU does with float32 unless it is asked for more: TF32.
 _TF32 = (None, lax.Precision.DEFAULT, "default", "fastest", "bfloat16", "tensorfloat32")
+_FLOATS = Floats((jnp.float32, jnp.bfloat16, jnp.float16), _TF32)
 
 
 def product(
     lhs: Operand, rhs: QTensor, dtype: jax.typing.DTypeLike, *, interpret: bool = False
 ) -> jax.Array:
     """(..., K) by (N, K), in `dtype`; `interpret` computes without a GPU, for tests."""
-    run = _grouped if rhs.format.bits == 4 else _scaled
-    return run(lhs, rhs, dtype, interpret).astype(dtype)
+    if rhs.format.bits == 4:
+        return _grouped(lhs, rhs, interpret).astype(dtype)
+    return _scaled(lhs, rhs, dtype, interpret).astype(dtype)
 
 
 def refuses(lhs: Operand, rhs: QTensor, precision: lax.PrecisionLike) -> str | None:
@@ -30,7 +31,7 @@ def refuses(lhs: Operand, rhs: QTensor, precision: lax.PrecisionLike) -> str | N
         return why_not
     if rhs.format.bits != 4:
         return _refuses_codes(lhs, rhs, precision)
-    why_not = refuses_operands(lhs, rhs, precision, _FLOATS, _TF32)
+    why_not = refuses_codes_of_4_bits(rhs) or _FLOATS.refuses(lhs, rhs, precision)
     return why_not or pallas_gpu.refuses_groups(rhs.codes.shape[1], rhs.scale.shape[1])
 
 
@@ -39,7 +40,7 @@ def loses(*_: object) -> str:
     return "not measured on a GPU yet"
 
 
-def _grouped(lhs, rhs, dtype, interpret):
+def _grouped(lhs, rhs, interpret):
     """By 4-bit weights, in float32."""
     x, scale = codes_and_scale(lhs)
     rows = x.reshape(-1, x.shape[-1])
@@ -66,7 +67,7 @@ def _scaled(lhs, rhs, dtype, interpret):
         lhs.codes.reshape(-1, length),
         rhs.codes,
         *scales,
-        dtype=dtype if dtype in _FLOATS else jnp.float32,
+        dtype=dtype if dtype in _FLOATS.dtypes else jnp.float32,
         interpret=interpret,
     )
     return out.reshape(*rows, rhs.codes.shape[0])
@@ -88,7 +89,7 @@ def _refuses_codes(lhs, rhs, precision):
     is_exact = rhs.format.rounds
     why_not = refuses_length(rhs.codes.shape[1], lhs, rhs) if is_exact else None
     wanted = lax.Precision.DEFAULT if is_exact else precision
-    return why_not or refuses_floats(lhs, rhs, wanted, _FLOATS, _TF32)
+    return why_not or _FLOATS.refuses(lhs, rhs, wanted)
 
 
 def _spread(values, lengths):

@@ -15,6 +15,8 @@ from jaxquant.kernels import pallas_tpu
 from .. import oracles
 from ..ops.products import normal, weight
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 G128 = ArrayConfig(format=INT4, axis=0, group_size=128)
 G32_ASYM = ArrayConfig(format=INT4, axis=0, group_size=32, symmetric=False)
 PER_COLUMN = ArrayConfig(format=INT4, axis=0)

@@ -11,6 +11,8 @@ from jaxquant.ops.dispatch import Implementation
 
 from .products import K, M, assert_product, normal, weight
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class Spec(int):
     """What the operation is asked for: a number, of which the row "small" takes up to 3."""
@@ -139,8 +141,9 @@ WIDE = ArrayConfig(format=INT4, axis=0)
 def test_every_row_of_the_table_of_products_gives_the_same_numbers(rows):
     q = weight(WIDE, (K, 512)).reorder((-1, -2))
     x = quantize(normal(rows, K), ArrayConfig(axis=1))
-    for implementation in ("blocks", "integer", "scaled", "dequantize", None):
-        got = jax.jit(partial(matmul, implementation=implementation))(x, q)
+    names = ("blocks", "integer", "scaled", "dequantize", None)
+    products = jax.jit(lambda x, q: [matmul(x, q, implementation=name) for name in names])
+    for got in products(x, q):
         assert_product(got, "mk,kn->mn", x, q)
 
 

@@ -64,22 +64,25 @@ def stored(name, shape=(K, N), seed=1):
 
 
 @needs_native
-@pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_every_mixture_matches_numpy_and_is_what_is_chosen(name, inputs):
+def test_every_mixture_matches_numpy_and_is_what_is_chosen(name):
     # Few rows for some, and enough for panels for the others.
     rows = 5 if len(name) % 2 else 18
     q, x = stored(name), jnp.asarray(normal(rows, K))
-    x = x if INPUTS[inputs] is None else quantize(x, INPUTS[inputs])
-    got = jax.jit(run)(x, q)
-    assert_product(got, "mk,kn->mn", x, q)
-    np.testing.assert_array_equal(got, jax.jit(matmul)(x, q))
+    left = {name: x if c is None else quantize(x, c) for name, c in INPUTS.items()}
+    products = jax.jit(
+        lambda left, q: {name: (run(x, q), matmul(x, q)) for name, x in left.items()}
+    )
+    for name, (forced, chosen) in products(left, q).items():
+        assert_product(forced, "mk,kn->mn", left[name], q)
+        np.testing.assert_array_equal(chosen, forced)
 
 
 @needs_native
 def test_inputs_of_either_kind_are_quantized_first():
     x = jnp.asarray(normal(2, 3, K))
-    for config in (ArrayConfig(axis=-1), ArrayConfig(axis=-1, symmetric=False)):
+    of_groups, uneven = ArrayConfig(axis=-1, group_size=64), ArrayConfig(axis=-1, symmetric=False)
+    for config in (ArrayConfig(axis=-1), uneven, of_groups):
         for name in ("int8", "int4-g128"):
             q = with_inputs(stored(name), Inputs(config))
             assert_product(run(x, q), "abk,kn->abn", quantize(x, config), q)
@@ -159,6 +162,11 @@ def test_other_rows_are_quantized_by_xla(config, dtype):
     plain = ArrayConfig(axis=-1, range=AbsMax())
     assert calls(lambda x: quantize_inputs(x, plain).codes, x) == (dtype != "float16")
     assert calls(lambda x: quantize_inputs(x, config).codes, x) == 0
+
+
+def test_one_number_is_quantized_as_core_does():
+    x, config = jnp.float32(3), ArrayConfig(axis=None)
+    jax.tree.map(np.testing.assert_array_equal, quantize_inputs(x, config), quantize(x, config))
 
 
 @needs_native

@@ -23,6 +23,8 @@ from jaxquant.ops import chips, inputs, pallas
 
 from .products import assert_product, normal, weight, with_inputs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 K, N = 256, 72
 G128 = ArrayConfig(format=INT4, axis=0, group_size=128)
 LEFT = {
@@ -136,10 +138,11 @@ def w8a8(x, q):
 CHOSEN = [
     ("v6e", 128, 8, False, 1),
     ("v6e", 128, 2048, False, 1),
-    ("v6e", 256, 9, False, 1),
+    ("v6e", 256, 256, False, 1),
     ("v6e", 256, 257, False, 0),
     ("v5e", 128, 10, False, 1),
     ("v5e", 128, 258, False, 0),
+    ("v5e", 256, 259, False, 0),
     ("v4", 128, 11, False, 0),
     (None, 128, 12, False, 0),
     ("v6e", 128, 511, True, 1),
@@ -185,6 +188,12 @@ def test_other_inputs_are_left_to_xla(on_v6e, config):
     x = jnp.zeros((700, K))
     assert calls(lambda x: inputs.quantize_inputs(x, ArrayConfig(axis=-1)).codes, x) == 1
     assert calls(lambda x: inputs.quantize_inputs(x, config).codes, x) == 0
+
+
+def test_rows_too_long_for_a_core_are_left_to_xla(on_v6e):
+    for length, count in ((2**16, 1), (2**16 + 1, 0)):
+        x = jax.ShapeDtypeStruct((512, length), jnp.float32)
+        assert calls(lambda x: inputs.quantize_inputs(x, ArrayConfig(axis=-1)).codes, x) == count
 
 
 def test_programs_for_several_platforms_or_devices_do_without(on_v6e):

@@ -17,6 +17,8 @@ from jaxquant.ops.scan import _compiled
 
 from .products import assert_product, normal
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="no machine code")
 LAYERS, K, N = 3, 8, 6
 CONFIGS = {

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from jaxquant import FP8_E4M3, ArrayConfig, dot_general, matmul, quantize
-from jaxquant.ops import chips, tpu
+from jaxquant.ops import chips, pallas, tpu
 from jaxquant.ops.chips import by_generation, tpu_generation
 
 from .products import INPUTS, WEIGHTS, K, M, N, assert_product, normal, weight
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROWS = quantize(normal(M, K), INPUTS["int8"])
 WAITING = {
@@ -126,8 +128,18 @@ def test_what_is_exported_is_for_no_generation(is_exported, wanted):
     assert chips.target(module) is None
 
 
+def test_products_are_tuned_for_the_chips_that_are_asked_about():
+    assert set(pallas._MOST_ROWS) == set(tpu._SCALED_ROWS) == set(chips.TUNED)
+
+
 def test_generations_are_known_by_the_names_that_jax_gives_devices():
-    names = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU7x": "7x", "cpu": None}
+    names = {
+        "TPU v5 lite": "v5e",
+        "TPU v5": "v5p",
+        "TPU v6 lite": "v6e",
+        "TPU7x": "7x",
+        "cpu": None,
+    }
     for kind, generation in names.items():
         assert tpu_generation(types.SimpleNamespace(device_kind=kind)) == generation
     assert tpu_generation(jax.devices()[0]) is None
