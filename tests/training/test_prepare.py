@@ -245,7 +245,7 @@ def test_a_calibrated_scale_of_inputs_is_trained_as_a_step(axis):
 
 
 def test_a_calibrated_zero_point_that_is_floating_is_trained():
-    inputs = ArrayConfig(format=INT4, axis=None, symmetric=False)
+    inputs = ArrayConfig(format=INT4, axis=None, symmetric=False, value_range=(-8, 0))
     scheme = Scheme(ArrayConfig(axis=-2), inputs)
     prepared = prepare(weights({"w": scheme}), {"w": scheme})["w"]
     tree = calibrated(prepared, jnp.float32(0.3), jnp.float32(-1.7))
@@ -257,7 +257,7 @@ def test_a_calibrated_zero_point_that_is_floating_is_trained():
     _, _, *slopes = oracles.straight_through(np.asarray(X), steps, zeros, inputs)
     of_inputs = cotangent @ oracles.dequantize(convert([prepared])[0]).T
     for gradient, slope in zip((got.inputs.scale, got.inputs.zero_point), slopes, strict=True):
-        want = np.sum(of_inputs * slope) / np.sqrt(K * 7)
+        want = np.sum(of_inputs * slope) / np.sqrt(K * 8)
         np.testing.assert_allclose(gradient, want, rtol=1e-3)
 
 
