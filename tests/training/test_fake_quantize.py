@@ -14,6 +14,9 @@ from jaxquant.training import LearnedRange, LearnedStep, fake_quantize
 
 from .. import cases, checks, oracles
 
+# That values are equal under all optimizations, test_prepare.py tests for all schemes.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = (6, 32)
 GROUPED = ArrayConfig(format=INT4, axis=1, group_size=8)
 STEPS = {
