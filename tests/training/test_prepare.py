@@ -52,7 +52,7 @@ def test_products_are_those_of_the_converted_tree_bit_for_bit(make, dtype):
         quantized = jq.tree.quantize(params, ALL)
         assert_equal_trees(convert(prepared), quantized)
         values = jax.jit(
-            lambda tree: {k: fake_quantize(params[k], p.config) for k, p in tree.items()}
+            lambda tree: {k: fake_quantize(p.weight, p.config) for k, p in tree.items()}
         )
         assert_equal_trees(values(prepared), jq.tree.dequantize(quantized))
 
