@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..core import Inputs, QTensor, quantize_with_range, scale_values
-from ..tree import Progress, Rules, reporter
+from ..tree import Progress, Rules, leaves_with_paths, reporter
 from ..tree import quantize as quantize_tree
 from .observers import Observer, PercentileHistogram
 from .prepare import Prepared
@@ -54,8 +54,8 @@ def calibrate(
         section 3.
     """
     tree = params if rules is None else quantize_tree(params, rules)
-    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_weight)
-    leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in found}
+    paths, found, treedef = leaves_with_paths(tree, _is_weight)
+    leaves = dict(zip(paths, found, strict=True))
     _check(leaves)
     first = PercentileHistogram.init() if observer is None else observer
     waiting, seen = [], {}

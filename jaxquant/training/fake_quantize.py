@@ -35,7 +35,7 @@ class LearnedStep:
             raise ValueError(
                 f"A LearnedStep is for symmetric=True; got {config!r}. Use a LearnedRange."
             )
-        factor = _gradient_factor(size, self.scale.size, config.bounds[1])
+        factor = gradient_factor(size / max(self.scale.size, 1), config)
         scale = scale_gradient(jnp.abs(self.scale), factor)
         high = scale * config.reach
         return -high, high, scale, jnp.zeros_like(scale)
@@ -62,7 +62,7 @@ class LearnedRange:
                 f"A LearnedRange is for symmetric=False; got {config!r}. Use a LearnedStep."
             )
         qmin, qmax = config.bounds
-        factor = _gradient_factor(size, self.low.size, qmax - qmin)
+        factor = gradient_factor(size / max(self.low.size, 1), config)
         low = scale_gradient(jnp.where(self.low > 0, 0, self.low), factor)
         high = scale_gradient(jnp.where(self.high < 0, 0, self.high), factor)
         scale = (high - low) / (qmax - qmin)
@@ -143,6 +143,10 @@ def _(factor, primals, tangents):
     return primals[0], tangents[0] * factor
 
 
-def _gradient_factor(size, scales, qmax):
-    """So that a step moves in proportion to its size as fast as weights do (LSQ, section 2.2)."""
-    return 1 / math.sqrt(max(size / max(scales, 1), 1) * qmax)
+def gradient_factor(count: float, config: ArrayConfig) -> float:
+    """What the gradient of a step is multiplied by that `count` elements share.
+
+    So a step moves in proportion to its size as fast as weights do (LSQ, section 2.2).
+    """
+    qmin, qmax = config.bounds
+    return 1 / math.sqrt(max(count, 1) * (qmax if config.symmetric else qmax - qmin))

@@ -104,7 +104,9 @@ class MovingAverage:
 
     @jax.jit
     def update(self, x: jax.Array) -> Self:
-        """The observer after it has seen a float array of any shape."""
+        """The observer after it has seen a float array of any shape; without elements, the same."""
+        if not x.size:
+            return self
         low, high = _ends(x)
         new = {"low": low, "high": high, "weight": jnp.float32(1)}
         averages = {
@@ -129,34 +131,37 @@ class Histogram(abc.ABC):
 
     The limit is a power of two, which doubles when an element lies beyond it: pairs of bins then
     become one, so that every count stays where it belongs. (Counts above 2^24 are rounded, as
-    float32 sums are.)
+    float32 sums are. Elements beyond 2^126 count as that.)
 
     Attributes:
         counts: float32, (bins,), a power of two.
         low, high: as in `RunningAbsMax`.
-        limit: float32 scalar; 0 while nothing but zeros was seen.
     """
 
     counts: jax.Array
     low: jax.Array
     high: jax.Array
-    limit: jax.Array
 
     @jax.jit
     def update(self, x: jax.Array) -> Self:
         """The observer after it has seen a float array of any shape."""
         low, high = _ends(x)
-        low, high = jnp.minimum(self.low, low), jnp.maximum(self.high, high)
-        largest = jnp.maximum(-low, high)
-        above = jnp.ldexp(jnp.float32(1), jnp.clip(jnp.frexp(largest)[1], -100, 127))
-        limit = jnp.maximum(self.limit, jnp.where(largest > 0, above, 0))
-        moved = _bins(_centers(self.counts) * self.limit, limit, self.counts)
-        counts = jnp.zeros_like(self.counts).at[moved].add(self.counts)
-        values = x.astype(jnp.float32).ravel()
-        is_finite = jnp.isfinite(values)
-        index = _bins(jnp.where(is_finite, values, 0), limit, self.counts)
-        counts = counts.at[index].add(is_finite.astype(jnp.float32))
-        return dataclasses.replace(self, counts=counts, low=low, high=high, limit=limit)
+        seen = dataclasses.replace(
+            self, low=jnp.minimum(self.low, low), high=jnp.maximum(self.high, high)
+        )
+        moved = _bins(_centers(self.counts) * self.limit, seen.limit, self.counts)
+        # NaN and Inf are counted somewhere: `finish` refuses them.
+        added = _bins(x.astype(jnp.float32).ravel(), seen.limit, self.counts)
+        counts = jnp.zeros_like(self.counts).at[moved].add(self.counts).at[added].add(1)
+        return dataclasses.replace(seen, counts=counts)
+
+    @property
+    def limit(self) -> jax.Array:
+        """The power of two above all elements so far, float32; 0 while only zeros were seen."""
+        largest = jnp.maximum(-self.low, self.high)
+        # XLA divides by multiplying with the reciprocal, which must not be subnormal.
+        above = jnp.ldexp(jnp.float32(1), jnp.clip(jnp.frexp(largest)[1], -100, 126))
+        return jnp.where(largest > 0, above, 0)
 
     def finish(self, config: ArrayConfig) -> Ends:
         """(low, high), with low = -high for a symmetric config; within what was observed.
@@ -250,10 +255,10 @@ def _least_error(counts, config):
 
 
 def _nothing(bins):
-    """Counts, low, high and limit before anything was observed."""
+    """Counts, low and high before anything was observed."""
     if not isinstance(bins, int) or bins < 2 or bins & (bins - 1):
         raise ValueError(f"bins must be a power of two from 2 on, such as 4096; got {bins!r}.")
-    return jnp.zeros(bins, jnp.float32), *(jnp.float32(0) for _ in range(3))
+    return jnp.zeros(bins, jnp.float32), jnp.float32(0), jnp.float32(0)
 
 
 def _ends(x):

@@ -19,7 +19,13 @@ from ..core import (
     scale_values,
 )
 from ..tree import Rules, leaves_with_paths, select, stored_order
-from .fake_quantize import LearnedRange, LearnedStep, quantize_for_training, scale_gradient
+from .fake_quantize import (
+    LearnedRange,
+    LearnedStep,
+    gradient_factor,
+    quantize_for_training,
+    scale_gradient,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -79,8 +85,8 @@ class Prepared(Shaped, Deferred):
         # has all axes, the last is that of the output.
         axes = self.config.axes(self.ndim)
         axes = axes if len(axes) < self.ndim else range(self.ndim - 1)
-        features = max(1, math.prod(self.shape[a] for a in axes))
-        factor = 1 / math.sqrt(features * inputs.config.bounds[1])
+        features = math.prod(self.shape[a] for a in axes)
+        factor = gradient_factor(features, inputs.config)
         scale, zero_point = scale_gradient(jnp.abs(inputs.scale), factor), inputs.zero_point
         if zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.floating):
             zero_point = scale_gradient(zero_point, factor)
@@ -158,7 +164,7 @@ def prepare(params: Any, rules: Rules, learned: Any = None, *, platform: str | N
         or neither does. What XLA fuses with a product may be rounded otherwise in its last bit.
     """
     paths, leaves, chosen, treedef = select(params, rules)
-    found = _by_path(learned)
+    found = dict(zip(*leaves_with_paths(learned, _is_learned)[:2], strict=True))
     selected = {p for p, scheme in zip(paths, chosen, strict=True) if scheme is not None}
     if learned is not None and set(found) != selected:
         raise ValueError(
@@ -223,8 +229,3 @@ def _is_prepared(x):
 
 def _is_learned(x):
     return isinstance(x, LearnedStep | LearnedRange)
-
-
-def _by_path(learned):
-    found = jax.tree_util.tree_flatten_with_path(learned, is_leaf=_is_learned)[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in found}

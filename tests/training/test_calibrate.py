@@ -13,6 +13,7 @@ from jaxquant import (
     W8A8,
     W8A16,
     ArrayConfig,
+    Inputs,
     QTensor,
     Scheme,
     conv_general_dilated,
@@ -81,25 +82,26 @@ def test_each_slice_of_stacked_layers_gets_the_scale_of_what_it_met(make):
 def test_rules_quantize_first_and_the_products_use_the_scale():
     got = calibrate(lambda p, x: matmul(x, p["kernel"]), PARAMS["out"], BATCHES, STATIC)
     scale = got["kernel"].inputs.scale
+    np.testing.assert_allclose(scale, abs_max(*BATCHES) / 127, rtol=2e-3)
     x = BATCHES[0]
     codes = np.clip(np.round(x / scale), -127, 127)
     want = np.asarray(codes * scale) @ np.asarray(got["kernel"].dequantize())
     np.testing.assert_allclose(matmul(x, got["kernel"]), want, rtol=1e-5, atol=1e-5)
 
 
-def test_asymmetric_inputs_get_a_zero_point():
+@pytest.mark.parametrize("make, dtype", [(tree.quantize, jnp.int8), (prepare, jnp.float32)])
+def test_asymmetric_inputs_get_a_zero_point(make, dtype):
     scheme = Scheme(W8A8.weights, ArrayConfig(axis=None, symmetric=False))
     seen = [jnp.abs(x) for x in BATCHES]
     got = calibrate(
         lambda p, x: matmul(x, p["kernel"]),
-        PARAMS["out"],
+        make(PARAMS["out"], scheme),
         seen,
-        scheme,
         observer=RunningAbsMax.init(),
     )
     inputs = got["kernel"].inputs
     np.testing.assert_allclose(inputs.scale, abs_max(*seen) / 254, rtol=1e-6)
-    assert (inputs.zero_point.dtype, int(inputs.zero_point)) == (jnp.int8, -127)
+    assert (inputs.zero_point.dtype, int(inputs.zero_point)) == (dtype, -127)
 
 
 def test_a_multiplier_comes_before_the_scale():
@@ -122,12 +124,32 @@ def test_a_weight_that_is_met_twice_spans_both_and_experts_share_a_scale():
         h = matmul(matmul(x, p["kernel"]) * 0 + 50, p["kernel"])
         return einsum("bk,ekn->ebn", x, p["experts"]["kernel"]) + h.sum()
 
-    got = calibrate(apply, params, BATCHES, STATIC, observer=RunningAbsMax.init())
+    scheme = Scheme(W8A8.weights, ArrayConfig(axis=None, scale_dtype="bfloat16"))
+    got = calibrate(apply, params, BATCHES, scheme, observer=RunningAbsMax.init())
 
-    np.testing.assert_allclose(got["kernel"].inputs.scale, 50 / 127, rtol=1e-6)
+    assert got["kernel"].inputs.scale == jnp.bfloat16(50 / 127).astype(jnp.float32)
+    assert got["kernel"].inputs.scale.dtype == jnp.float32
     experts = got["experts"]["kernel"].inputs.scale
-    np.testing.assert_allclose(experts, abs_max(*BATCHES) / 127, rtol=1e-6)
+    np.testing.assert_allclose(experts, abs_max(*BATCHES) / 127, rtol=2**-8)
     assert experts.shape == ()
+
+
+def test_each_layer_of_experts_gets_a_scale_and_weights_without_inputs_none():
+    layers = tree.quantize({"kernel": normal(2, 3, WIDTH, WIDTH)}, STATIC)
+    alone = tree.quantize(PARAMS["out"], W8A16)["kernel"]
+    alone = dataclasses.replace(alone, inputs=Inputs(multiplier=jnp.ones(WIDTH)))
+
+    def apply(p, x):
+        def layer(x, kernel):
+            return einsum("bk,ekn->ebn", x, kernel).sum(0) * 0 + 7, None
+
+        return matmul(jax.lax.scan(layer, x, p["kernel"])[0], p["alone"])
+
+    params = layers | {"alone": alone}
+    got = calibrate(apply, params, BATCHES, observer=RunningAbsMax.init())
+    want = [abs_max(*BATCHES) / 127, 7 / 127]
+    np.testing.assert_allclose(got["kernel"].inputs.scale, want, rtol=1e-6)
+    assert got["alone"].inputs.scale is None
 
 
 def test_a_convolution_and_a_conv_gets_its_scale():

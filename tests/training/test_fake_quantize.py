@@ -14,6 +14,9 @@ from jaxquant.training import LearnedRange, LearnedStep, fake_quantize
 
 from .. import cases, checks, oracles
 
+# That values are equal under all optimizations, test_prepare.py tests for all schemes.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = (6, 32)
 GROUPED = ArrayConfig(format=INT4, axis=1, group_size=8)
 STEPS = {
@@ -214,6 +217,15 @@ def test_gradients_are_the_same_in_every_transformation_and_compiled_once():
     for name, got in results.items():
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_steps_of_arrays_without_elements_have_gradients_of_zero():
+    config = ArrayConfig(axis=1)
+    learned = LearnedStep(jnp.ones((3, 1)))
+    empty = jnp.zeros((3, 0))
+    values, of_x, of_step = gradients(empty, config, learned, empty)
+    assert values.shape == of_x.shape == (3, 0)
+    np.testing.assert_array_equal(of_step.scale, jnp.zeros((3, 1)))
 
 
 def test_no_gradient_goes_through_the_range_of_x():
