@@ -64,8 +64,8 @@ SHORT += ("asym_row", "asym_g32", "asym_tensor", "asym_blocks")
 GROUPED_BY_INT4 = ("g128", "blocks", "g32_float16_scales", "g32_e8m0_scales")
 
 
-def configs_of(format):
-    """The cases of one number format, by name."""
+def configs_of(format, is_alike=False):
+    """The cases of one number format, by name; few if it differs from another in its range."""
     variants = dict(VARIANTS)
     if format.group_size is None:
         variants |= GROUPED
@@ -74,7 +74,7 @@ def configs_of(format):
         variants["value_range"] = {"value_range": (-1, 1)}
     if format.codebook is not None:
         variants = {name: v for name, v in variants.items() if name not in GROUPED_BY_INT4}
-    if format in ALIKE:
+    if is_alike:
         variants = {name: variants[name] for name in SHORT if name in variants}
     return {
         f"{format}-{name}": ArrayConfig(**{"format": format, "axis": 1, **variant})
@@ -82,7 +82,9 @@ def configs_of(format):
     }
 
 
-CONFIGS = {name: c for format in FORMATS.values() for name, c in configs_of(format).items()}
+CONFIGS = {
+    name: c for f in FORMATS.values() for name, c in configs_of(f, is_alike=f in ALIKE).items()
+}
 CONFIGS |= {
     "int8-value_range": ArrayConfig(axis=1, value_range=(-100, 90)),
     "int8-asym_value_range": ArrayConfig(axis=1, value_range=(3, 100), symmetric=False),

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import pathlib
+import re
 import sys
 
 import jax
@@ -51,10 +53,14 @@ def test_what_is_not_installed_is_named(monkeypatch):
     )
 
 
-def test_the_largest_resident_size_counts_what_was_made():
-    before = quantize._peak()
-    block = np.ones(2**25)
-    assert quantize._peak() - before >= 0.5 * block.nbytes
+def test_the_largest_resident_size_is_in_bytes():
+    """As Linux tells it; before it began, a process may have been another one, and larger."""
+    status = pathlib.Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("only Linux says it in a file")
+    kilobytes = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    assert kilobytes is not None
+    assert 0.9 < quantize._peak() / (1024 * int(kilobytes[1])) < 8
 
 
 @pytest.mark.parametrize("name", ["W4A16", "Keras Dense int8"])

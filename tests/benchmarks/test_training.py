@@ -24,6 +24,7 @@ from .slow_transformer import attend, normalize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = BytesConfig(layers=1, width=32, hidden=128, heads=2, seen=3, length=11)
+PRODUCTS = ("int8", "float8", "float8, delayed scaling")
 SUMS = ("8-bit, error feedback", "4-bit")
 SLOPES = (1 / 16, 1 / 256)
 
@@ -189,6 +190,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(parts, "all_tasks", lambda: tasks)
     monkeypatch.setattr(machine, "description", lambda: {"processor": "a test"})
     monkeypatch.setattr(qlora, "RANK", 2)
+    monkeypatch.setattr(products, "WAYS", {k: products.WAYS[k] for k in PRODUCTS})
     monkeypatch.setattr(gradients, "WAYS", {k: gradients.WAYS[k] for k in SUMS})
     monkeypatch.setattr(qat, "SCHEMES", {k: qat.SCHEMES[k] for k in ("W4A4",)})
     return tasks
@@ -240,7 +242,7 @@ def test_the_other_parts_print_their_tables(tiny, tmp_path, monkeypatch, capsys)
     assert list(by_part) == ["products", "optimizers", "qlora", "gradients"]
     assert all(math.isfinite(r["loss"]) for r in found["training"])
     by_product, by_state, by_adapters, by_sum = by_part.values()
-    assert list(by_product) == ["float32", *products.WAYS]
+    assert list(by_product) == ["float32", *PRODUCTS]
     assert all(r["steps_per_second"] > 0 and r["speed"] > 0 for r in by_product.values())
     losses = {name: r["loss"] for name, r in by_product.items()}
     assert list(losses.values()).count(losses["float32"]) == 1, losses
