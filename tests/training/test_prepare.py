@@ -25,7 +25,7 @@ from jaxquant.training import (
     prepare,
 )
 
-from .. import checks
+from .. import cases, checks
 from .prepared import (
     ALL,
     GROUPED,
@@ -41,6 +41,15 @@ from .prepared import (
     products,
     weights,
 )
+
+
+def test_values_in_training_are_those_of_quantize_whatever_the_range():
+    """Compiled as users compile; below, ranges are those of the largest magnitude."""
+    configs = {name: cases.FEW[name] for name in ("int4-percentile", "int4-asym_min_mse")}
+    x = jnp.asarray(cases.gaussian(), jnp.bfloat16)
+    values = jax.jit(lambda x: {n: fake_quantize(x, c) for n, c in configs.items()})(x)
+    for name, config in configs.items():
+        np.testing.assert_array_equal(values[name], jq.quantize(x, config).dequantize(), name)
 
 
 @pytest.mark.parametrize("make, dtype", [(prepare, "float32"), (learn, "bfloat16")])
