@@ -1,4 +1,4 @@
-"""Every private Keras name that the package uses, and nothing else.
+"""Every private Keras name that the package uses, and the backend that it needs.
 
 Keras has no public way to do these. Each is tested on the oldest and the newest Keras that
 the package supports.
@@ -17,6 +17,13 @@ from keras.src.backend.common.masking import set_keras_mask
 from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.models.functional import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
+
+_BACKENDS = ("jax",)
+if keras.backend.backend() not in _BACKENDS:
+    raise ImportError(
+        f"jaxquant.keras computes with JAX; got the backend {keras.backend.backend()!r} of Keras. "
+        "Set KERAS_BACKEND=jax in the environment before Keras is imported."
+    )
 
 # To a type checker, anything: of a mixin, the Keras layer among the bases gives the rest.
 KerasLayer: Any = object

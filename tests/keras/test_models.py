@@ -2,6 +2,9 @@
 
 import functools
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import keras
@@ -184,3 +187,14 @@ def test_products_of_layers_are_explained_by_the_names_of_the_layers():
         ]
         assert [row.line for row in rows] == ["", ""], "a line in Keras says nothing"
     assert not explain(small_model(), tokens()).rows
+
+
+def test_another_backend_is_refused_when_it_is_imported():
+    run = subprocess.run(
+        [sys.executable, "-c", "import jaxquant.keras"],
+        env=os.environ | {"KERAS_BACKEND": "numpy"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "got the backend 'numpy' of Keras. Set KERAS_BACKEND=jax" in run.stderr
