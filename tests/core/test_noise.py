@@ -31,7 +31,7 @@ def test_noise_is_its_definition(shape):
     for draw in (uniform_noise, jax.jit(uniform_noise, static_argnums=(1, 2))):
         found = draw(key, shape, jnp.float32)
         assert (found.shape, found.dtype) == (shape, jnp.float32)
-        np.testing.assert_array_equal(np.ravel(found), np.float32(wanted))
+        np.testing.assert_array_equal(np.ravel(found), np.array(wanted, np.float32))
 
 
 @pytest.fixture(scope="module")
