@@ -77,8 +77,13 @@ def test_vmap_is_a_loop(config):
     checks.check_vmap_is_a_loop(config, cases.gaussian((3, *cases.SHAPE)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("config, floor", cases.FLOORS, ids=str)
+# Where noise is low, that of rounding to bfloat16 would show.
+QUIET = [(config, floor, "bfloat16") for config, floor in cases.FLOORS if floor > 20]
+
+
+@pytest.mark.parametrize(
+    "config, floor, dtype", [(*row, "float32") for row in cases.FLOORS] + QUIET, ids=str
+)
 def test_signal_to_noise_is_above_the_floor(config, floor, dtype):
     x = np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32)
     x = jnp.asarray(x).astype(dtype)
@@ -232,7 +237,7 @@ def test_arrays_without_elements_in_formats_with_groups(format):
         assert q.dequantize().shape == shape
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @few_configs
 def test_narrow_floats_are_computed_in_float32(config, dtype):
     x = jnp.asarray(cases.gaussian()).astype(dtype)
