@@ -22,6 +22,7 @@ LAYERS = [
     "core",
     "kernels",
     "ops",
+    "calibration",
     "methods",
     "tree",
     "training",

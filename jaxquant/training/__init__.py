@@ -1,5 +1,10 @@
 """Quantization inside training loops: pure functions and pytrees, for `jax.grad` and optax."""
 
+from ..calibration import MovingAverage as MovingAverage
+from ..calibration import MSEHistogram as MSEHistogram
+from ..calibration import Observer as Observer
+from ..calibration import PercentileHistogram as PercentileHistogram
+from ..calibration import RunningAbsMax as RunningAbsMax
 from ..core import LowRank as LowRank
 from .blocks import Blockwise as Blockwise
 from .calibrate import calibrate as calibrate
@@ -18,11 +23,6 @@ from .lora import lora_init as lora_init
 from .lora import merge as merge
 from .lora import partition as partition
 from .lora import trainable_mask as trainable_mask
-from .observers import MovingAverage as MovingAverage
-from .observers import MSEHistogram as MSEHistogram
-from .observers import Observer as Observer
-from .observers import PercentileHistogram as PercentileHistogram
-from .observers import RunningAbsMax as RunningAbsMax
 from .optimizer import STATE_4_BIT as STATE_4_BIT
 from .optimizer import STATE_8_BIT as STATE_8_BIT
 from .optimizer import QuantizedState as QuantizedState

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..calibration import Observer, PercentileHistogram
 from ..core import Inputs, QTensor, quantize_with_range, scale_values
 from ..tree import Progress, Rules, leaves_with_paths, reporter
 from ..tree import quantize as quantize_tree
-from .observers import Observer, PercentileHistogram
 from .prepare import Prepared
 
 

@@ -204,7 +204,7 @@ REFUSED = {
     ),
     "no batches": (STATIC, [], "layers/kernel: products must all meet .*; got 0 shapes"),
     "nan": (STATIC, [with_nan(BATCHES[0])], "layers/kernel: .*must be finite; got a range"),
-    "zeros": (STATIC, [BATCHES[0] * 0], "layers/kernel: .*something beside zeros"),
+    "zeros": (STATIC, [BATCHES[0] * 0], "layers/kernel: .*must see a nonzero value"),
 }
 
 

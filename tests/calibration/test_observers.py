@@ -1,4 +1,4 @@
-"""Observers against their definitions, in NumPy over everything that was observed."""
+"""Observers against their definitions, computed by NumPy over all observed elements."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ FIRST = {
 
 
 def batches(sign=1):
-    """Two shapes and dtypes, growing and shrinking, with heavy tails and off zero, one above it."""
+    """Arrays of two shapes and dtypes and of varying size, heavy-tailed and off-center."""
     random = np.random.default_rng(0)
     shapes, sizes = [(64, 30), (3, 5, 11)] * 2, [0.1, 3.0, 40.0, 0.5]
     found = [
@@ -37,13 +37,13 @@ def batches(sign=1):
     return [jnp.asarray(x, d) for x, d in zip(found, ["float32", "bfloat16"] * 2, strict=True)]
 
 
-def observed(observer, seen):
+def update_all(observer, seen):
     for x in seen:
         observer = observer.update(x)
     return observer
 
 
-def everything(seen):
+def all_elements(seen):
     return np.concatenate([np.asarray(x, np.float32).ravel() for x in seen])
 
 
@@ -52,15 +52,15 @@ def ends(observer, config):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_running_abs_max_spans_all_that_was_seen(sign):
-    x = everything(batches(sign))
-    observer = observed(RunningAbsMax.init(), batches(sign))
+def test_running_abs_max_spans_all_elements(sign):
+    x = all_elements(batches(sign))
+    observer = update_all(RunningAbsMax.init(), batches(sign))
     np.testing.assert_array_equal(ends(observer, ASYMMETRIC), [x.min(), x.max()])
     np.testing.assert_array_equal(ends(observer, SYMMETRIC), np.abs(x).max() * np.array([-1, 1]))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_range_holds_zero(sign):
+def test_the_range_contains_zero(sign):
     x = sign * jnp.linspace(1.0, 2.0, 50)
     for name in ("abs_max", "average", "percentile"):
         low, high = ends(FIRST[name].update(x), ASYMMETRIC)
@@ -69,7 +69,7 @@ def test_a_range_holds_zero(sign):
 
 
 @pytest.mark.parametrize("decay, sign", [(0.0, 1), (0.8, 1), (0.8, -1)])
-def test_moving_average_weighs_batches_by_their_age(decay, sign):
+def test_moving_average_weights_batches_by_age(decay, sign):
     seen = batches(sign)
     weights = np.array([decay ** (len(seen) - 1.0 - i) for i in range(len(seen))])
     weights /= weights.sum()
@@ -77,19 +77,19 @@ def test_moving_average_weighs_batches_by_their_age(decay, sign):
     low = weights @ [min(x.min(), 0) for x in each]
     high = weights @ [max(x.max(), 0) for x in each]
 
-    observer = observed(MovingAverage.init(decay), seen)
+    observer = update_all(MovingAverage.init(decay), seen)
 
     np.testing.assert_allclose(ends(observer, ASYMMETRIC), [low, high], rtol=1e-6)
     np.testing.assert_allclose(ends(observer, SYMMETRIC)[1], max(-low, high), rtol=1e-6)
 
 
 @pytest.mark.parametrize("p", [75, 99, 100])
-def test_percentile_is_that_of_all_elements_within_a_bin(p):
-    x = everything(batches())
-    observer = observed(PercentileHistogram.init(p, BINS), batches())
+def test_percentile_matches_all_elements_within_one_bin(p):
+    x = all_elements(batches())
+    observer = update_all(PercentileHistogram.init(p, BINS), batches())
     width = 4 * np.abs(x).max() / BINS
 
-    # Halfway to the next element there is nothing in the bins: so one of the two.
+    # Between two elements the bins are empty, so either neighbor is correct.
     def assert_near(end, values, percent):
         methods = ("lower", "higher")
         lower, upper = (np.percentile(values, percent, method=m) for m in methods)
@@ -101,16 +101,16 @@ def test_percentile_is_that_of_all_elements_within_a_bin(p):
     assert_near(ends(observer, SYMMETRIC)[1], np.abs(x), p)
 
 
-def test_counts_stay_where_they_belong_as_the_limit_grows():
+def test_counts_move_to_the_right_bins_when_the_limit_grows():
     seen = batches()
-    observer = observed(PercentileHistogram.init(bins=64), seen)
-    limit = 2.0 ** (np.frexp(np.abs(everything(seen)).max())[1])
-    want = np.histogram(everything(seen), 64, (-limit, limit))[0]
+    observer = update_all(PercentileHistogram.init(bins=64), seen)
+    limit = 2.0 ** (np.frexp(np.abs(all_elements(seen)).max())[1])
+    want = np.histogram(all_elements(seen), 64, (-limit, limit))[0]
     assert float(observer.limit) == limit
     np.testing.assert_array_equal(observer.counts, want)
 
 
-def test_elements_are_spread_evenly_in_their_bin():
+def test_percentile_interpolates_within_a_bin():
     x = jnp.linspace(0, 0.99, 100)
     observer = PercentileHistogram.init(62.5, bins=4).update(x)
     np.testing.assert_allclose(ends(observer, SYMMETRIC), [-0.625, 0.625], atol=0.01)
@@ -122,7 +122,7 @@ def test_elements_are_spread_evenly_in_their_bin():
 @pytest.mark.parametrize("size", [1e-36, 1e-30, 1.5e38, 3e38])
 def test_histograms_of_the_smallest_and_largest_floats_are_finite(size):
     x = jnp.asarray([0.5, -0.25, 0.125], jnp.float32) * jnp.float32(size)
-    observer = observed(PercentileHistogram.init(100, 64), [x, x])
+    observer = update_all(PercentileHistogram.init(100, 64), [x, x])
     assert np.isfinite(np.asarray(observer.limit))
     assert float(observer.counts.sum()) == 6
     want = np.array([-0.25, 0.5]) * size
@@ -131,14 +131,14 @@ def test_histograms_of_the_smallest_and_largest_floats_are_finite(size):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("format", [INT8, INT4], ids=str)
-def test_mse_is_the_search_over_all_elements_where_these_are_centers_of_bins(format, symmetric):
-    x = everything(batches())
+def test_mse_histogram_equals_min_mse_when_elements_are_bin_centers(format, symmetric):
+    x = all_elements(batches())
     width = 2 * 2.0 ** (np.frexp(np.abs(x).max())[1]) / BINS
     x = ((np.floor(x / width) + 0.5) * width).astype(np.float32)
-    # Of operands with more axes than the counts have.
+    # The config of an operand with more axes than the counts have.
     config = ArrayConfig(format=format, axis=1, symmetric=symmetric)
 
-    observer = observed(MSEHistogram.init(BINS), np.split(jnp.asarray(x), 2))
+    observer = update_all(MSEHistogram.init(BINS), np.split(jnp.asarray(x), 2))
 
     whole = dataclasses.replace(config, axis=None)
     best = quantize(jnp.asarray(x), dataclasses.replace(whole, range=MinMSE()))
@@ -148,48 +148,48 @@ def test_mse_is_the_search_over_all_elements_where_these_are_centers_of_bins(for
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_observers_are_carried_by_scan_and_compiled_once(name):
+def test_observers_can_be_scanned_and_compile_once(name):
     seen = jnp.stack([batches()[0] * k for k in (1.0, 3.0, 0.5)])
 
     def update(observer, x):
         return observer.update(x), None
 
     scanned = jax.jit(lambda observer: jax.lax.scan(update, observer, seen)[0])(FIRST[name])
-    one_by_one = observed(FIRST[name], seen)
+    one_by_one = update_all(FIRST[name], seen)
     for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(one_by_one), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     before = type(scanned).update._cache_size()
-    observed(scanned, seen)
+    update_all(scanned, seen)
     assert type(scanned).update._cache_size() == before
 
 
 @pytest.mark.parametrize("name", FIRST)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_not_forgotten(name, bad):
+def test_non_finite_elements_raise_at_the_end(name, bad):
     x = batches()[0]
-    observer = observed(FIRST[name], [x, x.at[1, 2].set(bad), x])
+    observer = update_all(FIRST[name], [x, x.at[1, 2].set(bad), x])
     with pytest.raises(ValueError, match=r"must be finite; got a range of .* held NaN or Inf"):
         observer.finish(SYMMETRIC)
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_an_observer_that_saw_nothing_has_no_range(name):
+def test_finish_without_data_raises(name):
     for seen in ([], [jnp.zeros((0, 2))], [jnp.zeros((64, 30))]):
         with pytest.raises(
-            ValueError, match=r"must have seen something beside zeros .* got a range"
+            ValueError, match=r"must see a nonzero value before finish .* got a range"
         ):
-            observed(FIRST[name], seen).finish(SYMMETRIC)
+            update_all(FIRST[name], seen).finish(SYMMETRIC)
 
 
 @pytest.mark.parametrize("name", FIRST)
 def test_empty_batches_change_nothing(name):
     empty = [jnp.zeros((0, 2))]
-    seen = observed(FIRST[name], batches()[:1])
-    for a, b in zip(*map(jax.tree.leaves, (observed(seen, empty), seen)), strict=True):
+    seen = update_all(FIRST[name], batches()[:1])
+    for a, b in zip(*map(jax.tree.leaves, (update_all(seen, empty), seen)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_wrong_arguments_are_refused():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="decay must be at least 0 and below 1; got 1"):
         MovingAverage.init(1)
     with pytest.raises(ValueError, match=r"p must be above 50 and at most 100.*got 40"):
