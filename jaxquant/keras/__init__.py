@@ -5,12 +5,12 @@ from .configs import Config as Config
 from .configs import Float8QuantizationConfig as Float8QuantizationConfig
 from .configs import Int4QuantizationConfig as Int4QuantizationConfig
 from .configs import Int8QuantizationConfig as Int8QuantizationConfig
-from .convert import convert as convert
-from .convert import to_stock as to_stock
-from .functional import functional as functional
-from .mixin import QuantizableMixin as QuantizableMixin
+from .layer import QuantizableMixin as QuantizableMixin
+from .layer import QuantizedWeight as QuantizedWeight
+from .models import convert as convert
+from .models import functional as functional
 from .models import quantize as quantize
+from .models import to_stock as to_stock
 from .quantizers import AbsMaxQuantizer as AbsMaxQuantizer
 from .quantizers import PercentileQuantizer as PercentileQuantizer
 from .quantizers import Quantizer as Quantizer
-from .weights import QuantizedWeight as QuantizedWeight

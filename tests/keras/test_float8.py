@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from jaxquant.keras import Float8QuantizationConfig, float8, layers
+from jaxquant.keras import Float8QuantizationConfig, layers
+from jaxquant.keras.layer import float8
 
 TRAINING = Float8QuantizationConfig(training=True)
 E4M3 = ml_dtypes.float8_e4m3fn

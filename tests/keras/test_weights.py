@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxquant import FORMATS, INT4, INT8, ArrayConfig, quantize
 from jaxquant.core import block_shape
 from jaxquant.keras import Config, QuantizableMixin, QuantizedWeight, layers
-from jaxquant.keras.weights import fit_groups, quantize_padded
+from jaxquant.keras.layer.weights import fit_groups, quantize_padded
 
 PRESCRIBED = [f for f in FORMATS.values() if f.group_size is not None]
 shapes = st.lists(st.integers(1, 300), min_size=1, max_size=4).map(tuple)

@@ -4,7 +4,7 @@ import inspect
 from typing import Any, ClassVar
 
 from .. import compat
-from ..policy import PolicyMixin
+from ..layer import PolicyMixin
 
 
 class ComposedMixin(PolicyMixin):

@@ -12,8 +12,7 @@ from jax import lax
 from ...core import QTensor
 from ...ops import conv_general_dilated
 from .. import compat
-from ..product import ProductMixin
-from ..weights import QuantizedWeight
+from ..layer import ProductMixin, QuantizedWeight
 
 _register = keras.saving.register_keras_serializable(package="jaxquant")
 

@@ -5,10 +5,8 @@ import numpy as np
 
 from ...ops import einsum, matmul, take
 from .. import compat
-from ..float8 import Float8TrainingMixin
-from ..lora import LoraMixin
-from ..stock_files import StockMatrix
-from ..weights import QuantizedWeight
+from ..files import StockMatrix
+from ..layer import Float8TrainingMixin, LoraMixin, QuantizedWeight
 
 _register = keras.saving.register_keras_serializable(package="jaxquant")
 

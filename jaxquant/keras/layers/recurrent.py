@@ -8,8 +8,7 @@ import keras
 
 from ...core import QTensor
 from ...ops import matmul
-from ..mixin import QuantizableMixin
-from ..weights import QuantizedWeight
+from ..layer import QuantizableMixin, QuantizedWeight
 from .composed import ComposedMixin
 
 _register = keras.saving.register_keras_serializable(package="jaxquant")

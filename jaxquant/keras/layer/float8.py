@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..training import amax_of, push_amax
-from . import compat
-from .configs import QuantizationConfig
-from .product import ProductMixin
+from ...training import amax_of, push_amax
+from .. import compat
+from ..configs import QuantizationConfig
+from .kernel_layer import ProductMixin
 
 FORWARD = "float8_e4m3fn"
 BACKWARD = "float8_e5m2"
@@ -121,7 +121,7 @@ class Float8TrainingMixin(ProductMixin):
             return super().call(inputs, *args, **kwargs)
         inputs = quantize_operand(inputs, *self._scaling("inputs"))
         kernel = quantize_operand(jnp.asarray(self.operand("kernel")), *self._scaling("kernel"))
-        outputs = self.product(inputs, kernel)
+        outputs = self.kernel_layer(inputs, kernel)
         return self._finished(quantize_gradient(outputs, *self._scaling("outputs_grad")))
 
     def start_training(self, config: QuantizationConfig) -> None:

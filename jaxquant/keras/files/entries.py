@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from ..core import QTensor
-from . import compat, stock_files
-from .carriers import carriers, from_carriers, to_carriers
-from .configs import Int8QuantizationConfig, QuantizationConfig
-from .stock_files import StockMatrix
-from .weights import logical
+from ...core import QTensor
+from .. import compat
+from ..configs import Int8QuantizationConfig, QuantizationConfig
+from . import stock_entries
+from .stock_entries import StockMatrix
+from .storage_arrays import carriers, from_carriers, logical, to_carriers
 
 MARK = "quantization"
 
@@ -117,9 +117,9 @@ def _load_stock_int4(layer, entries):
     others = other_variables(layer, (name,))
     _check_shapes(layer, entries[1 : len(others) + 1], [tuple(v.shape) for v in others])
     rest = entries[len(others) + 1 :]
-    held = stock_files.read_int4(where, entries[0], rest, layer.stock_matrix(name, shape))
+    held = stock_entries.read_int4(where, entries[0], rest, layer.stock_matrix(name, shape))
     like = layer.likes(held.config)[name]
-    q = stock_files.as_tensor(where, held, shape, logical(like))
+    q = stock_entries.as_tensor(where, held, shape, logical(like))
     layer.take_over(held.config, {name: _checked(layer, *_ordered(q, like.order))})
     _assign(others, entries[1:])
 
@@ -139,9 +139,9 @@ def _holds_int4(layer, entries):
         return False
     ((name, shape),) = layer.declared_shapes.items()
     matrix, codes = layer.stock_matrix(name, shape), entries[0]
-    if stock_files.is_int4(codes, shape, matrix):
+    if stock_entries.is_int4(codes, shape, matrix):
         return True
-    if codes.shape != shape or (matrix.shape[0] == 1 and stock_files.has_low_bits_only(codes)):
+    if codes.shape != shape or (matrix.shape[0] == 1 and stock_entries.has_low_bits_only(codes)):
         raise ValueError(
             f"The file's codes for layer {layer.name!r} must have shape {shape} as int8, or "
             f"{matrix.packed} as the int4 of Keras 3.14 and later; got {codes.shape}. The int4 of "
@@ -287,7 +287,7 @@ class SavedMixin(compat.KerasLayer):
         if compat.has_quantized_variables(self) or is_quantized(store):
             return load(self, store)
         shapes = [np.shape(store[key]) for key in sorted(store.keys(), key=_number)]
-        if stock_files.is_float8(shapes, len(other_variables(self, ()))):
+        if stock_entries.is_float8(shapes, len(other_variables(self, ()))):
             raise ValueError(
                 f"The file holds the scales of float8 training for layer {self.name!r}, which is "
                 f"a float layer; got shapes {shapes}. Quantize it first, by "

@@ -7,13 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 import keras
 
-from ..core import ArrayConfig, Scheme
-from ..tree import Progress, Report, Rules, report, reporter
-from . import compat
-from .configs import Config, QuantizationConfig, as_config
+from ...core import ArrayConfig, Scheme
+from ...tree import Progress, Report, Rules, report, reporter
+from .. import compat
+from ..configs import Config, QuantizationConfig, as_config
+from ..layer import QuantizableMixin
 from .convert import converter
-from .copying import Keep, share_variables
-from .mixin import QuantizableMixin
+from .rewrite import Keep, share_variables
 
 
 def quantize(

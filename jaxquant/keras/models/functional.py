@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from ..core import QTensor
-from . import compat
-from .weights import StoredWeight, replaced
+from ...core import QTensor
+from .. import compat
+from ..layer import StoredWeight, replaced
 
 Params = dict[str, Any]
 

@@ -13,10 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..core import QTensor, bits_of, pack_int2, pack_int4, unpack_int2
+from ...core import QTensor, bits_of, pack_int2, pack_int4, unpack_int2
 
 _CARRIED = ("int8", "uint8", "float16", "float32", "float64")
 _PACK = {4: pack_int4, 2: pack_int2}
+
+
+def logical(like: QTensor) -> QTensor:
+    """Shapes and dtypes with the axes in logical order."""
+    return jax.eval_shape(lambda q: q.reorder(None), like)
 
 
 def carriers(like: QTensor) -> list[jax.ShapeDtypeStruct]:

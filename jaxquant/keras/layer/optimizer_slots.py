@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import keras
 
-from . import compat
-from .configs import QuantizationConfig
-from .files import SavedMixin
+from .. import compat
+from ..configs import QuantizationConfig
+from ..files import SavedMixin
 
 
 class TrainedMixin(SavedMixin):

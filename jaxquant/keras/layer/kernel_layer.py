@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import keras
 
-from ..core import QTensor
+from ...core import QTensor
 from .lora import LoraMixin
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import keras
 
-from . import compat
+from .. import compat
 
 Keep = Iterable[str | type]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxquant.core import bits_of
-from jaxquant.keras.carriers import from_carrier, to_carrier
+from jaxquant.keras.files.storage_arrays import from_carrier, to_carrier
 
 DTYPES = [
     "int8",

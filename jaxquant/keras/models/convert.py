@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from ..core import INT4, INT8, AbsMax, blocks_between
-from . import compat, layers
-from .copying import Copier, Keep, copy_variables, is_stock
-from .files import other_variables
-from .mixin import QuantizableMixin
-from .stock_files import spread
+from ...core import INT4, INT8, AbsMax, blocks_between
+from .. import compat, layers
+from ..files import other_variables, spread
+from ..layer import QuantizableMixin
+from .rewrite import Copier, Keep, copy_variables, is_stock
 
 
 def convert(model: keras.Model, *, keep: Keep = ()) -> Any:

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from ..core import ArrayConfig, Inputs, QTensor, quantize
-from ..ops import best_order
-from . import compat
-from .carriers import carriers, from_carriers, to_carriers
+from ...core import ArrayConfig, Inputs, QTensor, quantize
+from ...ops import best_order
+from .. import compat
+from ..files import carriers, from_carriers, to_carriers
 
 
 class QuantizedWeight:
@@ -224,11 +224,6 @@ def quantize_padded(
     error, signal = (jnp.sum(jnp.square(y.astype(jnp.float32) / unit)) for y in (values - x, x))
     noise = jnp.sqrt(error / jnp.where(signal > 0, signal, 1))
     return q.reorder(order), jnp.all(jnp.isfinite(x)), noise
-
-
-def logical(like: QTensor) -> QTensor:
-    """Shapes and dtypes with the axes in logical order."""
-    return jax.eval_shape(lambda q: q.reorder(None), like)
 
 
 @lru_cache(maxsize=1024)

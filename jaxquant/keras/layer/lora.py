@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from ..core import QTensor
+from ...core import QTensor
 from .mixin import QuantizableMixin
 
 

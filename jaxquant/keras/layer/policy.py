@@ -1,6 +1,6 @@
 """The dtype policy of a layer, which a setter that fails leaves as it was."""
 
-from . import compat
+from .. import compat
 
 
 class PolicyMixin(compat.KerasLayer):

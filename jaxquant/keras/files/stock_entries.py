@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import QTensor, blocks_between, unpack_int4
-from .configs import Int4QuantizationConfig
+from ...core import QTensor, blocks_between, unpack_int4
+from ..configs import Int4QuantizationConfig
 
 
 class StockMatrix(NamedTuple):

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import jax
 import keras
 
-from ..core import QTensor, Scheme
-from . import compat
-from .configs import QuantizationConfig, as_config, config_of_policy
+from ...core import QTensor, Scheme
+from .. import compat
+from ..configs import QuantizationConfig, as_config, config_of_policy
+from .optimizer_slots import TrainedMixin, weights_still_float
 from .policy import PolicyMixin
-from .training import TrainedMixin, weights_still_float
 from .weights import (
     QuantizedWeight,
     abstract_tensor,

@@ -1,0 +1,10 @@
+"""What makes one Keras layer quantizable."""
+
+from .float8 import Float8TrainingMixin as Float8TrainingMixin
+from .kernel_layer import ProductMixin as ProductMixin
+from .lora import LoraMixin as LoraMixin
+from .mixin import QuantizableMixin as QuantizableMixin
+from .policy import PolicyMixin as PolicyMixin
+from .weights import QuantizedWeight as QuantizedWeight
+from .weights import StoredWeight as StoredWeight
+from .weights import replaced as replaced

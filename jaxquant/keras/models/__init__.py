@@ -1,0 +1,6 @@
+"""Whole Keras models: converted, quantized, and as pure functions."""
+
+from .convert import convert as convert
+from .convert import to_stock as to_stock
+from .functional import functional as functional
+from .quantize import quantize as quantize
