@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import rich.console
-import rich.progress
 
 from . import demo, tree
 from .core import SCHEMES, Scheme
+from .tree.internal import check_target, is_saved_tree, progress_bar, read_arrays
 from .version import __version__
 
 _EXAMPLES = """examples:
@@ -124,14 +124,8 @@ def _demo(options):
     tokens = demo.tokenize(demo.documentation_sentences(options.sentences), folder)
     names = options.only or list(demo.SCHEMES)
     schemes = {name: demo.SCHEMES[name] for name in names}
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(console=console, transient=True) as bar:
-        task = bar.add_task("Comparing", total=None)
-
-        def show(done, total, name):
-            bar.update(task, completed=done, total=total, description=name)
-
-        results = demo.compare(params, config, tokens, schemes, progress=show)
+    with progress_bar(True, None, "Comparing") as progress:
+        results = demo.compare(params, config, tokens, schemes, progress=progress)
     _print(demo.table(results), [dataclasses.asdict(r) for r in results], options)
 
 
@@ -145,9 +139,9 @@ def _quantize(options):
         raise ValueError(
             f"nothing to do for {options.source}: give --scheme NAME, --rule PATTERN=NAME, or both"
         )
-    tree.check_target(options.target)
-    is_ours = tree.is_saved_tree(options.source)
-    params = (tree.load if is_ours else tree.read_arrays)(options.source)
+    check_target(options.target)
+    is_ours = is_saved_tree(options.source)
+    params = (tree.load if is_ours else read_arrays)(options.source)
     quantized = tree.quantize(params, rules, progress=not options.json)
     report = tree.report(params, quantized, rules)
     sqnr = {r["path"]: r["sqnr"] for r in report.to_json()["rows"] if r["sqnr"] is not None}
@@ -156,8 +150,8 @@ def _quantize(options):
 
 
 def _inspect(options):
-    is_ours = tree.is_saved_tree(options.file)
-    params = (tree.load if is_ours else tree.read_arrays)(options.file)
+    is_ours = is_saved_tree(options.file)
+    params = (tree.load if is_ours else read_arrays)(options.file)
     known = json.loads(tree.read_metadata(options.file).get(_SQNR, "{}")) if is_ours else {}
     rows = tree.report(None, params).rows
     report = tree.Report(tuple(dataclasses.replace(r, sqnr=known.get(r.path)) for r in rows))

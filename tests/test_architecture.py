@@ -1,6 +1,7 @@
 """The architecture, checked from the source text; only the front door is imported.
 
-Layers import downwards only, and through each other's front door.
+Layers import downwards only, and through each other's doors: a folder's `__init__` is for users
+and for other folders, its `internal` for other folders alone.
 """
 
 import ast
@@ -37,6 +38,8 @@ MAX_BODY_LINES = 60
 LATE_IMPORTS = {
     "demo/text.py": "tokenizers is an optional package",
     "tree/plot.py": "matplotlib is an optional package, and slow to import",
+    "tree/progress.py": "rich is slow to import, and only a progress bar needs it",
+    "tree/report_table.py": "rich is slow to import, and only tables need it",
 }
 # Optional packages, which `import jaxquant` must not need.
 OPTIONAL = ["keras", "optax", "matplotlib", "tokenizers"]
@@ -96,8 +99,9 @@ def test_imports_point_down_and_use_the_front_door(path):
         assert LAYERS.index(target[0]) < LAYERS.index(here), (
             f"{path}:{line}: {here} may not import {target[0]}"
         )
-        assert len(target) == 1, (
-            f"{path}:{line}: import from {target[0]}, not from {'.'.join(target)}"
+        assert len(target) == 1 or target[1:] == ["internal"], (
+            f"{path}:{line}: import from {target[0]} or {target[0]}.internal, not from "
+            f"{'.'.join(target)}"
         )
 
 
@@ -180,7 +184,7 @@ def test_every_error_shows_what_was_got(path):
 
 
 def front_doors():
-    return [path for path in MODULES if path.name == "__init__.py"]
+    return [path for path in MODULES if path.name in ("__init__.py", "internal.py")]
 
 
 @pytest.mark.parametrize("path", front_doors(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -190,6 +194,15 @@ def test_front_doors_only_name_what_they_export(path):
         assert is_docstring or isinstance(node, ast.ImportFrom), f"{path}:{node.lineno}"
         for alias in getattr(node, "names", []):
             assert alias.asname == alias.name, f"{path}:{node.lineno}: write `x as x`"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.name == "internal.py"], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_what_is_public_is_not_internal_too(path):
+    doors = [path, path.with_name("__init__.py")]
+    names = [{a.name for n in nodes_of(door, ast.ImportFrom) for a in n.names} for door in doors]
+    assert not names[0] & names[1]
 
 
 def public_names():

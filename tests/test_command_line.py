@@ -10,6 +10,7 @@ import safetensors.numpy
 import jaxquant
 from jaxquant import SCHEMES, QTensor, demo, load, save, tree
 from jaxquant.__main__ import main
+from jaxquant.tree.internal import read_arrays
 
 from .demo import encoders
 from .tree.trees import normal, parameters
@@ -66,7 +67,7 @@ def test_quantize_writes_a_tree_and_prints_the_report(model, run, tmp_path):
         "layers.0.up.weight": (64, 1),
         "lm_head.weight": (96, 1),
     }
-    arrays = tree.read_arrays(model)
+    arrays = read_arrays(model)
     found = load(tmp_path / "small")
     np.testing.assert_array_equal(found["ids"], arrays["ids"])
     np.testing.assert_array_equal(found["layers.0.norm.weight"], arrays["layers.0.norm.weight"])

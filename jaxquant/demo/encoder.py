@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ..ops import einsum, scan, take
-from ..tree import read_arrays
+from ..tree.internal import read_arrays
 
 Params = dict[str, Any]
 

@@ -17,7 +17,8 @@ from ..core import (
     config_from_json,
     config_to_json,
 )
-from ..tree import Rule, Rules, as_rules
+from ..tree import Rule, Rules
+from ..tree.internal import as_rules
 from .quantizers import AbsMaxQuantizer, as_array_config
 
 _register = keras.saving.register_keras_serializable(package="jaxquant")

@@ -11,8 +11,9 @@ import numpy as np
 
 from ..calibration import Observer, PercentileHistogram
 from ..core import Inputs, QTensor, quantize_with_range, scale_values
-from ..tree import Progress, Rules, leaves_with_paths, reporter
+from ..tree import Progress, Rules
 from ..tree import quantize as quantize_tree
+from ..tree.internal import leaves_with_paths, progress_bar
 from .prepare import Prepared
 
 
@@ -62,7 +63,7 @@ def calibrate(
     tapped = [_tapped(x, path, waiting) if _has_inputs(x) else x for path, x in leaves.items()]
     run, tapped = jax.jit(apply), jax.tree.unflatten(treedef, tapped)
     total = len(batches) if isinstance(batches, Sized) else None
-    with reporter(progress, total, "Calibrating") as report:
+    with progress_bar(progress, total, "Calibrating") as report:
         for done, batch in enumerate(batches, 1):
             jax.block_until_ready(run(tapped, batch))
             jax.effects_barrier()

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core import ArrayConfig, LowRank, QTensor, Scheme, describe, quantize
-from ..tree import Rules, is_quantized, leaves_with_paths, objection, quantize_leaf, select
+from ..tree import Rules, is_quantized
+from ..tree.internal import leaves_with_paths, quantize_leaf, select, why_unsupported
 
 
 def lora_init(
@@ -213,7 +214,7 @@ def _objection(leaf: Any, scheme: Scheme) -> str | None:
     if isinstance(leaf, LowRank):
         return f"has adapters already ({leaf!r}); merge them first, or give it a rule with None"
     is_base = isinstance(leaf, QTensor)
-    why_not = _refuses_base(leaf, scheme) if is_base else objection(leaf, scheme)
+    why_not = _refuses_base(leaf, scheme) if is_base else why_unsupported(leaf, scheme)
     if why_not is not None:
         return why_not
     axes = sorted(scheme.weights.axes(leaf.ndim))

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core import ArrayConfig, Scheme, bits_of, packed_bytes
-from ..tree import Rule, Rules, as_rules, leaves_with_paths, match, unused
+from ..tree import Rule, Rules
+from ..tree.internal import as_rules, leaves_with_paths, match_rules, unused_rules
 from .blocks import Blockwise, quantize_blocks
 from .formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
 from .transformation import AnyTransformation, check_transformation
@@ -148,7 +149,7 @@ def _checked(rules, min_size):
 
 def _check_used(rules, inner):
     paths, leaves, _ = leaves_with_paths(inner, None)
-    found = unused(rules, paths, leaves)
+    found = unused_rules(rules, paths, leaves)
     if found:
         raise ValueError(
             f"No array of the state matches {[r.pattern for r in found]}; its paths are "
@@ -160,7 +161,7 @@ def _store(inner, rules, min_size, key):
     """The state with a Blockwise in place of each array that the rules select."""
     paths, leaves, treedef = leaves_with_paths(inner, None)
     stored = []
-    for i, (leaf, rule) in enumerate(zip(leaves, match(rules, paths, leaves), strict=True)):
+    for i, (leaf, rule) in enumerate(zip(leaves, match_rules(rules, paths, leaves), strict=True)):
         config = _config_of(leaf, rule, min_size)
         noise = None if key is None else jax.random.fold_in(key, i)
         stored.append(leaf if config is None else quantize_blocks(leaf, config, noise))

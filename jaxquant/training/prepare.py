@@ -18,7 +18,8 @@ from ..core import (
     quantize,
     scale_values,
 )
-from ..tree import Rules, leaves_with_paths, select, stored_order
+from ..tree import Rules
+from ..tree.internal import leaves_with_paths, select, stored_order
 from .fake_quantize import (
     LearnedRange,
     LearnedStep,

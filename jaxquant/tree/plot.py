@@ -1,15 +1,13 @@
 """Pictures of reports. The only module that needs matplotlib, which is optional."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .report import ReportRow
+from .report_row import ReportRow
 
 
-def plot_report(rows: Sequence["ReportRow"], path: str) -> None:
+def plot_report(rows: Sequence[ReportRow], path: str) -> None:
     """Draws the SQNR of each leaf beside the codes' histogram of each scheme."""
     done = [r for r in rows if r.scheme is not None]
     if not done:

@@ -1,8 +1,7 @@
 """Whole trees of parameters to trees of quantized ones."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,16 +9,21 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-import rich.progress
 
 from ..core import ArrayConfig, Deferred, Format, Inputs, QTensor, Scheme, block_shape
 from ..core import quantize as quantize_array
 from ..ops import best_order
 from .paths import is_quantized, leaves_with_paths
-from .rules import Rule, Rules, as_rules, bits_per_weight, match, shrinks, unused
-
-# Steps done, those in all (None: not known), and what was done last.
-Progress = Callable[[int, int | None, str], None]
+from .progress import Progress, progress_bar
+from .rules import (
+    Rule,
+    Rules,
+    as_rules,
+    bits_per_weight,
+    match_rules,
+    shrinks,
+    unused_rules,
+)
 
 
 def quantize(
@@ -59,7 +63,7 @@ def quantize(
     total = sum(scheme is not None for scheme in chosen)
     platform = platform or jax.default_backend()
     result, done = [], 0
-    with reporter(progress, total) as report:
+    with progress_bar(progress, total) as report:
         for path, leaf, scheme in zip(paths, leaves, chosen, strict=True):
             if scheme is not None:
                 leaf = quantize_leaf(leaf, scheme, platform)
@@ -70,21 +74,22 @@ def quantize(
 
 
 def select(
-    params: Any, rules: Rules, refuses: Callable[[Any, Scheme], str | None] | None = None
+    params: Any, rules: Rules, check: Callable[[Any, Scheme], str | None] | None = None
 ) -> tuple[list[str], list[Any], list[Scheme | None], Any]:
     """Paths, leaves, the scheme of each leaf or None, and the structure of a tree, all checked.
 
     Args:
         params, rules: as for `quantize`.
-        refuses: (leaf, scheme) -> why the leaf cannot be taken, or None; None for `objection`.
+        check: (leaf, scheme) -> why the leaf is unsupported, or None; None for
+            `why_unsupported`.
 
     Raises:
         ValueError: as for `quantize`.
     """
     rules = as_rules(rules)
     paths, leaves, treedef = leaves_with_paths(params)
-    chosen = [rule and rule.resolve() for rule in match(rules, paths, leaves)]
-    _check(rules, paths, leaves, chosen, refuses or objection)
+    chosen = [rule and rule.resolve() for rule in match_rules(rules, paths, leaves)]
+    _check(rules, paths, leaves, chosen, check or why_unsupported)
     return paths, leaves, chosen, treedef
 
 
@@ -172,22 +177,22 @@ def _with_format(q: QTensor, format: Format) -> QTensor:
     return dataclasses.replace(q, codes=codes, zero_point=zero_point, format=format)
 
 
-def _check(rules: tuple[Rule, ...], paths, leaves, chosen, refuses):
+def _check(rules: tuple[Rule, ...], paths, leaves, chosen, check):
     """Raises one error that lists everything wrong."""
-    problems = [f"rule {r.pattern!r} matches no leaf" for r in unused(rules, paths, leaves)]
+    problems = [f"rule {r.pattern!r} matches no leaf" for r in unused_rules(rules, paths, leaves)]
     if not problems and all(scheme is None for scheme in chosen):
         problems = ["the rules select no leaf"]
     if problems:
         known = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "") or "none"
         problems[-1] += f"; the paths are {known}"
     selected = [item for item in zip(paths, leaves, chosen, strict=True) if item[2] is not None]
-    problems += [f"{path}: {why}" for path, *item in selected if (why := refuses(*item))]
+    problems += [f"{path}: {why}" for path, *item in selected if (why := check(*item))]
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(f"Nothing was quantized. {len(problems)} to mend:\n  {lines}")
 
 
-def objection(leaf: Any, scheme: Scheme) -> str | None:
+def why_unsupported(leaf: Any, scheme: Scheme) -> str | None:
     """Why a leaf cannot be quantized by a scheme, or None."""
     if is_quantized(leaf):
         return f"quantized already ({leaf!r}); dequantize it first, or give it a rule with None"
@@ -217,17 +222,3 @@ def objection(leaf: Any, scheme: Scheme) -> str | None:
 def _is_finite(x):
     # Not by the maximum: XLA's CPU backend drops NaN there.
     return jnp.all(jnp.isfinite(x))
-
-
-@contextlib.contextmanager
-def reporter(
-    progress: Progress | bool | None, total: int | None, task: str = "Quantizing"
-) -> Iterator[Progress]:
-    """Yields the function to call after each of `total` steps, as `quantize` describes."""
-    if callable(progress):
-        yield progress
-        return
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(console=console, transient=True, disable=not progress) as bar:
-        number = bar.add_task(task, total=total)
-        yield lambda done, total, what: bar.update(number, completed=done, description=what)

@@ -3,47 +3,21 @@
 import dataclasses
 import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.markup
-import rich.table
 
 from ..core import Deferred, LowRank, describe, packed_bytes
 from .paths import is_quantized, leaves_with_paths
 from .plot import plot_report
-from .rules import Rules, as_rules, match
+from .report_row import ReportRow
+from .report_table import report_table, to_text
+from .rules import Rules, as_rules, match_rules
 
-
-@dataclasses.dataclass(frozen=True)
-class ReportRow:
-    """One leaf.
-
-    Attributes:
-        path: where it lies, such as "layers/0/kernel".
-        shape: its shape.
-        scheme: how it is quantized, such as "int4 g128, int8 inputs"; None if it is not.
-        reason: why it is not quantized; None if it is.
-        bits_per_weight: bits in memory per element, scales and zero points included.
-        bytes_before, bytes_after: bytes in memory.
-        sqnr: signal to quantization noise in dB, 10 log10(sum x^2 / sum (x - q)^2); infinite
-            if there is no noise, None where nothing was compared.
-        codes: how often codes fall into each of the equal bins over the format's range, of which
-            there are 16 or fewer.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    scheme: str | None
-    reason: str | None
-    bits_per_weight: float
-    bytes_before: int
-    bytes_after: int
-    sqnr: float | None
-    codes: tuple[int, ...] = ()
+if TYPE_CHECKING:
+    import rich.table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +37,9 @@ class Report:
             "total", (size,), title, None, 8 * after / max(size, 1), before, after, None
         )
 
-    def table(self) -> rich.table.Table:
+    def table(self) -> "rich.table.Table":
         """The rows and totals as a rich table."""
-        table = rich.table.Table(title="Quantization by leaf", show_footer=True)
-        total = self.total
-        mega = [f"{b / 1e6:.3f}" for b in (total.bytes_before, total.bytes_after)]
-        footers = ["total", "", total.scheme or "", f"{total.bits_per_weight:.2f}", *mega, ""]
-        for (name, justify), footer in zip(_COLUMNS, footers, strict=True):
-            table.add_column(name, footer, justify=justify)
-        for row in self.rows:
-            table.add_row(*_cells(row), style=None if row.scheme else "dim")
-        return table
+        return report_table(self.rows, self.total)
 
     def to_json(self) -> dict[str, Any]:
         """Rows and total as JSON values. An infinite or absent SQNR is null."""
@@ -92,22 +58,10 @@ class Report:
         plot_report(self.rows, path)
 
     def __str__(self) -> str:
-        console = rich.console.Console(width=120)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return to_text(self.table())
 
 
 _BYTES = ("bytes_before", "bytes_after")
-_COLUMNS: tuple[tuple[str, rich.console.JustifyMethod], ...] = (
-    ("leaf", "left"),
-    ("shape", "right"),
-    ("scheme, or why not", "left"),
-    ("bits per weight", "right"),
-    ("MB before", "right"),
-    ("MB after", "right"),
-    ("SQNR dB", "right"),
-)
 
 
 def report(params: Any, quantized: Any, rules: Rules | None = None) -> Report:
@@ -131,7 +85,9 @@ def report(params: Any, quantized: Any, rules: Rules | None = None) -> Report:
     before = _leaves_before(params, paths) if params is not None else [None] * len(paths)
     originals = [a if b is None else b for a, b in zip(after, before, strict=True)]
     _check_shapes(paths, originals, after)
-    chosen = [None] * len(paths) if rules is None else match(as_rules(rules), paths, originals)
+    chosen = (
+        [None] * len(paths) if rules is None else match_rules(as_rules(rules), paths, originals)
+    )
     items = zip(paths, before, after, chosen, strict=True)
     return Report(tuple(_row(path, x, q, rule, rules) for path, x, q, rule in items))
 
@@ -223,14 +179,6 @@ def _histogram(q):
     whole = float(q.format.rounds)
     bins = min(16, 2**q.format.bits)
     return tuple(_histogram_of(q.codes, float(low), high + whole, bins).tolist())
-
-
-def _cells(row):
-    path, what = (rich.markup.escape(s) for s in (row.path, row.scheme or row.reason))
-    shape = "x".join(map(str, row.shape)) or "scalar"
-    sqnr = "" if row.sqnr is None else f"{row.sqnr:.1f}"
-    mega = [f"{b / 1e6:.3f}" for b in (row.bytes_before, row.bytes_after)]
-    return path, shape, what, f"{row.bits_per_weight:.2f}", *mega, sqnr
 
 
 def _json(row):

@@ -203,7 +203,7 @@ def _as_rule(item):
     )
 
 
-def match(rules: tuple[Rule, ...], paths: list[str], leaves: list[Any]) -> list[Rule | None]:
+def match_rules(rules: tuple[Rule, ...], paths: list[str], leaves: list[Any]) -> list[Rule | None]:
     """The rule of each leaf: the first that matches, or None."""
     return [
         next((rule for rule in rules if rule.matches(path, leaf)), None)
@@ -211,7 +211,7 @@ def match(rules: tuple[Rule, ...], paths: list[str], leaves: list[Any]) -> list[
     ]
 
 
-def unused(rules: tuple[Rule, ...], paths: list[str], leaves: list[Any]) -> list[Rule]:
+def unused_rules(rules: tuple[Rule, ...], paths: list[str], leaves: list[Any]) -> list[Rule]:
     """Required rules that match no leaf, whether or not an earlier rule took it."""
     pairs = list(zip(paths, leaves, strict=True))
     return [r for r in rules if r.required and not any(r.matches(*pair) for pair in pairs)]

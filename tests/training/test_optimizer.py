@@ -16,7 +16,8 @@ from jaxquant import FP8_E4M3, INT4, MXFP8, ArrayConfig, training
 from jaxquant.training import STATE_4_BIT, STATE_8_BIT, Blockwise, state_bytes
 from jaxquant.training.blocks import quantize_blocks
 from jaxquant.training.formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
-from jaxquant.tree import Rule, leaves_with_paths
+from jaxquant.tree import Rule
+from jaxquant.tree.internal import leaves_with_paths
 
 from .. import checks, oracles
 

@@ -38,6 +38,7 @@ from jaxquant import (
     save,
     tree,
 )
+from jaxquant.tree.internal import check_target, is_saved_tree, read_arrays
 
 from .. import cases
 from .trees import Dense, Module, State, assert_equal_trees, leaves_of, normal, parameters
@@ -112,7 +113,7 @@ def test_quantized_trees_run_the_same_after_loading(tmp_path):
 def test_metadata_comes_back_without_the_tensors(tmp_path, metadata):
     save(tmp_path / "a", parameters(), metadata)
     assert tree.read_metadata(tmp_path / "a") == (metadata or {})
-    assert tree.is_saved_tree(tmp_path / "a")
+    assert is_saved_tree(tmp_path / "a")
 
 
 CONTAINERS = {
@@ -272,7 +273,7 @@ def test_a_folder_that_is_not_there_is_named_when_reading(tmp_path):
 
 
 # What they do with a tree that cannot be saved tells that the place is checked before it.
-CHECKS = {"save": lambda path: save(path, {"a": object()}), "check_target": tree.check_target}
+CHECKS = {"save": lambda path: save(path, {"a": object()}), "check_target": check_target}
 each_check = pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 
 
@@ -301,7 +302,7 @@ def test_a_target_may_be_new_or_a_file(tmp_path, monkeypatch):
     save(tmp_path / "old", small())
     monkeypatch.chdir(tmp_path)
     for path in (tmp_path / "old", tmp_path / "new", "new", "./new"):
-        tree.check_target(path)
+        check_target(path)
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
 
 
@@ -310,8 +311,8 @@ def test_a_target_may_be_new_or_a_file(tmp_path, monkeypatch):
 READERS = {
     "load": load,
     "read_metadata": tree.read_metadata,
-    "is_saved_tree": tree.is_saved_tree,
-    "read_arrays": tree.read_arrays,
+    "is_saved_tree": is_saved_tree,
+    "read_arrays": read_arrays,
 }
 each_reader = pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 OURS = {"read": load}, {"read": tree.read_metadata}
@@ -406,7 +407,7 @@ def test_a_foreign_file_is_refused(tmp_path, read, write):
 @pytest.mark.parametrize("read", [load, tree.read_metadata])
 def test_plain_safetensors_are_not_taken_for_a_saved_tree(tmp_path, read):
     safetensors.numpy.save_file({"a": np.ones(3)}, tmp_path / "a")
-    assert not tree.is_saved_tree(tmp_path / "a")
+    assert not is_saved_tree(tmp_path / "a")
     with pytest.raises(ValueError, match=r"but not one that jaxquant.save wrote: .* Read it with "):
         read(tmp_path / "a")
 
@@ -414,14 +415,14 @@ def test_plain_safetensors_are_not_taken_for_a_saved_tree(tmp_path, read):
 def test_arrays_of_plain_safetensors_are_read_by_name(tmp_path):
     arrays = {"a": normal(3, 4), "b.c": np.arange(3), "d": np.ones(2, jnp.bfloat16)}
     safetensors.numpy.save_file(arrays, tmp_path / "a")
-    assert_equal_trees(tree.read_arrays(tmp_path / "a"), arrays)
+    assert_equal_trees(read_arrays(tmp_path / "a"), arrays)
 
 
 def test_a_dtype_that_numpy_cannot_have_is_named(tmp_path):
     entry = {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}
     (tmp_path / "a").write_bytes(with_header({"layer.weight": entry}, bytes(4)))
     with pytest.raises(ValueError, match=r"'layer.weight' has dtype F8_E4M3, .* Store it as bfl"):
-        tree.read_arrays(tmp_path / "a")
+        read_arrays(tmp_path / "a")
 
 
 @each_reader

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxquant import FP8, INT4, MXFP4A16, W4A16, W8A8, W8A16, ArrayConfig, Rule, Scheme, take, tree
+from jaxquant.tree.internal import is_matrix
 
 from .trees import leaves_of, normal, parameters
 
@@ -47,7 +48,7 @@ def test_where_narrows_a_pattern():
 
 
 @pytest.mark.parametrize(
-    "path, leaf, is_matrix",
+    "path, leaf, wanted",
     [
         ("kernel", np.ones((2, 3), np.float32), True),
         ("kernel", jnp.ones((2, 3, 4), jnp.bfloat16), True),
@@ -57,8 +58,8 @@ def test_where_narrows_a_pattern():
         ("kernel", None, False),
     ],
 )
-def test_matrices_are_floating_and_have_two_axes_or_more(path, leaf, is_matrix):
-    assert bool(tree.is_matrix(path, leaf)) is is_matrix
+def test_matrices_are_floating_and_have_two_axes_or_more(path, leaf, wanted):
+    assert bool(is_matrix(path, leaf)) is wanted
 
 
 MATRIX, EMBEDDING, LEFT = -2, -1, None
@@ -128,7 +129,7 @@ def test_default_rules_give_embeddings_the_blocks_of_a_scheme_that_has_them():
 
 
 def test_the_first_rule_that_matches_decides():
-    rules = [Rule("out/0", None), Rule("out/*", W8A8, where=tree.is_matrix), Rule("*kernel", W8A16)]
+    rules = [Rule("out/0", None), Rule("out/*", W8A8, where=is_matrix), Rule("*kernel", W8A16)]
     rules.append(Rule("*", W4A16, where=lambda path, leaf: path.startswith("embed"), axis=-1))
     params = parameters()
     params["out"].append(jnp.asarray(normal(64, 8)))

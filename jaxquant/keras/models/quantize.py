@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import keras
 
 from ...core import ArrayConfig, Scheme
-from ...tree import Progress, Report, Rules, report, reporter
+from ...tree import Progress, Report, Rules, report
+from ...tree.internal import progress_bar
 from .. import compat
 from ..configs import Config, QuantizationConfig, as_config
 from ..layer import QuantizableMixin
@@ -73,7 +74,7 @@ def _quantize(chosen, config, progress):
     """Quantizes the chosen weights of each layer; returns their rows, and what was wrong."""
     rows, problems, done = [], [], 0
     total = sum(len(names) for _, names in chosen)
-    with reporter(progress, total) as tell:
+    with progress_bar(progress, total) as tell:
         for layer, names in chosen:
             try:
                 rows += _quantize_layer(layer, names, config)

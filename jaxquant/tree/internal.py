@@ -1,0 +1,15 @@
+"""What the other folders of this package use of `tree` beyond what users call. Not public."""
+
+from .files import check_target as check_target
+from .files import is_saved_tree as is_saved_tree
+from .files import read_arrays as read_arrays
+from .paths import leaves_with_paths as leaves_with_paths
+from .progress import progress_bar as progress_bar
+from .quantize import quantize_leaf as quantize_leaf
+from .quantize import select as select
+from .quantize import stored_order as stored_order
+from .quantize import why_unsupported as why_unsupported
+from .rules import as_rules as as_rules
+from .rules import is_matrix as is_matrix
+from .rules import match_rules as match_rules
+from .rules import unused_rules as unused_rules

@@ -1,0 +1,41 @@
+"""Progress of long work: a bar on standard error, or the caller's own function."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+# Steps done, steps in total (None: unknown), and what the last step was.
+Progress = Callable[[int, int | None, str], None]
+
+
+@contextlib.contextmanager
+def progress_bar(
+    progress: Progress | bool | None, total: int | None, task: str = "Quantizing"
+) -> Iterator[Progress]:
+    """Yields the function to call after each step.
+
+    Args:
+        progress: True for a bar, a function to call instead, or None for neither.
+        total: number of steps, or None if it is not known.
+        task: text beside the bar until the first step is done.
+    """
+    if callable(progress):
+        yield progress
+    elif progress:
+        with _bar(task, total) as update:
+            yield update
+    else:
+        yield lambda done, total, what: None
+
+
+@contextlib.contextmanager
+def _bar(task, total):
+    # rich is slow to import, and only a bar needs it.
+    import rich.console
+    import rich.progress
+
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(console=console, transient=True) as bar:
+        number = bar.add_task(task, total=total)
+        yield lambda done, total, what: bar.update(
+            number, completed=done, total=total, description=what
+        )

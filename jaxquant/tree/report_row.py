@@ -1,0 +1,31 @@
+"""One row of a report. Apart from reports, because what shows a row needs only this."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportRow:
+    """One leaf.
+
+    Attributes:
+        path: where it lies, such as "layers/0/kernel".
+        shape: its shape.
+        scheme: how it is quantized, such as "int4 g128, int8 inputs"; None if it is not.
+        reason: why it is not quantized; None if it is.
+        bits_per_weight: bits in memory per element, scales and zero points included.
+        bytes_before, bytes_after: bytes in memory.
+        sqnr: signal to quantization noise in dB, 10 log10(sum x^2 / sum (x - q)^2); infinite
+            if there is no noise, None where nothing was compared.
+        codes: how often codes fall into each of the equal bins over the format's range, of which
+            there are 16 or fewer.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    scheme: str | None
+    reason: str | None
+    bits_per_weight: float
+    bytes_before: int
+    bytes_after: int
+    sqnr: float | None
+    codes: tuple[int, ...] = ()
