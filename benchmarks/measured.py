@@ -1,4 +1,4 @@
-"""Prints the lines of a machine's table in jaxquant/ops/measured.py.
+"""Prints the lines of a machine's table in jaxquant/explain/speeds.py.
 
     python -m benchmarks --suite cpu --json cpu.json
     python -m benchmarks.measured cpu.json [--dtype bfloat16]
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
-from jaxquant.ops.machines import machine_for
+from jaxquant.explain.machines import machine_for
 
 from . import tpu, tpu_compiler
 
@@ -57,7 +57,7 @@ _ESTIMATE = "compiler_estimate_microseconds"
 
 
 def lines(products: list[dict[str, Any]], dtype: str, machine: str | None = None) -> list[str]:
-    """One line per scheme, computation and shape, as jaxquant/ops/measured.py reads them."""
+    """One line per scheme, computation and shape, as jaxquant/explain/speeds.py reads them."""
     found: dict[tuple[str, str, str, str], list[str]] = {}
     for product in products:
         is_chosen = product["is_ours"] and product["contender"] in jq.SCHEMES

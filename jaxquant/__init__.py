@@ -44,13 +44,13 @@ from .core import quantize_with_scale as quantize_with_scale
 from .core import unpack_int2 as unpack_int2
 from .core import unpack_int4 as unpack_int4
 from .core import unpack_int4_halves as unpack_int4_halves
-from .ops import Explanation as Explanation
-from .ops import ExplanationRow as ExplanationRow
+from .explain import Explanation as Explanation
+from .explain import ExplanationRow as ExplanationRow
+from .explain import explain as explain
 from .ops import best_order as best_order
 from .ops import conv_general_dilated as conv_general_dilated
 from .ops import dot_general as dot_general
 from .ops import einsum as einsum
-from .ops import explain as explain
 from .ops import matmul as matmul
 from .ops import ragged_dot as ragged_dot
 from .ops import scan as scan

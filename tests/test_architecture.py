@@ -21,11 +21,15 @@ ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
 LAYERS = [
     "version",
     "core",
+    "jaxprs",
     "kernels",
     "ops",
+    "explain",
     "calibration",
     "methods",
     "tree",
+    "checkpoints",
+    "lift",
     "training",
     "keras",
     "demo",
@@ -81,7 +85,7 @@ def internal_imports(path):
 
 def test_the_checks_see_the_whole_package():
     assert {layer_of(path) for path in MODULES} - {"__init__"} <= set(LAYERS)
-    assert {"core", "kernels", "ops"} <= {layer_of(path) for path in MODULES}
+    assert {"core", "jaxprs", "kernels", "ops", "explain"} <= {layer_of(path) for path in MODULES}
     dot = list(internal_imports(ROOT / "ops" / "dot.py"))
     assert ["core"] in [target for _, target in dot]
     assert ["ops", "operands"] in [target for _, target in dot]

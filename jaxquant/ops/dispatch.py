@@ -9,9 +9,9 @@ import numpy as np
 from jax import lax
 
 from ..core import Deferred, LowRank, QTensor
-from . import chips, record
+from ..jaxprs import chips, is_sharded, mark
+from . import record
 from .record import Choice, Record
-from .sharding import is_sharded
 
 Operand = jax.Array | np.ndarray | QTensor
 # What an operation may be given for an operand.
@@ -94,7 +94,7 @@ def run(
         for chip, (row, refusals) in rows.items()
     )
     made = _record(lhs, rhs, spec, out, choices, implementation)
-    return record.keep(out, _stored(lhs), _stored(rhs), made)
+    return mark(out, _stored(lhs), _stored(rhs), made)
 
 
 def run_on(table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str) -> jax.Array:

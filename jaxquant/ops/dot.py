@@ -12,12 +12,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core import LowRank, QTensor, scale_values
+from ..jaxprs import (
+    OutSharding,
+    before_transpose,
+    is_sharded,
+    on_one_gpu,
+    on_one_tpu,
+    unless_exported,
+    vary_alike,
+)
 from ..kernels import integer_dot
 from . import blocks, dispatch, native, pallas, tpu, triton
 from .dispatch import Factor, Implementation
 from .dot_spec import DotSpec, in_result, logical
 from .low_rank import with_low_rank
-from .lowering import on_one_gpu, on_one_tpu, unless_exported
 from .operands import (
     as_array,
     check_factors,
@@ -26,12 +34,6 @@ from .operands import (
     result_dtype,
     stored_axes,
     with_dequantized_gradient,
-)
-from .sharding import (
-    OutSharding,
-    before_transpose,
-    is_sharded,
-    vary_alike,
 )
 
 

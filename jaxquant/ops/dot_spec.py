@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 
 from ..core import QTensor
+from ..jaxprs import OutSharding, like_result
 from .dispatch import Operand
 from .operands import AxesOfBoth
-from .sharding import OutSharding, like_result
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core import LowRank, QTensor
+from ..jaxprs import OutSharding, before_transpose
 from .dispatch import Factor
 from .dot import dot_general
 from .operands import check_factors, is_quantized
-from .sharding import OutSharding, before_transpose
 
 
 def einsum(

@@ -7,10 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core import FP8_E4M3, INT8, AbsMax, ArrayConfig, QTensor, block_shape, quantize
+from ..jaxprs import Function, by_generation, is_sharded, on_one_cpu, on_one_tpu
 from ..kernels import native, pallas_tpu
-from .chips import by_generation
-from .lowering import Function, on_one_cpu, on_one_tpu
-from .sharding import is_sharded
 
 # Rows of inputs from which one pass over the memory beats XLA's two. 4096 x 4096, bfloat16,
 # microseconds: v5e 62 against 336, v6e 31 against 190. Fewer are left to XLA, to fuse with what

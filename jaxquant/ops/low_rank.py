@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core import LowRank, QTensor
+from ..jaxprs import OutSharding
 from .dispatch import Factor
-from .sharding import OutSharding
 
 
 def with_low_rank(

@@ -1,16 +1,10 @@
-"""What was decided for a product, left in the traced program for `explain` to read.
-
-A record is a parameter of a primitive that returns its first operand and lowers to nothing, so it
-costs nothing at run time, and whatever JAX does to a program it does to the record as well.
-"""
+"""What was decided for an operation, for `explain` to read."""
 
 import dataclasses
 import math
 
 import jax
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from ..core import QTensor, describe, describe_inputs
 
@@ -97,45 +91,6 @@ def operand_record(x: jax.Array | np.ndarray | QTensor) -> OperandRecord:
     bare = dataclasses.replace(x, inputs=None)
     words = describe(bare), describe_inputs(bare)
     return OperandRecord(x.shape, True, *words, dtype, bare.nbytes)
-
-
-Stored = jax.Array | np.ndarray
-
-
-def keep(out: jax.Array, lhs: Stored, rhs: Stored, record: Record) -> jax.Array:
-    """`out`, with the record of the product that made it.
-
-    lhs and rhs are arrays of the two operands: where `vmap` adds an axis to one, its copies are
-    counted.
-    """
-    return kept.bind(out, lhs, rhs, record=record, copies=(1, 1, 1))
-
-
-# Parameters: record; copies of the result, of lhs and of rhs that `vmap` made.
-kept = Primitive("quantized_product")
-
-
-@kept.def_abstract_eval
-def _(out, lhs, rhs, **parameters):
-    return out
-
-
-@kept.def_impl
-def _(out, lhs, rhs, **parameters):
-    return out
-
-
-def _batch(args, axes, record, copies):
-    is_batched = [axis is not None for axis in axes]
-    length = args[0].shape[axes[0]]
-    copies = tuple(n * length if b else n for n, b in zip(copies, is_batched, strict=True))
-    return kept.bind(*args, record=record, copies=copies), axes[0]
-
-
-batching.primitive_batchers[kept] = _batch
-# Linear in the result, and constant in the operands.
-ad.primitive_transposes[kept] = lambda ct, *operands, **parameters: [ct, None, None]
-mlir.register_lowering(kept, lambda ctx, out, lhs, rhs, **parameters: [out])
 
 
 def bytes_of(record: Record, copies: tuple[int, int, int]) -> int:

@@ -22,9 +22,8 @@ from jax.extend.core.primitives import scan_p
 from jax.interpreters import ad, batching, mlir
 
 from ..core import bits_of
+from ..jaxprs import count_before_slices, is_for_one_cpu, is_narrow, transpose_of
 from ..kernels import native
-from .lowering import is_for_one_cpu, transpose_of
-from .slices import count_before_slices, is_narrow
 
 
 def scan(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core import QTensor
-from .chips import by_generation
+from ..jaxprs import by_generation
 from .dispatch import Operand
 
 # Fewest and most rows of floats by 8-bit weights for which codes are scaled after the product; else

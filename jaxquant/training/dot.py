@@ -9,6 +9,7 @@ from jax import lax
 
 from .. import ops
 from ..core import ArrayConfig, QTensor, quantize, quantize_with_range
+from ..jaxprs import vary_alike, varying_axes
 from .delayed import DelayedScaling, amax_of
 from .product import ProductConfig
 
@@ -115,7 +116,7 @@ def dot_general(
         (_explicit_sharding(lhs), _explicit_sharding(rhs)),
     )
     # The sum over devices that a shared operand's gradient needs is that of JAX, outside.
-    lhs, rhs = ops.vary_alike([lhs, rhs])
+    lhs, rhs = vary_alike([lhs, rhs])
     return _dot_general(lhs, rhs, config, key, scaling, spec)
 
 
@@ -285,7 +286,7 @@ def _along(config, contract):
 
 def _shared_amax(x, history):
     """amax of x, over the devices of shard_map too that have the history in common."""
-    axes = ops.varying_axes(x) - ops.varying_axes(history)
+    axes = varying_axes(x) - varying_axes(history)
     amax = amax_of(x)
     return lax.pmax(amax, tuple(sorted(axes))) if axes else amax
 

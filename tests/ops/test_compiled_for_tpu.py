@@ -9,7 +9,7 @@ import pytest
 from benchmarks import tpu_compiler
 from benchmarks.tpu_text import Program
 from jaxquant import W4A16, W8A8, ArrayConfig, Rule, explain, matmul, quantize, tree
-from jaxquant.ops.chips import tpu_generation
+from jaxquant.jaxprs import tpu_generation
 
 pytestmark = pytest.mark.usefixtures("libtpu")
 K, N = 1024, 1536

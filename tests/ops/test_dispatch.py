@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxquant import FP8_E4M3, INT4, ArrayConfig, matmul, quantize
-from jaxquant.ops import chips, dispatch
+from jaxquant.jaxprs import chips
+from jaxquant.ops import dispatch
 from jaxquant.ops.dispatch import Implementation
 
 from .products import K, M, assert_product, normal, weight

@@ -19,7 +19,8 @@ from jaxquant import (
     matmul,
     quantize,
 )
-from jaxquant.ops import chips, inputs, pallas
+from jaxquant.jaxprs import chips
+from jaxquant.ops import inputs, pallas
 
 from .products import assert_product, normal, weight, with_inputs
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxquant import FP8_E4M3, ArrayConfig, dot_general, matmul, quantize
-from jaxquant.ops import chips, pallas, tpu
-from jaxquant.ops.chips import by_generation, tpu_generation
+from jaxquant.jaxprs import by_generation, chips, tpu_generation
+from jaxquant.ops import pallas, tpu
 
 from .products import INPUTS, WEIGHTS, K, M, N, assert_product, normal, weight
 

@@ -8,7 +8,7 @@ import rich.markup
 import rich.table
 
 from .machines import Machine
-from .measured import Measurement
+from .speeds import Measurement
 
 
 @dataclasses.dataclass(frozen=True)

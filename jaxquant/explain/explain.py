@@ -10,12 +10,11 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
-from . import chips
-from .explanation import Explanation, ExplanationRow
+from ..jaxprs import chips, is_sliced, marker_p, sliced_by, sliced_within
+from ..ops import Choice, Record, bytes_of, operations_of
 from .machines import Machine, machine_for
-from .measured import Measurement, measurement_for, speeds_near
-from .record import Choice, Record, bytes_of, kept, operations_of
-from .slices import is_sliced, sliced_by, sliced_within
+from .speeds import Measurement, measurement_for, speeds_near
+from .table import Explanation, ExplanationRow
 
 
 def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> Explanation:
@@ -74,7 +73,7 @@ def _marks(
     """The records in a program and in those inside of it, in order; adds to `sliced`."""
     for eqn in jaxpr.eqns:
         inside = (*within, eqn)
-        if eqn.primitive is kept:
+        if eqn.primitive is marker_p:
             cut = is_sliced(eqn.invars, sliced)
             yield _Mark(eqn.params["record"], eqn.params["copies"], inside, times, cut)
         for inner, trips in _inner(eqn, machine):

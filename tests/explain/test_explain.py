@@ -27,11 +27,13 @@ from jaxquant import (
     scan,
     take,
 )
+from jaxquant.explain import speeds as tables
+from jaxquant.explain.speeds import MEASUREMENTS, Measurement, Speeds, speeds_near
+from jaxquant.jaxprs import markers
 from jaxquant.kernels import native
-from jaxquant.ops import measured, record
-from jaxquant.ops.measured import MEASUREMENTS, Measurement, Speeds, speeds_near
+from jaxquant.ops import record
 
-from .products import normal, weight, with_inputs
+from ..ops.products import normal, weight, with_inputs
 
 K, N = 384, 701
 HAS_NATIVE = native.unavailable() is None
@@ -497,7 +499,7 @@ def test_speeds_of_the_very_shape_come_before_those_of_its_size():
 
 def test_float_products_that_were_faster_are_warned_of(monkeypatch):
     here = Measurement("cpu", "float32", "the float product", "a test", LINES)
-    monkeypatch.setattr(measured, "MEASUREMENTS", (here,))
+    monkeypatch.setattr(tables, "MEASUREMENTS", (here,))
 
     def warning(rows, q, **options):
         function = partial(matmul, **options)
@@ -525,7 +527,7 @@ def test_float_products_that_were_faster_are_warned_of(monkeypatch):
 
 def test_speeds_are_of_one_matrix_dtype_and_machine(monkeypatch):
     here = Measurement("cpu", "float32", "the float product", "a test", LINES)
-    monkeypatch.setattr(measured, "MEASUREMENTS", (here,))
+    monkeypatch.setattr(tables, "MEASUREMENTS", (here,))
     of_one = [row.speeds for row in explain(matmul, floats(2, 4, 64), SMALL, platform="cpu")]
     assert of_one == [((8, (64, 24), 0.5),)]
     for function, x, q, platform in (
@@ -606,7 +608,7 @@ def test_results_of_the_suite_become_lines_of_the_table():
         f"int4 g128 | float | {if_panels('dequantize')} | 384x701 | 600:2.00",
         f"int8 | int8 | {if_panels('integer')} | 384x701 | 600:1.23 700:0.50",
     ]
-    assert [measured._line(line).by_rows for line in found] == [{600: 2.0}, {600: 1.23, 700: 0.5}]
+    assert [tables._line(line).by_rows for line in found] == [{600: 2.0}, {600: 1.23, 700: 0.5}]
 
 
 def test_what_is_no_function_is_refused():
@@ -730,5 +732,5 @@ def test_a_record_leaves_nothing_in_the_compiled_program():
 
         return jax.jit(run).lower(floats(3)).as_text()
 
-    assert lowered(lambda x: record.keep(x, x, x, made)) == lowered(lambda x: x)
+    assert lowered(lambda x: markers.mark(x, x, x, made)) == lowered(lambda x: x)
     assert repr(made) == "Record(, )"
