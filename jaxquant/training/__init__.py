@@ -6,7 +6,7 @@ from ..calibration import Observer as Observer
 from ..calibration import PercentileHistogram as PercentileHistogram
 from ..calibration import RunningAbsMax as RunningAbsMax
 from ..core import LowRank as LowRank
-from .blocks import Blockwise as Blockwise
+from .blockwise import Blockwise as Blockwise
 from .calibrate import calibrate as calibrate
 from .delayed import DelayedScaling as DelayedScaling
 from .delayed import amax_of as amax_of
@@ -32,9 +32,9 @@ from .prepare import Prepared as Prepared
 from .prepare import convert as convert
 from .prepare import init_learned as init_learned
 from .prepare import prepare as prepare
-from .product import FP8_TRAINING as FP8_TRAINING
-from .product import INT8_TRAINING as INT8_TRAINING
-from .product import SWITCHBACK as SWITCHBACK
-from .product import ProductConfig as ProductConfig
+from .product_config import FP8_TRAINING as FP8_TRAINING
+from .product_config import INT8_TRAINING as INT8_TRAINING
+from .product_config import SWITCHBACK as SWITCHBACK
+from .product_config import ProductConfig as ProductConfig
 from .psum import GRADIENT_8_BIT as GRADIENT_8_BIT
 from .psum import quantized_psum as quantized_psum

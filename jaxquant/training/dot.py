@@ -11,7 +11,7 @@ from .. import ops
 from ..core import ArrayConfig, QTensor, quantize, quantize_with_range
 from ..jaxprs import vary_alike, varying_axes
 from .delayed import DelayedScaling, amax_of
-from .product import ProductConfig
+from .product_config import ProductConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from ..core import ArrayConfig, Scheme, bits_of, packed_bytes
 from ..tree import Rule, Rules
 from ..tree.internal import as_rules, leaves_with_paths, match_rules, unused_rules
-from .blocks import Blockwise, quantize_blocks
-from .formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
+from .blockwise import Blockwise, quantize_blocks
+from .power_formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
 from .transformation import AnyTransformation, check_transformation
 
 # What optax calls averages of squares, and what else is never negative.

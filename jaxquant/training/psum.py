@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core import ArrayConfig, bits_of, quantize
-from .blocks import block_length, blocks_of
-from .formats import GRADIENT_8
+from .blockwise import block_length, blocks_of
+from .power_formats import GRADIENT_8
 
 GRADIENT_8_BIT = ArrayConfig(format=GRADIENT_8, axis=-1, group_size=256)
 

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 import jaxquant as jq
 from jaxquant import FP8_E4M3, INT4, MXFP8, ArrayConfig, training
 from jaxquant.training import STATE_4_BIT, STATE_8_BIT, Blockwise, state_bytes
-from jaxquant.training.blocks import quantize_blocks
-from jaxquant.training.formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
+from jaxquant.training.blockwise import quantize_blocks
+from jaxquant.training.power_formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
 from jaxquant.tree import Rule
 from jaxquant.tree.internal import leaves_with_paths
 

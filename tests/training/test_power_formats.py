@@ -5,7 +5,7 @@ import pytest
 
 from jaxquant import ArrayConfig, Format, quantize
 from jaxquant.core import power_codebook
-from jaxquant.training.formats import GRADIENT_8, POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
+from jaxquant.training.power_formats import GRADIENT_8, POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
 
 from .. import cases, checks, oracles
 
