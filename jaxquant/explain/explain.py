@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
-from ..jaxprs import chips, is_sliced, marker_p, sliced_by, sliced_within
+from ..jaxprs import chips, is_sliced, marker_p, marking, sliced_by, sliced_within
 from ..ops import Choice, Record, bytes_of, operations_of
 from .machines import Machine, machine_for
 from .speeds import Measurement, measurement_for, speeds_near
@@ -44,7 +44,9 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
         )
     machine = machine_for(platform)
     chip = _chip(platform, machine)
-    found = list(_marks(jax.make_jaxpr(fn)(*args).jaxpr, machine, set()))
+    with marking():
+        program = jax.make_jaxpr(fn)(*args)
+    found = list(_marks(program.jaxpr, machine, set()))
     measured = [measurement_for(machine.name, mark.record.lhs.dtype) for mark in found]
     rows = [_row(mark, machine, chip, m) for mark, m in zip(found, measured, strict=True)]
     used = [m for row, m in zip(rows, measured, strict=True) if m is not None and row.speeds]

@@ -12,6 +12,7 @@ from .lowering import transpose_of as transpose_of
 from .lowering import unless_exported as unless_exported
 from .markers import mark as mark
 from .markers import marker_p as marker_p
+from .markers import marking as marking
 from .sharding import OutSharding as OutSharding
 from .sharding import before_transpose as before_transpose
 from .sharding import is_sharded as is_sharded

@@ -1,10 +1,11 @@
-"""Markers: records that an operation leaves in a traced program.
+"""Markers: records that operations leave in a program while it is traced within `marking`.
 
-A record is a parameter of a primitive that returns its first operand and lowers to nothing. It
-costs nothing at run time, and every transformation of the program transforms it as well.
+A record is a parameter of a primitive that returns its first operand and lowers to nothing, so
+every transformation of the program transforms it as well.
 """
 
-from typing import Any
+import contextlib
+from collections.abc import Callable, Hashable
 
 import jax
 import numpy as np
@@ -13,14 +14,30 @@ from jax.interpreters import ad, batching, mlir
 
 Stored = jax.Array | np.ndarray
 
+# Part of the key of JAX's caches: a function that was traced before is traced again within the
+# context, and its trace with markers is used nowhere else. The value is that of the thread.
+_is_marking = jax.make_user_context(default_value=False)
 
-def mark(out: jax.Array, lhs: Stored, rhs: Stored, record: Any) -> jax.Array:
-    """`out`, with a record of the operation that computed it.
 
-    `lhs` and `rhs` are arrays of its two operands: where `vmap` adds an axis to one of the three,
-    the copies are counted.
+def marking() -> contextlib.AbstractContextManager[None]:
+    """A context in which operations leave markers in what this thread traces."""
+    return _is_marking(True)
+
+
+def mark(
+    out: jax.Array, lhs: Stored, rhs: Stored, make_record: Callable[[], Hashable]
+) -> jax.Array:
+    """`out`; within `marking`, with a record of the operation that computed it.
+
+    Args:
+        out: the result of the operation.
+        lhs, rhs: arrays of its two operands. Where `vmap` adds an axis to `out`, `lhs` or `rhs`,
+            the copies of each are counted.
+        make_record: returns the record; only called within `marking`.
     """
-    return marker_p.bind(out, lhs, rhs, record=record, copies=(1, 1, 1))
+    if not _is_marking.value:
+        return out
+    return marker_p.bind(out, lhs, rhs, record=make_record(), copies=(1, 1, 1))
 
 
 # Parameters: the record, and the copies of the result, of lhs and of rhs that `vmap` made.

@@ -81,20 +81,11 @@ def run(
         forced = _forced(table, lhs, rhs, spec, implementation), ()
         found = {p: {None: forced} for p in platforms}
     out = _computed(found, lhs, rhs, spec)
-    choices = tuple(
-        Choice(
-            platform if platform in _PLATFORMS else None,
-            chip,
-            row.name,
-            row.is_integer(lhs, rhs, spec),
-            row.copies_no_codes,
-            refusals,
-        )
-        for platform, rows in found.items()
-        for chip, (row, refusals) in rows.items()
-    )
-    made = _record(lhs, rhs, spec, out, choices, implementation)
-    return mark(out, _stored(lhs), _stored(rhs), made)
+
+    def make_record():
+        return _record(lhs, rhs, spec, out, found, is_forced=implementation is not None)
+
+    return mark(out, _stored(lhs), _stored(rhs), make_record)
 
 
 def run_on(table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str) -> jax.Array:
@@ -135,7 +126,19 @@ def _by_chip(found, lhs, rhs, spec):
     return chips.by_generation(branches, runner(default), *leaves)
 
 
-def _record(lhs, rhs, spec, out, choices, implementation):
+def _record(lhs, rhs, spec, out, found, is_forced):
+    choices = tuple(
+        Choice(
+            platform if platform in _PLATFORMS else None,
+            chip,
+            row.name,
+            row.is_integer(lhs, rhs, spec),
+            row.copies_no_codes,
+            refusals,
+        )
+        for platform, rows in found.items()
+        for chip, (row, refusals) in rows.items()
+    )
     return Record(
         operation=spec.operation,
         lhs=record.operand_record(lhs),
@@ -145,7 +148,7 @@ def _record(lhs, rhs, spec, out, choices, implementation):
         length=spec.length(lhs, rhs),
         rows=spec.rows(lhs, rhs),
         choices=choices,
-        is_forced=implementation is not None,
+        is_forced=is_forced,
     )
 
 

@@ -29,7 +29,6 @@ from jaxquant import (
 )
 from jaxquant.explain import speeds as tables
 from jaxquant.explain.speeds import MEASUREMENTS, Measurement, Speeds, speeds_near
-from jaxquant.jaxprs import markers
 from jaxquant.kernels import native
 from jaxquant.ops import record
 
@@ -722,15 +721,6 @@ def test_products_can_still_be_transposed(config):
     np.testing.assert_allclose(got, cotangent @ q.dequantize().T, rtol=1e-4)
 
 
-def test_a_record_leaves_nothing_in_the_compiled_program():
+def test_records_are_short_where_programs_are_printed():
     x = record.operand_record(np.zeros(3))
-    made = record.Record("", x, x, (3,), 4, 1, None, (), False)
-
-    def lowered(then):
-        def run(x):
-            return then(x + 1)
-
-        return jax.jit(run).lower(floats(3)).as_text()
-
-    assert lowered(lambda x: markers.mark(x, x, x, made)) == lowered(lambda x: x)
-    assert repr(made) == "Record(, )"
+    assert repr(record.Record("", x, x, (3,), 4, 1, None, (), False)) == "Record(, )"

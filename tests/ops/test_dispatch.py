@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxquant import FP8_E4M3, INT4, ArrayConfig, matmul, quantize
-from jaxquant.jaxprs import chips
+from jaxquant.jaxprs import chips, marking
 from jaxquant.ops import dispatch
 from jaxquant.ops.dispatch import Implementation
 
@@ -91,7 +91,8 @@ def test_arrays_with_explicit_sharding_are_computed_alike_on_all_chips():
     mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
     x = jax.device_put(X, jax.NamedSharding(mesh, jax.P("a")))
     for array, count in ((x, 4), (X, 6)):
-        jaxpr = jax.make_jaxpr(lambda x: dispatch.run(BY_CHIP, x, x, Spec(1), None))(array)
+        with marking():
+            jaxpr = jax.make_jaxpr(lambda x: dispatch.run(BY_CHIP, x, x, Spec(1), None))(array)
         (kept,) = (e.params["record"] for e in jaxpr.eqns if "record" in e.params)
         assert len(kept.choices) == count
 
