@@ -9,8 +9,6 @@ from ..core import LowRank as LowRank
 from .blockwise import Blockwise as Blockwise
 from .calibrate import calibrate as calibrate
 from .delayed import DelayedScaling as DelayedScaling
-from .delayed import amax_of as amax_of
-from .delayed import push_amax as push_amax
 from .delayed import skip_scaling as skip_scaling
 from .delayed import update_scaling as update_scaling
 from .dot import dot_general as dot_general

@@ -1,4 +1,4 @@
-"""Scales from the steps before: histories of amax, the largest magnitude of an array."""
+"""Delayed scaling: scales from amax, the largest magnitude, in previous steps."""
 
 import dataclasses
 from typing import Any
@@ -6,28 +6,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..core import largest_magnitude
+from .amax import limit_from_history, push_amax
 from .transformation import AnyTransformation, check_transformation
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class DelayedScaling:
-    """What the operands of one product have been like in the last steps. A pytree.
+    """Amax of the operands of one matrix multiplication in the last steps. A pytree.
 
-        range of an operand = 2^margin * max(history)        what lies beyond it is clipped
+        range of an operand = 2^margin * max(history)        values beyond it are clipped
 
-    It goes with the parameters, and `jax.grad` says in the place of its gradient what a step has
-    seen: amax of each operand as the first element of the history, and zeros. `update_scaling`
-    makes the next state of both. JAX adds gradients up where one state serves several products,
-    micro-batches or examples of vmap; the sum is an upper bound of their amax.
+    Keep it beside the parameters. `jax.grad` returns the amax observed in this step in its gradient
+    slot: amax of each operand in the first element of its history, followed by zeros.
+    `update_scaling` computes the next state from both. If one state serves several matrix
+    multiplications, micro-batches or examples of vmap, JAX adds up their gradients; the sum is an
+    upper bound of their amax.
 
     Attributes:
-        lhs, rhs, gradient: float32 (length,), the newest first; 0 where nothing was seen. While
+        lhs, rhs, gradient: float32 (length,), newest first; 0 where nothing was observed. While
             all are 0, the range is that of the operand itself.
-        margin: powers of two that the range leaves above the largest amax, static.
+        margin: the range exceeds the largest amax by a factor of 2^margin, static.
 
     Source: Micikevicius et al. 2022, arXiv:2209.05433, section 3.1.
+
+    Example:
+        >>> scaling = jq.training.DelayedScaling.init(length=2)
+        >>> def loss(w, scaling):
+        ...     options = {"config": jq.training.FP8_TRAINING, "scaling": scaling}
+        ...     return jnp.sum(jq.training.matmul(jnp.ones((1, 2)), w, **options))
+        >>> _, observed = jax.grad(loss, argnums=(0, 1))(3 * jnp.ones((2, 1)), scaling)
+        >>> jq.training.update_scaling(scaling, observed).rhs.tolist()
+        [3.0, 0.0]
     """
 
     lhs: jax.Array
@@ -37,10 +47,10 @@ class DelayedScaling:
 
     @classmethod
     def init(cls, length: int = 16, margin: int = 0) -> "DelayedScaling":
-        """The state before the first step.
+        """Returns the state before the first step.
 
         Args:
-            length: steps that a history looks back.
+            length: number of steps that a history holds.
             margin: as the attribute.
 
         Raises:
@@ -51,56 +61,47 @@ class DelayedScaling:
         return cls(*(jnp.zeros(length, jnp.float32) for _ in range(3)), margin=margin)
 
     def update(self, gradient: "DelayedScaling") -> "DelayedScaling":
-        """The state for the next step, from what is in the place of this one's gradient."""
+        """Returns the state for the next step, given this state's gradient."""
         pairs = zip(self._histories(), gradient._histories(), strict=True)
         return DelayedScaling(*(push_amax(h, g[..., 0]) for h, g in pairs), margin=self.margin)
 
-    def seen(self, lhs: jax.Array, rhs: jax.Array, gradient: jax.Array) -> "DelayedScaling":
-        """What stands in the place of the gradient: amax of each operand."""
+    def observed(self, lhs: jax.Array, rhs: jax.Array, gradient: jax.Array) -> "DelayedScaling":
+        """Returns the gradient of this state, given amax of each operand."""
         pairs = zip(self._histories(), (lhs, rhs, gradient), strict=True)
         return DelayedScaling(
             *(jnp.zeros_like(h).at[0].set(amax) for h, amax in pairs), margin=self.margin
         )
 
-    def reach(self, history: jax.Array, amax: jax.Array) -> jax.Array:
-        """The end of the range of an operand with that history and, in this step, that amax."""
-        known = jnp.max(history)
-        return jnp.where(known > 0, known, amax) * 2.0**self.margin
+    def amax_limit(self, history: jax.Array, amax: jax.Array) -> jax.Array:
+        """Returns the end of an operand's range, given its history and its amax in this step."""
+        return limit_from_history(history, amax) * 2.0**self.margin
 
     def _histories(self):
         return self.lhs, self.rhs, self.gradient
 
 
-def amax_of(x: jax.Array) -> jax.Array:
-    """max|x| in float32: 0 where x has no element, and inf if one is not finite."""
-    return largest_magnitude(x.astype(jnp.float32), tuple(range(x.ndim))).reshape(())
-
-
-def push_amax(history: jax.Array, amax: jax.Array) -> jax.Array:
-    """The history after one more step, the newest first: (..., length) and (...).
-
-    An amax that is not finite says nothing of the next step, and counts as 0: not seen.
-    """
-    newest = jnp.where(jnp.isfinite(amax), amax, 0)
-    return jnp.roll(history, 1, -1).at[..., 0].set(newest)
-
-
 def update_scaling(params: Any, gradients: Any) -> Any:
-    """Moves every `DelayedScaling` of a tree on by one step.
+    """Advances every `DelayedScaling` in a tree by one step.
 
     Args:
-        params: any pytree that holds `DelayedScaling`s, or one of them.
+        params: any pytree that contains `DelayedScaling`s, or one of them.
         gradients: what `jax.grad` returns for it.
 
     Returns:
-        params with the next state in the place of each, all else as it is.
+        params with the next state in place of each `DelayedScaling`; other leaves are unchanged.
 
     Raises:
-        ValueError: params holds none.
+        ValueError: params does not contain a `DelayedScaling`.
+
+    Example:
+        >>> params = {"w": jnp.ones(2), "scaling": jq.training.DelayedScaling.init(2)}
+        >>> gradients = jax.tree.map(jnp.ones_like, params)
+        >>> jq.training.update_scaling(params, gradients)["scaling"].lhs.tolist()
+        [1.0, 0.0]
     """
     if not any(map(_is_scaling, jax.tree.leaves(params, is_leaf=_is_scaling))):
         raise ValueError(
-            "update_scaling takes a tree that holds DelayedScaling; got "
+            "update_scaling expects a tree that contains DelayedScaling; got "
             f"{jax.tree.structure(params)}. Put DelayedScaling.init() beside the parameters."
         )
     return jax.tree.map(
@@ -112,7 +113,7 @@ def update_scaling(params: Any, gradients: Any) -> Any:
 
 
 def skip_scaling(transformation: AnyTransformation) -> AnyTransformation:
-    """An optimizer that does not see the `DelayedScaling`s of a tree.
+    """Wraps an optimizer so that it ignores every `DelayedScaling` in a tree.
 
         updates, state = skip_scaling(optax.adamw(1e-3)).update(gradients, state, params)
         params = update_scaling(optax.apply_updates(params, updates), gradients)
@@ -121,11 +122,17 @@ def skip_scaling(transformation: AnyTransformation) -> AnyTransformation:
         transformation: any `optax.GradientTransformation`.
 
     Returns:
-        The same kind of transformation. Its state has nothing for a `DelayedScaling`, no norm or
-        average counts one, and its update of one is zero.
+        A transformation of the same type. Its state holds nothing for a `DelayedScaling`, norms and
+        averages do not include one, and the update of one is zero.
 
     Raises:
-        ValueError: the transformation has no init and update.
+        ValueError: the transformation does not have init and update.
+
+    Example:
+        >>> params = {"w": jnp.ones(2), "scaling": jq.training.DelayedScaling.init(2)}
+        >>> optimizer = jq.training.skip_scaling(optax.adamw(1e-3))
+        >>> optimizer.init(params)[0].mu["scaling"] is None
+        True
     """
     check_transformation(transformation)
 
@@ -147,7 +154,7 @@ def skip_scaling(transformation: AnyTransformation) -> AnyTransformation:
 
 
 def _without_scaling(tree):
-    """The tree with None, which is no leaf, in the place of each state."""
+    """The tree with None, which is not a leaf, in place of each state."""
     return jax.tree.map(lambda x: None if _is_scaling(x) else x, tree, is_leaf=_is_scaling)
 
 

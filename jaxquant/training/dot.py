@@ -10,7 +10,8 @@ from jax import lax
 from .. import ops
 from ..core import ArrayConfig, QTensor, quantize, quantize_with_range
 from ..jaxprs import vary_alike, varying_axes
-from .delayed import DelayedScaling, amax_of
+from .amax import amax_of
+from .delayed import DelayedScaling
 from .product_config import ProductConfig
 
 
@@ -229,14 +230,14 @@ def _forward(spec, config, lhs, rhs, key, scaling):
 def _backward(spec, config, kept, gradient):
     lhs, rhs, seen, key, scaling = kept
     key = key if config.rounds_stochastically else None
-    reach = None if scaling is None else scaling.reach(scaling.gradient, amax_of(gradient))
+    limit = None if scaling is None else scaling.amax_limit(scaling.gradient, amax_of(gradient))
 
     def of_side(side, x, config, other):
         axes, _ = contract = spec.contract_in_gradient(side)
         order = spec.axes_of_gradient(side)
         leading = tuple(range(len(spec.batch[0])))
         out = ops.dot_general(
-            _operand(gradient, config[0], axes, reach, key),
+            _operand(gradient, config[0], axes, limit, key),
             other,
             (contract, (leading, spec.batch[1 - side])),
             spec.precision,
@@ -246,7 +247,7 @@ def _backward(spec, config, kept, gradient):
         return out.transpose(np.argsort(order)).astype(x.dtype)
 
     if scaling is not None:
-        scaling = scaling.seen(*seen, _shared_amax(gradient, scaling.gradient))
+        scaling = scaling.observed(*seen, _shared_amax(gradient, scaling.gradient))
     return (
         of_side(0, lhs, config.of_lhs_gradient, rhs),
         of_side(1, rhs, config.of_rhs_gradient, lhs),
@@ -262,15 +263,17 @@ def _ranges(scaling, lhs, rhs):
     """How far lhs and rhs reach, by their histories; None without."""
     if scaling is None:
         return None, None
-    return scaling.reach(scaling.lhs, amax_of(lhs)), scaling.reach(scaling.rhs, amax_of(rhs))
+    return scaling.amax_limit(scaling.lhs, amax_of(lhs)), scaling.amax_limit(
+        scaling.rhs, amax_of(rhs)
+    )
 
 
-def _operand(x, config: ArrayConfig | None, contract, reach=None, key=None) -> jax.Array | QTensor:
+def _operand(x, config: ArrayConfig | None, contract, limit=None, key=None) -> jax.Array | QTensor:
     """x as a product takes it that contracts these axes of it."""
     if config is None:
         return x
-    if reach is not None:
-        return quantize_with_range(x, -reach, reach, config, key)
+    if limit is not None:
+        return quantize_with_range(x, -limit, limit, config, key)
     q = quantize(x, _along(config, contract), key)
     return q.reorder(ops.best_order(q, jax.default_backend()))
 

@@ -1,4 +1,4 @@
-"""Scales from the steps before."""
+"""Delayed scaling against its definition, in NumPy."""
 
 from typing import Any
 
@@ -11,23 +11,24 @@ import pytest
 
 from jaxquant import training
 from jaxquant.training import FP8_TRAINING, DelayedScaling
+from jaxquant.training.amax import amax_of, push_amax
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 NAMES = ("lhs", "rhs", "gradient")
 SHAPES = [(5, 6), (6, 4), (5, 4)]
 
 
-def through(x, reach, dtype):
-    """What codes of a format stand for, by ml_dtypes, with `reach` on the largest of them."""
+def cast(x, limit, dtype):
+    """x cast to a format and back, by ml_dtypes, with `limit` at the largest of them."""
     largest = float(ml_dtypes.finfo(dtype).max)
-    scale = np.float32(reach) / np.float32(largest)
+    scale = np.float32(limit) / np.float32(largest)
     codes = np.clip(np.asarray(x, np.float32) / scale, -largest, largest).astype(dtype)
     return codes.astype(np.float64) * scale
 
 
 @pytest.mark.parametrize("margin", [0, 1])
-def test_a_history_is_followed_step_by_step(margin):
-    """Growing, shrinking, zero and broken operands, against the definition."""
+def test_ranges_follow_the_history_in_each_step(margin):
+    """Growing, shrinking, zero and non-finite operands."""
     random = np.random.default_rng(0)
     scaling, histories = DelayedScaling.init(3, margin), {name: [0.0] * 3 for name in NAMES}
     product = jax.jit(
@@ -51,16 +52,16 @@ def test_a_history_is_followed_step_by_step(margin):
                 NAMES, [(5, 6), (6, 4), (5, 4)], (1, 7, 0.3), strict=True
             )
         }
-        for name in NAMES:  # One element only, among many.
+        for name in NAMES:  # A single element.
             operands[name] *= size if np.isfinite(size) else 1
             operands[name][1, 2] = size if not np.isfinite(size) else operands[name][1, 2]
         *found, seen = product(*operands.values(), scaling)
         if np.isfinite(size):
             values = []
             for name, dtype in zip(NAMES, ["float8_e4m3fn"] * 2 + ["float8_e5m2"], strict=True):
-                reach = max(histories[name]) or np.abs(operands[name]).max() or 1
+                limit = max(histories[name]) or np.abs(operands[name]).max() or 1
                 dtype = getattr(ml_dtypes, dtype)
-                values.append(through(operands[name], reach * 2.0**margin, dtype))
+                values.append(cast(operands[name], limit * 2.0**margin, dtype))
             lhs, rhs, gradient = values
             expected = lhs @ rhs, gradient @ rhs.T, lhs.T @ gradient
             for result, wanted in zip(found, expected, strict=True):
@@ -76,7 +77,7 @@ def test_a_history_is_followed_step_by_step(margin):
             np.testing.assert_array_equal(getattr(scaling, name), histories[name])
 
 
-def test_a_state_that_serves_twice_gets_a_bound():
+def test_a_state_used_twice_sums_both_amax():
     x, y = jnp.array([[1.0, -3.0]]), jnp.array([[0.5], [0.25]])
 
     def twice(scaling):
@@ -89,9 +90,9 @@ def test_a_state_that_serves_twice_gets_a_bound():
     np.testing.assert_array_equal(seen.gradient, [2, 0])
 
 
-def test_stacked_states_move_on_one_by_one():
+def test_stacked_states_are_updated_separately():
     history = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    found = training.push_amax(history, jnp.array([7.0, jnp.nan]))
+    found = push_amax(history, jnp.array([7.0, jnp.nan]))
     np.testing.assert_array_equal(found, [[7, 1, 2], [0, 4, 5]])
     stack = DelayedScaling(history, history, history, margin=2)
     seen = DelayedScaling(*([jnp.array([[8.0, 0, 0], [9.0, 0, 0]])] * 3), margin=2)
@@ -102,17 +103,17 @@ def test_stacked_states_move_on_one_by_one():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_one_broken_element_among_many_shows(value):
+def test_amax_is_inf_if_a_single_element_is_not_finite(value):
     """XLA's CPU backend drops NaN in a maximum of many."""
     x = jnp.zeros(5000, jnp.bfloat16).at[2500].set(value).at[-1].set(7)
-    assert jax.jit(training.amax_of)(x) == jnp.inf
-    assert training.amax_of(x.at[2500].set(-8)) == 8
-    assert training.amax_of(x[:0]) == 0
-    assert training.amax_of(x).dtype == jnp.float32
+    assert jax.jit(amax_of)(x) == jnp.inf
+    assert amax_of(x.at[2500].set(-8)) == 8
+    assert amax_of(x[:0]) == 0
+    assert amax_of(x).dtype == jnp.float32
 
 
 @jax.numpy_dtype_promotion("standard")  # Optax mixes dtypes.
-def test_optimizers_do_not_see_states():
+def test_skip_scaling_hides_states_from_the_optimizer():
     params: Any = {"w": jnp.array([3.0, 4.0]), "s": [DelayedScaling.init(2), None]}
     seen = DelayedScaling(*([jnp.array([1e6, 0.0])] * 3))
     gradients = {"w": jnp.array([0.6, 0.8]), "s": [seen, None]}
@@ -142,10 +143,10 @@ def test_optimizers_do_not_see_states():
     np.testing.assert_allclose(turned["w"], [-0.6, -0.8])
 
 
-def test_errors_say_what_to_do():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match=r"length must be a positive.*got 0"):
         DelayedScaling.init(0)
-    with pytest.raises(ValueError, match=r"holds DelayedScaling; got PyTreeDef.*'w'"):
+    with pytest.raises(ValueError, match=r"contains DelayedScaling; got PyTreeDef.*'w'"):
         training.update_scaling({"w": jnp.ones(2)}, {"w": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"optax.GradientTransformation.*pass .gradient_transf"):
-        training.skip_scaling(optax.MultiSteps(optax.sgd(0.1), 2))  # pyright: ignore[reportArgumentType] (what is refused)
+        training.skip_scaling(optax.MultiSteps(optax.sgd(0.1), 2))  # pyright: ignore[reportArgumentType] (the wrong type)
