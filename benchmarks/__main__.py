@@ -1,4 +1,4 @@
-"""`python -m benchmarks --suite cpu`: prints tables, and writes what was measured as JSON."""
+"""`python -m benchmarks --suite cpu`: prints tables and writes the results as JSON."""
 
 import argparse
 import json
@@ -17,16 +17,16 @@ SUITES = {
     "tpu-compile": tpu.suite,
     "training": training.suite,
 }
-_SUITES_HELP = """cpu: products, by shape and rows; end-to-end: a sentence encoder, and a
- decoder that generates text; gpu: products on a GPU; quantize: time and memory to quantize weights;
- tpu-compile: what the compiler for TPUs estimates of products; training: losses,
- speed and memory of training with quantization"""
-# What must be done before JAX looks for devices.
+_SUITES_HELP = """cpu: matrix multiplication, by shape and rows; end-to-end: a sentence encoder and
+ a text-generating decoder; gpu: matrix multiplication on a GPU; quantize: time and memory of
+ quantizing weights; tpu-compile: estimates by the TPU compiler; training: losses, speed and memory
+ of training with quantization"""
+# To be called before JAX initializes its devices.
 PREPARATIONS = {"gpu": gpu.prepare, "tpu-compile": tpu_compiler.prepare}
 
 
 def above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """A type of arguments for argparse: numbers of a kind that are above 0."""
+    """An argparse type: numbers of this kind above 0."""
 
     def read(text: str) -> float:
         try:
@@ -34,7 +34,7 @@ def above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
         except ValueError:
             number = math.nan
         if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"wanted {kind.__name__} above 0; got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__} above 0; got {text!r}")
         return number
 
     return read
@@ -48,13 +48,13 @@ def main() -> None:
     products = parser.add_argument_group("options of cpu, gpu and tpu-compile")
     products.add_argument("--shapes", nargs="+", choices=WEIGHTS, help="of the weights")
     products.add_argument(
-        "--rows", nargs="+", type=above_zero(int), help=f"of inputs; on cpu {ROWS}"
+        "--rows", nargs="+", type=above_zero(int), help=f"of activations; on cpu {ROWS}"
     )
     products.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of inputs of cpu; float32",
+        help="of activations of cpu; float32",
     )
     products.add_argument(
         "--full", action="store_true", help="gpu and tpu-compile: all shapes and rows, for hours"
@@ -62,7 +62,12 @@ def main() -> None:
     chips = parser.add_argument_group("options of tpu-compile")
     chips.add_argument("--chips", nargs="+", choices=tpu_compiler.CHIPS, help="generations")
     other = parser.add_argument_group("options of end-to-end, quantize and tpu-compile")
-    other.add_argument("--only", nargs="+", metavar="WORD", help="contenders with these names; all")
+    other.add_argument(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        help="contenders whose name has one of these words; all",
+    )
     weights = parser.add_argument_group("options of quantize")
     weights.add_argument(
         "--gibibytes", type=above_zero(float), default=1, help="of float32 weights; 1"

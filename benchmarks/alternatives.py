@@ -1,9 +1,9 @@
-"""Products of other libraries, each as it is meant to be used; None where it is not installed."""
+"""Matrix multiplications by other libraries, as each is meant to be used; None if not installed."""
 
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-# Else the threads of a library that waits for work slow down whoever has its turn next.
+# Otherwise the spinning threads of one library slow down the next contender.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import copy
@@ -57,7 +57,7 @@ def of_keras(name: str, mode: str, arithmetic: str = "bf16") -> Contender | None
 
 
 def of_qwix(name: str, weights: str, inputs: str | None, tile: int | None) -> Contender | None:
-    """Qwix's quantized arrays and product."""
+    """Qwix's quantized arrays and `dot_general`."""
     qwix = optional("qwix")
     if qwix is None:
         return None
@@ -76,14 +76,14 @@ def of_qwix(name: str, weights: str, inputs: str | None, tile: int | None) -> Co
 
 
 def of_aqt(name: str) -> Contender | None:
-    """AQT's int8 product with weights that were quantized before, as for serving."""
+    """AQT's int8 matrix multiplication with weights quantized in advance, as for serving."""
     config, quantizer = optional("aqt.jax.v2.config"), optional("aqt.jax.v2.aqt_quantizer")
     if config is None or quantizer is None:
         return None
     weights, product = quantizer.quantizer_make(8), config.dot_general_make(8, 8)
 
     def run(x, q):
-        # Only the shape and dtype of the right operand are used, for its codes are given.
+        # The codes of the right operand are given: only its shape and dtype are used.
         unused = jnp.zeros(q.qvalue.shape, x.dtype)
         return product.dg_core(x, unused, None, q, (((1,), (0,)), ((), ())))[0]
 
@@ -91,7 +91,7 @@ def of_aqt(name: str) -> Contender | None:
 
 
 def of_torchao(name: str) -> Contender | None:
-    """torchao's int8 weights by int8 inputs, compiled anew for each shape."""
+    """torchao's int8 weights with dynamic int8 activations, recompiled for each shape."""
     torchao = optional("torchao.quantization")
     if torchao is None:
         return None
@@ -105,8 +105,8 @@ def of_torchao(name: str) -> Contender | None:
         torchao.quantize_(layer, torchao.Int8DynamicActivationInt8WeightConfig())
         return layer[0].weight
 
-    def compile_anew(run):
-        # It stops compiling without a word after eight shapes.
+    def recompile(run):
+        # After eight shapes it silently stops compiling.
         torch._dynamo.reset()
         compiled = torch.compile(run, dynamic=False)
 
@@ -122,7 +122,7 @@ def of_torchao(name: str) -> Contender | None:
         prepare,
         torch.nn.functional.linear,
         "float32",
-        compile=compile_anew,
+        compile=recompile,
         place=lambda x: torch.from_numpy(np.array(x)),
         copy=copy.deepcopy,
         # Codes, and one float32 scale per column.
@@ -133,7 +133,7 @@ def of_torchao(name: str) -> Contender | None:
 def contenders(
     schemes: Mapping[str, jq.Scheme] = SCHEMES, platform: str | None = None
 ) -> tuple[list[Contender], list[str]]:
-    """All that can run here, float32 first, and the names of what is not installed."""
+    """Every contender that can run here, float32 first, and the names of those not installed."""
     found: dict[str, Contender | None] = {
         "Keras int8": of_keras("Keras int8", "int8", "int8"),
         "Keras int4 g128": of_keras("Keras int4 g128", "int4"),

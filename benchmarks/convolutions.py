@@ -1,10 +1,10 @@
-"""Prints how fast int8 convolutions are in each implementation, beside XLA's float32.
+"""Compares the implementations of int8 convolution with XLA's float32.
 
     python -m benchmarks.convolutions
 
-float32 images, quantized on the way in, by int8 kernels with one scale per output channel. Each
-number is the speed in units of float32's with a float32 kernel: over 1 is faster. Calls of all
-take turns in one run. Slower ones are shown in red.
+float32 images are quantized dynamically and convolved with int8 kernels with one scale per output
+channel. Each number is the speed relative to float32 with a float32 kernel: above 1 is faster. All
+calls alternate in one run. Slower ones are red.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ CASES = {
 
 
 def speeds(shape, kernel_shape, axes, options):
-    """Speed of each implementation in units of float32's."""
+    """Speed of each implementation relative to float32."""
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, kernel_shape))
     images, kernels = axes.split()

@@ -1,14 +1,14 @@
-"""How fast products with quantized weights are, beside XLA's float32 and other libraries.
+"""Compares matrix multiplication with quantized weights with XLA's float32 and other libraries.
 
     python -m benchmarks --suite cpu [--shapes attention odd] [--rows 1 8] [--dtype bfloat16]
 
-All contenders take turns in one run. With few rows a turn is four products in a row, in one
-compiled program where the contender is JAX, as layers of a model follow one another. In the first
-table each product reads another copy of its weights, so that none stays in the last-level cache; in
-the second always the same. A number is the speed in units of XLA's float32, over 1 is faster, and
-the share of bandwidth at which the weights were read: 100 % is a sum over 256 MiB that takes turns
-with the products. What is slower than float32 is red, and so is what is wrong by more than 20 %;
-what is faster than all others is bold.
+All contenders alternate in one run. With few rows a turn is four multiplications in sequence, in
+one compiled program if the contender is JAX, like consecutive layers of a model. In the first table
+each multiplication reads another copy of the weights, so that none stays in the last-level cache;
+in the second all read the same copy. Each cell has the speed relative to XLA's float32 (above 1 is
+faster) and the share of the memory bandwidth at which weights were read: 100 % is a sum over 256
+MiB that alternates with the contenders. Red: slower than float32, or wrong by more than 20 %. Bold:
+the fastest.
 """
 
 import itertools
@@ -30,23 +30,23 @@ from .shapes import ROWS, WEIGHTS
 from .timing import by_turns, ratio
 
 REFERENCE = "XLA float32"
-# More than the last-level cache of any desktop machine holds.
+# Larger than the last-level cache of any desktop machine.
 OUT_OF_CACHE = 192 * 2**20
-# So that sessions of other runtimes, one per copy, are made in seconds.
+# Other runtimes create one session per copy, which must not take minutes.
 MOST_COPIES = 128
-# Seconds that all calls of one cell may take.
+# Time limit of one cell, in seconds.
 BUDGET = 12.0
-# Products of a turn, and rows up to which there are so many: more rows take long enough.
+# Multiplications per turn up to so many rows; with more rows one takes long enough.
 IN_A_ROW, FEW_ROWS = 4, 32
 SUM = "a sum"
-# Bytes that it adds up.
+# Bytes that the sum reads.
 PROBE = 2**28
 
 
 def prepared(
     contender: Contender, shape: tuple[int, int], copies_of: int, dtype: str = "float32"
 ) -> list[Any]:
-    """Copies of the weights that together take `copies_of` bytes at least, or the most copies."""
+    """Copies of the weights of at least `copies_of` bytes together, at most `MOST_COPIES`."""
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=shape) / math.sqrt(shape[0]), dtype)
     first = jax.block_until_ready(contender.prepare(w))
@@ -55,7 +55,7 @@ def prepared(
 
 
 def rotating(contender: Contender, x: jax.Array, weights: list[Any], count: int = 1):
-    """A call of `count` products in a row, each by the next copy of the weights."""
+    """A call of `count` multiplications in sequence, each with the next copy of the weights."""
     turn = itertools.cycle(weights)
     x = contender.place(x if contender.dtype is None else x.astype(contender.dtype))
     if contender.is_jax:
@@ -66,7 +66,7 @@ def rotating(contender: Contender, x: jax.Array, weights: list[Any], count: int 
 
 
 def _in_a_row(run, x, weights):
-    """The last product, each of which waits for the one before."""
+    """The last of several multiplications, each of which depends on the previous one."""
     out = run(x, weights[0])
     for w in weights[1:]:
         x = x + (1e-30 * out[..., :1]).astype(x.dtype)
@@ -75,13 +75,13 @@ def _in_a_row(run, x, weights):
 
 
 def prepare_all(found, shape, in_cache, dtype="float32") -> dict[str, list[Any] | str]:
-    """Copies of the weights for each contender, or the error with which it refuses them."""
+    """Copies of the weights for each contender, or the error that it raises."""
     size = 0 if in_cache else OUT_OF_CACHE
     return {c.name: _attempt(partial(prepared, c, shape, size, dtype)) for c in found}
 
 
 def _attempt(work):
-    """What it returns, or its error as a text."""
+    """The result of `work`, or its error as text."""
     try:
         return work()
     except Exception as error:  # Other libraries raise what they like.
@@ -94,13 +94,13 @@ def measure(
     """One line of results per contender.
 
     Args:
-        found: contenders, the reference among them.
-        weights: of each, from `prepare_all`.
-        x: inputs, (M, K).
-        peaks: operations per second that the machine reaches.
+        found: contenders, including the reference.
+        weights: those of each contender, from `prepare_all`.
+        x: activations, (M, K).
+        peaks: operations per second that the machine achieves.
         reference: contender whose speed is 1.
-        count: products of a turn; None for what suits CPUs.
-        probe: bytes that the sum adds up; None for what suits CPUs.
+        count: multiplications per turn; None for the default on CPU.
+        probe: bytes that the sum reads; None for the default on CPU.
     """
     if count is None:
         count = IN_A_ROW if len(x) <= FEW_ROWS else 1
@@ -111,7 +111,7 @@ def measure(
             copies if isinstance(copies, str) else _attempt(partial(_started, c, x, copies, count))
         )
         if isinstance(call, str):
-            lines[c.name]["refusal"] = call
+            lines[c.name]["unsupported"] = call
         else:
             calls[c.name] = call
             lines[c.name]["bytes"] = c.size(copies[0])
@@ -129,7 +129,7 @@ def measure(
 
 
 def _started(contender, x, weights, count):
-    """The call of a contender, which has run once."""
+    """The call of a contender, after one run."""
     call = rotating(contender, x, weights, count)
     jax.block_until_ready(call())
     return call
@@ -142,7 +142,7 @@ def _rounds(calls):
 
 
 def _figures(times, name, size, operations, peaks, reference):
-    """What follows from the times of one contender."""
+    """Figures derived from the times of one contender."""
     seconds = statistics.median(times[name])
     quarter, _, three = statistics.quantiles(times[name], n=4)
     share = size / seconds / peaks["bytes_per_second"]
@@ -163,8 +163,8 @@ def suite(arguments: Any) -> dict[str, Any]:
     peaks = machine.peaks()
     console = rich.console.Console(width=max(100, rich.console.Console().width))
     console.print(
-        f"A sum reads {peaks['bytes_per_second'] / 1e9:.1f} GB/s, and a product of float32 "
-        f"matrices computes {peaks['operations_per_second'] / 1e9:.0f} G operations/s."
+        f"A sum reads {peaks['bytes_per_second'] / 1e9:.1f} GB/s; float32 matrix multiplication "
+        f"runs {peaks['operations_per_second'] / 1e9:.0f} G operations/s."
     )
     cells = list(itertools.product((False, True), arguments.shapes or WEIGHTS))
     rows = arguments.rows or ROWS
@@ -185,7 +185,7 @@ def suite(arguments: Any) -> dict[str, Any]:
             where = "in cache" if in_cache else "out of cache"
             title = f"{name} {WEIGHTS[name]}, {arguments.dtype}, {where}"
             console.print(tables.speeds(title, part, missing))
-            for line in tables.refusals(part):
-                console.print(f"Refused by {line}")
+            for line in tables.unsupported(part):
+                console.print(f"Not supported by {line}")
             results += part
     return {**peaks, "not_installed": missing, "products": results}

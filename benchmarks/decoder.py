@@ -1,7 +1,7 @@
-"""A small decoder-only transformer with a cache of keys and values, in plain JAX.
+"""A small decoder-only transformer with a key-value cache, in plain JAX.
 
-The same code runs float and quantized kernels: what multiplies by a kernel is an argument, and
-`jaxquant.matmul` takes both.
+The same code runs float and quantized kernels: the function that multiplies by a kernel is an
+argument, and `jaxquant.matmul` supports both.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import jaxquant as jq
 
 Params = dict[str, Any]
-# (inputs (M, K), kernel of (K, N)) -> (M, N)
+# (activations (M, K), kernel (K, N)) -> (M, N)
 Product = Callable[[jax.Array, Any], jax.Array]
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder. `length` is that of the cache: prompt and generated tokens."""
+    """Sizes of a decoder. `length` is the capacity of the cache: prompt plus generated tokens."""
 
     layers: int = 4
     width: int = 1024
@@ -77,14 +77,14 @@ def step(
     start: jax.Array | int,
     product: Product = jq.matmul,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """Some tokens further.
+    """Decodes some more tokens.
 
     Args:
         params: from `random_params`, or quantized.
         config: sizes.
         tokens: (B, T) at the positions start .. start + T - 1.
-        cache: of all tokens before.
-        start: number of tokens before.
+        cache: keys and values of all previous tokens.
+        start: number of previous tokens.
         product: multiplies by a kernel.
 
     Returns:
@@ -110,7 +110,7 @@ def generate(
     count: int,
     product: Product = jq.matmul,
 ) -> tuple[jax.Array, jax.Array]:
-    """Continues a prompt, each token the likeliest.
+    """Continues a prompt by greedy decoding.
 
     Args:
         params, config, product: as for `step`.
@@ -118,7 +118,7 @@ def generate(
         count: tokens to generate; P + count - 1 <= config.length.
 
     Returns:
-        Tokens (B, count), and the logits from which the first was taken, (B, vocabulary).
+        Tokens (B, count), and the logits of the first one, (B, vocabulary).
 
     Raises:
         ValueError: the cache is too short.
@@ -143,7 +143,7 @@ def generate(
 
 
 def _attend(x, weights, cache, positions, product):
-    """Causal attention to the cache, which is returned with the new keys and values."""
+    """Causal attention, and the cache with the new keys and values."""
     batch, count, width = x.shape
     heads, length, size = cache.shape[2:]
     qkv = _dense(x, weights["qkv"], product).reshape(batch, count, 3, heads, size)

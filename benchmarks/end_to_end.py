@@ -1,11 +1,11 @@
-"""How fast whole models are with quantized weights, in units of float32.
+"""Compares whole models with quantized weights with float32.
 
     python -m benchmarks --suite end-to-end [--only W8A8 W4A8]
 
 The demo's sentence encoder (extra `demo`) embeds 1 and 32 sentences of 64 and 128 random tokens. A
-decoder of random weights (`benchmarks/decoder.py`) continues a prompt of 8 tokens by 64. All take
-turns in one run. Slower than float32 is red, and so is what is wrong by more than 80 %: random
-weights and tokens add up the error of 4 bits over the layers.
+decoder with random weights (`benchmarks/decoder.py`) continues a prompt of 8 tokens by 64. All
+contenders alternate in one run. Red: slower than float32, or wrong by more than 80 % (with random
+weights and tokens, 4-bit errors accumulate over the layers).
 """
 
 import statistics
@@ -30,17 +30,17 @@ from .timing import by_turns, ratio
 REFERENCE = "float32"
 SENTENCES = ((1, 64), (1, 128), (32, 64), (32, 128))
 PROMPT, GENERATED = 8, 64
-# Seconds that all calls of one column may take, as far as three rounds allow.
+# Time limit of one column in seconds; at least three rounds run.
 BUDGET = 30.0
 
 
 def is_chosen(name: str, only: list[str] | None) -> bool:
-    """Whether a contender takes part; the reference always does."""
+    """Whether a contender is measured; the reference always is."""
     return name == REFERENCE or any(word in name for word in only or [""])
 
 
 def compare(column: str, calls: dict[str, Any], sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """One line of results per call; each returns an array, like that of the reference or not."""
+    """One line of results per call. Each call returns an array to compare with the reference's."""
     once = sum(sum(t) for t in by_turns(calls, rounds=1).values())
     times = by_turns(calls, int(np.clip(BUDGET / once, 3, 30)))
     wanted = np.asarray(calls[REFERENCE](), np.float64)
@@ -74,7 +74,7 @@ def encoders(params: Params, only: list[str] | None = None) -> dict[str, Params]
 def encode(
     models: dict[str, Params], config: demo.EncoderConfig, batch: int, length: int
 ) -> list[dict[str, Any]]:
-    """Results for one size of input, of random tokens."""
+    """Results for random tokens of one size."""
     words = models[REFERENCE]["embeddings"]["word"].shape[0]
     ids = jnp.asarray(np.random.default_rng(0).integers(0, words, (batch, length)), jnp.int32)
     mask = jnp.ones_like(ids)
@@ -86,7 +86,7 @@ def encode(
 def decoders(
     params: Params, others: list[Contender], only: list[str] | None = None
 ) -> dict[str, tuple[Params, Any]]:
-    """Parameters and product of each contender: float32, our schemes, and other libraries."""
+    """Parameters and matmul of each contender: float32, our schemes, and other libraries."""
     found: dict[str, tuple[Params, Any]] = {REFERENCE: (params, jq.matmul)}
     for name, scheme in SCHEMES.items():
         if is_chosen(name, only):
@@ -115,7 +115,7 @@ def _in_dtype(contender):
 def decode(
     models: dict[str, tuple[Params, Any]], config: DecoderConfig, prompt: int, count: int
 ) -> list[dict[str, Any]]:
-    """Results of generating `count` tokens; the error is that of the first logits."""
+    """Results of generating `count` tokens. The error is that of the first logits."""
     tokens = np.random.default_rng(0).integers(0, config.vocabulary, (1, prompt))
     tokens = jnp.asarray(tokens, jnp.int32)
     calls = {
@@ -139,13 +139,13 @@ def suite(arguments: Any) -> dict[str, Any]:
         generated = decode(models, config, PROMPT, GENERATED)
         bar.advance(task)
         console.print(_table(f"A decoder generates {GENERATED} tokens", generated, missing))
-        console.print(f"Not compared, for they are no JAX programs: {outside or '-'}.")
+        console.print(f"Not compared, because they are not JAX programs: {outside or '-'}.")
         embedded = _encode_all(arguments.only, lambda: bar.advance(task))
     if embedded is None:
-        console.print("The encoder was not run: its package, of the extra demo, is not installed.")
+        console.print("The encoder was not run: its package (extra demo) is not installed.")
     else:
         console.print(_table("The demo's sentence encoder", embedded))
-        console.print("Not compared: other libraries, which do not run this encoder as it is.")
+        console.print("Not compared: other libraries, which cannot run this encoder unmodified.")
     return {"decoder": generated, "encoder": embedded, "not_installed": missing}
 
 
@@ -154,7 +154,7 @@ def _table(title, results, missing=()):
 
 
 def _encode_all(only, report):
-    """Results of the encoder at all sizes, or None where it is not installed."""
+    """Results of the encoder at all sizes, or None if it is not installed."""
     try:
         folder = demo.packaged_encoder()
     except FileNotFoundError:

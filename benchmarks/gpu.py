@@ -1,16 +1,16 @@
-"""How fast products with quantized weights are on a GPU, beside XLA's bfloat16 and other libraries.
+"""Compares matrix multiplication with quantized weights on a GPU with bfloat16 and other libraries.
 
     python -m benchmarks --suite gpu [--full] [--shapes attention up] [--rows 1 16 64]
 
-Needs a GPU. All contenders take turns in one run, by bfloat16 inputs. A turn is so many products in
-one compiled program that a call's own time does not show, each by another copy of the weights, so
-that they come from memory and not from a cache; each waits for the one before by an addition to its
-inputs, which is counted for all. A cell has the speed in units of XLA's bfloat16, microseconds of a
-product (the median), and the shares of what the GPU was measured to reach: of the bandwidth of a
-sum over 4 GiB at which the weights were read, and of the rate of a product of bfloat16 matrices.
-What is slower than bfloat16 is red, and so is what is wrong by more than 20 %; what is faster than
-all others is bold. "W4A16, triton" and the like force a computation that is not chosen by itself. A
-last table holds what was found against what is to be reached (`gpu_goals.py`).
+Needs a GPU. All contenders alternate in one run, with bfloat16 activations. A turn is one compiled
+program with enough multiplications to hide the launch time. Each reads another copy of the weights,
+so that weights come from memory and not from a cache, and depends on the previous one through an
+addition to its activations, which is counted for every contender. Each cell has the speed relative
+to XLA's bfloat16, the median microseconds of one multiplication, and two shares of what the GPU was
+measured to achieve: of the bandwidth of a sum over 4 GiB, and of the rate of bfloat16 matrix
+multiplication. Red: slower than bfloat16, or wrong by more than 20 %. Bold: the fastest. "W4A16,
+triton" and the like force a computation that is not selected by default. A last table compares the
+results with the targets (`gpu_goals.py`).
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from .shapes import ROWS, WEIGHTS
 
 REFERENCE = "XLA bfloat16"
 SCHEMES = ("W8A8", "W8A16", "W4A16", "W4A8", "FP8", "NF4A16")
-# Computations that are only run where they are asked for, until they were measured.
+# Computations that stay opt-in until they have been measured.
 FORCED = (
     ("W8A8", "triton"),
     ("W4A16", "triton"),
@@ -43,10 +43,10 @@ FORCED = (
     ("W8A16", "scaled"),
 )
 IN_A_ROW = 16
-# Long enough, half a millisecond and more, not to measure how a program is started.
+# At least half a millisecond, so that the launch time of a program does not show.
 PROBE = 2**32
 LENGTH = 8192
-# What a loan of half an hour allows; the rest by --full.
+# Fits in half an hour; the rest needs --full.
 DEFAULT_SHAPES = ("up",)
 DEFAULT_ROWS = (1, 16, 64, 4096)
 
@@ -55,18 +55,18 @@ def prepare() -> None:
     """Checks that there is a GPU.
 
     Raises:
-        SystemExit: JAX sees none.
+        SystemExit: JAX does not find one.
     """
     platform = jax.devices()[0].platform
     if platform != "gpu":
         raise SystemExit(
-            f"The suite gpu needs a GPU that JAX sees; its devices are of platform {platform!r}. "
-            "Install jax[cuda12] or jax[cuda13] on a machine that has one."
+            f"The suite gpu needs a GPU that JAX can use; got devices of platform {platform!r}. "
+            "Install jax[cuda12] or jax[cuda13] on a machine with a GPU."
         )
 
 
 def fields() -> tuple[list[Contender], list[str]]:
-    """Contenders, and the names of what is not installed."""
+    """Contenders, and the names of those not installed."""
     found, missing = contenders({name: jq.SCHEMES[name] for name in SCHEMES}, "gpu")
     here = [c for c in found if c.is_jax]
     by_name = {c.name: c for c in here}
@@ -74,7 +74,7 @@ def fields() -> tuple[list[Contender], list[str]]:
 
 
 def forced(contender: Contender, implementation: str) -> Contender:
-    """One of ours, computed as it is told."""
+    """One of ours with a forced implementation."""
     run = partial(jq.matmul, implementation=implementation)
     return dataclasses.replace(contender, name=f"{contender.name}, {implementation}", run=run)
 
@@ -86,7 +86,7 @@ def measure_shape(
     rows: Sequence[int],
     peaks: dict[str, float],
 ) -> list[dict[str, Any]]:
-    """Lines of results, one per contender and number of rows."""
+    """Results, one line per contender and number of rows."""
     weights, results = cpu.prepare_all(found, shape, False, "bfloat16"), []
     for m in rows:
         x = jnp.asarray(np.random.default_rng(1).normal(size=(m, shape[0])), jnp.bfloat16)
@@ -103,16 +103,16 @@ def measure_shape(
 
 
 def _explained(contender, x, weights, line):
-    """What `explain` warns of in a product of ours that ran."""
-    if "refusal" in line or not contender.is_ours:
+    """The warnings of `explain` for one of our contenders that ran."""
+    if "unsupported" in line or not contender.is_ours:
         return {}
     warnings = [row.warning for row in jq.explain(contender.run, x, weights[0])]
     return {"warning": "; ".join(w for w in warnings if w is not None) or None}
 
 
 def _of_one_product(line):
-    """The line with the time of one of the products of a turn."""
-    if "refusal" in line:
+    """The line with the time of a single multiplication."""
+    if "unsupported" in line:
         return line
     microseconds = 1e3 * line["milliseconds"] / IN_A_ROW
     shares = line["share_of_bandwidth"], line["share_of_operations"]
@@ -129,16 +129,18 @@ def suite(arguments: Any) -> dict[str, Any]:
     peaks = {"bytes_per_second": machine.bandwidth(PROBE), "operations_per_second": rate}
     console = rich.console.Console(width=max(140, rich.console.Console().width))
     console.print(
-        f"A sum reads {peaks['bytes_per_second'] / 1e9:.0f} GB/s, and a product of bfloat16 "
-        f"matrices computes {rate / 1e12:.1f} T operations/s."
+        f"A sum reads {peaks['bytes_per_second'] / 1e9:.0f} GB/s; bfloat16 matrix multiplication "
+        f"runs {rate / 1e12:.1f} T operations/s."
     )
     results = []
     for name in rich.progress.track(shapes, console=rich.console.Console(stderr=True)):
         part = measure_shape(found, name, WEIGHTS[name], rows, peaks)
-        title = f"{name} {WEIGHTS[name]}, bfloat16 inputs: speed · time · bandwidth · matrix rate"
+        title = (
+            f"{name} {WEIGHTS[name]}, bfloat16 activations: speed · time · bandwidth · matrix rate"
+        )
         console.print(tables.speeds(title, part, missing, REFERENCE))
-        for line in tables.refusals(part):
-            console.print(f"Refused by {line}", markup=False)
+        for line in tables.unsupported(part):
+            console.print(f"Not supported by {line}", markup=False)
         results += part
     goals = gpu_goals.outcomes(results)
     console.print(gpu_goals.table(goals))

@@ -1,11 +1,10 @@
-"""What XLA's compiler for GPUs makes of products, for an H200 that need not be there.
+"""Shows how XLA's GPU compiler compiles matrix multiplications for an H200, without a GPU.
 
     python -m benchmarks.gpu_compiler [--shape up] [--rows 16 4096]
 
-Needs jax[cuda13], or jax[cuda12], and no GPU: nothing runs, and nothing is timed. A cell has the MB
-that a program writes to memory beside its result, and the formats that its code for tensor cores
-multiplies, with that of the sums first. Without a GPU the compiler cannot try which way is faster,
-and takes its default.
+Needs jax[cuda13] or jax[cuda12], but no GPU: nothing runs and nothing is timed. Each cell has the
+MB that the program writes to memory in addition to its result, and the formats of its tensor core
+instructions, accumulator first. Without a GPU the compiler cannot autotune and uses its defaults.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from . import gpu
 from .products import Contender
 from .shapes import WEIGHTS
 
-# What the compiler asks of a device. From an H200's own description of itself.
+# What the compiler needs to know about a device, as an H200 reports it.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048

@@ -1,4 +1,4 @@
-"""What products are to reach on an H200, and what a run of the suite for GPUs found."""
+"""Speed targets on an H200, and the outcome of a run of the gpu suite."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import rich.table
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """A figure that a contender is to reach.
+    """A figure that a contender should reach.
 
     Attributes:
         scheme: the contender, chosen by itself or forced in any way.
@@ -31,7 +31,7 @@ FIGURES = {
     "speed": "speed, bfloat16 = 1",
     "share_of_bandwidth": "share of the bandwidth",
 }
-# On an H200, by bfloat16 inputs.
+# On an H200, with bfloat16 activations.
 GOALS = (
     Goal("W4A16", "up", (1, 16), "speed", 2.5),
     Goal("W4A16", "up", (1, 16), "share_of_bandwidth", 0.7),
@@ -43,15 +43,15 @@ GOALS = (
 def outcomes(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A line for each goal, contender and case, and one for each goal that no line is for.
 
-    Lines of ours that are chosen by themselves, and slower than bfloat16, follow: there
-    `jaxquant.explain` must warn.
+    Then come our default computations that are slower than bfloat16, for which `jaxquant.explain`
+    must warn.
 
     Args:
-        results: lines of the suite, of which those of ours have `warning`: what `explain` says.
+        results: lines of the suite; ours have `warning`, the text of `explain`.
 
     Returns:
-        Lines with `goal`, `contender`, `case`, `figure`, `least`, `found` and `is_met`. Of a
-        refusal, and of what was not run, `found` is None.
+        Lines with `goal`, `contender`, `case`, `figure`, `least`, `found` and `is_met`. `found` is
+        None for unsupported cases and for those that were not run.
     """
     found = []
     for goal in GOALS:
@@ -89,7 +89,7 @@ def _outcome(goal, line):
 
 
 def _silence(line):
-    """Whether `explain` says that a product is slow."""
+    """Whether `explain` warns about a slow multiplication."""
     return {
         "goal": "slow, and explained",
         "figure": "speed",
@@ -106,9 +106,9 @@ def _case(line):
 
 
 def table(goals: Sequence[dict[str, Any]]) -> rich.table.Table:
-    """Outcomes as a table, what is missed in red."""
+    """Outcomes as a table. Missed targets are red."""
     found = rich.table.Table(
-        "goal", "by", "of", "at least", "found", "", title="To be reached on an H200"
+        "goal", "by", "of", "at least", "found", "", title="Targets on an H200"
     )
     for line in goals:
         value = "not run" if line["found"] is None else f"{line['found']:.2f}"

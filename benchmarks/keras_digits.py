@@ -1,15 +1,15 @@
-"""Prints what quantization costs two small Keras models on a real task, ours beside stock Keras.
+"""Compares quantized Keras models on a real task: our layers and stock Keras.
 
     python -m benchmarks.keras_digits
 
-A convolutional and an attention model are trained on scikit-learn's digits with three seeds, in
-stock Keras, and their weights are copied into models of our layers and of stock ones, which
-`model.quantize` then quantizes. Accuracy is that on the half of the digits that was not trained on;
-bytes are those of all variables; the time to quantize is that of a second, equal model, after
-compilation; the time per batch of 256 is the ratio to float32 in alternating calls of the same run
-of a jit-compiled `stateless_call`. "unchanged" counts the layers with weights that stock Keras
-leaves in float. A last line has the time to quantize a model of many small layers, compilation
-included. Needs the extra `bench`.
+A convolutional and an attention model are trained on scikit-learn's digits with three seeds in
+stock Keras. Their weights are copied into models of our layers and of stock layers, which
+`model.quantize` then quantizes. Accuracy is measured on the held-out half of the digits; bytes
+include all variables; the time to quantize is that of a second, equal model, after compilation; the
+time per batch of 256 is the ratio to float32 in alternating calls of a jit-compiled
+`stateless_call`. "unchanged" counts the layers with weights that stock Keras leaves in float. The
+last line is the time to quantize a model of many small layers, including compilation. Needs the
+extra `bench`.
 """
 
 import os
@@ -85,7 +85,7 @@ MODES = {
 
 
 def digits():
-    """(trained on, tested on), each (images, labels), half of the digits each."""
+    """(training set, test set), each (images, labels) with half of the digits."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8)
     order = np.random.default_rng(0).permutation(len(images))
@@ -93,7 +93,7 @@ def digits():
 
 
 def train(build, data, seed):
-    """A model of stock layers."""
+    """A trained model of stock layers."""
     keras.utils.set_random_seed(seed)
     model = build(keras.layers)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -103,7 +103,7 @@ def train(build, data, seed):
 
 
 def quantized(build, trained, library, mode):
-    """The trained model in a library's layers, quantized, and the seconds that took."""
+    """The trained model in a library's layers, quantized, and the seconds to quantize it."""
     model = build(LIBRARIES[library])
     model.set_weights(trained.get_weights())
     config = MODES[mode][library]()
@@ -116,7 +116,7 @@ def quantized(build, trained, library, mode):
 
 
 def accuracy(model, data):
-    """Percent of the digits that are told right."""
+    """Percentage of digits classified correctly."""
     images, labels = data
     return 100 * float(np.mean(np.argmax(model.predict(images, verbose=0), -1) == labels))
 
@@ -136,7 +136,7 @@ def row(name, build, trained, data, library, mode):
     for model in trained:
         found, _ = quantized(build, model, library, mode)
         results.append(accuracy(found, data) - accuracy(model, data))
-    # A second one: the first compiles.
+    # A second one, because the first compiles.
     found, seconds = quantized(build, trained[-1], library, mode)
     batch = data[0][:256]
     layers = [x for x in found._flatten_layers() if x.weights and not x._layers]

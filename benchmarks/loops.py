@@ -1,9 +1,10 @@
-"""What it costs to take stacked layers one after another in a loop, beside layers that lie apart.
+"""Compares a loop over stacked layers with a loop over a list of layers.
 
     python -m benchmarks.loops
 
-One row of inputs goes through eight products, by `jax.lax.scan` and by `jaxquant.scan` over stacked
-weights, and by a Python loop over a list. A number is the time of a scan in units of the list's.
+One row of activations goes through eight matrix multiplications: by `jax.lax.scan` and
+`jaxquant.scan` over stacked weights, and by a Python loop over a list. Each number is the time
+relative to the list.
 """
 
 from functools import partial
@@ -24,14 +25,14 @@ SCHEMES |= {name: jq.SCHEMES[name] for name in ("W4A8", "W4A16", "NF4A16", "FP8"
 
 
 def apart(x: jax.Array, layers) -> jax.Array:
-    """One product after another."""
+    """Multiplies by one layer after another."""
     for layer in layers:
         x = jq.matmul(x, layer)
     return x
 
 
 def in_a_loop(scan, x: jax.Array, stacked) -> jax.Array:
-    """The same products by a scan."""
+    """The same multiplications by a scan."""
     return scan(lambda x, layer: (jq.matmul(x, layer), None), x, stacked)[0]
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and how fast that reads memory and multiplies."""
+"""The machine of a benchmark, its memory bandwidth and its arithmetic throughput."""
 
 import datetime
 import os
@@ -18,7 +18,7 @@ PACKAGES += ("libtpu",)
 
 
 def description() -> dict[str, Any]:
-    """The machine, the versions and the date, for tables and JSON."""
+    """Machine, versions and date, for tables and JSON."""
     found = {}
     for name in PACKAGES:
         try:
@@ -44,7 +44,7 @@ def _processor():
 
 
 def peaks() -> dict[str, float]:
-    """What the machine reaches, against which shares are given."""
+    """What the machine achieves, the reference for shares."""
     return {"bytes_per_second": bandwidth(), "operations_per_second": multiplication()}
 
 
@@ -55,19 +55,19 @@ def bandwidth(size: int = 2**28, rounds: int = 10) -> float:
 
 
 def summation(size: int) -> tuple[Callable[[], jax.Array], int]:
-    """A call that adds up float32 of so many bytes, and their number."""
+    """A call that sums `size` bytes of float32, and the exact number of bytes."""
     x, add = jnp.ones(size // 4, jnp.float32), jax.jit(jnp.sum)
     return lambda: add(x), 4 * x.size
 
 
 def multiplication(length: int = 2048, rounds: int = 5, dtype: str = "float32") -> float:
-    """Operations per second of a product of square matrices, the best of some rounds."""
+    """Operations per second of multiplying square matrices, the best of some rounds."""
     x = jnp.ones((length, length), dtype)
     return 2 * length**3 / _fastest(lambda: jax.jit(jnp.matmul)(x, x), rounds)
 
 
 def _fastest(call, rounds):
-    """Least seconds of a call, after one that compiles."""
+    """The fastest of several calls in seconds, after one that compiles."""
     jax.block_until_ready(call())
     best = float("inf")
     for _ in range(rounds):

@@ -6,10 +6,9 @@
     python -m benchmarks --suite tpu-compile --json tpu.json
     python -m benchmarks.measured tpu.json --dtype bfloat16 --chip v6e
 
-Speeds are those out of cache, in units of the suite's reference; on TPUs the compiler's estimates,
-without products that a Pallas kernel computes, of which there is none. Which computation ran is
-what `jaxquant.explain` says, of the chip or on this machine: run it where the suite ran. Forced
-ones are left out.
+Speeds are out of cache and relative to the suite's reference. On TPUs they are the compiler's
+estimates, which do not exist for Pallas kernels. `jaxquant.explain` says which computation ran, for
+the chip or on this machine, so run this where the suite ran. Forced implementations are left out.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from . import tpu, tpu_compiler
 def explained(
     scheme: jq.Scheme, k: int, n: int, rows: int, dtype: str, machine: str | None
 ) -> jq.ExplanationRow:
-    """What runs for inputs of (rows, k) by weights of (k, n) that `tree.quantize` stored."""
+    """What runs for activations (rows, k) by weights (k, n) stored by `tree.quantize`."""
     platform = machine and machine_for(machine).platform
     rule = [jq.Rule("*", scheme, axis=-2)]
     weights = {"kernel": jax.ShapeDtypeStruct((k, n), dtype if machine else jnp.float32)}
@@ -40,9 +39,9 @@ def explained(
 
 
 def with_speeds(products: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Estimates of the compiler for TPUs with speeds in units of the first contender's.
+    """Estimates by the TPU compiler with speeds relative to the first contender.
 
-    What was not compiled is left out, and so are products that a kernel computes.
+    Cases that were not compiled or that run a Pallas kernel are left out.
     """
 
     def key(product):
@@ -62,7 +61,7 @@ def lines(products: list[dict[str, Any]], dtype: str, machine: str | None = None
     for product in products:
         is_chosen = product["is_ours"] and product["contender"] in jq.SCHEMES
         is_wanted = is_chosen and not product["in_cache"] and product["dtype"] == dtype
-        if not is_wanted or "refusal" in product:
+        if not is_wanted or "unsupported" in product:
             continue
         scheme, shape = jq.SCHEMES[product["contender"]], (product["K"], product["N"])
         row = explained(scheme, *shape, product["rows"], dtype, machine)
@@ -74,7 +73,7 @@ def lines(products: list[dict[str, Any]], dtype: str, machine: str | None = None
 
 
 def main() -> None:
-    """Reads a file of results, and prints."""
+    """Reads a file of results and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measured", description=__doc__)
     parser.add_argument("results", type=pathlib.Path)
     parser.add_argument("--dtype", default="float32")

@@ -1,4 +1,4 @@
-"""Products by ONNX Runtime, as graphs of its quantized operators."""
+"""Matrix multiplications by ONNX Runtime, as graphs of its quantized operators."""
 
 import dataclasses
 import os
@@ -10,7 +10,7 @@ import numpy as np
 from .products import Contender
 
 _GROUP = 128
-# The graph of a product: nodes, and arrays by name.
+# A graph: nodes, and arrays by name.
 Graph = tuple[list[Any], dict[str, np.ndarray]]
 
 
@@ -30,7 +30,7 @@ class Session:
 
 
 def _dynamic_int8(onnx: Any, w: np.ndarray) -> Graph:
-    """Inputs to uint8 by their range, by int8 weights with one scale per column."""
+    """Dynamic uint8 activations by int8 weights with one scale per column."""
     node = onnx.helper.make_node
     scale = np.abs(w).max(0) / 127
     codes = np.clip(np.round(w / scale), -127, 127).astype(np.int8)
@@ -45,7 +45,7 @@ def _dynamic_int8(onnx: Any, w: np.ndarray) -> Graph:
 
 
 def _int4(onnx: Any, w: np.ndarray) -> Graph:
-    """4-bit weights in groups of 128, by inputs that the kernel quantizes to 8 bits.
+    """4-bit weights in groups of 128; the kernel quantizes activations to 8 bits.
 
     Raises:
         ValueError: the groups do not divide the contracted axis.
@@ -106,6 +106,6 @@ def _load(runtime, model):
     options = runtime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
-    # Its threads would else go on waiting for work in the turn of the next contender.
+    # Otherwise its threads keep spinning during the turn of the next contender.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

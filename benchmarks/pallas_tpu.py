@@ -1,18 +1,18 @@
-"""Prints what the Pallas kernels for TPUs take, counted from what libtpu compiles for them.
+"""Counts the work of the Pallas TPU kernels from what libtpu compiles for them.
 
     python -m benchmarks.pallas_tpu [--chips v5e v6e] [--shapes attention odd] [--rows 8 512]
     python -m benchmarks.pallas_tpu --check [--shapes ...] [--rows ...]
 
-No TPU is needed, and none is timed. For each kernel, in microseconds: "bytes" are those that it
-moves, over the chip's bandwidth; "matrix" is its operations over the bfloat16 rate of the matrix
-units; "schedule" is the number of instruction bundles that the compiler put into one step of the
-kernel's grid, times the steps, over the clock, which is too much by what only the first and last
-step of a sum do. They overlap: the largest is the kernel's time where nothing else delays it. A
-kernel that does not fit VMEM does not compile, and ends the run. Needs the extra `tpu`, and flags
-of libtpu that nobody documents.
+No TPU is needed and nothing is timed. For each kernel, in microseconds: "bytes" is the bytes it
+moves over the chip's bandwidth; "matrix" is its operations over the bfloat16 rate of the matrix
+units; "schedule" is the number of instruction bundles in one step of the kernel's grid, times the
+steps, over the clock (an overestimate, because some instructions run only in the first and last
+step of a sum). They overlap: the largest one is the kernel's time if nothing else delays it. A
+kernel that does not fit VMEM fails to compile and ends the run. Needs the extra `tpu` and
+undocumented flags of libtpu.
 
-With --check, the kernels compute every shape in interpret mode, and the largest difference from
-NumPy is printed, in units of the largest result, or the codes and scales that differ.
+With --check, the kernels run every shape in interpret mode, and the largest difference from NumPy
+is printed relative to the largest result, or the number of codes and scales that differ.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from jaxquant.kernels import pallas_tpu
 from . import tpu_compiler
 from .shapes import ROWS, WEIGHTS
 
-# Those that the kernels were made for.
+# Chips that the kernels were written for.
 CHIPS = ("v5e", "v6e")
 CONFIGS = {
     "g128": ArrayConfig(format=INT4, axis=0, group_size=128),
@@ -46,7 +46,7 @@ CONFIGS = {
 
 
 def prepare(folder):
-    """Lets libtpu start without a TPU, and write what it schedules into a folder."""
+    """Lets libtpu start without a TPU and dump its schedules into a folder."""
     tpu_compiler.prepare()
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     flags = f"{given} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -54,13 +54,13 @@ def prepare(folder):
 
 
 def grouped_dot(x, q, interpret=False):
-    """The product of the kernel, in the dtype of x."""
+    """The kernel's result, in the dtype of x."""
     run = partial(pallas_tpu.grouped_dot, dtype=x.dtype, interpret=interpret)
     return run(x, q.codes, q.scale, q.zero_point)
 
 
 def quantized(config, shape):
-    """The structure of a quantized weight, or None where groups do not divide it."""
+    """The structure of a quantized weight, or None if groups do not divide it."""
     if config.group_size is not None and shape[0] % config.group_size:
         return None
     return jax.eval_shape(lambda: quantize(jnp.zeros(shape), config))

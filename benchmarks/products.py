@@ -1,6 +1,6 @@
-"""Products of inputs by weights, as calls that do the same work: XLA's, ours, and alternatives.
+"""Contenders: ways to multiply activations by weights. XLA's, ours, and the type for all others.
 
-A contender takes float weights and says what a call computes: inputs by these weights.
+A contender prepares float weights once; each call then multiplies activations by them.
 """
 
 import dataclasses
@@ -38,19 +38,19 @@ def _as_it_is(x):
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One way to compute inputs @ weights.
+    """One way to compute activations @ weights.
 
     Attributes:
         name: as printed.
-        is_ours: whether it is this library's.
+        is_ours: whether it belongs to this library.
         prepare: (K, N) float32 weights -> what `run` reads.
-        run: (inputs, prepared) -> result.
-        dtype: the dtype that inputs are given in; None for that of the table.
-        compile: what makes the call of `run`; `jax.jit` unless the contender is no JAX code.
-        place: jax.Array -> the inputs as `run` takes them.
-        copy: prepared -> the same in other memory.
-        size: prepared -> bytes that a call reads of it.
-        arithmetic: kind of both operands of the product, as far as the scheme allows: "bf16",
+        run: (activations, prepared) -> result.
+        dtype: dtype of the activations; None for that of the table.
+        compile: turns `run` into the call; `jax.jit` unless the contender is not JAX code.
+        place: jax.Array -> the activations as `run` expects them.
+        copy: prepared -> a copy in other memory.
+        size: prepared -> bytes of it that a call reads.
+        arithmetic: narrowest kind of both operands that the scheme allows: "bf16",
             "int8", "fp8".
     """
 
@@ -89,7 +89,7 @@ def _arithmetic(scheme):
 
 
 def threefold(contender: Contender) -> Contender:
-    """The same inputs by three matrices, as those of queries, keys and values."""
+    """The same activations by three matrices, like those of queries, keys and values."""
     return dataclasses.replace(
         contender,
         name=f"{contender.name} x 3",
@@ -99,7 +99,7 @@ def threefold(contender: Contender) -> Contender:
 
 
 def once_quantized(contender: Contender, inputs: jq.ArrayConfig) -> Contender:
-    """A `threefold` one whose inputs are quantized before the first product."""
+    """A `threefold` contender that quantizes its activations once, up front."""
 
     def run(x, weights):
         return contender.run(jq.quantize(x, inputs), weights)
@@ -108,5 +108,5 @@ def once_quantized(contender: Contender, inputs: jq.ArrayConfig) -> Contender:
 
 
 def of_xla(dtype: str) -> Contender:
-    """XLA's product of floats."""
+    """XLA's matrix multiplication in a floating-point dtype."""
     return Contender(f"XLA {dtype}", False, lambda w: w.astype(dtype), jnp.matmul, dtype)

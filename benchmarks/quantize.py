@@ -1,13 +1,13 @@
-"""How long it takes to quantize weights, and how much memory, beside Keras, Qwix and plain passes.
+"""Measures time and memory of quantizing weights, compared with Keras, Qwix and plain passes.
 
     python -m benchmarks --suite quantize [--gibibytes 1] [--side 4096] [--only W8A8 Qwix]
 
-The weights are square float32 matrices. Each way to quantize them runs in a process of its own, by
-turns with two plain passes over the same weights: a sum, which reads them, and a copy, which writes
-them too. Peak memory is that of the first call, compilation included: the growth of the process'
-largest resident size (`ru_maxrss`) from before the weights were made, in units of the weights. They
-stay alive, so 1 and the result are the least. Red is slower in units of the copy, or takes more
-memory, than another library that does the same.
+The weights are square float32 matrices. Each contender runs in a separate process, alternating with
+two plain passes over the same weights: a sum, which reads them, and a copy, which also writes them.
+Peak memory belongs to the first call, including compilation: the growth of the process' largest
+resident size (`ru_maxrss`) since before the weights were created, relative to the size of the
+weights. The weights stay alive, so the minimum is 1 plus the result. Red: slower relative to the
+copy, or more memory, than another library that does the same.
 """
 
 import gc
@@ -33,14 +33,14 @@ from .products import bytes_of
 from .quantizers import Quantizer, quantizers
 from .timing import ratio
 
-# Seconds that all timed calls of one process may take, as far as three rounds allow.
+# Time limit of one process in seconds; at least three rounds run.
 BUDGET = 15.0
 # A difference below this is noise.
 MARGIN = 1.05
 
 
 def matrices(count: int, side: int) -> list[jax.Array]:
-    """Gaussian weights, each made in place: temporary arrays would raise the peak."""
+    """Gaussian weights, each created in place: temporary arrays would raise the peak."""
     rng = np.random.default_rng(0)
     made = []
     for _ in range(count):
@@ -84,7 +84,7 @@ def measure(quantizer: Quantizer, count: int, side: int) -> dict[str, float]:
 
 
 def _timed(way):
-    """Seconds of a call that is made first, and what it returns."""
+    """Seconds of the call that `way` prepares, and its result."""
     call = way()
     gc.collect()
     start = time.perf_counter()
@@ -103,7 +103,7 @@ def in_a_process(name: str, count: int, side: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.quantize", name, str(count), str(side)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"refusal": done.stderr.strip()[-300:] or f"ended with {done.returncode}"}
+        return {"unsupported": done.stderr.strip()[-300:] or f"ended with {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -114,11 +114,11 @@ def table(title: str, results: list[dict[str, Any]], missing: list[str]) -> rich
     for name in header:
         found.add_column(name, no_wrap=True)
     for r in results:
-        if "refusal" in r:
+        if "unsupported" in r:
             found.add_row(r["family"], r["name"], *["failed"] * 6)
             continue
         others = [o for o in results if o["family"] == r["family"] and not o["is_ours"]]
-        others = [o for o in others if "refusal" not in o]
+        others = [o for o in others if "unsupported" not in o]
         found.add_row(
             r["family"],
             r["name"],

@@ -5,7 +5,7 @@ from typing import Any
 
 import rich.table
 
-# A relative error above this is no rounding: the contender computes something else.
+# A relative error above this is not rounding: the contender computes something else.
 WRONG = 0.2
 
 
@@ -16,19 +16,18 @@ def speeds(
     reference: str = "XLA float32",
     wrong: float = WRONG,
 ) -> rich.table.Table:
-    """Results as a table; what is not there or did not run is a line too.
+    """Results as a table, including contenders that are not installed or did not run.
 
     Args:
-        title: above the table.
-        results: rows with `contender`, `column`, and either `refusal`, or `speed`, the
+        title: title of the table.
+        results: rows with `contender`, `column`, and either `unsupported`, or `speed`, the
             `error` relative to the reference, and the `note` that follows the speed.
         missing: names of contenders that are not installed.
         reference: contender whose speed is 1.
         wrong: the error above which a contender computes something else.
 
     Returns:
-        A table in which what is slower than the reference, or wrong, is red, and the fastest of
-        those that are right is bold.
+        A table. Red: slower than the reference, or wrong. Bold: the fastest correct contender.
     """
     columns = list(dict.fromkeys(r["column"] for r in results))
     found = rich.table.Table("by", *columns, title=title)
@@ -41,20 +40,20 @@ def speeds(
     return found
 
 
-def refusals(results: Sequence[dict[str, Any]]) -> list[str]:
+def unsupported(results: Sequence[dict[str, Any]]) -> list[str]:
     """Why contenders did not run, once each."""
-    lines = [f"{r['contender']}: {r['refusal']}" for r in results if "refusal" in r]
+    lines = [f"{r['contender']}: {r['unsupported']}" for r in results if "unsupported" in r]
     return list(dict.fromkeys(lines))
 
 
 def _speed(result, wrong):
-    """Speed of what runs and is right, else 0."""
-    return result["speed"] if "refusal" not in result and result["error"] <= wrong else 0
+    """The speed of a contender that ran and is correct, else 0."""
+    return result["speed"] if "unsupported" not in result and result["error"] <= wrong else 0
 
 
 def _cell(result, best, reference, wrong):
-    if "refusal" in result:
-        return "refused"
+    if "unsupported" in result:
+        return "not supported"
     if not result["error"] <= wrong:
         return f"[red]wrong, error {100 * result['error']:.0f} %[/red]"
     text = f"{result['speed']:.2f} · {result['note']}"

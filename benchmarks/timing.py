@@ -1,4 +1,4 @@
-"""Times of several ways to do the same work, taken by turns in one run."""
+"""Alternating timing of several ways to do the same work."""
 
 import random
 import statistics
@@ -10,10 +10,10 @@ import jax
 
 
 def by_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 30) -> dict[str, list[float]]:
-    """Seconds of each call in each round; a first round, which compiles, is not counted.
+    """Seconds of each call in each round. A first round, which compiles, is not counted.
 
-    Each round has an order of its own: threads of a library that go on looking for work after its
-    turn slow down whoever comes next.
+    Each round has a new random order, because threads of a library that keep spinning after its
+    turn slow down the next contender.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
@@ -27,6 +27,6 @@ def by_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 30) -> dict[s
 
 
 def ratio(times: Mapping[str, list[float]], name: str, reference: str) -> float:
-    """Time of one in units of another's: the median over the rounds."""
+    """The time of one call relative to another: the median over the rounds."""
     pairs = zip(times[name], times[reference], strict=True)
     return statistics.median(a / b for a, b in pairs)

@@ -1,15 +1,15 @@
-"""How fast products with quantized weights would be on TPUs, as their compiler estimates it.
+"""Estimates by the TPU compiler for matrix multiplication with quantized weights.
 
     python -m benchmarks --suite tpu-compile [--chips v5e v6e] [--shapes attention] [--rows 8 2048]
         [--only W4A16 Qwix]
 
-Needs libtpu (extra `tpu`) and no TPU: nothing runs. Everything is compiled for bfloat16 inputs, and
-what is printed is an ESTIMATE of the compiler, not a measurement. A cell has microseconds, those of
-the roofline (bytes over bandwidth or operations over rate, whichever takes longer), and MB that go
-through HBM, with those of temporaries after a plus. What the estimate puts more than 5 % behind
-bfloat16 is red; what it puts ahead of all others is bold. `count` marks a Pallas kernel, of which
-the compiler estimates nothing: its bytes and operations are counted. `>` marks a loop that is
-counted once because its number of trips is not known.
+Needs libtpu (extra `tpu`) but no TPU: nothing runs. Everything is compiled for bfloat16
+activations, and every figure is an ESTIMATE by the compiler, not a measurement. Each cell has
+microseconds, those of the roofline in brackets (bytes over bandwidth or operations over rate,
+whichever takes longer), and MB through HBM plus MB of temporaries. Red: more than 5 % behind
+bfloat16. Bold: the fastest. `count` marks a Pallas kernel, for which the compiler has no estimate:
+its bytes and operations are counted. `>` marks a loop that is counted once because its trip count
+is unknown.
 """
 
 import functools
@@ -34,17 +34,17 @@ from .tpu_compiler import CHIPS, compile_for, estimate
 
 REFERENCE = "XLA bfloat16"
 SCHEMES = ("W8A8", "W8A16", "W4A16", "W4A8", "FP8", "NF4A16", "MXFP8A8", "MXFP4A16", "NVFP4A16")
-# What fits in a quarter of an hour on two cores.
+# Fits in a quarter of an hour on two cores.
 DEFAULT_CHIPS = ("v5e", "v6e")
 DEFAULT_SHAPES = ("attention",)
 DEFAULT_ROWS = (8, 128, 2048)
 
 
 def fields(only: list[str] | None = None) -> tuple[list[list[Contender]], list[str]]:
-    """Contenders that are compared, by one matrix and by three, and what is not installed.
+    """Contenders, with one matrix and with three, and the names of those not installed.
 
     Args:
-        only: words, of which names of all but the reference have one; None for all contenders.
+        only: keep contenders whose name contains one of these words; None for all.
     """
     found, missing = contenders({name: jq.SCHEMES[name] for name in SCHEMES}, "tpu")
     single = [c for c in found if c.is_jax and (c.name == REFERENCE or c.dtype is None)]
@@ -61,7 +61,7 @@ def _is_chosen(contender, only):
 
 @functools.cache
 def shapes_of(contender: Contender, shape: tuple[int, int]) -> Any:
-    """What the contender makes of weights, as shapes: nothing is computed if it is JAX alone."""
+    """Shapes of the prepared weights. Nothing is computed if the contender is pure JAX."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -72,7 +72,7 @@ def shapes_of(contender: Contender, shape: tuple[int, int]) -> Any:
 
 
 def measure(chip: str, contender: Contender, shape: tuple[int, int], rows: int) -> dict[str, Any]:
-    """One row of results: the estimate, or why there is none."""
+    """One row of results: the estimate, or the reason why there is not one."""
     about = {
         "chip": chip,
         "contender": contender.name,
@@ -84,7 +84,7 @@ def measure(chip: str, contender: Contender, shape: tuple[int, int], rows: int) 
     }
     try:
         return about | estimated(chip, contender, shape, rows)
-    except Exception as error:  # No such groups, or a program that cannot be read: it is said.
+    except Exception as error:  # Groups that do not divide, or an unreadable program: reported.
         return about | {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -148,7 +148,7 @@ def suite(arguments: Any) -> dict[str, Any]:
     kinds, missing = fields(arguments.only)
     console = rich.console.Console(width=max(120, rich.console.Console().width))
     console.print(
-        "Microseconds (of the roofline), MB through HBM + temporaries: an estimate of the "
+        "Microseconds (of the roofline), MB through HBM + temporaries: an estimate by the "
         f"compiler, not a measurement. Not installed: {', '.join(missing) or '-'}."
     )
     results = []
@@ -162,7 +162,7 @@ def suite(arguments: Any) -> dict[str, Any]:
                     bar.update(task, description=f"{chip}, {name}, {m} rows, {c.name}")
                     part.append(measure(chip, c, WEIGHTS[name], m))
                     bar.advance(task)
-                title = f"{chip}, {name} {WEIGHTS[name]}, bfloat16 inputs, compiler's estimate"
+                title = f"{chip}, {name} {WEIGHTS[name]}, bfloat16 activations, compiler's estimate"
                 console.print(table(title, part))
                 results += part
     for name, why in dict.fromkeys((r["contender"], r["error"]) for r in results if "error" in r):

@@ -1,7 +1,7 @@
-"""Compiles for TPUs that are not there, and estimates how long the programs would take.
+"""Compiles programs for TPUs without a TPU and estimates their run time.
 
-libtpu brings the compiler. The estimate is the compiler's, not a measurement: operations one after
-another, each the longer of its cycles and of its traffic with HBM.
+The compiler comes with libtpu. The estimate is the compiler's, not a measurement: operations one
+after another, each as the longer of its cycles and its HBM traffic.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from jax.experimental import topologies
 
 from .tpu_text import Program, Work
 
-# What libtpu reads when it is loaded: not to ask for the machine it runs on, which has no TPU, and
-# that another process may compile at the same time.
+# Read by libtpu when it is loaded: do not query this machine, which does not have a TPU, and allow
+# other processes to compile at the same time.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -28,14 +28,14 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device of a TPU generation can do at most.
+    """Peak rates of one device of a TPU generation.
 
     Attributes:
-        topology: as `jax.experimental.topologies` names a small machine of such chips.
-        clock: cycles per second that the compiler's estimates are in.
+        topology: name of a small machine with such chips in `jax.experimental.topologies`.
+        clock: cycles per second, the unit of the compiler's estimates.
         bandwidth: bytes per second of HBM.
-        rates: multiplications and additions per second by the kind of both operands; kinds
-            without an entry are computed in bfloat16.
+        rates: operations per second by the kind of both operands; kinds without an entry are
+            computed in bfloat16.
     """
 
     topology: str
@@ -49,8 +49,9 @@ class Chip:
         return max(moved / self.bandwidth, operations / rate)
 
 
-# Bandwidths and rates as Google publishes them, those of TPU7x for one of its two cores. The clock
-# of TPU7x is not published; it follows from its rate as those of the others do: four matrix units.
+# Bandwidths and rates are Google's published figures, for TPU7x those of one of its two cores. The
+# clock of TPU7x is not published: it is derived from its rate, as for the others, with four matrix
+# units.
 CHIPS = {
     "v5e": Chip("v5e:2x2", 1.5e9, 819e9, {"bf16": 197e12, "int8": 394e12}),
     "v6e": Chip("v6e:2x2", 1.75e9, 1640e9, {"bf16": 918e12, "int8": 1836e12}),
@@ -60,16 +61,16 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The compiler's estimate of a program. Not a measurement.
+    """The compiler's estimate for a program, not a measurement.
 
     Attributes:
-        microseconds: of all operations, one after another, as far as the compiler estimates.
-        hbm_bytes: that they read and write.
-        temporary_bytes: of HBM, beyond arguments and results.
-        kernel_bytes, kernel_operations: a count of what Pallas kernels do, of which there is
-            no estimate; their share of `microseconds` is bytes over bandwidth or operations
-            over rate, whichever takes longer.
-        is_whole: whether the trips of all loops are known; if not, one is counted.
+        microseconds: of all operations with an estimate, one after another.
+        hbm_bytes: bytes that they read and write.
+        temporary_bytes: HBM beyond arguments and results.
+        kernel_bytes, kernel_operations: counted for Pallas kernels, which have no estimate; they
+            add bytes over bandwidth or operations over rate, whichever takes longer, to
+            `microseconds`.
+        is_whole: whether the trip counts of all loops are known; unknown ones count as one.
     """
 
     microseconds: float
@@ -81,14 +82,14 @@ class Estimate:
 
 
 def prepare() -> None:
-    """Sets up the process for compiling only. Before JAX looks for devices.
+    """Sets up the process for compilation only. Call it before JAX initializes its devices.
 
     Raises:
         SystemExit: libtpu is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise SystemExit(
-            "The suite tpu-compile needs the compiler for TPUs, and found none. Install it by "
+            "The suite tpu-compile needs the TPU compiler, but libtpu is not installed. Run "
             "pip install -e '.[tpu]'."
         )
     for name, value in _ENVIRONMENT.items():
@@ -101,14 +102,14 @@ def device(chip: str) -> Any:
     """A device of the chip, to compile for, after `prepare`.
 
     Raises:
-        RuntimeError: libtpu is not there, or another one than this JAX can use.
+        RuntimeError: libtpu is missing or incompatible with this JAX.
     """
     topology = CHIPS[chip].topology
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
 
 
 def compile_for(chip: str, run: Callable, *args: Any) -> jax.stages.Compiled:
-    """Compiles run(*args) for a chip; args are pytrees of arrays or their shapes."""
+    """Compiles run(*args) for a chip; args are pytrees of arrays or shapes."""
     sharding = jax.sharding.SingleDeviceSharding(device(chip))
 
     def placed(x):
@@ -137,7 +138,7 @@ def estimate(chip: str, compiled: jax.stages.Compiled) -> Estimate:
 
 
 def seconds(chip: Chip, work: Work) -> float:
-    """The longer of computing and of moving bytes, for one run of an operation."""
+    """The longer of compute time and transfer time, for one run of an operation."""
     computing = (work.cycles or 0) / chip.clock
     if work.operations:
         computing = work.operations / chip.rates["bf16"]

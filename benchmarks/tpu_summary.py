@@ -1,11 +1,11 @@
-"""Prints one table per chip of what the suite tpu-compile found: speeds by shape and rows.
+"""Summarizes results of the suite tpu-compile: one table per chip, speeds by shape and rows.
 
     python -m benchmarks --suite tpu-compile --full --rows 8 128 2048 --json tpu.json
     python -m benchmarks.tpu_summary tpu.json [more.json ...]
 
-Speeds are in units of XLA's bfloat16, by ESTIMATES of the compiler: nothing ran. Less than 0.95 is
-red. `<` marks a product that a Pallas kernel computes: its bytes and operations were counted, as if
-it reached the roofline, so that the speed is at most this.
+Speeds are relative to XLA's bfloat16 and are ESTIMATES by the compiler: nothing ran. Less than 0.95
+is red. `<` marks a Pallas kernel: its bytes and operations were counted as if it reached the
+roofline, so the true speed is at most this.
 """
 
 import argparse
@@ -39,14 +39,14 @@ def _cell(product: Product, reference: float) -> str:
     if _ESTIMATE not in product:
         return "-"
     speed = reference / product[_ESTIMATE]
-    # Kernels that quantize do a few operations per input, and count as what they take.
+    # Kernels that only quantize do few operations per element; they are not marked.
     is_counted = product["kernel_operations"] >= product["operations"]
     text = f"{'< ' if is_counted else ''}{speed:.2f}"
     return f"[red]{text}[/red]" if speed < 0.95 else text
 
 
 def main() -> None:
-    """Reads files of results, and prints."""
+    """Reads files of results and prints the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_summary", description=__doc__)
     parser.add_argument("results", nargs="+", type=pathlib.Path)
     products = [

@@ -1,8 +1,8 @@
-"""What a program that was compiled for a TPU will do, read from its text.
+"""Parses the text of a program compiled for a TPU and lists the work it does.
 
-The text lists computations, and in each the operations in the order in which they run. A fusion
-carries the cycles that the compiler expects of it, without waiting for memory; which arrays lie in
-the chip's own memory shows in their layout, `S(1)`; all others are read from or written to HBM.
+The text lists computations, each with its operations in execution order. A fusion carries the
+compiler's estimated cycles, which leave out waiting for memory. Arrays whose layout says `S(1)` are
+in on-chip memory; all others are read from or written to HBM.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 
-# Bits of an element by the letters and digits of its type's name: s4, bf16, f8e4m3fn, pred.
+# Bits per element, from the name of the type: s4, bf16, f8e4m3fn, pred.
 _BITS = re.compile(r"[a-z]+(\d+)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
@@ -20,7 +20,7 @@ _OPCODE = re.compile(r" ([a-z][\w-]*)\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
-# Views and bookkeeping, which move no data; `-done` waits for what `-start` moved.
+# Views and bookkeeping, which do not move data; `-done` waits for what `-start` moved.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _SLICES = {"slice", "dynamic-slice"}
 _UPDATE = "dynamic-update-slice"
@@ -31,9 +31,9 @@ class Array:
     """An array in the text.
 
     Attributes:
-        dtype: as the text names it: s8, bf16.
-        shape: lengths of its axes.
-        is_on_chip: whether it lies in the chip's own memory, and not in HBM.
+        dtype: name in the text: s8, bf16.
+        shape: its dimensions.
+        is_on_chip: whether it is in on-chip memory instead of HBM.
     """
 
     dtype: str
@@ -47,7 +47,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its elements, those of 4 bits two to a byte, without padding."""
+        """Bytes of its elements without padding; 4-bit elements take half a byte."""
         found = _BITS.match(self.dtype)
         return -(-self.size * int(found[1] if found else 8) // 8)
 
@@ -59,9 +59,9 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of a computation: its result, opcode, operands' names, and all that follows.
+    """A line of a computation: result, opcode, names of the operands, and the rest as text.
 
-    `is_root` marks the one that gives the computation's result.
+    `is_root` marks the instruction that returns the computation's result.
     """
 
     name: str
@@ -79,18 +79,18 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one scheduled operation does.
+    """The work of one scheduled operation.
 
     Attributes:
         name, opcode: as in the text.
         cycles: the compiler's estimate, without waiting for HBM; None where it has none.
         hbm_bytes: read from and written to HBM.
         times: how often it runs.
-        operations: multiplications and additions of a kernel (Pallas), as that declares them;
-            None for what the compiler generates.
-        is_kernel: whether it is a kernel, of which the compiler knows nothing.
-        trips_are_known: False inside a loop whose number of trips the text does not tell;
-            `times` then counts one trip.
+        operations: multiplications and additions that a Pallas kernel declares; None for
+            operations that the compiler generates.
+        is_kernel: whether it is a Pallas kernel, which the compiler does not estimate.
+        trips_are_known: False inside a loop with an unknown trip count, which counts as one
+            trip.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Program:
 
     Attributes:
         computations: instructions by name, in order, per computation.
-        entry: name of the computation where it starts.
+        entry: name of the entry computation.
     """
 
     def __init__(self, text: str):
@@ -127,11 +127,11 @@ class Program:
             raise ValueError(f"The text must have an ENTRY computation; got {text[:80]!r}.")
 
     def work(self) -> list[Work]:
-        """Everything that runs, in order; what a loop repeats once, with its number of trips."""
+        """Everything that runs, in order. A loop's body appears once, with its trip count."""
         return list(self._work_of(self.entry, 1, True))
 
     def scheduled(self) -> Iterator[tuple[dict[str, Instruction], Instruction]]:
-        """Each instruction of each computation that is not part of a fusion, and its neighbours."""
+        """Each instruction outside of fusions, with the computation that it belongs to."""
         names = [self.entry]
         for name in names:
             for instruction in self.computations[name].values():
@@ -174,10 +174,10 @@ class Program:
         )
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a loop's body runs, where the text tells.
+        """The trip count of a loop, or None if the text does not show it.
 
-        Either the compiler noted it, or the condition compares a counter with a constant, which
-        JAX's loops count up to from 0.
+        Either the compiler annotates it, or the condition compares a counter, which JAX's loops
+        start at 0, with a constant.
         """
         noted = _TRIPS.search(loop.attributes)
         if noted:
@@ -206,14 +206,14 @@ class Program:
         return sum(a.hbm_bytes for a in (*arrays, *instruction.arrays))
 
     def _read(self, fused: str, number: int, array: Array) -> int:
-        """Bytes that a fusion reads of one operand: of one that it only slices, the slices."""
+        """Bytes that a fusion reads of one operand: only the slices if it only slices it."""
         if array.is_on_chip:
             return 0
         sliced = self._sliced(fused, number)
         return array.bytes if sliced is None else min(array.bytes, sliced)
 
     def _sliced(self, fused: str, number: int) -> int | None:
-        """Bytes of the slices of a parameter; None if something else uses it."""
+        """Bytes of the slices of a parameter; None if it has other users."""
         computation = self.computations[fused]
         total = 0
         for user, position in self._users(fused, _parameter(computation, number)):
@@ -229,7 +229,7 @@ class Program:
         return total
 
     def _users(self, name: str, value: str) -> Iterator[tuple[Instruction, int]]:
-        """Instructions that use a value, and as which operand; views of it are seen through."""
+        """Instructions that use a value or a view of it, and the operand's position."""
         for user in self.computations[name].values():
             for position, operand in enumerate(user.operands):
                 if operand == value and self._is_view(user) and not user.is_root:
@@ -238,14 +238,14 @@ class Program:
                     yield user, position
 
     def _is_view(self, instruction: Instruction) -> bool:
-        """Whether an instruction only gives its operand another shape."""
+        """Whether an instruction only reshapes its operand."""
         if instruction.opcode != "fusion":
             return instruction.opcode == "bitcast"
         fused = self.computations[instruction.called("calls")[0]]
         return all(i.opcode in ("parameter", "bitcast") for i in fused.values())
 
     def _written(self, fused: str, instruction: Instruction) -> int:
-        """Bytes that a fusion writes: of an array that it updates in place, the update."""
+        """Bytes that a fusion writes: only the update if it updates an array in place."""
         computation = self.computations[fused]
         updates = [i for i in computation.values() if i.opcode == _UPDATE]
         written = sum(a.hbm_bytes for a in instruction.arrays)
@@ -257,7 +257,7 @@ class Program:
 
 @functools.cache
 def parse_arrays(text: str) -> tuple[Array, ...]:
-    """The arrays of a type: one, or those of a tuple, nested ones in order."""
+    """The arrays of a type: one, or those of a (nested) tuple in order."""
     return tuple(
         Array(dtype, tuple(int(n) for n in shape.split(",") if n), "S(" in layout)
         for dtype, shape, layout in _ARRAY.findall(text)
@@ -265,7 +265,7 @@ def parse_arrays(text: str) -> tuple[Array, ...]:
 
 
 def parse_instruction(name: str, text: str, is_root: bool = False) -> Instruction:
-    """What follows `name =`: a type, the opcode, operands in brackets, attributes."""
+    """Parses what follows `name =`: a type, the opcode, operands in brackets, attributes."""
     opcode = _OPCODE.search(" " + text)
     if opcode is None:
         raise ValueError(f"An instruction must have an opcode before a bracket; got {text!r}.")
@@ -284,10 +284,10 @@ def _parameter(computation, number):
 
 
 def _moved(source: Array, results: tuple[Array, ...]) -> int:
-    """Bytes of HBM that a copy in the background reads, and writes if it ends there.
+    """Bytes of HBM that an asynchronous copy reads and writes.
 
-    Its result names destination, source and a scalar; a copy of a slice is as large as the
-    destination. Two alike are a copy from HBM to HBM.
+    Its result lists destination, source and a scalar; a copy of a slice is as large as the
+    destination. If both look alike, it is a copy from HBM to HBM.
     """
     destination = next((a for a in results if a.shape and a != source), source)
     size = min(source.bytes, destination.bytes)

@@ -1,4 +1,4 @@
-"""The decoder against a slow NumPy one that has no cache."""
+"""The decoder against a slow NumPy decoder without a cache."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ HEADS = 4
 
 @pytest.fixture(scope="module")
 def params():
-    """No scale of a norm is one."""
+    """Parameters whose norm scales differ from one."""
     made = random_params(CONFIG)
     scales = np.random.default_rng(1).uniform(0.5, 1.5, (3, 2, 32)).astype(np.float32)
     for layer, scale in zip(made["layers"], scales, strict=False):
@@ -28,7 +28,7 @@ def params():
 
 
 def logits_of(params, tokens):
-    """Of each position, from all tokens up to it. Vaswani et al. 2017, section 3, in float64."""
+    """Logits of each position given all tokens up to it. Vaswani et al. 2017, section 3."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     x = params["tokens"][tokens] + params["positions"][: len(tokens)]
     for weights in params["layers"]:
@@ -50,7 +50,7 @@ def test_steps_with_a_cache_equal_the_slow_decoder(params):
     np.testing.assert_allclose(np.concatenate(found, 1), wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_generated_tokens_are_the_likeliest_after_all_before(params):
+def test_generation_is_greedy(params):
     prompt = np.random.default_rng(2).integers(0, 37, (2, 5))
     tokens, logits = generate(params, CONFIG, jnp.asarray(prompt, jnp.int32), 10)
     assert tokens.shape == (2, 10)
@@ -61,12 +61,12 @@ def test_generated_tokens_are_the_likeliest_after_all_before(params):
         np.testing.assert_array_equal(generated, wanted.argmax(-1))
 
 
-def test_a_cache_that_is_too_short_is_refused(params):
+def test_a_cache_that_is_too_short_raises(params):
     with pytest.raises(ValueError, match=r"prompt and all but the last token, 5 \+ 10; got 14"):
         generate(params, CONFIG, jnp.zeros((1, 5), jnp.int32), 11)
 
 
-def test_a_quantized_decoder_is_near_and_compared_with_float32(params, monkeypatch):
+def test_a_quantized_decoder_is_close_to_float32_and_compared_with_it(params, monkeypatch):
     monkeypatch.setattr(end_to_end, "BUDGET", 0.0)
     others = [of_xla("bfloat16")]
     models = end_to_end.decoders(params, others, ["W8A8", "bfloat16"])

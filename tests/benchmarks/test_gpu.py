@@ -1,4 +1,4 @@
-"""The suite for GPUs: that it refuses without one, and what it makes of times."""
+"""The gpu suite: the error without a GPU, and the figures it derives from times."""
 
 import argparse
 import collections
@@ -19,13 +19,13 @@ Row = collections.namedtuple("Row", "warning")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def test_without_a_gpu_it_is_said(monkeypatch):
+def test_without_a_gpu_the_suite_says_so(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--suite", "gpu"])
-    with pytest.raises(SystemExit, match=r"needs a GPU that JAX sees; .* of platform 'cpu'"):
+    with pytest.raises(SystemExit, match=r"needs a GPU that JAX can use; .* of platform 'cpu'"):
         main()
 
 
-def test_times_are_of_one_product_and_what_cannot_run_is_refused(monkeypatch, capsys):
+def test_times_are_per_multiplication_and_unsupported_cases_are_named(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "OUT_OF_CACHE", 1)
     monkeypatch.setattr(cpu, "BUDGET", 0.0)
     for name, value in {"PROBE": 2**12, "LENGTH": 8, "IN_A_ROW": 3}.items():
@@ -42,7 +42,7 @@ def test_times_are_of_one_product_and_what_cannot_run_is_refused(monkeypatch, ca
     json.dumps(results)
     *measured, kernel = results["products"]
     assert [line["contender"] for line in measured] == [c.name for c in found[:-1]]
-    assert "'triton' needs a GPU with CUDA" in kernel["refusal"]
+    assert "'triton' needs a GPU with CUDA" in kernel["unsupported"]
     for line in measured:
         assert line["microseconds"] == pytest.approx(1e3 * line["milliseconds"] / 3)
         assert line["operations"] == 3 * 2 * 2 * 128 * 24
@@ -52,15 +52,15 @@ def test_times_are_of_one_product_and_what_cannot_run_is_refused(monkeypatch, ca
     printed = capsys.readouterr().out
     assert "W8A16, scaled" in printed
     assert f"{measured[0]['microseconds']:.1f} µs" in printed
-    assert "Refused by W4A16, triton" in printed
-    assert "To be reached on an H200" in printed
+    assert "Not supported by W4A16, triton" in printed
+    assert "Targets on an H200" in printed
     assert [line.get("warning") for line in results["products"]] == [None, "slow", "slow", None]
     assert len(warned) == 2
     assert results["goals"][0]["found"] is None
     assert "not installed" in printed
 
 
-def test_forced_computations_stand_beside_those_that_are_chosen():
+def test_forced_implementations_are_listed_beside_the_selected_ones():
     found, _ = gpu.fields()
     names = [c.name for c in found]
     forced = {"W4A16, triton", "W8A8, triton", "FP8, triton", "FP8, scaled"}
@@ -72,7 +72,7 @@ def line_of(contender, shape, rows, **figures):
     return {"contender": contender, "is_ours": True, "shape": shape, "rows": rows, **figures}
 
 
-def test_each_figure_to_reach_has_a_line_that_says_whether_it_was_met():
+def test_each_target_has_a_line_that_says_whether_it_was_met():
     results = [
         line_of("XLA bfloat16", "up", 1, speed=1.0) | {"is_ours": False},
         line_of("W4A16", "up", 1, speed=0.9, share_of_bandwidth=0.2, warning="bfloat16 is faster"),
@@ -80,7 +80,7 @@ def test_each_figure_to_reach_has_a_line_that_says_whether_it_was_met():
         line_of("W4A16, triton", "up", 64, speed=0.5, share_of_bandwidth=0.1, warning=None),
         line_of("W4A16, triton", "down", 1, speed=9.0, share_of_bandwidth=0.9, warning=None),
         line_of("W8A8", "down", 4096, speed=0.7, warning=None),
-        line_of("W8A8, triton", "up", 4096, refusal="no GPU"),
+        line_of("W8A8, triton", "up", 4096, unsupported="no GPU"),
         line_of("W8A8, triton", "up", 64, speed=2.0, warning=None),
     ]
     goals = gpu_goals.outcomes(results)
@@ -104,7 +104,7 @@ def test_each_figure_to_reach_has_a_line_that_says_whether_it_was_met():
     assert verdicts == [missed, met, missed, met, missed, unknown, unknown, met, missed]
 
 
-def test_a_compiled_program_is_told_by_its_temporaries_and_instructions(tmp_path):
+def test_a_compiled_program_is_described_by_its_temporaries_and_instructions(tmp_path):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     w8a8 = ours("W8A8", SCHEMES["W8A8"], "gpu")
     (tmp_path / "other.ptx").write_text("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
@@ -124,7 +124,7 @@ def test_formats_are_read_from_matrix_instructions():
     assert gpu_compiler.multiplied(code) == ["f32 of bf16", "f32 of e4m3", "s32 of s8"]
 
 
-def test_without_the_compiler_for_gpus_it_is_said(monkeypatch):
+def test_without_the_gpu_compiler_the_error_says_what_to_install(monkeypatch):
     def refuse(*_, **__):
         raise NotImplementedError("no cuda here")
 

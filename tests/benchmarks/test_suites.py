@@ -1,4 +1,4 @@
-"""The suites run, on tiny sizes, and what they write is JSON."""
+"""The suites run on tiny sizes and write JSON."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from ..demo import encoders
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def test_products_agree_with_float32_and_odd_shapes_are_refused_by_groups(monkeypatch):
+def test_contenders_agree_with_float32_and_groups_reject_odd_shapes(monkeypatch):
     monkeypatch.setattr(cpu, "OUT_OF_CACHE", 1)
     monkeypatch.setattr(cpu, "BUDGET", 0.0)
     monkeypatch.setattr(cpu, "PROBE", 2**12)
@@ -36,7 +36,7 @@ def test_products_agree_with_float32_and_odd_shapes_are_refused_by_groups(monkey
         lines = cpu.measure(found, cpu.prepare_all(found, (100, 24), False), x, peaks)
     assert [line["contender"] for line in lines] == [c.name for c in found]
     *others, grouped = lines
-    assert "group_size must divide axis" in grouped["refusal"]
+    assert "group_size must divide axis" in grouped["unsupported"]
     assert all(line["error"] < 0.03 and line["speed"] > 0 for line in others)
     assert lines[0]["bytes"] == 4 * 100 * 24
     assert lines[0]["operations"] == 4 * 2 * 3 * 100 * 24
@@ -44,7 +44,7 @@ def test_products_agree_with_float32_and_odd_shapes_are_refused_by_groups(monkey
     json.dumps(lines)
 
 
-def test_what_is_not_installed_is_named(monkeypatch):
+def test_libraries_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setattr(alternatives, "optional", lambda name: None)
     found, missing = alternatives.contenders()
     assert [c.name for c in found if not c.is_ours] == ["XLA float32", "XLA bfloat16"]
@@ -54,7 +54,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
 
 
 def test_the_largest_resident_size_is_in_bytes():
-    """As Linux tells it; before it began, a process may have been another one, and larger."""
+    """As Linux reports it; the process may have been another, larger one before exec."""
     status = pathlib.Path("/proc/self/status")
     if not status.exists():
         pytest.skip("only Linux says it in a file")
@@ -64,7 +64,7 @@ def test_the_largest_resident_size_is_in_bytes():
 
 
 @pytest.mark.parametrize("name", ["W4A16", "Keras Dense int8"])
-def test_quantizers_take_all_matrices(name, monkeypatch):
+def test_quantizers_process_every_matrix(name, monkeypatch):
     monkeypatch.setattr(quantize, "BUDGET", 0.0)
     (quantizer,) = [q for q in quantizers()[0] if q.name == name]
     found = quantize.measure(quantizer, 2, 128)
@@ -85,25 +85,25 @@ def test_the_command_writes_json(tmp_path, monkeypatch, capsys):
 
 
 WRONG = {
-    "--suite cpu --rows 0": "argument --rows: wanted int above 0; got '0'",
-    "--suite cpu --rows 1.5": "argument --rows: wanted int above 0; got '1.5'",
-    "--suite quantize --gibibytes -1": "argument --gibibytes: wanted float above 0; got '-1'",
+    "--suite cpu --rows 0": "argument --rows: expected int above 0; got '0'",
+    "--suite cpu --rows 1.5": "argument --rows: expected int above 0; got '1.5'",
+    "--suite quantize --gibibytes -1": "argument --gibibytes: expected float above 0; got '-1'",
     "--suite quantize --only nothing": "No contender has one of ['nothing'] in its name. There are",
-    "--suite training --seeds 0": "argument --seeds: wanted int above 0; got '0'",
+    "--suite training --seeds 0": "argument --seeds: expected int above 0; got '0'",
     "--suite training --parts all": "argument --parts: invalid choice: 'all' (choose from",
     "--suite training": "needs optax, and found none: pip install optax.",
-    "--suite tpu-compile": "needs the compiler for TPUs, and found none",
+    "--suite tpu-compile": "needs the TPU compiler, but libtpu is not installed",
 }
 
 
 @pytest.mark.parametrize("options", WRONG)
-def test_wrong_options_are_refused_with_the_reason(options, monkeypatch, capsys):
+def test_wrong_options_raise_with_the_reason(options, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", *options.split()])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(machine, "description", lambda: {"processor": "a test"})
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(SystemExit) as error:
         main()
-    assert WRONG[options] in f"{refusal.value} {capsys.readouterr().err}"
+    assert WRONG[options] in f"{error.value} {capsys.readouterr().err}"
 
 
 def test_encoders_are_compared_with_float32(tmp_path, monkeypatch):
@@ -118,7 +118,7 @@ def test_encoders_are_compared_with_float32(tmp_path, monkeypatch):
     assert ours["bytes"] < exact["bytes"]
 
 
-def test_without_the_package_the_encoder_is_said_not_to_run(monkeypatch, capsys):
+def test_without_its_package_the_output_says_that_the_encoder_did_not_run(monkeypatch, capsys):
     def missing():
         raise FileNotFoundError
 

@@ -16,7 +16,7 @@ def printed(table):
     return {cells[0]: list(cells[1:]) for cells in zip(*columns, strict=True)}
 
 
-def test_what_loses_or_is_wrong_is_red_and_the_best_that_is_right_is_bold():
+def test_slower_or_wrong_contenders_are_red_and_the_fastest_correct_one_is_bold():
     results = [line("XLA float32"), line("slow", 0.5), line("fast", 3), line("fastest", 4)]
     results += [line("wrong", 9, 0.5), line("NaN", 9, math.nan)]
     found = printed(tables.speeds("title", results))
@@ -29,18 +29,21 @@ def test_what_loses_or_is_wrong_is_red_and_the_best_that_is_right_is_bold():
     assert printed(tables.speeds("title", results, wrong=0.8))["wrong"][0].startswith("[bold]9.00")
 
 
-def test_what_is_missing_or_refuses_is_a_line_with_the_reason():
-    results = [line("XLA float32"), {"contender": "a", "column": "M=1", "refusal": "odd length"}]
+def test_missing_and_unsupported_contenders_have_a_line_with_the_reason():
+    results = [
+        line("XLA float32"),
+        {"contender": "a", "column": "M=1", "unsupported": "odd length"},
+    ]
     table = tables.speeds("title", results, ["other"])
     found = printed(table)
-    assert found["a"] == ["refused"]
+    assert found["a"] == ["not supported"]
     assert found["other"] == ["not installed"]
-    assert tables.refusals(results * 2) == ["a: odd length"]
+    assert tables.unsupported(results * 2) == ["a: odd length"]
     rich.console.Console(quiet=True).print(table)
 
 
 @pytest.mark.parametrize("key", ["in_copies", "peak"])
-def test_quantizing_is_red_where_another_library_is_better(key):
+def test_quantizing_is_red_if_another_library_is_better(key):
     figures = ("first_seconds", "in_sums", "bits_per_weight", "seconds", "in_copies", "peak")
     ours = {"name": "ours", "family": "int8", "is_ours": True, **dict.fromkeys(figures, 2.0)}
     other = ours | {"name": "other", "is_ours": False, key: 1.0}

@@ -1,4 +1,4 @@
-"""Reading what a TPU's compiler wrote, on pieces of such text."""
+"""Parsing the output of the TPU compiler, on pieces of such text."""
 
 import pytest
 
@@ -77,7 +77,7 @@ def only(line, **options):
     return work
 
 
-def test_arrays_know_their_bytes_and_where_they_lie():
+def test_arrays_know_their_bytes_and_memory_space():
     text = "(s4[64,32]{1,0:T(64,128)(8,1)E(4)}, bf16[8]{0:T(256)(128)(2,1)S(1)}, pred[], s4[3])"
     arrays = parse_arrays(text)
     assert arrays[:2] == (Array("s4", (64, 32)), Array("bf16", (8,), is_on_chip=True))
@@ -93,12 +93,12 @@ def test_a_fusion_has_cycles_and_the_bytes_of_operands_and_results():
 
 
 @pytest.mark.parametrize("fused", ["whole", "view"])
-def test_an_operand_that_is_seen_through_a_view_is_read_whole(fused):
+def test_an_operand_that_is_used_through_a_view_is_read_as_a_whole(fused):
     call = f"fusion(%many), kind=kLoop, calls=%fused_{fused}"
     assert only(f"  %f = s8[16,64,32]{{2,1,0:S(1)}} {call}").hbm_bytes == 16 * 64 * 32
 
 
-def test_what_lies_on_the_chip_moves_nothing():
+def test_on_chip_arrays_cause_no_hbm_traffic():
     assert only("  %c = f32[16,32]{1,0:S(1)} copy(%near)").hbm_bytes == 0
     assert only("  %c = f32[16,32]{1,0} copy(%near)").hbm_bytes == 16 * 32 * 4
 
@@ -111,13 +111,13 @@ def test_what_lies_on_the_chip_moves_nothing():
         ("(f32[16,32]{1,0}, f32[16,32]{1,0}, u32[]{:S(2)})", 4096),
     ],
 )
-def test_a_copy_in_the_background_counts_what_it_reads_and_what_it_writes(result, size):
+def test_an_asynchronous_copy_counts_reads_and_writes(result, size):
     lines = f"  %s = {result} copy-start(%a)\n  %d = f32[16,32]{{1,0:S(1)}} copy-done(%s)"
     assert only(lines).hbm_bytes == size
     assert only(lines).opcode == "copy-start"
 
 
-def test_views_and_waiting_are_no_work():
+def test_views_and_waiting_are_not_work():
     lines = ["%t = (f32[16,32]{1,0}) tuple(%a)", "%v = f32[512]{0} bitcast(%a)"]
     assert works("\n".join(f"  {line}" for line in lines)) == []
 
@@ -125,25 +125,25 @@ def test_views_and_waiting_are_no_work():
 LOOP = "  %l = (s32[], s8[16,64,32]{2,1,0}) while(%loop), condition=%condition, body=%body"
 
 
-def test_a_loop_counts_its_trips_and_of_a_sliced_operand_the_slices():
+def test_a_loop_counts_its_trips_and_only_the_slices_of_a_sliced_operand():
     work = only(LOOP)
     assert (work.name, work.times, work.trips_are_known) == ("slice", 16, True)
     # One slice and the index.
     assert work.hbm_bytes == 64 * 32 + 4
 
 
-def test_trips_come_from_the_compilers_note_first():
+def test_the_compilers_annotated_trip_count_comes_first():
     noted = LOOP + ', backend_config={"known_trip_count":{"n":"3"}}'
     assert only(noted).times == 3
     assert only(noted, direction="NE").times == 3
 
 
-def test_an_unknown_number_of_trips_is_said():
+def test_an_unknown_trip_count_is_reported():
     work = only(LOOP, direction="NE")
     assert (work.times, work.trips_are_known) == (1, False)
 
 
-def test_an_update_in_place_writes_and_reads_the_update_alone():
+def test_an_in_place_update_reads_and_writes_only_the_update():
     line = "  %f = f32[16,32]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%fused_update"
     assert only(line).hbm_bytes == 2 * 32 * 4 + 4
 
@@ -157,7 +157,7 @@ def test_a_pallas_kernel_is_a_count():
     assert not only("  %k = bf16[8,32]{1,0} custom-call(%x)").is_kernel
 
 
-def test_an_operation_takes_the_longer_of_computing_and_moving():
+def test_an_operation_takes_the_longer_of_compute_and_transfer():
     chip = CHIPS["v5e"]
     assert seconds(chip, Work("f", "fusion", 1_500_000, 0)) == pytest.approx(1e-3)
     assert seconds(chip, Work("f", "fusion", 1, 819_000_000)) == pytest.approx(1e-3)
@@ -165,7 +165,7 @@ def test_an_operation_takes_the_longer_of_computing_and_moving():
     assert seconds(chip, kernel) == pytest.approx(1e-3)
 
 
-def test_a_roofline_is_the_longer_of_moving_and_computing():
+def test_the_roofline_is_the_longer_of_transfer_and_compute():
     chip = CHIPS["v5e"]
     assert chip.limit(819_000_000, 1, "bf16") == pytest.approx(1e-3)
     assert chip.limit(1, 394 * 10**9, "int8") == pytest.approx(1e-3)
@@ -173,7 +173,7 @@ def test_a_roofline_is_the_longer_of_moving_and_computing():
     assert chip.limit(1, 197 * 10**9, "fp8") == pytest.approx(1e-3)
 
 
-def test_text_of_something_else_is_refused():
+def test_other_text_raises():
     with pytest.raises(ValueError, match="must have an ENTRY computation; got 'module"):
         Program("module @jit_f {}")
     with pytest.raises(ValueError, match="must have an opcode before a bracket; got 'f32"):
