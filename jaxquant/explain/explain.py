@@ -8,9 +8,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
-from ..jaxprs import chips, is_sliced, marker_p, marking, sliced_by, sliced_within
+from ..jaxprs import (
+    Site,
+    add_slices,
+    chips,
+    frames,
+    is_sliced,
+    jit_name,
+    marker_p,
+    marking,
+    name_stack,
+    walk,
+)
 from ..ops import Choice, Record, bytes_of, operations_of
 from .machines import Machine, machine_for
 from .speeds import Measurement, measurement_for, speeds_near
@@ -44,75 +54,55 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
         )
     machine = machine_for(platform)
     chip = _chip(platform, machine)
-    with marking():
-        program = jax.make_jaxpr(fn)(*args)
-    found = list(_marks(program.jaxpr, machine, set()))
-    measured = [measurement_for(machine.name, mark.record.lhs.dtype) for mark in found]
-    rows = [_row(mark, machine, chip, m) for mark, m in zip(found, measured, strict=True)]
+    found = list(_products(fn, args, machine.lowering))
+    measured = [measurement_for(machine.name, product.record.lhs.dtype) for product in found]
+    rows = [_row(product, machine, chip, m) for product, m in zip(found, measured, strict=True)]
     used = [m for row, m in zip(rows, measured, strict=True) if m is not None and row.speeds]
     distinct = [m for i, m in enumerate(used) if m not in used[:i]]
     return Explanation(machine, tuple(distinct), tuple(rows))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Mark:
-    """A record that was found in a program, and whether an operand is a slice of narrow codes."""
+class _Product:
+    """A product that was found in a program.
+
+    Attributes:
+        record: what was decided for it.
+        copies: copies that `vmap` made of the result, of lhs and of rhs.
+        site: where its marker lies.
+        is_sliced: whether an operand is a slice of codes of less than a byte.
+    """
 
     record: Record
     copies: tuple[int, int, int]
-    within: tuple[JaxprEqn, ...]
-    times: int | None
+    site: Site
     is_sliced: bool
 
 
-def _marks(
-    jaxpr: Jaxpr,
-    machine: Machine,
-    sliced: set[Var],
-    within: tuple[JaxprEqn, ...] = (),
-    times: int | None = 1,
-) -> Iterator[_Mark]:
-    """The records in a program and in those inside of it, in order; adds to `sliced`."""
-    for eqn in jaxpr.eqns:
-        inside = (*within, eqn)
+def _products(fn, args, platform) -> Iterator[_Product]:
+    """The products of a function on a platform, in order."""
+    with marking():
+        program = jax.make_jaxpr(fn)(*args)
+    sliced = frozenset()
+    for site in walk(program, platform):
+        eqn = site.eqn
         if eqn.primitive is marker_p:
-            cut = is_sliced(eqn.invars, sliced)
-            yield _Mark(eqn.params["record"], eqn.params["copies"], inside, times, cut)
-        for inner, trips in _inner(eqn, machine):
-            repeated = None if times is None or trips is None else times * trips
-            there = sliced_within(eqn, inner, sliced)
-            yield from _marks(inner, machine, there, inside, repeated)
-        sliced |= sliced_by(eqn, sliced)
-
-
-def _inner(eqn, machine) -> Iterator[tuple[Jaxpr, int | None]]:
-    """The programs inside of an operation, and how often each runs; None for unknown."""
-    trips = _TRIPS.get(eqn.primitive.name, lambda params: 1)(eqn.params)
-    platforms = eqn.params.get("branches_platforms")
-    if platforms is None:
-        yield from ((inner, trips) for inner in jaxprs_in_params(eqn.params))
-        return
-    # One branch per platform: `jax.lax.platform_dependent`. None names all others.
-    is_ours = [names is not None and machine.lowering in names for names in platforms]
-    chosen = is_ours.index(True) if any(is_ours) else platforms.index(None)
-    yield eqn.params["branches"][chosen].jaxpr, trips
-
-
-_TRIPS = dict.fromkeys(("scan", "copying_scan"), lambda params: params["length"])
-_TRIPS |= {"while": lambda params: None}
+            record, copies = eqn.params["record"], eqn.params["copies"]
+            yield _Product(record, copies, site, is_sliced(eqn.invars, sliced))
+        sliced = add_slices(eqn, sliced)
 
 
 def _row(
-    mark: _Mark, machine: Machine, chip: str | None, measurement: Measurement | None
+    product: _Product, machine: Machine, chip: str | None, measurement: Measurement | None
 ) -> ExplanationRow:
-    record, choice = mark.record, _choice(mark.record, machine, chip)
-    size, operations = bytes_of(record, mark.copies), operations_of(record, mark.copies)
+    record, choice = product.record, _choice(product.record, machine, chip)
+    size, operations = bytes_of(record, product.copies), operations_of(record, product.copies)
     is_bound_by_memory = operations < size * machine.operations_per_byte(choice.is_integer)
-    speeds = () if measurement is None else _speeds(mark, choice, measurement)
-    trips = 1 if mark.times is None else mark.times
+    speeds = () if measurement is None else _speeds(product, choice, measurement)
+    trips = 1 if product.site.times is None else product.site.times
     return ExplanationRow(
-        path=_path(mark.within),
-        line=_line(mark.within),
+        path=_path(product.site),
+        line=_line(product.site),
         operation=record.operation,
         shapes=(record.lhs.shape, record.rhs.shape, record.shape),
         formats=_formats(record),
@@ -120,13 +110,13 @@ def _row(
         is_forced=record.is_forced,
         refusals=choice.refusals,
         is_integer=choice.is_integer,
-        copies=mark.copies[0],
-        times=mark.times,
+        copies=product.copies[0],
+        times=product.site.times,
         bytes=trips * size,
         operations=trips * operations,
         bound="memory" if is_bound_by_memory else "arithmetic",
         speeds=speeds,
-        warning=_warning(mark, choice, machine, speeds, measurement),
+        warning=_warning(product, choice, machine, speeds, measurement),
     )
 
 
@@ -149,9 +139,9 @@ def _formats(record):
     return (lhs.inputs, rhs.weights) if rhs.is_quantized else (lhs.weights, rhs.inputs)
 
 
-def _speeds(mark, choice, measurement):
-    record = mark.record
-    if record.rows is None or mark.copies[0] > 1:
+def _speeds(product, choice, measurement):
+    record = product.record
+    if record.rows is None or product.copies[0] > 1:
         return ()
     inputs = record.lhs.inputs if record.lhs.is_quantized else "float"
     key = (record.rhs.inputs, inputs, choice.implementation)
@@ -160,11 +150,11 @@ def _speeds(mark, choice, measurement):
     return speeds_near(lines, (record.length, columns), record.rows)
 
 
-def _warning(mark, choice, machine, speeds, measurement):
+def _warning(product, choice, machine, speeds, measurement):
     """What is slower than it need be, or None."""
     words = []
     # Where a product copies codes itself, that costs as much as slices of them.
-    if mark.is_sliced and choice.copies_no_codes and not machine.slices_4_bits:
+    if product.is_sliced and choice.copies_no_codes and not machine.slices_4_bits:
         words.append(
             "XLA copies 4-bit weights one by one where it slices them: use jaxquant.scan "
             "(without gradients), or keep layers apart"
@@ -177,23 +167,23 @@ def _warning(mark, choice, machine, speeds, measurement):
     return "; ".join(words) or None
 
 
-def _path(within):
-    """Name scopes and jitted functions, from the outside in, without the one that is our own."""
+def _path(site):
+    """Name scopes and jitted functions, from the outside in, without jaxquant's own function."""
     names = []
-    for place, eqn in enumerate(within):
-        names.append(str(eqn.source_info.name_stack))
-        is_users = _is_jit(eqn) and place != _own_jit(within)
-        names.append(f"jit({eqn.params['name']})" if is_users else "")
+    for eqn in (*site.within, site.eqn):
+        name = None if eqn is _own_call(site) else jit_name(eqn)
+        names += [name_stack(eqn), f"jit({name})" if name else ""]
     return "/".join(filter(None, names))
 
 
-def _is_jit(eqn):
-    return "in_shardings" in eqn.params
+def _own_call(site):
+    """The equation of jaxquant's operation: the innermost jitted function around the marker.
 
-
-def _own_jit(within):
-    """The place of our operation: the innermost jitted function. 0 under `jax.disable_jit`."""
-    return max((i for i, eqn in enumerate(within) if _is_jit(eqn)), default=0)
+    The outermost equation under `jax.disable_jit`.
+    """
+    inside_out = (*reversed(site.within), site.eqn)
+    outermost = (*site.within, site.eqn)[0]
+    return next((eqn for eqn in inside_out if jit_name(eqn) is not None), outermost)
 
 
 # Ours, those installed beside JAX, and Python's own.
@@ -207,12 +197,11 @@ _LIBRARIES = tuple(
 )
 
 
-def _line(within):
-    """Where the innermost function that is in no library asked for the product.
+def _line(site):
+    """Where the innermost function that is not in a library called the operation.
 
-    Inside our operation lines are those of the first call, as it is traced once for all.
+    Lines inside of the operation are those of its first call, because it is traced only once.
     """
-    traceback = within[_own_jit(within)].source_info.traceback
-    frames = [] if traceback is None else traceback.frames
-    users = (f for f in frames if not f.file_name.startswith(_LIBRARIES))
-    return next((f"{os.path.basename(f.file_name)}:{f.line_num}" for f in users), "")
+    calls = frames(_own_call(site))
+    users = ((file, line) for file, line in calls if not file.startswith(_LIBRARIES))
+    return next((f"{os.path.basename(file)}:{line}" for file, line in users), "")

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
-from jax.extend.core.primitives import scan_p
+from jax.extend.core import JaxprEqn, Literal, Var
 
 from ..core import bits_of
+from .params import count_before_slices, inner_jaxprs
 
 
 def is_narrow(x: Any) -> bool:
@@ -22,38 +22,34 @@ def is_narrow(x: Any) -> bool:
     return is_number and bits_of(dtype) < 8
 
 
-def count_before_slices(params: dict[str, Any]) -> int:
-    """How many operands a `scan` has, by its parameters, before those that it goes over."""
-    return params["num_consts"] + params["num_carry"]
-
-
-def is_sliced(variables: Sequence[Var | Literal], sliced: set[Var]) -> bool:
+def is_sliced(variables: Sequence[Var | Literal | None], sliced: frozenset[Var]) -> bool:
     """Whether one of several operands is among the slices."""
-    return any(_is_in(v, sliced) for v in variables)
+    return any(isinstance(v, Var) and v in sliced for v in variables)
 
 
-def sliced_within(eqn: JaxprEqn, inner: Jaxpr, sliced: set[Var]) -> set[Var]:
-    """Slices among the inputs of a program inside of an operation, given those outside."""
-    # Some operations have further inputs, all before those of the program. Our own loop, which
-    # copies bytes, is no `scan_p`.
-    pairs = zip(reversed(eqn.invars), reversed(inner.invars), strict=False)
-    loops_over = inner.invars[count_before_slices(eqn.params) :] if eqn.primitive is scan_p else []
-    narrow = {v for v in loops_over if is_narrow(v.aval)}
-    return narrow | {v for outer, v in pairs if _is_in(outer, sliced)}
+def add_slices(eqn: JaxprEqn, sliced: frozenset[Var]) -> frozenset[Var]:
+    """The slices known before an equation, with its results and the inputs of its inner jaxprs.
+
+    To be called on each equation in the order of `walk`. A jaxpr can be called again, with other
+    operands, so variables that are not slices this time are removed.
+    """
+    known = dict.fromkeys(eqn.outvars, False) | dict.fromkeys(_slices_made_by(eqn, sliced), True)
+    first = count_before_slices(eqn)
+    for jaxpr, operands, _ in inner_jaxprs(eqn):
+        for place, (variable, operand) in enumerate(zip(jaxpr.invars, operands, strict=True)):
+            is_cut = place >= first and is_narrow(variable.aval)
+            known[variable] = is_cut or is_sliced([operand], sliced)
+    return (sliced - known.keys()) | {v for v, is_slice in known.items() if is_slice}
 
 
-def sliced_by(eqn: JaxprEqn, sliced: set[Var]) -> set[Var]:
-    """Narrow results of an operation that are cut from larger arrays, or made of slices."""
-    results = {v for v in eqn.outvars if is_narrow(v.aval)}
+def _slices_made_by(eqn, sliced):
+    """Narrow results that are smaller than the largest narrow operand, or made of slices."""
+    results = [v for v in eqn.outvars if is_narrow(v.aval)]
     if is_sliced(eqn.invars, sliced):
         return results
     largest = max((_size(v) for v in eqn.invars if is_narrow(v.aval)), default=0)
-    return {v for v in results if _size(v) < largest}
+    return [v for v in results if _size(v) < largest]
 
 
 def _size(variable):
     return math.prod(variable.aval.shape)
-
-
-def _is_in(variable, sliced):
-    return isinstance(variable, Var) and variable in sliced

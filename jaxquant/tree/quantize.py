@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from ..core import ArrayConfig, Deferred, Format, Inputs, QTensor, Scheme, block_shape
 from ..core import quantize as quantize_array
+from ..jaxprs import is_tracer
 from ..ops import best_order
 from .paths import is_quantized, leaves_with_paths
 from .progress import Progress, progress_bar
@@ -212,8 +212,7 @@ def why_unsupported(leaf: Any, scheme: Scheme) -> str | None:
             f"{leaf.dtype}, shape {shape}: few elements share a scale along axis="
             f"{scheme.weights.axis}; give it a rule with the contracted axes, or None"
         )
-    is_known = not isinstance(leaf, jax.core.Tracer)
-    if is_known and not _is_finite(leaf):
+    if not is_tracer(leaf) and not _is_finite(leaf):
         return f"holds NaN or Inf, shape {shape}; mend it, or give it a rule with None"
     return None
 

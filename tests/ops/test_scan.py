@@ -12,8 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxquant import INT2, INT4, NF4, NVFP4, ArrayConfig, QTensor, explain, matmul, quantize, scan
+from jaxquant.jaxprs.copying_scan import _compiled
 from jaxquant.kernels import native
-from jaxquant.ops.scan import _compiled
 
 from .products import assert_product, normal
 

@@ -1,0 +1,156 @@
+"""What the parameters of JAX's primitives say, in each supported version of JAX."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.core
+from jax.extend.core import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Primitive,
+    Var,
+    jaxprs_in_params,
+)
+from jax.extend.core.primitives import cond_p, scan_p, while_p
+
+Params = Mapping[str, Any]
+
+
+class Inner(NamedTuple):
+    """A jaxpr inside of an equation, such as the body of a loop.
+
+    Attributes:
+        jaxpr: the open jaxpr.
+        operands: for each input of the jaxpr, the operand of the equation that it is, or is a
+            slice of, or starts as; None where it is not known.
+        times: how often it runs for one run of the equation; None if that is not known.
+    """
+
+    jaxpr: Jaxpr
+    operands: Sequence[Var | Literal | None]
+    times: int | None
+
+
+def inner_jaxprs(eqn: JaxprEqn) -> list[Inner]:
+    """The jaxprs inside of an equation, those of custom derivatives left out."""
+    return READERS.get(eqn.primitive, _read_call)(eqn)
+
+
+def count_before_slices(eqn: JaxprEqn) -> int:
+    """How many operands of a loop over slices come before the arrays that it slices.
+
+    All of them, for equations that are not loops over slices.
+    """
+    if eqn.primitive is not scan_p:
+        return len(eqn.invars)
+    return sum(scan_counts(eqn.params))
+
+
+def scan_counts(params: Params) -> tuple[int, int]:
+    """How many operands of a `scan` are constants, and how many are carried; the rest is sliced."""
+    if "ft_in" in params:  # From JAX 0.11 on.
+        constants, carried, _ = params["ft_in"].unpack()
+        return len(constants), len(carried)
+    return params["num_consts"], params["num_carry"]
+
+
+def scan_options(params: Params) -> dict[str, Any]:
+    """The parameters of a `scan` that are arguments of `jax.lax.scan`."""
+    return {name: params[name] for name in ("length", "reverse", "unroll")}
+
+
+def branch_for(params: Params, platform: str) -> int | None:
+    """Place of the branch of a `cond` that a platform runs; None if a value decides.
+
+    `jax.lax.platform_dependent` makes a `cond` whose branches are for platforms.
+    """
+    platforms = params.get("branches_platforms")
+    if platforms is None:
+        return None
+    is_listed = [names is not None and platform in names for names in platforms]
+    return is_listed.index(True) if any(is_listed) else platforms.index(None)
+
+
+def jit_name(eqn: JaxprEqn) -> str | None:
+    """Name of the function if the equation calls a jitted one, else None."""
+    return eqn.params["name"] if "in_shardings" in eqn.params else None
+
+
+def name_stack(eqn: JaxprEqn) -> str:
+    """The `jax.named_scope`s and transformations around an equation, without outer jaxprs'."""
+    return str(eqn.source_info.name_stack)
+
+
+def frames(eqn: JaxprEqn) -> list[tuple[str, int]]:
+    """(file, line) of the Python calls that made an equation, the innermost first."""
+    traceback = eqn.source_info.traceback
+    found = [] if traceback is None else traceback.frames
+    return [(frame.file_name, frame.line_num) for frame in found]
+
+
+def is_tracer(x: Any) -> bool:
+    """Whether `x` stands for an array while a function is traced."""
+    return isinstance(x, jax.core.Tracer)
+
+
+def has_references(eqn: JaxprEqn) -> bool:
+    """Whether an operand is a mutable reference (`jax.new_ref`), or anything but an array."""
+    return not all(isinstance(v.aval, jax.core.ShapedArray) for v in eqn.invars)
+
+
+def with_equations(program: ClosedJaxpr, eqns: Sequence[JaxprEqn]) -> ClosedJaxpr:
+    """The program with other equations between the same inputs and outputs."""
+    return ClosedJaxpr(program.jaxpr.replace(eqns=list(eqns)), program.consts)
+
+
+def _read_scan(eqn):
+    return [Inner(_open(eqn.params["jaxpr"]), eqn.invars, eqn.params["length"])]
+
+
+def _read_while(eqn):
+    counts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    first, second = itertools.accumulate(counts)
+    operands = eqn.invars
+    condition = [*operands[:first], *operands[second:]]
+    return [
+        Inner(_open(eqn.params["cond_jaxpr"]), condition, None),
+        Inner(_open(eqn.params["body_jaxpr"]), operands[first:], None),
+    ]
+
+
+def _read_cond(eqn):
+    return [Inner(_open(branch), eqn.invars[1:], 1) for branch in eqn.params["branches"]]
+
+
+def _read_call(eqn):
+    """Of an equation that passes its operands to a jaxpr; of others operands are not known."""
+    return [Inner(jaxpr, _passed(eqn, jaxpr), 1) for jaxpr in map(_open, _jaxprs(eqn.params))]
+
+
+def _jaxprs(params):
+    yield from jaxprs_in_params(params)
+    # Primitives with types of their own, which `jax_custom_vjp3` and `jax_remat3` turn on.
+    high = params.get("_prim")
+    traced = getattr(high, "traced", high)
+    if hasattr(traced, "jaxpr"):
+        yield traced.jaxpr
+
+
+def _passed(eqn, jaxpr):
+    is_passed = len(eqn.invars) == len(jaxpr.invars)
+    return eqn.invars if is_passed else [None] * len(jaxpr.invars)
+
+
+def _open(jaxpr):
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+# Of primitives that do not pass all their operands to a jaxpr that they run once.
+READERS: dict[Primitive, Callable[[JaxprEqn], list[Inner]]] = {
+    scan_p: _read_scan,
+    while_p: _read_while,
+    cond_p: _read_cond,
+}
