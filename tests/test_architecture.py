@@ -47,6 +47,11 @@ LATE_IMPORTS = {
 }
 # Optional packages, which `import jaxquant` must not need.
 OPTIONAL = ["keras", "optax", "matplotlib", "tokenizers"]
+# Parts of JAX without a promise of stability: one folder names them, and these tests.
+INTERNALS = ("jax._src", "jax.core", "jax.extend", "jax.interpreters")
+READS_INTERNALS = {
+    "tests/keras/conftest.py": "JAX has no public way to compile a whole process quickly",
+}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.ClassDef, *FUNCTIONS)
 
@@ -107,6 +112,28 @@ def test_imports_point_down_and_use_the_front_door(path):
             f"{path}:{line}: import from {target[0]} or {target[0]}.internal, not from "
             f"{'.'.join(target)}"
         )
+
+
+def internals_of_jax(path):
+    """Each part of JAX's internals that a file names, in imports and after `jax.`."""
+    named = [ast.unparse(node) for node in nodes_of(path, ast.Attribute)]
+    for node in nodes_of(path, ast.Import, ast.ImportFrom):
+        module = getattr(node, "module", None)
+        named += [f"{module}.{a.name}" if module else a.name for a in node.names]
+    return sorted(i for i in INTERNALS if any(f"{name}.".startswith(f"{i}.") for name in named))
+
+
+def test_only_one_folder_reads_internals_of_jax():
+    repository = ROOT.parent
+    files = [*MODULES, *repository.glob("tests/**/*.py"), *repository.glob("benchmarks/**/*.py")]
+    found = {
+        name: internals_of_jax(path)
+        for path in files
+        if not (name := str(path.relative_to(repository))).startswith("jaxquant/jaxprs/")
+    }
+    assert {name for name, internals in found.items() if internals} == set(READS_INTERNALS)
+    assert internals_of_jax(ROOT / "jaxprs" / "params.py") == ["jax.core", "jax.extend"]
+    assert internals_of_jax(ROOT / "jaxprs" / "lowering.py") == ["jax.extend", "jax.interpreters"]
 
 
 @each_module
