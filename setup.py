@@ -1,12 +1,15 @@
-"""Compiles the CPU kernels where there is a C++ compiler; all else is in pyproject.toml."""
+"""Compiles the CPU kernels where there is a C++ compiler; everything else is in pyproject.toml."""
 
 import pathlib
 
 from setuptools import Extension, setup
 
+SOURCES = pathlib.Path("jaxquant/kernels/cpu")
+FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra"]
+
 
 def kernels():
-    """The extension, which the install does without if it cannot be compiled."""
+    """The extension. If it cannot be compiled, the package is installed without it."""
     try:
         import jaxlib
     except ImportError:
@@ -15,9 +18,10 @@ def kernels():
     return [
         Extension(
             "jaxquant.kernels._cpu",
-            ["jaxquant/kernels/cpu.cc"],
-            include_dirs=[str(headers)],
-            extra_compile_args=["-O3", "-std=c++17", "-w"],
+            sorted(map(str, SOURCES.glob("*.cc"))),
+            depends=sorted(map(str, SOURCES.glob("*.h"))),
+            # -isystem: no warnings from XLA's headers.
+            extra_compile_args=[*FLAGS, "-isystem", str(headers)],
             language="c++",
             optional=True,
         )

@@ -1,7 +1,8 @@
-"""Products and rounding on the CPU by machine code of our own, called through XLA's FFI.
+"""Native kernels for CPUs, called through XLA's FFI.
 
-`cpu.cc` is compiled when the package is installed, where there is a C++ compiler. Without it, or
-on a processor that has none of its sets of instructions, `unavailable` says why, and XLA computes.
+The sources in `cpu/` are compiled when the package is installed, if there is a C++ compiler.
+Without them, or on a processor with none of their instruction sets, `unavailable` says why, and
+XLA computes instead.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ from ..core import bits_of
 # Elements of a 4-bit weight that the kernels take at a time, at most.
 BLOCK = 128
 _KERNELS = ("quantize_rows", "dot_int8", "dot_int4", "dot_lookup", "dot_widen", "slice")
-# Sets of instructions, the best first: their places are their numbers in `cpu.cc`.
+# Instruction sets, the best first, in the order of `kSets` in cpu/handlers.cc.
 _INSTRUCTIONS = ("AVX512-VNNI", "AVX2", "NEON")
 
 
@@ -41,7 +42,10 @@ def _library() -> tuple[str | None, tuple[str, ...]]:
     files = [folder / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     path = next((p for p in files if p.exists()), None)
     if path is None:
-        return "cpu.cc was not compiled as jaxquant was installed: it takes a C++ compiler", ()
+        return (
+            "no native kernels were built when jaxquant was installed: they need a C++ compiler",
+            (),
+        )
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

@@ -363,7 +363,7 @@ def test_groups_that_fit(length, groups):
 def test_why_the_machine_code_is_missing_is_said(monkeypatch, tmp_path):
     look = native._library.__wrapped__
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    assert "it takes a C++ compiler" in str(look()[0])
+    assert "they need a C++ compiler" in str(look()[0])
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     (tmp_path / f"_cpu{suffix}").write_text("no library")
     assert f"_cpu{suffix} cannot be loaded" in str(look()[0])

@@ -1,0 +1,119 @@
+// Kernels for x86-64 processors with AVX512-VNNI.
+
+#include "common.h"
+
+#ifdef JAXQUANT_X86
+
+// GCC 12's AVX512 intrinsics use variables that are uninitialized on purpose.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+namespace jaxquant::avx512 {
+namespace {
+
+bool IsSupported() {
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+
+using Bytes = __m512i;
+using Ints = __m512i;
+using Floats = __m512;
+constexpr int64_t kLanes = 16;
+// Rows and columns of a tile for few rows: as many accumulators as registers hold.
+constexpr int kRows = 4, kTileColumns = 4;
+// VPDPBUSD multiplies unsigned by signed bytes: this offset makes weights unsigned for Dot, and
+// offset * sum(activations) is subtracted once per row.
+constexpr int kOffset = 128;
+
+inline Bytes LoadBytes(const void* p) { return _mm512_loadu_si512(p); }
+inline Floats Load(const float* p) { return _mm512_loadu_ps(p); }
+inline Bytes Xor(Bytes a, int b) { return _mm512_xor_si512(a, _mm512_set1_epi8(b)); }
+inline Bytes Low(Bytes both) { return _mm512_and_si512(both, _mm512_set1_epi8(15)); }
+inline Bytes High(Bytes both) { return Low(_mm512_srli_epi16(both, 4)); }
+// acc + weights (plus kOffset) * activations, summed over the 4 bytes of each lane.
+inline Ints Dot(Ints acc, Bytes w, Bytes x) { return _mm512_dpbusd_epi32(acc, w, x); }
+// The same for two vectors of nibbles, without an accumulator.
+inline Ints DotNibbles(Bytes even, Bytes odd, Bytes x, Bytes y) {
+  return Dot(Dot(_mm512_setzero_si512(), even, x), odd, y);
+}
+inline Ints ZeroInts() { return _mm512_setzero_si512(); }
+inline Floats Broadcast(float x) { return _mm512_set1_ps(x); }
+inline Floats ToFloats(Ints x) { return _mm512_cvtepi32_ps(x); }
+inline Ints Add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Floats Add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats Sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats Mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats MulAdd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats NegMulAdd(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+inline int32_t Sum(Ints x) { return _mm512_reduce_add_epi32(x); }
+inline float Sum(Floats x) { return _mm512_reduce_add_ps(x); }
+inline Ints Widen(const int8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Ints LowNibbles(Ints x) { return x; }  // Table ignores the other bits.
+inline Ints HighNibbles(Ints x) { return _mm512_srli_epi32(x, 4); }
+inline Ints NibblePairs(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+struct Table {
+  Floats values;
+  explicit Table(const float* p) : values(Load(p)) {}
+  Floats operator[](Ints codes) const { return _mm512_permutexvar_ps(codes, values); }
+};
+// Reads `count` values and returns, in each lane, the one at its index.
+inline Floats Gather(const float* p, const int32_t* index, int count) {
+  if (count == 1) return _mm512_set1_ps(*p);
+  Floats found = _mm512_maskz_loadu_ps((2u << (count - 1)) - 1, p);
+  return _mm512_permutexvar_ps(_mm512_load_si512(index), found);
+}
+// A vector of the first bytes, then zeros. With a copy instead of a mask, a product of 8 rows by
+// 1000 x 1003 took twice as long.
+inline Bytes LoadPart(const void* p, int64_t bytes) {
+  return _mm512_maskz_loadu_epi8((uint64_t{1} << bytes) - 1, p);
+}
+
+#include "few_rows.h"
+#include "panels.h"
+#include "quantize_rows.h"
+
+// Rows from which rearranging the weights into panels pays.
+constexpr int64_t kInt8Panels = 16, kInt4Panels = 8, kLookupPanels = 10, kWidenPanels = 16;
+
+void DotInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
+  if (M >= kInt8Panels && w.K) PanelInt8(pool, x, M, w, out);
+  else FewRowsInt8(pool, x, M, w, out);
+}
+
+void DotInt4(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
+  if (M >= kInt4Panels && w.K) PanelInt4(pool, x, M, w, out);
+  else FewRowsInt4(pool, x, M, w, out);
+}
+
+void DotLookup(ThreadPool& pool, const float* x, int64_t M, const Weights& w, const float* table,
+               float* out) {
+  if (M >= kLookupPanels && w.K) PanelFloat(pool, x, M, w, table, out);
+  else FewRowsLookup(pool, x, M, w, table, out);
+}
+
+void DotWiden(ThreadPool& pool, const float* x, int64_t M, const Weights& w, float* out) {
+  if (M >= kWidenPanels && w.K) PanelFloat(pool, x, M, w, nullptr, out);
+  else FewRowsWiden(pool, x, M, w, out);
+}
+
+END_TARGET
+
+}  // namespace
+}  // namespace jaxquant::avx512
+
+const jaxquant::Kernels jaxquant::kAvx512 = {
+    avx512::IsSupported, avx512::QuantizeRows<float>, avx512::QuantizeRows<uint16_t>,
+    avx512::DotInt8,     avx512::DotInt4,             avx512::DotLookup,
+    avx512::DotWiden};
+
+#endif  // JAXQUANT_X86

@@ -1,0 +1,170 @@
+// What the kernels of all instruction sets share: operands, results, scratch memory, and the table
+// of kernels that each instruction set exports.
+//
+// Activations are rows (M, K) and weights rows (N, K): the contracted axis is last in both.
+//
+// avx512.cc, avx2.cc and neon.cc each define vectors of one instruction set and include few_rows.h
+// and quantize_rows.h, which are written in terms of these vectors; avx512.cc also includes
+// panels.h. handlers.cc calls the kernels from XLA's FFI; parallel.cc runs them on XLA's threads.
+
+#ifndef JAXQUANT_KERNELS_CPU_COMMON_H_
+#define JAXQUANT_KERNELS_CPU_COMMON_H_
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define JAXQUANT_X86 1
+#elif defined(__aarch64__) && defined(__GNUC__)
+#define JAXQUANT_ARM 1
+#endif
+
+// A loop over registers. GCC keeps arrays of vectors in memory unless such loops are unrolled first.
+#define UNROLLED(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < count; ++i)
+// Keeps a function out of line, so that its registers are allocated regardless of its callers.
+#define NOINLINE __attribute__((noinline))
+// The functions in between are compiled for an instruction set. Standard headers are included
+// before: their functions are shared with code that runs on any processor.
+#define PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define BEGIN_TARGET(set) \
+  PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define END_TARGET _Pragma("clang attribute pop")
+#else
+#define BEGIN_TARGET(set) _Pragma("GCC push_options") PRAGMA(GCC target(set))
+#define END_TARGET _Pragma("GCC pop_options")
+#endif
+
+namespace xla::ffi {
+class ThreadPool;
+}
+
+namespace jaxquant {
+
+using xla::ffi::ThreadPool;
+
+// Runs work(begin, end) on pieces of [0, count) on the threads of the pool and on this one, and
+// returns when all of them are done. A piece has at least `least` elements, a multiple of `multiple`.
+void Parallel(ThreadPool& pool, int64_t count, int64_t least, int64_t multiple,
+              std::function<void(int64_t, int64_t)> work);
+
+// Prefetches weights into the L1 cache, or into L2.
+inline void Prefetch(const void* weights) { __builtin_prefetch(weights, 0, 3); }
+inline void PrefetchFar(const void* weights) { __builtin_prefetch(weights, 0, 2); }
+
+// Weights (N, K) as they are stored, 4-bit ones with the low nibble first. Scales and zero points
+// are (N, G), for groups of K / G elements of a row. A null scale means 1, a null zero point 0.
+struct Weights {
+  const uint8_t* codes;
+  int64_t N, K;
+  int bits;
+  const float *scale = nullptr, *zero = nullptr;
+  int64_t G = 1;
+
+  int64_t group() const { return std::max<int64_t>(1, K / G); }
+  const uint8_t* at(int64_t n, int64_t k) const { return codes + (n * K + k) * bits / 8; }
+  int64_t bytes() const { return std::max<int64_t>(1, K * bits / 8); }
+};
+
+// The bits of a float as bfloat16, rounded to nearest, ties to even; NaN stays NaN.
+inline uint16_t ToBFloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 0x40;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// Where sums are stored: int32 unscaled, or floats multiplied by the scale of their row, then by
+// that of their column. A null scale means 1.
+struct Result {
+  enum Type { kInt32, kFloat32, kBFloat16 };
+  void* out;  // (M, N)
+  int64_t N;
+  Type type;
+  const float *row = nullptr, *column = nullptr;
+
+  void Put(int64_t m, int64_t n, float sum) const {
+    if (row) sum *= row[m];
+    if (column) sum *= column[n];
+    if (type == kFloat32) static_cast<float*>(out)[m * N + n] = sum;
+    else static_cast<uint16_t*>(out)[m * N + n] = ToBFloat16(sum);
+  }
+  void Put(int64_t m, int64_t n, int32_t sum) const {
+    if (type == kInt32) static_cast<int32_t*>(out)[m * N + n] = sum;
+    else Put(m, n, static_cast<float>(sum));
+  }
+};
+
+// The first bytes of p, then zeros, for a vector of `size` bytes.
+template <size_t size>
+struct Padded {
+  alignas(64) uint8_t bytes[size] = {};
+  Padded(const void* p, int64_t count) { std::memcpy(bytes, p, count); }
+};
+
+// Reorders activations as nibbles lie in memory: in each block the even elements, then the odd ones.
+template <typename T>
+std::vector<T> EvensThenOdds(const T* x, int64_t size, int64_t block) {
+  std::vector<T> arranged(size);
+  for (int64_t b = 0; b < size; b += block)
+    for (int64_t i = 0; i < block / 2; ++i) {
+      arranged[b + i] = x[b + 2 * i];
+      arranged[b + block / 2 + i] = x[b + 2 * i + 1];
+    }
+  return arranged;
+}
+
+// The exact sum of codes. There is none for floats: the compiler must keep their order of addition.
+inline int32_t SumOf(const int8_t* x, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += x[i];
+  return sum;
+}
+
+// Sums of `width` codes each.
+template <typename Sum>
+std::vector<Sum> SumsOf(const int8_t* x, int64_t count, int64_t width) {
+  std::vector<Sum> sums(count);
+  for (int64_t i = 0; i < count; ++i) sums[i] = SumOf(x + i * width, width);
+  return sums;
+}
+
+// Scratch memory on cache lines, which a thread keeps for its next piece of work.
+struct alignas(64) CacheLine {
+  uint8_t bytes[64];
+};
+template <typename T>
+T* Scratch(int which, int64_t count) {
+  static thread_local std::vector<CacheLine> kept[3];
+  kept[which].resize(std::max<size_t>(kept[which].size(), (count * sizeof(T) + 63) / 64));
+  return reinterpret_cast<T*>(kept[which].data());
+}
+
+// The kernels of one instruction set. Products write to `out`: (M, N).
+struct Kernels {
+  bool (*is_supported)();  // by this processor
+
+  // Codes (M, K) and scales (M,) of rows, each by its largest magnitude.
+  void (*quantize_float32)(ThreadPool&, const float* x, int64_t M, int64_t K, int64_t qmin,
+                           int64_t qmax, int8_t* codes, float* scales);
+  void (*quantize_bfloat16)(ThreadPool&, const uint16_t* x, int64_t M, int64_t K, int64_t qmin,
+                            int64_t qmax, int8_t* codes, float* scales);
+  // 8-bit codes by 8-bit codes, and by 4-bit codes in groups.
+  void (*dot_int8)(ThreadPool&, const int8_t* x, int64_t M, const Weights&, const Result& out);
+  void (*dot_int4)(ThreadPool&, const int8_t* x, int64_t M, const Weights&, const Result& out);
+  // Floats by 4-bit codes in groups, each looked up in a table of 16 values.
+  void (*dot_lookup)(ThreadPool&, const float* x, int64_t M, const Weights&, const float* table,
+                     float* out);
+  // Floats by 8-bit codes.
+  void (*dot_widen)(ThreadPool&, const float* x, int64_t M, const Weights&, float* out);
+};
+
+extern const Kernels kAvx512, kAvx2, kNeon;
+
+}  // namespace jaxquant
+
+#endif  // JAXQUANT_KERNELS_CPU_COMMON_H_

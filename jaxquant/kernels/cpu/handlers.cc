@@ -1,0 +1,141 @@
+// The entry points that XLA calls through its FFI. The attribute `set` chooses the instruction set by
+// its place in kSets.
+
+#include "common.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace jaxquant {
+namespace {
+
+// Bytes that a thread copies at least.
+constexpr int64_t kLeastCopy = 1 << 17;
+
+// In the order of `library.py`; null where the kernels are not compiled.
+const Kernels* const kSets[] = {
+#if defined(JAXQUANT_X86)
+    &kAvx512, &kAvx2, nullptr
+#elif defined(JAXQUANT_ARM)
+    nullptr, nullptr, &kNeon
+#else
+    nullptr, nullptr, nullptr
+#endif
+};
+
+template <ffi::DataType T>
+using In = ffi::Buffer<T>;
+template <ffi::DataType T>
+using Out = ffi::ResultBuffer<T>;
+
+const float* OrNull(const In<ffi::F32>& values) {
+  return values.element_count() ? values.typed_data() : nullptr;
+}
+
+Weights Int4(const ffi::AnyBuffer& w, int64_t K, const In<ffi::F32>& scale,
+             const In<ffi::F32>& zero) {
+  return {static_cast<const uint8_t*>(w.untyped_data()), scale.dimensions()[0], K, 4,
+          scale.typed_data(), OrNull(zero), std::max<int64_t>(1, scale.dimensions()[1])};
+}
+
+Weights Int8(const In<ffi::S8>& w) {
+  return {reinterpret_cast<const uint8_t*>(w.typed_data()), w.dimensions()[0], w.dimensions()[1], 8};
+}
+
+Result To(ffi::Result<ffi::AnyBuffer>& out, const In<ffi::F32>& row, const float* column) {
+  Result::Type type = out->element_type() == ffi::S32   ? Result::kInt32
+                      : out->element_type() == ffi::F32 ? Result::kFloat32
+                                                        : Result::kBFloat16;
+  return {out->untyped_data(), out->dimensions()[1], type, OrNull(row), column};
+}
+
+ffi::Error QuantizeRows(ThreadPool pool, int64_t set, int64_t qmin, int64_t qmax,
+                        ffi::AnyBuffer x, Out<ffi::S8> codes, Out<ffi::F32> scale) {
+  const int64_t K = x.dimensions().back(), M = scale->element_count();
+  int8_t* to = codes->typed_data();
+  float* scales = scale->typed_data();
+  if (x.element_type() == ffi::F32)
+    kSets[set]->quantize_float32(pool, x.typed_data<float>(), M, K, qmin, qmax, to, scales);
+  else
+    kSets[set]->quantize_bfloat16(pool, static_cast<const uint16_t*>(x.untyped_data()), M, K, qmin,
+                                  qmax, to, scales);
+  return ffi::Error::Success();
+}
+
+ffi::Error DotInt8(ThreadPool pool, int64_t set, In<ffi::S8> x, In<ffi::S8> w,
+                   In<ffi::F32> row, In<ffi::F32> column, ffi::Result<ffi::AnyBuffer> out) {
+  kSets[set]->dot_int8(pool, x.typed_data(), x.dimensions()[0], Int8(w),
+                       To(out, row, OrNull(column)));
+  return ffi::Error::Success();
+}
+
+ffi::Error DotInt4(ThreadPool pool, int64_t set, In<ffi::S8> x, ffi::AnyBuffer w,
+                   In<ffi::F32> scale, In<ffi::F32> zero, In<ffi::F32> row,
+                   ffi::Result<ffi::AnyBuffer> out) {
+  int64_t M = x.dimensions()[0], K = x.dimensions()[1];
+  kSets[set]->dot_int4(pool, x.typed_data(), M, Int4(w, K, scale, zero), To(out, row, nullptr));
+  return ffi::Error::Success();
+}
+
+ffi::Error DotLookup(ThreadPool pool, int64_t set, In<ffi::F32> x, ffi::AnyBuffer w,
+                     In<ffi::F32> scale, In<ffi::F32> zero, In<ffi::F32> table,
+                     Out<ffi::F32> out) {
+  int64_t M = x.dimensions()[0], K = x.dimensions()[1];
+  kSets[set]->dot_lookup(pool, x.typed_data(), M, Int4(w, K, scale, zero), table.typed_data(),
+                         out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error DotWiden(ThreadPool pool, int64_t set, In<ffi::F32> x, In<ffi::S8> w,
+                    Out<ffi::F32> out) {
+  kSets[set]->dot_widen(pool, x.typed_data(), x.dimensions()[0], Int8(w), out->typed_data());
+  return ffi::Error::Success();
+}
+
+// Copies one of `count` arrays of `bytes` bytes that are stacked along an axis, once for each of the
+// `outer` indices before that axis. XLA itself slices 4-bit arrays one element at a time.
+ffi::Error Slice(ThreadPool pool, int64_t outer, int64_t count, int64_t bytes,
+                 ffi::AnyBuffer stack, In<ffi::S32> index, ffi::Result<ffi::AnyBuffer> out) {
+  const auto* from = static_cast<const uint8_t*>(stack.untyped_data());
+  auto* to = static_cast<uint8_t*>(out->untyped_data());
+  int64_t at = index.typed_data()[0];
+  at = std::clamp<int64_t>(at < 0 ? at + count : at, 0, count - 1);
+  for (int64_t i = 0; i < outer; ++i)
+    Parallel(pool, bytes, kLeastCopy, 64, [=](int64_t begin, int64_t end) {
+      std::memcpy(to + i * bytes + begin, from + (i * count + at) * bytes + begin, end - begin);
+    });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define HANDLER(name, function, binding)                                    \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                            \
+      name, function,                                                       \
+      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set") binding)
+#define ARG(T) .Arg<In<ffi::T>>()
+#define RET(T) .Ret<ffi::Buffer<ffi::T>>()
+
+HANDLER(jaxquant_quantize_rows, QuantizeRows,
+        .Attr<int64_t>("qmin").Attr<int64_t>("qmax").Arg<ffi::AnyBuffer>() RET(S8) RET(F32));
+HANDLER(jaxquant_dot_int8, DotInt8,
+        ARG(S8) ARG(S8) ARG(F32) ARG(F32).Ret<ffi::AnyBuffer>());
+HANDLER(jaxquant_dot_int4, DotInt4,
+        ARG(S8).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32).Ret<ffi::AnyBuffer>());
+HANDLER(jaxquant_dot_lookup, DotLookup,
+        ARG(F32).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32) RET(F32));
+HANDLER(jaxquant_dot_widen, DotWiden, ARG(F32) ARG(S8) RET(F32));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_slice, Slice,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("outer")
+                                  .Attr<int64_t>("count")
+                                  .Attr<int64_t>("bytes")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<In<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());
+
+// Whether this processor supports an instruction set of kSets.
+extern "C" int jaxquant_has(int set) { return kSets[set] && kSets[set]->is_supported(); }
+
+}  // namespace jaxquant

@@ -1,0 +1,349 @@
+// Products of many rows of activations, with AVX512. Included by avx512.cc within its namespace.
+//
+// The weights of 64 columns are rearranged in the cache, once for all rows, into a panel: four vectors
+// of 16 columns, one column per lane, for each step along K.
+
+constexpr int kVectors = 4;
+constexpr int64_t kPanel = kVectors * kLanes;
+// Rows of a tile: with 4 vectors of columns, 24 accumulators.
+constexpr int64_t kTileRows = 6;
+// Elements along K for which a panel stays in the L2 cache, of bytes and of floats.
+constexpr int64_t kDepth = 4096, kFloatDepth = 512;
+
+// Codes in the order in which tiles read them: for each block of rows, 4 codes of every row, then the
+// next 4, with zeros beyond K.
+std::vector<int8_t> ToTiles(ThreadPool& pool, const int8_t* x, int64_t M, int64_t K) {
+  int64_t padded = (K + 3) / 4 * 4;
+  std::vector<int8_t> tiles(M * padded);
+  Parallel(pool, M, 64, kTileRows, [&](int64_t first, int64_t last) {
+    for (int64_t m = first; m < last; m += kTileRows) {
+      int64_t rows = std::min(kTileRows, M - m);
+      int8_t* to = tiles.data() + m * padded;
+      for (int64_t k = 0; k + 4 <= K; k += 4)
+        for (int64_t r = 0; r < rows; ++r, to += 4) std::memcpy(to, x + (m + r) * K + k, 4);
+      for (int64_t r = 0; r < rows && K % 4; ++r, to += 4)
+        std::memcpy(to, x + (m + r + 1) * K - K % 4, K % 4);
+    }
+  });
+  return tiles;
+}
+
+// Elements k to k + 64 of a row of weights as unsigned bytes.
+inline Bytes Unsigned(const Weights& w, int64_t n, int64_t k) {
+  const uint8_t* from = w.at(std::min(n, w.N - 1), k);
+  if (w.bits == 8) {
+    Bytes codes = w.K - k >= kBytes ? LoadBytes(from) : LoadPart(from, w.K - k);
+    return Xor(codes, 0x80);
+  }
+  Bytes wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return Low(Xor(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), 8));
+}
+
+// Transposes 16 rows of 16 quads of bytes.
+inline void Transpose(Ints (&x)[16]) {
+  Ints y[16];
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + 2 + j]);
+      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + 2 + j]);
+    }
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 4; ++j) {
+      y[i + j] = _mm512_shuffle_i32x4(x[i + j], x[i + 4 + j], 0x88);
+      y[i + 4 + j] = _mm512_shuffle_i32x4(x[i + j], x[i + 4 + j], 0xdd);
+    }
+  for (int j = 0; j < 8; ++j) {
+    x[j] = _mm512_shuffle_i32x4(y[j], y[8 + j], 0x88);
+    x[8 + j] = _mm512_shuffle_i32x4(y[j], y[8 + j], 0xdd);
+  }
+}
+
+// 16 quads of elements, starting at k, of 16 columns, starting at n: one vector per quad.
+inline void Quads(const Weights& w, int64_t n, int64_t k, Ints (&quads)[16]) {
+  for (int i = 0; i < 16; ++i) {
+    quads[i] = Unsigned(w, n + i, k);
+    PrefetchFar(w.at(std::min(n + i, w.N - 1), k) + 4 * kBytes);
+  }
+  Transpose(quads);
+}
+
+// Fills a panel with the unsigned codes k to end: four vectors for each quad of elements.
+inline void PackCodes(const Weights& w, int64_t n, int64_t k, int64_t end, uint8_t* panel) {
+  UNROLLED(v, kVectors)
+    for (int64_t at = k; at < end; at += kBytes) {
+      Ints quads[16];
+      Quads(w, n + v * kLanes, at, quads);
+      for (int i = 0; i < 16; ++i)
+        _mm512_store_si512(panel + ((at - k) / 4 + i) * kPanel * 4 + v * kBytes, quads[i]);
+    }
+}
+
+// The scales or zero points of 16 columns, starting at n, in a group.
+inline Floats OfColumns(const Weights& w, const float* values, int64_t n, int64_t group) {
+  alignas(64) float found[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) found[i] = values[std::min(n + i, w.N - 1) * w.G + group];
+  return Load(found);
+}
+
+// Selects those of 16 columns, starting at n, that are below N.
+inline __mmask16 ColumnMask(int64_t N, int64_t n) {
+  return N - n >= kLanes ? 0xffff : N <= n ? 0 : (1u << (N - n)) - 1;
+}
+
+// Adds the products of R rows by a panel.
+template <int R>
+NOINLINE void AddCodes(Ints (&sums)[R][kVectors], const int8_t* x, const uint8_t* panel,
+                     int64_t quads) {
+  Ints acc[R][kVectors];
+  UNROLLED(r, R)
+    UNROLLED(v, kVectors) acc[r][v] = sums[r][v];
+  for (int64_t q = 0; q < quads; ++q, x += 4 * R, panel += 4 * kPanel) {
+    Bytes w[kVectors];
+    UNROLLED(v, kVectors) w[v] = _mm512_load_si512(panel + v * kBytes);
+    UNROLLED(r, R) {
+      int32_t quad;
+      std::memcpy(&quad, x + 4 * r, 4);
+      Bytes in = _mm512_set1_epi32(quad);
+      UNROLLED(v, kVectors) acc[r][v] = Dot(acc[r][v], w[v], in);
+    }
+  }
+  UNROLLED(r, R)
+    UNROLLED(v, kVectors) sums[r][v] = acc[r][v];
+}
+
+// Runs tile.Run<rows>(m) over blocks of rows.
+template <typename Tile>
+inline void ForRows(int64_t M, const Tile& tile) {
+  int64_t m = 0;
+  for (; m + kTileRows <= M; m += kTileRows) tile.template Run<kTileRows>(m);
+  if (M - m == 5) tile.template Run<5>(m);
+  if (M - m == 4) tile.template Run<4>(m);
+  if (M - m == 3) tile.template Run<3>(m);
+  if (M - m == 2) tile.template Run<2>(m);
+  if (M - m == 1) tile.template Run<1>(m);
+}
+
+// Stores the results of 16 columns.
+inline void Put(const Result& to, int64_t m, int64_t n, Floats sum) {
+  const __mmask16 within = ColumnMask(to.N, n);
+  const int64_t at = m * to.N + n;
+  if (to.row) sum = Mul(sum, Broadcast(to.row[m]));
+  if (to.column) sum = Mul(sum, _mm512_maskz_loadu_ps(within, to.column + n));
+  if (to.type == Result::kFloat32)
+    return _mm512_mask_storeu_ps(static_cast<float*>(to.out) + at, within, sum);
+  __m512i bits = _mm512_castps_si512(sum), high = _mm512_srli_epi32(bits, 16);
+  __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  __mmask16 is_nan = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
+  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to.out) + at, within,
+                           _mm512_cvtepi32_epi16(rounded));
+}
+inline void Put(const Result& to, int64_t m, int64_t n, Ints sum) {
+  if (to.type != Result::kInt32) return Put(to, m, n, ToFloats(sum));
+  _mm512_mask_storeu_epi32(static_cast<int32_t*>(to.out) + m * to.N + n, ColumnMask(to.N, n), sum);
+}
+
+// Sums of codes over a part of K, added to those of earlier parts.
+struct Int8Tile {
+  const int8_t* x;  // in tiles of `quads` quads per row
+  const int32_t* sums;
+  const uint8_t* panel;
+  int64_t quads, first, count, n;  // the panel holds `count` quads, starting at `first`
+  int32_t* part;  // (M, kPanel): the sums of earlier parts, unless this is the first
+  const Result& out;
+
+  template <int R>
+  void Run(int64_t m) const {
+    Ints acc[R][kVectors];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        acc[r][v] = first ? LoadBytes(part + (m + r) * kPanel + v * kLanes)
+                          : _mm512_set1_epi32(-128 * sums[m + r]);
+    AddCodes<R>(acc, x + m * quads * 4 + first * 4 * R, panel, count);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        if (first + count == quads) Put(out, m + r, n + v * kLanes, acc[r][v]);
+        else _mm512_storeu_si512(part + (m + r) * kPanel + v * kLanes, acc[r][v]);
+  }
+};
+
+void PanelInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
+               const Result& out) {
+  std::vector<int32_t> sums = SumsOf<int32_t>(x, M, w.K);
+  std::vector<int8_t> tiles = ToTiles(pool, x, M, w.K);
+  int64_t quads = (w.K + 3) / 4;
+  Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t last) {
+    uint8_t* panel = Scratch<uint8_t>(0, kPanel * kDepth);
+    int32_t* part = Scratch<int32_t>(2, w.K > kDepth ? M * kPanel : 0);
+    for (int64_t n = begin; n < last; n += kPanel)
+      for (int64_t k = 0; k < w.K; k += kDepth) {
+        int64_t end = std::min(k + kDepth, w.K);
+        PackCodes(w, n, k, end, panel);
+        int64_t first = k / 4, count = (end - k + 3) / 4;
+        ForRows(M, Int8Tile{tiles.data(), sums.data(), panel, quads, first, count, n, part, out});
+      }
+  });
+}
+
+// Sums over groups, added to those of earlier parts of K. A sum within a part of a group is exact.
+struct Int4Tile {
+  const int8_t* x;
+  const float* sums;  // (M, parts): of the activations of each part of a group
+  const uint8_t* panel;
+  const float *scale, *zero;  // (parts, kPanel); zero points of unsigned codes
+  const std::vector<int64_t>& parts;  // where they start, in quads, and the end
+  int64_t first, last, n;
+  float* part;  // (M, kPanel): the sums of earlier parts, unless this is the first
+  const Result& out;
+
+  template <int R>
+  void Run(int64_t m) const {
+    const int64_t count = parts.size() - 1, quads = parts.back(), start = parts[first];
+    alignas(64) float total[R][kPanel] = {};
+    for (int64_t p = first; p < last; ++p) {
+      Ints acc[R][kVectors];
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = ZeroInts();
+      AddCodes<R>(acc, x + m * quads * 4 + parts[p] * 4 * R,
+                  panel + (parts[p] - start) * 4 * kPanel, parts[p + 1] - parts[p]);
+      for (int v = 0; v < kVectors; ++v) {
+        Floats step = Load(scale + p * kPanel + v * kLanes);
+        Floats offset = Load(zero + p * kPanel + v * kLanes);
+        for (int r = 0; r < R; ++r) {
+          float* sum = total[r] + v * kLanes;
+          Floats part = NegMulAdd(offset, Broadcast(sums[(m + r) * count + p]), ToFloats(acc[r][v]));
+          _mm512_store_ps(sum, MulAdd(part, step, Load(sum)));
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kVectors; ++v) {
+        float* before = part + (m + r) * kPanel + v * kLanes;
+        Floats sum = Load(total[r] + v * kLanes);
+        if (first) sum = Add(sum, Load(before));
+        if (last == count) Put(out, m + r, n + v * kLanes, sum);
+        else _mm512_storeu_ps(before, sum);
+      }
+  }
+};
+
+// Where the parts of groups that lie within one panel start, in elements, and the end.
+inline std::vector<int64_t> Parts(int64_t K, int64_t group) {
+  std::vector<int64_t> parts;
+  for (int64_t k = 0; k < K; k = std::min((k / group + 1) * group, (k / kDepth + 1) * kDepth))
+    parts.push_back(k);
+  parts.push_back(K);
+  return parts;
+}
+
+void PanelInt4(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
+               const Result& out) {
+  std::vector<int64_t> parts = Parts(w.K, w.group());
+  const int64_t count = parts.size() - 1;
+  std::vector<float> sums(M * count);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t p = 0; p < count; ++p)
+      sums[m * count + p] = SumOf(x + m * w.K + parts[p], parts[p + 1] - parts[p]);
+  std::vector<int8_t> tiles = ToTiles(pool, x, M, w.K);
+  std::vector<int64_t> quads = parts;
+  for (int64_t& part : quads) part /= 4;
+  Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t end) {
+    uint8_t* panel = Scratch<uint8_t>(0, kPanel * kDepth);
+    float *scale = Scratch<float>(1, 2 * count * kPanel), *zero = scale + count * kPanel;
+    float* part = Scratch<float>(2, w.K > kDepth ? M * kPanel : 0);
+    for (int64_t n = begin; n < end; n += kPanel) {
+      for (int64_t p = 0; p < count; ++p)
+        for (int64_t i = 0; i < kPanel; ++i) {
+          int64_t at = std::min(n + i, w.N - 1) * w.G + parts[p] / w.group();
+          scale[p * kPanel + i] = w.scale[at];
+          zero[p * kPanel + i] = w.zero ? 8 + w.zero[at] : 8;
+        }
+      for (int64_t first = 0, last; first < count; first = last) {
+        int64_t k1 = std::min(parts[first] + kDepth, w.K);
+        last = std::lower_bound(parts.begin(), parts.end(), k1) - parts.begin();
+        PackCodes(w, n, parts[first], k1, panel);
+        ForRows(M, Int4Tile{tiles.data(), sums.data(), panel, scale, zero, quads, first, last, n,
+                            part, out});
+      }
+    }
+  });
+}
+
+// Fills a panel with the floats (code - zero) * scale of elements k to end: four vectors for each. A
+// 4-bit code stands for its value in the table.
+inline void PackFloats(const Weights& w, const float* table, int64_t n, int64_t k, int64_t end,
+                       float* panel) {
+  alignas(64) float unsigned_order[16] = {};
+  for (int i = 0; table && i < 16; ++i) unsigned_order[i] = table[i ^ 8];
+  const Table values(unsigned_order);
+  for (int v = 0; v < kVectors; ++v) {
+    int64_t next = 0;  // where the next group starts
+    Floats step = Broadcast(1), zero = Broadcast(0);
+    for (int64_t from = k; from < end; from += kBytes) {
+      Ints quads[16];
+      Quads(w, n + v * kLanes, from, quads);
+      for (int64_t at = from; at < std::min(from + kBytes, end); ++at) {
+        if (at >= next) {
+          int64_t group = at / w.group();
+          next = (group + 1) * w.group();
+          if (w.scale) step = OfColumns(w, w.scale, n + v * kLanes, group);
+          if (w.zero) zero = OfColumns(w, w.zero, n + v * kLanes, group);
+        }
+        Ints codes = _mm512_srl_epi32(quads[(at - from) / 4], _mm_cvtsi32_si128(8 * (at % 4)));
+        Floats value = table ? values[codes]
+                             : Sub(ToFloats(_mm512_and_si512(codes, _mm512_set1_epi32(255))), Broadcast(128));
+        _mm512_store_ps(panel + (at - k) * kPanel + v * kLanes, Mul(Sub(value, zero), step));
+      }
+    }
+  }
+}
+
+// Sums over a part of K, added to those of earlier parts.
+struct FloatTile {
+  const float* x;
+  const float* panel;
+  int64_t first, count, K, N, n;
+  float* out;
+
+  template <int R>
+  void Run(int64_t m) const {
+    Floats acc[R][kVectors];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        acc[r][v] = first ? _mm512_maskz_loadu_ps(ColumnMask(N, n + v * kLanes),
+                                                  out + (m + r) * N + n + v * kLanes)
+                          : Broadcast(0);
+    const float *in = x + m * K + first, *weights = panel;
+    for (int64_t k = 0; k < count; ++k, ++in, weights += kPanel) {
+      Floats w[kVectors];
+      for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_ps(weights + v * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const Floats value = Broadcast(in[r * K]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = MulAdd(w[v], value, acc[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        _mm512_mask_storeu_ps(out + (m + r) * N + n + v * kLanes, ColumnMask(N, n + v * kLanes),
+                              acc[r][v]);
+  }
+};
+
+void PanelFloat(ThreadPool& pool, const float* x, int64_t M, const Weights& w,
+                const float* table, float* out) {
+  Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t end) {
+    float* panel = Scratch<float>(0, kPanel * kFloatDepth);
+    for (int64_t n = begin; n < end; n += kPanel)
+      for (int64_t k = 0; k < w.K; k += kFloatDepth) {
+        int64_t last = std::min(k + kFloatDepth, w.K);
+        PackFloats(w, table, n, k, last, panel);
+        ForRows(M, FloatTile{x, panel, k, last - k, w.K, w.N, n, out});
+      }
+  });
+}
