@@ -41,12 +41,13 @@ MAX_BODY_LINES = 60
 # Modules that may import inside a function, each with its reason.
 LATE_IMPORTS = {
     "demo/text.py": "tokenizers is an optional package",
+    "explain/table.py": "rich is slow to import, and only tables need it",
     "tree/plot.py": "matplotlib is an optional package, and slow to import",
     "tree/progress.py": "rich is slow to import, and only a progress bar needs it",
     "tree/report_table.py": "rich is slow to import, and only tables need it",
 }
 # Optional packages, which `import jaxquant` must not need.
-OPTIONAL = ["keras", "optax", "matplotlib", "tokenizers"]
+OPTIONAL = ["keras", "optax", "matplotlib", "rich", "tokenizers"]
 # Parts of JAX without a promise of stability: one folder names them, and these tests.
 INTERNALS = ("jax._src", "jax.core", "jax.extend", "jax.interpreters")
 READS_INTERNALS = {

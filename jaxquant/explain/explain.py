@@ -1,4 +1,4 @@
-"""What runs, and why: a row for each quantized product of a function."""
+"""Which computation runs for each quantized product of a function, and why."""
 
 import dataclasses
 import math
@@ -28,28 +28,35 @@ from .table import Explanation, ExplanationRow
 
 
 def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> Explanation:
-    """Says how each quantized product of fn(*args) is computed, and what that costs.
+    """Explains how each quantized product of fn(*args) is computed, and what that costs.
 
-    Nothing is computed: `fn` is traced. A product is a call of `dot_general`, `matmul`, `einsum`,
-    `conv_general_dilated` or `ragged_dot` with a QTensor, also inside jit, loops, `vmap`, gradients
-    and Keras layers. `take` multiplies nothing, and has no row; nor have the float products that
-    gradients are made of.
+    Nothing is computed: `fn` is only traced. A product is a call of `dot_general`, `matmul`,
+    `einsum`, `conv_general_dilated` or `ragged_dot` with a QTensor, also inside jit, loops, `vmap`,
+    gradients and Keras layers. `take` does not multiply, so it has no row; nor do the float
+    products that gradients consist of.
 
     Args:
         fn: a function of arrays and pytrees of arrays, jitted or not.
-        args: what it is given, or `jax.ShapeDtypeStruct`s in place of arrays.
+        args: its arguments, or `jax.ShapeDtypeStruct`s in place of arrays.
         platform: "cpu", "tpu" or "gpu", or a machine: "v5e", "v6e", "h200". None for the default
-            device. It need not be here.
+            device. The machine need not be present.
 
     Returns:
-        Explanation with one row per product. Branches of `cond` are all in it.
+        Explanation with one row per product. All branches of a `cond` are included.
 
     Raises:
-        ValueError: `fn` is no function, or the platform is another one.
+        ValueError: `fn` is not a function, or the platform is not one of these.
+
+    Example:
+        >>> q = jq.quantize(jnp.ones((512, 8)), jq.ArrayConfig(), axis=0)
+        >>> x = jax.ShapeDtypeStruct((2, 512), jnp.float32)
+        >>> (row,) = jq.explain(jq.matmul, x, q, platform="tpu")
+        >>> row.implementation, row.operations, row.bound
+        ('scaled', 16384, 'memory')
     """
     if not callable(fn):
         raise ValueError(
-            "explain takes a function and its arguments, as in explain(jq.matmul, x, q); got "
+            "explain expects a function and its arguments, as in explain(jq.matmul, x, q); got "
             f"{fn!r}."
         )
     machine = machine_for(platform)
@@ -108,7 +115,7 @@ def _row(
         formats=_formats(record),
         implementation=choice.implementation,
         is_forced=record.is_forced,
-        refusals=choice.refusals,
+        not_selected=choice.refusals,
         is_integer=choice.is_integer,
         copies=product.copies[0],
         times=product.site.times,
@@ -121,20 +128,20 @@ def _row(
 
 
 def _chip(platform: str | None, machine: Machine) -> str | None:
-    """The chip that is asked about: this process' own, unless another one is named."""
+    """The chip that is explained: that of this process, unless another one is named."""
     here = chips.generation() if platform in (None, machine.platform) else None
     return here or machine.name
 
 
 def _choice(record: Record, machine: Machine, chip: str | None) -> Choice:
-    """That of the chip, else that of its platform, else that of all others."""
+    """The choice for the chip, else for its platform, else for all others."""
     found = {(choice.platform, choice.chip): choice for choice in record.choices}
     keys = (machine.lowering, chip), (machine.lowering, None), (None, None)
     return next(found[key] for key in keys if key in found)
 
 
 def _formats(record):
-    """Inputs in the words for inputs, weights in those for weights."""
+    """Both operands, each described as activations or as weights."""
     lhs, rhs = record.lhs, record.rhs
     return (lhs.inputs, rhs.weights) if rhs.is_quantized else (lhs.weights, rhs.inputs)
 
@@ -151,13 +158,13 @@ def _speeds(product, choice, measurement):
 
 
 def _warning(product, choice, machine, speeds, measurement):
-    """What is slower than it need be, or None."""
+    """What is slower than it needs to be, or None."""
     words = []
-    # Where a product copies codes itself, that costs as much as slices of them.
+    # A computation that unpacks codes copies them anyway, which costs as much as slicing them.
     if product.is_sliced and choice.copies_no_codes and not machine.slices_4_bits:
         words.append(
-            "XLA copies 4-bit weights one by one where it slices them: use jaxquant.scan "
-            "(without gradients), or keep layers apart"
+            "XLA slices 4-bit weights one element at a time: use jaxquant.scan (without "
+            "gradients), or keep the layers in separate arrays"
         )
     found = [speed for *_, speed in speeds]
     if found and min(found) < 1:
@@ -186,7 +193,7 @@ def _own_call(site):
     return next((eqn for eqn in inside_out if jit_name(eqn) is not None), outermost)
 
 
-# Ours, those installed beside JAX, and Python's own.
+# jaxquant itself, packages installed beside JAX, and Python's own modules.
 _LIBRARIES = tuple(
     f"{folder}{os.sep}"
     for folder in (

@@ -2,38 +2,48 @@
 
 import dataclasses
 from collections.abc import Iterator
-
-import rich.console
-import rich.markup
-import rich.table
+from typing import TYPE_CHECKING
 
 from .machines import Machine
 from .speeds import Measurement
 
+if TYPE_CHECKING:
+    import rich.console
+    import rich.table
+
 
 @dataclasses.dataclass(frozen=True)
 class ExplanationRow:
-    """One product.
+    """One matrix multiplication or convolution with a quantized operand.
 
     Attributes:
-        path: where it lies: names of `jax.named_scope` and of jitted functions, as profiles have
-            them. Empty outside of all.
-        line: of the innermost function in no library, such as "model.py:12"; empty if all are.
+        path: names of `jax.named_scope` and of jitted functions around it, as in profiles; empty
+            outside of all.
+        line: file and line of the innermost call that is not in a library, such as "model.py:12";
+            empty if all are.
         operation: name of the function of `jax.lax`.
-        shapes: those of the left operand, the right one and the result, before `vmap`.
+        shapes: of the left operand, the right operand and the result, before `vmap`.
         formats: of both operands: a scheme such as "int4 g128", or the dtype of a float array.
-        implementation: the row of the table that runs, as `implementation=` names it.
+        implementation: the computation that runs, as `implementation=` names it.
         is_forced: whether `implementation=` named it.
-        refusals: (name, reason) of each earlier row of the table.
-        is_integer: whether codes are multiplied as whole numbers, and not as floats.
-        copies: products that `vmap` makes of it.
+        not_selected: (name, reason) of each computation that is tried before it on this platform.
+        is_integer: whether it multiplies codes as integers, not as floating-point values.
+        copies: how many copies `vmap` makes of it.
         times: how often loops of known length run it; None inside a `while_loop`.
-        bytes: operands and result, each once, in all `times`; of one trip if these are unknown.
-        operations: multiplications and additions, likewise.
-        bound: "memory" or "arithmetic": which takes longer. An estimate, from the machine's rates.
-        speeds: (rows, (K, N), speed in units of the float product's) as measured for the same
-            computation at this size, or at the next below and above; empty if it was not.
-        warning: says so where a float product was faster, or weights are sliced slowly; else None.
+        bytes: of the operands and the result, each counted once, in all `times`; of one iteration
+            if `times` is None.
+        operations: multiplications and additions, counted likewise.
+        bound: "memory" or "arithmetic", whichever takes longer: an estimate from the machine's
+            rates.
+        speeds: (rows, (K, N), speed relative to the float product) as measured for the same
+            computation at this size, or at the nearest sizes below and above; empty if it was not.
+        warning: says if the float product was faster, or if slicing the weights is slow; else None.
+
+    Example:
+        >>> q = jq.quantize(jnp.ones((64, 8)), jq.ArrayConfig(), axis=0)
+        >>> (row,) = jq.explain(jq.matmul, jnp.ones((2, 64)), q)
+        >>> row.shapes, row.formats
+        (((2, 64), (64, 8), (2, 8)), ('float32', 'int8 per channel'))
     """
 
     path: str
@@ -43,7 +53,7 @@ class ExplanationRow:
     formats: tuple[str, str]
     implementation: str
     is_forced: bool
-    refusals: tuple[tuple[str, str], ...]
+    not_selected: tuple[tuple[str, str], ...]
     is_integer: bool
     copies: int
     times: int | None
@@ -56,12 +66,18 @@ class ExplanationRow:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Rows, in the order of the program. Iterate it, print it, or take its `table()`.
+    """Rows in the order of the program. Iterate over it, print it, or use its `table()`.
 
     Attributes:
         machine: the machine whose rates were used.
         measurements: those of the machine that rows refer to.
-        rows: one per quantized product.
+        rows: one per quantized matrix multiplication or convolution.
+
+    Example:
+        >>> q = jq.quantize(jnp.ones((64, 8)), jq.ArrayConfig(), axis=0)
+        >>> found = jq.explain(lambda x: jq.matmul(x, q), jnp.ones((2, 64)), platform="tpu")
+        >>> found.machine.name, len(found), [row.implementation for row in found]
+        ('v5e', 1, ['scaled'])
     """
 
     machine: Machine
@@ -74,38 +90,46 @@ class Explanation:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def table(self) -> rich.table.Table:
-        """The rows as a rich table. What a float product does faster is red."""
+    def table(self) -> "rich.table.Table":
+        """The rows as a rich table; those with a warning are red."""
+        # rich is slow to import, and only tables need it.
+        import rich.markup
+        import rich.table
+
         title = f"Quantized products on {self.machine.name}"
-        found = rich.table.Table(title=title, show_lines=True, caption=self._caption())
+        caption = rich.markup.escape(self._caption())
+        found = rich.table.Table(title=title, show_lines=True, caption=caption)
         for name, justify in _COLUMNS:
             found.add_column(name, justify=justify)
         for row in self.rows:
-            found.add_row(*_cells(row), style="red" if row.warning else None)
+            texts = map(rich.markup.escape, _texts(row))
+            found.add_row(*texts, style="red" if row.warning else None)
         return found
 
     def _caption(self):
         if not self.rows:
-            return "There is no quantized product in this function."
+            return "This function has no quantized products."
         words = [
-            "Bytes and operations are counts, of operands and result once each.",
-            f"What bounds is an estimate, from the rates of {self.machine.name} "
+            "Bytes and operations are counts: operands and result once each.",
+            f"What bounds a product is an estimate from the rates of {self.machine.name} "
             f"({self.machine.source}).",
         ]
         words += [f"Speeds: {m.reference} = 1, from {m.how}." for m in self.measurements]
-        return rich.markup.escape(" ".join(words))
+        return " ".join(words)
 
-    def __rich__(self) -> rich.table.Table:
+    def __rich__(self) -> "rich.table.Table":
         return self.table()
 
     def __str__(self) -> str:
+        import rich.console
+
         console = rich.console.Console(width=120)
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
 
 
-_COLUMNS: tuple[tuple[str, rich.console.JustifyMethod], ...] = (
+_COLUMNS: tuple[tuple[str, "rich.console.JustifyMethod"], ...] = (
     ("where", "left"),
     ("product", "left"),
     ("runs as, and why", "left"),
@@ -117,7 +141,7 @@ _COLUMNS: tuple[tuple[str, rich.console.JustifyMethod], ...] = (
 
 
 def speed_range(row: ExplanationRow) -> str:
-    """Lowest and highest of the speeds measured next to a product."""
+    """Lowest and highest speed measured at the nearest sizes."""
     speeds = [speed for *_, speed in row.speeds]
     if not speeds:
         return "not measured"
@@ -125,8 +149,8 @@ def speed_range(row: ExplanationRow) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _cells(row):
-    texts = (
+def _texts(row):
+    return (
         "\n".join(filter(None, (row.path, row.line))),
         "\n".join(_product(row)),
         "\n".join(_reasons(row)),
@@ -135,23 +159,22 @@ def _cells(row):
         row.bound,
         speed_range(row),
     )
-    return [rich.markup.escape(text) for text in texts]
 
 
 def _product(row):
     lhs, rhs, _ = ("x".join(map(str, shape)) or "scalar" for shape in row.shapes)
     words = [row.operation, f"{lhs} by {rhs}", " by ".join(row.formats)]
-    words += [f"{row.copies} copies, by vmap"] if row.copies > 1 else []
+    words += [f"{row.copies} copies by vmap"] if row.copies > 1 else []
     is_repeated = row.times is not None and row.times != 1
-    words += [f"{row.times} times, in a loop"] if is_repeated else []
+    words += [f"{row.times} times in a loop"] if is_repeated else []
     return words + ["in a loop of unknown length"] * (row.times is None)
 
 
 def _reasons(row):
-    kind = "whole numbers" if row.is_integer else "floats"
-    words = [f"{row.implementation}, on {kind}{', as asked for' if row.is_forced else ''}"]
+    kind = "in integers" if row.is_integer else "in floating point"
+    words = [f"{row.implementation}, {kind}{', as requested' if row.is_forced else ''}"]
     by_reason: dict[str, list[str]] = {}
-    for name, reason in row.refusals:
+    for name, reason in row.not_selected:
         by_reason.setdefault(reason, []).append(name)
     words += [f"not {' or '.join(names)}: {reason}" for reason, names in by_reason.items()]
     return words + ([row.warning] if row.warning else [])

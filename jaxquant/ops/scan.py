@@ -25,22 +25,22 @@ def scan(
     reverse: bool = False,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan`, fast over stacked QTensors of less than 8 bits on CPU too.
+    """`jax.lax.scan` that is fast on CPU, too, over stacked QTensors of less than 8 bits.
 
         for i in range(length):  init, y[i] = f(init, xs[i])
 
-    There machine code copies each slice of 2-bit and 4-bit arrays, in bytes, where XLA would copy
-    elements. Everything else is `jax.lax.scan`: other platforms, exported programs and those that
-    XLA divides among devices, slices that are no whole number of bytes, whatever is
-    differentiated, and installs without the machine code. Results are the same, bit for bit.
+    On CPU, a native kernel copies each slice of a 2-bit or 4-bit array as bytes, where XLA would
+    copy element by element. Everything else runs as `jax.lax.scan`: other platforms, exported
+    programs, programs that XLA partitions, slices that do not fill whole bytes, differentiated
+    loops, and installs without the native kernels. Results are the same, bit for bit.
 
     Args:
         f: from the carry and a slice to the next carry and one output.
         init: the first carry, any pytree of arrays.
-        xs: pytree of arrays and QTensors, to be sliced along their first axis; `f` gets QTensors
-            of one layer. None for none.
-        length: number of steps; None takes it from `xs`.
-        reverse: whether the last slice comes first.
+        xs: pytree of arrays and QTensors, sliced along their first axis; `f` gets QTensors of one
+            layer. None if there is nothing to slice.
+        length: number of steps; None uses the length of `xs`.
+        reverse: whether to start with the last slice.
         unroll: steps to unroll into one, or whether to unroll all.
 
     Returns:
@@ -48,6 +48,14 @@ def scan(
 
     Raises:
         TypeError, ValueError: as `jax.lax.scan` does.
+
+    Example:
+        >>> layers = jax.vmap(lambda w: jq.quantize(w, jq.ArrayConfig(format=jq.INT4), axis=0))(
+        ...     jnp.stack([jnp.eye(4), 2 * jnp.eye(4)])
+        ... )
+        >>> x, _ = jq.scan(lambda x, q: (jq.matmul(x, q), None), jnp.ones((1, 4)), layers)
+        >>> x
+        Array([[2., 2., 2., 2.]], dtype=float32)
     """
 
     def loop(init, xs):

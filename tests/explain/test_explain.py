@@ -188,34 +188,34 @@ def test_empty_products_cost_nothing_but_their_results():
 def test_earlier_rows_of_the_platform_say_why_they_do_not_run():
     arguments = floats(200, K), stored(order=None)
     (row,) = explain(matmul, *arguments, platform="cpu")
-    assert row.refusals == (
+    assert row.not_selected == (
         ("native", "the right operand is not stored as a matrix whose last axis is contracted"),
         ("blocks", "the right operand is not stored with one free axis, first"),
         ("integer", "an operand of float32 has no codes"),
     )
     (row,) = explain(matmul, *arguments, platform="tpu")
-    assert [name for name, _ in row.refusals] == ["pallas", "integer", "scaled", "fused"]
+    assert [name for name, _ in row.not_selected] == ["pallas", "integer", "scaled", "fused"]
     (row,) = explain(matmul, floats(300, K), stored(order=None, **G128), platform="v5e")
-    assert row.refusals[0] == ("pallas", "300 rows, more than 256, are faster by XLA on v5e")
+    assert row.not_selected[0] == ("pallas", "300 rows, more than 256, are faster by XLA on v5e")
     (row,) = explain(matmul, floats(20, K), stored(), platform="v6e")
     words = "rows, {}, are faster dequantized on"
-    assert row.refusals[-2] == ("scaled", f"20 {words.format('fewer than 65')} v6e")
+    assert row.not_selected[-2] == ("scaled", f"20 {words.format('fewer than 65')} v6e")
     (row,) = explain(matmul, floats(70, K), stored(), platform="v6e")
     assert row.implementation == "scaled"
     (row,) = explain(matmul, floats(70, K), stored(), platform="v5e")
-    assert row.refusals[-2] == ("scaled", f"70 {words.format('more than 64')} v5e")
+    assert row.not_selected[-2] == ("scaled", f"70 {words.format('more than 64')} v5e")
     (row,) = explain(matmul, *arguments, platform="gpu")
-    assert [name for name, _ in row.refusals] == ["triton", "integer"]
-    assert row.refusals[-1][1] == "an operand of float32 has no codes"
+    assert [name for name, _ in row.not_selected] == ["triton", "integer"]
+    assert row.not_selected[-1][1] == "an operand of float32 has no codes"
     (row,) = explain(matmul, floats(5, K), stored(**G128), platform="gpu")
-    assert row.refusals[0] == ("triton", "not measured on a GPU yet")
+    assert row.not_selected[0] == ("triton", "not measured on a GPU yet")
 
 
 def test_what_is_forced_is_said_to_be():
     run = partial(matmul, implementation="blocks")
     for platform in PLATFORMS:
         (row,) = explain(run, floats(5, K), stored(), platform=platform)
-        assert (row.implementation, row.is_forced, row.refusals) == ("blocks", True, ())
+        assert (row.implementation, row.is_forced, row.not_selected) == ("blocks", True, ())
     with pytest.raises(ValueError, match="implementation='integer' cannot run"):
         explain(partial(matmul, implementation="integer"), floats(5, K), stored())
 
@@ -223,7 +223,7 @@ def test_what_is_forced_is_said_to_be():
 def test_the_row_says_that_machine_code_is_missing(monkeypatch):
     monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler")
     (row,) = explain(matmul, floats(3, 640), stored((640, 703)), platform="cpu")
-    assert row.refusals == (("native", "there is no compiler"),)
+    assert row.not_selected == (("native", "there is no compiler"),)
     assert row.implementation == "blocks"
 
 
@@ -423,7 +423,7 @@ def test_a_function_without_quantized_products_has_no_rows_and_says_so():
     for function in (lambda x, q: x @ x.T, lambda x, q: take(q, jnp.arange(3), 0)):
         found = explain(function, X, SMALL)
         assert (list(found), len(found)) == ([], 0)
-        assert "There is no quantized product in this function." in str(found)
+        assert "This function has no quantized products." in str(found)
 
 
 def test_platforms_are_machines_and_others_are_refused():
@@ -611,7 +611,7 @@ def test_results_of_the_suite_become_lines_of_the_table():
 
 
 def test_what_is_no_function_is_refused():
-    with pytest.raises(ValueError, match=r"explain takes a function .*; got QTensor\(int8"):
+    with pytest.raises(ValueError, match=r"explain expects a function .*; got QTensor\(int8"):
         explain(weight(ArrayConfig(), (64, 24)))
 
 
@@ -665,8 +665,8 @@ SLICES = {
 def test_4_bit_weights_that_xla_slices_are_warned_of_on_cpu(name):
     function, is_slow = SLICES[name]
     words = (
-        "XLA copies 4-bit weights one by one where it slices them: use jaxquant.scan (without "
-        "gradients), or keep layers apart"
+        "XLA slices 4-bit weights one element at a time: use jaxquant.scan (without gradients), or "
+        "keep the layers in separate arrays"
     )
     x = floats(5, 256)
     for config, platform, wanted in ((G128, "cpu", words), (G128, "tpu", None), ({}, "cpu", None)):
@@ -697,10 +697,10 @@ def test_the_table_shows_each_row_and_how_often_it_runs():
     for words in (
         "5x64 by 64x24",
         "float32 by int8 per channel",
-        "12 times, in a loop",
+        "12 times in a loop",
         "in a loop of unknown length",
-        "5 copies, by vmap",
-        "dequantize, on floats, as asked for",
+        "5 copies by vmap",
+        "dequantize, in floating point, as requested",
         "not integer: an operand of float32 has no codes",
         "not measured",
         "memory",

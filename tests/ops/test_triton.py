@@ -261,7 +261,7 @@ def test_explain_says_what_the_kernel_multiplies():
     x, q = jnp.ones((16, K)), stored(PER_COLUMN)
     (row,) = explain(matmul, quantize(x, PER_ROW), q, platform="gpu")
     assert (row.implementation, row.is_integer) == ("integer", True)
-    assert row.refusals == (("triton", "not measured on a GPU yet"),)
+    assert row.not_selected == (("triton", "not measured on a GPU yet"),)
     (row,) = explain(forced, quantize(x, PER_ROW), q, platform="gpu")
     assert (row.implementation, row.is_integer) == ("triton", True)
     for left, right in ((PER_ROW, G128), (FP8_ROWS, FP8_COLUMNS)):
