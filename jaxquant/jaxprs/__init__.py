@@ -22,7 +22,7 @@ from .params import name_stack as name_stack
 from .sharding import OutSharding as OutSharding
 from .sharding import before_transpose as before_transpose
 from .sharding import is_sharded as is_sharded
-from .sharding import like_result as like_result
+from .sharding import reshard_like as reshard_like
 from .sharding import vary_alike as vary_alike
 from .sharding import varying_axes as varying_axes
 from .slices import add_slices as add_slices

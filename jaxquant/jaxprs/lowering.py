@@ -1,4 +1,4 @@
-"""A choice between ways to compute, made when it is known where the program will run."""
+"""Selection between computations when a program is lowered: only then its target is known."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,113 +8,116 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 Function = Callable[..., Any]
-Pick = Callable[[mlir.LoweringRuleContext | None], int]
+Select = Callable[[mlir.LoweringRuleContext | None], int]
 
 
 def unless_exported(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
-    """here(*args), and elsewhere(*args) in what `jax.export` writes.
+    """here(*args), and elsewhere(*args) in programs that `jax.export` writes.
 
-    Code that is registered in this process is not part of an exported program. Both give pytrees
-    of arrays of the same structure, shapes and dtypes.
+    Native code that this process registered is not part of an exported program. Both functions
+    return pytrees of arrays of the same structure, shapes and dtypes.
     """
-    return _choose(here, elsewhere, _is_exported, args)
+    return _switch(here, elsewhere, _is_exported, args)
 
 
 def on_one_cpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
-    """`unless_exported`; elsewhere(*args) also in programs that XLA divides among devices.
+    """`unless_exported`; elsewhere(*args) also in programs that XLA partitions.
 
-    It would gather on each device what lies in parts.
+    XLA cannot partition native code: it would gather sharded operands on every device.
     """
-    return _choose(here, elsewhere, _takes_no_kernel_of_cpu, args)
+    return _switch(here, elsewhere, _excludes_cpu_kernels, args)
 
 
 def on_one_tpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
-    """here(*args), and elsewhere(*args) in programs that XLA divides among devices.
+    """here(*args), and elsewhere(*args) in programs that XLA partitions.
 
-    Pallas' kernels are part of an exported program, unless it is for several platforms, and XLA
-    cannot divide them: inside `shard_map` each device runs one. Both functions are as for
+    XLA cannot partition Pallas kernels; inside `shard_map` each device runs one. They are part of
+    an exported program, unless it is for several platforms. Both functions are as for
     `unless_exported`.
 
     Raises:
-        ValueError: as the program is lowered, if it is not for TPUs.
+        ValueError: when the program is lowered, if it is not for TPUs.
     """
-    return _choose(here, elsewhere, _takes_no_kernel_of_tpu, args)
+    return _switch(here, elsewhere, _excludes_tpu_kernels, args)
 
 
 def on_one_gpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
-    """`on_one_tpu` for GPUs with CUDA; elsewhere(*args) also in what `jax.export` writes.
+    """`on_one_tpu` for GPUs with CUDA; elsewhere(*args) also in programs that `jax.export` writes.
 
-    It refuses Triton's kernels, whose form may change between versions.
+    `jax.export` rejects Triton kernels because their serialized form may change between versions.
 
     Raises:
-        ValueError: as the program is lowered, if it is not for CUDA.
+        ValueError: when the program is lowered, if it is not for CUDA.
     """
-    return _choose(here, elsewhere, _takes_no_kernel_of_gpu, args)
+    return _switch(here, elsewhere, _excludes_gpu_kernels, args)
 
 
 def is_for_one_cpu(context: mlir.LoweringRuleContext) -> bool:
-    """Whether a program can hold machine code of this process, and will run on one CPU.
+    """Whether a program can hold native code of this process, and runs on one CPU.
 
-    XLA cannot divide machine code among devices: inside `shard_map` each one runs it.
+    XLA cannot partition native code; inside `shard_map` each device runs it.
     """
-    return _platforms(context) == ("cpu",) and not _takes_no_kernel_of_cpu(context)
+    return _platforms(context) == ("cpu",) and not _excludes_cpu_kernels(context)
 
 
 def _is_exported(context):
     return context.module_context.lowering_parameters.for_export
 
 
-def _takes_no_kernel_of_cpu(context):
-    return _is_exported(context) or _is_divided(context.module_context.axis_context)
+def _excludes_cpu_kernels(context):
+    return _is_exported(context) or _is_partitioned(context.module_context.axis_context)
 
 
-def _takes_no_kernel_of_tpu(context):
-    return _takes_no_kernel(context, "tpu", "'pallas' needs a TPU")
+def _excludes_tpu_kernels(context):
+    return _excludes_kernels(context, "tpu", "'pallas' needs a TPU")
 
 
-def _takes_no_kernel_of_gpu(context):
-    is_divided = _takes_no_kernel(context, "cuda", "'triton' needs a GPU with CUDA")
-    return is_divided or _is_exported(context)
+def _excludes_gpu_kernels(context):
+    is_excluded = _excludes_kernels(context, "cuda", "'triton' needs a GPU with CUDA")
+    return is_excluded or _is_exported(context)
 
 
-def _takes_no_kernel(context, platform, need):
+def _excludes_kernels(context, platform, need):
     platforms = _platforms(context)
     if platform not in platforms:
         raise ValueError(
             f"implementation={need}; got a program for {', '.join(platforms)}. "
             "Choose another one, or None."
         )
-    return len(platforms) > 1 or _is_divided(context.module_context.axis_context)
+    return len(platforms) > 1 or _is_partitioned(context.module_context.axis_context)
 
 
 def _platforms(context):
     return tuple(context.platforms or context.module_context.platforms)
 
 
-def _is_divided(where):
-    """Whether XLA divides the program, outside `shard_map` or along axes that it leaves alone."""
-    if not hasattr(where, "mesh"):
-        return where.num_devices > 1
-    manual = where.manual_axes | set(where.mesh.manual_axes)
-    return manual != frozenset(where.mesh.axis_names)
+def _is_partitioned(axes):
+    """Whether XLA partitions the program: outside `shard_map`, or along axes not manual in it."""
+    if not hasattr(axes, "mesh"):
+        return axes.num_devices > 1
+    manual = axes.manual_axes | set(axes.mesh.manual_axes)
+    return manual != frozenset(axes.mesh.axis_names)
 
 
-def _choose(here, elsewhere, goes_elsewhere, args):
-    def pick(context):
+def _switch(here, elsewhere, goes_elsewhere, args):
+    def select(context):
         return context is not None and goes_elsewhere(context)
 
-    return choose_when_lowered((here, elsewhere), pick, *args)
+    return lowering_switch((here, elsewhere), select, *args)
 
 
 def transpose_of(
     function: Function, cotangents: Sequence[Any], args: Sequence[Any]
 ) -> list[jax.Array | None]:
-    """Cotangents of the args in which a function is linear, as a rule for a primitive gives them.
+    """The transpose of a function, as a primitive's transpose rule returns it.
 
     Args:
         function: from as many args to a list of results.
-        cotangents: of its results, or JAX's zeros.
-        args: values, or `UndefinedPrimal`s for those in which it is linear.
+        cotangents: of its results, or JAX's symbolic zeros.
+        args: values, or `UndefinedPrimal`s for the args in which it is linear.
+
+    Returns:
+        Cotangents of the args in which it is linear, None for the others.
     """
     places = [i for i, x in enumerate(args) if ad.is_undefined_primal(x)]
 
@@ -127,52 +130,54 @@ def transpose_of(
     return [by_place.get(i) for i in range(len(args))]
 
 
-def choose_when_lowered(ways: tuple[Function, ...], pick: Pick, *args: jax.Array) -> Any:
-    """ways[pick(context)](*args), decided as the program is lowered.
+def lowering_switch(branches: tuple[Function, ...], select: Select, *args: jax.Array) -> Any:
+    """branches[select(context)](*args), selected when the program is lowered.
 
     Args:
-        ways: functions whose results have the same structure, shapes and dtypes.
-        pick: from JAX's lowering context to the place of a way; True is 1. It gets None where
+        branches: functions whose results have the same structure, shapes and dtypes.
+        select: from JAX's lowering context to the index of a branch; True is 1. It gets None where
             nothing is lowered, because each operation runs by itself.
         args: arrays.
     """
-    structure = jax.tree.structure(jax.eval_shape(ways[-1], *args))
-    leaves = _choice.bind(*args, ways=tuple(_flat(way) for way in ways), pick=pick)
-    return jax.tree.unflatten(structure, leaves)
+    structure = jax.tree.structure(jax.eval_shape(branches[-1], *args))
+    flat = tuple(_flat(branch) for branch in branches)
+    return jax.tree.unflatten(structure, _switch_p.bind(*args, branches=flat, select=select))
 
 
 def _flat(function):
     return lambda *args: jax.tree.leaves(function(*args))
 
 
-_choice = Primitive("choice")
-_choice.multiple_results = True
+_switch_p = Primitive("lowering_switch")
+_switch_p.multiple_results = True
 
 
-@_choice.def_abstract_eval
-def _(*avals, ways, pick):
-    return [out.update(weak_type=False) for out in jax.make_jaxpr(ways[-1])(*avals).out_avals]
+@_switch_p.def_abstract_eval
+def _(*avals, branches, select):
+    return [out.update(weak_type=False) for out in jax.make_jaxpr(branches[-1])(*avals).out_avals]
 
 
-@_choice.def_impl
-def _(*args, ways, pick):
-    return ways[pick(None)](*args)
+@_switch_p.def_impl
+def _(*args, branches, select):
+    return branches[select(None)](*args)
 
 
-def _batch(args, axes, ways, pick):
-    out = _choice.bind(*args, ways=tuple(jax.vmap(way, axes) for way in ways), pick=pick)
+def _batch(args, axes, branches, select):
+    batched = tuple(jax.vmap(branch, axes) for branch in branches)
+    out = _switch_p.bind(*args, branches=batched, select=select)
     return out, [0] * len(out)
 
 
-def _transpose(cotangents, *args, ways, pick):
-    """By the last way, because kernels have no transpose."""
-    return transpose_of(ways[-1], cotangents, args)
+def _transpose(cotangents, *args, branches, select):
+    """The transpose of the last branch, because kernels do not have one."""
+    return transpose_of(branches[-1], cotangents, args)
 
 
-def _lower(context, *args, ways, pick):
-    return mlir.lower_fun(ways[pick(context)], multiple_results=True)(context, *args)
+def _lower(context, *args, branches, select):
+    branch = branches[select(context)]
+    return mlir.lower_fun(branch, multiple_results=True)(context, *args)
 
 
-batching.primitive_batchers[_choice] = _batch
-ad.primitive_transposes[_choice] = _transpose
-mlir.register_lowering(_choice, _lower)
+batching.primitive_batchers[_switch_p] = _batch
+ad.primitive_transposes[_switch_p] = _transpose
+mlir.register_lowering(_switch_p, _lower)

@@ -1,4 +1,4 @@
-"""Where a result lies on a mesh, while its axes are still in another order."""
+"""Shardings of arrays while they are traced."""
 
 import jax
 
@@ -6,7 +6,7 @@ OutSharding = jax.sharding.NamedSharding | jax.P | None
 
 
 def before_transpose(out_sharding: OutSharding, permutation: tuple[int, ...]) -> OutSharding:
-    """What an array must have for its transpose by `permutation` to have `out_sharding`."""
+    """The sharding of an array whose transpose by `permutation` has `out_sharding`."""
     if isinstance(out_sharding, jax.sharding.NamedSharding):
         return out_sharding.update(spec=before_transpose(out_sharding.spec, permutation))
     if out_sharding is None:
@@ -16,8 +16,8 @@ def before_transpose(out_sharding: OutSharding, permutation: tuple[int, ...]) ->
     return out_sharding.update(partitions=tuple(partitions))
 
 
-def like_result(values: jax.Array, out_sharding: OutSharding) -> jax.Array:
-    """Lays an array that broadcasts with a result out as the result is."""
+def reshard_like(values: jax.Array, out_sharding: OutSharding) -> jax.Array:
+    """Shards an array that broadcasts with a result like the result."""
     if out_sharding is None:
         return values
     spec = out_sharding if isinstance(out_sharding, jax.P) else out_sharding.spec
@@ -29,16 +29,16 @@ def like_result(values: jax.Array, out_sharding: OutSharding) -> jax.Array:
 
 
 def is_sharded(x: jax.Array) -> bool:
-    """Whether an array is known, while it is traced, to lie in parts (explicit sharding)."""
+    """Whether an array is sharded along an explicit axis of a mesh, which its type says."""
     return any(name is not None for name in jax.typeof(x).sharding.spec)
 
 
 def varying_axes(x: jax.Array) -> frozenset:
-    """The axes of a mesh along which an array differs between devices, inside `shard_map`."""
+    """The mesh axes along which an array varies between devices, inside `shard_map`."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def vary_alike(arrays: list[jax.Array]) -> list[jax.Array]:
-    """The arrays, differing between devices along the same axes of the mesh, inside `shard_map`."""
+    """The arrays, all varying along the same mesh axes, inside `shard_map`."""
     axes = frozenset[str]().union(*(varying_axes(x) for x in arrays))
     return [jax.lax.pcast(x, tuple(sorted(axes - varying_axes(x))), to="varying") for x in arrays]

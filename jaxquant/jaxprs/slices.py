@@ -16,7 +16,7 @@ from .params import count_before_slices, inner_jaxprs
 
 
 def is_narrow(x: Any) -> bool:
-    """Whether an array, or what stands for one, has elements of less than a byte."""
+    """Whether an array, or its shape and dtype, has elements of less than a byte."""
     dtype = getattr(x, "dtype", np.dtype(bool))
     is_number = any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.floating))
     return is_number and bits_of(dtype) < 8

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from ..core import QTensor
-from ..jaxprs import OutSharding, like_result
+from ..jaxprs import OutSharding, reshard_like
 from .dispatch import Operand
 from .operands import AxesOfBoth
 
@@ -73,4 +73,4 @@ def in_result(values: jax.Array, side: int, operands: tuple[Any, Any], spec: Dot
     values = values.reshape(
         *kept[: len(batch)], *ones * side, *kept[len(batch) :], *ones * (1 - side)
     )
-    return like_result(values, spec.out_sharding)
+    return reshard_like(values, spec.out_sharding)
