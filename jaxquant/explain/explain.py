@@ -161,7 +161,7 @@ def _warning(product, choice, machine, speeds, measurement):
     """What is slower than it needs to be, or None."""
     words = []
     # A computation that unpacks codes copies them anyway, which costs as much as slicing them.
-    if product.is_sliced and choice.copies_no_codes and not machine.slices_4_bits:
+    if product.is_sliced and choice.reads_packed and not machine.slices_4_bits:
         words.append(
             "XLA slices 4-bit weights one element at a time: use jaxquant.scan (without "
             "gradients), or keep the layers in separate arrays"

@@ -17,10 +17,10 @@ from .dispatch import Factor, Implementation, Operand
 from .operands import (
     as_array,
     check_operands,
-    refuses_codes,
-    refuses_length,
     result_dtype,
     stored_axes,
+    why_unsupported_codes,
+    why_unsupported_length,
     with_dequantized_gradient,
 )
 
@@ -164,9 +164,9 @@ def _scaled(acc, lhs, rhs, spec):
     return out.astype(spec.dtype)
 
 
-def _refuses_integer(lhs, rhs, spec):
+def _why_integer_unsupported(lhs, rhs, spec):
     for x, axes in zip((lhs, rhs), spec.dimension_numbers, strict=False):
-        why_not = refuses_codes(x)
+        why_not = why_unsupported_codes(x)
         if why_not is not None or x.zero_point is not None:
             return why_not or "padding has no zero point"
         if (
@@ -177,7 +177,7 @@ def _refuses_integer(lhs, rhs, spec):
     if dict(spec.options)["batch_group_count"] != 1:
         return "batch groups mix the scales of examples"
     length = math.prod(rhs.codes.shape[a] for a in spec.dimension_numbers.rhs_spec[1:])
-    return refuses_length(length, lhs, rhs)
+    return why_unsupported_length(length, lhs, rhs)
 
 
 def _by_images(lhs, rhs, spec):
@@ -258,15 +258,19 @@ def _in_slices(images, kernel, strides, padding, spacing, groups):
     return total.reshape(len(images), length, *total.shape[1:])
 
 
-def _refuses_images(lhs, rhs, spec):
+def _why_images_unsupported(lhs, rhs, spec):
     if dict(spec.options)["out_sharding"] is not None:
         return "the sharding of a result is for one convolution"
-    return _refuses_integer(lhs, rhs, spec)
+    return _why_integer_unsupported(lhs, rhs, spec)
 
 
 _TABLE = (
-    Implementation("images", _by_images, _refuses_images, ("cpu",), is_integer=lambda *_: True),
+    Implementation(
+        "images", _by_images, _why_images_unsupported, ("cpu",), is_integer=lambda *_: True
+    ),
     # XLA's GPU backend has no convolution of int8 to int32 (jax#7637).
-    Implementation("integer", _integer, _refuses_integer, ("tpu",), is_integer=lambda *_: True),
+    Implementation(
+        "integer", _integer, _why_integer_unsupported, ("tpu",), is_integer=lambda *_: True
+    ),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )

@@ -42,21 +42,21 @@ class Implementation:
     Attributes:
         name: what `implementation=` forces.
         run: (lhs, rhs, spec) -> result.
-        refusal: (lhs, rhs, spec) -> why these operands cannot be computed so, or None.
-        platforms: where it is chosen by itself; None for everywhere.
-        loses: (lhs, rhs, spec, chip) -> why it is not chosen by itself where it could be, or None;
-            chip is the generation of a TPU, among `chips.TUNED`, or None for all others.
-        is_integer: (lhs, rhs, spec) -> whether it multiplies codes as whole numbers.
-        copies_no_codes: whether it reads codes of less than a byte as they lie in memory.
+        why_unsupported: (lhs, rhs, spec) -> why it cannot compute these operands, or None.
+        platforms: where it is selected automatically; None for everywhere.
+        why_slower: (lhs, rhs, spec, chip) -> why it is not selected automatically although
+            supported, or None; chip is a TPU generation in `chips.TUNED`, or None for all others.
+        is_integer: (lhs, rhs, spec) -> whether it multiplies codes as integers.
+        reads_packed: whether it reads sub-byte codes packed, without unpacking them first.
     """
 
     name: str
     run: Callable[[Operand, Operand, Any], jax.Array]
-    refusal: Callable[[Operand, Operand, Any], str | None]
+    why_unsupported: Callable[[Operand, Operand, Any], str | None]
     platforms: tuple[str, ...] | None = None
-    loses: Callable[[Operand, Operand, Any, str | None], str | None] = lambda *_: None
+    why_slower: Callable[[Operand, Operand, Any, str | None], str | None] = lambda *_: None
     is_integer: Callable[[Operand, Operand, Any], bool] = lambda lhs, rhs, spec: False
-    copies_no_codes: bool = False
+    reads_packed: bool = False
 
 
 Table = tuple[Implementation, ...]
@@ -133,7 +133,7 @@ def _record(lhs, rhs, spec, out, found, is_forced):
             chip,
             row.name,
             row.is_integer(lhs, rhs, spec),
-            row.copies_no_codes,
+            row.reads_packed,
             refusals,
         )
         for platform, rows in found.items()
@@ -173,7 +173,7 @@ def _choose(table, lhs, rhs, spec, platform, chip):
     for row in table[:-1]:
         if row.platforms is not None and platform not in row.platforms:
             continue
-        why_not = row.refusal(lhs, rhs, spec) or row.loses(lhs, rhs, spec, chip)
+        why_not = row.why_unsupported(lhs, rhs, spec) or row.why_slower(lhs, rhs, spec, chip)
         if why_not is None:
             return row, tuple(refusals)
         refusals.append((row.name, why_not))
@@ -186,13 +186,13 @@ def _forced(table, lhs, rhs, spec, name):
         raise ValueError(
             f"implementation must be one of {', '.join(rows)}, or None to choose; got {name!r}."
         )
-    why_not = rows[name].refusal(lhs, rhs, spec)
+    why_not = rows[name].why_unsupported(lhs, rhs, spec)
     if why_not is not None:
         chip = chips.generation()
         able = [
             row.name
             for row in table
-            if (row.refusal(lhs, rhs, spec) or row.loses(lhs, rhs, spec, chip)) is None
+            if (row.why_unsupported(lhs, rhs, spec) or row.why_slower(lhs, rhs, spec, chip)) is None
         ]
         raise ValueError(
             f"implementation={name!r} cannot run {_describe(lhs)} by {_describe(rhs)}: "

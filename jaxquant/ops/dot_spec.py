@@ -5,14 +5,13 @@ import math
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from ..core import QTensor
 from ..jaxprs import OutSharding, reshard_like
 from .dispatch import Operand
-from .operands import AxesOfBoth
+from .operands import AxesOfBoth, repeat_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ def _stored_shape(x):
     return x.codes.shape if isinstance(x, QTensor) else x.shape
 
 
-def logical(out: jax.Array, spec: DotSpec) -> jax.Array:
+def to_logical_order(out: jax.Array, spec: DotSpec) -> jax.Array:
     """The product of the stored arrays with its axes in their logical order."""
     is_in_order = spec.permutation == tuple(range(out.ndim))
     return out if is_in_order else out.transpose(spec.permutation)
@@ -64,9 +63,8 @@ def in_result(values: jax.Array, side: int, operands: tuple[Any, Any], spec: Dot
     """Shapes what one operand has per block, and 1 long if contracted, like the product."""
     x = operands[side]
     free, batch = spec.free(x, side), spec.batch[side]
-    for axis in (*batch, *free):
-        if 1 < values.shape[axis] < x.codes.shape[axis]:
-            values = jnp.repeat(values, x.codes.shape[axis] // values.shape[axis], axis)
+    grouped = [a for a in (*batch, *free) if values.shape[a] > 1]
+    values = repeat_groups(values, x.codes.shape, grouped)
     values = values.transpose(*batch, *free, *spec.contract[side])
     kept = values.shape[: len(batch) + len(free)]
     ones = (1,) * len(spec.free(operands[1 - side], 1 - side))

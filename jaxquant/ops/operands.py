@@ -1,7 +1,7 @@
 """Operands of a product: what their `inputs` ask for, and gradients through them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import jax
@@ -73,6 +73,14 @@ def check_factors(
     return operands
 
 
+def repeat_groups(values: jax.Array, shape: Sequence[int], axes: Iterable[int]) -> jax.Array:
+    """Scales or zero points, one per group, repeated to one per element along `axes` of `shape`."""
+    for axis in axes:
+        if values.shape[axis] != shape[axis]:
+            values = jnp.repeat(values, shape[axis] // values.shape[axis], axis)
+    return values
+
+
 def is_quantized(x: Operand | LowRank) -> bool:
     """Whether an operand is more than an array."""
     return isinstance(x, QTensor | LowRank)
@@ -94,16 +102,16 @@ def result_dtype(lhs: Operand, rhs: Operand, preferred: jax.typing.DTypeLike | N
     return jax.dtypes.canonicalize_dtype(preferred)
 
 
-def refuses_codes(x: Operand) -> str | None:
-    """Why the operand has no codes that int8 can hold, or None."""
+def why_unsupported_codes(x: Operand) -> str | None:
+    """Why the operand does not have integer codes that int8 can hold, or None."""
     if not isinstance(x, QTensor):
         return f"an operand of {x.dtype} has no codes"
     if not x.format.rounds or jnp.iinfo(x.format.dtype).max > 127:
-        return f"{x.format} codes are not whole numbers within int8"
+        return f"{x.format} codes are not integers within int8"
     return None
 
 
-def refuses_length(length: int, lhs: QTensor, rhs: QTensor) -> str | None:
+def why_unsupported_length(length: int, lhs: QTensor, rhs: QTensor) -> str | None:
     """Why int32 may not hold sums of so many products of codes less zero points, or None."""
     largest = length * _reach(lhs) * _reach(rhs)
     return None if largest < 2**31 else f"sums of {length} codes may leave int32"

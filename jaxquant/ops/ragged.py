@@ -15,10 +15,10 @@ from .dispatch import Factor, Implementation, Operand
 from .operands import (
     as_array,
     check_operands,
-    refuses_codes,
-    refuses_length,
     result_dtype,
     stored_axes,
+    why_unsupported_codes,
+    why_unsupported_length,
     with_dequantized_gradient,
 )
 
@@ -160,9 +160,9 @@ def _integer(lhs, rhs, spec):
     return jnp.where(rows[:, None] < jnp.sum(spec.group_sizes), out, 0).astype(spec.dtype)
 
 
-def _refuses_integer(lhs, rhs, spec):
+def _why_integer_unsupported(lhs, rhs, spec):
     for x, inner in ((lhs, 1), (rhs, spec.rhs_axes[1])):
-        why_not = refuses_codes(x)
+        why_not = why_unsupported_codes(x)
         if why_not is not None or x.zero_point is not None:
             return why_not or "ragged sums have no zero point"
         if x.scale.shape[inner] > 1:
@@ -171,10 +171,10 @@ def _refuses_integer(lhs, rhs, spec):
         return f"rows of the left operand share scales {lhs.scale.shape}"
     if spec.group_offset is not None:
         return "group_offset moves the groups"
-    return refuses_length(rhs.codes.shape[spec.rhs_axes[1]], lhs, rhs)
+    return why_unsupported_length(rhs.codes.shape[spec.rhs_axes[1]], lhs, rhs)
 
 
 _TABLE = (
-    Implementation("integer", _integer, _refuses_integer, is_integer=lambda *_: True),
+    Implementation("integer", _integer, _why_integer_unsupported, is_integer=lambda *_: True),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )

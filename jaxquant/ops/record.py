@@ -17,8 +17,8 @@ class Choice:
         platform: as `jax.lax.platform_dependent` names it; None for all that are not named.
         chip: a generation of TPUs; None for all that are not named.
         implementation: name of the row.
-        is_integer: whether it multiplies codes as whole numbers.
-        copies_no_codes: whether it reads codes of less than a byte as they lie in memory.
+        is_integer: whether it multiplies codes as integers.
+        reads_packed: whether it reads sub-byte codes packed, without unpacking them first.
         refusals: (name of an earlier row, why it cannot run these operands here).
     """
 
@@ -26,7 +26,7 @@ class Choice:
     chip: str | None
     implementation: str
     is_integer: bool
-    copies_no_codes: bool
+    reads_packed: bool
     refusals: tuple[tuple[str, str], ...]
 
 

@@ -18,6 +18,7 @@ from jaxquant import (
     QTensor,
     quantize,
 )
+from jaxquant.ops.dot_spec import DotSpec
 
 from .. import oracles
 
@@ -70,6 +71,11 @@ def with_unit_scale(codes, zero_point=None):
     return QTensor(
         jnp.asarray(codes), jnp.ones(ones), zero_point, format=INT8, dtype=np.dtype(np.float32)
     )
+
+
+def spec_of_rows(axis: int, precision: Any = None, dtype: Any = np.float32) -> DotSpec:
+    """That of (M, K) rows times a matrix whose stored `axis` is contracted."""
+    return DotSpec(((1,), (axis,)), ((), ()), (0, 1), np.dtype(dtype), precision, None)
 
 
 def with_inputs(q, inputs):

@@ -235,7 +235,7 @@ REFUSED = {
     "scales .* change within": ("int8", "int4-g2"),
     "padding has no zero point": ("int8", "int8-asym"),
     "an operand of float32 has no codes": ("float", "int8"),
-    "fp8_e4m3 codes are not whole numbers within int8": ("int8", "fp8"),
+    "fp8_e4m3 codes are not integers within int8": ("int8", "fp8"),
 }
 
 

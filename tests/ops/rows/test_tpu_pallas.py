@@ -20,9 +20,10 @@ from jaxquant import (
     quantize,
 )
 from jaxquant.jaxprs import chips
-from jaxquant.ops import inputs, pallas
+from jaxquant.ops import inputs
+from jaxquant.ops.rows import tpu_pallas
 
-from .products import assert_product, normal, weight, with_inputs
+from ..products import assert_product, normal, spec_of_rows, weight, with_inputs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -38,7 +39,7 @@ RIGHT = {
     "int8 per row": ArrayConfig(format=INT4, axis=None),
     "int8 asymmetric": ArrayConfig(format=INT4, axis=(0, 1), group_size=(128, 8)),
 }
-product = jax.jit(partial(pallas.product, interpret=True), static_argnames="dtype")
+product = jax.jit(partial(tpu_pallas.run, interpret=True), static_argnames="dtype")
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -96,7 +97,7 @@ def test_without_a_tpu_pallas_fails_with_the_reason():
 
 
 REFUSED = {
-    "nf4 codes are not whole numbers of 4 bits": (NF4, {}, {}),
+    "nf4 codes are not 4-bit integers": (NF4, {}, {}),
     "whose first axis is contracted": (INT4, {"order": (-1, -2)}, {}),
     "float16 by float16 are not float32 or bfloat16": (INT4, {"dtype": jnp.float16}, {}),
     "a precision of highest is more than bfloat16": (INT4, {}, {"precision": "highest"}),
@@ -118,10 +119,10 @@ def test_pallas_is_refused_with_the_reason(reason):
 
 def test_a_default_precision_of_more_than_one_pass_is_heeded():
     q, x = weight(G128, (K, N)), jnp.zeros((2, K))
-    assert pallas.refuses(x, q, None) is None
+    assert tpu_pallas.why_unsupported(x, q, spec_of_rows(0)) is None
     with jax.default_matmul_precision("float32"):
-        assert "a precision of float32" in str(pallas.refuses(x, q, None))
-        assert pallas.refuses(x, q, jax.lax.Precision.DEFAULT) is None
+        assert "a precision of float32" in str(tpu_pallas.why_unsupported(x, q, spec_of_rows(0)))
+        assert tpu_pallas.why_unsupported(x, q, spec_of_rows(0, jax.lax.Precision.DEFAULT)) is None
 
 
 def calls(function, *arguments, platforms=("tpu",)):

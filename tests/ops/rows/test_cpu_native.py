@@ -1,5 +1,6 @@
-"""Products by the native kernels of the CPU, where they were compiled."""
+"""Matrix multiplications by the native kernels of the CPU, where they were compiled."""
 
+import collections
 from functools import partial
 
 import jax
@@ -27,8 +28,9 @@ from jaxquant import (
 )
 from jaxquant.kernels import native
 from jaxquant.ops.inputs import quantize_inputs
+from jaxquant.ops.rows import cpu_native
 
-from .products import assert_product, normal, weight, with_inputs
+from ..products import assert_product, normal, weight, with_inputs
 
 needs_native = pytest.mark.skipif(
     native.unavailable() is not None, reason=native.unavailable() or "is there"
@@ -57,6 +59,12 @@ WEIGHTS = {
 }
 INPUTS = {"float": None, "int8": ArrayConfig(axis=-1), "int8-tensor": ArrayConfig(axis=None)}
 run = partial(matmul, implementation="native")
+
+
+@pytest.fixture(autouse=True)
+def any_number_of_rows(monkeypatch):
+    """Kernels compute any number of rows, also with instructions with which XLA is faster."""
+    monkeypatch.setattr(cpu_native, "_MOST_ROWS", collections.defaultdict(dict))
 
 
 def stored(name, shape=(K, N), seed=1):
@@ -305,7 +313,7 @@ REFUSED = {
         normal(2, K),
         weight(ArrayConfig(format=INT4, axis=0, group_size=48), (K, N)).reorder((-1, -2)),
     ),
-    "must have whole numbers, one scale per column and no zero": lambda: (
+    "must be integers with one scale per column and no zero": lambda: (
         normal(2, K),
         weight(ArrayConfig(axis=0, symmetric=False), (K, N)).reorder((-1, -2)),
     ),
@@ -332,12 +340,13 @@ def test_native_is_refused_with_the_reason(reason):
 )
 def test_other_instructions_leave_many_rows_to_xla(monkeypatch, name, inputs, most):
     monkeypatch.setattr(native, "instruction_sets", lambda: ("AVX2",))
+    monkeypatch.setattr(cpu_native, "_MOST_ROWS", {"AVX2": cpu_native._FEW_ROWS})
     config, q = INPUTS[inputs], stored(name, (K, 704))
     many, few = (jnp.asarray(normal(rows, K)) for rows in (most + 1, most))
     if config is not None:
         many, few = quantize(many, config), quantize(few, config)
-    kind = "floats" if config is None else "codes"
-    reason = f"more than {most} rows of {kind} by {q.format.bits} bits, with AVX2"
+    kind = "float" if config is None else "int8"
+    reason = f"more than {most} {kind} rows by {q.format.bits}-bit weights, with AVX2"
     with pytest.raises(ValueError, match=reason):
         run(many, q)
     assert_product(run(few, q), "mk,kn->mn", few, q)

@@ -23,10 +23,10 @@ from jaxquant import (
     quantize,
 )
 from jaxquant.kernels import pallas_gpu
-from jaxquant.ops import triton
+from jaxquant.ops.rows import gpu_triton
 
-from ..triton import needs_lowering
-from .products import assert_product, normal, weight
+from ...triton import needs_lowering
+from ..products import assert_product, normal, spec_of_rows, weight
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -44,7 +44,7 @@ RIGHT = {
     "int8 per row": ArrayConfig(format=INT4, axis=None),
     "int8 asymmetric": ArrayConfig(format=INT4, axis=(0, 1), group_size=(128, 8)),
 }
-product = jax.jit(partial(triton.product, interpret=True), static_argnames="dtype")
+product = jax.jit(partial(gpu_triton.run, interpret=True), static_argnames="dtype")
 forced = partial(matmul, implementation="triton")
 
 
@@ -74,7 +74,7 @@ def test_vmap_runs_the_kernel_for_each():
 
 
 REFUSED = {
-    "nf4 codes are not whole numbers of 4 bits": (NF4, {}, {}),
+    "nf4 codes are not 4-bit integers": (NF4, {}, {}),
     "whose last axis is contracted": (INT4, {"order": None}, {}),
     "a precision of highest is more than tensorfloat32": (INT4, {}, {"precision": "highest"}),
     "an operand is empty": (INT4, {"rows": 0}, {}),
@@ -162,38 +162,50 @@ def test_sums_that_may_leave_int32_are_refused():
         return jax.eval_shape(partial(quantize, config=config), jnp.zeros(shape))
 
     x, q = of(PER_ROW, 2, 2**17), of(ArrayConfig(axis=-1), 3, 2**17)
-    assert triton.refuses(x, q, None) == "sums of 131072 codes may leave int32"
-    assert triton.refuses(of(PER_ROW, 2, 2**16), of(ArrayConfig(axis=-1), 3, 2**16), None) is None
+    assert (
+        gpu_triton.why_unsupported(x, q, spec_of_rows(1)) == "sums of 131072 codes may leave int32"
+    )
+    assert (
+        gpu_triton.why_unsupported(
+            of(PER_ROW, 2, 2**16), of(ArrayConfig(axis=-1), 3, 2**16), spec_of_rows(1)
+        )
+        is None
+    )
 
 
 def test_without_triton_nothing_is_taken(monkeypatch):
     monkeypatch.setattr(pallas_gpu, "triton", None)
     x = jnp.zeros((2, K))
     for left, right in ((x, stored()), (quantize(x, PER_ROW), stored(PER_COLUMN))):
-        assert triton.refuses(left, right, None) == "this JAX has no Triton"
+        assert gpu_triton.why_unsupported(left, right, spec_of_rows(1)) == "this JAX has no Triton"
 
 
 def test_codes_of_whole_numbers_need_no_precision():
     x, q = quantize(normal(3, K), PER_ROW), stored(PER_COLUMN)
     with jax.default_matmul_precision("float32"):
-        assert triton.refuses(x, q, "highest") is None
+        assert gpu_triton.why_unsupported(x, q, spec_of_rows(1, "highest")) is None
 
 
 def test_a_default_precision_of_more_than_tf32_is_heeded():
     q, x = stored(), jnp.zeros((2, K))
-    assert triton.refuses(x, q, None) is None
+    assert gpu_triton.why_unsupported(x, q, spec_of_rows(1)) is None
     with jax.default_matmul_precision("float32"):
-        assert "a precision of float32" in str(triton.refuses(x, q, None))
-        assert triton.refuses(x.astype(jnp.bfloat16), q.astype(jnp.bfloat16), None) is None
+        assert "a precision of float32" in str(gpu_triton.why_unsupported(x, q, spec_of_rows(1)))
+        assert (
+            gpu_triton.why_unsupported(
+                x.astype(jnp.bfloat16), q.astype(jnp.bfloat16), spec_of_rows(1)
+            )
+            is None
+        )
 
 
 def test_float64_is_refused():
     with jax.enable_x64(True):
         q, x = stored(), jnp.zeros((2, K), jnp.float32)
-        with pytest.raises(ValueError, match=r"cannot run .*: float64 is asked for"):
+        with pytest.raises(ValueError, match=r"cannot run .*: the result is float64"):
             forced(x, q, preferred_element_type=jnp.float64)
         reason = "float64 by float32 are not float32 or bfloat16 or float16"
-        assert triton.refuses(x.astype(jnp.float64), q, None) == reason
+        assert gpu_triton.why_unsupported(x.astype(jnp.float64), q, spec_of_rows(1)) == reason
 
 
 def test_without_a_gpu_triton_fails_with_the_reason():

@@ -1,21 +1,48 @@
-"""Which products the Pallas kernels for GPUs take, on arrays as they are stored."""
+"""The row that runs the Pallas kernels for GPUs, compiled by Triton."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..core import QTensor, scale_values
-from ..kernels import pallas_gpu
-from .dispatch import Operand
-from .operands import refuses_length
-from .pallas import Floats, codes_and_scale, refuses_codes_of_4_bits
+from ...core import QTensor, scale_values
+from ...jaxprs import on_one_gpu
+from ...kernels import pallas_gpu
+from ..dispatch import Implementation, Operand, Table
+from ..dot_spec import DotSpec, to_logical_order
+from ..operands import repeat_groups, why_unsupported_length
+from . import integer
+from .kernel import (
+    FloatSupport,
+    codes_and_scale,
+    kernel_or_xla,
+    why_unsupported_float64,
+    why_unsupported_int4,
+    why_unsupported_matrix,
+)
 
 # What XLA on a GPU does with float32 unless it is asked for more: TF32.
 _TF32 = (None, lax.Precision.DEFAULT, "default", "fastest", "bfloat16", "tensorfloat32")
-_FLOATS = Floats((jnp.float32, jnp.bfloat16, jnp.float16), _TF32)
+_FLOATS = FloatSupport((jnp.float32, jnp.bfloat16, jnp.float16), _TF32)
 
 
-def product(
+def row(fallback: Table) -> Implementation:
+    """The row "triton", with rows of XLA for programs that cannot hold the kernels."""
+    return Implementation(
+        "triton",
+        partial(
+            kernel_or_xla, kernel=_kernel, where=on_one_gpu, fallback=fallback, platform="cuda"
+        ),
+        why_unsupported,
+        ("cuda",),
+        lambda *_: "not measured on a GPU yet",
+        integer.is_of_8_bits,
+        reads_packed=True,
+    )
+
+
+def run(
     lhs: Operand, rhs: QTensor, dtype: jax.typing.DTypeLike, *, interpret: bool = False
 ) -> jax.Array:
     """(..., K) by (N, K), in `dtype`; `interpret` computes without a GPU, for tests."""
@@ -24,32 +51,34 @@ def product(
     return _scaled(lhs, rhs, dtype, interpret).astype(dtype)
 
 
-def refuses(lhs: Operand, rhs: QTensor, precision: lax.PrecisionLike) -> str | None:
-    """Why `product` does not take these operands, or None."""
-    why_not = pallas_gpu.refuses_platform() or pallas_gpu.refuses_sizes(lhs.size, rhs.size)
+def why_unsupported(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
+    """Why the kernels do not compute this, or None."""
+    why_not = why_unsupported_matrix(lhs, rhs, spec, axis=1) or why_unsupported_float64(spec)
+    why_not = why_not or pallas_gpu.refuses_platform()
+    why_not = why_not or pallas_gpu.refuses_sizes(lhs.size, rhs.size)
     if why_not is not None:
         return why_not
     if rhs.format.bits != 4:
-        return _refuses_codes(lhs, rhs, precision)
-    why_not = refuses_codes_of_4_bits(rhs) or _FLOATS.refuses(lhs, rhs, precision)
+        return _why_unsupported_codes(lhs, rhs, spec.precision)
+    why_not = why_unsupported_int4(rhs) or _FLOATS.why_unsupported(lhs, rhs, spec.precision)
     return why_not or pallas_gpu.refuses_groups(rhs.codes.shape[1], rhs.scale.shape[1])
 
 
-def loses(*_: object) -> str:
-    """Why XLA is left to compute."""
-    return "not measured on a GPU yet"
+def _kernel(lhs, rhs, spec):
+    return to_logical_order(run(lhs, rhs, spec.dtype), spec)
 
 
 def _grouped(lhs, rhs, interpret):
     """By 4-bit weights, in float32."""
     x, scale = codes_and_scale(lhs)
     rows = x.reshape(-1, x.shape[-1])
+    columns = partial(repeat_groups, shape=rhs.codes.shape, axes=[0])
     out = pallas_gpu.grouped_dot(
         # Codes of 8 bits are exact in bfloat16.
         rows if scale is None else rows.astype(jnp.bfloat16),
         rhs.codes,
-        _spread(scale_values(rhs.scale), rhs.codes.shape[:1]),
-        None if rhs.zero_point is None else _spread(rhs.zero_point, rhs.codes.shape[:1]),
+        columns(scale_values(rhs.scale)),
+        None if rhs.zero_point is None else columns(rhs.zero_point),
         interpret=interpret,
     )
     out = out.reshape(*x.shape[:-1], rhs.codes.shape[0])
@@ -60,7 +89,9 @@ def _scaled(lhs, rhs, dtype, interpret):
     """Codes by codes of 8 bits, in `dtype` if the kernel writes it."""
     *rows, length = lhs.codes.shape
     scales = [
-        _spread(scale_values(x.scale).astype(jnp.float32), x.codes.shape[:-1]).reshape(-1)
+        repeat_groups(
+            scale_values(x.scale).astype(jnp.float32), x.codes.shape, range(x.ndim - 1)
+        ).reshape(-1)
         for x in (lhs, rhs)
     ]
     out = pallas_gpu.scaled_dot(
@@ -73,8 +104,8 @@ def _scaled(lhs, rhs, dtype, interpret):
     return out.reshape(*rows, rhs.codes.shape[0])
 
 
-def _refuses_codes(lhs, rhs, precision):
-    """Why `_scaled` does not take these operands, or None."""
+def _why_unsupported_codes(lhs, rhs, precision):
+    """Why `_scaled` does not multiply these operands, or None."""
     if not isinstance(lhs, QTensor):
         return f"an operand of {lhs.dtype} has no codes to multiply with {rhs.format} codes"
     kinds = {None if x.format.codebook is not None else x.codes.dtype for x in (lhs, rhs)}
@@ -87,13 +118,6 @@ def _refuses_codes(lhs, rhs, precision):
         if x.scale.shape[-1] > 1:
             return f"scales {x.scale.shape} change along the contracted axes"
     is_exact = rhs.format.rounds
-    why_not = refuses_length(rhs.codes.shape[1], lhs, rhs) if is_exact else None
+    why_not = why_unsupported_length(rhs.codes.shape[1], lhs, rhs) if is_exact else None
     wanted = lax.Precision.DEFAULT if is_exact else precision
-    return why_not or _FLOATS.refuses(lhs, rhs, wanted)
-
-
-def _spread(values, lengths):
-    """Scales or zero points, repeated along the first axes to their `lengths`."""
-    for axis, length in enumerate(lengths):
-        values = jnp.repeat(values, length // values.shape[axis], axis)
-    return values
+    return why_not or _FLOATS.why_unsupported(lhs, rhs, wanted)

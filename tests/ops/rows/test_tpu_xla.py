@@ -10,9 +10,9 @@ import pytest
 
 from jaxquant import FP8_E4M3, ArrayConfig, dot_general, matmul, quantize
 from jaxquant.jaxprs import by_generation, chips, tpu_generation
-from jaxquant.ops import pallas, tpu
+from jaxquant.ops.rows import tpu_pallas, tpu_xla
 
-from .products import INPUTS, WEIGHTS, K, M, N, assert_product, normal, weight
+from ..products import INPUTS, WEIGHTS, K, M, N, assert_product, normal, weight
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -54,16 +54,16 @@ def test_one_side_can_be_scaled_after_the_product_and_the_other_before():
 
 @pytest.mark.parametrize("name", NOT_WAITING)
 def test_nothing_is_scaled_after_the_product_that_changes_along_it(name):
-    with pytest.raises(ValueError, match=r"'scaled' cannot run .* no operand has codes whose"):
+    with pytest.raises(ValueError, match=r"'scaled' cannot run .* no operand has codes that"):
         matmul(normal(M, K), weight(WEIGHTS[name]), implementation="scaled")
 
 
 def test_codes_of_more_than_8_bits_do_not_wait():
     q = weight(WEIGHTS["int8"])
     wide = types.SimpleNamespace(bits=16, codebook=None)
-    assert tpu.can_wait(q, (0,))
+    assert tpu_xla.scales_result(q, (0,))
     object.__setattr__(q, "format", wide)
-    assert not tpu.can_wait(q, (0,))
+    assert not tpu_xla.scales_result(q, (0,))
 
 
 def test_float8_codes_reach_the_product_as_they_are():
@@ -79,7 +79,7 @@ def test_float8_codes_reach_the_product_as_they_are():
 @pytest.mark.parametrize("name", ["int4-g32", "int4-asym-g32", "nf4", "nvfp4", "int8-blocks"])
 def test_grouped_weights_by_a_computed_array_match_numpy(name, monkeypatch):
     # What v6e runs.
-    monkeypatch.setattr(tpu, "computed", tpu._times_one)
+    monkeypatch.setattr(tpu_xla, "force_fusion", tpu_xla.times_one)
     config = {"nf4": ArrayConfig(format=WEIGHTS[name].format, axis=0, group_size=16)}
     x, q = normal(M, K), weight(config.get(name, WEIGHTS[name]))
     assert_product(matmul(x, q, implementation="fused"), "mk,kn->mn", x, q)
@@ -93,7 +93,7 @@ def test_grouped_weights_by_a_computed_array_match_numpy(name, monkeypatch):
 def test_a_computed_array_keeps_every_value():
     x = jnp.asarray([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 1e-40, 3.3], jnp.bfloat16)
     np.testing.assert_array_equal(
-        jax.jit(tpu._times_one)(x).astype(jnp.float32), x.astype(jnp.float32)
+        jax.jit(tpu_xla.times_one)(x).astype(jnp.float32), x.astype(jnp.float32)
     )
 
 
@@ -129,7 +129,7 @@ def test_what_is_exported_is_for_no_generation(is_exported, wanted):
 
 
 def test_products_are_tuned_for_the_chips_that_are_asked_about():
-    assert set(pallas._MOST_ROWS) == set(tpu._SCALED_ROWS) == set(chips.TUNED)
+    assert set(tpu_pallas._MOST_ROWS) == set(tpu_xla._SCALED_ROWS) == set(chips.TUNED)
 
 
 def test_generations_are_known_by_the_names_that_jax_gives_devices():

@@ -1,0 +1,112 @@
+"""What the rows that run kernels of this package have in common."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ...core import QTensor, blocks_between, scale_values
+from ...jaxprs import is_sharded, vary_alike
+from .. import dispatch
+from ..dispatch import Operand, Table
+from ..dot_spec import DotSpec
+from ..operands import why_unsupported_codes
+
+
+def kernel_or_xla(
+    lhs: Operand,
+    rhs: Operand,
+    spec: DotSpec,
+    *,
+    kernel: Callable[[Operand, Operand, DotSpec], jax.Array],
+    where: Callable[..., jax.Array],
+    fallback: Table,
+    platform: str,
+) -> jax.Array:
+    """Runs the kernel in programs that may hold it, and a row of `fallback` in others.
+
+    Args:
+        lhs, rhs, spec: as for the row.
+        kernel: (lhs, rhs, spec) -> result.
+        where: (here, elsewhere, *arrays) -> result, which decides as the program is lowered.
+        fallback: rows of XLA, tried in order.
+        platform: that of the kernel.
+    """
+    leaves, treedef = jax.tree.flatten((lhs, rhs))
+
+    def here(*leaves):
+        return kernel(*jax.tree.unflatten(treedef, leaves), spec)
+
+    def elsewhere(*leaves):
+        lhs, rhs = jax.tree.unflatten(treedef, leaves)
+        return dispatch.run_on(fallback, lhs, rhs, spec, platform)
+
+    return where(here, elsewhere, *vary_alike(leaves))
+
+
+def why_unsupported_matrix(lhs: Operand, rhs: Operand, spec: DotSpec, axis: int) -> str | None:
+    """Why this is not rows times a matrix stored with `axis` contracted, on one device; or None."""
+    if not isinstance(rhs, QTensor):
+        return "the right operand is not quantized"
+    if spec.batch[1] or (rhs.codes.ndim, spec.contract[1]) != (2, (axis,)):
+        place = ("first", "last")[axis]
+        return f"the right operand is not stored as a matrix whose {place} axis is contracted"
+    if spec.contract[0] != (lhs.ndim - 1,):
+        return "the left operand is not contracted along its last axis alone"
+    leaves = jax.tree.leaves((lhs, rhs))
+    if spec.out_sharding is not None or any(is_sharded(x) for x in leaves):
+        return "the kernels do not support sharded arrays"
+    return None
+
+
+def why_unsupported_float64(spec: DotSpec) -> str | None:
+    """Why kernels that compute in float32 do not give the result, or None."""
+    return "the result is float64" if spec.dtype == jnp.float64 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatSupport:
+    """Which floating-point operands the kernels of one platform multiply.
+
+    Attributes:
+        dtypes: of both operands, or of what their codes dequantize to.
+        precisions: those at which float32 is multiplied, the highest of them last.
+    """
+
+    dtypes: tuple[jax.typing.DTypeLike, ...]
+    precisions: tuple[lax.PrecisionLike, ...]
+
+    def why_unsupported(
+        self, lhs: Operand, rhs: QTensor, precision: lax.PrecisionLike
+    ) -> str | None:
+        """Why these operands are not supported, or None; a `precision` of None is JAX's default."""
+        if lhs.dtype not in self.dtypes or rhs.dtype not in self.dtypes:
+            names = " or ".join(jnp.dtype(d).name for d in self.dtypes)
+            return f"{lhs.dtype} by {rhs.dtype} are not {names}"
+        if jnp.float32 in (lhs.dtype, rhs.dtype):
+            default = jax.default_matmul_precision.value
+            wanted = precision if isinstance(precision, tuple) else (precision or default,)
+            if any(p not in self.precisions for p in wanted):
+                return f"a precision of {precision or default} is more than {self.precisions[-1]}"
+        return "an operand is empty" if 0 in (*lhs.shape, *rhs.codes.shape) else None
+
+
+def why_unsupported_int4(rhs: QTensor) -> str | None:
+    """Why the codes of these weights are not 4-bit integers, or None."""
+    if rhs.format.bits == 4 and rhs.format.rounds:
+        return None
+    return f"{rhs.format} codes are not 4-bit integers"
+
+
+def codes_and_scale(lhs: Operand) -> tuple[jax.Array, jax.Array | None]:
+    """Codes of the left operand and their scales per row, or its values and None."""
+    if not isinstance(lhs, QTensor):
+        return jnp.asarray(lhs), None
+    blocks = blocks_between(lhs.codes.shape, lhs.scale.shape)
+    is_per_row = all(b in (1, n) for b, n in zip(blocks, lhs.codes.shape, strict=True))
+    is_plain = why_unsupported_codes(lhs) is None and lhs.zero_point is None and is_per_row
+    if is_plain and lhs.scale.shape[-1] == 1:
+        return lhs.codes, scale_values(lhs.scale)
+    return lhs.decode(), None
