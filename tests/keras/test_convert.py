@@ -206,13 +206,13 @@ def test_convert_lists_every_layer_that_it_cannot_take():
     parts = [Own(name="own"), MyDense(4, name="mine"), Block(name="block"), quantized]
     parts += [NoConfig(keras.ops.sin, name="bare"), Subclassed(name="sub"), Scale(name="fine")]
     model = keras.Sequential([keras.Input((4,)), *parts], name="odd")
-    with pytest.raises(ValueError, match=r"'odd' stays as it was\. 6 to mend") as error:
+    with pytest.raises(ValueError, match=r"'odd' was not changed; fix these 6 problems") as error:
         convert(model)
     text = str(error.value)
     for words in (
         "odd/own: Own holds weights.*derive it from jaxquant.keras.QuantizableMixin, or pass keep",
         "odd/mine: MyDense holds weights.*derive it from jaxquant.keras.layers.Dense",
-        r"odd/block: Block makes \['inside'\] by its own code",
+        r"odd/block: Block creates \['inside'\] in its own code",
         "Dense is quantized to int8 by stock Keras; convert the float model",
         "bare: NoConfig cannot be made from its config",
         "odd/sub: Subclassed is a subclassed model",
@@ -228,7 +228,7 @@ def test_convert_keeps_what_it_is_told_to():
     copy = convert(model, keep=["own", Block, "head"])
     assert [type(x) for x in copy.layers] == [Own, Block, keras.layers.Dense, layers.Dense]
     assert_equal(copy(np.ones((2, 4))), model(np.ones((2, 4))))
-    with pytest.raises(ValueError, match="keep: 'hed' is in no layer"):
+    with pytest.raises(ValueError, match="keep: no layer is 'hed'"):
         convert(model, keep=["own", Block, "hed"])
 
 
@@ -294,7 +294,7 @@ def test_to_stock_says_what_stock_keras_does_not_have():
     original, inputs = whole_model(), whole_inputs()
     model = convert(original)
     model.quantize(config=Config({"attention/*": None, "table/*": None, "*": W8A8}))
-    with pytest.raises(ValueError, match="5 to mend") as error:
+    with pytest.raises(ValueError, match="fix these 5 problems") as error:
         to_stock(model)
     assert "rnn/cell: GRUCell with QTensor(int8 8x12" in str(error.value)
     assert "Keras does not have the mode for this layer; pass dequantize=True" in str(error.value)

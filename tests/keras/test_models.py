@@ -49,8 +49,8 @@ def test_quantize_reports_every_weight_and_leaves_the_model():
 
     assert schemes(report) == {
         "table/embeddings": "int8 per channel",
-        "norm/gamma": "LayerNormalization is no quantizable layer",
-        "norm/beta": "LayerNormalization is no quantizable layer",
+        "norm/gamma": "LayerNormalization is not a quantizable layer",
+        "norm/beta": "LayerNormalization is not a quantizable layer",
         "hidden/kernel": "int4 per channel asymmetric",
         "hidden/bias": "not declared quantizable",
         "head/kernel": "the head",
@@ -102,7 +102,7 @@ def test_quantize_lists_all_that_is_wrong_and_changes_nothing():
         kernel = np.array(model.get_layer(name).kernel)
         kernel[0, 0] = np.nan
         model.get_layer(name).kernel.assign(kernel)
-    with pytest.raises(ValueError, match=r"'small' stays as it was\. 2 to mend") as error:
+    with pytest.raises(ValueError, match=r"'small' was not changed; fix these 2 problems") as error:
         quantize(model, "int8")
     assert "hidden/kernel holds NaN or Inf" in str(error.value)
     assert "head/kernel holds NaN or Inf" in str(error.value)

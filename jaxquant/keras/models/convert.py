@@ -14,7 +14,8 @@ from ...core import INT4, INT8, AbsMax, blocks_between
 from .. import compat, layers
 from ..files import other_variables, spread
 from ..layer import QuantizableMixin
-from .rewrite import Copier, Keep, copy_variables, is_stock
+from .rewrite import Keep, ModelRewriter, is_stock
+from .state import copy_variables
 
 
 def convert(model: keras.Model, *, keep: Keep = ()) -> Any:
@@ -59,17 +60,19 @@ def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -
     wrappers = [x for x in compat.sublayers(model) if isinstance(x, keras.layers.TimeDistributed)]
     form = functools.partial(_stock_form, wrapped={id(x.layer) for x in wrappers})
 
-    def refuse(layer):
+    def why_unsupported(layer):
         found = None if dequantize else form(layer)
-        return _no_stock_class(layer) or (found if isinstance(found, str) else None)
+        return _why_no_stock_class(layer) or (found if isinstance(found, str) else None)
 
-    copier = Copier(stock_class, refuse, _in_float, tuple(keep))
-    return copier.copy(model, functools.partial(_fill_stock, form))
+    rewriter = ModelRewriter(stock_class, why_unsupported, _in_float, tuple(keep))
+    return rewriter.copy(model, functools.partial(_fill_stock, form))
 
 
-def converter(keep: Keep) -> Copier:
-    """What copies a model of stock layers into one of ours."""
-    return Copier(counterpart, _refusal, keep=tuple(keep))
+def converter(keep: Keep) -> ModelRewriter:
+    """The rewriter from stock layers to ours."""
+    return ModelRewriter(
+        counterpart, _why_unsupported, keep=tuple(keep), always_keep=_SHARE_WEIGHTS
+    )
 
 
 def counterpart(cls: type) -> type | None:
@@ -85,7 +88,7 @@ def stock_class(cls: type) -> type | None:
     return getattr(keras.layers, cls.__name__) if is_ours else None
 
 
-def _refusal(layer):
+def _why_unsupported(layer):
     """Why a layer cannot be in a model of ours."""
     cls = type(layer)
     if isinstance(layer, QuantizableMixin):
@@ -108,7 +111,7 @@ def _refusal(layer):
 # Stock forms of our layers.
 
 
-def _no_stock_class(layer):
+def _why_no_stock_class(layer):
     """Why there is no stock layer for one of ours."""
     if not isinstance(layer, QuantizableMixin) or stock_class(type(layer)) is not None:
         return None
@@ -236,5 +239,9 @@ def _stock_inputs(q):
     return keras.quantizers.AbsMaxQuantizer(axis=-1, value_range=(low, high))
 
 
+# Stock wrappers that hold a weight of their layer as a variable too, and save it as their own.
+_SHARE_WEIGHTS = {
+    keras.layers.SpectralNormalization: "SpectralNormalization shares it with its layer"
+}
 _WITH_FORMS = (layers.Dense, layers.EinsumDense, layers.Embedding)
 _FORMS = {INT8: _int8_form, INT4: _int4_form}

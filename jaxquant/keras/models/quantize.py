@@ -14,7 +14,8 @@ from .. import compat
 from ..configs import Config, QuantizationConfig, as_config
 from ..layer import QuantizableMixin
 from .convert import converter
-from .rewrite import Keep, share_variables
+from .rewrite import Keep, raise_problems
+from .state import share_variables
 
 
 def quantize(
@@ -52,18 +53,18 @@ def quantize(
             f"Model {model.name!r} must be built; got built={model.built} and "
             f"{len(model.weights)} weights. Call it on data, or give it an Input."
         )
-    copier = converter(keep)
-    copy = copier.copy(model, share_variables)
-    open_layers = {id(x): x for x in copier.inspected(copy)}
-    layers = [x for x in open_layers.values() if isinstance(x, QuantizableMixin)]
-    kept = [x for x in compat.sublayers(copy) if id(x) not in open_layers]
+    rewriter = converter(keep)
+    copy = rewriter.copy(model, share_variables)
+    why_kept = {id(x): why for x, why in rewriter.walk(copy)}
+    ours = [x for x in compat.sublayers(copy) if isinstance(x, QuantizableMixin)]
+    layers = [x for x in ours if why_kept[id(x)] is None]
     chosen = [(layer, _chosen(layer, config)) for layer in layers]
-    chosen += [(layer, []) for layer in kept if isinstance(layer, QuantizableMixin)]
-    _raise_if(_mismatches(config, layers, chosen), model)
+    chosen += [(layer, []) for layer in ours if why_kept[id(layer)] is not None]
+    raise_problems(model, _mismatches(config, layers, chosen))
     rows, problems = _quantize(chosen, config, progress)
-    _raise_if(problems, model)
+    raise_problems(model, problems)
     for layer in compat.sublayers(copy):
-        rows += _rows_left(layer, config, is_kept=id(layer) not in open_layers)
+        rows += _rows_left(layer, config, why_kept[id(layer)])
     _own(copy, model)
     places = {v.path: place for place, v in enumerate(model.weights)}
     rows.sort(key=lambda row: places.get(row.path, len(places)))
@@ -144,15 +145,7 @@ def _mismatches(config, layers, chosen):
     return problems + again
 
 
-def _raise_if(problems, model):
-    if problems:
-        lines = "\n  ".join(problems)
-        raise ValueError(
-            f"Model {model.name!r} stays as it was. {len(problems)} to mend:\n  {lines}"
-        )
-
-
-def _rows_left(layer, config, is_kept):
+def _rows_left(layer, config, why_kept):
     """A row for each of the layer's own weights that is not quantized."""
     is_quantizable = isinstance(layer, QuantizableMixin)
     stored = layer.stored_weights.values() if is_quantizable else ()
@@ -161,7 +154,7 @@ def _rows_left(layer, config, is_kept):
     why = (
         "not declared quantizable"
         if is_quantizable
-        else f"{type(layer).__name__} is no quantizable layer"
+        else f"{type(layer).__name__} is not a quantizable layer"
     )
     rows = []
     for variable in compat.own_variables(layer):
@@ -170,7 +163,7 @@ def _rows_left(layer, config, is_kept):
         name = floats.get(id(variable))
         reason = why if name is None else _reason(layer, name, config)
         row = report(None, {variable.path: variable.value}).rows[0]
-        rows += [dataclasses.replace(row, reason="kept" if is_kept else reason)]
+        rows += [dataclasses.replace(row, reason=why_kept or reason)]
     return rows
 
 

@@ -1,14 +1,13 @@
-"""Copies of whole models, layer by layer, in which layers have other classes."""
+"""Copies whole models layer by layer, and gives layers other classes."""
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import keras
 
 from .. import compat
+from .state import copy_other_state, copy_variables, matched
 
 Keep = Iterable[str | type]
 
@@ -18,69 +17,47 @@ def is_stock(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == keras.__name__
 
 
-def matched(old: Iterable[Any], new: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """Pairs of variables, or of layers, of two copies: by path, and the others in their order."""
-    places = defaultdict(list)
-    for x in new:
-        places[x.path].append(x)
-    pairs, rest = [], []
-    for x in old:
-        if places[x.path]:
-            pairs.append((x, places[x.path].pop(0)))
-        else:
-            rest.append(x)
-    left = [x for found in places.values() for x in found]
-    return pairs + list(zip(rest, left, strict=True))
-
-
-def copy_variables(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """Gives a layer's own variables to its copy.
-
-    As new arrays: training donates those of one model, and would empty the other.
-    """
-    share_variables(old, new)
-    for variable in [*compat.own_variables(new), *compat.seeds(new)]:
-        variable.assign(jnp.copy(variable.value))
-
-
-def share_variables(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """As `copy_variables`, by the same arrays."""
-    pairs = matched(compat.own_variables(old), compat.own_variables(new))
-    # Keras counts the seeds that it makes, in their paths too.
-    pairs += zip(compat.seeds(old), compat.seeds(new), strict=True)
-    for source, target in pairs:
-        target.assign(source.value)
-        if target.trainable != source.trainable:
-            target.trainable = source.trainable
+def raise_problems(model: keras.Model, problems: list[str]) -> None:
+    """Raises one ValueError for all of them, if there are any."""
+    if problems:
+        lines = "\n  ".join(problems)
+        count = f"these {len(problems)} problems" if len(problems) > 1 else "this problem"
+        raise ValueError(f"Model {model.name!r} was not changed; fix {count}:\n  {lines}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Copier:
-    """Copies one model.
+class ModelRewriter:
+    """Copies one model, with layers of other classes.
 
     Attributes:
-        replace: class of a layer -> that of its copy, or None for the same.
-        refuse: layer -> why it cannot be copied, or None.
-        prepare: config of a layer -> the one to make its copy from.
-        keep: names and classes of layers that are copied as they are.
+        replace: class of a layer -> class of its copy, or None for the same.
+        why_unsupported: layer -> why it cannot be copied, or None.
+        prepare: config of a layer -> config to make its copy from.
+        keep: names and classes of layers that are copied as they are, with all layers in them.
+        always_keep: more such classes -> the reason, for reports.
     """
 
     replace: Callable[[type], type | None]
-    refuse: Callable[[Any], str | None]
+    why_unsupported: Callable[[Any], str | None]
     prepare: Callable[[Any], Any] = lambda config: config
     keep: tuple[str | type, ...] = ()
+    always_keep: Mapping[type, str] = dataclasses.field(default_factory=dict)
     copies: dict[int, Any] = dataclasses.field(default_factory=dict)
 
+    def why_kept(self, cls: type, name: str) -> str | None:
+        """Why a layer is copied as it is, or None."""
+        return "kept" if name in self.keep or cls in self.keep else self.always_keep.get(cls)
+
     def target(self, cls: type, name: str) -> type | None:
-        """The class that takes the place of a layer's, if one does."""
-        return None if name in self.keep or cls in self.keep else self.replace(cls)
+        """The class that replaces a layer's, or None."""
+        return None if self.why_kept(cls, name) else self.replace(cls)
 
     def copy(self, model: Any, fill: Callable[[Any, Any], None] = copy_variables) -> Any:
-        """The copy of a model, not compiled.
+        """Returns a copy of a model, not compiled.
 
         Args:
             model: functional or Sequential.
-            fill: (layer, copy) gives the layer's own variables to the copy.
+            fill: called with each layer and its copy; copies the layer's own variables.
 
         Raises:
             ValueError: lists every layer that cannot be copied.
@@ -91,91 +68,92 @@ class Copier:
         pairs = [pair for layer in layers for pair in self._pairs(layer)]
         for old, new in pairs:
             fill(old, new)
+            if old.built:
+                copy_other_state(old, new)
         _set_trainable(model, copy, {id(old): new for old, new in pairs} | self.copies)
         return copy
 
-    # Before anything else: is every layer one that can be copied?
+    def walk(self, layer: Any, why_kept: str | None = None) -> Iterator[tuple[Any, str | None]]:
+        """A layer and all layers in it, each with the reason why it is kept, or None."""
+        why_kept = why_kept or self.why_kept(type(layer), layer.name)
+        yield layer, why_kept
+        for inner in compat.children(layer):
+            yield from self.walk(inner, why_kept)
+
+    # First: can every layer be copied?
 
     def _check(self, model, layers):
-        found = [(x, why) for x in _unique(self.inspected(model)) if (why := self._problem(x))]
-        refused = {id(x) for x, _ in found}
+        rewritten = _unique(x for x, why_kept in self.walk(model) if why_kept is None)
+        found = [(x, why) for x in rewritten if (why := self._why_unsupported(x))]
+        known = {id(x) for x, _ in found}
         for layer in layers:
-            why = self._make(layer) or self._missed(layer)
-            found += [(layer, why)] if why and id(layer) not in refused else []
+            why = self._make(layer) or self._why_not_replaced(layer)
+            found += [(layer, why)] if why and id(layer) not in known else []
         problems = [f"{layer.path or layer.name}: {why}" for layer, why in found]
         present = [x for layer in compat.sublayers(model) for x in (layer.name, type(layer))]
-        problems += [f"keep: {x!r} is in no layer" for x in self.keep if x not in present]
-        if problems:
-            lines = "\n  ".join(problems)
-            raise ValueError(
-                f"Model {model.name!r} stays as it was. {len(problems)} to mend:\n  {lines}"
-            )
+        problems += [f"keep: no layer is {x!r}" for x in self.keep if x not in present]
+        raise_problems(model, problems)
 
-    def inspected(self, layer) -> Iterator[Any]:
-        """A layer and those in it, but for what is in layers that are kept."""
-        if layer.name in self.keep or type(layer) in self.keep:
-            return
-        yield layer
-        for inner in compat.children(layer):
-            yield from self.inspected(inner)
-
-    def _problem(self, layer):
+    def _why_unsupported(self, layer):
         if isinstance(layer, keras.Model) and not _has_graph(layer):
             return (
-                f"{type(layer).__name__} is a subclassed model, whose code makes its layers; write "
-                "it with layers of jaxquant.keras.layers, or as a functional model"
+                f"{type(layer).__name__} is a subclassed model, which creates its layers in code; "
+                "write it with layers of jaxquant.keras.layers, or as a functional model"
             )
-        return self.refuse(layer)
+        return self.why_unsupported(layer)
 
     def _make(self, layer):
-        """Makes the copy of a layer, not yet built; or says why it cannot be made."""
+        """Makes the copy of a layer, not yet built, or returns why it cannot be made."""
         classes = {type(x) for x in compat.sublayers(layer)}
         custom = {cls.__name__: cls for cls in classes if not is_stock(cls)}
         cls = self.target(type(layer), layer.name) or type(layer)
+        is_kept = self.why_kept(type(layer), layer.name) is not None
         try:
-            config = self._translated(self.prepare(layer.get_config()))
+            config = self._translated(self.prepare(layer.get_config()), is_kept)
             with keras.saving.CustomObjectScope(custom), compat.trusted():
                 copy = cls.from_config(config)
         except (NotImplementedError, TypeError, ValueError) as error:
             return (
                 f"{type(layer).__name__} cannot be made from its config: {error}. Write its "
-                "get_config, and register by keras.saving what it names"
+                "get_config, and register the objects in it with keras.saving"
             )
         self.copies[id(layer)] = copy
-        # The code of a function outlives a config, but not what it refers to.
+        # A config holds the code of a function, but not the variables that it closes over.
         pairs = zip(_lambdas(layer), _lambdas(copy), strict=False)
         for old, new in pairs:
             new.function = old.function
         return None
 
-    def _missed(self, layer):
-        """Says which layers of someone else's layer are not in its config, if any."""
+    def _why_not_replaced(self, layer):
+        """Why layers that a custom layer creates cannot be replaced, or None."""
         cls = type(layer)
-        is_kept = layer.name in self.keep or cls in self.keep
-        if is_kept or is_stock(cls) or self.replace(cls) is not None:
+        if self.why_kept(cls, layer.name) or is_stock(cls) or self.replace(cls) is not None:
             return None
-        wanted = {x.name for x in compat.sublayers(layer) if self.target(type(x), x.name)}
+        expected = {x.name for x in compat.sublayers(layer) if self.target(type(x), x.name)}
         copies = compat.sublayers(self.copies[id(layer)])
-        missed = wanted - {x.name for x in copies if self.replace(type(x)) is None}
-        if not missed:
+        left = expected - {x.name for x in copies if self.replace(type(x)) is None}
+        if not left:
             return None
         return (
-            f"{cls.__name__} makes {sorted(missed)} by its own code, where no copy can replace "
-            f"them. Write the classes of layers that you want in it, or pass keep=[{layer.name!r}]"
+            f"{cls.__name__} creates {sorted(left)} in its own code, where they cannot be "
+            "replaced. Use layers of jaxquant.keras.layers there, or pass "
+            f"keep=[{layer.name!r}]"
         )
 
-    def _translated(self, config: Any) -> Any:
-        """A config in which serialized layers have the classes that take their places."""
+    def _translated(self, config: Any, is_kept: bool) -> Any:
+        """A config in which the layers that are not kept have their new classes."""
         if isinstance(config, list | tuple):
-            return type(config)([self._translated(x) for x in config])
+            return type(config)([self._translated(x, is_kept) for x in config])
         if not isinstance(config, dict):
             return config
-        config = {key: self._translated(x) for key, x in config.items()}
         cls, inner = _class_in(config), config.get("config")
-        target = cls and isinstance(inner, dict) and self.target(cls, inner.get("name", ""))
+        name = inner.get("name", "") if isinstance(inner, dict) else ""
+        is_kept = is_kept or (cls is not None and self.why_kept(cls, name) is not None)
+        config = {key: self._translated(x, is_kept) for key, x in config.items()}
         if cls:
-            # Built by itself, a layer would not have the path of what it is in.
+            # A layer that is built on its own would not have the path of its parent.
             config.pop("build_config", None)
+        target = cls and not is_kept and isinstance(inner, dict) and self.replace(cls)
         return {**config, **_identity(target)} if target else config
 
     # Then the graph.

@@ -1,0 +1,78 @@
+"""The state of a layer: its variables, and what Keras derives from them or keeps beside them."""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import keras
+
+from .. import compat
+from ..layer import QuantizableMixin
+
+
+def matched(old: Iterable[Any], new: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Pairs variables, or layers, of two copies: by path, and the rest in their order."""
+    places = defaultdict(list)
+    for x in new:
+        places[x.path].append(x)
+    pairs, rest = [], []
+    for x in old:
+        if places[x.path]:
+            pairs.append((x, places[x.path].pop(0)))
+        else:
+            rest.append(x)
+    left = [x for found in places.values() for x in found]
+    return pairs + list(zip(rest, left, strict=True))
+
+
+def copy_variables(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """Copies a layer's own variables.
+
+    The copies are new arrays: training donates those of one model, which would invalidate the
+    other's.
+    """
+    share_variables(old, new)
+    for variable in [*compat.own_variables(new), *compat.seeds(new)]:
+        variable.assign(jnp.copy(variable.value))
+
+
+def share_variables(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """As `copy_variables`, but both layers then hold the same arrays."""
+    pairs = matched(compat.own_variables(old), compat.own_variables(new))
+    # The paths of seeds contain a number that Keras counts up.
+    pairs += zip(compat.seeds(old), compat.seeds(new), strict=True)
+    for source, target in pairs:
+        target.assign(source.value)
+        if target.trainable != source.trainable:
+            target.trainable = source.trainable
+
+
+def copy_other_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """Copies what a stock layer holds beside its variables.
+
+    Such are the vocabulary of a lookup layer, and the constants that `Normalization` computes from
+    its variables: Keras restores them in the hooks that load a file. The states of a stateful RNN
+    are variables that Keras neither tracks nor saves.
+    """
+    if type(old) is type(new) and not isinstance(old, QuantizableMixin):
+        _copy_by_saving(old, new)
+    for source, target in zip(_rnn_states(old), _rnn_states(new), strict=True):
+        target.assign(jnp.copy(source.value))
+
+
+def _copy_by_saving(old, new):
+    if type(new).load_own_variables is not keras.layers.Layer.load_own_variables:
+        store: dict[str, Any] = {}
+        old.save_own_variables(store)
+        # Copies, as if read from a file.
+        new.load_own_variables({k: keras.ops.convert_to_numpy(x) for k, x in store.items()})
+    if hasattr(old, "save_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
+
+
+def _rnn_states(layer):
+    return keras.tree.flatten(getattr(layer, "states", None) or ())

@@ -1,0 +1,190 @@
+"""Stock layers with state that is not a weight, in models that are converted and quantized."""
+
+import pathlib
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from jaxquant.keras import convert, quantize, to_stock
+
+stock = keras.layers
+
+
+def adapted(layer) -> Any:
+    data = np.random.default_rng(7).normal(2, 3, (50, 6)).astype(np.float32)
+    if isinstance(layer, stock.Discretization):  # Its `adapt` needs TensorFlow.
+        layer.reset_state()
+        layer.update_state(data)
+        layer.finalize_state()
+    else:
+        layer.adapt(data)
+    return layer
+
+
+@keras.saving.register_keras_serializable()
+class Vocabulary(stock.Layer):
+    """Keeps a table in a file of its own, as the lookup layers of Keras do."""
+
+    table = np.zeros(11, np.float32)
+
+    def call(self, inputs):
+        return keras.ops.take(self.table, keras.ops.cast(inputs, "int32"))
+
+    def save_assets(self, folder):
+        np.save(pathlib.Path(folder) / "table.npy", self.table)
+
+    def load_assets(self, folder):
+        self.table = np.load(pathlib.Path(folder) / "table.npy")
+
+
+@keras.saving.register_keras_serializable()
+class Derived(stock.Layer):
+    """Computes with a constant that it derives from a variable whenever that is loaded."""
+
+    factor = 1.0
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(name="scale", shape=(), trainable=False)
+
+    def derive(self):
+        self.factor = float(2 * self.scale.value)
+
+    def call(self, inputs):
+        return inputs * self.factor
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        self.derive()
+
+
+def vocabulary():
+    layer = Vocabulary()
+    layer.table = np.arange(11, dtype=np.float32) ** 2
+    return layer
+
+
+def derived():
+    layer: Any = Derived()
+    layer.build((None, 6))
+    layer.scale.assign(3.0)
+    layer.derive()
+    return layer
+
+
+VECTOR, STEPS, IMAGE = (6,), (2, 6), (8, 8, 3)
+STATEFUL: dict[str, Any] = {"stateful": True}
+# Layer, input shape of one example.
+CASES: dict[str, Any] = {
+    "Normalization": (lambda: adapted(stock.Normalization()), VECTOR),
+    "Normalization of scalars": (lambda: adapted(stock.Normalization(axis=None)), VECTOR),
+    "Normalization inverted": (lambda: adapted(stock.Normalization(invert=True)), VECTOR),
+    "Normalization in a wrapper": (
+        lambda: stock.TimeDistributed(adapted(stock.Normalization())),
+        STEPS,
+    ),
+    "Normalization in a pipeline": (
+        lambda: stock.Pipeline([adapted(stock.Normalization()), stock.Dropout(0.3)]),
+        VECTOR,
+    ),
+    "Normalization with constants": (
+        lambda: stock.Normalization(mean=[1.0] * 6, variance=np.arange(1.0, 7)),
+        VECTOR,
+    ),
+    "Discretization": (lambda: adapted(stock.Discretization(num_bins=4)), VECTOR),
+    "Vocabulary": (vocabulary, VECTOR),
+    "Derived": (derived, VECTOR),
+    "BatchNormalization": (lambda: stock.BatchNormalization(), VECTOR),
+    "LayerNormalization": (lambda: stock.LayerNormalization(), VECTOR),
+    "UnitNormalization": (lambda: stock.UnitNormalization(), VECTOR),
+    "SpectralNormalization": (lambda: stock.SpectralNormalization(stock.Dense(5)), VECTOR),
+    "Dropout": (lambda: stock.Dropout(0.5), VECTOR),
+    "AlphaDropout": (lambda: stock.AlphaDropout(0.5), VECTOR),
+    "GaussianNoise": (lambda: stock.GaussianNoise(0.5), VECTOR),
+    "LSTM": (lambda: stock.LSTM(3, dropout=0.3, unroll=True, **STATEFUL), STEPS),
+    "RNN of cells": (
+        lambda: stock.RNN(
+            [stock.LSTMCell(3), stock.GRUCell(3, recurrent_dropout=0.3)], unroll=True, **STATEFUL
+        ),
+        STEPS,
+    ),
+    "Bidirectional": (
+        lambda: stock.Bidirectional(stock.SimpleRNN(3, unroll=True, **STATEFUL)),
+        STEPS,
+    ),
+    "Rescaling": (lambda: stock.Rescaling([1.0, 2, 3, 4, 5, 6], offset=0.5), VECTOR),
+    "Resizing": (lambda: stock.Resizing(4, 4), IMAGE),
+    "CategoryEncoding": (lambda: stock.CategoryEncoding(11, "multi_hot"), VECTOR),
+    "STFTSpectrogram": (lambda: stock.STFTSpectrogram(frame_length=64, frame_step=32), (256, 1)),
+    "RandomFlip": (lambda: stock.RandomFlip(), IMAGE),
+    "RandomRotation": (lambda: stock.RandomRotation(0.4), IMAGE),
+}
+# These hold the state of their last batch.
+IS_STATEFUL = {"LSTM", "RNN of cells", "Bidirectional"}
+
+
+def model_of(case) -> Any:
+    make, shape = CASES[case]
+    start = keras.Input(shape, batch_size=2 if case in IS_STATEFUL else None)
+    x = stock.Flatten()(make()(start))
+    return keras.Model(start, stock.Dense(2, name="head")(stock.Rescaling(1.0)(x)))
+
+
+def calls(model, inputs, training):
+    """Outputs of two calls: state that the first one leaves is seen by the second."""
+    return [np.asarray(model(inputs, training=training)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_copies_of_a_model_have_the_state_of_its_layers(case, tmp_path):
+    keras.utils.set_random_seed(0)
+    model, shape = model_of(case), CASES[case][1]
+    inputs = np.random.default_rng(0).uniform(0, 1, (2, *shape)).astype(np.float32)
+    inputs *= 10 if case in ("CategoryEncoding", "Vocabulary") else 1
+    for variable in model.weights:
+        if case != "Derived" and "Normalization" not in case:  # They have derived their constants.
+            variable.assign(np.asarray(variable) + 0.1)
+    calls(model, inputs, training=True)  # So that seeds, statistics and states are not the first.
+
+    keep = [Derived] if case == "Derived" else []
+    ours, (quantized, _) = convert(model, keep=keep), quantize(model, "int8", keep=keep)
+    copies = {"convert": ours, "to_stock": to_stock(ours), "quantize": quantized}
+    for training in (False, True):
+        wanted = calls(model, inputs, training)
+        for name, copy in copies.items():
+            step = 0.03 * np.max(np.abs(wanted)) if name == "quantize" else 0
+            for found, output in zip(calls(copy, inputs, training), wanted, strict=True):
+                np.testing.assert_allclose(found, output, rtol=0, atol=step, err_msg=name)
+
+    path = tmp_path / "model.keras"
+    quantized.save(path)
+    loaded: Any = keras.saving.load_model(path)
+    if case not in IS_STATEFUL:  # Keras does not save their states.
+        found, wanted = (calls(x, inputs, False) for x in (loaded, quantized))
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_copies_share_no_state_with_the_model():
+    model = model_of("LSTM")
+    inputs = np.ones((2, *STEPS), np.float32)
+    first = convert(model)(inputs)
+    model(inputs)
+    np.testing.assert_array_equal(convert(convert(model))(inputs), model(inputs))
+    model.layers[1].reset_state()
+    np.testing.assert_array_equal(model(inputs), first)
+
+
+def test_the_kernel_that_a_wrapper_shares_is_left_in_float(tmp_path):
+    start = keras.Input((6,))
+    wrapper = stock.SpectralNormalization(stock.Dense(5, name="inner"), name="norm")
+    model = keras.Model(start, stock.Dense(2, name="head")(wrapper(start)))
+    quantized, report = quantize(model, "int8")
+    reasons = {row.path: row.reason for row in report.rows}
+    assert reasons["norm/inner/kernel"] == "SpectralNormalization shares it with its layer"
+    assert quantized.get_layer("norm").layer.quantization_mode is None
+    assert quantized.get_layer("head").quantization_mode == "int8"
+    wanted = quantized(np.ones((2, 6)))
+    quantized.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(np.ones((2, 6))), wanted)
