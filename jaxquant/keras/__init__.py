@@ -1,10 +1,10 @@
 """Quantization of Keras models. Importing it makes our layers and configs loadable."""
 
 from . import layers as layers
-from .configs import Config as Config
 from .configs import Float8QuantizationConfig as Float8QuantizationConfig
 from .configs import Int4QuantizationConfig as Int4QuantizationConfig
 from .configs import Int8QuantizationConfig as Int8QuantizationConfig
+from .configs import QuantizationConfig as QuantizationConfig
 from .layer import QuantizableMixin as QuantizableMixin
 from .layer import QuantizedWeight as QuantizedWeight
 from .models import convert as convert

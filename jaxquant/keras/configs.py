@@ -31,7 +31,7 @@ def mode_of(format: Format) -> str:
     return "int8" if format.rounds else "float8"
 
 
-class QuantizationConfig(keras.quantizers.QuantizationConfig):
+class SchemeConfig(keras.quantizers.QuantizationConfig):
     """Base of the configs here: a Keras config that knows the scheme of each weight."""
 
     is_training = False
@@ -40,7 +40,7 @@ class QuantizationConfig(keras.quantizers.QuantizationConfig):
         """What to do with the weight at a path such as "dense/kernel"; None leaves it."""
         raise NotImplementedError(f"{type(self).__name__} must define rule_for.")
 
-    def for_weights(self, paths: dict[str, str]) -> "QuantizationConfig":
+    def for_weights(self, paths: dict[str, str]) -> "SchemeConfig":
         """The config of one layer, from the paths of its weights by name."""
         return self
 
@@ -55,7 +55,7 @@ class QuantizationConfig(keras.quantizers.QuantizationConfig):
         return Scheme(dataclasses.replace(weights, axis=-2, group_size=group_size), inputs)
 
 
-class _OneRule(QuantizationConfig):
+class _OneRule(SchemeConfig):
     """A config by which every weight is quantized in one way, `self.rule`."""
 
     rule: Rule
@@ -163,9 +163,12 @@ class Float8QuantizationConfig(_OneRule):
         return cls(**config)
 
 
-@_register
-class Config(QuantizationConfig):
-    """Schemes by the paths of the weights: `Config({"*/attention/*": NF4A16, "*": W8A8})`.
+# The name in files, those of earlier versions too.
+@keras.saving.register_keras_serializable(package="jaxquant", name="Config")
+class QuantizationConfig(SchemeConfig):
+    """Selects a scheme for each weight by its path.
+
+        QuantizationConfig({"*/attention/*": NF4A16, "*": W8A8})
 
     Args:
         rules: a Scheme or ArrayConfig for all quantizable weights; or a dict of pattern to
@@ -185,7 +188,8 @@ class Config(QuantizationConfig):
         odd = [rule.pattern for rule in self.rules if rule.where is not None]
         if odd:
             raise ValueError(
-                f"Rules of a Config must go by path alone; got a `where` in {odd}. Write patterns."
+                "Rules of a QuantizationConfig must go by path alone; got a `where` in "
+                f"{odd}. Write patterns."
             )
         self.get_config()  # Now, and not when the model is saved.
 
@@ -199,10 +203,10 @@ class Config(QuantizationConfig):
         """The first rule that matches."""
         return next((rule for rule in self.rules if rule.matches(path, None)), None)
 
-    def for_weights(self, paths: dict[str, str]) -> "Config":
+    def for_weights(self, paths: dict[str, str]) -> "QuantizationConfig":
         """Rules for these weights alone, which hold wherever the layer is loaded."""
         found = {name: self.rule_for(path) for name, path in paths.items()}
-        return Config(
+        return QuantizationConfig(
             [
                 dataclasses.replace(rule, pattern=f"*/{name}", required=False)
                 for name, rule in found.items()
@@ -216,7 +220,7 @@ class Config(QuantizationConfig):
         return {"rules": [_rule_to_json(rule) for rule in self.rules]}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Config":
+    def from_config(cls, config: dict[str, Any]) -> "QuantizationConfig":
         """Undoes `get_config`."""
         return cls([_rule_from_json(row) for row in config["rules"]])
 

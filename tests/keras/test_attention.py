@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxquant import W8A8
-from jaxquant.keras import Config, QuantizableMixin, layers
+from jaxquant.keras import QuantizableMixin, QuantizationConfig, layers
 
 from .test_layers import MODES, quantize, relative_error
 
@@ -83,7 +83,7 @@ def test_projections_keep_what_has_no_config():
 def test_quantized_layer_is_the_stock_one_with_its_weights(kind):
     layer, stock = make(kind, **gate(kind)), make(kind, keras.layers, **gate(kind))
     for projection in projections(layer):
-        projection.quantize(config=Config(W8A8.weights))
+        projection.quantize(config=QuantizationConfig(W8A8.weights))
     same_values(layer, stock)
     mask = np.random.default_rng(1).random((BATCH, QUERIES, KEYS)) < 0.7
     calls = [

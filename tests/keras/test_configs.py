@@ -31,11 +31,11 @@ from jaxquant import (
 )
 from jaxquant.keras import (
     AbsMaxQuantizer,
-    Config,
     Float8QuantizationConfig,
     Int4QuantizationConfig,
     Int8QuantizationConfig,
     PercentileQuantizer,
+    QuantizationConfig,
     layers,
 )
 from jaxquant.keras.configs import as_config
@@ -69,7 +69,7 @@ CONFIGS = {
     ),
     "float8": (lambda: Float8QuantizationConfig(), 0.06),
     **{
-        name: (lambda name=name: Config(SCHEMES[name]), bound)
+        name: (lambda name=name: QuantizationConfig(SCHEMES[name]), bound)
         for name, bound in {
             "W8A8": 0.015,
             "W8A16": 0.01,
@@ -83,14 +83,17 @@ CONFIGS = {
             "NVFP4A16": 0.15,
         }.items()
     },
-    "percentile": (lambda: Config(ArrayConfig(range=Percentile(99.0))), 0.1),
-    "least squares": (lambda: Config(ArrayConfig(format=INT4, range=MinMSE())), 0.15),
+    "percentile": (lambda: QuantizationConfig(ArrayConfig(range=Percentile(99.0))), 0.1),
+    "least squares": (lambda: QuantizationConfig(ArrayConfig(format=INT4, range=MinMSE())), 0.15),
     "asymmetric groups": (
-        lambda: Config(ArrayConfig(format=INT4, group_size=16, symmetric=False)),
+        lambda: QuantizationConfig(ArrayConfig(format=INT4, group_size=16, symmetric=False)),
         0.1,
     ),
-    "small scales": (lambda: Config(ArrayConfig(group_size=32, scale_dtype="bfloat16")), 0.02),
-    "per tensor": (lambda: Config(ArrayConfig(axis=None)), 0.02),
+    "small scales": (
+        lambda: QuantizationConfig(ArrayConfig(group_size=32, scale_dtype="bfloat16")),
+        0.02,
+    ),
+    "per tensor": (lambda: QuantizationConfig(ArrayConfig(axis=None)), 0.02),
 }
 # Files hold the same as those of another config, which other tests say survives serialization.
 STORED_ALIKE = {
@@ -177,7 +180,7 @@ def test_rules_go_by_path_and_the_first_that_matches_decides(tmp_path):
     model, inputs = make_model(), some_inputs()
     wanted = np.asarray(model(inputs))
     kernels = {layer.name: np.asarray(layer.kernel) for layer in model.layers}
-    model.quantize(config=Config(MIXED))
+    model.quantize(config=QuantizationConfig(MIXED))
 
     modes = [layer.quantization_mode for layer in model.layers]
     assert modes == ["int4", None, "int4", "int8"]
@@ -205,7 +208,7 @@ def test_rules_go_by_path_and_the_first_that_matches_decides(tmp_path):
 
 def test_a_layer_that_no_rule_matches_stays_float(tmp_path):
     model, inputs = make_model(), some_inputs()
-    model.quantize(config=Config([Rule("*/head/*", W8A16, group_size=11)]))
+    model.quantize(config=QuantizationConfig([Rule("*/head/*", W8A16, group_size=11)]))
     assert [layer.quantization_mode for layer in model.layers] == [None, None, None, "int8"]
     assert model.layers[3].quantized_weight("kernel").reorder(None).scale.shape == (3, 7)
     assert model.layers[0].quantization_config is None
@@ -217,7 +220,7 @@ def test_a_layer_that_no_rule_matches_stays_float(tmp_path):
 def test_a_rule_may_name_the_axis():
     layer: Any = layers.Dense(3)
     layer.build((None, 8))
-    layer.quantize(config=Config([Rule("*", W8A16, axis=1)]))
+    layer.quantize(config=QuantizationConfig([Rule("*", W8A16, axis=1)]))
     assert layer.quantized_weight("kernel").reorder(None).scale.shape == (8, 1)
 
 
@@ -284,9 +287,57 @@ def test_a_stock_config_of_ones_own_means_ours_too():
 
 def test_the_mode_is_that_of_the_first_scheme():
     modes = {W8A8: "int8", NF4A16: "int4", MXFP4A16: "int4", NVFP4A16: "int4", FP8: "float8"}
-    assert {scheme: Config(scheme).mode for scheme in modes} == modes
-    assert Config({"a": None, "b": W4A16, "c": W8A8}).mode == "int4"
-    assert Config({"a": None}).mode == "int8"
+    assert {scheme: QuantizationConfig(scheme).mode for scheme in modes} == modes
+    assert QuantizationConfig({"a": None, "b": W4A16, "c": W8A8}).mode == "int4"
+    assert QuantizationConfig({"a": None}).mode == "int8"
+
+
+# What serializing `jk.Config(ArrayConfig(axis=-2))` gave under the config's earlier name.
+EARLIER = {
+    "module": "jaxquant.keras.configs",
+    "class_name": "Config",
+    "registered_name": "jaxquant>Config",
+    "config": {
+        "rules": [
+            {
+                "pattern": "*",
+                "scheme": {
+                    "weights": {
+                        "format": {
+                            "name": "int8",
+                            "dtype": "int8",
+                            "qmin": -127,
+                            "qmax": 127,
+                            "codebook": None,
+                            "group_size": None,
+                            "scale_dtype": "float32",
+                            "power": None,
+                        },
+                        "axis": -2,
+                        "group_size": None,
+                        "symmetric": True,
+                        "range": {"name": "AbsMax"},
+                        "value_range": None,
+                        "scale_dtype": None,
+                    },
+                    "inputs": None,
+                },
+                "axis": None,
+                "group_size": None,
+                "required": True,
+                "note": None,
+            }
+        ]
+    },
+}
+
+
+def test_configs_saved_under_the_earlier_name_load():
+    found = keras.saving.deserialize_keras_object(EARLIER)
+    assert isinstance(found, QuantizationConfig)
+    (rule,) = found.rules
+    assert (rule.pattern, rule.scheme.weights.format, rule.scheme.inputs) == ("*", INT8, None)
+    assert keras.saving.serialize_keras_object(found)["registered_name"] == "jaxquant>Config"
 
 
 class OwnRange(AbsMax):
@@ -320,16 +371,25 @@ class OwnRange(AbsMax):
             lambda: Float8QuantizationConfig(WRONG_FLAG),
             r"training must be True or False; got 'yes'",
         ),
-        (lambda: Config({}), r"rules is empty; got {}"),
-        (lambda: Config("NF4A16"), r"got 'NF4A16'; write jaxquant\.SCHEMES\['NF4A16'\]"),
-        (lambda: Config({"*": "NF4A16"}), r"got 'NF4A16'; write jaxquant\.SCHEMES\['NF4A16'\]"),
-        (lambda: Config({"*": Int8QuantizationConfig()}), r"scheme must be a Scheme, an Array"),
+        (lambda: QuantizationConfig({}), r"rules is empty; got {}"),
         (
-            lambda: Config([Rule("a*", W8A8, where=lambda path, leaf: True)]),
+            lambda: QuantizationConfig("NF4A16"),
+            r"got 'NF4A16'; write jaxquant\.SCHEMES\['NF4A16'\]",
+        ),
+        (
+            lambda: QuantizationConfig({"*": "NF4A16"}),
+            r"got 'NF4A16'; write jaxquant\.SCHEMES\['NF4A16'\]",
+        ),
+        (
+            lambda: QuantizationConfig({"*": Int8QuantizationConfig()}),
+            r"scheme must be a Scheme, an Array",
+        ),
+        (
+            lambda: QuantizationConfig([Rule("a*", W8A8, where=lambda path, leaf: True)]),
             r"must go by path alone; got a `where` in \['a\*'\]",
         ),
         (
-            lambda: Config(ArrayConfig(range=OwnRange())),
+            lambda: QuantizationConfig(ArrayConfig(range=OwnRange())),
             r"Only configs with the ranges AbsMax, .*; got OwnRange\(\)",
         ),
     ],
@@ -343,8 +403,8 @@ def test_an_axis_that_is_not_there_is_refused_before_anything_changes():
     layer: Any = layers.Dense(3)
     layer.build((None, 8))
     with pytest.raises(ValueError, match=r"axis must lie in -2 \.\. 1 .*; got axis=\(5,\)"):
-        layer.quantize(config=Config([Rule("*", W8A16, axis=5)]))
+        layer.quantize(config=QuantizationConfig([Rule("*", W8A16, axis=5)]))
     with pytest.raises(ValueError, match=r"group_size must divide axis 0; got group_size=3"):
-        layer.quantize(config=Config(ArrayConfig(group_size=(3,))))
+        layer.quantize(config=QuantizationConfig(ArrayConfig(group_size=(3,))))
     assert layer.quantization_mode is None
     assert len(layer.trainable_weights) == 2

@@ -12,11 +12,11 @@ import pytest
 from jaxquant import NF4A16, W4A16, W8A8, W8A16
 from jaxquant.keras import (
     AbsMaxQuantizer,
-    Config,
     Int4QuantizationConfig,
     Int8QuantizationConfig,
     PercentileQuantizer,
     QuantizableMixin,
+    QuantizationConfig,
     QuantizedWeight,
     convert,
     layers,
@@ -234,7 +234,7 @@ def test_convert_keeps_what_it_is_told_to():
 
 STOCK_MODES = {
     "int8": Int8QuantizationConfig(),
-    "int8 weights": Config(W8A16),
+    "int8 weights": QuantizationConfig(W8A16),
     "int8 narrow inputs": Int8QuantizationConfig(
         activation_quantizer=AbsMaxQuantizer(value_range=(-100, 100))
     ),
@@ -243,7 +243,7 @@ STOCK_MODES = {
         block_size=None, activation_quantizer=AbsMaxQuantizer()
     ),
     "int4 block 32": Int4QuantizationConfig(block_size=32),
-    "int4 symmetric groups": Config({"*": W4A16}),
+    "int4 symmetric groups": QuantizationConfig({"*": W4A16}),
 }
 # Modes whose codes and scales have another form for each kind of layer; the others vary these.
 SHAPES = ("int8", "int4", "int4 block 32")
@@ -293,7 +293,7 @@ def test_to_stock_gives_the_same_codes(mode):
 def test_to_stock_says_what_stock_keras_does_not_have():
     original, inputs = whole_model(), whole_inputs()
     model = convert(original)
-    model.quantize(config=Config({"attention/*": None, "table/*": None, "*": W8A8}))
+    model.quantize(config=QuantizationConfig({"attention/*": None, "table/*": None, "*": W8A8}))
     with pytest.raises(ValueError, match="fix these 5 problems") as error:
         to_stock(model)
     assert "rnn/cell: GRUCell with QTensor(int8 8x12" in str(error.value)
@@ -313,7 +313,7 @@ def test_to_stock_says_what_stock_keras_does_not_have():
 @pytest.mark.parametrize(
     "config, words",
     [
-        (Config(NF4A16), "Keras does not have the mode"),
+        (QuantizationConfig(NF4A16), "Keras does not have the mode"),
         (Int4QuantizationConfig(None, AbsMaxQuantizer(), 4), "groups has float inputs|packs"),
         (
             Int8QuantizationConfig(activation_quantizer=PercentileQuantizer()),

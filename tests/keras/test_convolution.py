@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from jaxquant import INT8, NVFP4A16, ArrayConfig, Rule, Scheme, quantize
-from jaxquant.keras import Config, Int4QuantizationConfig, Int8QuantizationConfig, layers
+from jaxquant.keras import (
+    Int4QuantizationConfig,
+    Int8QuantizationConfig,
+    QuantizationConfig,
+    layers,
+)
 
 from .convolution_cases import CONVOLUTION
 from .test_layers import relative_error
@@ -110,7 +115,7 @@ def test_other_ranks_are_those_of_the_dequantized_kernel(kind):
 
 
 def kernel_scheme(scheme, axis):
-    return Config([Rule("*kernel", scheme, axis=axis)])
+    return QuantizationConfig([Rule("*kernel", scheme, axis=axis)])
 
 
 PER_CHANNEL = Scheme(ArrayConfig(format=INT8))
@@ -120,9 +125,9 @@ DEPTHWISE = {
     "padded": Int4QuantizationConfig(block_size=3),
     "of multipliers": kernel_scheme(PER_CHANNEL, (0, 1)),
     "of channels": kernel_scheme(PER_CHANNEL, (0, 2)),
-    "of all": Config(Scheme(ArrayConfig(format=INT8, axis=None))),
+    "of all": QuantizationConfig(Scheme(ArrayConfig(format=INT8, axis=None))),
     "along multipliers": kernel_scheme(PER_CHANNEL, (2,)),
-    "scaled scales": Config(NVFP4A16),
+    "scaled scales": QuantizationConfig(NVFP4A16),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxquant import W4A16, W8A8
-from jaxquant.keras import Config, Int4QuantizationConfig, layers
+from jaxquant.keras import Int4QuantizationConfig, QuantizationConfig, layers
 
 from .recurrent_cases import products
 
@@ -56,7 +56,7 @@ def test_float_layer_is_the_stock_one(is_tied):
 def test_quantized_layer_is_the_stock_one_with_its_weights(scheme, is_tied):
     arguments = {"tie_weights": is_tied, "logit_soft_cap": 0.1}
     layer = make(**arguments)
-    layer.quantize(config=Config(scheme))
+    layer.quantize(config=QuantizationConfig(scheme))
     stock = with_weights_of(layer, **arguments)
 
     np.testing.assert_allclose(layer(tokens()), stock(tokens()), atol=1e-7)
@@ -141,7 +141,7 @@ def test_quantized_layer_comes_back_from_a_file_and_is_an_embedding(is_tied, tmp
     start = keras.Input((5,), dtype="int32")
     table = layers.ReversibleEmbedding(TOKENS, WIDTH, tie_weights=is_tied)
     model = keras.Model(start, table(table(start), reverse=True))
-    model.quantize(config=Config({"*/embeddings": W8A8}))
+    model.quantize(config=QuantizationConfig({"*/embeddings": W8A8}))
     found = model(tokens())
 
     model.save(tmp_path / "model.keras")

@@ -10,11 +10,11 @@ import pytest
 
 from jaxquant import NF4A16
 from jaxquant.keras import (
-    Config,
     Float8QuantizationConfig,
     Int4QuantizationConfig,
     Int8QuantizationConfig,
     QuantizableMixin,
+    QuantizationConfig,
     QuantizedWeight,
     layers,
 )
@@ -210,7 +210,7 @@ def test_files_keep_a_weight_that_the_rules_leave_in_float():
     store: Any = {}
     layer: Any = Both()
     layer.build((None, 20))
-    layer.quantize(config=Config({"*second": NF4A16}))
+    layer.quantize(config=QuantizationConfig({"*second": NF4A16}))
     layer.save_own_variables(store)
     fresh: Any = Both()
     fresh.build((None, 20))

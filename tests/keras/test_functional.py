@@ -13,8 +13,8 @@ import pytest
 import jaxquant
 from jaxquant import FP8, NF4A16, W4A16_ASYM, W8A8, QTensor, Rule
 from jaxquant.keras import (
-    Config,
     Int4QuantizationConfig,
+    QuantizationConfig,
     convert,
     functional,
     layers,
@@ -67,7 +67,7 @@ def test_apply_gives_the_outputs_of_the_model(policy, tmp_path):
         model = convert(whole_model())
     finally:
         keras.config.set_dtype_policy(before)
-    model.quantize(config=Config(RULES[policy]))
+    model.quantize(config=QuantizationConfig(RULES[policy]))
     apply, params = functional(model)
     compiled: Any = jax.jit(apply)
     outputs = compiled(params, *inputs())

@@ -18,10 +18,10 @@ from jaxquant.keras import (
     AbsMaxQuantizer as OurAbsMaxQuantizer,
 )
 from jaxquant.keras import (
-    Config,
     Int4QuantizationConfig,
     Int8QuantizationConfig,
     QuantizableMixin,
+    QuantizationConfig,
     QuantizedWeight,
     layers,
 )
@@ -440,7 +440,7 @@ def test_tip_a_smoke_test_follows_quantizing():
     layer: Any = layers.Dense(3)
     layer.build((None, 10))
     layer.kernel.assign(np.full((10, 3), 1e10))
-    config = Config(jaxquant.ArrayConfig(scale_dtype="float16"))
+    config = QuantizationConfig(jaxquant.ArrayConfig(scale_dtype="float16"))
     with pytest.raises(ValueError, match=r"kernel would come back no nearer to itself than zeros"):
         layer.quantize(config=config)
     assert layer.quantization_mode is None

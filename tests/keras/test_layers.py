@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxquant import NF4A16
-from jaxquant.keras import Config, Int4QuantizationConfig
+from jaxquant.keras import Int4QuantizationConfig, QuantizationConfig
 
 from .convolution_cases import CONVOLUTION
 from .layer_cases import CORE
@@ -23,7 +23,7 @@ MODES = {
     "int4 block 128": (Int4QuantizationConfig(block_size=128), 0.15),
     "int4 block 32": (Int4QuantizationConfig(block_size=32), 0.12),
     "float8": ("float8", 0.07),
-    "nf4": (Config(NF4A16), 0.15),
+    "nf4": (QuantizationConfig(NF4A16), 0.15),
 }
 # Those that differ from the other modes only in the products of matrices.
 OF_MATRICES = ("int4 block 128", "nf4")

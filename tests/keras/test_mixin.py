@@ -12,10 +12,10 @@ from keras import ops
 from jaxquant import NF4A16, ArrayConfig
 from jaxquant.keras import (
     AbsMaxQuantizer,
-    Config,
     Int4QuantizationConfig,
     Int8QuantizationConfig,
     QuantizableMixin,
+    QuantizationConfig,
     QuantizedWeight,
     layers,
 )
@@ -99,7 +99,7 @@ def replaced(value):
     return change
 
 
-HALF_SCALES = Config(ArrayConfig(scale_dtype="float16"))
+HALF_SCALES = QuantizationConfig(ArrayConfig(scale_dtype="float16"))
 FAILURES = {
     "NaN": (
         lambda: with_kernel(replaced(np.nan)),
@@ -144,7 +144,7 @@ def test_a_quantize_that_fails_leaves_the_layer_as_it_was(name):
     make, mode, kind, message = FAILURES[name]
     layer = make()
     before = state(layer)
-    arguments = {"config": mode} if isinstance(mode, Config) else {"mode": mode}
+    arguments = {"config": mode} if isinstance(mode, QuantizationConfig) else {"mode": mode}
     with pytest.raises(kind, match=message):
         layer.quantize(**arguments)
     assert state(layer) == before
@@ -276,7 +276,7 @@ def test_several_weights_are_built_by_name():
     assert relative_error(layer(INPUTS), wanted) < 0.02
     # One of them alone.
     layer = built(Two())
-    layer.quantize(config=Config({"*second": NF4A16}))
+    layer.quantize(config=QuantizationConfig({"*second": NF4A16}))
     assert [v.name for v in layer.trainable_weights] == ["first"]
     assert relative_error(layer(INPUTS), wanted) < 0.2
 
@@ -436,7 +436,7 @@ def test_layers_of_authors_come_back_with_their_arguments(name, mode, tmp_path):
     [
         Int8QuantizationConfig(AbsMaxQuantizer(value_range=(-9, 9)), None),
         Int4QuantizationConfig(block_size=8),
-        Config(NF4A16),
+        QuantizationConfig(NF4A16),
     ],
     ids=["int8", "int4", "nf4"],
 )
@@ -497,7 +497,10 @@ def store_of(layer) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mode", [*MODES, "nf4"])
 def test_a_quantized_file_quantizes_a_float_layer(mode):
-    layer, arguments = dense(), {"config": Config(NF4A16)} if mode == "nf4" else {"mode": mode}
+    layer, arguments = (
+        dense(),
+        {"config": QuantizationConfig(NF4A16)} if mode == "nf4" else {"mode": mode},
+    )
     layer.quantize(**arguments)
     fresh = built(layers.Dense(5))
     fresh.load_own_variables(store_of(layer))
@@ -517,7 +520,7 @@ WRONG_FILES = {
     "floats": (lambda: store_of(dense()), "other variables than layer"),
     "other mode": (lambda: quantized_store("int4"), "quantized in another way|other variables"),
     "other groups": (
-        lambda: quantized_store(config=Config(ArrayConfig(group_size=8))),
+        lambda: quantized_store(config=QuantizationConfig(ArrayConfig(group_size=8))),
         "quantized in another way|other variables",
     ),
     "no scale": (lambda: without("2")(quantized_store("int8")), "other variables than layer"),

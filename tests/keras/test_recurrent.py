@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxquant import W8A8
-from jaxquant.keras import Config, layers
+from jaxquant.keras import QuantizationConfig, layers
 
 from .recurrent_cases import products
 
@@ -40,7 +40,7 @@ def built(layer):
 def quantized(kind, **arguments):
     """A quantized layer, and a stock one with the weights that its codes stand for."""
     layer = built(make(kind, **arguments))
-    layer.cell.quantize(config=Config(W8A8.weights))
+    layer.cell.quantize(config=QuantizationConfig(W8A8.weights))
     cell, stock = layer.cell, built(make(kind, keras.layers, **arguments))
     stock.cell.set_weights([cell.kernel, cell.recurrent_kernel, cell.bias])
     return layer, stock
@@ -134,7 +134,7 @@ def test_int8_cell_multiplies_codes(kind):
 def test_one_kernel_can_stay_in_float():
     layer = built(make("LSTM"))
     before = layer(sequences())
-    layer.cell.quantize(config=Config({"*/recurrent_kernel": W8A8}))
+    layer.cell.quantize(config=QuantizationConfig({"*/recurrent_kernel": W8A8}))
 
     error = np.linalg.norm(layer(sequences()) - before) / np.linalg.norm(before)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxquant import FORMATS, INT4, INT8, ArrayConfig, quantize
 from jaxquant.core import block_shape
-from jaxquant.keras import Config, QuantizableMixin, QuantizedWeight, layers
+from jaxquant.keras import QuantizableMixin, QuantizationConfig, QuantizedWeight, layers
 from jaxquant.keras.layer.weights import fit_groups, quantize_padded
 
 PRESCRIBED = [f for f in FORMATS.values() if f.group_size is not None]
@@ -145,7 +145,9 @@ def test_codes_of_every_layout_are_the_weight_and_are_never_trainable():
     layer: keras.layers.Layer = layers.Dense(5)
     layer.build((None, 40))
     kernel = np.asarray(layer.kernel)
-    layer.quantize(config=Config(ArrayConfig(format=INT4, group_size=32, symmetric=False)))
+    layer.quantize(
+        config=QuantizationConfig(ArrayConfig(format=INT4, group_size=32, symmetric=False))
+    )
     assert layer.trainable_weights == [layer.bias]
     q = layer.quantized_weight("kernel")
     assert (q.codes.dtype, q.shape, q.reorder(None).scale.shape) == ("int4", (64, 5), (2, 5))

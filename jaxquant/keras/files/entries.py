@@ -19,7 +19,7 @@ import numpy as np
 
 from ...core import QTensor
 from .. import compat
-from ..configs import Int8QuantizationConfig, QuantizationConfig
+from ..configs import Int8QuantizationConfig, SchemeConfig
 from . import stock_entries
 from .stock_entries import StockMatrix
 from .storage_arrays import carriers, from_carriers, logical, to_carriers
@@ -248,7 +248,7 @@ def _config_in(layer, store):
             f"The entry {MARK!r} of layer {layer.name!r} must describe a config; got "
             f"{data.tobytes()[:60]!r}. The file is damaged, or of a newer version."
         ) from error
-    if not isinstance(config, QuantizationConfig):
+    if not isinstance(config, SchemeConfig):
         raise ValueError(
             f"The entry {MARK!r} of layer {layer.name!r} must describe a config of "
             f"jaxquant.keras; got {config!r}. The file is damaged."

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ...training.internal import FORWARD, cast_gradient, cast_operand, next_scaling
 from .. import compat
-from ..configs import QuantizationConfig
+from ..configs import SchemeConfig
 from .kernel_layer import ProductMixin
 
 DEFAULT_HISTORY = 1024
@@ -36,7 +36,7 @@ class Float8TrainingMixin(ProductMixin):
         outputs = self.product(inputs, kernel)
         return self._finished(cast_gradient(outputs, *self._scaling("outputs_grad")))
 
-    def start_training(self, config: QuantizationConfig) -> None:
+    def start_training(self, config: SchemeConfig) -> None:
         """Adds the scales.
 
         Raises:

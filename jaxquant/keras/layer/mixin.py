@@ -11,7 +11,7 @@ import keras
 
 from ...core import QTensor, Scheme
 from .. import compat
-from ..configs import QuantizationConfig, as_config, config_of_policy
+from ..configs import SchemeConfig, as_config, config_of_policy
 from .optimizer_slots import TrainedMixin, weights_still_float
 from .policy import PolicyMixin
 from .weights import (
@@ -199,7 +199,7 @@ class QuantizableMixin(TrainedMixin, PolicyMixin):
                 weight holds NaN or Inf, or comes back no nearer to itself than zeros are. The
                 layer is left as it was.
         """
-        if not isinstance(config, QuantizationConfig):
+        if not isinstance(config, SchemeConfig):
             raise NotImplementedError(
                 f"{type(self).__name__} can be quantized to int8, int4 and float8; got "
                 f"mode={mode!r} and config={config!r}. Pass one of these modes, or a config of "
@@ -239,7 +239,7 @@ class QuantizableMixin(TrainedMixin, PolicyMixin):
         config, padded = fit_groups(shape, axes, scheme.weights)
         return abstract_tensor(padded, self.variable_dtype, config, scheme.inputs)
 
-    def quantized_values(self, name: str, values: jax.Array, config: QuantizationConfig) -> QTensor:
+    def quantized_values(self, name: str, values: jax.Array, config: SchemeConfig) -> QTensor:
         """What `config` makes of a declared weight with these values.
 
         Raises:
@@ -262,7 +262,7 @@ class QuantizableMixin(TrainedMixin, PolicyMixin):
             )
         return q
 
-    def take_over(self, config: QuantizationConfig, tensors: dict[str, QTensor]) -> None:
+    def take_over(self, config: SchemeConfig, tensors: dict[str, QTensor]) -> None:
         """Puts quantized weights in the place of float ones, all or none of them.
 
         Args:
@@ -294,7 +294,7 @@ class QuantizableMixin(TrainedMixin, PolicyMixin):
                 self.__dict__["stored_weights"] = stored
                 raise
 
-    def switch_policy(self, config: QuantizationConfig) -> None:
+    def switch_policy(self, config: SchemeConfig) -> None:
         """Takes the policy of a config, whose variables are there."""
         # Before the policy, whose setter would quantize again.
         compat.mark_quantized(self)
@@ -335,7 +335,7 @@ class QuantizableMixin(TrainedMixin, PolicyMixin):
             if value is variable:
                 self.__dict__[attribute] = self.stored_weights[name].codes
 
-    def likes(self, config: QuantizationConfig) -> dict[str, QTensor]:
+    def likes(self, config: SchemeConfig) -> dict[str, QTensor]:
         """Shapes and dtypes of the weights that a config quantizes, by name."""
         shapes = self.declared_shapes
         plans = {name: self._plan(name, config) for name in shapes}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import keras
 
 from .. import compat
-from ..configs import QuantizationConfig
+from ..configs import SchemeConfig
 from ..files import SavedMixin
 
 
@@ -39,7 +39,7 @@ class TrainedMixin(SavedMixin):
         config = self.quantization_config
         return compat.has_quantized_variables(self) and config is not None and config.is_training
 
-    def start_training(self, config: QuantizationConfig) -> None:
+    def start_training(self, config: SchemeConfig) -> None:
         """Hook: adds what training needs, all of it or nothing.
 
         Raises:

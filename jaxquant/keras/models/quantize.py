@@ -11,7 +11,7 @@ from ...core import ArrayConfig, Scheme
 from ...tree import Progress, Report, Rules, report
 from ...tree.internal import progress_bar
 from .. import compat
-from ..configs import Config, QuantizationConfig, as_config
+from ..configs import QuantizationConfig, SchemeConfig, as_config
 from ..layer import QuantizableMixin
 from .convert import converter
 from .rewrite import Keep, raise_problems
@@ -33,8 +33,8 @@ def quantize(
     Args:
         model: built; as for `convert`. Its own layers may be ours already.
         rules: "int8", "int4" or "float8"; a Scheme or ArrayConfig for every quantizable weight;
-            rules by path, such as {"encoder/*": NF4A16, "*/kernel": W8A8}, as `Config` takes
-            them; or a config of `jaxquant.keras`, or of Keras.
+            rules by path, such as {"encoder/*": NF4A16, "*/kernel": W8A8}, as for
+            `QuantizationConfig`; or a config of `jaxquant.keras`, or of Keras.
         progress: True for a progress bar on standard error, or a function of (weights done,
             weights in all, path), called after each; None for neither.
         keep: names and classes of layers to copy as they are, and not to quantize.
@@ -100,13 +100,13 @@ def _config_of(rules):
     is_config = isinstance(rules, keras.quantizers.QuantizationConfig)
     if is_config or isinstance(rules, str):
         config = as_config(None, rules)
-        if isinstance(config, QuantizationConfig):
+        if isinstance(config, SchemeConfig):
             return config
         raise ValueError(
             "rules must be a Scheme, an ArrayConfig, rules by path, a config of jaxquant.keras, or "
             f"'int8', 'int4' or 'float8'; got {rules!r}."
         )
-    return Config(rules)
+    return QuantizationConfig(rules)
 
 
 def _path(layer, name):
@@ -127,7 +127,7 @@ def _chosen(layer, config):
 def _mismatches(config, layers, chosen):
     """What is wrong before any weight is looked at."""
     paths = [_path(layer, name) for layer in layers for name in layer.declared_shapes]
-    rules = config.rules if isinstance(config, Config) else ()
+    rules = config.rules if isinstance(config, QuantizationConfig) else ()
     unused = [r for r in rules if r.required and not any(r.matches(p, None) for p in paths)]
     problems = [f"rule {r.pattern!r} matches no quantizable weight" for r in unused]
     again = [
