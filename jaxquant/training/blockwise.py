@@ -1,4 +1,4 @@
-"""Arrays of any shape in blocks of nearly one length, each block with a scale."""
+"""Blockwise quantization of arrays of any shape: one scale per block of elements."""
 
 import dataclasses
 import math
@@ -14,20 +14,27 @@ BLOCK = 256
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Blockwise:
-    """A float array that is stored as a QTensor in blocks. A pytree.
+    """A float array of any shape, stored as a QTensor in blocks. A pytree.
 
     Attributes:
-        q: the array itself, in blocks along its last axis; or all its elements in one row, with
-            zeros after them so that the last block is whole.
-        shape: of the array, if it lies in a row; None otherwise, so that it may be sharded,
-            stacked and sliced. Static.
+        q: the array in blocks along its last axis; or all its elements flattened, padded with zeros
+            to whole blocks.
+        shape: shape of the array if it is flattened, static. None otherwise, so that the array
+            can be sharded, stacked and sliced.
+
+    Example:
+        >>> optimizer = jq.training.quantized_state(optax.adam(1e-3))
+        >>> state = optimizer.init({"kernel": jnp.zeros((64, 128))})
+        >>> block = state.inner[0].mu["kernel"]
+        >>> isinstance(block, jq.training.Blockwise), block.dequantize().shape
+        (True, (64, 128))
     """
 
     q: QTensor
     shape: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def dequantize(self) -> jax.Array:
-        """The array, in the shape and dtype that it had."""
+        """Returns the array in its original shape and dtype."""
         values = self.q.dequantize()
         if self.shape is None:
             return values
@@ -37,19 +44,19 @@ class Blockwise:
 def quantize_blocks(x: jax.Array, config: ArrayConfig, key: jax.Array | None = None) -> Blockwise:
     """Quantizes an array of any shape in blocks of about `config.group_size` elements.
 
-    Blocks lie along the last axis, in the largest length that divides it and is at most
-    the group size and at least half of it. If there is none, they lie in a row of all elements.
+    Blocks run along the last axis. Their length is its largest divisor that is at most the group
+    size and at least half of it. If there is none, the array is flattened and padded.
 
     Args:
         x: floating array.
-        config: all but its axis is used. Without a group size, blocks have 256 elements.
+        config: format, range and scale dtype; group_size is elements per block, None for 256.
         key: random key for stochastic rounding; None rounds to nearest.
 
     Returns:
         The array as a `Blockwise`.
 
     Raises:
-        ValueError: as for `jaxquant.quantize`, or the group size is not one number.
+        ValueError: as for `jaxquant.quantize`, or the group size is a tuple.
 
     Error: as for `jaxquant.quantize`.
     Source: Dettmers et al. 2022, arXiv:2110.02861, section 2.1.
@@ -65,21 +72,21 @@ def quantize_blocks(x: jax.Array, config: ArrayConfig, key: jax.Array | None = N
 
 
 def block_length(config: ArrayConfig) -> int:
-    """Elements per block.
+    """Returns the number of elements per block.
 
     Raises:
-        ValueError: the config has several group sizes.
+        ValueError: the group size is a tuple.
     """
     length = config.group_size or config.format.group_size or BLOCK
     if not isinstance(length, int):
         raise ValueError(
-            "group_size must be one number of elements per block, or None for "
+            "group_size must be a single number of elements per block, or None for "
             f"{BLOCK}; got {config.group_size}."
         )
     return length
 
 
 def blocks_of(config: ArrayConfig, length: int) -> ArrayConfig:
-    """The config with blocks of this length along the last axis."""
+    """Returns the config with blocks of this length along the last axis."""
     size = None if config.format.group_size else length
     return dataclasses.replace(config, axis=-1, group_size=size)

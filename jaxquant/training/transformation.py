@@ -1,10 +1,10 @@
-"""What this package asks of an optimizer of optax, which it does not import."""
+"""The interface of optax transformations, because this package does not import optax."""
 
 from typing import Any, Protocol, TypeVar
 
 
 class Transformation(Protocol):
-    """What `optax.GradientTransformation` is: a named tuple of two functions."""
+    """Interface of `optax.GradientTransformation`: a named tuple of two functions."""
 
     @property
     def init(self) -> Any: ...
@@ -19,13 +19,13 @@ AnyTransformation = TypeVar("AnyTransformation", bound=Transformation)
 
 
 def check_transformation(x: Any) -> None:
-    """Raises unless x can be wrapped.
+    """Raises unless x is an optax transformation.
 
     Raises:
-        ValueError: x has no init and update, or is no named tuple of them.
+        ValueError: x is not a named tuple with init and update.
     """
     if not all(hasattr(x, name) for name in ("init", "update", "_replace")):
         raise ValueError(
             "transformation must be an optax.GradientTransformation, such as optax.adamw(1e-3); "
-            f"got {x!r}. Of optax.MultiSteps, pass .gradient_transformation()."
+            f"got {x!r}. For optax.MultiSteps, pass its .gradient_transformation()."
         )

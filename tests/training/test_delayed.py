@@ -148,5 +148,7 @@ def test_invalid_arguments_raise():
         DelayedScaling.init(0)
     with pytest.raises(ValueError, match=r"contains DelayedScaling; got PyTreeDef.*'w'"):
         training.update_scaling({"w": jnp.ones(2)}, {"w": jnp.ones(2)})
-    with pytest.raises(ValueError, match=r"optax.GradientTransformation.*pass .gradient_transf"):
+    with pytest.raises(
+        ValueError, match=r"optax.GradientTransformation.*pass its .gradient_transf"
+    ):
         training.skip_scaling(optax.MultiSteps(optax.sgd(0.1), 2))  # pyright: ignore[reportArgumentType] (the wrong type)

@@ -42,14 +42,14 @@ def test_codes_are_the_nearest_entries_of_the_codebook(format):
     ],
     ids=str,
 )
-def test_averages_reach_further_down_than_sums(format, smallest):
-    """Fourth powers in 8 bits, squares in 4 and for sums of gradients."""
+def test_formats_of_averages_reach_smaller_values(format, smallest):
+    """8-bit averages use fourth powers; 4-bit averages and gradient sums use squares."""
     assert min(v for v in format.codebook if v > 0) == pytest.approx(smallest, rel=1e-12)
 
 
 @each_format
-def test_every_code_comes_back(format):
-    """Exhaustively: each entry of the codebook, in a group that has the largest."""
+def test_every_code_survives_a_round_trip(format):
+    """Each entry of the codebook, in a group that contains the largest."""
     book = np.resize(np.asarray(format.codebook), 256)
     book[::64] = 1
     q = quantize(jnp.asarray(book[None], jnp.float32), config_of(format))
@@ -59,18 +59,18 @@ def test_every_code_comes_back(format):
 
 
 @pytest.mark.parametrize("format", [POSITIVE_8, POSITIVE_4], ids=str)
-def test_what_is_never_negative_does_not_become_zero(format):
+def test_positive_elements_never_become_zero(format):
     x = np.array([[0, 1e-30, 1e-9, 1.0], [0, 0, 0, 0], [-1, 0, -1e-9, 0.5]], np.float32)
     key = jax.random.key(0)
     for q in (quantize(x, ArrayConfig(format=format, axis=1), k) for k in (None, key)):
         assert q.codes[0, 1:3].astype(int).tolist() == [1, 1]
         assert np.asarray(q.dequantize())[[0, 1, 2], [0, 2, 1]].tolist() == [0, 0, 0]
-        # Of a group with negative elements, these are zero.
+        # Negative elements become zero.
         assert np.asarray(q.dequantize())[2, :3].tolist() == [0, 0, 0]
 
 
 @each_format
-def test_rounding_at_random_is_between_neighbours_and_right_on_average(format):
+def test_stochastic_rounding_is_unbiased_between_neighboring_codes(format):
     random = np.random.default_rng(0)
     wanted = np.append(random.uniform(0.05, 1, 15), 1)[:, None].astype(np.float32)
     wanted[:8] *= -1 if format.has_negative else 1
@@ -85,7 +85,7 @@ def test_rounding_at_random_is_between_neighbours_and_right_on_average(format):
 
 
 @pytest.mark.parametrize("power, count", [(2, 127), (4, 255)])
-def test_a_codebook_of_powers_has_equidistant_roots(power, count):
+def test_roots_of_a_power_codebook_are_equidistant(power, count):
     book = np.asarray(power_codebook(power, count, False))
     np.testing.assert_allclose(book ** (1 / power), np.arange(count + 1) / count, rtol=1e-12)
     both = np.asarray(power_codebook(power, count, True))
@@ -96,7 +96,7 @@ def test_a_codebook_of_powers_has_equidistant_roots(power, count):
 @pytest.mark.parametrize(
     "power, book", [(2, (-1.0, 0.0, 0.3, 1.0)), (3, (0.0, 0.125, 1.0)), (4, (0.0, 0.25, 1.0))]
 )
-def test_a_power_must_be_that_of_the_codebook(power, book):
+def test_the_power_must_match_the_codebook(power, book):
     with pytest.raises(ValueError, match=rf"power must be 2 or 4, .*got {power} and \("):
         Format("a", "uint4", book[0], 1.0, codebook=book, power=power)
     with pytest.raises(ValueError, match=r"got 2 and \(\)"):
