@@ -14,7 +14,7 @@ from jaxquant.kernels import pallas_gpu
 
 from .. import oracles
 from ..ops.products import normal, weight
-from ..triton import needs_lowering
+from ..triton import lowered_for_gpu
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -48,18 +48,12 @@ def test_grouped_dot_matches_numpy(name):
     assert f"f32[{splits},{rows},{shape[1]}]" in program
 
 
-def as_lowered(x, w, scale, zero=None):
-    """The program for a GPU that is not there, as text."""
-    traced = jax.jit(pallas_gpu.grouped_dot).trace(x, w, scale, zero)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-@needs_lowering
 @pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
 def test_the_kernel_takes_the_codes_as_they_lie(wide):
     q = weight(int4(group_size=64, symmetric=False), (192, 33)).reorder((-1, -2))
     with jax.enable_x64(wide):
-        text = as_lowered(jnp.zeros((5, 192), jnp.bfloat16), q.codes, q.scale, q.zero_point)
+        x = jnp.zeros((5, 192), jnp.bfloat16)
+        text = lowered_for_gpu(pallas_gpu.grouped_dot, x, q.codes, q.scale, q.zero_point)
     (line,) = (line for line in text.splitlines() if "gpu.triton" in line)
     assert "tensor<33x3x64xi4>" in line
     # A reshape is free; a conversion of all codes would be a pass over the memory.
@@ -150,18 +144,17 @@ def test_scaled_dot_of_float8_matches_numpy_and_keeps_nan_to_its_row():
     assert np.isnan(got[3]).all()
 
 
-@needs_lowering
 @pytest.mark.parametrize("dtype", pallas_gpu.SUMS, ids=str)
 @pytest.mark.parametrize("rows", [8, 300])
 def test_codes_reach_the_kernel_as_they_are_and_sums_stay_inside(rows, dtype):
     operands = codes_and_scales(rows, 200, 90, dtype)
     with jax.enable_x64(rows == 8):
-        traced = jax.jit(partial(pallas_gpu.scaled_dot, dtype=jnp.bfloat16)).trace(*operands)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        product = partial(pallas_gpu.scaled_dot, dtype=jnp.bfloat16)
+        text, program = lowered_for_gpu(product, *operands), jax.make_jaxpr(product)(*operands)
     (line,) = (line for line in text.splitlines() if "gpu.triton" in line)
     name = {"int8": "i8", "float8_e4m3fn": "f8E4M3FN"}[dtype.name]
     assert f"(tensor<{rows}x200x{name}>, tensor<90x200x{name}>, " in line
     assert f"-> tensor<{rows}x90xbf16>" in line
     # No fewer than tensor cores multiply.
-    assert f"[{16 if rows == 8 else 128},128] <- " in str(traced.jaxpr)
+    assert f"[{16 if rows == 8 else 128},128] <- " in str(program)
     assert f"tensor<{rows}x90x{'i32' if dtype == jnp.int8 else 'f32'}>" not in text
