@@ -12,6 +12,7 @@ from .lowering import on_one_gpu as on_one_gpu
 from .lowering import on_one_tpu as on_one_tpu
 from .lowering import transpose_of as transpose_of
 from .lowering import unless_exported as unless_exported
+from .lowering import unless_partitioned as unless_partitioned
 from .markers import mark as mark
 from .markers import marker_p as marker_p
 from .markers import marking as marking

@@ -28,6 +28,15 @@ def on_one_cpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
     return _switch(here, elsewhere, _excludes_cpu_kernels, args)
 
 
+def unless_partitioned(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
+    """here(*args), and elsewhere(*args) in programs that XLA partitions.
+
+    For loops over slices of an array: XLA would gather a sharded one on every device. Both
+    functions are as for `unless_exported`.
+    """
+    return _switch(here, elsewhere, _is_partitioned_program, args)
+
+
 def on_one_tpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
     """here(*args), and elsewhere(*args) in programs that XLA partitions.
 
@@ -64,8 +73,12 @@ def _is_exported(context):
     return context.module_context.lowering_parameters.for_export
 
 
+def _is_partitioned_program(context):
+    return _is_partitioned(context.module_context.axis_context)
+
+
 def _excludes_cpu_kernels(context):
-    return _is_exported(context) or _is_partitioned(context.module_context.axis_context)
+    return _is_exported(context) or _is_partitioned_program(context)
 
 
 def _excludes_tpu_kernels(context):
@@ -84,7 +97,7 @@ def _excludes_kernels(context, platform, need):
             f"implementation={need}; got a program for {', '.join(platforms)}. "
             "Choose another one, or None."
         )
-    return len(platforms) > 1 or _is_partitioned(context.module_context.axis_context)
+    return len(platforms) > 1 or _is_partitioned_program(context)
 
 
 def _platforms(context):

@@ -108,7 +108,9 @@ def _permutation(lhs, rhs, dimension_numbers):
     return tuple(order)
 
 
-_BY_XLA = (cpu_blocks.ROW, integer.ROW, tpu_xla.SCALED, tpu_xla.FUSED, dequantize.ROW)
+# Rows that XLA can partition among devices.
+_PARTITIONED = (integer.ROW, tpu_xla.SCALED, tpu_xla.FUSED, dequantize.ROW)
+_BY_XLA = (cpu_blocks.row(_PARTITIONED), *_PARTITIONED)
 _TABLE = (
     cpu_native.row(_BY_XLA),
     tpu_pallas.row(_BY_XLA),

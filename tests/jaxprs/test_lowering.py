@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxquant.jaxprs import chips, lowering, on_one_cpu, on_one_gpu, on_one_tpu, unless_exported
+from jaxquant.jaxprs import (
+    chips,
+    lowering,
+    on_one_cpu,
+    on_one_gpu,
+    on_one_tpu,
+    unless_exported,
+    unless_partitioned,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -56,6 +64,7 @@ def test_a_program_for_one_device_has_the_kernel(platform):
 def test_a_program_that_xla_partitions_has_not(platform, kind):
     x = jax.device_put(X, jax.NamedSharding(mesh(kind), jax.P("a")))
     assert not is_here(lowered_for((platform,), partial(switched, SWITCHES[platform]), x))
+    assert not is_here(lowered_for((platform,), partial(switched, unless_partitioned), x))
     assert is_here(lowered_for((platform,), partial(switched, unless_exported), x))
 
 
@@ -81,6 +90,7 @@ def test_exported_programs_have_no_native_code_and_no_triton_kernel():
     }
     assert found == {"cpu": False, "tpu": True, "cuda": False}
     assert not is_exported_here(exported(partial(switched, unless_exported), ("cpu",)))
+    assert is_exported_here(exported(partial(switched, unless_partitioned), ("cpu",)))
     assert not is_exported_here(exported(partial(switched, on_one_tpu), ("tpu", "cpu")))
 
 

@@ -14,14 +14,25 @@ import numpy as np
 from jax import lax
 
 from ...core import QTensor
-from ...jaxprs import is_sharded
-from ..dispatch import Implementation, Operand
+from ...jaxprs import is_sharded, unless_partitioned
+from ..dispatch import Implementation, Operand, Table
 from ..dot_spec import DotSpec
 from ..operands import as_array
 from . import dequantize, integer
+from .kernel import kernel_or_xla
 
 _BLOCK = 256
 _MOST_ROWS = 128
+
+
+def row(fallback: Table) -> Implementation:
+    """The row "blocks", with rows for programs that XLA partitions: it cannot partition blocks."""
+    blocks = partial(
+        kernel_or_xla, kernel=run, where=unless_partitioned, fallback=fallback, platform="cpu"
+    )
+    return Implementation(
+        "blocks", blocks, why_unsupported, ("cpu",), is_integer=integer.is_supported
+    )
 
 
 def run(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
@@ -77,6 +88,3 @@ def _rows(q, start):
         return lax.dynamic_slice_in_dim(x, start // block, _BLOCK // block)
 
     return jax.tree.map(slice_rows, dataclasses.replace(q, inputs=None))
-
-
-ROW = Implementation("blocks", run, why_unsupported, ("cpu",), is_integer=integer.is_supported)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...core import Format, QTensor, scale_values
-from ...jaxprs import unless_exported
+from ...jaxprs import on_one_cpu
 from ...kernels import native
 from ..dispatch import Implementation, Operand, Table
 from ..dot_spec import DotSpec, in_result, to_logical_order
@@ -35,9 +35,7 @@ def row(fallback: Table) -> Implementation:
     """The row "native", with rows of XLA for programs that cannot hold the kernels."""
     return Implementation(
         "native",
-        partial(
-            kernel_or_xla, kernel=run, where=unless_exported, fallback=fallback, platform="cpu"
-        ),
+        partial(kernel_or_xla, kernel=run, where=on_one_cpu, fallback=fallback, platform="cpu"),
         why_unsupported,
         ("cpu",),
         is_integer=_is_integer,

@@ -1,0 +1,71 @@
+"""Programs that XLA partitions among devices: plain `jit` with arrays sharded over a mesh."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import SCHEMES, Rule, matmul, tree
+from jaxquant.kernels import native
+
+from .products import normal
+
+ROWS, K, N = 3, 256, 1024
+DEVICES = 8
+
+
+def mesh():
+    return jax.make_mesh((DEVICES,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def sharded(q, axis):
+    """The array with one logical axis of its codes, scales and zero points split over devices."""
+    (stored,) = q.stored_axes([axis])
+
+    def place(x):
+        spec = [None] * x.ndim
+        if x.ndim > stored and x.shape[stored] % DEVICES == 0:
+            spec[stored] = "a"
+        return jax.device_put(x, jax.NamedSharding(mesh(), jax.P(*spec)))
+
+    return jax.tree.map(place, q)
+
+
+def weight_of(scheme, seed=0):
+    w = {"w": normal(K, N, seed=seed)}
+    return tree.quantize(w, [Rule("w", SCHEMES[scheme])], platform="cpu")["w"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_sharded_weights_stay_where_they_are(scheme):
+    q, x = weight_of(scheme), jnp.asarray(normal(ROWS, K))
+    parts = [sharded(q, axis) for axis in (0, 1)]
+
+    run = jax.jit(lambda x, parts: [matmul(x, q) for q in parts])
+
+    text = run.lower(x, parts).compile().as_text()
+    assert text is not None
+    assert "jaxquant_" not in text, "XLA cannot partition native kernels"
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
+    # The activations may be gathered, codes and scales may not.
+    assert all(math.prod(map(int, shape.split(","))) <= x.size for shape in shapes), shapes
+    wanted = matmul(x, q, implementation="dequantize")
+    for out in run(x, parts):
+        np.testing.assert_allclose(out, wanted, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
+def test_replicated_weights_keep_the_native_kernels_inside_shard_map(scheme):
+    q, x = weight_of(scheme), jnp.asarray(normal(DEVICES, K))
+    specs = {"in_specs": (jax.P("a"), jax.P()), "out_specs": jax.P("a")}
+
+    run = jax.jit(jax.shard_map(matmul, mesh=mesh(), **specs))
+
+    assert "jaxquant_dot" in run.lower(x, q).as_text()
+    one_device = jax.jit(matmul)
+    assert "jaxquant_dot" in one_device.lower(x, q).as_text()
+    np.testing.assert_allclose(run(x, q), one_device(x, q), rtol=1e-5, atol=1e-4)
