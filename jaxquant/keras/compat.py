@@ -56,6 +56,12 @@ def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
+def attributes(layer: keras.layers.Layer) -> dict[str, Any]:
+    """The layer's attributes, without Keras' own lists of its variables and layers."""
+    own = [layer._trainable_variables, layer._non_trainable_variables, layer._layers]
+    return {name: v for name, v in vars(layer).items() if not any(v is x for x in own)}
+
+
 def drop_variable(layer: keras.layers.Layer, variable: keras.Variable) -> None:
     """Forgets a variable. `del layer.name` would collect garbage too, 0.1 s for each."""
     layer._untrack_variable(variable)

@@ -12,6 +12,7 @@ import keras
 from ...core import QTensor, Scheme
 from .. import compat
 from ..configs import SchemeConfig, as_config, config_of_policy
+from .aliases import AliasMixin, alias, check_reachable
 from .optimizer_slots import TrainedMixin, weights_still_float
 from .policy import PolicyMixin
 from .weights import (
@@ -23,7 +24,7 @@ from .weights import (
 )
 
 
-class QuantizableMixin(TrainedMixin, PolicyMixin):
+class QuantizableMixin(TrainedMixin, PolicyMixin, AliasMixin):
     """Makes a Keras layer quantizable. Comes before the Keras layer among the bases.
 
         class Scale(QuantizableMixin, keras.layers.Layer):
@@ -63,7 +64,7 @@ class QuantizableMixin(TrainedMixin, PolicyMixin):
         layer = super().__new__(cls, *args, **kwargs)
         # Not by setattr: Keras would track the variables in them once more.
         layer.__dict__.update(
-            float_weights={}, stored_weights={}, hook_variables=(), is_building=False
+            float_weights={}, stored_weights={}, aliases={}, hook_variables=(), is_building=False
         )
         layer.__dict__["models"] = weakref.WeakSet()
         layer.__dict__["build"] = _as_float(layer, layer.build)
@@ -215,6 +216,8 @@ class QuantizableMixin(TrainedMixin, PolicyMixin):
         names = [n for n in self.declared_weights if self.float_weights.get(n) is not None]
         config = config.for_weights({name: self._path_of(name) for name in names})
         chosen = [name for name in names if self._plan(name, config) is not None]
+        for name in chosen:
+            check_reachable(self, name, self.float_weights[name])
         values = {name: self.float_weights[name].value for name in chosen}
         if chosen:
             tensors = {n: self.quantized_values(n, x, config) for n, x in values.items()}
@@ -331,9 +334,7 @@ class QuantizableMixin(TrainedMixin, PolicyMixin):
     def _drop_float(self, name):
         variable = self.float_weights.pop(name)
         compat.drop_variable(self, variable)
-        for attribute, value in list(self.__dict__.items()):
-            if value is variable:
-                self.__dict__[attribute] = self.stored_weights[name].codes
+        alias(self, variable, name)
 
     def likes(self, config: SchemeConfig) -> dict[str, QTensor]:
         """Shapes and dtypes of the weights that a config quantizes, by name."""
@@ -356,6 +357,9 @@ def _as_float(layer, build):
             built = build(*args, **kwargs)
         finally:
             layer.__dict__["is_building"] = False
+        for name, stored in layer.stored_weights.items():
+            check_reachable(layer, name, stored.codes)
+            alias(layer, stored.codes, name)
         # Float weights under a quantized policy: they are to be trained.
         config = layer.quantization_config
         if layer.quantization_mode is not None and config is not None and config.is_training:
