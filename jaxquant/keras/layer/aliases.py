@@ -11,7 +11,6 @@ import keras
 
 from .. import compat
 
-
 # Where `QuantizableMixin` itself keeps variables.
 _OURS = ("float_weights", "hook_variables")
 
