@@ -1,4 +1,4 @@
-"""Training with quantization, on real data: `python -m benchmarks --suite training`."""
+"""Quantization in training, on real data: `python -m benchmarks --suite training`."""
 
 import importlib.util
 from typing import Any
@@ -10,7 +10,7 @@ def suite(arguments: Any) -> dict[str, Any]:
     """Runs the suite, prints its tables, and returns what the JSON file holds.
 
     Raises:
-        SystemExit: optax, which other suites do without, is not installed.
+        SystemExit: optax is not installed; the other suites do not need it.
     """
     if importlib.util.find_spec("optax") is None:
         raise SystemExit("The suite training needs optax, and found none: pip install optax.")

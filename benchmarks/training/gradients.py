@@ -1,7 +1,7 @@
-"""Gradients summed over devices in few bits, beside float32 ones.
+"""Quantized all-reduce of gradients, compared with a float32 all-reduce.
 
-Each device takes its part of a batch. Where the machine has one device, eight are simulated by
-`XLA_FLAGS=--xla_force_host_platform_device_count=8`, which says nothing of speed.
+Each device gets a part of the batch. On a machine with a single device, eight are simulated by
+`XLA_FLAGS=--xla_force_host_platform_device_count=8`, so speed is not measured.
 """
 
 from functools import partial
@@ -22,14 +22,14 @@ from .tasks import Task
 
 DEVICES = 8
 _INT4 = jq.ArrayConfig(format=jq.INT4, group_size=64)
-# (config, whether what rounding lost is sent in the next step)
+# (config, whether error feedback is on)
 WAYS = {
     "8-bit, error feedback": (training.GRADIENT_8_BIT, True),
     "8-bit": (training.GRADIENT_8_BIT, False),
     "4-bit, error feedback": (_INT4, True),
     "4-bit": (_INT4, False),
 }
-# Loss above float32's that is lost, as a share.
+# Largest accepted increase of the loss over float32, as a share.
 GOALS = {"8-bit, error feedback": 0.01}
 FITS = len(WAYS)
 
@@ -37,7 +37,7 @@ FITS = len(WAYS)
 def sharded_step(
     task: Task, optimizer: optax.GradientTransformation, config: jq.ArrayConfig, has_error: bool
 ) -> Step:
-    """One compiled step of parameters and of state (optimizer's, errors of all devices)."""
+    """One compiled step. The state is that of the optimizer and the errors of all devices."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
 
     @partial(
@@ -71,7 +71,7 @@ def _mean(total):
 
 
 def run(setting: Setting) -> list[Result]:
-    """One result per way and seed."""
+    """One result per method and seed."""
     task, steps = setting.task, setting.steps
     optimizer = adamw(PRETRAINING_RATE, steps)
     results = [_result("float32", seed, loss) for seed, loss in setting.losses.items()]
@@ -91,5 +91,5 @@ def _result(name, seed, loss):
 
 
 def table(title: str, results: list[Result]) -> rich.table.Table:
-    """One line per way. Red: a loss above the goal."""
+    """One row per method. Red: a loss above the goal."""
     return versus.table(title, results, "float32", GOALS, {})

@@ -1,4 +1,4 @@
-"""The training loop that all contenders go through, and what it is made of."""
+"""The training loop of all contenders."""
 
 import dataclasses
 import statistics
@@ -26,7 +26,7 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setting:
-    """What a part of the suite is given.
+    """The input of a part of the suite.
 
     Attributes:
         task: what is learned.
@@ -46,7 +46,7 @@ class Setting:
 
 
 def schedule(peak: float, steps: int) -> optax.Schedule:
-    """Rises to `peak`, and falls to a hundredth of it."""
+    """Rises to `peak` and decays to a hundredth of it."""
     warmup = max(1, round(WARMUP * steps))
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1), peak / 100)
 
@@ -89,7 +89,7 @@ def train(
 
 
 def held_out_loss(task: Task, params: Any, product: Product = jq.matmul) -> float:
-    """Mean loss of what is never trained on, in nats."""
+    """Mean loss on held-out data, in nats."""
     loss = jax.jit(task.loss, static_argnums=2)
     return statistics.fmean(float(loss(params, b, product)) for b in task.held_out)
 

@@ -24,7 +24,7 @@ BYTES = 256
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class BytesConfig:
-    """Sizes. `hidden` is between up and down, each place sees the last `seen` bytes at once."""
+    """Sizes. `hidden` is the width of the MLP; each position sees the last `seen` bytes."""
 
     layers: int = 4
     width: int = 128
@@ -67,7 +67,7 @@ def random_params(config: BytesConfig, key: jax.Array) -> Params:
 def logits(
     params: Params, config: BytesConfig, text: jax.Array, product: Product = jq.matmul
 ) -> jax.Array:
-    """What each byte says of the next.
+    """Logits of the next byte at each position.
 
     Args:
         params: from `random_params`, prepared, or quantized.
@@ -96,7 +96,7 @@ def next_byte_loss(
 
 
 def _embed(table, text, back):
-    """What the byte `back` places before each adds, nothing where there is none."""
+    """The contribution of the byte `back` positions earlier; zero at the start."""
     rows = jq.take(table, text[:, : text.shape[1] - back], axis=0)
     return jnp.pad(rows, ((0, 0), (back, 0), (0, 0)))
 
@@ -113,7 +113,7 @@ def _attend(x, weights, config: BytesConfig, product):
 
 
 def _bias(length, heads):
-    """(heads, T, T): heads look less far the steeper they are; nobody looks ahead.
+    """(heads, T, T): steeper heads attend less far back; masked to be causal.
 
     Source: Press et al. 2022 (ALiBi), arXiv:2108.12409, section 3.
     """

@@ -1,10 +1,10 @@
-"""What training with quantization gives and costs: a transformer on bytes, and digits.
+"""Accuracy and speed of quantization in training: a transformer on bytes, and digits.
 
     python -m benchmarks --suite training [--parts qat optimizers] [--seeds 3] [--steps 500]
 
-Everything starts from, or is held against, float32 parameters that are trained once per seed.
-Losses are those of text and digits that nothing was trained on: mean and standard deviation over
-the seeds. Comparisons are made seed by seed. What is lost is red.
+Every result starts from, or is compared with, float32 parameters trained once per seed. Losses are
+on held-out text and digits: mean and standard deviation over the seeds. Comparisons are per seed.
+Missed goals are red.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ class Part:
     """A part of the suite.
 
     Attributes:
-        title: above its tables.
-        run, table: what trains, and shows the results.
+        title: title of its tables.
+        run, table: trains, and shows the results.
         fits: trainings per task and seed.
         tasks: names of the tasks.
-        start: name of the task on which what it starts from was trained; None for the same.
-        devices: how many it runs on.
+        start: task that its initial parameters were trained on; None for the same task.
+        devices: number of devices.
     """
 
     title: str
@@ -50,14 +50,18 @@ class Part:
 
 
 PARTS = {
-    "qat": Part("Quantization after and in training", qat.run, qat.table, qat.FITS),
-    "products": Part("Products quantized in training", products.run, products.table, products.FITS),
-    "optimizers": Part("Moments of AdamW in few bits", states.run, states.table, states.FITS),
+    "qat": Part(
+        "Post-training quantization and quantization-aware training", qat.run, qat.table, qat.FITS
+    ),
+    "products": Part(
+        "Quantized matrix multiplications", products.run, products.table, products.FITS
+    ),
+    "optimizers": Part("8- and 4-bit AdamW states", states.run, states.table, states.FITS),
     "qlora": Part(
-        "Adapters over INT4", qlora.run, qlora.table, qlora.FITS, (SOURCE,), DOCUMENTATION
+        "QLoRA over an INT4 base", qlora.run, qlora.table, qlora.FITS, (SOURCE,), DOCUMENTATION
     ),
     "gradients": Part(
-        "Gradients summed over devices in few bits",
+        "Quantized all-reduce of gradients",
         gradients.run,
         gradients.table,
         gradients.FITS,
@@ -67,7 +71,7 @@ PARTS = {
 
 
 def all_tasks(config: BytesConfig = BytesConfig()) -> dict[str, Task | None]:  # noqa: B008 (frozen)
-    """The tasks by name; None for one whose data are not installed."""
+    """The tasks by name; None if the data of one are not installed."""
     return {
         DOCUMENTATION: text_task(DOCUMENTATION, documentation(), config),
         DIGITS: installed_digits(),
@@ -122,7 +126,7 @@ def start(task: Task, seeds: int, steps: int, advance: Callable[[float], None]) 
 
 
 def about(setting: Setting) -> str:
-    """What was trained, in one line."""
+    """A line that describes what was trained."""
     params = next(iter(setting.pretrained.values()))
     size = sum(x.size for x in jax.tree.leaves(params))
     return (

@@ -1,4 +1,4 @@
-"""Training whose products are quantized, forward and in both gradients, beside float32.
+"""Training with quantized matrix multiplications, forward and backward, compared with float32.
 
 Weights stay float32, and are measured as such. Speed is that of a training step, by turns.
 """
@@ -18,14 +18,14 @@ from . import versus
 from .loop import PRETRAINING_RATE, Result, Setting, Step, adamw, held_out_loss, make_step, train
 from .tasks import Task
 
-# (how products are quantized, whether scales come from the steps before)
+# (how operands are quantized, whether scaling is delayed)
 WAYS = {
     "int8": (training.INT8_TRAINING, False),
-    "int8, weights' gradient float": (training.SWITCHBACK, False),
+    "int8, float weight gradient": (training.SWITCHBACK, False),
     "float8": (training.FP8_TRAINING, False),
     "float8, delayed scaling": (training.FP8_TRAINING, True),
 }
-# Loss above float32's that is lost, as a share.
+# Largest accepted increase of the loss over float32, as a share.
 GOAL = 0.01
 ROUNDS = 10
 FITS = len(WAYS)
@@ -34,7 +34,7 @@ FITS = len(WAYS)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
-    """A weight with what the products that it is in need. A pytree."""
+    """A weight with the key and the scaling of its matrix multiplication. A pytree."""
 
     weight: jax.Array
     key: jax.Array
@@ -42,7 +42,7 @@ class Kernel:
 
 
 def scalings(task: Task, params: Any, is_delayed: bool) -> Any:
-    """For each leaf, the history of its product; None where there is none."""
+    """For each leaf, the scaling of its matrix multiplication, or None."""
     init = training.DelayedScaling.init if is_delayed else lambda: None
     return _map_kernels(task, lambda _: init(), lambda _: None, params)
 
@@ -79,7 +79,7 @@ def quantized_step(
 
 
 def _map_kernels(task, of_kernel, of_other, tree, *rest):
-    """Another tree: one function for the leaves that are quantized, another for the others."""
+    """Maps one function over the kernels of a tree, another over the other leaves."""
 
     def choose(path, *leaves):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -92,7 +92,7 @@ def _map_kernels(task, of_kernel, of_other, tree, *rest):
 
 
 def run(setting: Setting) -> list[Result]:
-    """One result per way and seed; all have the steps per second of the last seed."""
+    """One result per method and seed; all have the steps per second of the last seed."""
     task, steps = setting.task, setting.steps
     exact = adamw(PRETRAINING_RATE, steps)
     results = [_result("float32", seed, loss) for seed, loss in setting.losses.items()]
@@ -131,7 +131,7 @@ def _with_speed(task, results, timed):
 
 
 def table(title: str, results: list[Result]) -> rich.table.Table:
-    """One line per way. Red: a loss above the goal, and what is slower than float32."""
+    """One row per method. Red: a loss above the goal, or a speed below float32."""
     columns = {
         "steps per second": lambda r: (f"{r['steps_per_second']:.2f}", False),
         "speed, float32 = 1": lambda r: (f"{r['speed']:.2f}", r["speed"] < 1),

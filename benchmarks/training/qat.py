@@ -1,8 +1,8 @@
-"""What quantization after training costs, and how much of that training with it brings back.
+"""The loss increase of post-training quantization (PTQ), and the share that QAT recovers.
 
-All results of a row have had the same steps from the same start: the float32 model is fine-tuned
-as long as those that are trained with quantization, and quantization after training takes its
-weights. What is measured is the converted tree.
+All results of a row took the same number of steps from the same start: the float32 model is
+fine-tuned for as many steps as the QAT ones, and PTQ quantizes its weights. Losses are those of the
+converted tree.
 """
 
 import dataclasses
@@ -37,17 +37,17 @@ SCHEMES = {
     "W8A8": jq.W8A8,
     "W4A16 g32": jq.Scheme(jq.ArrayConfig(format=jq.INT4, axis=-2, group_size=32)),
     "W4A4": jq.Scheme(_INT4, _INT4_ROWS),
-    # What comes out of a GELU has one sign: half of the codes of a symmetric row lie idle.
+    # The output of a GELU has mostly one sign: half of the codes of a symmetric row are unused.
     "W4A4 asymmetric": jq.Scheme(_INT4, dataclasses.replace(_INT4_ROWS, symmetric=False)),
     "INT2 g32": jq.Scheme(jq.ArrayConfig(format=jq.INT2, axis=-2, group_size=32)),
 }
 FLOAT, PTQ, PTQ_MSE = "float32", "PTQ", "PTQ, MinMSE"
 STE, LSQ = "QAT, STE", "QAT, LSQ"
-# Share of what PTQ loses that QAT must bring back, where PTQ loses as much.
+# Share of the loss increase that QAT must recover, and the smallest increase that counts.
 GOAL, LEAST = 0.7, 0.02
-# Float32, and two with each scheme.
+# Float32, and two for each scheme.
 FITS = 1 + 2 * len(SCHEMES)
-# Learned steps are a hundredth of weights in size, and Adam moves all by the rate.
+# Learned steps are a hundredth of the weights in size, and Adam moves both by the rate.
 STEP_RATE = 0.1
 
 
@@ -57,7 +57,7 @@ def is_learned(path: Sequence[Any]) -> bool:
 
 
 def optimizer_for(params: Any, steps: int) -> optax.GradientTransformation:
-    """AdamW for weights; Adam at a lower rate, which does not decay them, for learned steps."""
+    """AdamW for weights; Adam at a lower rate, without decay, for learned steps."""
     labels = jax.tree_util.tree_map_with_path(
         lambda path, _: "step" if is_learned(path) else "weight", params
     )
@@ -72,13 +72,13 @@ def optimizer_for(params: Any, steps: int) -> optax.GradientTransformation:
 
 
 def least_squares(scheme: jq.Scheme) -> jq.Scheme:
-    """The scheme with the range of the weights that has the least squared error."""
+    """The scheme with the least squared error as the range of its weights."""
     weights = dataclasses.replace(scheme.weights, range=jq.MinMSE())
     return dataclasses.replace(scheme, weights=weights)
 
 
 def run(setting: Setting) -> list[Result]:
-    """One result per scheme, method and seed, and float32's."""
+    """One result per scheme, method and seed, float32 included."""
     task, steps = setting.task, setting.fine_steps
     tuned = _fine_tune(setting, setting.pretrained, adamw(FINE_TUNING_RATE, steps))
     results = [_result(setting, "", FLOAT, s, p) for s, p in tuned.items()]
@@ -99,7 +99,7 @@ def run(setting: Setting) -> list[Result]:
 
 
 def _fine_tune(setting, starts, optimizer):
-    """By seed; the step is compiled once."""
+    """Parameters by seed; the step is compiled once."""
     step, task = make_step(setting.task, optimizer), setting.task
     return {
         seed: train(
@@ -115,7 +115,7 @@ def _result(setting, scheme, method, seed, params):
 
 
 def shares(results: list[Result], scheme: str, method: str) -> list[float]:
-    """The share of PTQ's loss that a method brings back, of each seed."""
+    """The share of PTQ's loss increase that a method recovers, for each seed."""
     exact, lost, found = (
         _losses(results, *of) for of in (("", FLOAT), (scheme, PTQ), (scheme, method))
     )
@@ -128,7 +128,7 @@ def _losses(results, scheme, method):
 
 
 def table(title: str, results: list[Result]) -> rich.table.Table:
-    """One line per scheme and method. Red: a goal that is missed, and LSQ behind STE."""
+    """One row per scheme and method. Red: a missed goal, or LSQ worse than STE."""
     found = rich.table.Table(title=title)
     for name in ("scheme", "method", "validation loss", "above float32", "recovered", "worst seed"):
         found.add_column(name, no_wrap=True)
@@ -147,7 +147,7 @@ def table(title: str, results: list[Result]) -> rich.table.Table:
 
 
 def _recovered(results, scheme, method):
-    """Mean and worst share, or nothing where there is little to bring back."""
+    """Mean and worst share, or nothing if there is little to recover."""
     exact, lost = _losses(results, "", FLOAT), _losses(results, scheme, PTQ)
     if method == PTQ:
         return "", ""

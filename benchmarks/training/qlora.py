@@ -1,4 +1,4 @@
-"""Fine-tuning on another text: adapters over a frozen INT4 base beside all weights in float32."""
+"""Fine-tuning on another text: QLoRA over an INT4 base, compared with float32 fine-tuning."""
 
 import statistics
 from typing import Any
@@ -15,7 +15,7 @@ from .loop import FINE_TUNING_RATE, Result, Setting, adamw, held_out_loss, make_
 
 SCHEME = jq.Scheme(jq.ArrayConfig(format=jq.INT4, axis=-2, group_size=32))
 RANK = 16
-# Adapters start at zero and have further to go than weights.
+# Adapters start at zero, so they have to change more than weights.
 ADAPTERS_RATE = 5e-3
 FULL, BEFORE, BASE = "float32, all weights", "float32, not fine-tuned", "INT4, not fine-tuned"
 QLORA, MERGED = f"QLoRA, rank {RANK}", f"QLoRA, rank {RANK}, merged"
@@ -23,7 +23,7 @@ FITS = 2
 
 
 def run(setting: Setting) -> list[Result]:
-    """One result per way and seed; `setting.task` is not what the parameters were trained on."""
+    """One result per method and seed; the parameters were trained on another task."""
     task, rules = setting.task, setting.task.rules(SCHEME)
     full = adamw(FINE_TUNING_RATE, setting.fine_steps)
     few = adamw(ADAPTERS_RATE, setting.fine_steps)
@@ -73,9 +73,9 @@ def _result(task, name, seed, params, size):
 
 
 def table(title: str, results: list[Result]) -> rich.table.Table:
-    """One line per way. The gain is that of fine-tuning all weights in float32."""
+    """One row per method. The gain is that of fine-tuning all weights in float32."""
     found = rich.table.Table(title=title)
-    for name in ("by", "validation loss", "share of the gain", "MB of weights and state"):
+    for name in ("method", "validation loss", "share of the gain", "MB of weights and state"):
         found.add_column(name, no_wrap=True)
     losses = {
         name: {r["seed"]: r["loss"] for r in results if r["contender"] == name}

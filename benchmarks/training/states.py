@@ -1,4 +1,4 @@
-"""AdamW whose moments are stored in 8 and in 4 bits, beside float32 ones."""
+"""AdamW with 8- and 4-bit states, compared with float32 states."""
 
 import jax
 import optax
@@ -44,7 +44,7 @@ def _result(name, seed, loss, size, full):
 
 
 def table(title: str, results: list[Result]) -> rich.table.Table:
-    """One line per state. Red: a loss or a size above the goal."""
+    """One row per state. Red: a loss or a size above the goal."""
     columns = {
         "kB of state": lambda r: (f"{r['bytes'] / 1000:.1f}", False),
         "float32 = 1": lambda r: (f"{r['share']:.3f}", r["share"] > BYTES.get(r["contender"], 1)),

@@ -1,4 +1,4 @@
-"""What is learned: the next byte of Python's documentation, and handwritten digits."""
+"""Tasks: predicting the next byte of Python's documentation, and classifying digits."""
 
 import dataclasses
 import math
@@ -15,20 +15,20 @@ import jaxquant as jq
 
 from .model import BytesConfig, Product, next_byte_loss, random_params
 
-# One text of so many is held out.
+# One text in ten is held out.
 APART = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """Something to learn.
+    """A task to train on.
 
     Attributes:
         name: as printed.
         init: random key -> parameters.
-        loss: (parameters, batch, product by the kernels) -> mean loss, in nats.
+        loss: (parameters, batch, matrix multiplication by a kernel) -> mean loss, in nats.
         batch: random generator -> a batch to train on.
-        held_out: batches that are never trained on, of equal size.
+        held_out: batches of equal size that are never trained on.
         kernels: pattern of the leaves that are quantized.
     """
 
@@ -40,7 +40,7 @@ class Task:
     kernels: str
 
     def rules(self, scheme: jq.Scheme) -> jq.Rule:
-        """The scheme for the kernels; all else stays as it is."""
+        """The scheme for the kernels; other leaves stay in float."""
         return jq.Rule(self.kernels, scheme)
 
 
@@ -50,7 +50,7 @@ def documentation() -> list[bytes]:
 
 
 def source() -> list[bytes]:
-    """The files of this library, by name: Python, like the documentation, but no prose."""
+    """The source files of this library, by name."""
     folder = pathlib.Path(jq.__file__).parent
     return [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
 
@@ -106,7 +106,7 @@ def _joined(texts):
 def digits_task(
     images: np.ndarray, labels: np.ndarray, widths: tuple[int, ...] = (128, 128), batch: int = 64
 ) -> Task:
-    """Telling digits by a perceptron, half of them held out.
+    """Classifying digits with a perceptron; half of them are held out.
 
     Args:
         images: (n, pixels) floats.
@@ -145,7 +145,7 @@ def digits_task(
 
 
 def installed_digits() -> Task | None:
-    """scikit-learn's digits, or None where it is not installed."""
+    """scikit-learn's digits, or None if it is not installed."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:

@@ -1,4 +1,4 @@
-"""Tables that hold the final losses of several ways to train against those of one."""
+"""Tables that compare the final losses of several training methods with a reference."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -7,12 +7,12 @@ import rich.table
 
 from .loop import Result, spread
 
-# (result of the way) -> (text, whether the way loses by it)
+# result of a method -> (text, whether it misses a goal)
 Cell = Callable[[Result], tuple[str, bool]]
 
 
 def by_seed(results: list[Result], contender: str) -> dict[int, float]:
-    """Losses of one contender."""
+    """Losses of one contender, by seed."""
     return {r["seed"]: r["loss"] for r in results if r["contender"] == contender}
 
 
@@ -23,19 +23,19 @@ def table(
     goals: Mapping[str, float],
     columns: Mapping[str, Cell],
 ) -> rich.table.Table:
-    """One line per contender: its loss, in percent above the reference's, and more.
+    """One row per contender: its loss, the increase over the reference in percent, and more.
 
     Args:
         title: above the table.
         results: with `contender`, `seed`, `loss`, and what the columns read.
-        reference: contender that others are held against, seed by seed.
-        goals: share of the loss by which a contender may be above the reference.
-        columns: what else is shown.
+        reference: contender that the others are compared with, seed by seed.
+        goals: largest accepted increase of a contender's loss, as a share.
+        columns: further columns.
 
     Returns:
-        The table, in which is red what is lost.
+        The table; missed goals are red.
     """
-    names = "by", "validation loss", "above it, %", "worst seed, %"
+    names = "method", "validation loss", "increase, %", "worst seed, %"
     found = rich.table.Table(title=title)
     for name in (*names, *columns):
         found.add_column(name, no_wrap=True)
