@@ -44,7 +44,7 @@ def speeds(shape, kernel_shape, axes, options):
     images, kernels = axes.split()
     options = {"padding": "SAME", "dimension_numbers": (images, kernels, images), **options}
     run = partial(conv_general_dilated, window_strides=(1,) * (x.ndim - 2), **options)
-    q = quantize(kernel, ArrayConfig(axis=tuple(a for a in range(x.ndim) if kernels[a] != "O")))
+    q = quantize(kernel, ArrayConfig(), axis=tuple(a for a in range(x.ndim) if kernels[a] != "O"))
     q = dataclasses.replace(q, inputs=Inputs(ArrayConfig()))
     calls = {"float32": partial(jax.jit(run), x, kernel)}
     for name in IMPLEMENTATIONS:

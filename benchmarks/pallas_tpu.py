@@ -39,9 +39,9 @@ from .shapes import ROWS, WEIGHTS
 # Chips that the kernels were written for.
 CHIPS = ("v5e", "v6e")
 CONFIGS = {
-    "g128": ArrayConfig(format=INT4, axis=0, group_size=128),
-    "g32 asymmetric": ArrayConfig(format=INT4, axis=0, group_size=32, symmetric=False),
-    "per column": ArrayConfig(format=INT4, axis=0),
+    "g128": ArrayConfig(format=INT4, group_size=128),
+    "g32 asymmetric": ArrayConfig(format=INT4, group_size=32, symmetric=False),
+    "per column": ArrayConfig(format=INT4),
 }
 
 
@@ -105,7 +105,7 @@ def check(shape, rows):
             got = np.asarray(grouped_dot(x.astype(jnp.float32), q, interpret=True))
             difference = np.abs(got - wanted).max() / np.abs(wanted).max()
             yield f"grouped_dot, {name}", f"{difference:.1e}"
-    q = quantize(x, ArrayConfig(axis=-1))
+    q = quantize(x, ArrayConfig(), axis=-1)
     codes, scale = pallas_tpu.quantize_rows(x, interpret=True)
     different = np.sum(codes != q.codes) + np.sum(scale != q.scale)
     yield "quantize_rows", f"{different} differ"

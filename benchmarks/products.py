@@ -102,7 +102,7 @@ def once_quantized(contender: Contender, inputs: jq.ArrayConfig) -> Contender:
     """A `threefold` contender that quantizes its activations once, up front."""
 
     def run(x, weights):
-        return contender.run(jq.quantize(x, inputs), weights)
+        return contender.run(jq.quantize(x, inputs, axis=-1), weights)
 
     return dataclasses.replace(contender, name=f"{contender.name}, quantized once", run=run)
 

@@ -16,10 +16,10 @@ _SHAPE = (64, 4096)
 
 def _configs():
     int8, int4, int2 = (
-        jq.ArrayConfig(format=f, axis=1, group_size=g)
+        jq.ArrayConfig(format=f, group_size=g)
         for f, g in ((jq.INT8, None), (jq.INT4, 128), (jq.INT2, 64))
     )
-    yield "INT8 per tensor", dataclasses.replace(int8, axis=None)
+    yield "INT8 per tensor", dataclasses.replace(int8, per_tensor=True)
     yield "INT8 per channel", int8
     yield "FP8 e4m3 per channel", dataclasses.replace(int8, format=jq.FP8_E4M3)
     yield "FP8 e5m2 per channel", dataclasses.replace(int8, format=jq.FP8_E5M2)
@@ -30,9 +30,9 @@ def _configs():
         yield f"INT4 g{group_size}", grouped
         yield f"INT4 g{group_size}, MinMSE", dataclasses.replace(grouped, range=jq.MinMSE())
         yield f"INT4 g{group_size} asymmetric", dataclasses.replace(grouped, symmetric=False)
-    yield "NF4 g64", jq.ArrayConfig(format=jq.NF4, axis=1, group_size=64)
-    yield "MXFP4", jq.ArrayConfig(format=jq.MXFP4, axis=1)
-    yield "NVFP4", jq.ArrayConfig(format=jq.NVFP4, axis=1)
+    yield "NF4 g64", jq.ArrayConfig(format=jq.NF4, group_size=64)
+    yield "MXFP4", jq.ArrayConfig(format=jq.MXFP4)
+    yield "NVFP4", jq.ArrayConfig(format=jq.NVFP4)
     asymmetric = dataclasses.replace(int2, symmetric=False)
     yield "INT2 g64 asymmetric", asymmetric
     yield "INT2 g64 asymmetric, MinMSE", dataclasses.replace(asymmetric, range=jq.MinMSE())
@@ -47,7 +47,7 @@ def main():
     x = jax.random.normal(jax.random.key(0), _SHAPE)
     print("| | bits per weight | SQNR, dB |\n|---|---|---|")
     for name, config in _configs():
-        q = jq.quantize(x, config)
+        q = jq.quantize(x, config, axis=1)
         print(f"| {name} | {8 * q.nbytes / q.size:.2f} | {_sqnr(x, q):.1f} |")
 
 

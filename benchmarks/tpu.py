@@ -50,7 +50,7 @@ def fields(only: list[str] | None = None) -> tuple[list[list[Contender]], list[s
     single = [c for c in found if c.is_jax and (c.name == REFERENCE or c.dtype is None)]
     alone = {c.name: c for c in single}
     several = [threefold(alone[n]) for n in (REFERENCE, "Qwix w8a8", "W8A8") if n in alone]
-    several.append(once_quantized(several[-1], jq.ArrayConfig(axis=-1)))
+    several.append(once_quantized(several[-1], jq.ArrayConfig()))
     return [[c for c in kind if _is_chosen(c, only)] for kind in (single, several)], missing
 
 

@@ -1,7 +1,6 @@
 """The cases that the whole suite uses. A number format joins them by its row in `FORMATS`."""
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,9 +20,28 @@ from jaxquant import (
 )
 from jaxquant import FP8_E4M3 as E4M3
 from jaxquant import FP8_E5M2 as E5M2
+from jaxquant.core import Axes
 
-# Every config below is for arrays of this shape; 1 is the axis that shares scales.
+# Every case below is for arrays of this shape, with scales along axis 1 unless it names others.
 SHAPE = (64, 256)
+
+
+class Case(NamedTuple):
+    """What `quantize` is called with beside the array: `quantize(x, *case)`."""
+
+    config: ArrayConfig
+    axis: Axes = 0
+
+
+def as_case(case):
+    """A Case from itself, or from a config for scales along axis 0."""
+    return case if isinstance(case, Case) else Case(case)
+
+
+def along(axis, **fields):
+    """The Case of a config with these fields."""
+    return Case(ArrayConfig(**fields), axis)
+
 
 # For every format.
 VARIANTS = {
@@ -38,7 +56,7 @@ GROUPED = {
     "g128": {"group_size": 128},
     "g64": {"group_size": 64},
     "g32": {"group_size": 32},
-    "tensor": {"axis": None},
+    "tensor": {"per_tensor": True},
     "blocks": {"axis": (0, 1), "group_size": (16, 64)},
     "g32_float16_scales": {"group_size": 32, "scale_dtype": "float16"},
     "g32_e8m0_scales": {"group_size": 32, "scale_dtype": "float8_e8m0fnu"},
@@ -49,7 +67,7 @@ ASYMMETRIC = {
     "asym_row": {},
     "asym_g64": {"group_size": 64},
     "asym_g32": {"group_size": 32},
-    "asym_tensor": {"axis": None},
+    "asym_tensor": {"per_tensor": True},
     "asym_blocks": {"axis": (0, 1), "group_size": (16, 64)},
     "asym_percentile": {"range": Percentile(99)},
     "asym_min_mse": {"range": MinMSE(), "group_size": 64},
@@ -64,7 +82,7 @@ SHORT += ("asym_row", "asym_g32", "asym_tensor", "asym_blocks")
 GROUPED_BY_INT4 = ("g128", "blocks", "g32_float16_scales", "g32_e8m0_scales")
 
 
-def configs_of(format, is_alike=False):
+def cases_of(format, is_alike=False):
     """The cases of one number format, by name; few if it differs from another in its range."""
     variants = dict(VARIANTS)
     if format.group_size is None:
@@ -77,24 +95,22 @@ def configs_of(format, is_alike=False):
     if is_alike:
         variants = {name: variants[name] for name in SHORT if name in variants}
     return {
-        f"{format}-{name}": ArrayConfig(**{"format": format, "axis": 1, **variant})
+        f"{format}-{name}": along(**{"format": format, "axis": 1, **variant})
         for name, variant in variants.items()
     }
 
 
-CONFIGS = {
-    name: c for f in FORMATS.values() for name, c in configs_of(f, is_alike=f in ALIKE).items()
+CASES = {name: c for f in FORMATS.values() for name, c in cases_of(f, is_alike=f in ALIKE).items()}
+CASES |= {
+    "int8-value_range": along(1, value_range=(-100, 90)),
+    "int8-asym_value_range": along(1, value_range=(3, 100), symmetric=False),
 }
-CONFIGS |= {
-    "int8-value_range": ArrayConfig(axis=1, value_range=(-100, 90)),
-    "int8-asym_value_range": ArrayConfig(axis=1, value_range=(3, 100), symmetric=False),
-}
-PRESETS = {n: dataclasses.replace(s.weights, axis=1) for n, s in SCHEMES.items()}
-CONFIGS |= {n: config for n, config in PRESETS.items() if config not in CONFIGS.values()}
+PRESETS = {n: Case(s.weights, 1) for n, s in SCHEMES.items()}
+CASES |= {n: case for n, case in PRESETS.items() if case not in CASES.values()}
 
-# One of each kind, for checks that compile each case anew.
+# One of each kind, for checks that compile each case again.
 FEW = {
-    name: CONFIGS[name]
+    name: CASES[name]
     for name in (
         "int8-row",
         "int8-asym_tensor",
@@ -111,28 +127,28 @@ FEW = {
 
 MSE: dict[str, Any] = {"range": MinMSE()}
 ASYM: dict[str, Any] = {"symmetric": False}
-# Least signal to noise of Gaussian weights of 64 x 4096, in dB.
+# Least signal to noise of Gaussian weights of 64 x 4096 with scales along axis 1, in dB.
 FLOORS = [
-    (ArrayConfig(format=INT8, axis=None), 37.0),
-    (ArrayConfig(format=INT8, axis=1), 40.0),
-    (ArrayConfig(format=INT8, axis=1, group_size=128), 42.5),
-    (ArrayConfig(format=INT4, axis=1), 15.0),
-    (ArrayConfig(format=INT4, axis=1, group_size=128), 18.0),
-    (ArrayConfig(format=INT4, axis=1, group_size=64), 18.8),
-    (ArrayConfig(format=INT4, axis=1, group_size=32), 19.7),
-    (ArrayConfig(format=INT4, axis=1, group_size=128, **MSE), 19.4),
-    (ArrayConfig(format=INT4, axis=1, group_size=128, **ASYM), 19.4),
-    (ArrayConfig(format=INT4, axis=1, group_size=64, **ASYM), 20.3),
-    (ArrayConfig(format=INT4, axis=1, group_size=32, **ASYM), 21.3),
-    (ArrayConfig(format=NF4, axis=1, group_size=64), 20.2),
-    (ArrayConfig(format=NF4, axis=1, group_size=128), 19.9),
-    (ArrayConfig(format=E4M3, axis=1), 31.0),
-    (ArrayConfig(format=E5M2, axis=1), 25.0),
-    (ArrayConfig(format=MXFP8, axis=1), 30.0),
-    (ArrayConfig(format=MXFP4, axis=1), 18.2),
-    (ArrayConfig(format=NVFP4, axis=1), 19.9),
-    (ArrayConfig(format=INT2, axis=1, group_size=64, **ASYM), 6.2),
-    (ArrayConfig(format=INT2, axis=1, group_size=32, **ASYM), 7.2),
+    (ArrayConfig(format=INT8, per_tensor=True), 37.0),
+    (ArrayConfig(format=INT8), 40.0),
+    (ArrayConfig(format=INT8, group_size=128), 42.5),
+    (ArrayConfig(format=INT4), 15.0),
+    (ArrayConfig(format=INT4, group_size=128), 18.0),
+    (ArrayConfig(format=INT4, group_size=64), 18.8),
+    (ArrayConfig(format=INT4, group_size=32), 19.7),
+    (ArrayConfig(format=INT4, group_size=128, **MSE), 19.4),
+    (ArrayConfig(format=INT4, group_size=128, **ASYM), 19.4),
+    (ArrayConfig(format=INT4, group_size=64, **ASYM), 20.3),
+    (ArrayConfig(format=INT4, group_size=32, **ASYM), 21.3),
+    (ArrayConfig(format=NF4, group_size=64), 20.2),
+    (ArrayConfig(format=NF4, group_size=128), 19.9),
+    (ArrayConfig(format=E4M3), 31.0),
+    (ArrayConfig(format=E5M2), 25.0),
+    (ArrayConfig(format=MXFP8), 30.0),
+    (ArrayConfig(format=MXFP4), 18.2),
+    (ArrayConfig(format=NVFP4), 19.9),
+    (ArrayConfig(format=INT2, group_size=64, **ASYM), 6.2),
+    (ArrayConfig(format=INT2, group_size=32, **ASYM), 7.2),
 ]
 
 

@@ -1,4 +1,4 @@
-"""What every number format must do, as functions of a config. Each asserts."""
+"""What every number format must do, as functions of a case. Each asserts."""
 
 import jax
 import ml_dtypes
@@ -45,8 +45,9 @@ def assert_same_quantized(q, codes, scale, zero_point, x, config):
     np.testing.assert_array_equal(codes_of(q)[is_clear], codes[is_clear])
 
 
-def check_matches_the_oracle(config, x):
-    q = quantize(x, config)
+def check_matches_the_oracle(case, x):
+    config = case.config
+    q = quantize(x, *case)
     range_of = {
         AbsMax: oracles.abs_max_range,
         Percentile: lambda g, symmetric: oracles.percentile_range(g, symmetric, config.range.p),
@@ -55,7 +56,7 @@ def check_matches_the_oracle(config, x):
         scale, zero_point = scale_of(q), zero_point_of(q)
         codes = oracles.encode_all(x, scale, zero_point, config)
     else:
-        codes, scale, zero_point = oracles.quantize(x, config, range_of)
+        codes, scale, zero_point = oracles.quantize(x, *case, range_of)
     assert q.codes.dtype.name == config.format.dtype
     assert q.shape == x.shape
     assert (q.zero_point is None) == config.symmetric
@@ -77,9 +78,10 @@ def points_of(config):
     return np.unique(every[(every >= low) & (every <= high)])
 
 
-def check_is_nearest(config, x):
+def check_is_nearest(case, x):
     """No other code of the group's scale would be nearer, clipped elements included."""
-    q = quantize(x, config)
+    config = case.config
+    q = quantize(x, *case)
     step, zero = oracles.spread(scale_of(q), x.shape), oracles.spread(zero_point_of(q), x.shape)
     points = points_of(config)
     wanted = x.astype(np.float64) / step + zero
@@ -89,9 +91,10 @@ def check_is_nearest(config, x):
     assert np.all(got <= best + 1e-5 * (1 + np.abs(wanted)))
 
 
-def check_error_bound(config, x):
+def check_error_bound(case, x):
     """Whole numbers: half a step wherever nothing is clipped, which abs-max never does."""
-    q = quantize(x, config)
+    config = case.config
+    q = quantize(x, *case)
     step, zero = oracles.spread(scale_of(q), x.shape), oracles.spread(zero_point_of(q), x.shape)
     qmin, qmax = oracles.bounds(config)
     values = x.astype(np.float64) / step + zero
@@ -104,11 +107,12 @@ def check_error_bound(config, x):
     assert np.all(error <= 0.50002 * step[is_inside])
 
 
-def check_grid_round_trip(config, seed):
+def check_grid_round_trip(case, seed):
     """Values on the grid of a group come back exactly."""
+    config = case.config
     random = np.random.default_rng(seed)
     points, shape = points_of(config), cases.SHAPE
-    counts, blocks = oracles.blocks(shape, config)
+    counts, blocks = oracles.blocks(shape, *case)
     scale = np.exp2(random.integers(-3, 4, counts))
     zero_point = np.zeros(counts)
     if config.symmetric:
@@ -123,7 +127,7 @@ def check_grid_round_trip(config, seed):
         wanted[(*corner[:-1], corner[-1] + 1)] = points[0]
         x[where] = (wanted[where] - zero_point[index]) * scale[index]
 
-    q = quantize(x, config)
+    q = quantize(x, *case)
 
     np.testing.assert_array_equal(oracles.code_values(q.codes, config.format), wanted)
     np.testing.assert_array_equal(zero_point_of(q), zero_point)
@@ -132,56 +136,58 @@ def check_grid_round_trip(config, seed):
     np.testing.assert_allclose(q.dequantize(), x, rtol=1e-6 if is_quotient else 0)
 
 
-def check_non_finite_marks_its_group(config, x):
+def check_non_finite_marks_its_group(case, x):
     """NaN or Inf makes exactly the group that holds it NaN."""
     for bad, where in zip(NOT_A_NUMBER, [(7, 100), (0, 0), (63, 255)], strict=True):
         broken = x.copy()
         broken[where] = bad
         expected = np.zeros(x.shape, bool)
-        for _, block in oracles.blocks(x.shape, config)[1]:
+        for _, block in oracles.blocks(x.shape, *case)[1]:
             if all(s.start <= i < s.stop for s, i in zip(block, where, strict=True)):
                 expected[block] = True
         assert expected[where]
 
-        values = np.asarray(quantize(broken, config).dequantize())
+        values = np.asarray(quantize(broken, *case).dequantize())
 
         np.testing.assert_array_equal(np.isnan(values), expected)
         assert np.isfinite(values[~expected]).all()
-        if not hasattr(quantize(x, config).scale, "codes"):
-            kept = np.asarray(quantize(x, config).dequantize())
+        if not hasattr(quantize(x, *case).scale, "codes"):
+            kept = np.asarray(quantize(x, *case).dequantize())
             np.testing.assert_array_equal(values[~expected], kept[~expected])
 
 
-def check_zeros_are_exact(config, x):
-    values = np.asarray(quantize(x, config).dequantize())
+def check_zeros_are_exact(case, x):
+    values = np.asarray(quantize(x, *case).dequantize())
     assert (x == 0).any()
     np.testing.assert_array_equal(values[x == 0], 0)
-    q = quantize(np.zeros_like(x), config)
+    q = quantize(np.zeros_like(x), *case)
     np.testing.assert_array_equal(q.dequantize(), 0)
     if not hasattr(q.scale, "codes"):
         np.testing.assert_array_equal(scale_of(q), 1)
 
 
-def check_jit_and_eager_agree(config, x):
-    q = quantize(x, config)
+def check_jit_and_eager_agree(case, x):
+    config = case.config
+    q = quantize(x, *case)
     with jax.disable_jit():
-        eager = quantize(jax.numpy.asarray(x), config)
+        eager = quantize(jax.numpy.asarray(x), *case)
     assert jax.tree.structure(q) == jax.tree.structure(eager)
     assert_same_quantized(q, codes_of(eager), scale_of(eager), zero_point_of(eager), x, config)
-    jitted = jax.jit(lambda x: quantize(x, config))(x)
+    jitted = jax.jit(lambda x: quantize(x, *case))(x)
     assert_same_quantized(q, codes_of(jitted), scale_of(jitted), zero_point_of(jitted), x, config)
-    shapes = jax.eval_shape(quantize, jax.ShapeDtypeStruct(x.shape, x.dtype), config)
+    shapes = jax.eval_shape(lambda x: quantize(x, *case), jax.ShapeDtypeStruct(x.shape, x.dtype))
     assert jax.tree.structure(q) == jax.tree.structure(shapes)
     for leaf, shape in zip(jax.tree.leaves(q), jax.tree.leaves(shapes), strict=True):
         assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
 
 
-def check_vmap_is_a_loop(config, stack):
-    q = jax.vmap(lambda x: quantize(x, config))(stack)
+def check_vmap_is_a_loop(case, stack):
+    config = case.config
+    q = jax.vmap(lambda x: quantize(x, *case))(stack)
     values = jax.vmap(lambda q: q.dequantize())(q)
     for i, x in enumerate(stack):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], q)
-        alone = quantize(x, config)
+        alone = quantize(x, *case)
         assert jax.tree.structure(one) == jax.tree.structure(alone)
         assert_same_quantized(
             one, codes_of(alone), scale_of(alone), zero_point_of(alone), x, config
@@ -189,10 +195,11 @@ def check_vmap_is_a_loop(config, stack):
         np.testing.assert_allclose(values[i], oracles.dequantize(one), rtol=1e-6)
 
 
-def check_true_bytes(config, x):
+def check_true_bytes(case, x):
     """Codes at the bits of their dtype; scales and zero points at theirs."""
-    q = quantize(x, config)
-    count = len(oracles.blocks(x.shape, config)[1])
+    config = case.config
+    q = quantize(x, *case)
+    count = len(oracles.blocks(x.shape, *case)[1])
     scale_dtype = config.scale_dtype or config.format.scale_dtype
     bits = x.size * ml_dtypes_bits(config.format.dtype) + count * ml_dtypes_bits(scale_dtype)
     bits += 0 if config.symmetric else count * ml_dtypes_bits(config.format.dtype)

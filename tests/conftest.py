@@ -23,7 +23,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_collection_modifyitems(items):
     """Brings tests of one config together, so that one worker alone compiles what they share."""
-    rows = {name: place for place, name in enumerate(cases.CONFIGS)}
+    rows = {name: place for place, name in enumerate(cases.CASES)}
 
     def place(item):
         in_brackets = item.name.partition("[")[2].rstrip("]")

@@ -45,9 +45,10 @@ def spread(scale, shape):
     return scale
 
 
-def blocks(shape, config):
-    """Yields (index of the scale, slices of its elements), and scale counts first."""
-    axes = range(len(shape)) if config.axis is None else np.atleast_1d(config.axis)
+def blocks(shape, config, axis):
+    """Scale counts, and a list of (index of the scale, slices of its elements)."""
+    is_all = config.per_tensor or axis is None
+    axes = range(len(shape)) if is_all else np.atleast_1d(axis)
     axes = [int(axis) % len(shape) for axis in axes]
     sizes = config.group_size or config.format.group_size
     sizes = sizes if isinstance(sizes, tuple) else [sizes] * len(axes)
@@ -55,7 +56,13 @@ def blocks(shape, config):
     for axis, size in zip(axes, sizes, strict=True):
         lengths[axis] = size or shape[axis]
     counts = [n // g for n, g in zip(shape, lengths, strict=True)]
-    return counts, [
+    return counts, blocks_of(shape, counts)
+
+
+def blocks_of(shape, counts):
+    """(Index of the scale, slices of its elements) where so many scales lie along each axis."""
+    lengths = [n // count for n, count in zip(shape, counts, strict=True)]
+    return [
         (index, tuple(slice(i * g, i * g + g) for i, g in zip(index, lengths, strict=True)))
         for index in np.ndindex(*counts)
     ]
@@ -121,12 +128,12 @@ def encode(group, scale, zero_point, config):
     return np.clip(np.round(values) + zero_point, qmin, qmax)
 
 
-def quantize(x, config, range_of):
+def quantize(x, config, axis, range_of):
     """Group by group. Returns codes, scale and zero point, each in float64.
 
     `range_of(group, symmetric)` is one of the ranges above.
     """
-    counts, all_blocks = blocks(x.shape, config)
+    counts, all_blocks = blocks(x.shape, config, axis)
     ranges = {index: range_of(x[where], config.symmetric) for index, where in all_blocks}
     scale = np.zeros(counts)
     for index, (low, high) in ranges.items():
@@ -142,7 +149,7 @@ def quantize(x, config, range_of):
 
 def encode_all(x, scale, zero_point, config):
     codes = np.zeros(x.shape)
-    for index, where in blocks(x.shape, config)[1]:
+    for index, where in blocks_of(x.shape, scale.shape):
         codes[where] = encode(x[where], scale[index], zero_point[index], config)
     return codes
 

@@ -11,29 +11,29 @@ INT6 = Format("int6", "int8", -31, 31)
 SQUARES = tuple(float(np.sign(i) * i * i) for i in range(-128, 128))
 SQUARES8 = Format("squares8", "uint8", -16129.0, 16129.0, codebook=SQUARES)
 
-CONFIGS = cases.configs_of(INT6, is_alike=True) | cases.configs_of(SQUARES8)
-each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+CASES = cases.cases_of(INT6, is_alike=True) | cases.cases_of(SQUARES8)
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-@each_config
-def test_a_format_of_one_line_passes_every_check(config):
+@each_case
+def test_a_format_of_one_line_passes_every_check(case):
     x = cases.gaussian()
-    checks.check_matches_the_oracle(config, x)
-    checks.check_is_nearest(config, x)
-    checks.check_non_finite_marks_its_group(config, x)
-    checks.check_zeros_are_exact(config, x)
-    checks.check_true_bytes(config, x)
-    if config.format.rounds:
-        checks.check_error_bound(config, x)
-    if not isinstance(config.range, Percentile):
-        checks.check_grid_round_trip(config, seed=0)
+    checks.check_matches_the_oracle(case, x)
+    checks.check_is_nearest(case, x)
+    checks.check_non_finite_marks_its_group(case, x)
+    checks.check_zeros_are_exact(case, x)
+    checks.check_true_bytes(case, x)
+    if case.config.format.rounds:
+        checks.check_error_bound(case, x)
+    if not isinstance(case.config.range, Percentile):
+        checks.check_grid_round_trip(case, seed=0)
 
 
 @pytest.mark.parametrize("name", ["row", "asym_g32", "asym_blocks"])
 def test_a_format_of_one_line_runs_under_jit_and_vmap(name):
-    config = CONFIGS[f"{INT6}-{name}"]
-    checks.check_jit_and_eager_agree(config, cases.gaussian())
-    checks.check_vmap_is_a_loop(config, cases.gaussian((3, *cases.SHAPE)))
+    case = CASES[f"{INT6}-{name}"]
+    checks.check_jit_and_eager_agree(case, cases.gaussian())
+    checks.check_vmap_is_a_loop(case, cases.gaussian((3, *cases.SHAPE)))
 
 
 def test_a_format_is_static_and_shares_compilations_by_value():

@@ -31,15 +31,14 @@ from .loop import (
     train,
 )
 
-_INT4 = jq.ArrayConfig(format=jq.INT4, axis=-2)
-_INT4_ROWS = jq.ArrayConfig(format=jq.INT4, axis=-1)
+_INT4 = jq.ArrayConfig(format=jq.INT4)
 SCHEMES = {
     "W8A8": jq.W8A8,
-    "W4A16 g32": jq.Scheme(jq.ArrayConfig(format=jq.INT4, axis=-2, group_size=32)),
-    "W4A4": jq.Scheme(_INT4, _INT4_ROWS),
+    "W4A16 g32": jq.Scheme(jq.ArrayConfig(format=jq.INT4, group_size=32)),
+    "W4A4": jq.Scheme(_INT4, _INT4),
     # The output of a GELU has mostly one sign: half of the codes of a symmetric row are unused.
-    "W4A4 asymmetric": jq.Scheme(_INT4, dataclasses.replace(_INT4_ROWS, symmetric=False)),
-    "INT2 g32": jq.Scheme(jq.ArrayConfig(format=jq.INT2, axis=-2, group_size=32)),
+    "W4A4 asymmetric": jq.Scheme(_INT4, dataclasses.replace(_INT4, symmetric=False)),
+    "INT2 g32": jq.Scheme(jq.ArrayConfig(format=jq.INT2, group_size=32)),
 }
 FLOAT, PTQ, PTQ_MSE = "float32", "PTQ", "PTQ, MinMSE"
 STE, LSQ = "QAT, STE", "QAT, LSQ"

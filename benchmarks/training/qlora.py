@@ -13,7 +13,7 @@ from jaxquant import training
 from ..products import bytes_of
 from .loop import FINE_TUNING_RATE, Result, Setting, adamw, held_out_loss, make_step, spread, train
 
-SCHEME = jq.Scheme(jq.ArrayConfig(format=jq.INT4, axis=-2, group_size=32))
+SCHEME = jq.Scheme(jq.ArrayConfig(format=jq.INT4, group_size=32))
 RANK = 16
 # Adapters start at zero, so they have to change more than weights.
 ADAPTERS_RATE = 5e-3

@@ -136,7 +136,7 @@ class MSEHistogram(Histogram):
 
     def read(self, config: ArrayConfig) -> Ends:
         """Returns (low, high) in units of the limit."""
-        per_tensor = dataclasses.replace(config, axis=None, group_size=None)
+        per_tensor = dataclasses.replace(config, per_tensor=True, group_size=None)
         return _least_error(self.counts, per_tensor)
 
 

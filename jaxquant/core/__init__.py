@@ -1,7 +1,11 @@
 """What a quantized array is. Knows nothing of operations, models or frameworks."""
 
-from .affine import block_shape as block_shape
-from .affine import blocks_between as blocks_between
+from .blocks import Axes as Axes
+from .blocks import block_shape as block_shape
+from .blocks import blocks_between as blocks_between
+from .blocks import check_axis as check_axis
+from .blocks import normalize_axes as normalize_axes
+from .blocks import shared_axes as shared_axes
 from .config import FP8 as FP8
 from .config import MXFP4A16 as MXFP4A16
 from .config import MXFP8A8 as MXFP8A8
@@ -14,7 +18,6 @@ from .config import W4A16_ASYM as W4A16_ASYM
 from .config import W8A8 as W8A8
 from .config import W8A16 as W8A16
 from .config import ArrayConfig as ArrayConfig
-from .config import Axes as Axes
 from .config import Scheme as Scheme
 from .describe import describe as describe
 from .describe import describe_inputs as describe_inputs

@@ -1,89 +1,17 @@
-"""The arithmetic of quantization: groups of elements, their scales, and values <-> codes.
-
-A block shape has one length per axis and tiles the array; each block shares a scale. Blocks
-are reached by splitting axes, never by moving them, and only axes that need it: "split" below
-means an array so reshaped.
-"""
+"""The arithmetic of quantization: scales of ranges, and values <-> codes."""
 
 import itertools
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .config import ArrayConfig
 from .formats import Format
 from .noise import uniform_noise
 
-if TYPE_CHECKING:
-    from .config import ArrayConfig
 
-
-def block_shape(shape: tuple[int, ...], config: "ArrayConfig") -> tuple[int, ...]:
-    """The block of each scale in an array of `shape`.
-
-    Raises:
-        ValueError: an axis is not there, or a group size does not divide its axis.
-    """
-    axes = config.axes(len(shape))
-    group_size = config.group_size or config.format.group_size
-    sizes = group_size if isinstance(group_size, tuple) else (group_size,) * len(axes)
-    blocks = [1] * len(shape)
-    for axis, size in zip(axes, sizes, strict=True):
-        blocks[axis] = shape[axis] if size is None else size
-        if size is not None and shape[axis] % size:
-            raise ValueError(
-                f"group_size must divide axis {axis}; got group_size={size} for shape "
-                f"{shape}. Pad the axis, or choose {_divisors(shape[axis], size)}."
-            )
-    return tuple(blocks)
-
-
-def _divisors(length, wanted):
-    """The divisors on either side of what was wanted, as words."""
-    divisors = [d for d in range(1, length + 1) if length % d == 0]
-    near = [max((d for d in divisors if d < wanted), default=None)]
-    near += [min((d for d in divisors if d > wanted), default=None)]
-    return " or ".join(str(d) for d in near if d is not None)
-
-
-def blocks_between(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The block shape that leads from an array's shape to that of its scales."""
-    return tuple(n // s if s else 1 for n, s in zip(shape, scale_shape, strict=True))
-
-
-def split(x: jax.Array, blocks: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
-    """Returns x with the axes split that hold several blocks, and the axes within a block."""
-    shape, inner = [], []
-    for length, block in zip(x.shape, blocks, strict=True):
-        if block in (1, length):
-            inner += [len(shape)] * (block != 1)
-            shape += [length]
-        else:
-            inner += [len(shape) + 1]
-            shape += [length // block, block]
-    return x.reshape(shape), tuple(inner)
-
-
-def spread(scale: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
-    """Shapes an array with one element per block so that it broadcasts with the split array."""
-    shape = []
-    for count, block in zip(scale.shape, blocks, strict=True):
-        shape += [count] if block == 1 or count == 1 else [count, 1]
-    return scale.reshape(shape)
-
-
-def per_block(values: jax.Array, shape: tuple[int, ...], blocks: tuple[int, ...]) -> jax.Array:
-    """Undoes `spread`: one element per block, in the rank of the array of `shape`."""
-    return values.reshape(scale_shape(shape, blocks))
-
-
-def scale_shape(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the scales of an array of `shape`."""
-    return tuple(1 if block == n else n // block for n, block in zip(shape, blocks, strict=True))
-
-
-def fit_scale(low: jax.Array, high: jax.Array, config: "ArrayConfig") -> jax.Array:
+def fit_scale(low: jax.Array, high: jax.Array, config: ArrayConfig) -> jax.Array:
     """The step with which the codes span [low, high], before it is rounded to its dtype.
 
     Symmetric: high / config.reach. Asymmetric: (high - low) / (qmax - qmin). An empty range
@@ -112,7 +40,7 @@ def has_exponent_only(dtype: str) -> bool:
     return jnp.finfo(dtype).nmant == 0
 
 
-def fit_zero_point(low: jax.Array, scale: jax.Array, config: "ArrayConfig") -> jax.Array:
+def fit_zero_point(low: jax.Array, scale: jax.Array, config: ArrayConfig) -> jax.Array:
     """round(qmin - low/scale), in the dtype of the codes; 0 where the scale is NaN."""
     qmin, qmax = config.bounds
     zero_point = jnp.where(jnp.isnan(scale), 0, jnp.round(qmin - low / scale))
@@ -123,7 +51,7 @@ def encode(
     x: jax.Array,
     scale: jax.Array,
     zero_point: jax.Array | None,
-    config: "ArrayConfig",
+    config: ArrayConfig,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Values to codes: the nearest code to x/scale + zero_point, clipped. Arrays broadcast.
@@ -161,7 +89,7 @@ def _round_by(noise, values):
     return below + (noise < values - below).astype(values.dtype)
 
 
-def clip_edges(config: "ArrayConfig") -> tuple[float, float]:
+def clip_edges(config: ArrayConfig) -> tuple[float, float]:
     """The outermost x/scale + zero_point whose nearest code is no further than a step's half."""
     qmin, qmax = config.bounds
     format = config.format

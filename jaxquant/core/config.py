@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from .formats import FP8_E4M3, INT4, INT8, MXFP4, MXFP8, NF4, NVFP4, Format
 from .ranges import AbsMax, Range
 
-Axes = int | tuple[int, ...] | None
-
 SCALE_DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu")
 
 
@@ -18,12 +16,13 @@ SCALE_DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "f
 class ArrayConfig:
     """How to quantize one array. A pytree without leaves, hence static under `jit`.
 
+    The axes along which elements share a scale are an argument of the functions that take it.
+
     Attributes:
         format: number format of the codes.
-        axis: the axis, or axes, along which elements share a scale: a kernel's contracted
-            axes. None for all axes (per tensor).
-        group_size: elements per scale along `axis`: one number for every axis in it or one
-            each; None for the whole axis, or what the format prescribes.
+        group_size: elements per scale along those axes: one int for all of them, or a tuple with
+            one for each; None for whole axes, or what the format prescribes.
+        per_tensor: one scale for the whole array, whatever the axes.
         symmetric: whether codes have no zero point. Only formats of whole numbers can.
         range: which part of a group the codes span: AbsMax(), Percentile(p), MinMSE().
         value_range: (qmin, qmax) in place of the format's; whole numbers within its dtype.
@@ -36,8 +35,8 @@ class ArrayConfig:
     """
 
     format: Format = INT8
-    axis: Axes = 0
     group_size: int | tuple[int | None, ...] | None = None
+    per_tensor: bool = False
     symmetric: bool = True
     range: Range = AbsMax()  # noqa: RUF009 (frozen, so one instance serves all)
     value_range: tuple[int, int] | None = None
@@ -73,35 +72,26 @@ class ArrayConfig:
             )
 
     def _check_groups(self):
-        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        is_index = all(_is_int(a) for a in axes) or self.axis is None
-        if not is_index or len(set(axes)) < len(axes):
-            raise ValueError(
-                "axis must be an int, a tuple of distinct ints, or None for all axes; got "
-                f"{self.axis!r}."
-            )
         sizes = self.group_size if isinstance(self.group_size, tuple) else (self.group_size,)
         if any(s is not None and (not _is_int(s) or s < 1) for s in sizes):
             raise ValueError(
                 "group_size must be a positive int, None for the whole axis, or a tuple of "
                 f"these; got {self.group_size!r}."
             )
-        is_each = isinstance(self.group_size, tuple)
-        if is_each and (self.axis is None or len(sizes) != len(axes)):
-            raise ValueError(
-                f"group_size must be one int, or one per axis; got {self.group_size} for axis "
-                f"{self.axis}."
-            )
         prescribed = self.format.group_size
-        if prescribed is None:
-            return
-        if self.group_size not in (None, prescribed):
+        if prescribed is not None and self.group_size not in (None, prescribed):
             raise ValueError(
                 f"{self.format} has groups of {prescribed}; got group_size={self.group_size}. "
                 "Leave it None, or choose a format without a group size."
             )
-        if self.axis is None or len(axes) != 1:
-            raise ValueError(f"{self.format} has groups along one axis; got axis={self.axis}.")
+        if not isinstance(self.per_tensor, bool):
+            raise ValueError(f"per_tensor must be True or False; got {self.per_tensor!r}.")
+        if self.per_tensor and (self.group_size or prescribed):
+            raise ValueError(
+                "per_tensor=True means one scale for the whole array; got groups of "
+                f"{self.group_size or prescribed} (format {self.format}). Pass per_tensor=False, "
+                "or leave group_size None and choose a format without a group size."
+            )
 
     def _check_value_range(self, value_range):
         if not self.format.rounds:
@@ -134,27 +124,6 @@ class ArrayConfig:
         """Name of the dtype that scales are stored in."""
         return self.scale_dtype or self.format.scale_dtype
 
-    def axes(self, ndim: int) -> tuple[int, ...]:
-        """The axes of an array of `ndim` axes along which elements share a scale, from 0 up.
-
-        Raises:
-            ValueError: an axis is out of range, or named twice.
-        """
-        if self.axis is None:
-            return tuple(range(ndim))
-        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        if any(not -ndim <= a < ndim for a in axes):
-            raise ValueError(
-                f"axis must lie in -{ndim} .. {ndim - 1} for an array of {ndim} axes; got "
-                f"axis={self.axis}."
-            )
-        found = tuple(a % ndim for a in axes)
-        if len(set(found)) < len(axes):
-            raise ValueError(
-                f"axis must name distinct axes of the array; got axis={self.axis} for {ndim} axes."
-            )
-        return found
-
 
 def _is_int(x):
     """Whether x is an int, and not True or False."""
@@ -168,12 +137,11 @@ class Scheme:
 
     Attributes:
         weights: config of the array that is quantized once.
-        inputs: config of the other operand, quantized anew in each product; None leaves it as
-            it is. Its `axis` only says per tensor (None) or not: the scale is shared along
-            the axes that the product contracts, whichever these are.
+        inputs: config of the other operand, quantized again in each product, with scales shared
+            along the axes that the product contracts; None leaves it as it is.
     """
 
-    weights: ArrayConfig = ArrayConfig(axis=-2)
+    weights: ArrayConfig = ArrayConfig()
     inputs: ArrayConfig | None = None
 
     def __post_init__(self):
@@ -183,20 +151,21 @@ class Scheme:
             raise ValueError(f"inputs must be an ArrayConfig or None; got {self.inputs!r}.")
 
 
-_INT8_WEIGHTS = ArrayConfig(format=INT8, axis=-2)
-_INT4_WEIGHTS = ArrayConfig(format=INT4, axis=-2, group_size=128)
-_INT8_INPUTS = ArrayConfig(format=INT8, axis=-1)
+_INT8 = ArrayConfig(format=INT8)
+_INT4_GROUPS = ArrayConfig(format=INT4, group_size=128)
+_E4M3 = ArrayConfig(format=FP8_E4M3)
+_MXFP8 = ArrayConfig(format=MXFP8)
 
-W8A8 = Scheme(_INT8_WEIGHTS, _INT8_INPUTS)
-W8A16 = Scheme(_INT8_WEIGHTS)
-W4A16 = Scheme(_INT4_WEIGHTS)
-W4A16_ASYM = Scheme(dataclasses.replace(_INT4_WEIGHTS, symmetric=False))
-W4A8 = Scheme(_INT4_WEIGHTS, _INT8_INPUTS)
-FP8 = Scheme(ArrayConfig(format=FP8_E4M3, axis=-2), ArrayConfig(format=FP8_E4M3, axis=-1))
-NF4A16 = Scheme(ArrayConfig(format=NF4, axis=-2, group_size=64))
-MXFP8A8 = Scheme(ArrayConfig(format=MXFP8, axis=-2), ArrayConfig(format=MXFP8, axis=-1))
-MXFP4A16 = Scheme(ArrayConfig(format=MXFP4, axis=-2))
-NVFP4A16 = Scheme(ArrayConfig(format=NVFP4, axis=-2))
+W8A8 = Scheme(_INT8, _INT8)
+W8A16 = Scheme(_INT8)
+W4A16 = Scheme(_INT4_GROUPS)
+W4A16_ASYM = Scheme(dataclasses.replace(_INT4_GROUPS, symmetric=False))
+W4A8 = Scheme(_INT4_GROUPS, _INT8)
+FP8 = Scheme(_E4M3, _E4M3)
+NF4A16 = Scheme(ArrayConfig(format=NF4, group_size=64))
+MXFP8A8 = Scheme(_MXFP8, _MXFP8)
+MXFP4A16 = Scheme(ArrayConfig(format=MXFP4))
+NVFP4A16 = Scheme(ArrayConfig(format=NVFP4))
 
 SCHEMES = {
     "W8A8": W8A8,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import affine
+from .blocks import blocks_between, split, to_blocks
 from .config import ArrayConfig
 from .formats import Format, bits_of
 
@@ -23,8 +24,8 @@ class Inputs:
         x  ->  x * multiplier  ->  quantized with `config`, and `scale` if there is one
 
     Attributes:
-        config: how to quantize the operand, static; None leaves it as it is. Its `axis` only
-            says per tensor (None) or not: the scale is shared along the contracted axes.
+        config: how to quantize the operand, with scales shared along the contracted axes;
+            None leaves it as it is. Static.
         scale: calibrated scale of the whole operand, a scalar; None computes it anew each time.
         zero_point: that of a calibrated asymmetric operand, a scalar.
         multiplier: one factor per contracted channel (SmoothQuant's 1/s, AWQ's 1/s), in the
@@ -167,13 +168,13 @@ class QTensor(Shaped):
         if self.values is not None:
             return self.values
         scale = scale_values(self.scale)
-        blocks = affine.blocks_between(self.codes.shape, scale.shape)
+        blocks = blocks_between(self.codes.shape, scale.shape)
         # Some codes are floats, which JAX would differentiate.
-        codes, _ = affine.split(jax.lax.stop_gradient(self.codes), blocks)
+        codes, _ = split(jax.lax.stop_gradient(self.codes), blocks)
         zero_point = self.zero_point
         if zero_point is not None:
-            zero_point = affine.spread(zero_point, blocks)
-        values = affine.decode(codes, affine.spread(scale, blocks), zero_point, self.format)
+            zero_point = to_blocks(zero_point, blocks)
+        values = affine.decode(codes, to_blocks(scale, blocks), zero_point, self.format)
         return values.reshape(self.codes.shape).astype(self.dtype)
 
     def __repr__(self) -> str:

@@ -1,17 +1,22 @@
 """Arrays to quantized arrays."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from . import affine
+from .blocks import Axes, block_shape, blocks_between, from_blocks, scale_shape, split, to_blocks
 from .config import ArrayConfig
 from .formats import FP8_E4M3, bits_of
 from .qtensor import QTensor, scale_values
 from .ranges import AbsMax, Percentile, largest_magnitude
 
 
-@jax.jit
-def quantize(x: jax.Array, config: ArrayConfig, key: jax.Array | None = None) -> QTensor:
+@partial(jax.jit, static_argnames="axis")
+def quantize(
+    x: jax.Array, config: ArrayConfig, axis: Axes = 0, key: jax.Array | None = None
+) -> QTensor:
     """Quantizes an array as `config` says.
 
         (low, high) = range of each group            by config.range
@@ -27,6 +32,8 @@ def quantize(x: jax.Array, config: ArrayConfig, key: jax.Array | None = None) ->
     Args:
         x: floating array of any rank and size.
         config: format, groups, range and dtype of the scales.
+        axis: the axis, or a tuple of axes, along which elements share a scale, as in
+            `jnp.sum(x, axis)`: the contracted axes of a weight. None for all axes. Static.
         key: random key, to round stochastically: to one of the two codes around a value, so
             that the expectation is the value where it is not clipped. None rounds to nearest.
 
@@ -41,8 +48,8 @@ def quantize(x: jax.Array, config: ArrayConfig, key: jax.Array | None = None) ->
         dequantizes to NaN.
 
     Raises:
-        ValueError: x is not a floating array, config is not an ArrayConfig, an axis is not
-            there, or a group size does not divide.
+        ValueError: x is not a floating array, config is not an ArrayConfig, an axis is out of
+            range, or a group size does not divide its axis.
 
     Error: at most scale/2 per element that is not clipped, in formats of whole numbers, and scale
         with a key; up to float32 rounding. `AbsMax()` with float32 scales clips none; a scale
@@ -52,7 +59,7 @@ def quantize(x: jax.Array, config: ArrayConfig, key: jax.Array | None = None) ->
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; stochastic rounding: Gupta et al.
         2015, arXiv:1502.02551, section 3.1.
     """
-    groups, axes, blocks = _groups(x, config)
+    groups, axes, blocks = _groups(x, config, axis)
     peak = jnp.max(jnp.abs(groups), axes, keepdims=True, initial=0)
     peak = jnp.where(peak > 0, peak, 1)
 
@@ -73,12 +80,13 @@ def quantize(x: jax.Array, config: ArrayConfig, key: jax.Array | None = None) ->
     return _quantize_groups(x, groups, axes, blocks, low, high, config, key)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="axis")
 def quantize_with_range(
     x: jax.Array,
     low: jax.Array,
     high: jax.Array,
     config: ArrayConfig,
+    axis: Axes = 0,
     key: jax.Array | None = None,
 ) -> QTensor:
     """Quantizes so that the codes span a range that is given, such as an observed or learned one.
@@ -91,7 +99,7 @@ def quantize_with_range(
             or scalars. An asymmetric range is widened to hold zero; of a symmetric one `high`
             counts alone. A range without width gets scale 1.
         config: format, groups and dtype of the scales.
-        key: as for `quantize`.
+        axis, key: as for `quantize`.
 
     Returns:
         QTensor. A group whose range is not finite or negative has scale NaN.
@@ -102,8 +110,8 @@ def quantize_with_range(
     Error: at most scale/2 per element within the range, in formats of whole numbers.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
     """
-    groups, axes, blocks = _groups(x, config)
-    counts = affine.scale_shape(x.shape, blocks)
+    groups, axes, blocks = _groups(x, config, axis)
+    counts = scale_shape(x.shape, blocks)
     for end in (low, high):
         if end.ndim and end.shape != counts:
             raise ValueError(
@@ -111,7 +119,7 @@ def quantize_with_range(
                 f"{end.shape} for x {x.shape}."
             )
     ends = (jnp.broadcast_to(end, counts).astype(groups.dtype) for end in (low, high))
-    low, high = (affine.spread(end, blocks) for end in ends)
+    low, high = (to_blocks(end, blocks) for end in ends)
     if config.symmetric:
         low = -high
     is_range = (low <= high) & (high < jnp.inf) & (low > -jnp.inf)
@@ -125,12 +133,12 @@ def _quantize_groups(x, groups, axes, blocks, low, high, config, key):
     scale = affine.fit_scale(low, high, config)
     # Here, not in the ranges: no range may hide NaN or Inf, whoever wrote it.
     scale = jnp.where(_is_finite(groups, axes), scale, jnp.nan)
-    scale = _store_scale(affine.per_block(scale, x.shape, blocks), config.stored_scale_dtype)
-    step = affine.spread(scale_values(scale).astype(groups.dtype), blocks)
+    scale = _store_scale(from_blocks(scale, x.shape, blocks), config.stored_scale_dtype)
+    step = to_blocks(scale_values(scale).astype(groups.dtype), blocks)
     zero_point = None if config.symmetric else affine.fit_zero_point(low, step, config)
     codes = affine.encode(groups, step, zero_point, config, key).reshape(x.shape)
     if zero_point is not None:
-        zero_point = affine.per_block(zero_point, x.shape, blocks)
+        zero_point = from_blocks(zero_point, x.shape, blocks)
     return QTensor(codes, scale, zero_point, format=config.format, dtype=x.dtype)
 
 
@@ -176,19 +184,19 @@ def quantize_with_scale(
             "scale must be a scalar, or have the rank of x and lengths that divide those of x; "
             f"got scale {scale.shape} for x {x.shape}."
         )
-    blocks = affine.blocks_between(x.shape, shape)
-    groups, axes = affine.split(x.astype(_compute_dtype(x)), blocks)
-    step = affine.spread(scale.reshape(shape).astype(groups.dtype), blocks)
+    blocks = blocks_between(x.shape, shape)
+    groups, axes = split(x.astype(_compute_dtype(x)), blocks)
+    step = to_blocks(scale.reshape(shape).astype(groups.dtype), blocks)
     step = jnp.where(_is_finite(groups, axes) & (step > 0), step, jnp.nan)
     if zero_point is not None:
         zero_point = jnp.clip(jnp.round(zero_point.reshape(shape)), *config.bounds)
         zero_point = zero_point.astype(config.format.dtype)
-    spread_zero = None if zero_point is None else affine.spread(zero_point, blocks)
+    spread_zero = None if zero_point is None else to_blocks(zero_point, blocks)
     codes = affine.encode(groups, step, spread_zero, config).reshape(x.shape)
     return QTensor(codes, step.reshape(shape), zero_point, format=config.format, dtype=x.dtype)
 
 
-def abs_max_quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
+def abs_max_quantize(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> QTensor:
     """Quantizes so that the largest magnitude of each group lands on the outermost code.
 
         scale = max|x| / min(-qmin, qmax)        codes = round(x / scale)
@@ -202,10 +210,10 @@ def abs_max_quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
     """
     _check_range(config, AbsMax)
-    return quantize(x, config)
+    return quantize(x, config, axis)
 
 
-def percentile_quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
+def percentile_quantize(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> QTensor:
     """Quantizes so that the p-th percentile of |x| in each group lands on the outermost code.
 
         scale = percentile(|x|, p) / min(-qmin, qmax)        codes = clip(round(x / scale))
@@ -219,7 +227,7 @@ def percentile_quantize(x: jax.Array, config: ArrayConfig) -> QTensor:
     Source: Wu et al. 2020, arXiv:2004.09602, section 5.2.
     """
     _check_range(config, Percentile)
-    return quantize(x, config)
+    return quantize(x, config, axis)
 
 
 def _check_range(config, wanted):
@@ -247,11 +255,11 @@ def _compute_dtype(x):
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
-def _groups(x, config):
+def _groups(x, config, axis):
     """x in the dtype of the computation and split into groups, their axes, and blocks."""
     _check(x, config)
-    blocks = affine.block_shape(x.shape, config)
-    return *affine.split(x.astype(_compute_dtype(x)), blocks), blocks
+    blocks = block_shape(x.shape, config, axis)
+    return *split(x.astype(_compute_dtype(x)), blocks), blocks
 
 
 def _is_finite(groups, axes):
@@ -282,7 +290,7 @@ def _store_nested(scale):
     is_nan = jnp.isnan(scale)
     # Leading axes keep scales of their own, so that stacked layers can be scanned.
     matrix = tuple(range(max(scale.ndim - 2, 0), scale.ndim))
-    q = quantize(jnp.where(is_nan, 0, scale), ArrayConfig(format=FP8_E4M3, axis=matrix))
+    q = quantize(jnp.where(is_nan, 0, scale), ArrayConfig(format=FP8_E4M3), matrix)
     # A group of tiny values or of zeros gets the smallest positive code: 0 would divide by zero.
     # Not 1, which would be the largest of all where the other scales are small.
     codes = jnp.maximum(q.codes.astype(scale.dtype), 2.0**-9)

@@ -45,8 +45,14 @@ def config_to_json(config: ArrayConfig) -> dict[str, Any]:
 
 
 def config_from_json(row: dict[str, Any]) -> ArrayConfig:
-    """Undoes `config_to_json`."""
+    """Undoes `config_to_json`.
+
+    Configs were once written with an `axis`, of which None meant one scale per tensor. Other axes
+    are left out: who quantizes knows them.
+    """
     fields = _with_tuples(row)
+    if fields.pop("axis", 0) is None:
+        fields["per_tensor"] = True
     parameters = dict(fields["range"])
     fields["range"] = RANGES[parameters.pop("name")](**parameters)
     return ArrayConfig(**{**fields, "format": format_from_json(fields["format"])})

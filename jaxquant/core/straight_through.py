@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from . import affine
+from .blocks import blocks_between, split, to_blocks
 from .config import ArrayConfig
 from .qtensor import QTensor, scale_values
 
@@ -60,13 +61,13 @@ def _(config, margin, primals, tangents):
     out = _values(*primals, config, margin)
     of_x, *of_parameters = (None if _is_zero(t) else t for t in tangents[0])
     compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    blocks = affine.blocks_between(q.codes.shape, q.scale.shape)
+    blocks = blocks_between(q.codes.shape, q.scale.shape)
 
     def per_element(values):
-        return affine.split(values.astype(compute), blocks)[0]
+        return split(values.astype(compute), blocks)[0]
 
     def per_block(values):
-        return affine.spread(jnp.broadcast_to(values, q.scale.shape).astype(compute), blocks)
+        return to_blocks(jnp.broadcast_to(values, q.scale.shape).astype(compute), blocks)
 
     step = per_block(scale_values(q.scale))
     # Not from the values, which bfloat16 rounds to a 256th: half a step of int8 codes.

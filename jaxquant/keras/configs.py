@@ -50,9 +50,8 @@ class SchemeConfig(keras.quantizers.QuantizationConfig):
         if self.weight_quantizer is not None:
             weights = as_array_config(self.weight_quantizer, format)
         if self.activation_quantizer is not None:
-            inputs = dataclasses.replace(as_array_config(self.activation_quantizer, INT8), axis=-1)
-        # The axis is the layer's to declare: any that is not None will do.
-        return Scheme(dataclasses.replace(weights, axis=-2, group_size=group_size), inputs)
+            inputs = as_array_config(self.activation_quantizer, INT8)
+        return Scheme(dataclasses.replace(weights, group_size=group_size), inputs)
 
 
 class _OneRule(SchemeConfig):

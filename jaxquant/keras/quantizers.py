@@ -14,6 +14,7 @@ from ..core import (
     Format,
     Percentile,
     Range,
+    check_axis,
     quantize,
     quantize_with_scale,
 )
@@ -43,6 +44,7 @@ class Quantizer(keras.quantizers.Quantizer):
         super().__init__(output_dtype=output_dtype)
         # JSON has lists in the place of tuples.
         self.axis = _as_axes(axis)
+        check_axis(self.axis)
         self.value_range = _as_pair(value_range)
         _check_holds_codes(output_dtype)
         self.array_config()
@@ -58,9 +60,7 @@ class Quantizer(keras.quantizers.Quantizer):
         Raises:
             ValueError: the format does not hold the value range.
         """
-        return ArrayConfig(
-            format=format, axis=self.axis, range=self.range, value_range=self.value_range
-        )
+        return ArrayConfig(format=format, range=self.range, value_range=self.value_range)
 
     def __call__(
         self, x: jax.Array, axis: Any = None, to_numpy: bool = False
@@ -70,11 +70,9 @@ class Quantizer(keras.quantizers.Quantizer):
         The scale has the dtype of x, as stock layers expect, and the codes are those that go
         with it.
         """
-        config = self.array_config()
-        if axis is not None:
-            config = dataclasses.replace(config, axis=_as_axes(axis))
+        config, axis = self.array_config(), self.axis if axis is None else _as_axes(axis)
         x = jnp.asarray(keras.ops.convert_to_tensor(x))
-        step = quantize(x, config).scale
+        step = quantize(x, config, axis).scale
         # Small groups have scales that float16 cannot hold.
         scale = jnp.minimum(1 / step, float(jnp.finfo(x.dtype).max)).astype(x.dtype)
         q = quantize_with_scale(x, 1 / scale.astype(step.dtype), None, config)
@@ -184,9 +182,9 @@ def as_array_config(quantizer: Any, format: Format) -> ArrayConfig:
     given = getattr(quantizer, "value_range", (int(format.qmin), int(format.qmax)))
     low, high = _as_pair(given)
     if type(quantizer) is keras.quantizers.AbsMaxQuantizer:
-        return ArrayConfig(format=format, axis=-1, value_range=(low, high))
+        return ArrayConfig(format=format, value_range=(low, high))
     chosen = QuantizerRange(quantizer, min(-low, high))
-    config = ArrayConfig(format=format, axis=-1, range=chosen, value_range=(low, high))
+    config = ArrayConfig(format=format, range=chosen, value_range=(low, high))
     _check_rounding(quantizer, low, high)
     return config
 

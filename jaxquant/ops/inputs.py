@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..core import FP8_E4M3, INT8, AbsMax, ArrayConfig, QTensor, block_shape, quantize
+from ..core import FP8_E4M3, INT8, AbsMax, ArrayConfig, Axes, QTensor, block_shape, quantize
 from ..jaxprs import Function, by_generation, is_sharded, on_one_cpu, on_one_tpu
 from ..kernels import native, pallas_tpu
 
@@ -20,12 +20,12 @@ _FORMATS = (INT8, FP8_E4M3)
 _FLOATS = (jnp.float32, jnp.bfloat16)
 
 
-def quantize_inputs(x: jax.Array, config: ArrayConfig) -> QTensor:
+def quantize_inputs(x: jax.Array, config: ArrayConfig, axis: Axes) -> QTensor:
     """`quantize`, in one pass over the memory where kernels of our own are faster."""
-    branches = _branches_at_once(x, config)
+    branches = _branches_at_once(x, config, axis)
     if not branches:
-        return quantize(x, config)
-    return lax.platform_dependent(x, **branches, default=lambda x: quantize(x, config))
+        return quantize(x, config, axis)
+    return lax.platform_dependent(x, **branches, default=lambda x: quantize(x, config, axis))
 
 
 def quantize_rows(x: jax.Array, config: ArrayConfig, *, interpret: bool = False) -> QTensor:
@@ -46,11 +46,11 @@ def quantize_rows_natively(x: jax.Array, config: ArrayConfig) -> QTensor:
     return QTensor(codes, scale, format=config.format, dtype=x.dtype)
 
 
-def _branches_at_once(x, config):
+def _branches_at_once(x, config, axis):
     """What quantizes in one pass, by platform, where it can do what the config says and pays."""
 
     def by_xla(x):
-        return quantize(x, config)
+        return quantize(x, config, axis)
 
     def at_once(x):
         return on_one_tpu(lambda x: quantize_rows(x, config), by_xla, x)
@@ -61,7 +61,7 @@ def _branches_at_once(x, config):
     def on_tpu(x):
         return by_generation(dict.fromkeys(chips, at_once), by_xla, x)
 
-    if not _is_of_rows(x, config):
+    if not _is_of_rows(x, config, axis):
         return {}
     rows, length = math.prod(x.shape[:-1]), x.shape[-1]
     chips = [c for c, least in _LEAST_ROWS.items() if rows >= least and length <= _LONGEST_ROW]
@@ -73,7 +73,7 @@ def _branches_at_once(x, config):
     return branches
 
 
-def _is_of_rows(x, config):
+def _is_of_rows(x, config, axis):
     """Whether the config asks for codes of 8 bits with one float32 scale per row."""
     if not isinstance(x, jax.Array) or x.dtype not in _FLOATS or is_sharded(x):
         return False
@@ -82,4 +82,4 @@ def _is_of_rows(x, config):
     is_plain = config.format in _FORMATS and (config.range, config.symmetric) == (AbsMax(), True)
     has_float32 = config.stored_scale_dtype == "float32"
     per_row = (*(1,) * (x.ndim - 1), x.shape[-1])
-    return is_plain and has_float32 and block_shape(x.shape, config) == per_row
+    return is_plain and has_float32 and block_shape(x.shape, config, axis) == per_row

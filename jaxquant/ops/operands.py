@@ -271,10 +271,8 @@ def _quantize_inputs(x, other, shared, channels):
         return x
     if inputs.scale is not None:
         return quantize_with_scale(x, inputs.scale, inputs.zero_point, config)
-    if config.axis is not None:
-        config = dataclasses.replace(config, axis=_shared_axis(config, shared, channels))
     try:
-        return quantize_inputs(x, config)
+        return quantize_inputs(x, config, _shared_axis(config, shared, channels))
     except ValueError as error:
         raise ValueError(f"The inputs of {other!r} cannot be quantized: {error}") from error
 

@@ -66,9 +66,9 @@ def quantize_blocks(x: jax.Array, config: ArrayConfig, key: jax.Array | None = N
     lengths = range(length, smallest - 1, -1) if x.ndim else ()
     divisor = next((d for d in lengths if x.shape[-1] % d == 0), None)
     if divisor is not None:
-        return Blockwise(quantize(x, blocks_of(config, divisor), key))
+        return Blockwise(quantize(x, blocks_of(config, divisor), -1, key))
     row = jnp.pad(x.reshape(-1), (0, -x.size % length))
-    return Blockwise(quantize(row, blocks_of(config, length), key), x.shape)
+    return Blockwise(quantize(row, blocks_of(config, length), -1, key), x.shape)
 
 
 def block_length(config: ArrayConfig) -> int:
@@ -87,6 +87,6 @@ def block_length(config: ArrayConfig) -> int:
 
 
 def blocks_of(config: ArrayConfig, length: int) -> ArrayConfig:
-    """Returns the config with blocks of this length along the last axis."""
+    """Returns the config with blocks of this length."""
     size = None if config.format.group_size else length
-    return dataclasses.replace(config, axis=-1, group_size=size)
+    return dataclasses.replace(config, group_size=size, per_tensor=False)

@@ -149,8 +149,8 @@ def _scaled(weight: Any, path: str, seen: dict[Any, Any]) -> Any:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     low, high = (jnp.stack(end).reshape(sliced) for end in zip(*ends, strict=True))
-    whole = dataclasses.replace(config, axis=(), group_size=None)
-    q = quantize_with_range(jnp.zeros(sliced), low, high, whole)
+    each = dataclasses.replace(config, per_tensor=False, group_size=None)
+    q = quantize_with_range(jnp.zeros(sliced), low, high, each, axis=())
     zero_point = q.zero_point
     if isinstance(weight, Prepared) and zero_point is not None:
         # Floats are trained; `convert` keeps them.

@@ -273,18 +273,16 @@ def _operand(x, config: ArrayConfig | None, contract, limit=None, key=None) -> j
     if config is None:
         return x
     if limit is not None:
-        return quantize_with_range(x, -limit, limit, config, key)
-    q = quantize(x, _along(config, contract), key)
+        return quantize_with_range(x, -limit, limit, config, key=key)
+    q = quantize(x, config, _shared_axes(config, contract), key)
     return q.reorder(ops.best_order(q, jax.default_backend()))
 
 
-def _along(config, contract):
-    """The config with scales that are shared along these axes, or along the last in groups."""
-    if config.axis is None:
-        return config
+def _shared_axes(config, contract):
+    """The axes along which scales are shared: those contracted, or the last of them in groups."""
     is_grouped = config.group_size is not None or config.format.group_size is not None
     axes = tuple(sorted(contract))
-    return dataclasses.replace(config, axis=axes[-1] if is_grouped and axes else axes)
+    return axes[-1] if is_grouped and axes else axes
 
 
 def _shared_amax(x, history):

@@ -7,13 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ..core import (
-    ArrayConfig,
-    QTensor,
-    quantize,
-    quantize_with_range,
-    straight_through,
-)
+from ..core import ArrayConfig, Axes, QTensor, quantize, quantize_with_range, straight_through
 
 
 @jax.tree_util.register_dataclass
@@ -70,16 +64,17 @@ class LearnedRange:
         return low, high, scale, qmin - low / scale
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="axis")
 def fake_quantize(
     x: jax.Array,
     config: ArrayConfig,
+    axis: Axes = 0,
     learned: LearnedStep | LearnedRange | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """The values that x has after quantization, with gradients for x and for what is learned.
 
-        value = dequantize(quantize(x, config))
+        value = dequantize(quantize(x, config, axis))
 
         d value / d x = 1 inside the range, 0 where x is clipped
 
@@ -92,7 +87,7 @@ def fake_quantize(
 
     Args:
         x: floating array.
-        config: as for `jaxquant.quantize`. If something is learned, its range is not used.
+        config, axis: as for `jaxquant.quantize`. If something is learned, its range is not used.
         learned: `LearnedStep` for a symmetric config, `LearnedRange` for an asymmetric one; None
             for the range of x by `config`, through which no gradient goes.
         key: random key for stochastic rounding; None rounds to nearest.
@@ -107,19 +102,20 @@ def fake_quantize(
     Source: straight-through estimator: Bengio et al. 2013, arXiv:1308.3432; LSQ: Esser et al. 2020,
         arXiv:1902.08153, eq. 1 to 3 and section 2.2; LSQ+: Bhalgat et al. 2020, arXiv:2004.09576.
     """
-    return quantize_for_training(x, config, learned, key).decode()
+    return quantize_for_training(x, config, axis, learned, key).decode()
 
 
 def quantize_for_training(
     x: jax.Array,
     config: ArrayConfig,
+    axis: Axes = 0,
     learned: LearnedStep | LearnedRange | None = None,
     key: jax.Array | None = None,
 ) -> QTensor:
-    """x as a QTensor whose `values` are `fake_quantize(x, config, learned, key)`."""
+    """x as a QTensor whose `values` are `fake_quantize(x, config, axis, learned, key)`."""
     fixed = jax.lax.stop_gradient(x)
     if learned is None:
-        q = quantize(fixed, config, key)
+        q = quantize(fixed, config, axis, key)
         return dataclasses.replace(q, values=straight_through(x, q, config))
     if not isinstance(learned, LearnedStep | LearnedRange):
         raise ValueError(
@@ -128,7 +124,7 @@ def quantize_for_training(
         )
     low, high, *parameters = learned.span(config, x.size)
     low, high = jax.lax.stop_gradient((low, high))
-    q = quantize_with_range(fixed, low, high, config, key)
+    q = quantize_with_range(fixed, low, high, config, axis, key)
     return dataclasses.replace(q, values=straight_through(x, q, config, *parameters, margin=False))
 
 

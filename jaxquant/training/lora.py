@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ..core import ArrayConfig, LowRank, QTensor, Scheme, describe, quantize
+from ..core import LowRank, QTensor, blocks_between, describe, quantize, shared_axes
 from ..tree import Rules, is_quantized
-from ..tree.internal import leaves_with_paths, quantize_leaf, select, why_unsupported
+from ..tree.internal import Plan, leaves_with_paths, quantize_leaf, select, why_unsupported
 
 
 def lora_init(
@@ -66,15 +67,15 @@ def lora_init(
     """
     _check_options(rank, alpha, dtype)
     _, leaves, chosen, treedef = select(params, rules, _objection)
-    keys = iter(jax.random.split(key, sum(scheme is not None for scheme in chosen)))
+    keys = iter(jax.random.split(key, sum(plan is not None for plan in chosen)))
     result = []
-    for leaf, scheme in zip(leaves, chosen, strict=True):
-        if scheme is not None:
+    for leaf, plan in zip(leaves, chosen, strict=True):
+        if plan is not None:
             is_base = isinstance(leaf, QTensor)
-            base = leaf if is_base else quantize_leaf(leaf, scheme, platform)
-            a, b = _adapters(base.shape, scheme.weights, rank, next(keys), dtype)
+            base = leaf if is_base else quantize_leaf(leaf, plan, platform)
+            a, b = _adapters(base.shape, _axes_of(plan, base.ndim), rank, next(keys), dtype)
             weight = float(rank if alpha is None else alpha)
-            leaf = LowRank(base, a, b, alpha=weight, config=scheme.weights)
+            leaf = LowRank(base, a, b, alpha=weight, config=plan.scheme.weights)
         result.append(leaf)
     return jax.tree.unflatten(treedef, result)
 
@@ -182,7 +183,13 @@ def _merge(x):
     # Not rounded to bfloat16 in between.
     compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     total = dataclasses.replace(x, base=x.base.astype(compute)).dequantize()
-    q = quantize(total, x.config).astype(x.dtype)
+    blocks = blocks_between(x.base.shape, x.base.reorder(None).scale.shape)
+    axis = tuple(a for a, block in enumerate(blocks) if block > 1)
+    config = x.config
+    if config.format.group_size is None:
+        sizes = tuple(blocks[a] for a in axis)
+        config = dataclasses.replace(config, group_size=sizes, per_tensor=False)
+    q = quantize(total, config, axis).astype(x.dtype)
     return dataclasses.replace(q, inputs=x.base.inputs).reorder(x.base.order)
 
 
@@ -209,49 +216,50 @@ def _check_options(rank, alpha, dtype):
         raise ValueError(f"dtype must be floating; got {dtype!r}. Use float32 or bfloat16.")
 
 
-def _objection(leaf: Any, scheme: Scheme) -> str | None:
+def _objection(leaf: Any, plan: Plan) -> str | None:
     """Why adapters cannot be put beside a leaf, or None."""
     if isinstance(leaf, LowRank):
         return f"has adapters already ({leaf!r}); merge them first, or give it a rule with None"
     is_base = isinstance(leaf, QTensor)
-    why_not = _refuses_base(leaf, scheme) if is_base else why_unsupported(leaf, scheme)
+    why_not = _refuses_base(leaf, plan) if is_base else why_unsupported(leaf, plan)
     if why_not is not None:
         return why_not
-    axes = sorted(scheme.weights.axes(leaf.ndim))
+    axes = _axes_of(plan, leaf.ndim)
     if leaf.ndim < 2:
         return f"has shape {leaf.shape}; adapters need two axes: give it a rule with None"
-    if axes != list(range(axes[0], axes[-1] + 1)):
+    if axes != tuple(range(axes[0], axes[-1] + 1)):
         return (
-            f"shares scales along axes {tuple(axes)} of shape {leaf.shape}; adapters need "
+            f"shares scales along axes {axes} of shape {leaf.shape}; adapters need "
             "neighbours: move the axes, or give it a rule with None"
         )
     return None
 
 
-def _refuses_base(q, scheme):
+def _refuses_base(q, plan):
     """Why a quantized leaf is not what its rule says, or None."""
     if q.inputs is not None and q.inputs.multiplier is not None:
         return f"has inputs.multiplier ({q!r}), which adapters do not see; multiply it in first"
     try:
-        wanted = jax.eval_shape(quantize, jax.ShapeDtypeStruct(q.shape, q.dtype), scheme.weights)
+        abstract = jax.ShapeDtypeStruct(q.shape, q.dtype)
+        wanted = jax.eval_shape(partial(quantize, axis=plan.axis), abstract, plan.scheme.weights)
     except ValueError as error:
         return str(error)
     found = q.reorder(None)
     kinds = [(x.format, x.scale.shape, x.zero_point is None) for x in (found, wanted)]
     inputs = None if q.inputs is None else q.inputs.config
-    if kinds[0] == kinds[1] and inputs == scheme.inputs:
+    if kinds[0] == kinds[1] and inputs == plan.scheme.inputs:
         return None
     return (
         f"is quantized otherwise than its rule says: {describe(q)}, scales {found.scale.shape}, "
-        f"and not {describe(wanted)}, scales {wanted.scale.shape}, inputs {scheme.inputs}"
+        f"and not {describe(wanted)}, scales {wanted.scale.shape}, inputs {plan.scheme.inputs}"
     )
 
 
-def _adapters(shape, config: ArrayConfig, rank, key, dtype):
+def _adapters(shape, axes, rank, key, dtype):
     """a and b at the start of training: one normal, one zeros."""
-    stack, split = _split(config, len(shape))
+    stack, split = _split(axes, len(shape))
     a_shape, b_shape = (*shape[:split], rank), (*shape[:stack], rank, *shape[split:])
-    meets_b = set(config.axes(len(shape))) == {len(shape) - 1}
+    meets_b = axes == (len(shape) - 1,)
     inputs = math.prod(shape[split:] if meets_b else shape[stack:split])
     drawn, zeros = (b_shape, a_shape) if meets_b else (a_shape, b_shape)
     start = jax.random.normal(key, drawn, jnp.float32) / math.sqrt(max(inputs, 1))
@@ -259,8 +267,12 @@ def _adapters(shape, config: ArrayConfig, rank, key, dtype):
     return factors[::-1] if meets_b else factors
 
 
-def _split(config: ArrayConfig, ndim: int) -> tuple[int, int]:
+def _axes_of(plan: Plan, ndim: int) -> tuple[int, ...]:
+    """The axes along which a leaf shares scales, in ascending order."""
+    return tuple(sorted(shared_axes(plan.axis, ndim, plan.scheme.weights)))
+
+
+def _split(axes: tuple[int, ...], ndim: int) -> tuple[int, int]:
     """Where the axes of `a` begin, and where those of `b` do."""
-    axes = sorted(config.axes(ndim))
     end = axes[-1] + 1
     return (ndim - 2, ndim - 1) if end == ndim else (axes[0], end)

@@ -38,7 +38,7 @@ _EXACT = rf"re:{_OUTER}({_COPIES})(/.*)?|({_WRAPPER}/)*({_SHORT_COPIES})(/.*)?"
 def _state_rules(signed, positive, length):
     """Rules for the field names of optax states."""
     of_signed, of_positive = (
-        ArrayConfig(format=format, axis=-1, group_size=length) for format in (signed, positive)
+        ArrayConfig(format=format, group_size=length) for format in (signed, positive)
     )
     return (
         Rule(_EXACT, None, required=False),

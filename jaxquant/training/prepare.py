@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,14 +10,17 @@ import jax.numpy as jnp
 
 from ..core import (
     ArrayConfig,
+    Axes,
     Deferred,
     Inputs,
     MinMSE,
     QTensor,
     Range,
     Shaped,
+    normalize_axes,
     quantize,
     scale_values,
+    shared_axes,
 )
 from ..tree import Rules
 from ..tree.internal import leaves_with_paths, select, stored_order
@@ -40,8 +44,9 @@ class Prepared(Shaped, Deferred):
         inputs: how an operand that meets it in a product is treated first. A calibrated scale in
             it is trained as a learned step, whose sign does not count, and so is a zero point
             that is floating.
-        config: how it is quantized, static. `prepare` counts its axes from the end, so that a
-            stack of layers can be scanned.
+        config: how it is quantized, static.
+        axis: the axes along which elements share a scale, static. `prepare` counts them from the
+            end, so that a stack of layers can be scanned.
         order: order in which its trailing axes are stored once it is quantized, static.
         result_dtype: dtype that operations see, static; None for that of the weight.
     """
@@ -50,6 +55,7 @@ class Prepared(Shaped, Deferred):
     learned: LearnedStep | LearnedRange | None = None
     inputs: Inputs | None = None
     config: ArrayConfig = dataclasses.field(kw_only=True, metadata={"static": True})
+    axis: Axes = dataclasses.field(default=-2, kw_only=True, metadata={"static": True})
     order: tuple[int, ...] | None = dataclasses.field(
         default=None, kw_only=True, metadata={"static": True}
     )
@@ -71,8 +77,8 @@ class Prepared(Shaped, Deferred):
 
     def quantize(self) -> QTensor:
         """The weight as a QTensor whose `values` pass gradients on."""
-        q = quantize_for_training(self.weight, self.config, self.learned).astype(self.dtype)
-        q = q.reorder(self.order)
+        q = quantize_for_training(self.weight, self.config, self.axis, self.learned)
+        q = q.astype(self.dtype).reorder(self.order)
         # Else XLA would swap the axes of the product instead of those of the codes, and add in
         # another order than in a product with the converted weight.
         fixed = jax.lax.optimization_barrier(dataclasses.replace(q, values=None))
@@ -84,7 +90,7 @@ class Prepared(Shaped, Deferred):
             return inputs
         # As many features as share the step in one product (LSQ, section 2.2). Where the config
         # has all axes, the last is that of the output.
-        axes = self.config.axes(self.ndim)
+        axes = shared_axes(self.axis, self.ndim, self.config)
         axes = axes if len(axes) < self.ndim else range(self.ndim - 1)
         features = math.prod(self.shape[a] for a in axes)
         factor = gradient_factor(features, inputs.config)
@@ -122,14 +128,15 @@ def init_learned(params: Any, rules: Rules, range: Range | None = MinMSE()) -> A
     """
     _, leaves, chosen, treedef = select(params, rules)
     learned = [
-        None if scheme is None else _first(leaf, scheme.weights, range)
-        for leaf, scheme in zip(leaves, chosen, strict=True)
+        None if plan is None else _first(leaf, plan, range)
+        for leaf, plan in zip(leaves, chosen, strict=True)
     ]
     return jax.tree.unflatten(treedef, learned)
 
 
-def _first(leaf, config, range):
-    q = quantize(leaf, dataclasses.replace(config, range=range or config.range))
+def _first(leaf, plan, range):
+    config = plan.scheme.weights
+    q = quantize(leaf, dataclasses.replace(config, range=range or config.range), plan.axis)
     scale = scale_values(q.scale)
     if config.symmetric:
         return LearnedStep(scale)
@@ -166,37 +173,38 @@ def prepare(params: Any, rules: Rules, learned: Any = None, *, platform: str | N
     """
     paths, leaves, chosen, treedef = select(params, rules)
     found = dict(zip(*leaves_with_paths(learned, _is_learned)[:2], strict=True))
-    selected = {p for p, scheme in zip(paths, chosen, strict=True) if scheme is not None}
+    selected = {p for p, plan in zip(paths, chosen, strict=True) if plan is not None}
     if learned is not None and set(found) != selected:
         raise ValueError(
             f"learned must be for the leaves that the rules select, {sorted(selected)}; got "
             f"{sorted(found)}. Make it by init_learned(params, rules)."
         )
     prepared = [
-        leaf if scheme is None else _prepare(path, leaf, scheme, found.get(path), platform)
-        for path, leaf, scheme in zip(paths, leaves, chosen, strict=True)
+        leaf if plan is None else _prepare(path, leaf, plan, found.get(path), platform)
+        for path, leaf, plan in zip(paths, leaves, chosen, strict=True)
     ]
     return jax.tree.unflatten(treedef, prepared)
 
 
-def _prepare(path, leaf, scheme, learned, platform):
-    config = _from_end(scheme.weights, leaf.ndim)
+def _prepare(path, leaf, plan, learned, platform):
+    scheme, axis = plan.scheme, _from_end(plan.axis, leaf.ndim)
+    config = scheme.weights
     try:
-        jax.eval_shape(quantize_for_training, leaf, config, learned)
+        jax.eval_shape(partial(quantize_for_training, axis=axis), leaf, config, learned=learned)
     except ValueError as error:
         raise ValueError(
             f"What is learned for {path} does not suit it: {error} Make it by "
             "init_learned(params, rules), by the same rules."
         ) from error
     inputs = None if scheme.inputs is None else Inputs(scheme.inputs)
-    order = stored_order(leaf, config, platform)
-    return Prepared(jnp.asarray(leaf), learned, inputs, config=config, order=order)
+    order = stored_order(leaf, plan, platform)
+    return Prepared(jnp.asarray(leaf), learned, inputs, config=config, axis=axis, order=order)
 
 
-def _from_end(config, ndim):
-    """The config with its axes counted from the end."""
-    axes = tuple(a - ndim for a in config.axes(ndim))
-    return dataclasses.replace(config, axis=axes[0] if isinstance(config.axis, int) else axes)
+def _from_end(axis, ndim):
+    """The same axes, counted from the end."""
+    axes = tuple(a - ndim for a in normalize_axes(axis, ndim))
+    return axes[0] if isinstance(axis, int) else axes
 
 
 def convert(prepared: Any) -> Any:

@@ -18,13 +18,12 @@ class ProductConfig:
         lhs gradient = gradient x rhs        gradient: that of out, which comes back
         rhs gradient = gradient x lhs
 
-    Each product quantizes its two operands anew, with scales shared along the axes that it
+    Each product quantizes its two operands again, with scales shared along the axes that it
     contracts: these differ from product to product.
 
     Attributes:
-        lhs, rhs, gradient: config of each operand, None to leave it in float. Its `axis` only says
-            per tensor (None) or not; with a group size, groups lie along the last contracted axis,
-            or along all axes for None.
+        lhs, rhs, gradient: config of each operand, None to leave it in float. With a group size,
+            groups lie along the last contracted axis.
         quantizes_out, quantizes_lhs_gradient, quantizes_rhs_gradient: whether that product is
             quantized; one that is not multiplies floats.
         rounds_stochastically: whether the gradient is rounded at random, so that its expectation
@@ -81,11 +80,10 @@ class ProductConfig:
         for name, config in self._operands():
             if config is None:
                 continue
-            is_per_tensor = config.axis is None and config.group_size is None
-            if not (is_per_tensor and config.symmetric and config.range == AbsMax()):
+            if not (config.per_tensor and config.symmetric and config.range == AbsMax()):
                 raise ValueError(
-                    "scaling has one range for each operand, so its config must have axis=None, "
-                    f"no group_size, symmetric=True and range=AbsMax(); got {name}={config!r}. "
+                    "scaling has one range for each operand, so its config must have "
+                    f"per_tensor=True, symmetric=True and range=AbsMax(); got {name}={config!r}. "
                     "Leave scaling None, or take a config such as training.FP8_TRAINING."
                 )
 
@@ -93,8 +91,9 @@ class ProductConfig:
         return ("lhs", self.lhs), ("rhs", self.rhs), ("gradient", self.gradient)
 
 
-_INT8 = ArrayConfig(format=INT8, axis=-1)
-_E4M3 = ArrayConfig(format=FP8_E4M3, axis=None)
+_INT8 = ArrayConfig(format=INT8)
+_E4M3 = ArrayConfig(format=FP8_E4M3, per_tensor=True)
+_E5M2 = ArrayConfig(format=FP8_E5M2, per_tensor=True)
 
 # All three products in int8. Gradients keep their expectation: Chen et al. 2020 (StatQuant),
 # arXiv:2010.14298, theorem 1.
@@ -103,4 +102,4 @@ INT8_TRAINING = ProductConfig(lhs=_INT8, rhs=_INT8, gradient=_INT8, rounds_stoch
 # Wortsman et al. 2023 (SwitchBackQ, with scales per row), arXiv:2304.13013.
 SWITCHBACK = ProductConfig(lhs=_INT8, rhs=_INT8, gradient=_INT8, quantizes_rhs_gradient=False)
 # Micikevicius et al. 2022, arXiv:2209.05433, section 3.
-FP8_TRAINING = ProductConfig(lhs=_E4M3, rhs=_E4M3, gradient=ArrayConfig(format=FP8_E5M2, axis=None))
+FP8_TRAINING = ProductConfig(lhs=_E4M3, rhs=_E4M3, gradient=_E5M2)

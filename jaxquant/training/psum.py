@@ -10,7 +10,7 @@ from ..core import ArrayConfig, bits_of, quantize
 from .blockwise import block_length, blocks_of
 from .power_formats import GRADIENT_8
 
-GRADIENT_8_BIT = ArrayConfig(format=GRADIENT_8, axis=-1, group_size=256)
+GRADIENT_8_BIT = ArrayConfig(format=GRADIENT_8, group_size=256)
 
 
 def quantized_psum(
@@ -35,7 +35,7 @@ def quantized_psum(
         x: pytree of float arrays, such as gradients; each device has its own values.
         axis_name: axis of the mesh to sum over, or several.
         config: format, dtype of scales and group size, the number of elements per block (None:
-            256). Its axis is not used. Arrays with less than a block are summed as they are.
+            256). Arrays with less than a block are summed as they are.
         key: random key for stochastic rounding, the same on all devices, another in each step;
             None rounds to nearest.
         error: None, or a tree like x of what was not sent yet: at first zeros, then what the last
@@ -116,10 +116,10 @@ def _sum_in_codes(leaves, axis_name, config, key):
     block = block_length(config)
     blocks = blocks_of(config, block)
     mine = _join(leaves, devices, block)
-    q = quantize(mine, blocks, keys[0])
+    q = quantize(mine, blocks, -1, keys[0])
     received = _from_bytes(jax.lax.all_to_all(_to_bytes(q), axis_name, 0, 0), q)
     part = jnp.sum(received.dequantize(), 0, keepdims=True)
-    q_part = quantize(part, blocks, keys[1])
+    q_part = quantize(part, blocks, -1, keys[1])
     total = jax.lax.all_gather(_to_bytes(q_part), axis_name, tiled=True, to="invarying")
     total = _from_bytes(total, q).dequantize()
     rest = mine - q.dequantize()

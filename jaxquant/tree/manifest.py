@@ -176,8 +176,10 @@ class Decoder:
     def _low_rank(self, content):
         static, parts = content
         row = self.statics[static]
+        # Its axes, which were written once, are those of the base.
+        config = config_from_json({**row["config"], "axis": 0})
         arrays = {k: self.decode(v) for k, v in parts.items()}
-        return LowRank(**arrays, alpha=row["alpha"], config=config_from_json(row["config"]))
+        return LowRank(**arrays, alpha=row["alpha"], config=config)
 
 
 _DECODERS = {

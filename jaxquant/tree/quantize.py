@@ -9,13 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import ArrayConfig, Deferred, Format, Inputs, QTensor, Scheme, block_shape
+from ..core import (
+    ArrayConfig,
+    Axes,
+    Deferred,
+    Format,
+    Inputs,
+    QTensor,
+    block_shape,
+    shared_axes,
+)
 from ..core import quantize as quantize_array
 from ..jaxprs import is_tracer
 from ..ops import best_order
 from .paths import is_quantized, leaves_with_paths
 from .progress import Progress, progress_bar
 from .rules import (
+    Plan,
     Rule,
     Rules,
     as_rules,
@@ -60,13 +70,13 @@ def quantize(
     Error: as for `jaxquant.quantize`.
     """
     paths, leaves, chosen, treedef = select(params, rules)
-    total = sum(scheme is not None for scheme in chosen)
+    total = sum(plan is not None for plan in chosen)
     platform = platform or jax.default_backend()
     result, done = [], 0
     with progress_bar(progress, total) as report:
-        for path, leaf, scheme in zip(paths, leaves, chosen, strict=True):
-            if scheme is not None:
-                leaf = quantize_leaf(leaf, scheme, platform)
+        for path, leaf, plan in zip(paths, leaves, chosen, strict=True):
+            if plan is not None:
+                leaf = quantize_leaf(leaf, plan, platform)
                 done += 1
                 report(done, total, path)
             result.append(leaf)
@@ -74,13 +84,13 @@ def quantize(
 
 
 def select(
-    params: Any, rules: Rules, check: Callable[[Any, Scheme], str | None] | None = None
-) -> tuple[list[str], list[Any], list[Scheme | None], Any]:
-    """Paths, leaves, the scheme of each leaf or None, and the structure of a tree, all checked.
+    params: Any, rules: Rules, check: Callable[[Any, Plan], str | None] | None = None
+) -> tuple[list[str], list[Any], list[Plan | None], Any]:
+    """Paths, leaves, the plan for each leaf or None, and the structure of a tree, all checked.
 
     Args:
         params, rules: as for `quantize`.
-        check: (leaf, scheme) -> why the leaf is unsupported, or None; None for
+        check: (leaf, plan) -> why the leaf is unsupported, or None; None for
             `why_unsupported`.
 
     Raises:
@@ -88,19 +98,20 @@ def select(
     """
     rules = as_rules(rules)
     paths, leaves, treedef = leaves_with_paths(params)
-    chosen = [rule and rule.resolve() for rule in match_rules(rules, paths, leaves)]
+    chosen = [rule and rule.plan() for rule in match_rules(rules, paths, leaves)]
     _check(rules, paths, leaves, chosen, check or why_unsupported)
     return paths, leaves, chosen, treedef
 
 
 def stored_order(
-    leaf: jax.Array, config: ArrayConfig, platform: str | None = None
+    leaf: jax.Array, plan: Plan, platform: str | None = None
 ) -> tuple[int, ...] | None:
     """The order of axes in which `quantize` stores a leaf."""
     # A kernel of one pixel is still one of a convolution, which keeps its order.
-    if len(config.axes(leaf.ndim)) != 1:
+    config = plan.scheme.weights
+    if len(shared_axes(plan.axis, leaf.ndim, config)) != 1:
         return None
-    abstract = jax.eval_shape(quantize_array, leaf, config)
+    abstract = jax.eval_shape(partial(quantize_array, axis=plan.axis), leaf, config)
     return best_order(abstract, platform or jax.default_backend())
 
 
@@ -133,30 +144,33 @@ def reorder(params: Any, platform: str | None = None) -> Any:
     )
 
 
-def quantize_leaf(leaf: jax.Array, scheme: Scheme, platform: str | None = None) -> QTensor:
+def quantize_leaf(leaf: jax.Array, plan: Plan, platform: str | None = None) -> QTensor:
     """What `quantize` makes of one leaf that a rule selects, unchecked."""
-    order = stored_order(leaf, scheme.weights, platform)
-    is_whole = jnp.issubdtype(scheme.weights.format.dtype, jnp.integer)
-    quantized = _quantize_in_steps if is_whole else _quantize_at_once
-    q = quantized(leaf, scheme.weights, order)
+    scheme, axis = plan
+    order = stored_order(leaf, plan, platform)
+    is_integer = jnp.issubdtype(scheme.weights.format.dtype, jnp.integer)
+    quantized = _quantize_in_steps if is_integer else _quantize_at_once
+    q = quantized(leaf, scheme.weights, axis, order)
     # Else the next leaf's work would start before this one's memory is free.
     q = jax.block_until_ready(q)
     return q if scheme.inputs is None else dataclasses.replace(q, inputs=Inputs(scheme.inputs))
 
 
-@partial(jax.jit, static_argnames="order")
-def _quantize_at_once(x: jax.Array, config: ArrayConfig, order: tuple[int, ...] | None) -> QTensor:
-    return quantize_array(x, config).reorder(order)
+@partial(jax.jit, static_argnames=("axis", "order"))
+def _quantize_at_once(
+    x: jax.Array, config: ArrayConfig, axis: Axes, order: tuple[int, ...] | None
+) -> QTensor:
+    return quantize_array(x, config, axis).reorder(order)
 
 
-def _quantize_in_steps(x, config, order):
-    """The same for whole codes, in programs of their own.
+def _quantize_in_steps(x, config, axis, order):
+    """The same for integer codes, in separate programs.
 
     In one, XLA's CPU backend computes code by code what it writes in another order or to half
     bytes: 4096 x 4096 took 2.2 times as long for W8A8, 1.4 for W4A16. Codes that are floats are
     faster in one, by half.
     """
-    q = quantize_array(x, _in_bytes(config)).reorder(order)
+    q = quantize_array(x, _in_bytes(config), axis).reorder(order)
     return q if q.format == config.format else _with_format(q, config.format)
 
 
@@ -180,7 +194,7 @@ def _with_format(q: QTensor, format: Format) -> QTensor:
 def _check(rules: tuple[Rule, ...], paths, leaves, chosen, check):
     """Raises one error that lists everything wrong."""
     problems = [f"rule {r.pattern!r} matches no leaf" for r in unused_rules(rules, paths, leaves)]
-    if not problems and all(scheme is None for scheme in chosen):
+    if not problems and all(plan is None for plan in chosen):
         problems = ["the rules select no leaf"]
     if problems:
         known = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "") or "none"
@@ -192,8 +206,8 @@ def _check(rules: tuple[Rule, ...], paths, leaves, chosen, check):
         raise ValueError(f"Nothing was quantized. {len(problems)} to mend:\n  {lines}")
 
 
-def why_unsupported(leaf: Any, scheme: Scheme) -> str | None:
-    """Why a leaf cannot be quantized by a scheme, or None."""
+def why_unsupported(leaf: Any, plan: Plan) -> str | None:
+    """Why a leaf cannot be quantized as planned, or None."""
     if is_quantized(leaf):
         return f"quantized already ({leaf!r}); dequantize it first, or give it a rule with None"
     if isinstance(leaf, Deferred):
@@ -202,15 +216,16 @@ def why_unsupported(leaf: Any, scheme: Scheme) -> str | None:
     if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
         what = leaf.dtype if is_array else type(leaf).__name__
         return f"not a floating array, got {what} of shape {shape}; give it a rule with None"
+    config, axis = plan.scheme.weights, plan.axis
     try:
-        block_shape(shape, scheme.weights)
+        block_shape(shape, config, axis)
     except ValueError as error:
         return str(error)
-    if not shrinks(leaf, scheme.weights):
+    if not shrinks(leaf, config, axis):
         return (
-            f"takes {bits_per_weight(shape, scheme.weights):.1f} bits per weight, no fewer than "
-            f"{leaf.dtype}, shape {shape}: few elements share a scale along axis="
-            f"{scheme.weights.axis}; give it a rule with the contracted axes, or None"
+            f"takes {bits_per_weight(shape, config, axis):.1f} bits per weight, no fewer than "
+            f"{leaf.dtype}, shape {shape}: few elements share a scale along axis={axis}; give it "
+            "a rule with the contracted axes, or None"
         )
     if not is_tracer(leaf) and not _is_finite(leaf):
         return f"holds NaN or Inf, shape {shape}; mend it, or give it a rule with None"

@@ -5,13 +5,22 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from ..core import SCHEMES, ArrayConfig, Axes, Scheme, bits_of, block_shape
 
 _REGEX = "re:"
+# The contracted axis of kernels (K, N), as JAX and Keras have them, stacked or not.
+CONTRACTED = -2
+
+
+class Plan(NamedTuple):
+    """What a rule says of one leaf: how to quantize it, and along which axes."""
+
+    scheme: Scheme
+    axis: Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +31,9 @@ class Rule:
         pattern: a glob over the whole path, in which `*` matches across "/" too; or "re:" and
             a regular expression that must match all of it.
         scheme: Scheme or ArrayConfig; None leaves the leaves as they are.
-        axis: replaces the axis of the weights' config; None keeps it. (One scale per tensor is
-            asked for by a scheme whose weights have axis None.)
+        axis: the axis, or a tuple of axes, along which the elements of a leaf share a scale: its
+            contracted axes. None for -2, that of a kernel (K, N), and in Keras for those that
+            the layer declares.
         group_size: replaces the group size of the weights' config; None keeps it.
         where: (path, leaf) -> whether a leaf whose path matches is meant; None means all.
         required: whether it is an error if no leaf matches.
@@ -76,13 +86,19 @@ class Rule:
         return is_match and (self.where is None or self.where(path, leaf))
 
     def resolve(self) -> Scheme | None:
-        """The scheme with the overrides in place."""
+        """The scheme with the group size in place."""
         if self.scheme is None:
             return None
         scheme = self.scheme if isinstance(self.scheme, Scheme) else Scheme(self.scheme)
-        overrides = {"axis": self.axis, "group_size": self.group_size}
-        given = {k: v for k, v in overrides.items() if v is not None}
-        return dataclasses.replace(scheme, weights=dataclasses.replace(scheme.weights, **given))
+        if self.group_size is None:
+            return scheme
+        weights = dataclasses.replace(scheme.weights, group_size=self.group_size)
+        return dataclasses.replace(scheme, weights=weights)
+
+    def plan(self) -> Plan | None:
+        """How to quantize a leaf of a tree, and along which axes; None leaves it as it is."""
+        scheme = self.resolve()
+        return scheme and Plan(scheme, CONTRACTED if self.axis is None else self.axis)
 
 
 Rules = Scheme | ArrayConfig | Rule | Mapping[str, Any] | Sequence[Any]
@@ -100,18 +116,18 @@ def is_matrix(path: str, leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 1
 
 
-def bits_per_weight(shape: tuple[int, ...], config: ArrayConfig) -> float:
+def bits_per_weight(shape: tuple[int, ...], config: ArrayConfig, axis: Axes) -> float:
     """Bits that codes, scales and zero points take per element of an array of this shape.
 
     Raises:
         ValueError: as for `jaxquant.quantize`.
     """
-    per_scale = max(math.prod(block_shape(shape, config)), 1)
+    per_scale = max(math.prod(block_shape(shape, config, axis)), 1)
     bits = bits_of(config.stored_scale_dtype) + config.format.bits * (not config.symmetric)
     return config.format.bits + bits / per_scale
 
 
-def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = None) -> tuple[Rule, ...]:
+def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = CONTRACTED) -> tuple[Rule, ...]:
     """Rules for matrices, embeddings and convolutions; norms and biases stay as they are.
 
     What a leaf is, its path tells: norms and biases go by their names, so that those of stacked
@@ -125,15 +141,15 @@ def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = None) -> tuple[Rule
     Args:
         scheme: for all of them.
         axis: contracted axis of the matrices: -2 for kernels (K, N), as JAX and Keras have
-            them, -1 for (N, K), as PyTorch has. None keeps that of the scheme.
+            them, -1 for (N, K), as PyTorch has.
     """
     weights = scheme.weights if isinstance(scheme, Scheme) else scheme
-    along_row = None if isinstance(weights.group_size, tuple) else -1
+    along_row = axis if isinstance(weights.group_size, tuple) else -1
     is_grouped = weights.group_size is not None or weights.format.group_size is not None
     output = 0 if axis == -1 else -1
     convolutions = [
         _default(_CONVOLUTION, scheme, tuple(a - n for a in range(n) if a != output % n), n)
-        for n in (() if is_grouped or weights.axis is None else (3, 4, 5))
+        for n in (() if is_grouped or weights.per_tensor else (3, 4, 5))
     ]
     return (
         Rule(_NORM_OR_BIAS, None, required=False, note="a norm or bias, by its name"),
@@ -146,19 +162,18 @@ def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = None) -> tuple[Rule
 
 def _default(pattern, scheme, axis, ndim=None):
     """A rule for matrices that shrink by it, of any number of axes or this one."""
-    resolved = Rule(pattern, scheme, axis=axis).resolve()
-    config = resolved.weights if resolved else ArrayConfig()
+    config = scheme.weights if isinstance(scheme, Scheme) else scheme
 
     def is_meant(path, leaf):
-        return is_matrix(path, leaf) and ndim in (None, leaf.ndim) and shrinks(leaf, config)
+        return is_matrix(path, leaf) and ndim in (None, leaf.ndim) and shrinks(leaf, config, axis)
 
     return Rule(pattern, scheme, axis=axis, where=is_meant, required=False)
 
 
-def shrinks(leaf: Any, config: ArrayConfig) -> bool:
+def shrinks(leaf: Any, config: ArrayConfig, axis: Axes) -> bool:
     """Whether a leaf takes fewer bits when it is quantized, or cannot be: that is an error."""
     try:
-        return bits_per_weight(leaf.shape, config) < bits_of(leaf.dtype) or 0 in leaf.shape
+        return bits_per_weight(leaf.shape, config, axis) < bits_of(leaf.dtype) or 0 in leaf.shape
     except ValueError:
         return True
 

@@ -135,12 +135,11 @@ def test_mse_histogram_equals_min_mse_when_elements_are_bin_centers(format, symm
     x = all_elements(batches())
     width = 2 * 2.0 ** (np.frexp(np.abs(x).max())[1]) / BINS
     x = ((np.floor(x / width) + 0.5) * width).astype(np.float32)
-    # The config of an operand with more axes than the counts have.
-    config = ArrayConfig(format=format, axis=1, symmetric=symmetric)
+    config = ArrayConfig(format=format, symmetric=symmetric)
 
     observer = update_all(MSEHistogram.init(BINS), np.split(jnp.asarray(x), 2))
 
-    whole = dataclasses.replace(config, axis=None)
+    whole = dataclasses.replace(config, per_tensor=True)
     best = quantize(jnp.asarray(x), dataclasses.replace(whole, range=MinMSE()))
     got = quantize_with_range(jnp.asarray(x), *observer.finish(config), whole)
     np.testing.assert_allclose(got.scale, best.scale, rtol=1e-5)

@@ -22,19 +22,20 @@ from jaxquant.core import config as config_module
 
 CONFIG_ERRORS = [
     ({"format": "int8"}, r"format must be a Format such as jaxquant\.INT8; got 'int8'"),
-    ({"axis": 1.0}, r"axis must be an int, a tuple of distinct ints, or None.*got 1\.0"),
-    ({"axis": "rows"}, r"axis must be an int.*got 'rows'"),
-    ({"axis": (0, 0)}, r"tuple of distinct ints.*got \(0, 0\)"),
-    ({"axis": (0, None)}, r"tuple of distinct ints.*got \(0, None\)"),
     ({"group_size": 0}, r"group_size must be a positive int.*got 0\."),
     ({"group_size": -32}, r"group_size must be a positive int.*got -32"),
     ({"group_size": 32.0}, r"group_size must be a positive int.*got 32\.0"),
-    ({"group_size": (16, 0), "axis": (0, 1)}, r"group_size must be.*got \(16, 0\)"),
-    ({"group_size": (16, 64)}, r"one int, or one per axis; got \(16, 64\) for axis 0"),
-    ({"group_size": (16,), "axis": None}, r"one per axis; got \(16,\) for axis None"),
+    ({"group_size": (16, 0)}, r"group_size must be.*got \(16, 0\)"),
+    ({"per_tensor": 1}, "per_tensor must be True or False; got 1"),
+    (
+        {"per_tensor": True, "group_size": 32},
+        r"per_tensor=True means one scale for the whole array; got groups of 32 \(format int8\)",
+    ),
+    (
+        {"per_tensor": True, "format": NVFP4},
+        r"got groups of 16 \(format nvfp4\)\. Pass per_tensor=False, or leave group_size None",
+    ),
     ({"format": MXFP4, "group_size": 64}, r"mxfp4 has groups of 32; got group_size=64\. Leave it"),
-    ({"format": NVFP4, "axis": None}, r"nvfp4 has groups along one axis; got axis=None"),
-    ({"format": NVFP4, "axis": (0, 1)}, r"nvfp4 has groups along one axis; got axis=\(0, 1\)"),
     ({"format": NF4, "symmetric": False}, r"needs a format of whole numbers.*got format=nf4\. .*"),
     ({"format": FP8_E4M3, "symmetric": False}, r"got format=fp8_e4m3\. .*leave symmetric=True"),
     (
@@ -52,7 +53,6 @@ CONFIG_ERRORS = [
     ({"value_range": [-5, 5]}, r"a tuple of two ascending ints.*got \[-5, 5\]"),
     ({"value_range": 5}, "a tuple of two ascending ints.*got 5"),
     ({"range": MinMSE}, r"range must be AbsMax\(\), .* got <class"),
-    ({"axis": True}, "axis must be an int.*got True"),
     ({"group_size": True}, "group_size must be a positive int.*got True"),
     ({"scale_dtype": jnp.dtype("float32")}, "scale_dtype must be one of.*got dtype"),
     ({"value_range": (-1.5, 5)}, r"two ascending ints.*got \(-1\.5, 5\)"),
@@ -73,9 +73,8 @@ def test_a_config_is_checked_when_it_is_made(fields, message):
 def test_what_the_checks_allow():
     assert ArrayConfig(value_range=(-128, 127)).bounds == (-128, 127)
     assert ArrayConfig(value_range=(0, 127), symmetric=False).bounds == (0, 127)
-    assert ArrayConfig(format=MXFP4, axis=(-1,), group_size=32).group_size == 32
-    assert ArrayConfig(axis=None, group_size=4).axes(2) == (0, 1)
-    assert ArrayConfig(axis=(0, 1), group_size=(None, 4)).group_size == (None, 4)
+    assert ArrayConfig(format=MXFP4, group_size=32).group_size == 32
+    assert ArrayConfig(group_size=(None, 4)).group_size == (None, 4)
 
 
 def test_bounds_and_scales_are_those_of_the_format_unless_the_config_names_others():
@@ -83,33 +82,6 @@ def test_bounds_and_scales_are_those_of_the_format_unless_the_config_names_other
     assert ArrayConfig().stored_scale_dtype == "float32"
     assert ArrayConfig(format=MXFP4).stored_scale_dtype == "float8_e8m0fnu"
     assert ArrayConfig(format=MXFP4, scale_dtype="bfloat16").stored_scale_dtype == "bfloat16"
-
-
-AXES = [
-    (None, 3, (0, 1, 2)),
-    (None, 0, ()),
-    (0, 1, (0,)),
-    (-1, 3, (2,)),
-    ((-1, 0), 3, (2, 0)),
-    ((-3, 2), 3, (0, 2)),
-]
-
-
-@pytest.mark.parametrize("axis, ndim, expected", AXES)
-def test_axes_are_counted_from_zero(axis, ndim, expected):
-    assert ArrayConfig(axis=axis).axes(ndim) == expected
-
-
-@pytest.mark.parametrize("axis, ndim", [(2, 2), (-3, 2), ((0, 5), 2), (0, 0)])
-def test_axes_must_be_axes_of_the_array(axis, ndim):
-    message = rf"axis must lie in -{ndim} .. {ndim - 1} for an array of {ndim} axes; got axis="
-    with pytest.raises(ValueError, match=message):
-        ArrayConfig(axis=axis).axes(ndim)
-
-
-def test_axes_must_be_distinct():
-    with pytest.raises(ValueError, match=r"distinct axes of the array; got axis=\(0, -2\) for 2"):
-        ArrayConfig(axis=(0, -2)).axes(2)
 
 
 def test_a_scheme_is_checked_when_it_is_made():
@@ -123,7 +95,6 @@ def test_a_scheme_is_checked_when_it_is_made():
 def test_a_preset_is_what_its_name_says(name):
     scheme = SCHEMES[name]
     assert scheme is getattr(config_module, name)
-    assert scheme.weights.axis == -2
     if name[0] == "W":
         weight_bits, input_bits = name[1:].split("_")[0].split("A")
         assert scheme.weights.format.bits == int(weight_bits)
@@ -133,12 +104,11 @@ def test_a_preset_is_what_its_name_says(name):
     else:
         assert (scheme.inputs is None) == name.endswith("A16")
         assert scheme.inputs is None or scheme.inputs.format == scheme.weights.format
-    assert scheme.inputs is None or scheme.inputs.axis == -1
 
 
 OTHERS = {
     "format": INT4,
-    "axis": 1,
+    "per_tensor": True,
     "group_size": 2,
     "symmetric": False,
     "range": MinMSE(),
@@ -167,6 +137,6 @@ def test_configs_schemes_and_formats_are_pytrees_without_leaves(value):
 
 def test_defaults_are_symmetric_int8_by_abs_max():
     assert ArrayConfig() == ArrayConfig(
-        format=INT8, axis=0, symmetric=True, range=AbsMax(), group_size=None
+        format=INT8, symmetric=True, range=AbsMax(), group_size=None
     )
     assert Percentile() == Percentile(99.9)

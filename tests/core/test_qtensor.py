@@ -21,25 +21,26 @@ from jaxquant import (
 from jaxquant.core import packed_bytes, scale_values
 
 from .. import cases, checks, oracles
+from ..cases import along
 
-few_configs = pytest.mark.parametrize("config", cases.FEW.values(), ids=cases.FEW)
+few_cases = pytest.mark.parametrize("case", cases.FEW.values(), ids=cases.FEW)
 # Orders of an array of three axes: none, the last two swapped, and every turn of all three.
 ORDERS = [None, (-1, -2), (-2, -1, -3), (-1, -3, -2), (-2, -3, -1), (-1, -2, -3), (-3, -1, -2)]
 CUBES = {
-    "int4": ArrayConfig(format=INT4, axis=1, group_size=4, symmetric=False),
-    "nvfp4": ArrayConfig(format=NVFP4, axis=-1),
-    "int8": ArrayConfig(format=INT8, axis=(0, 2)),
+    "int4": along(1, format=INT4, group_size=4, symmetric=False),
+    "nvfp4": along(-1, format=NVFP4),
+    "int8": along((0, 2), format=INT8),
 }
 
 
 def cube(name, seed=0):
     x = np.random.default_rng(seed).normal(size=(3, 8, 32)).astype(np.float32)
-    return x, quantize(x, CUBES[name])
+    return x, quantize(x, *CUBES[name])
 
 
-@few_configs
-def test_dequantize_is_the_convention(config):
-    q = quantize(cases.gaussian(), config)
+@few_cases
+def test_dequantize_is_the_convention(case):
+    q = quantize(cases.gaussian(), *case)
     expected = oracles.dequantize(q)
     np.testing.assert_allclose(q.dequantize(), expected, rtol=1e-6)
     np.testing.assert_array_equal(dequantize(q), q.dequantize())
@@ -88,7 +89,7 @@ def test_order_says_which_axis_is_stored_where():
 def test_reordering_twice_is_reordering_once(data):
     length = st.integers(0, 4).flatmap(lambda n: st.permutations(range(-n, 0)).map(tuple))
     x = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
-    q = quantize(x, ArrayConfig(format=INT4, axis=-2, group_size=2, symmetric=False))
+    q = quantize(x, ArrayConfig(format=INT4, group_size=2, symmetric=False), axis=-2)
     first, second = data.draw(length), data.draw(length)
     twice = q.reorder(first).reorder(second)
     checks.assert_equal_quantized(twice, q.reorder(second))
@@ -105,10 +106,10 @@ def test_an_order_must_be_a_permutation_of_trailing_axes(order):
 
 
 @pytest.mark.parametrize("order", [None, (-1, -2)], ids=str)
-@pytest.mark.parametrize("config", [CUBES["int4"], ArrayConfig(format=NF4, axis=-1)], ids=str)
-def test_a_stack_is_scanned_sliced_and_vmapped_like_any_pytree(config, order):
+@pytest.mark.parametrize("case", [CUBES["int4"], along(-1, format=NF4)], ids=str)
+def test_a_stack_is_scanned_sliced_and_vmapped_like_any_pytree(case, order):
     x = np.random.default_rng(0).normal(size=(3, 8, 32)).astype(np.float32)
-    q = quantize(x, config).reorder(order)
+    q = quantize(x, *case).reorder(order)
     vector = np.arange(32, dtype=np.float32)
     expected = [oracles.dequantize(q)[i] @ vector for i in range(3)]
 
@@ -132,7 +133,7 @@ def with_scale(q, scale):
 @pytest.mark.parametrize("name", ["int8-row", "int4-asym_g32", "nf4-g64", "fp8_e4m3-blocks"])
 def test_gradients_with_respect_to_scales_are_sums_of_codes(name):
     x = cases.gaussian()
-    q = quantize(x, {**cases.CONFIGS}[name])
+    q = quantize(x, *cases.CASES[name])
     cotangent = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
 
     def loss(scale):
@@ -141,7 +142,7 @@ def test_gradients_with_respect_to_scales_are_sums_of_codes(name):
     values = oracles.code_values(q.codes, q.format)
     values = values - oracles.spread(checks.zero_point_of(q), x.shape)
     expected = np.zeros(q.scale.shape)
-    for index, where in oracles.blocks(x.shape, cases.CONFIGS[name])[1]:
+    for index, where in oracles.blocks(x.shape, *cases.CASES[name])[1]:
         expected[index] = np.sum(values[where] * cotangent[where])
     got = jax.grad(loss)(q.scale)
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
@@ -149,7 +150,7 @@ def test_gradients_with_respect_to_scales_are_sums_of_codes(name):
 
 def test_gradients_reach_the_top_scale_of_nested_scales():
     x = cases.gaussian()
-    q = quantize(x, ArrayConfig(format=NVFP4, axis=1))
+    q = quantize(x, ArrayConfig(format=NVFP4), axis=1)
 
     def loss(top):
         return jnp.sum(with_scale(q, with_scale(q.scale, top)).dequantize())
@@ -168,15 +169,15 @@ def test_equal_static_fields_share_one_compilation():
         return q.dequantize()
 
     for seed in range(3):
-        f(quantize(cases.gaussian(seed=seed), ArrayConfig(axis=1)))
+        f(quantize(cases.gaussian(seed=seed), ArrayConfig(), axis=1))
     assert len(traces) == 1
-    f(quantize(cases.gaussian(), ArrayConfig(axis=1)).astype("bfloat16"))
+    f(quantize(cases.gaussian(), ArrayConfig(), axis=1).astype("bfloat16"))
     assert len(traces) == 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_astype_changes_what_it_dequantizes_to_and_no_code(dtype):
-    q = quantize(cases.gaussian(), ArrayConfig(axis=1))
+    q = quantize(cases.gaussian(), ArrayConfig(), axis=1)
     cast = q.astype(dtype)
     assert cast.dequantize().dtype == cast.dtype == dtype
     assert cast.codes is q.codes
@@ -184,7 +185,7 @@ def test_astype_changes_what_it_dequantizes_to_and_no_code(dtype):
 
 
 def test_a_qtensor_rebuilds_from_placeholders():
-    q = quantize(cases.gaussian(), cases.CONFIGS["nvfp4-row"])
+    q = quantize(cases.gaussian(), *cases.CASES["nvfp4-row"])
     q = dataclasses.replace(q, inputs=Inputs(ArrayConfig(), jnp.ones(()), multiplier=jnp.ones(3)))
     leaves, structure = jax.tree.flatten(q)
     assert len(leaves) == 5
@@ -219,18 +220,18 @@ def test_the_repr_names_format_shape_scales_and_dtype():
 
 def test_scale_values_are_floats_to_compute_with():
     x = cases.gaussian()
-    narrow = quantize(x, ArrayConfig(axis=1, scale_dtype="bfloat16"))
+    narrow = quantize(x, ArrayConfig(scale_dtype="bfloat16"), axis=1)
     assert scale_values(narrow.scale).dtype == "float32"
-    nested = quantize(x, ArrayConfig(format=NVFP4, axis=1))
+    nested = quantize(x, ArrayConfig(format=NVFP4), axis=1)
     np.testing.assert_allclose(scale_values(nested.scale), oracles.dequantize(nested.scale), 1e-6)
     with jax.enable_x64(True):
-        wide = quantize(x.astype("float64"), ArrayConfig(axis=1, scale_dtype="float64"))
+        wide = quantize(x.astype("float64"), ArrayConfig(scale_dtype="float64"), axis=1)
         assert scale_values(wide.scale).dtype == wide.dequantize().dtype == "float64"
 
 
 @pytest.mark.parametrize("name", ["fp8_e5m2-g64", "nvfp4-row"])
 def test_codes_and_narrow_scales_get_no_gradient_and_wide_scales_do(name):
-    q = quantize(cases.gaussian(), cases.CONFIGS[name])
+    q = quantize(cases.gaussian(), *cases.CASES[name])
     gradient = jax.grad(lambda q: jnp.sum(jnp.sin(q.dequantize())))(q)
     for leaf in jax.tree.leaves(gradient):
         is_wide = leaf.dtype == jnp.float32

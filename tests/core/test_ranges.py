@@ -23,6 +23,7 @@ from jaxquant import (
 )
 
 from .. import cases, checks, oracles
+from ..cases import along
 
 
 @partial(jax.jit, static_argnames=("range", "symmetric", "axes"))
@@ -91,9 +92,9 @@ def test_percentile_spans_several_axes_at_once(symmetric):
 @pytest.mark.parametrize("format", [INT8, INT4, INT2], ids=str)
 def test_percentile_100_is_abs_max_bit_for_bit(format, symmetric):
     x = cases.gaussian()
-    config = ArrayConfig(format=format, axis=1, symmetric=symmetric, range=Percentile(100))
+    config = ArrayConfig(format=format, symmetric=symmetric, range=Percentile(100))
     plain = dataclasses.replace(config, range=AbsMax())
-    checks.assert_equal_quantized(quantize(x, config), quantize(x, plain))
+    checks.assert_equal_quantized(quantize(x, config, 1), quantize(x, plain, 1))
 
 
 @pytest.mark.parametrize("p", [50, 0, -1, 100.1, float("nan")])
@@ -104,37 +105,37 @@ def test_percentile_must_be_above_50_and_at_most_100(p):
 
 def test_elements_beyond_the_percentile_are_clipped_to_it():
     x = np.linspace(-1, 1, 201, dtype=np.float32)[None]
-    values = quantize(x, ArrayConfig(axis=1, range=Percentile(80))).dequantize()
+    values = quantize(x, ArrayConfig(range=Percentile(80)), axis=1).dequantize()
     np.testing.assert_allclose(np.abs(values).max(), 0.8, rtol=1e-6)
     inside = np.abs(x) <= 0.8
     assert np.all(np.abs(values - x)[inside] <= 0.5001 * 0.8 / 127)
 
 
-MSE_CONFIGS = [
-    ArrayConfig(format=INT8, axis=1),
-    ArrayConfig(format=INT4, axis=1),
-    ArrayConfig(format=INT4, axis=1, group_size=32),
-    ArrayConfig(format=INT4, axis=None),
-    ArrayConfig(format=INT4, axis=1, scale_dtype="bfloat16"),
-    ArrayConfig(format=INT2, axis=1, symmetric=False),
-    ArrayConfig(format=INT4, axis=(0, 1), group_size=(16, 64), symmetric=False),
-    ArrayConfig(format=NF4, axis=1, group_size=64),
-    ArrayConfig(format=FP8_E4M3, axis=1),
-    ArrayConfig(format=MXFP4, axis=1),
+MSE_CASES = [
+    along(1, format=INT8),
+    along(1, format=INT4),
+    along(1, format=INT4, group_size=32),
+    along(1, format=INT4, per_tensor=True),
+    along(1, format=INT4, scale_dtype="bfloat16"),
+    along(1, format=INT2, symmetric=False),
+    along((0, 1), format=INT4, group_size=(16, 64), symmetric=False),
+    along(1, format=NF4, group_size=64),
+    along(1, format=FP8_E4M3),
+    along(1, format=MXFP4),
 ]
 
 
-def squared_errors(x, config):
-    square = (np.asarray(quantize(x, config).dequantize(), np.float64) - x) ** 2
-    return np.array([square[where].sum() for _, where in oracles.blocks(x.shape, config)[1]])
+def squared_errors(x, config, axis=1):
+    square = (np.asarray(quantize(x, config, axis).dequantize(), np.float64) - x) ** 2
+    return np.array([square[where].sum() for _, where in oracles.blocks(x.shape, config, axis)[1]])
 
 
-@pytest.mark.parametrize("config", MSE_CONFIGS, ids=lambda c: f"{c.format}-{c.group_size}")
-def test_min_mse_is_never_worse_than_abs_max_in_any_group(config):
+@pytest.mark.parametrize("config, axis", MSE_CASES, ids=str)
+def test_min_mse_is_never_worse_than_abs_max_in_any_group(config, axis):
     x = cases.gaussian()
     x[:, 7] *= 8  # Outliers, which are worth clipping in the narrow formats.
-    plain = squared_errors(x, config)
-    best = squared_errors(x, dataclasses.replace(config, range=MinMSE()))
+    plain = squared_errors(x, config, axis)
+    best = squared_errors(x, dataclasses.replace(config, range=MinMSE()), axis)
     assert np.all(best <= plain * (1 + 1e-5))
     if config.format.bits <= 4 and config.stored_scale_dtype != "float8_e8m0fnu":
         assert best.sum() < plain.sum()
@@ -143,7 +144,7 @@ def test_min_mse_is_never_worse_than_abs_max_in_any_group(config):
 @pytest.mark.parametrize("format", [INT4, INT2, NF4], ids=str)
 def test_min_mse_comes_near_to_the_best_of_all_ratios(format):
     x = np.random.default_rng(0).standard_t(3, (12, 96)).astype(np.float32)
-    config = ArrayConfig(format=format, axis=1, range=MinMSE())
+    config = ArrayConfig(format=format, range=MinMSE())
     got = squared_errors(x, config)
     ratios = np.linspace(0.01, 1, 500)
     best = np.array([oracles.best_squared_error(row, config, ratios) for row in x])
@@ -156,8 +157,8 @@ def test_min_mse_shrinks_each_end_of_an_asymmetric_range_on_its_own(sign):
     # Many elements down to -1 and one outlier above: only the upper end is worth shrinking.
     x = (np.random.default_rng(0).random((8, 4096)) * 1.5 - 1).astype(np.float32)
     x[:, 0] = 6
-    config = ArrayConfig(format=INT4, axis=1, symmetric=False, range=MinMSE())
-    q = quantize(sign * x, config)
+    config = ArrayConfig(format=INT4, symmetric=False, range=MinMSE())
+    q = quantize(sign * x, config, axis=1)
     ends = [(end - checks.zero_point_of(q)) * checks.scale_of(q) * sign for end in (-8, 7)]
     low, high = ends[::sign]
     assert np.all((low < -0.85) & (high < 3))
@@ -175,8 +176,8 @@ class Half:
 
 def test_any_callable_is_a_range():
     x = cases.gaussian()
-    plain = quantize(x, ArrayConfig(axis=1))
-    half = quantize(x, ArrayConfig(axis=1, range=Half()))
+    plain = quantize(x, ArrayConfig(), axis=1)
+    half = quantize(x, ArrayConfig(range=Half()), axis=1)
     is_empty = np.asarray(plain.scale) == 1
     np.testing.assert_allclose(half.scale, np.where(is_empty, 1, plain.scale / 2), rtol=1e-6)
-    checks.check_non_finite_marks_its_group(ArrayConfig(axis=1, range=Half()), x)
+    checks.check_non_finite_marks_its_group(along(1, range=Half()), x)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +32,15 @@ def through_json(value):
     return json.loads(json.dumps(value))
 
 
-@pytest.mark.parametrize("name", cases.CONFIGS)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_every_config_comes_back_equal_from_json(name):
-    config = cases.CONFIGS[name]
+    config = cases.CASES[name].config
     assert config_from_json(through_json(config_to_json(config))) == config
 
 
 def test_a_config_with_a_format_of_a_user_comes_back_without_its_row():
     format = Format("ternary", "uint2", -1.0, 1.0, codebook=(-1.0, 0.0, 1.0), group_size=8)
-    config = ArrayConfig(format=format, axis=(0,), range=Percentile(97.5))
+    config = ArrayConfig(format=format, range=Percentile(97.5))
     assert config_from_json(through_json(config_to_json(config))) == config
 
 
@@ -59,24 +60,24 @@ def test_a_range_without_a_row_cannot_be_written():
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_static_fields_come_back_equal_from_json(format, order):
     for dtype in ("float32", "bfloat16"):
-        q = quantize(jnp.ones((32, 32), dtype), ArrayConfig(format=format, axis=0)).reorder(order)
+        q = quantize(jnp.ones((32, 32), dtype), ArrayConfig(format=format)).reorder(order)
         static = static_from_json(through_json(static_to_json(q)))
         again = QTensor(q.codes, q.scale, q.zero_point, **static)
         checks.assert_equal_quantized(again, q)
 
 
 EXPORTED = [
-    (ArrayConfig(format=INT4, axis=0, group_size=4, symmetric=False), None),
-    (ArrayConfig(format=INT4, axis=0, group_size=4, symmetric=False), (-1, -2)),
-    (ArrayConfig(format=NVFP4, axis=1), (-1, -2)),
+    (cases.along(0, format=INT4, group_size=4, symmetric=False), None),
+    (cases.along(0, format=INT4, group_size=4, symmetric=False), (-1, -2)),
+    (cases.along(1, format=NVFP4), (-1, -2)),
 ]
 
 
-@pytest.mark.parametrize("inputs", [None, Inputs(), Inputs(ArrayConfig(axis=(-1, 0)))], ids=repr)
-@pytest.mark.parametrize("config, order", EXPORTED, ids=str)
-def test_functions_of_qtensors_survive_export(config, order, inputs):
+@pytest.mark.parametrize("inputs", [None, Inputs(), Inputs(ArrayConfig())], ids=repr)
+@pytest.mark.parametrize("case, order", EXPORTED, ids=str)
+def test_functions_of_qtensors_survive_export(case, order, inputs):
     x = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
-    q = dataclasses.replace(quantize(x, config).reorder(order), inputs=inputs)
+    q = dataclasses.replace(quantize(x, *case).reorder(order), inputs=inputs)
 
     @jax.jit
     def f(q, y):
@@ -91,7 +92,48 @@ def test_functions_of_qtensors_survive_export(config, order, inputs):
 
 
 def test_functions_of_configs_survive_export():
-    config = ArrayConfig(axis=1, range=Percentile(99.5), value_range=(-100, 100))
+    config = ArrayConfig(range=Percentile(99.5), value_range=(-100, 100))
     x = cases.gaussian()
-    again = jax.export.deserialize(jax.export.export(quantize)(x, config).serialize())
-    checks.assert_equal_quantized(again.call(x, config), quantize(x, config))
+    exported = jax.export.export(jax.jit(partial(quantize, axis=1)))(x, config)
+    again = jax.export.deserialize(exported.serialize())
+    checks.assert_equal_quantized(again.call(x, config), quantize(x, config, axis=1))
+
+
+# As written before `axis` became an argument of the functions that quantize.
+OLD = {
+    "format": {
+        "name": "int8",
+        "dtype": "int8",
+        "qmin": -127,
+        "qmax": 127,
+        "codebook": None,
+        "group_size": None,
+        "scale_dtype": "float32",
+        "power": None,
+    },
+    "axis": -1,
+    "group_size": None,
+    "symmetric": True,
+    "range": {"name": "Percentile", "p": 99.0},
+    "value_range": [-100, 100],
+    "scale_dtype": None,
+}
+
+
+@pytest.mark.parametrize(
+    "axis, fields, expected",
+    [
+        (-1, {}, {}),
+        ([0, 1], {"group_size": [4, 8]}, {"group_size": (4, 8)}),
+        (None, {}, {"per_tensor": True}),
+    ],
+    ids=str,
+)
+def test_configs_that_were_written_with_an_axis_can_be_read(axis, fields, expected):
+    config = ArrayConfig(range=Percentile(99.0), value_range=(-100, 100), **expected)
+    assert config_from_json(through_json({**OLD, "axis": axis, **fields})) == config
+
+
+def test_groups_along_all_axes_that_were_written_are_not_read_as_others():
+    with pytest.raises(ValueError, match=r"per_tensor=True means one scale .* groups of 4"):
+        config_from_json(through_json({**OLD, "axis": None, "group_size": 4}))

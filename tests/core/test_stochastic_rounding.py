@@ -12,9 +12,9 @@ from .. import checks, oracles
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 DRAWS = 1024
-CONFIGS = {str(f): ArrayConfig(format=f, axis=1) for f in FORMATS.values()} | {
-    "int4 asymmetric": ArrayConfig(format=INT4, axis=1, group_size=32, symmetric=False),
-    "int8 percentile": ArrayConfig(format=INT8, axis=1, range=Percentile(90)),
+CONFIGS = {str(f): ArrayConfig(format=f) for f in FORMATS.values()} | {
+    "int4 asymmetric": ArrayConfig(format=INT4, group_size=32, symmetric=False),
+    "int8 percentile": ArrayConfig(format=INT8, range=Percentile(90)),
 }
 
 
@@ -33,7 +33,7 @@ def test_the_mean_of_many_draws_is_the_value_and_each_is_a_neighbour(name, dtype
     config, x = CONFIGS[name], jnp.asarray(rows(), dtype)
     keys = jax.random.split(jax.random.key(0), DRAWS)
 
-    draws = jax.jit(jax.vmap(lambda key: quantize(x, config, key)))(keys)
+    draws = jax.jit(jax.vmap(lambda key: quantize(x, config, 1, key)))(keys)
 
     one = jax.tree.map(lambda leaf: leaf[0], draws)
     scale, zero = (oracles.spread(f(one), x.shape) for f in (checks.scale_of, checks.zero_point_of))
@@ -56,13 +56,13 @@ def test_the_mean_of_many_draws_is_the_value_and_each_is_a_neighbour(name, dtype
 
 def test_the_scale_is_that_of_rounding_to_nearest_and_keys_differ():
     config, x = CONFIGS["int4 asymmetric"], rows()
-    nearest = quantize(x, config)
-    first, second = (quantize(x, config, jax.random.key(i)) for i in range(2))
+    nearest = quantize(x, config, axis=1)
+    first, second = (quantize(x, config, 1, jax.random.key(i)) for i in range(2))
     for q in (first, second):
         np.testing.assert_array_equal(q.scale, nearest.scale)
         np.testing.assert_array_equal(q.zero_point, nearest.zero_point)
     assert np.any(checks.codes_of(first) != checks.codes_of(second))
-    again = quantize(x, config, jax.random.key(0))
+    again = quantize(x, config, 1, jax.random.key(0))
     checks.assert_equal_quantized(again, first)
 
 
@@ -71,9 +71,9 @@ def test_what_is_a_code_already_stays_it_in_millions_of_draws(format):
     # Added to noise just below 1, 127 would round to 128 once in 2^18 draws.
     book = format.codebook or (127.0, -127.0, 90.0, -1.0)
     x = jnp.asarray(np.resize(np.asarray(book, np.float32), (2**20, 1)))
-    config = ArrayConfig(format=format, axis=None)
+    config = ArrayConfig(format=format, per_tensor=True)
 
-    codes = jax.jit(lambda x: quantize(x, config, jax.random.key(1)).codes)(x)
+    codes = jax.jit(lambda x: quantize(x, config, key=jax.random.key(1)).codes)(x)
 
     values = oracles.code_values(codes, format)
     np.testing.assert_array_equal(values.astype(np.float32), x)
@@ -82,24 +82,24 @@ def test_what_is_a_code_already_stays_it_in_millions_of_draws(format):
 def test_nan_marks_its_group_and_what_is_clipped_stays_on_the_end():
     x = rows()
     x[0, 7], x[1, 9] = np.nan, np.inf
-    values = np.asarray(quantize(x, ArrayConfig(axis=1), jax.random.key(0)).dequantize())
+    values = np.asarray(quantize(x, ArrayConfig(), 1, jax.random.key(0)).dequantize())
     np.testing.assert_array_equal(np.isnan(values).all(1), [True, True, False])
 
     config = CONFIGS["int8 percentile"]
-    codes = checks.codes_of(quantize(rows(), config, jax.random.key(0)))
-    scale = checks.scale_of(quantize(rows(), config))
+    codes = checks.codes_of(quantize(rows(), config, 1, jax.random.key(0)))
+    scale = checks.scale_of(quantize(rows(), config, axis=1))
     is_beyond = rows() > 127.01 * scale
     assert is_beyond.any()
     np.testing.assert_array_equal(codes[is_beyond], 127)
 
 
 def test_keys_share_one_compilation():
-    config, traces = ArrayConfig(axis=0), []
+    config, traces = ArrayConfig(), []
 
     @jax.jit
     def f(x, key):
         traces.append(x)
-        return quantize(x, config, key)
+        return quantize(x, config, key=key)
 
     for seed in range(3):
         f(jnp.ones((8, 3)), jax.random.key(seed))

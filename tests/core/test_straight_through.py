@@ -13,8 +13,8 @@ from jaxquant.core import FORMATS, affine, straight_through
 from .. import checks, oracles
 
 SHAPE, COUNTS = (6, 32), (6, 4)
-SYMMETRIC = ArrayConfig(format=INT4, axis=1, group_size=8)
-ASYMMETRIC = ArrayConfig(format=INT4, axis=1, group_size=8, symmetric=False)
+SYMMETRIC = ArrayConfig(format=INT4, group_size=8)
+ASYMMETRIC = ArrayConfig(format=INT4, group_size=8, symmetric=False)
 
 
 def operands():
@@ -88,7 +88,7 @@ def test_scalar_parameters_get_the_sum_of_all_groups():
 
 
 def test_derivatives_are_the_same_in_every_transformation():
-    config = ArrayConfig(format=INT4, axis=-1)
+    config = ArrayConfig(format=INT4)
     rows = jnp.asarray(operands()[0])
     cotangent = jnp.asarray(operands()[3])
 
@@ -122,9 +122,9 @@ def test_the_edges_lie_half_a_step_beyond_the_outermost_codes(format):
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
 def test_arrays_without_elements(shape):
-    config = ArrayConfig(axis=1)
+    config = ArrayConfig()
     x = jnp.zeros(shape)
-    got = jax.grad(lambda x: jnp.sum(straight_through(x, quantize(x, config), config)))(x)
+    got = jax.grad(lambda x: jnp.sum(straight_through(x, quantize(x, config, axis=1), config)))(x)
     assert got.shape == shape
 
 

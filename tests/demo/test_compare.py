@@ -9,7 +9,7 @@ from jaxquant import INT2, W8A8, W8A16, ArrayConfig, demo, tree
 
 from . import encoders
 
-SCHEMES = {"eight": W8A8, "two": ArrayConfig(format=INT2, axis=-1)}
+SCHEMES = {"eight": W8A8, "two": ArrayConfig(format=INT2)}
 
 
 @pytest.fixture(scope="module")

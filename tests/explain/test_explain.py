@@ -39,11 +39,11 @@ HAS_NATIVE = native.unavailable() is None
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
 
 
-def stored(shape=(K, N), order=(-1, -2), inputs=None, **config):
+def stored(shape=(K, N), order=(-1, -2), inputs=None, axis=0, **config):
     """Shapes alone of weights that are stored column by column."""
 
     whole = jax.ShapeDtypeStruct(shape, jnp.float32)
-    q = jax.eval_shape(lambda w: quantize(w, ArrayConfig(**config)).reorder(order), whole)
+    q = jax.eval_shape(lambda w: quantize(w, ArrayConfig(**config), axis).reorder(order), whole)
     return with_inputs(q, inputs and Inputs(inputs))
 
 
@@ -51,7 +51,7 @@ def floats(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-INT8_INPUTS = ArrayConfig(axis=-1)
+INT8_INPUTS = ArrayConfig()
 W8A8 = {"inputs": INT8_INPUTS}
 G128 = {"format": INT4, "group_size": 128}
 convolve = partial(
@@ -173,7 +173,7 @@ def test_groups_of_4_bits_are_whole_numbers_by_the_native_kernels_and_floats_by_
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native kernels look codes up")
 def test_codes_that_the_native_kernels_look_up_are_floats():
-    q = stored(format=INT4, inputs=ArrayConfig(axis=-1, symmetric=False))
+    q = stored(format=INT4, inputs=ArrayConfig(symmetric=False))
     (row,) = explain(matmul, floats(5, K), q, platform="cpu")
     assert (row.implementation, row.is_integer) == ("native", False)
     run = partial(matmul, implementation="integer")
@@ -556,7 +556,7 @@ def test_every_line_of_the_table_is_of_what_still_runs():
             assert (row.warning is None) == (speed >= 1)
 
 
-FP8_ROWS = {"format": FP8_E4M3, "axis": -1}
+FP8_ROWS = {"format": FP8_E4M3}
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])

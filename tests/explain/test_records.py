@@ -28,7 +28,7 @@ from ..ops.products import normal, weight, with_inputs
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 X = normal(5, 64)
-Q = with_inputs(weight(ArrayConfig(), (64, 24)), Inputs(ArrayConfig(axis=-1)))
+Q = with_inputs(weight(ArrayConfig(), (64, 24)), Inputs(ArrayConfig()))
 STACK = jax.vmap(lambda w: quantize(w, ArrayConfig()))(normal(3, 64, 64))
 convolve = partial(conv_general_dilated, window_strides=(1, 1), padding="SAME")
 # Name: (function, arguments, how many products it holds).
@@ -39,10 +39,10 @@ OPERATIONS = {
     "einsum": (partial(einsum, "mk,kn->nm"), (X, Q), 1),
     "conv_general_dilated": (
         convolve,
-        (normal(1, 4, 5, 7), quantize(normal(6, 4, 3, 3), ArrayConfig(axis=(1, 2, 3)))),
+        (normal(1, 4, 5, 7), quantize(normal(6, 4, 3, 3), ArrayConfig(), axis=(1, 2, 3))),
         1,
     ),
-    "ragged_dot": (ragged_dot, (X, quantize(normal(2, 64, 6), ArrayConfig(axis=1)), [2, 3]), 1),
+    "ragged_dot": (ragged_dot, (X, quantize(normal(2, 64, 6), ArrayConfig(), axis=1), [2, 3]), 1),
     "take": (lambda q: take(q, jnp.arange(3), 0), (Q,), 0),
     "scan": (
         lambda x, layers: scan(lambda x, q: (matmul(x, q), None), x, layers)[0],

@@ -125,7 +125,7 @@ DEPTHWISE = {
     "padded": Int4QuantizationConfig(block_size=3),
     "of multipliers": kernel_scheme(PER_CHANNEL, (0, 1)),
     "of channels": kernel_scheme(PER_CHANNEL, (0, 2)),
-    "of all": QuantizationConfig(Scheme(ArrayConfig(format=INT8, axis=None))),
+    "of all": QuantizationConfig(Scheme(ArrayConfig(format=INT8, per_tensor=True))),
     "along multipliers": kernel_scheme(PER_CHANNEL, (2,)),
     "scaled scales": QuantizationConfig(NVFP4A16),
 }
@@ -176,7 +176,7 @@ def test_int8_rounds_the_inputs_by_the_largest_of_each_image(case):
     inputs[1] *= 100
     layer = built(case.make(), case.input_shape)
     layer.quantize("int8")
-    rounded = quantize(inputs, ArrayConfig(axis=tuple(range(1, inputs.ndim)))).dequantize()
+    rounded = quantize(inputs, ArrayConfig(), axis=tuple(range(1, inputs.ndim))).dequantize()
     assert relative_error(layer(inputs), stock_of(layer)(rounded)) < 1e-5
 
 

@@ -230,7 +230,7 @@ class HandWrittenScale(keras.layers.Layer):
         formats = {"int8": jaxquant.INT8, "int4": jaxquant.INT4}
         if mode not in formats:
             raise NotImplementedError(f"Unsupported quantization mode: {mode}")
-        config = jaxquant.ArrayConfig(format=formats[mode], axis=0)
+        config = jaxquant.ArrayConfig(format=formats[mode])
         q = jaxquant.abs_max_quantize(self._kernel.value, config)
         kernel_shape = self._kernel.shape
         del self._kernel

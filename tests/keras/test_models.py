@@ -71,7 +71,7 @@ def test_quantize_reports_every_weight_and_leaves_the_model():
 
 def test_quantize_reports_padded_groups_in_the_shape_of_the_weight():
     model = keras.Sequential([keras.Input((40,)), keras.layers.Dense(5, use_bias=False)])
-    quantized, report = quantize(model, ArrayConfig(format=INT8, axis=0, group_size=32))
+    quantized, report = quantize(model, ArrayConfig(format=INT8, group_size=32))
     (row,) = report.rows
     assert (row.shape, row.bytes_before) == ((40, 5), 800)
     noise = relative_error(np.asarray(quantized.layers[0].kernel), model.get_weights()[0])
@@ -84,7 +84,7 @@ def test_quantize_reports_padded_groups_in_the_shape_of_the_weight():
         ("int8", "int8 per channel, int8 inputs"),
         ("float8", "fp8_e4m3 per channel, fp8_e4m3 inputs"),
         (W8A8, "int8 per channel, int8 inputs"),
-        (ArrayConfig(format=INT8, axis=0), "int8 per channel"),
+        (ArrayConfig(format=INT8), "int8 per channel"),
         (NF4A16, "nf4 g64"),
         (Int8QuantizationConfig(activation_quantizer=None), "int8 per channel"),
         (keras.quantizers.Int8QuantizationConfig(), "int8 per channel, int8 inputs"),

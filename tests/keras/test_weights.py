@@ -36,8 +36,8 @@ def last_axis(shape, axes):
 @given(shapes_and_axes(), st.integers(1, 200))
 def test_groups_fit_in_the_block_size_and_tile_the_padded_shape(case, block_size):
     (shape, axes), config = case, ArrayConfig(format=INT4, group_size=block_size)
-    fitted, padded = fit_groups(shape, axes, config)
-    blocks = block_shape(padded, fitted)  # Raises unless the groups tile.
+    fitted, fitted_axis, padded = fit_groups(shape, axes, config)
+    blocks = block_shape(padded, fitted, fitted_axis)  # Raises unless the groups tile.
 
     assert math.prod(blocks) <= block_size
     last = last_axis(shape, axes)
@@ -55,8 +55,8 @@ def test_groups_fit_in_the_block_size_and_tile_the_padded_shape(case, block_size
 @given(shapes_and_axes(), st.sampled_from(PRESCRIBED))
 def test_formats_with_groups_of_their_own_keep_them(case, format):
     (shape, axes), config = case, ArrayConfig(format=format)
-    fitted, padded = fit_groups(shape, axes, config)
-    blocks = block_shape(padded, fitted)
+    fitted, fitted_axis, padded = fit_groups(shape, axes, config)
+    blocks = block_shape(padded, fitted, fitted_axis)
 
     last = last_axis(shape, axes)
     assert blocks[last] == format.group_size
@@ -69,17 +69,17 @@ def test_formats_with_groups_of_their_own_keep_them(case, format):
 @given(shapes_and_axes())
 def test_without_a_group_size_one_scale_spans_the_axes(case):
     shape, axes = case
-    fitted, padded = fit_groups(shape, axes, ArrayConfig(format=INT8))
+    fitted, fitted_axis, padded = fit_groups(shape, axes, ArrayConfig(format=INT8))
     assert padded == shape
     spanned = {a % len(shape) for a in axes}
-    assert block_shape(padded, fitted) == tuple(
+    assert block_shape(padded, fitted, fitted_axis) == tuple(
         n if i in spanned else 1 for i, n in enumerate(shape)
     )
 
 
 def test_one_scale_per_tensor_needs_no_axes():
-    config = ArrayConfig(axis=None)
-    assert fit_groups((3, 5), (0,), config) == (config, (3, 5))
+    config = ArrayConfig(per_tensor=True)
+    assert fit_groups((3, 5), (0,), config) == (config, (0,), (3, 5))
 
 
 # Padded by more and by less than half a group, not padded, and shorter than a group.
@@ -90,16 +90,17 @@ def test_one_scale_per_tensor_needs_no_axes():
 def test_padding_changes_no_value(length, columns, block_size, axis):
     x = np.random.default_rng(length).normal(size=(length, columns)).astype(np.float32)
     x = x if axis == 0 else x.T
-    config, padded = fit_groups(x.shape, (axis,), ArrayConfig(format=INT4, group_size=block_size))
-    q, is_finite, noise = quantize_padded(jnp.asarray(x), config, padded, None)
+    config = ArrayConfig(format=INT4, group_size=block_size)
+    config, axes, padded = fit_groups(x.shape, (axis,), config)
+    q, is_finite, noise = quantize_padded(jnp.asarray(x), config, axes, padded, None)
     found = np.asarray(q.dequantize())[: x.shape[0], : x.shape[1]]
 
     # Group by group, each quantized alone.
-    wanted, size = np.empty_like(x), block_shape(padded, config)[axis]
+    wanted, size = np.empty_like(x), block_shape(padded, config, axes)[axis]
     for start in range(0, length, size):
         part = np.s_[start : start + size] if axis == 0 else np.s_[:, start : start + size]
-        whole = dataclasses.replace(config, axis=axis, group_size=None)
-        wanted[part] = quantize(jnp.asarray(x[part]), whole).dequantize()
+        whole = dataclasses.replace(config, group_size=None)
+        wanted[part] = quantize(jnp.asarray(x[part]), whole, axis).dequantize()
     np.testing.assert_array_equal(found, wanted)
     assert is_finite
     relative = np.linalg.norm(found - x) / np.linalg.norm(x)
@@ -109,14 +110,14 @@ def test_padding_changes_no_value(length, columns, block_size, axis):
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_noise_is_right_where_squares_are_no_floats(size):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 4)) * size, jnp.float32)
-    _, is_finite, noise = quantize_padded(x, ArrayConfig(format=INT4), x.shape, None)
+    _, is_finite, noise = quantize_padded(x, ArrayConfig(format=INT4), 0, x.shape, None)
     assert is_finite
     assert 0.02 < noise < 0.2
 
 
 def test_empty_and_zero_weights_have_no_noise():
     for x in (jnp.zeros((4, 3)), jnp.zeros((0, 3)), jnp.zeros((3, 0))):
-        _, is_finite, noise = quantize_padded(x, ArrayConfig(format=INT4), x.shape, None)
+        _, is_finite, noise = quantize_padded(x, ArrayConfig(format=INT4), 0, x.shape, None)
         assert is_finite
         assert noise == 0
 

@@ -177,7 +177,7 @@ def rows_of_every_kind(count, length, dtype):
 def test_quantized_rows_have_the_bits_of_quantize(dtype, bounds):
     for length in (1, 200):
         x = rows_of_every_kind(60, length, dtype)
-        wanted = quantize(x, ArrayConfig(axis=-1, value_range=bounds))
+        wanted = quantize(x, ArrayConfig(value_range=bounds), axis=-1)
         for instructions in INSTRUCTIONS:
             codes, scale = native.quantize_rows(x, *bounds, instructions=instructions)
             assert (codes.dtype, scale.dtype) == (jnp.int8, jnp.float32)
@@ -187,16 +187,16 @@ def test_quantized_rows_have_the_bits_of_quantize(dtype, bounds):
 
 @needs_native
 def test_rows_are_quantized_along_any_axes_and_on_several_threads():
-    config = ArrayConfig(axis=-1)
+    config = ArrayConfig()
     several = [jnp.asarray(floats(*shape)) for shape in ((200,), (0, 5), (3, 0), (2, 3, 100))]
     # Threads of the pool may treat subnormals in another way than the one that calls.
     for x in (*several, rows_of_every_kind(300, 1000, "float32")):
         codes, scale = jax.jit(native.quantize_rows)(x)
-        wanted = quantize(x, config)
+        wanted = quantize(x, config, axis=-1)
         np.testing.assert_array_equal(codes, wanted.codes)
         np.testing.assert_array_equal(scale, wanted.scale)
     x = jnp.asarray(floats(4, 3, 100))
-    wanted = quantize(x, config)
+    wanted = quantize(x, config, axis=-1)
     for axis in (0, 1):
         run = jax.jit(jax.vmap(native.quantize_rows, axis, axis))
         assert run.lower(x).as_text().count("@jaxquant_quantize_rows") == 1

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def int4(**options):
-    return ArrayConfig(format=INT4, axis=0, **options)
+    return ArrayConfig(format=INT4, **options)
 
 
 # Dtype of x, rows, (K, N), config, programs among which sums are split.

@@ -17,9 +17,9 @@ from ..ops.products import normal, weight
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-G128 = ArrayConfig(format=INT4, axis=0, group_size=128)
-G32_ASYM = ArrayConfig(format=INT4, axis=0, group_size=32, symmetric=False)
-PER_COLUMN = ArrayConfig(format=INT4, axis=0)
+G128 = ArrayConfig(format=INT4, group_size=128)
+G32_ASYM = ArrayConfig(format=INT4, group_size=32, symmetric=False)
+PER_COLUMN = ArrayConfig(format=INT4)
 # Shapes of the benchmarks, the large ones at an eighth; rows of x; whether sums are scaled.
 CASES = {
     "attention": (G128, 37, True),
@@ -88,7 +88,7 @@ def rows_of_every_kind(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_quantize_rows_gives_the_bits_of_quantize(small_tiles, dtype, bounds):
     x = rows_of_every_kind(dtype)
-    q = quantize(x, ArrayConfig(axis=-1, value_range=bounds))
+    q = quantize(x, ArrayConfig(value_range=bounds), axis=-1)
 
     qmin, qmax = bounds or (-127, 127)
     run = partial(pallas_tpu.quantize_rows, qmin=qmin, qmax=qmax, interpret=True)

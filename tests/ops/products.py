@@ -21,32 +21,34 @@ from jaxquant import (
 from jaxquant.ops.dot_spec import DotSpec
 
 from .. import oracles
+from ..cases import Case, as_case
 
 # No two lengths are equal, and no operand is centered, so that nothing can be swapped or dropped.
 M, K, N = 5, 64, 24
 
-# Configs of a (K, N) weight. Every number format is here by its row in FORMATS.
-WEIGHTS = {f.name: ArrayConfig(format=f, axis=0) for f in FORMATS.values()} | {
-    "int8-tensor": ArrayConfig(axis=None),
-    "int8-asym": ArrayConfig(axis=0, symmetric=False),
-    "int8-asym-tensor": ArrayConfig(axis=None, symmetric=False),
-    "int8-g16": ArrayConfig(axis=0, group_size=16),
-    "int8-blocks": ArrayConfig(axis=(0, 1), group_size=(32, 8)),
-    "int8-columns": ArrayConfig(axis=(0, 1), group_size=(K, 8), symmetric=False),
-    "int4-g32": ArrayConfig(format=INT4, axis=0, group_size=32),
-    "int4-asym": ArrayConfig(format=INT4, axis=0, symmetric=False),
-    "int4-asym-g32": ArrayConfig(format=INT4, axis=0, group_size=32, symmetric=False),
-    "int4-nested": ArrayConfig(format=INT4, axis=0, scale_dtype="float8_e4m3fn"),
-    "int2-asym-g16": ArrayConfig(format=INT2, axis=0, group_size=16, symmetric=False),
+# Configs of a (K, N) weight, for scales along axis 0, or Cases. Every number format is here by its
+# row in FORMATS.
+WEIGHTS = {f.name: ArrayConfig(format=f) for f in FORMATS.values()} | {
+    "int8-tensor": ArrayConfig(per_tensor=True),
+    "int8-asym": ArrayConfig(symmetric=False),
+    "int8-asym-tensor": ArrayConfig(per_tensor=True, symmetric=False),
+    "int8-g16": ArrayConfig(group_size=16),
+    "int8-blocks": Case(ArrayConfig(group_size=(32, 8)), (0, 1)),
+    "int8-columns": Case(ArrayConfig(group_size=(K, 8), symmetric=False), (0, 1)),
+    "int4-g32": ArrayConfig(format=INT4, group_size=32),
+    "int4-asym": ArrayConfig(format=INT4, symmetric=False),
+    "int4-asym-g32": ArrayConfig(format=INT4, group_size=32, symmetric=False),
+    "int4-nested": ArrayConfig(format=INT4, scale_dtype="float8_e4m3fn"),
+    "int2-asym-g16": ArrayConfig(format=INT2, group_size=16, symmetric=False),
 }
-# Configs of an (M, K) operand that meets it; None leaves it a float array.
+# Configs of an (M, K) operand that meets it, for scales along axis -1; None leaves it in float.
 INPUTS = {
     "float": None,
-    "int8": ArrayConfig(axis=-1),
-    "int8-tensor": ArrayConfig(axis=None),
-    "int8-asym": ArrayConfig(axis=-1, symmetric=False),
-    "fp8": ArrayConfig(format=FP8_E4M3, axis=-1),
-    "mxfp8": ArrayConfig(format=MXFP8, axis=-1),
+    "int8": ArrayConfig(),
+    "int8-tensor": ArrayConfig(per_tensor=True),
+    "int8-asym": ArrayConfig(symmetric=False),
+    "fp8": ArrayConfig(format=FP8_E4M3),
+    "mxfp8": ArrayConfig(format=MXFP8),
 }
 # One of each kind, where each case is compiled anew.
 FEW = ("int8", "int8-asym", "int8-blocks", "int4-asym-g32", "fp8_e4m3", "nf4", "nvfp4")
@@ -60,8 +62,9 @@ def normal(*shape: int, seed=0, center=0.3, dtype: Any = np.float32) -> np.ndarr
     return ((random.normal(size=shape) + center) * sizes).astype(dtype)
 
 
-def weight(config, shape=(K, N), seed=1):
-    return quantize(normal(*shape, seed=seed), config)
+def weight(case, shape=(K, N), seed=1):
+    """An array quantized by a Case, or by a config along axis 0."""
+    return quantize(normal(*shape, seed=seed), *as_case(case))
 
 
 def with_unit_scale(codes, zero_point=None):

@@ -102,7 +102,7 @@ def test_three_products_of_many_rows_quantize_their_input_by_one_kernel(chip):
 @pytest.mark.parametrize("is_before", [True, False], ids=["before", "by each product"])
 def test_an_input_of_three_products_is_quantized_once(chip, is_before):
     def run(x, *weights):
-        x = quantize(x, ArrayConfig(axis=-1)) if is_before else x
+        x = quantize(x, ArrayConfig(), axis=-1) if is_before else x
         return [matmul(x, w) for w in weights]
 
     program = compiled(chip, run, 64, *[weights(W8A8)] * 3)

@@ -9,6 +9,7 @@ import pytest
 
 from jaxquant import FP8_E4M3, INT4, NF4, ArrayConfig, Inputs, conv_general_dilated, quantize
 
+from ..cases import Case
 from .products import assert_close, conv, normal, values, with_inputs
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -21,28 +22,28 @@ WINDOWS = {
     "groups": ((1, 1), ((0, 1), (1, 0)), {"feature_group_count": 2}),
 }
 KERNELS = {
-    "int8": ArrayConfig(axis=(0, 1, 2)),
-    "int8-tensor": ArrayConfig(axis=None),
-    "int8-asym": ArrayConfig(axis=(0, 1, 2), symmetric=False),
-    "int4-g2": ArrayConfig(axis=2, format=INT4, group_size=2),
-    "int4": ArrayConfig(axis=(0, 1, 2), format=INT4),
-    "fp8": ArrayConfig(axis=(0, 1, 2), format=FP8_E4M3),
-    "nf4": ArrayConfig(axis=(0, 1, 2), format=NF4),
-    "nested": ArrayConfig(axis=(0, 1, 2), scale_dtype="float8_e4m3fn"),
+    "int8": Case(ArrayConfig(), (0, 1, 2)),
+    "int8-tensor": Case(ArrayConfig(per_tensor=True)),
+    "int8-asym": Case(ArrayConfig(symmetric=False), (0, 1, 2)),
+    "int4-g2": Case(ArrayConfig(format=INT4, group_size=2), 2),
+    "int4": Case(ArrayConfig(format=INT4), (0, 1, 2)),
+    "fp8": Case(ArrayConfig(format=FP8_E4M3), (0, 1, 2)),
+    "nf4": Case(ArrayConfig(format=NF4), (0, 1, 2)),
+    "nested": Case(ArrayConfig(scale_dtype="float8_e4m3fn"), (0, 1, 2)),
 }
 IMAGES = {
     "float": None,
-    "int8": ArrayConfig(axis=(1, 2, 3)),
-    "int8-tensor": ArrayConfig(axis=None),
-    "int8-asym": ArrayConfig(axis=(1, 2, 3), symmetric=False),
-    "int8-pixels": ArrayConfig(axis=3),
+    "int8": Case(ArrayConfig(), (1, 2, 3)),
+    "int8-tensor": Case(ArrayConfig(per_tensor=True)),
+    "int8-asym": Case(ArrayConfig(symmetric=False), (1, 2, 3)),
+    "int8-pixels": Case(ArrayConfig(), 3),
 }
 ORDERS = (None, (-1, -4, -3, -2))
 IMAGE = normal(2, 6, 7, 4)
 
 
-def kernel(config, depth=4):
-    return quantize(normal(3, 2, depth, 6, seed=1), config)
+def kernel(case, depth=4):
+    return quantize(normal(3, 2, depth, 6, seed=1), *case)
 
 
 def assert_conv(got, x, q, strides, padding, groups=1, tolerance=2e-6, **dilations):
@@ -58,7 +59,7 @@ def test_every_mixture_of_formats_and_orders_matches_loops(name):
 
     @jax.jit
     def products(image, q):
-        images = {n: image if c is None else quantize(image, c) for n, c in IMAGES.items()}
+        images = {n: image if c is None else quantize(image, *c) for n, c in IMAGES.items()}
         run = partial(
             conv_general_dilated,
             window_strides=strides,
@@ -80,7 +81,7 @@ def test_every_window_matches_loops(window, image):
     strides, padding, options = WINDOWS[window]
     groups = options.get("feature_group_count", 1)
     q = kernel(KERNELS["int8"], 4 // groups)
-    x = IMAGE if IMAGES[image] is None else quantize(IMAGE, IMAGES[image])
+    x = IMAGE if IMAGES[image] is None else quantize(IMAGE, *IMAGES[image])
 
     got = conv_general_dilated(x, q, strides, padding, dimension_numbers=NHWC, **options)
 
@@ -89,13 +90,15 @@ def test_every_window_matches_loops(window, image):
 
 
 def test_layouts_named_paddings_and_orders_of_either_side_change_nothing():
-    q, x = kernel(KERNELS["int8"]), quantize(IMAGE, IMAGES["int8"])
+    q, x = kernel(KERNELS["int8"]), quantize(IMAGE, *IMAGES["int8"])
     want = conv_general_dilated(x, q, [1, 1], [(1, 1), (0, 1)], dimension_numbers=NHWC)
     assert_conv(want, x, q, (1, 1), ((1, 1), (0, 1)))
 
     # Channels first, as the default has it.
-    first = quantize(IMAGE.transpose(0, 3, 1, 2), ArrayConfig(axis=(1, 2, 3)))
-    turned = quantize(normal(3, 2, 4, 6, seed=1).transpose(3, 2, 0, 1), ArrayConfig(axis=(1, 2, 3)))
+    first = quantize(IMAGE.transpose(0, 3, 1, 2), ArrayConfig(), axis=(1, 2, 3))
+    turned = quantize(
+        normal(3, 2, 4, 6, seed=1).transpose(3, 2, 0, 1), ArrayConfig(), axis=(1, 2, 3)
+    )
     for a, b in ((first, turned), (first.reorder((-1, -3, -2)), turned.reorder((-1, -2)))):
         got = conv_general_dilated(a, b, [1, 1], "SAME")
         np.testing.assert_allclose(got.transpose(0, 2, 3, 1), want, rtol=1e-6, atol=1e-5)
@@ -105,7 +108,7 @@ def test_int8_convolutions_are_exact():
     codes = np.random.default_rng(0).choice([-127, -1, 0, 127], (2, 6, 7, 4)).astype(np.float32)
     kernel = np.random.default_rng(1).choice([-127, 0, 1, 127], (3, 2, 4, 6)).astype(np.float32)
     codes[:, 0, 0] = kernel[0, 0, 0] = 127
-    x, q = quantize(codes, IMAGES["int8"]), quantize(kernel, KERNELS["int8"])
+    x, q = quantize(codes, *IMAGES["int8"]), quantize(kernel, *KERNELS["int8"])
 
     got = conv_general_dilated(x, q, (1, 1), "VALID", dimension_numbers=NHWC)
 
@@ -124,7 +127,7 @@ def test_inputs_are_quantized_per_example_with_one_factor_per_channel(symmetric)
             got = conv_general_dilated(
                 image, q.reorder(order), (1, 1), "VALID", dimension_numbers=NHWC
             )
-            met = quantize(x, ArrayConfig(axis=(1, 2, 3), symmetric=symmetric))
+            met = quantize(x, ArrayConfig(symmetric=symmetric), axis=(1, 2, 3))
             assert_conv(got, met, q, (1, 1), ((0, 0), (0, 0)))
 
 
@@ -149,7 +152,7 @@ def convolutions(x, q, platform):
 def test_codes_are_convolved_as_integers_where_the_platform_can(platform, wanted):
     q = kernel(KERNELS["int8"])
     dynamic = with_inputs(q, Inputs(ArrayConfig()))
-    assert convolutions(quantize(IMAGE, IMAGES["int8"]), q, platform) == [wanted]
+    assert convolutions(quantize(IMAGE, *IMAGES["int8"]), q, platform) == [wanted]
     assert convolutions(IMAGE, dynamic, platform) == [wanted]
 
 
@@ -178,9 +181,9 @@ def test_images_equal_the_integers_of_xla_in_every_layout(images, kernels, speci
     rank, windows = len(images) - 2, {"D": 2, "H": 3, "W": 2}
     shapes = [sizes[a] for a in images], [(windows | {"I": 3, "O": 4})[a] for a in kernels]
     shared = [a for a in range(rank + 2) if images[a] != "N"]
-    x = quantize(normal(*shapes[0]), ArrayConfig(axis=tuple(shared)))
+    x = quantize(normal(*shapes[0]), ArrayConfig(), axis=tuple(shared))
     shared = [a for a in range(rank + 2) if kernels[a] != "O"]
-    q = quantize(normal(*shapes[1], seed=1), ArrayConfig(axis=tuple(shared)))
+    q = quantize(normal(*shapes[1], seed=1), ArrayConfig(), axis=tuple(shared))
     padding, dilated, spacing = (y[:rank] if isinstance(y, tuple) else y for y in SPECIAL[special])
     run = partial(
         conv_general_dilated,
@@ -203,7 +206,7 @@ def test_images_equal_the_integers_of_xla_in_every_layout(images, kernels, speci
 @pytest.mark.parametrize("rank", [2, 3])
 def test_empty_results_have_the_shape_of_the_float_ones(shape, rank):
     shape, letters = (*shape[:2], *(4,) * (rank - 2), *shape[2:]), "DHW"[-rank:]
-    q = quantize(normal(3, *(2,) * (rank - 1), 4, 6), ArrayConfig(axis=tuple(range(rank + 1))))
+    q = quantize(normal(3, *(2,) * (rank - 1), 4, 6), ArrayConfig(), axis=tuple(range(rank + 1)))
     numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
     run = partial(
         conv_general_dilated,
@@ -217,7 +220,7 @@ def test_empty_results_have_the_shape_of_the_float_ones(shape, rank):
 
 
 def test_images_are_refused_where_the_result_is_sharded():
-    x, q = quantize(IMAGE, IMAGES["int8"]), kernel(KERNELS["int8"])
+    x, q = quantize(IMAGE, *IMAGES["int8"]), kernel(KERNELS["int8"])
     sharding = jax.NamedSharding(jax.make_mesh((1,), ("x",)), jax.P())
     run = partial(conv_general_dilated, x, q, (1, 1), "SAME", dimension_numbers=NHWC)
     with pytest.raises(ValueError, match="sharding of a result is for one convolution"):
@@ -225,7 +228,10 @@ def test_images_are_refused_where_the_result_is_sharded():
 
 
 def test_images_of_one_pixel_have_no_spatial_axes():
-    x, q = quantize(normal(3, 4), ArrayConfig(axis=1)), quantize(normal(5, 4), ArrayConfig(axis=1))
+    x, q = (
+        quantize(normal(3, 4), ArrayConfig(), axis=1),
+        quantize(normal(5, 4), ArrayConfig(), axis=1),
+    )
     run = partial(conv_general_dilated, x, q, (), "VALID")
     np.testing.assert_array_equal(run(implementation="images"), run(implementation="integer"))
 
@@ -242,7 +248,7 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_integer_is_refused_with_the_reason(message):
     image, name = REFUSED[message]
-    x = IMAGE if IMAGES[image] is None else quantize(IMAGE, IMAGES[image])
+    x = IMAGE if IMAGES[image] is None else quantize(IMAGE, *IMAGES[image])
     with pytest.raises(ValueError, match=message.removeprefix("int8 ")):
         conv_general_dilated(
             x,
@@ -259,23 +265,23 @@ def test_scales_of_another_axis_of_the_same_length_are_refused():
         conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=NHWC
     )
     # As many rows as examples, and as many input channels as output channels.
-    x = quantize(normal(6, 6, 7, 4), ArrayConfig(axis=(0, 2, 3)))
-    q = quantize(normal(3, 2, 4, 4, seed=1), ArrayConfig(axis=(0, 1, 3)))
-    images = quantize(normal(6, 6, 7, 4), IMAGES["int8"])
+    x = quantize(normal(6, 6, 7, 4), ArrayConfig(), axis=(0, 2, 3))
+    q = quantize(normal(3, 2, 4, 4, seed=1), ArrayConfig(), axis=(0, 1, 3))
+    images = quantize(normal(6, 6, 7, 4), *IMAGES["int8"])
     for lhs, rhs in ((x, kernel(KERNELS["int8"])), (images, q)):
         with pytest.raises(ValueError, match="change within an example or an output channel"):
             run(lhs, rhs, implementation="integer")
 
 
 def test_long_sums_and_batch_groups_are_not_convolved_as_integers():
-    long = quantize(np.ones((1, 1, 1, 131072), np.float32), ArrayConfig(axis=3))
-    tall = quantize(np.ones((1, 1, 131072, 1), np.float32), ArrayConfig(axis=2))
+    long = quantize(np.ones((1, 1, 1, 131072), np.float32), ArrayConfig(), axis=3)
+    tall = quantize(np.ones((1, 1, 131072, 1), np.float32), ArrayConfig(), axis=2)
     run = partial(
         conv_general_dilated, window_strides=(1, 1), padding="VALID", dimension_numbers=NHWC
     )
     with pytest.raises(ValueError, match="sums of 131072 codes may leave int32"):
         run(long, tall, implementation="integer")
-    x, q = quantize(IMAGE, IMAGES["int8"]), kernel(KERNELS["int8"])
+    x, q = quantize(IMAGE, *IMAGES["int8"]), kernel(KERNELS["int8"])
     with pytest.raises(ValueError, match="batch groups mix the scales of examples"):
         run(x, q, batch_group_count=2, implementation="integer")
     got = run(x, q, batch_group_count=2)
@@ -284,7 +290,7 @@ def test_long_sums_and_batch_groups_are_not_convolved_as_integers():
 
 
 def test_both_implementations_give_the_same_numbers_and_dtypes():
-    x, q = quantize(IMAGE, IMAGES["int8"]), kernel(KERNELS["int8"])
+    x, q = quantize(IMAGE, *IMAGES["int8"]), kernel(KERNELS["int8"])
     for implementation in ("images", "integer", "dequantize", None):
         got = conv_general_dilated(
             x,

@@ -10,6 +10,7 @@ from jaxquant.jaxprs import chips, marking
 from jaxquant.ops import dispatch
 from jaxquant.ops.dispatch import Implementation
 
+from ..cases import Case
 from .products import K, M, assert_product, normal, weight
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -136,13 +137,13 @@ def test_forcing_fails_loudly():
         dispatch.run(TABLE, X, X, Spec(9), "small")
 
 
-WIDE = ArrayConfig(format=INT4, axis=0)
+WIDE = ArrayConfig(format=INT4)
 
 
 @pytest.mark.parametrize("rows", [1, M])
 def test_every_row_of_the_table_of_products_gives_the_same_numbers(rows):
     q = weight(WIDE, (K, 512)).reorder((-1, -2))
-    x = quantize(normal(rows, K), ArrayConfig(axis=1))
+    x = quantize(normal(rows, K), ArrayConfig(), axis=1)
     names = ("blocks", "integer", "scaled", "dequantize", None)
     products = jax.jit(lambda x, q: [matmul(x, q, implementation=name) for name in names])
     for got in products(x, q):
@@ -166,7 +167,7 @@ def rows_by(config, rows=M, columns=512, order=(-1, -2)):
 
 NOT_IN_BLOCKS = {
     "products of 8-bit codes need no blocks": (
-        quantize(normal(M, K), ArrayConfig(axis=1)),
+        quantize(normal(M, K), ArrayConfig(), axis=1),
         rows_by(ArrayConfig())[1],
     ),
     "more than 128 rows": rows_by(WIDE, rows=129),
@@ -177,7 +178,7 @@ NOT_IN_BLOCKS = {
         normal(512, M),
     ),
     "blocks of scales do not divide 256": rows_by(
-        ArrayConfig(axis=(0, 1), group_size=(K, 3)), columns=513
+        Case(ArrayConfig(group_size=(K, 3)), (0, 1)), columns=513
     ),
 }
 
@@ -193,22 +194,22 @@ def test_blocks_are_for_few_rows_by_many_columns_stored_first(reason):
 
 def test_blocks_reach_up_to_128_rows():
     assert lowers_to_a_loop("cpu", *rows_by(WIDE, rows=128))
-    blocks = ArrayConfig(format=INT4, axis=(0, 1), group_size=(K, 4), symmetric=False)
+    blocks = Case(ArrayConfig(format=INT4, group_size=(K, 4), symmetric=False), (0, 1))
     assert lowers_to_a_loop("cpu", *rows_by(blocks))
 
 
 NOT_AS_INTEGERS = {
     "an operand of float32 has no codes": (normal(M, K), weight(ArrayConfig())),
     "fp8_e4m3 codes are not integers within int8": (
-        quantize(normal(M, K), ArrayConfig(axis=1)),
+        quantize(normal(M, K), ArrayConfig(), axis=1),
         weight(ArrayConfig(format=FP8_E4M3)),
     ),
     r"scales \(4, 24\) change along the contracted axes": (
-        quantize(normal(M, K), ArrayConfig(axis=1)),
+        quantize(normal(M, K), ArrayConfig(), axis=1),
         weight(ArrayConfig(group_size=16)),
     ),
     r"scales \(5, 4\) change along the contracted axes": (
-        quantize(normal(M, K), ArrayConfig(axis=1, group_size=16)),
+        quantize(normal(M, K), ArrayConfig(group_size=16), axis=1),
         weight(ArrayConfig()),
     ),
 }

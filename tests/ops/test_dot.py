@@ -22,6 +22,7 @@ from jaxquant import (
 )
 
 from .. import oracles
+from ..cases import Case
 from .products import (
     FEW,
     INPUTS,
@@ -43,7 +44,7 @@ MATRICES = (((1,), (0,)), ((), ()))
 @jax.jit
 def every_mixture(x, q):
     """Products of one weight, in both orders of storage, with each kind of other operand."""
-    inputs = {name: x if c is None else quantize(x, c) for name, c in INPUTS.items()}
+    inputs = {name: x if c is None else quantize(x, c, axis=-1) for name, c in INPUTS.items()}
     stored = [q.reorder(order) for order in ORDERS]
     turned = ("float", "int8", "int8-asym")
     right = {
@@ -71,10 +72,10 @@ def test_every_mixture_of_formats_and_orders_matches_numpy(name):
 @pytest.mark.parametrize("name", FEW)
 def test_one_row_and_one_column_match_numpy(name):
     q, x = weight(WEIGHTS[name]), normal(1, K)
-    column = quantize(normal(K, 1), ArrayConfig(axis=0))
+    column = quantize(normal(K, 1), ArrayConfig())
 
     assert_product(dot_general(x, q, MATRICES), "mk,kn->mn", x, q)
-    rows = quantize(normal(M, K), ArrayConfig(axis=1))
+    rows = quantize(normal(M, K), ArrayConfig(), axis=1)
     assert_product(dot_general(rows, column, MATRICES), "mk,kn->mn", rows, column)
 
 
@@ -99,8 +100,9 @@ BATCHED = {
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_any_dimension_numbers_match_numpy(case, symmetric):
     lhs_shape, rhs_shape, equation, numbers = BATCHED[case]
-    configs = [ArrayConfig(axis=axes, symmetric=symmetric) for axes in numbers[0]]
-    lhs, rhs = quantize(normal(*lhs_shape), configs[0]), quantize(normal(*rhs_shape), configs[1])
+    config, (left, right) = ArrayConfig(symmetric=symmetric), numbers[0]
+    lhs = quantize(normal(*lhs_shape), config, left)
+    rhs = quantize(normal(*rhs_shape), config, right)
 
     for a, b in itertools.product((lhs, normal(*lhs_shape)), (rhs, normal(*rhs_shape))):
         got = jax.jit(partial(dot_general, dimension_numbers=numbers))(a, b)
@@ -110,8 +112,8 @@ def test_any_dimension_numbers_match_numpy(case, symmetric):
 @pytest.mark.parametrize("order", list(itertools.permutations((-3, -2, -1))))
 def test_stored_order_changes_nothing(order):
     x, w = normal(4, 2, 5), normal(3, 4, 6, seed=1)
-    q = quantize(w, ArrayConfig(axis=1, symmetric=False))
-    left = quantize(x, ArrayConfig(axis=0)).reorder(order)
+    q = quantize(w, ArrayConfig(symmetric=False), axis=1)
+    left = quantize(x, ArrayConfig()).reorder(order)
     numbers = (((0,), (1,)), ((), ()))
 
     for a in (x, left):
@@ -188,8 +190,8 @@ DTYPES = ["float32", "bfloat16", "float16"]
 @pytest.mark.parametrize("implementation", ["integer", "dequantize"])
 @pytest.mark.parametrize("lhs_dtype, rhs_dtype", list(itertools.product(DTYPES, DTYPES)))
 def test_the_result_has_the_dtype_that_jnp_gives(lhs_dtype, rhs_dtype, implementation):
-    x = quantize(jnp.asarray(normal(M, K), lhs_dtype), ArrayConfig(axis=1))
-    q = quantize(jnp.asarray(normal(K, N), rhs_dtype), ArrayConfig(axis=0))
+    x = quantize(jnp.asarray(normal(M, K), lhs_dtype), ArrayConfig(), axis=1)
+    q = quantize(jnp.asarray(normal(K, N), rhs_dtype), ArrayConfig())
     assert (x.dtype, q.dtype) == (lhs_dtype, rhs_dtype)
 
     with jax.numpy_dtype_promotion("standard"):
@@ -217,7 +219,7 @@ def test_dtypes_mix_only_as_far_as_jnp_mixes_them():
 @pytest.mark.parametrize("name", ["int8", "int4-g32"])
 def test_bfloat16_operands_round_the_result_once(name, inputs):
     x = jnp.asarray(normal(M, K), jnp.bfloat16)
-    x = x if INPUTS[inputs] is None else quantize(x, INPUTS[inputs])
+    x = x if INPUTS[inputs] is None else quantize(x, INPUTS[inputs], axis=-1)
     q = weight(WEIGHTS[name]).astype(jnp.bfloat16)
 
     got = matmul(x, q, preferred_element_type=jnp.float32)
@@ -233,9 +235,9 @@ def test_float64_stays_float64():
         x = jnp.asarray(normal(M, K, dtype=np.float64))
         q = quantize(
             jnp.asarray(normal(K, N, dtype=np.float64)),
-            ArrayConfig(axis=0, scale_dtype="float64"),
+            ArrayConfig(scale_dtype="float64"),
         )
-        inputs = quantize(x, ArrayConfig(axis=1, scale_dtype="float64"))
+        inputs = quantize(x, ArrayConfig(scale_dtype="float64"), axis=1)
         for operand in (x, inputs):
             got = matmul(operand, q)
             assert got.dtype == np.float64
@@ -254,7 +256,7 @@ def test_precision_reaches_the_float_product_and_not_the_integer_one():
     assert "precision = [HIGHEST, HIGHEST]" in jax.jit(highest).lower(x, q).as_text()
     assert "HIGHEST" not in jax.jit(matmul).lower(x, q).as_text()
     assert_product(highest(x, q), "mk,kn->mn", x, q)
-    integer = quantize(x, INPUTS["int8"]), weight(WEIGHTS["int8"])
+    integer = quantize(x, INPUTS["int8"], axis=-1), weight(WEIGHTS["int8"])
     assert_product(highest(*integer), "mk,kn->mn", *integer)
 
 
@@ -270,7 +272,7 @@ def dots(lowered):
 @pytest.mark.parametrize("name", ["int8", "int8-asym", "int4", "int8-tensor", "int8-columns"])
 def test_codes_of_whole_numbers_are_multiplied_as_integers_everywhere(name, platform, rows):
     x, q = normal(rows, K), weight(WEIGHTS[name]).reorder((-1, -2))
-    cases = [(quantize(x, INPUTS["int8"]), q), (x, with_inputs(q, Inputs(INPUTS["int8"])))]
+    cases = [(quantize(x, INPUTS["int8"], axis=-1), q), (x, with_inputs(q, Inputs(INPUTS["int8"])))]
     for operands in cases:
         lowered = jax.jit(matmul).trace(*operands).lower(lowering_platforms=(platform,))
         assert dots(lowered) == [("i8", "i8", "i32")]
@@ -283,12 +285,12 @@ def test_weights_alone_are_multiplied_as_floats():
 
 # 512 columns are cut into blocks; 600 leave a rest.
 WIDE = {
-    "int4-g32": ArrayConfig(format=INT4, axis=0, group_size=32),
-    "int4": ArrayConfig(format=INT4, axis=0),
-    "int8": ArrayConfig(axis=0),
-    "asym blocks": ArrayConfig(axis=(0, 1), group_size=(32, 4), symmetric=False),
-    "tensor": ArrayConfig(axis=None),
-    "nvfp4": ArrayConfig(format=NVFP4, axis=0),
+    "int4-g32": ArrayConfig(format=INT4, group_size=32),
+    "int4": ArrayConfig(format=INT4),
+    "int8": ArrayConfig(),
+    "asym blocks": Case(ArrayConfig(group_size=(32, 4), symmetric=False), (0, 1)),
+    "tensor": ArrayConfig(per_tensor=True),
+    "nvfp4": ArrayConfig(format=NVFP4),
 }
 
 
@@ -297,7 +299,7 @@ WIDE = {
 def test_blocks_of_columns_match_numpy(name, columns):
     q = weight(WIDE[name], (K, columns)).reorder((-1, -2))
     x = normal(3, 2, K)
-    inputs = quantize(x, ArrayConfig(axis=-1))
+    inputs = quantize(x, ArrayConfig(), axis=-1)
 
     @jax.jit
     def both(x, inputs, q):
@@ -326,12 +328,12 @@ def test_on_cpu_few_rows_by_many_columns_write_no_whole_float_matrix(name):
 
 
 FLOORS = [
-    (ArrayConfig(), ArrayConfig(axis=1), 37.0),
+    (ArrayConfig(), ArrayConfig(), 37.0),
     (ArrayConfig(), None, 40.0),
-    (ArrayConfig(format=INT4, group_size=128), ArrayConfig(axis=1), 17.8),
-    (ArrayConfig(format=FP8_E4M3), ArrayConfig(format=FP8_E4M3, axis=1), 28.0),
-    (ArrayConfig(format=MXFP8), ArrayConfig(format=MXFP8, axis=1), 27.0),
-    (ArrayConfig(format=NVFP4), ArrayConfig(format=NVFP4, axis=1), 16.8),
+    (ArrayConfig(format=INT4, group_size=128), ArrayConfig(), 17.8),
+    (ArrayConfig(format=FP8_E4M3), ArrayConfig(format=FP8_E4M3), 28.0),
+    (ArrayConfig(format=MXFP8), ArrayConfig(format=MXFP8), 27.0),
+    (ArrayConfig(format=NVFP4), ArrayConfig(format=NVFP4), 16.8),
 ]
 
 
@@ -358,7 +360,7 @@ def test_plain_arrays_go_to_lax_unchanged():
 
 def test_shapes_that_do_not_fit_raise_as_in_lax():
     q: QTensor = weight(WEIGHTS["int8"])
-    for x in (normal(M, K + 1), quantize(normal(1, K + 1), ArrayConfig(axis=1))):
+    for x in (normal(M, K + 1), quantize(normal(1, K + 1), ArrayConfig(), axis=1)):
         with pytest.raises(TypeError, match="contracting dimensions to have the same shape"):
             dot_general(x, q, MATRICES)
     assert q.format == INT8

@@ -39,7 +39,7 @@ EQUATIONS = {
 def test_einsum_matches_numpy(case):
     equation, x_shape, w_shape, axis = EQUATIONS[case]
     x, w = normal(*x_shape), normal(*w_shape, seed=1)
-    q = quantize(w, ArrayConfig(axis=axis, symmetric=False))
+    q = quantize(w, ArrayConfig(symmetric=False), axis=axis)
     stored = q.reorder(tuple(range(-q.ndim, 0))[::-1])
     # NumPy does not sum the axes under an ellipsis, as jnp does.
     oracle = equation.replace("...k,kn->n", "abk,kn->n")
@@ -54,7 +54,7 @@ def test_einsum_matches_numpy(case):
 
 
 def test_several_operands_are_contracted_from_left_to_right():
-    x, q, r = normal(5, 8), weight(ArrayConfig(axis=0), (8, 6)), weight(ArrayConfig(), (6, 4))
+    x, q, r = normal(5, 8), weight(ArrayConfig(), (8, 6)), weight(ArrayConfig(), (6, 4))
     scale = normal(6)
 
     assert_product(einsum("mk,kn,nj->mj", x, q, r), "mk,kn,nj->mj", x, q, r)
@@ -65,7 +65,7 @@ def test_several_operands_are_contracted_from_left_to_right():
 
 
 def test_one_operand_is_rearranged_as_by_jnp():
-    q = weight(ArrayConfig(axis=0), (8, 6))
+    q = weight(ArrayConfig(), (8, 6))
     assert_product(einsum("kn->nk", q), "kn->nk", q)
     assert_product(einsum("kn->n", q), "kn->n", q)
     half = einsum("kn->nk", q.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
@@ -104,7 +104,7 @@ SHAPES = [
 def test_matmul_matches_numpy_for_every_rank(a_shape, b_shape):
     a, b = normal(*a_shape), normal(*b_shape, seed=1)
     a_axis, b_axis = -1, -2 if b.ndim > 1 else 0
-    left, right = quantize(a, ArrayConfig(axis=a_axis)), quantize(b, ArrayConfig(axis=b_axis))
+    left, right = quantize(a, ArrayConfig(), axis=a_axis), quantize(b, ArrayConfig(), axis=b_axis)
     if a.ndim > 1 and b.ndim > 1:
         left, right = left.reorder((-1, -2)), right.reorder((-1, -2))
 
@@ -119,18 +119,18 @@ def test_matmul_matches_numpy_for_every_rank(a_shape, b_shape):
 @pytest.mark.parametrize("order", [None, (-1, -2), (-1, -3, -2)])
 def test_a_broadcast_axis_keeps_what_the_weight_says_of_its_inputs(order):
     x, w = normal(3, 5, 8), normal(1, 8, 6, seed=1)
-    q = with_inputs(quantize(w, ArrayConfig(axis=1)), Inputs(ArrayConfig()))
+    q = with_inputs(quantize(w, ArrayConfig(), axis=1), Inputs(ArrayConfig()))
 
     got = matmul(x, q.reorder(order))
 
-    inputs = quantize(x, ArrayConfig(axis=-1))
+    inputs = quantize(x, ArrayConfig(), axis=-1)
     assert_product(got, "bmk,zkn->bmn", inputs, q)
 
 
 @pytest.mark.parametrize("run", [partial(einsum, "mk,kn->mn"), matmul], ids=["einsum", "matmul"])
 @pytest.mark.parametrize("implementation", ["integer", "dequantize"])
 def test_every_option_reaches_dot_general(implementation, run):
-    x, q = quantize(normal(5, 8), ArrayConfig(axis=1)), weight(ArrayConfig(axis=0), (8, 6))
+    x, q = quantize(normal(5, 8), ArrayConfig(), axis=1), weight(ArrayConfig(), (8, 6))
 
     got = run(x, q, implementation=implementation, preferred_element_type=jnp.bfloat16)
     assert got.dtype == jnp.bfloat16
@@ -145,7 +145,7 @@ def test_every_option_reaches_dot_general(implementation, run):
 
 
 def test_wrong_subscripts_are_refused():
-    x, q = normal(5, 8), weight(ArrayConfig(axis=0), (8, 6))
+    x, q = normal(5, 8), weight(ArrayConfig(), (8, 6))
     refusals = {
         r"one term per operand; got 'mk->k' for 2 operands": ("mk->k", (x, q)),
         r"one letter per axis; got 'mkj' in 'mkj,kn->mn' for an operand of 2 axes": (
@@ -178,7 +178,7 @@ def test_wrong_subscripts_are_refused():
 
 
 def test_inputs_are_for_products_only():
-    q = with_inputs(weight(ArrayConfig(axis=0), (8, 6)), Inputs(ArrayConfig()))
+    q = with_inputs(weight(ArrayConfig(), (8, 6)), Inputs(ArrayConfig()))
     with pytest.raises(ValueError, match=r"can only be multiplied; got a sum or a diagonal of QT"):
         einsum("kn->k", q)
     with pytest.raises(ValueError, match=r"can only be multiplied.*Use each of its labels once"):
@@ -186,7 +186,7 @@ def test_inputs_are_for_products_only():
 
 
 def test_matmul_refuses_what_has_no_axis_or_does_not_fit():
-    q = quantize(jnp.float32(2), ArrayConfig(axis=None, format=INT4))
+    q = quantize(jnp.float32(2), ArrayConfig(per_tensor=True, format=INT4))
     with pytest.raises(ValueError, match=r"at least one axis; got \(5, 8\), \(\)"):
         matmul(normal(5, 8), q)
     with pytest.raises(ValueError, match="must have one length; got 8 and 7"):

@@ -44,26 +44,26 @@ SCALE, ZERO_POINT = jnp.float32(0.05), jnp.int8(-20)
 # Name: (inputs, what the operand becomes).
 TREATMENTS = {
     "nothing": (Inputs(), lambda x: x),
-    "per token": (Inputs(ArrayConfig()), lambda x: quantize(x, ArrayConfig(axis=1))),
+    "per token": (Inputs(ArrayConfig()), lambda x: quantize(x, ArrayConfig(), axis=1)),
     "per tensor": (
-        Inputs(ArrayConfig(axis=None)),
-        lambda x: quantize(x, ArrayConfig(axis=None)),
+        Inputs(ArrayConfig(per_tensor=True)),
+        lambda x: quantize(x, ArrayConfig(per_tensor=True)),
     ),
     "asymmetric": (
         Inputs(INT8_ASYM),
-        lambda x: quantize(x, ArrayConfig(axis=1, symmetric=False)),
+        lambda x: quantize(x, ArrayConfig(symmetric=False), axis=1),
     ),
     "in groups": (
         Inputs(ArrayConfig(group_size=16)),
-        lambda x: quantize(x, ArrayConfig(axis=1, group_size=16)),
+        lambda x: quantize(x, ArrayConfig(group_size=16), axis=1),
     ),
     "fp8": (
         Inputs(ArrayConfig(format=FP8_E4M3)),
-        lambda x: quantize(x, ArrayConfig(axis=1, format=FP8_E4M3)),
+        lambda x: quantize(x, ArrayConfig(format=FP8_E4M3), axis=1),
     ),
     "mxfp8": (
         Inputs(ArrayConfig(format=MXFP8)),
-        lambda x: quantize(x, ArrayConfig(axis=1, format=MXFP8)),
+        lambda x: quantize(x, ArrayConfig(format=MXFP8), axis=1),
     ),
     "static": (
         Inputs(ArrayConfig(), scale=SCALE),
@@ -76,7 +76,7 @@ TREATMENTS = {
     "multiplier": (Inputs(multiplier=MULTIPLIER), lambda x: x * MULTIPLIER.reshape(1, K)),
     "multiplier, then per token": (
         Inputs(ArrayConfig(), multiplier=MULTIPLIER),
-        lambda x: quantize(x * MULTIPLIER.reshape(1, K), ArrayConfig(axis=1)),
+        lambda x: quantize(x * MULTIPLIER.reshape(1, K), ArrayConfig(), axis=1),
     ),
     "multiplier, then static": (
         Inputs(ArrayConfig(), scale=SCALE, multiplier=MULTIPLIER),
@@ -105,7 +105,7 @@ def test_inputs_say_how_a_float_operand_is_treated(name):
 
 def test_a_quantized_operand_is_left_as_it_is():
     q = with_inputs(weight(WEIGHTS["int8"]), Inputs(ArrayConfig()))
-    x = quantize(X, ArrayConfig(format=INT4, axis=1))
+    x = quantize(X, ArrayConfig(format=INT4), axis=1)
     assert_product(matmul(x, q), "mk,kn->mn", x, q)
 
 
@@ -115,7 +115,7 @@ def test_a_multiplier_has_the_axes_of_the_weight(equation, order):
     # Square heads, so that a swap cannot be seen from the shape.
     x, w = jnp.asarray(normal(2, 3, 4, 4)), normal(4, 4, 6, seed=1)
     factors = jnp.asarray(normal(4, 4, seed=2))
-    q = quantize(w, ArrayConfig(axis=(0, 1))).reorder(order)
+    q = quantize(w, ArrayConfig(), axis=(0, 1)).reorder(order)
     labels = equation.split(",")[0]
 
     got = einsum(equation, x, with_inputs(q, Inputs(multiplier=factors)))
@@ -124,15 +124,15 @@ def test_a_multiplier_has_the_axes_of_the_weight(equation, order):
     config = ArrayConfig()
     quantized = einsum(equation, x, with_inputs(q, Inputs(config, multiplier=factors)))
     met = jnp.einsum(f"{labels},hk->{labels}", x, factors)
-    met = quantize(met, ArrayConfig(axis=(2, 3)))
+    met = quantize(met, ArrayConfig(), axis=(2, 3))
     assert_product(quantized, equation, met, q)
 
 
 def test_one_scale_serves_all_contracted_axes_of_a_row():
     x, w = jnp.asarray(normal(2, 3, 4, 8)), normal(4, 8, 6, seed=1)
-    q = with_inputs(quantize(w, ArrayConfig(axis=(0, 1))), Inputs(ArrayConfig()))
+    q = with_inputs(quantize(w, ArrayConfig(), axis=(0, 1)), Inputs(ArrayConfig()))
     got = einsum("bthk,hkd->btd", x, q)
-    assert_product(got, "bthk,hkd->btd", quantize(x, ArrayConfig(axis=(2, 3))), q)
+    assert_product(got, "bthk,hkd->btd", quantize(x, ArrayConfig(), axis=(2, 3)), q)
 
 
 def test_a_multiplier_of_another_shape_is_refused():
@@ -256,8 +256,8 @@ def test_scales_get_their_gradient(name, order):
 
 
 def test_both_scales_get_their_gradient_and_no_code_does():
-    x = quantize(X, ArrayConfig(format=FP8_E4M3, axis=1))
-    q = weight(ArrayConfig(format=FP8_E4M3, axis=0))
+    x = quantize(X, ArrayConfig(format=FP8_E4M3), axis=1)
+    q = weight(ArrayConfig(format=FP8_E4M3))
 
     of_x, of_q = jax.grad(partial(loss, matmul), (0, 1))(x, q)
 
@@ -270,7 +270,7 @@ def test_both_scales_get_their_gradient_and_no_code_does():
 
 
 def test_of_nested_scales_only_the_wide_one_gets_a_gradient():
-    q = weight(ArrayConfig(format=NVFP4, axis=0))
+    q = weight(ArrayConfig(format=NVFP4))
     gradient = jax.grad(lambda q: loss(matmul, X, q))(q)
 
     np.testing.assert_array_equal(gradient.scale.codes.astype(np.float32), 0)
@@ -280,7 +280,7 @@ def test_of_nested_scales_only_the_wide_one_gets_a_gradient():
 
 
 def test_a_sum_without_a_product_gives_no_gradient_to_codes():
-    q = weight(ArrayConfig(format=FP8_E4M3, axis=0))
+    q = weight(ArrayConfig(format=FP8_E4M3))
     gradient = jax.grad(lambda q: jnp.sum(einsum("kn->n", q)))(q)
     np.testing.assert_array_equal(gradient.codes.astype(np.float32), 0)
     want = np.asarray(q.codes, np.float64).sum(0, keepdims=True)
@@ -340,8 +340,8 @@ def test_gradients_keep_the_dtype_of_the_operand():
 
 @pytest.mark.parametrize("name", ["nothing", "per token"])
 def test_convolutions_get_the_gradient_of_the_float_convolution(name):
-    image, config = jnp.asarray(normal(2, 5, 6, 4)), ArrayConfig(axis=(0, 1, 2))
-    q = with_inputs(quantize(normal(3, 3, 4, 6, seed=1), config), TREATMENTS[name][0])
+    image, axes = jnp.asarray(normal(2, 5, 6, 4)), (0, 1, 2)
+    q = with_inputs(quantize(normal(3, 3, 4, 6, seed=1), ArrayConfig(), axes), TREATMENTS[name][0])
 
     def convolve(x, w):
         out = conv_general_dilated(x, w, (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -361,7 +361,7 @@ def test_a_static_scale_may_have_the_rank_of_the_operand():
 
 def test_a_quantized_operand_cannot_be_multiplied_any_more():
     q = with_inputs(weight(WEIGHTS["int8"]), Inputs(multiplier=MULTIPLIER))
-    x = quantize(X, ArrayConfig(format=INT4, axis=1))
+    x = quantize(X, ArrayConfig(format=INT4), axis=1)
     text = r"inputs\.multiplier; got QTensor\(int4 .*Multiply it before you quantize it"
     with pytest.raises(ValueError, match=text):
         matmul(x, q)
@@ -379,7 +379,7 @@ def test_operands_must_be_arrays():
 
 
 def test_whole_numbers_meet_quantized_weights_as_floats_do():
-    q = with_inputs(weight(WEIGHTS["int8"]), Inputs(ArrayConfig(axis=-1)))
+    q = with_inputs(weight(WEIGHTS["int8"]), Inputs(ArrayConfig()))
     x = np.random.default_rng(0).integers(0, 2, X.shape)
     with jax.numpy_dtype_promotion("standard"):
         whole = matmul(jnp.asarray(x, jnp.int32), q)
@@ -388,9 +388,9 @@ def test_whole_numbers_meet_quantized_weights_as_floats_do():
 
 def test_grouped_inputs_have_groups_along_the_last_of_several_contracted_axes():
     x, w = jnp.asarray(normal(2, 3, 4, 64)), normal(4, 64, 6, seed=1)
-    config = ArrayConfig(format=MXFP8, axis=-1)
-    q = with_inputs(quantize(w, ArrayConfig(axis=(0, 1))), Inputs(config))
-    met = quantize(x, config)
+    config = ArrayConfig(format=MXFP8)
+    q = with_inputs(quantize(w, ArrayConfig(), axis=(0, 1)), Inputs(config))
+    met = quantize(x, config, axis=-1)
     assert_product(einsum("bthd,hdm->btm", x, q), "bthd,hdm->btm", met, q)
 
 

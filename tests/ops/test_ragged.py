@@ -8,35 +8,36 @@ import pytest
 
 from jaxquant import FP8_E4M3, INT4, NVFP4, ArrayConfig, Inputs, quantize, ragged_dot
 
+from ..cases import Case
 from .products import assert_close, normal, values, with_inputs
 from .products import ragged_dot as slow_ragged_dot
 
 M, G, K, N = 20, 4, 32, 10
 EXPERTS = {
-    "int8": ArrayConfig(axis=1),
-    "int8-asym": ArrayConfig(axis=1, symmetric=False),
-    "int8-tensor": ArrayConfig(axis=None),
-    "int8-experts": ArrayConfig(axis=(0, 1)),
-    "int8-pairs": ArrayConfig(axis=(0, 1), group_size=(2, K)),
-    "int8-columns": ArrayConfig(axis=(1, 2), group_size=(K, 5)),
-    "int4-g16": ArrayConfig(format=INT4, axis=1, group_size=16),
-    "int4": ArrayConfig(format=INT4, axis=1, scale_dtype="float8_e4m3fn"),
-    "fp8": ArrayConfig(format=FP8_E4M3, axis=1),
-    "nvfp4": ArrayConfig(format=NVFP4, axis=1),
+    "int8": Case(ArrayConfig(), 1),
+    "int8-asym": Case(ArrayConfig(symmetric=False), 1),
+    "int8-tensor": Case(ArrayConfig(per_tensor=True)),
+    "int8-experts": Case(ArrayConfig(), (0, 1)),
+    "int8-pairs": Case(ArrayConfig(group_size=(2, K)), (0, 1)),
+    "int8-columns": Case(ArrayConfig(group_size=(K, 5)), (1, 2)),
+    "int4-g16": Case(ArrayConfig(format=INT4, group_size=16), 1),
+    "int4": Case(ArrayConfig(format=INT4, scale_dtype="float8_e4m3fn"), 1),
+    "fp8": Case(ArrayConfig(format=FP8_E4M3), 1),
+    "nvfp4": Case(ArrayConfig(format=NVFP4), 1),
 }
 ROWS = {
     "float": None,
-    "int8": ArrayConfig(axis=-1),
-    "int8-tensor": ArrayConfig(axis=None),
-    "int8-asym": ArrayConfig(axis=-1, symmetric=False),
-    "int8-pairs": ArrayConfig(axis=(0, 1), group_size=(2, K)),
+    "int8": Case(ArrayConfig(), -1),
+    "int8-tensor": Case(ArrayConfig(per_tensor=True)),
+    "int8-asym": Case(ArrayConfig(symmetric=False), -1),
+    "int8-pairs": Case(ArrayConfig(group_size=(2, K)), (0, 1)),
 }
 # With an empty group and rows that no group has.
 SIZES = np.array([4, 3, 0, 9], np.int32)
 
 
-def experts(config):
-    return quantize(normal(G, K, N, seed=1), config)
+def experts(case):
+    return quantize(normal(G, K, N, seed=1), *case)
 
 
 def assert_ragged(got, x, q, sizes=SIZES, tolerance=2e-6):
@@ -51,7 +52,7 @@ def test_every_mixture_of_formats_and_orders_matches_a_product_per_group(name):
 
     @jax.jit
     def products(x, q, sizes):
-        rows = {n: x if c is None else quantize(x, c) for n, c in ROWS.items()}
+        rows = {n: x if c is None else quantize(x, *c) for n, c in ROWS.items()}
         stored, turned = [q, q.reorder((-1, -3, -2))], ("float", "int8")
         return rows, {
             n: [ragged_dot(a, w, sizes) for w in stored[: 1 + (n in turned)]]
@@ -66,13 +67,13 @@ def test_every_mixture_of_formats_and_orders_matches_a_product_per_group(name):
 
 def test_the_order_of_the_left_operand_changes_nothing():
     # Square, so that a swap cannot be seen from the shape.
-    x = quantize(normal(K, K), ArrayConfig(axis=1))
+    x = quantize(normal(K, K), ArrayConfig(), axis=1)
     got = ragged_dot(x.reorder((-1, -2)), experts(EXPERTS["int8"]), SIZES)
     assert_ragged(got, x, experts(EXPERTS["int8"]))
 
 
 def test_both_implementations_give_the_same_numbers_and_dtypes():
-    x, q = quantize(normal(M, K), ROWS["int8"]), experts(EXPERTS["int8"])
+    x, q = quantize(normal(M, K), *ROWS["int8"]), experts(EXPERTS["int8"])
     for implementation in ("integer", "dequantize"):
         run = partial(ragged_dot, implementation=implementation)
         assert_ragged(run(x, q, SIZES), x, q)
@@ -98,7 +99,7 @@ def test_inputs_treat_the_rows_first():
     x = jnp.asarray(normal(M, K))
     q = experts(EXPERTS["int8"])
     treated = with_inputs(q, Inputs(ArrayConfig(), multiplier=multiplier)).reorder((-1, -2))
-    rows = quantize(x * multiplier.reshape(1, -1), ROWS["int8"])
+    rows = quantize(x * multiplier.reshape(1, -1), *ROWS["int8"])
 
     assert_ragged(jax.jit(ragged_dot)(x, treated, SIZES), rows, q)
 
@@ -106,7 +107,7 @@ def test_inputs_treat_the_rows_first():
 def test_rows_below_the_last_group_are_zeros_whatever_they_hold():
     x, w = normal(M, K), normal(G, K, N, seed=1)
     x[17, 3], w[3, 2, 5] = np.inf, np.nan
-    q, rows = quantize(w, EXPERTS["int8"]), quantize(x, ROWS["int8"])
+    q, rows = quantize(w, *EXPERTS["int8"]), quantize(x, *ROWS["int8"])
 
     got = np.asarray(ragged_dot(rows, q, SIZES, implementation="integer"))
 
@@ -143,7 +144,7 @@ def test_gradients_are_those_of_the_float_product():
 
 
 def test_groups_with_an_offset_are_not_multiplied_as_integers():
-    x, q = quantize(normal(M, K), ROWS["int8"]), experts(EXPERTS["int8"])
+    x, q = quantize(normal(M, K), *ROWS["int8"]), experts(EXPERTS["int8"])
     offset = jnp.array([0], jnp.int32)
 
     with pytest.raises(ValueError, match="group_offset moves the groups"):
@@ -163,14 +164,14 @@ REFUSED = {
 def test_integer_is_refused_with_the_reason(message):
     kind, name = REFUSED[message]
     x = normal(M, K)
-    x = x if ROWS[kind] is None else quantize(x, ROWS[kind])
+    x = x if ROWS[kind] is None else quantize(x, *ROWS[kind])
     with pytest.raises(ValueError, match=message):
         ragged_dot(x, experts(EXPERTS[name]), SIZES, implementation="integer")
 
 
 def test_long_sums_are_not_computed_as_integers():
-    x = quantize(np.ones((1, 131072), np.float32), ArrayConfig(axis=1))
-    q = quantize(np.ones((1, 131072, 1), np.float32), ArrayConfig(axis=1))
+    x = quantize(np.ones((1, 131072), np.float32), ArrayConfig(), axis=1)
+    q = quantize(np.ones((1, 131072, 1), np.float32), ArrayConfig(), axis=1)
     with pytest.raises(ValueError, match="sums of 131072 codes may leave int32"):
         ragged_dot(x, q, np.array([1]), implementation="integer")
 

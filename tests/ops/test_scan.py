@@ -22,18 +22,20 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="no machine code")
 LAYERS, K, N = 3, 8, 6
 CONFIGS = {
-    "int4": ArrayConfig(format=INT4, axis=-2, symmetric=False, group_size=4),
-    "int4-nested": ArrayConfig(format=INT4, axis=-2, group_size=4, scale_dtype="float8_e4m3fn"),
-    "int2": ArrayConfig(format=INT2, axis=-2, symmetric=False, group_size=4),
-    "nf4": ArrayConfig(format=NF4, axis=-2),
-    "nvfp4": ArrayConfig(format=NVFP4, axis=-2),
-    "int8": ArrayConfig(axis=-2),
+    "int4": ArrayConfig(format=INT4, symmetric=False, group_size=4),
+    "int4-nested": ArrayConfig(format=INT4, group_size=4, scale_dtype="float8_e4m3fn"),
+    "int2": ArrayConfig(format=INT2, symmetric=False, group_size=4),
+    "nf4": ArrayConfig(format=NF4),
+    "nvfp4": ArrayConfig(format=NVFP4),
+    "int8": ArrayConfig(),
 }
 
 
 def stack(config, shape=(K, N)):
     """Layers that differ, stored column by column."""
-    layers = [quantize(normal(*shape, seed=i), config).reorder((-1, -2)) for i in range(LAYERS)]
+    layers = [
+        quantize(normal(*shape, seed=i), config, axis=-2).reorder((-1, -2)) for i in range(LAYERS)
+    ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
@@ -321,7 +323,7 @@ def test_it_can_be_transposed():
 
 
 def test_explain_has_one_row_per_product_and_no_warning_where_bytes_are_copied():
-    q = stack(ArrayConfig(format=INT4, axis=-2, group_size=128), (256, 256))
+    q = stack(ArrayConfig(format=INT4, group_size=128), (256, 256))
     x = jnp.ones((2, 256))
 
     def product(run, x, q):

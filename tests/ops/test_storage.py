@@ -4,56 +4,57 @@ import pytest
 
 from jaxquant import INT4, ArrayConfig, best_order, matmul, quantize
 
+from ..cases import Case
 from .products import assert_product, normal
 
 KERNEL, TURNED = (6, 8), (8, 6)
-# (shape, config, platform, order).
+# (shape, case, platform, order).
 ORDERS = [
-    (KERNEL, ArrayConfig(axis=0), "cpu", (-1, -2)),
-    (KERNEL, ArrayConfig(axis=0), "gpu", (-1, -2)),
-    (KERNEL, ArrayConfig(axis=0), "tpu", None),
-    (TURNED, ArrayConfig(axis=1), "cpu", None),
-    (TURNED, ArrayConfig(axis=1), "gpu", None),
-    (TURNED, ArrayConfig(axis=1), "tpu", None),
-    (KERNEL, ArrayConfig(axis=0, group_size=3), "cpu", (-1, -2)),
-    (KERNEL, ArrayConfig(axis=0, group_size=3), "gpu", (-1, -2)),
-    (KERNEL, ArrayConfig(axis=0, group_size=3), "tpu", None),
-    (TURNED, ArrayConfig(axis=1, group_size=3), "cpu", None),
-    (TURNED, ArrayConfig(axis=1, group_size=3), "tpu", (-1, -2)),
+    (KERNEL, Case(ArrayConfig()), "cpu", (-1, -2)),
+    (KERNEL, Case(ArrayConfig()), "gpu", (-1, -2)),
+    (KERNEL, Case(ArrayConfig()), "tpu", None),
+    (TURNED, Case(ArrayConfig(), 1), "cpu", None),
+    (TURNED, Case(ArrayConfig(), 1), "gpu", None),
+    (TURNED, Case(ArrayConfig(), 1), "tpu", None),
+    (KERNEL, Case(ArrayConfig(group_size=3)), "cpu", (-1, -2)),
+    (KERNEL, Case(ArrayConfig(group_size=3)), "gpu", (-1, -2)),
+    (KERNEL, Case(ArrayConfig(group_size=3)), "tpu", None),
+    (TURNED, Case(ArrayConfig(group_size=3), 1), "cpu", None),
+    (TURNED, Case(ArrayConfig(group_size=3), 1), "tpu", (-1, -2)),
     # More axes: a query kernel (D, H, K), and a stack of matrices.
-    ((6, 4, 8), ArrayConfig(axis=0), "cpu", (-2, -1, -3)),
-    ((6, 4, 8), ArrayConfig(axis=0, group_size=3), "tpu", None),
-    ((3, 6, 8), ArrayConfig(axis=1), "cpu", (-1, -2)),
-    ((3, 8, 6), ArrayConfig(axis=2, group_size=3), "tpu", (-1, -2)),
-    ((6,), ArrayConfig(axis=0, group_size=3), "tpu", None),
-    ((6,), ArrayConfig(axis=0), "cpu", None),
+    ((6, 4, 8), Case(ArrayConfig()), "cpu", (-2, -1, -3)),
+    ((6, 4, 8), Case(ArrayConfig(group_size=3)), "tpu", None),
+    ((3, 6, 8), Case(ArrayConfig(), 1), "cpu", (-1, -2)),
+    ((3, 8, 6), Case(ArrayConfig(group_size=3), 2), "tpu", (-1, -2)),
+    ((6,), Case(ArrayConfig(group_size=3)), "tpu", None),
+    ((6,), Case(ArrayConfig()), "cpu", None),
     # Several axes or none: the order stays.
-    ((3, 2, 6, 8), ArrayConfig(axis=(0, 1, 2)), "cpu", None),
-    (KERNEL, ArrayConfig(axis=None), "cpu", None),
-    (KERNEL, ArrayConfig(axis=0, group_size=1), "cpu", None),
+    ((3, 2, 6, 8), Case(ArrayConfig(), (0, 1, 2)), "cpu", None),
+    (KERNEL, Case(ArrayConfig(per_tensor=True)), "cpu", None),
+    (KERNEL, Case(ArrayConfig(group_size=1)), "cpu", None),
 ]
 
 
-@pytest.mark.parametrize("shape, config, platform, order", ORDERS)
-def test_the_best_order_is_that_of_the_table(shape, config, platform, order):
-    q = quantize(normal(*shape), config)
+@pytest.mark.parametrize("shape, case, platform, order", ORDERS)
+def test_the_best_order_is_that_of_the_table(shape, case, platform, order):
+    q = quantize(normal(*shape), *case)
     assert best_order(q, platform) == order
     # However the array is stored now.
     turned = q.reorder(tuple(range(-q.ndim, 0))[::-1])
     is_free = len(shape) - (np.array(q.scale.shape) == shape).sum() != 1
-    tpu_keeps = platform == "tpu" and config.group_size is None
+    tpu_keeps = platform == "tpu" and case.config.group_size is None
     assert best_order(turned, platform) == (turned.order if is_free or tpu_keeps else order)
 
 
 def test_the_best_order_on_cpu_puts_the_contracted_axis_last():
-    q = quantize(normal(6, 4, 8), ArrayConfig(axis=0, format=INT4, group_size=3))
+    q = quantize(normal(6, 4, 8), ArrayConfig(format=INT4, group_size=3))
     stored = q.reorder(best_order(q, "cpu"))
     assert stored.codes.shape == (4, 8, 6)
     assert stored.scale.shape == (4, 8, 2)
 
 
 def test_the_order_for_another_platform_changes_no_number():
-    q, x = quantize(normal(64, 8), ArrayConfig(axis=0, group_size=16)), normal(5, 64)
+    q, x = quantize(normal(64, 8), ArrayConfig(group_size=16)), normal(5, 64)
     for platform in ("cpu", "gpu", "tpu"):
         assert_product(jax.jit(matmul)(x, q.reorder(best_order(q, platform))), "mk,kn->mn", x, q)
 

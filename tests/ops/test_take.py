@@ -5,18 +5,21 @@ import pytest
 
 from jaxquant import FP8_E4M3, INT4, NVFP4, ArrayConfig, quantize, take
 
+from ..cases import Case
 from .products import normal
 
 TABLE = normal(50, 32)
 CONFIGS = {
-    "per row": ArrayConfig(axis=1),
-    "per column": ArrayConfig(axis=0),
-    "tensor": ArrayConfig(axis=None),
-    "groups": ArrayConfig(format=INT4, axis=1, group_size=16),
-    "groups of rows": ArrayConfig(axis=0, group_size=10, symmetric=False),
-    "blocks": ArrayConfig(axis=(0, 1), group_size=(5, 8)),
-    "nested": ArrayConfig(format=NVFP4, axis=1),
-    "nested along the rows": ArrayConfig(format=INT4, group_size=10, scale_dtype="float8_e4m3fn"),
+    "per row": Case(ArrayConfig(), 1),
+    "per column": Case(ArrayConfig()),
+    "tensor": Case(ArrayConfig(per_tensor=True)),
+    "groups": Case(ArrayConfig(format=INT4, group_size=16), 1),
+    "groups of rows": Case(ArrayConfig(group_size=10, symmetric=False)),
+    "blocks": Case(ArrayConfig(group_size=(5, 8)), (0, 1)),
+    "nested": Case(ArrayConfig(format=NVFP4), 1),
+    "nested along the rows": Case(
+        ArrayConfig(format=INT4, group_size=10, scale_dtype="float8_e4m3fn")
+    ),
 }
 # Inside, at both ends, counted from the end, and out of bounds on either side.
 INDICES = np.array([[0, 49, -1, 31], [50, -51, 7, 32], [-50, -33, 300, -300]])
@@ -32,7 +35,7 @@ def assert_same(got, want):
 @pytest.mark.parametrize("order", [None, (-1, -2)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_take_equals_jnp_take_from_the_dequantized_array(name, order):
-    q = quantize(TABLE, CONFIGS[name]).reorder(order)
+    q = quantize(TABLE, *CONFIGS[name]).reorder(order)
 
     @jax.jit
     def both(q, indices):
@@ -48,7 +51,7 @@ def test_take_equals_jnp_take_from_the_dequantized_array(name, order):
 
 @pytest.mark.parametrize("indices", [7, -3, [], [[]], [3], np.zeros((2, 0, 3)), np.ones((2, 1, 3))])
 def test_indices_of_every_shape_match(indices):
-    q = quantize(normal(4, 10, 6), ArrayConfig(axis=2)).reorder((-2, -1))
+    q = quantize(normal(4, 10, 6), ArrayConfig(), axis=2).reorder((-2, -1))
     indices = np.asarray(indices, np.int32)
     for axis in range(-3, 3):
         assert_same(take(q, indices, axis), jnp.take(q.dequantize(), indices, axis))
@@ -58,7 +61,7 @@ def test_indices_of_every_shape_match(indices):
 @pytest.mark.parametrize("mode", ["fill", "clip", "wrap"])
 def test_narrow_and_unsigned_indices_reach_long_axes(dtype, mode):
     # Longer than what 16 bits hold, with and without a sign.
-    q = quantize(normal(70000, 2), ArrayConfig(axis=1))
+    q = quantize(normal(70000, 2), ArrayConfig(), axis=1)
     info = np.iinfo(dtype)
     indices = np.array([0, 3, 100, info.max, max(info.min, -70000), max(info.min, -100)])
     indices = np.minimum(indices, 69999)
@@ -70,7 +73,7 @@ def test_narrow_and_unsigned_indices_reach_long_axes(dtype, mode):
 
 @pytest.mark.parametrize("fill_value", [0.0, -2.5, None])
 def test_indices_out_of_bounds_are_filled(fill_value):
-    q = quantize(jnp.asarray(TABLE, jnp.bfloat16), CONFIGS["groups"])
+    q = quantize(jnp.asarray(TABLE, jnp.bfloat16), *CONFIGS["groups"])
     got = take(q, INDICES, 0, fill_value=fill_value)
     assert_same(got, jnp.take(q.dequantize(), INDICES, 0, fill_value=fill_value))
     is_filled = np.isnan(got) if fill_value is None else np.asarray(got) == fill_value
@@ -78,21 +81,21 @@ def test_indices_out_of_bounds_are_filled(fill_value):
 
 
 def test_an_empty_axis_gives_empty_results_and_no_others():
-    q = quantize(np.zeros((0, 8), np.float32), ArrayConfig(axis=1))
+    q = quantize(np.zeros((0, 8), np.float32), ArrayConfig(), axis=1)
     assert take(q, np.zeros((0,), np.int32), 0).shape == (0, 8)
     with pytest.raises(IndexError, match=r"non-empty jnp\.take"):
         take(q, np.zeros((1,), np.int32), 0)
 
 
 def test_only_the_taken_rows_are_dequantized():
-    q = quantize(TABLE, CONFIGS["groups"])
+    q = quantize(TABLE, *CONFIGS["groups"])
     text = jax.jit(lambda q, i: take(q, i, 0)).lower(q, INDICES).as_text()
     assert "50x32xf32" not in text
     assert "50x2x16xf32" not in text
 
 
 def test_gradients_go_to_the_scales_and_not_to_the_codes():
-    q = quantize(TABLE, ArrayConfig(format=FP8_E4M3, axis=1))
+    q = quantize(TABLE, ArrayConfig(format=FP8_E4M3), axis=1)
     gradient = jax.grad(lambda q: jnp.sum(take(q, np.array([3, 3, 7]), 0)))(q)
 
     want = np.zeros((50, 1))
@@ -106,18 +109,18 @@ def test_gradients_go_to_the_scales_and_not_to_the_codes():
 
 
 def test_take_works_under_vmap_and_on_plain_arrays():
-    q = quantize(TABLE, CONFIGS["nested"])
+    q = quantize(TABLE, *CONFIGS["nested"])
     rows = jax.vmap(lambda i: take(q, i, 0))(jnp.arange(5))
     assert_same(rows, q.dequantize()[:5])
     want = jnp.take(TABLE, INDICES, 0, mode="wrap")
     assert_same(take(jnp.asarray(TABLE), INDICES, 0, mode="wrap"), want)
-    stack = jax.tree.map(lambda a: jnp.stack([a, a]), quantize(TABLE, CONFIGS["groups"]))
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), quantize(TABLE, *CONFIGS["groups"]))
     out = jax.vmap(lambda q: take(q, np.array([4, 2]), 0))(stack)
-    assert_same(out[1], quantize(TABLE, CONFIGS["groups"]).dequantize()[np.array([4, 2])])
+    assert_same(out[1], quantize(TABLE, *CONFIGS["groups"]).dequantize()[np.array([4, 2])])
 
 
 def test_wrong_arguments_are_refused():
-    q = quantize(TABLE, CONFIGS["per row"])
+    q = quantize(TABLE, *CONFIGS["per row"])
     with pytest.raises(ValueError, match=r"indices must be whole numbers; got float32\. Cast"):
         take(q, np.ones(3, np.float32), 0)
     with pytest.raises(
@@ -131,7 +134,7 @@ def test_wrong_arguments_are_refused():
 
 
 def test_hints_and_a_traced_fill_value_are_taken():
-    q = quantize(jnp.arange(12.0).reshape(6, 2), ArrayConfig(axis=1))
+    q = quantize(jnp.arange(12.0).reshape(6, 2), ArrayConfig(), axis=1)
     taken = take(q, jnp.array([0, 2, 9]), 0, indices_are_sorted=True, fill_value=jnp.float32(7))
     np.testing.assert_array_equal(taken[:2], q.dequantize()[jnp.array([0, 2])])
     np.testing.assert_array_equal(taken[2], 7)

@@ -88,7 +88,7 @@ def test_vmap_over_weights_activations_or_both_equals_the_loop(name):
 
 @pytest.mark.parametrize("columns", [512, 24])
 def test_vmap_over_one_row_at_a_time_equals_the_product(columns):
-    q = weight(ArrayConfig(format=INT4, axis=0, group_size=32), (K, columns)).reorder((-1, -2))
+    q = weight(ArrayConfig(format=INT4, group_size=32), (K, columns)).reorder((-1, -2))
     x = jnp.asarray(normal(M, K))
     got = jax.jit(jax.vmap(lambda row: matmul(row, q)))(x)
     assert_product(got, "mk,kn->mn", x, q)
@@ -117,9 +117,9 @@ SHARDINGS = {
     "contracted": (P(None, ("a", "b")), (("a", "b"), None), P(), ("a", "b")),
 }
 SHARDED = {
-    "int8": (ArrayConfig(axis=0), ArrayConfig(axis=1)),
-    "int4-g4": (ArrayConfig(axis=0, format=INT4, group_size=4, symmetric=False), None),
-    "fp8": (ArrayConfig(axis=0, format=FP8_E4M3), ArrayConfig(axis=1, format=FP8_E4M3)),
+    "int8": (ArrayConfig(), ArrayConfig()),
+    "int4-g4": (ArrayConfig(format=INT4, group_size=4, symmetric=False), None),
+    "fp8": (ArrayConfig(format=FP8_E4M3), ArrayConfig(format=FP8_E4M3)),
 }
 
 
@@ -129,7 +129,7 @@ def test_products_of_parts_on_eight_devices_match_numpy(name, sharding):
     of_x, of_weight, of_result, summed = SHARDINGS[sharding]
     weights, inputs = SHARDED[name]
     q, x = weight(weights), jnp.asarray(normal(8, K))
-    x = x if inputs is None else quantize(x, inputs)
+    x = x if inputs is None else quantize(x, inputs, axis=1)
 
     @jax.jit
     @partial(
@@ -160,7 +160,7 @@ def test_the_compiler_divides_products_of_sharded_arrays(name, sharding):
             tree,
         )
 
-    met = x if inputs is None else quantize(x, inputs)
+    met = x if inputs is None else quantize(x, inputs, axis=1)
     got = jax.jit(matmul)(place(x, of_x), place(q, of_weight))
     assert_product(got, "mk,kn->mn", met, q)
 
@@ -179,7 +179,7 @@ def test_the_result_lies_where_out_sharding_says(name):
     config, order, implementation = EXPLICIT[name]
     with jax.set_mesh(mesh(4, 2, explicit=True)):
         x = jax.device_put(normal(8, K), P("b"))
-        x = quantize(x, ArrayConfig(axis=1, symmetric=False))
+        x = quantize(x, ArrayConfig(symmetric=False), axis=1)
         q = weight(config, (K, 512)).reorder(order)
 
         @jax.jit
@@ -203,7 +203,7 @@ def test_the_result_lies_where_out_sharding_says(name):
 @pytest.mark.parametrize("implementation", ["integer", "dequantize"])
 def test_out_sharding_names_the_axes_of_the_result_however_they_are_turned(output, implementation):
     with jax.set_mesh(mesh(4, 2, explicit=True)):
-        x = quantize(normal(4, 8, K), ArrayConfig(axis=2))
+        x = quantize(normal(4, 8, K), ArrayConfig(), axis=2)
         q = weight(ArrayConfig()).reorder((-1, -2))
         equation = f"bmk,kn->{output}"
         partition = {"b": None, "m": "b", "n": "a"}
@@ -218,7 +218,7 @@ def test_a_sum_over_sharded_axes_lies_where_out_sharding_says(name):
     config, _, implementation = EXPLICIT[name]
     devices = mesh(4, 2, explicit=True)
     with jax.set_mesh(devices):
-        x = quantize(jax.device_put(normal(8, K), P("b", "a")), ArrayConfig(axis=1))
+        x = quantize(jax.device_put(normal(8, K), P("b", "a")), ArrayConfig(), axis=1)
         q = weight(config)
         q = jax.tree.map(lambda leaf: jax.device_put(leaf, spec_of(leaf, ("a", None))), q)
         for sharding in (P("b"), P(None, None), P(None, "b")):
@@ -232,7 +232,7 @@ def test_a_sum_over_sharded_axes_lies_where_out_sharding_says(name):
 
 
 def test_wide_weights_in_parts_need_no_out_sharding():
-    q = weight(ArrayConfig(format=INT4, axis=0), (K, 512)).reorder((-1, -2))
+    q = weight(ArrayConfig(format=INT4), (K, 512)).reorder((-1, -2))
     with jax.set_mesh(mesh(4, 2, explicit=True)):
         parts = jax.tree.map(lambda leaf: jax.device_put(leaf, spec_of(leaf, ("a",))), q)
         x = jnp.asarray(normal(M, K))
@@ -247,10 +247,10 @@ def test_wide_weights_in_parts_need_no_out_sharding():
 
 def test_convolutions_keep_the_sharding_of_their_images():
     dims = ("NHWC", "HWIO", "NHWC")
-    q = quantize(normal(3, 3, 4, 6), ArrayConfig(axis=(0, 1, 2)))
+    q = quantize(normal(3, 3, 4, 6), ArrayConfig(), axis=(0, 1, 2))
     with jax.set_mesh(mesh(4, 2, explicit=True)):
         image = jax.device_put(normal(8, 5, 6, 4), P("a"))
-        images = quantize(image, ArrayConfig(axis=(1, 2, 3)))
+        images = quantize(image, ArrayConfig(), axis=(1, 2, 3))
         for x in (image, images):
             out = conv_general_dilated(x, q, (1, 1), "SAME", dimension_numbers=dims)
             named = conv_general_dilated(
@@ -263,8 +263,8 @@ def test_convolutions_keep_the_sharding_of_their_images():
 def parameters():
     orders = {"attention": (-2, -1, -3), "up": (-1, -2)}
     params = {
-        "embedding": quantize(normal(40, K), ArrayConfig(format=INT4, axis=1)),
-        "attention": quantize(normal(K, 4, 6, center=0), ArrayConfig(axis=0)),
+        "embedding": quantize(normal(40, K), ArrayConfig(format=INT4), axis=1),
+        "attention": quantize(normal(K, 4, 6, center=0), ArrayConfig()),
         "up": quantize(
             normal(24, 512, center=0), ArrayConfig(format=INT4, group_size=8, symmetric=False)
         ),
@@ -311,7 +311,7 @@ def test_float_and_quantized_runs_of_one_function_never_change_each_other():
     x = jnp.asarray(normal(M, 512))
     want_float = np.asarray(x) @ np.asarray(plain["down"])
     factors = np.linspace(0.5, 2, 512, dtype=np.float32)
-    met = quantize(x * factors.reshape(1, -1), ArrayConfig(format=FP8_E4M3, axis=1))
+    met = quantize(x * factors.reshape(1, -1), ArrayConfig(format=FP8_E4M3), axis=1)
     for run in (jitted, jitted, last, jitted):
         np.testing.assert_allclose(run(plain, x), want_float, rtol=1e-4, atol=1e-3)
         assert_product(run(params, x), "mk,kn->mn", met, params["down"])
@@ -329,10 +329,10 @@ def test_equal_weights_in_all_that_is_static_share_one_compilation():
 
     x = jnp.asarray(normal(M, K))
     for seed in range(3):
-        inputs = Inputs(ArrayConfig(axis=-1))
-        product(x, with_inputs(weight(ArrayConfig(axis=0), seed=seed), inputs))
+        inputs = Inputs(ArrayConfig())
+        product(x, with_inputs(weight(ArrayConfig(), seed=seed), inputs))
     assert len(traces) == 1
-    product(x, weight(ArrayConfig(axis=0)))
+    product(x, weight(ArrayConfig()))
     assert len(traces) == 2
 
 

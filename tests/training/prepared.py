@@ -8,27 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from jaxquant import INT2, INT4, SCHEMES, W8A8, ArrayConfig, Inputs, Scheme
+from jaxquant import INT2, INT4, SCHEMES, W8A8, ArrayConfig, Inputs, Rule, Scheme
 from jaxquant.training import init_learned, prepare
 
 from ..ops.products import normal
 
 M, K, N = 5, 128, 24
-W4A4 = Scheme(ArrayConfig(format=INT4, axis=-2), ArrayConfig(format=INT4, axis=-1))
-ALL: dict[str, Scheme] = {
+W4A4 = Scheme(ArrayConfig(format=INT4), ArrayConfig(format=INT4))
+_SCHEMES: dict[str, Scheme] = {
     **SCHEMES,
-    "INT2 g32": Scheme(ArrayConfig(format=INT2, axis=-2, group_size=32)),
+    "INT2 g32": Scheme(ArrayConfig(format=INT2, group_size=32)),
     "W4A4": W4A4,
-    "per tensor": Scheme(ArrayConfig(axis=None), ArrayConfig(axis=None)),
-    "blocks": Scheme(ArrayConfig(axis=(-2, -1), group_size=(32, 8))),
-    "bfloat16 scales": Scheme(ArrayConfig(format=INT4, axis=0, scale_dtype="bfloat16")),
+    "per tensor": Scheme(ArrayConfig(per_tensor=True), ArrayConfig(per_tensor=True)),
+    "bfloat16 scales": Scheme(ArrayConfig(format=INT4, scale_dtype="bfloat16")),
 }
-GROUPED = Scheme(ArrayConfig(format=INT4, axis=-2, group_size=8, symmetric=False))
+BLOCKS = ArrayConfig(group_size=(32, 8))
+ALL = [*(Rule(n, s) for n, s in _SCHEMES.items()), Rule("blocks", BLOCKS, axis=(-2, -1))]
+GROUPED = Scheme(ArrayConfig(format=INT4, group_size=8, symmetric=False))
 X = jnp.asarray(normal(M, K))
 
 
 def weights(rules, dtype="float32", shape=(K, N)):
-    return {name: jnp.asarray(normal(*shape, seed=i), dtype) for i, name in enumerate(rules)}
+    """A weight for each rule, under its pattern."""
+    names = [rule.pattern if isinstance(rule, Rule) else rule for rule in rules]
+    return {name: jnp.asarray(normal(*shape, seed=i), dtype) for i, name in enumerate(names)}
 
 
 def moved(tree, seed=0):
@@ -80,21 +83,20 @@ def scanned(x, w):
     return jax.lax.scan(lambda x, w: (jnp.tanh(jq.matmul(x, w)), None), x, w)[0]
 
 
-INT8_CONV = Scheme(ArrayConfig(axis=(0, 1, 2)), ArrayConfig(axis=-1))
-# (operation, shapes of inputs and weight, schemes)
+# (operation, shapes of inputs and weight, schemes with their axes)
 OPERATIONS: dict[str, Any] = {
-    "einsum": (einsum, (M, 32), (3, 32, 8), (W8A8, GROUPED)),
-    "take": (embed, (M, 8), (16, 32), (ArrayConfig(axis=-1), ArrayConfig(axis=1, group_size=8))),
-    "conv": (convolve, (2, 5, 6, 4), (3, 3, 4, 8), (INT8_CONV, ArrayConfig(axis=(0, 1, 2)))),
-    "ragged_dot": (ragged, (M, 32), (3, 32, 8), (W8A8, GROUPED)),
-    "scan": (scanned, (M, 32), (3, 32, 32), (W8A8, ArrayConfig(format=INT4, axis=1))),
+    "einsum": (einsum, (M, 32), (3, 32, 8), ((W8A8, -2), (GROUPED, -2))),
+    "take": (embed, (M, 8), (16, 32), ((ArrayConfig(), -1), (ArrayConfig(group_size=8), 1))),
+    "conv": (convolve, (2, 5, 6, 4), (3, 3, 4, 8), ((W8A8, (0, 1, 2)), (ArrayConfig(), (0, 1, 2)))),
+    "ragged_dot": (ragged, (M, 32), (3, 32, 8), ((W8A8, -2), (GROUPED, -2))),
+    "scan": (scanned, (M, 32), (3, 32, 32), ((W8A8, -2), (ArrayConfig(format=INT4), 1))),
 }
 
 
 def operation_case(name):
     """A tree after some training, inputs, and what the operation gives for each weight of it."""
     operation, shape, weight_shape, schemes = OPERATIONS[name]
-    rules = {str(i): s for i, s in enumerate(schemes)}
+    rules = [Rule(str(i), scheme, axis) for i, (scheme, axis) in enumerate(schemes)]
     prepared = moved(learn(weights(rules, shape=weight_shape), rules))
 
     def outputs(tree, x):

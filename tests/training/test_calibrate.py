@@ -26,7 +26,7 @@ from jaxquant.training import Prepared, RunningAbsMax, calibrate, convert, prepa
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LAYERS, WIDTH, OUT = 3, 16, 10
-STATIC = Scheme(W8A8.weights, ArrayConfig(axis=None))
+STATIC = Scheme(W8A8.weights, ArrayConfig(per_tensor=True))
 RANDOM = np.random.default_rng(0)
 
 
@@ -91,7 +91,7 @@ def test_rules_quantize_first_and_the_products_use_the_scale():
 
 @pytest.mark.parametrize("make, dtype", [(tree.quantize, jnp.int8), (prepare, jnp.float32)])
 def test_asymmetric_inputs_get_a_zero_point(make, dtype):
-    scheme = Scheme(W8A8.weights, ArrayConfig(axis=None, symmetric=False))
+    scheme = Scheme(W8A8.weights, ArrayConfig(per_tensor=True, symmetric=False))
     seen = [jnp.abs(x) for x in BATCHES]
     got = calibrate(
         lambda p, x: matmul(x, p["kernel"]),
@@ -124,7 +124,7 @@ def test_a_weight_that_is_met_twice_spans_both_and_experts_share_a_scale():
         h = matmul(matmul(x, p["kernel"]) * 0 + 50, p["kernel"])
         return einsum("bk,ekn->ebn", x, p["experts"]["kernel"]) + h.sum()
 
-    scheme = Scheme(W8A8.weights, ArrayConfig(axis=None, scale_dtype="bfloat16"))
+    scheme = Scheme(W8A8.weights, ArrayConfig(per_tensor=True, scale_dtype="bfloat16"))
     got = calibrate(apply, params, BATCHES, scheme, observer=RunningAbsMax.init())
 
     assert got["kernel"].inputs.scale == jnp.bfloat16(50 / 127).astype(jnp.float32)

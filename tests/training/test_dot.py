@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
 FLOAT = ProductConfig()
 INT8_NEAREST = dataclasses.replace(INT8_TRAINING, rounds_stochastically=False)
-ASYMMETRIC = ArrayConfig(axis=-1, symmetric=False)
+ASYMMETRIC = ArrayConfig(symmetric=False)
 # Labels of lhs, rhs and out, and lengths that no two labels have in common.
 PRODUCTS = {
     "matmul": ("mk", "kn", "mn"),
@@ -88,11 +88,9 @@ def rounded(x, config, shared):
     x = np.asarray(x, np.float32)
     if config is None:
         return x.astype(np.float64)
-    if config.axis is not None:
-        is_grouped = config.group_size or config.format.group_size
-        axes = shared[-1] if is_grouped else tuple(shared)
-        config = dataclasses.replace(config, axis=axes)
-    codes, scale, zero_point = oracles.quantize(x, config, oracles.abs_max_range)
+    is_grouped = config.group_size or config.format.group_size
+    axis = shared[-1] if is_grouped else tuple(shared)
+    codes, scale, zero_point = oracles.quantize(x, config, axis, oracles.abs_max_range)
     return (codes - oracles.spread(zero_point, x.shape)) * oracles.spread(scale, x.shape)
 
 
@@ -122,7 +120,7 @@ ROWS = {
     "int8": INT8_NEAREST,
     "fp8": FP8_TRAINING,
     "mixed": ProductConfig(lhs=ASYMMETRIC, gradient=ASYMMETRIC, quantizes_rhs_gradient=False),
-    "groups": ProductConfig(lhs=ASYMMETRIC, gradient=ArrayConfig(axis=-1, group_size=2)),
+    "groups": ProductConfig(lhs=ASYMMETRIC, gradient=ArrayConfig(group_size=2)),
     "backward": dataclasses.replace(
         INT8_NEAREST, quantizes_out=False, quantizes_lhs_gradient=False
     ),
@@ -211,7 +209,7 @@ def test_codes_are_multiplied_exactly(index):
 
 
 def test_stochastic_gradients_are_unbiased():
-    config = dataclasses.replace(INT8_TRAINING, gradient=ArrayConfig(axis=-1, value_range=(-7, 7)))
+    config = dataclasses.replace(INT8_TRAINING, gradient=ArrayConfig(value_range=(-7, 7)))
     count, (lhs, rhs, out) = 1000, PRODUCTS["matmul"]
     x, y, gradient = arrays = [normal(a, seed) for seed, a in enumerate((lhs, rhs, out))]
     tiled = [np.tile(a, (count, 1, 1)) for a in arrays]
@@ -341,7 +339,7 @@ def test_equal_configs_share_one_compilation():
     compiled: Any = jax.jit(lambda x, y, config: training.matmul(x, y, config=config, key=KEY))
     x, y, _ = (normal(a, seed) for seed, a in enumerate(PRODUCTS["matmul"]))
     for _ in range(2):
-        int8 = ArrayConfig(format=INT8, axis=-1)
+        int8 = ArrayConfig(format=INT8)
         compiled(
             x,
             y,
@@ -349,8 +347,8 @@ def test_equal_configs_share_one_compilation():
         )
     assert compiled._cache_size() == 1
     # float8 codes for e4m3 and for e5m2 are two formats.
-    assert FP8_TRAINING.rhs == ArrayConfig(format=FP8_E4M3, axis=None)
-    assert FP8_TRAINING.gradient == ArrayConfig(format=FP8_E5M2, axis=None)
+    assert FP8_TRAINING.rhs == ArrayConfig(format=FP8_E4M3, per_tensor=True)
+    assert FP8_TRAINING.gradient == ArrayConfig(format=FP8_E5M2, per_tensor=True)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +358,7 @@ def test_matmul_is_that_of_jnp(shapes):
     a, b = (np.random.default_rng(0).normal(size=s).astype(np.float32) for s in shapes)
     np.testing.assert_array_equal(training.matmul(a, b, config=FLOAT), jnp.matmul(a, b))
     found = training.matmul(a, b, config=INT8_NEAREST)
-    codes = (quantize(x, ArrayConfig(axis=axis)).dequantize() for x, axis in ((a, -1), (b, -2)))
+    codes = (quantize(x, ArrayConfig(), axis=axis).dequantize() for x, axis in ((a, -1), (b, -2)))
     np.testing.assert_allclose(found, jnp.matmul(*codes), rtol=1e-4, atol=1e-5)
 
 
@@ -427,25 +425,25 @@ ERRORS = {
     "key": (lambda: product(config=INT8_TRAINING), "key must be a random key.*got None"),
     "scaling of int8": (
         lambda: product(scaling=DelayedScaling.init()),
-        r"must have axis=None.*got lhs=ArrayConfig\(.*Leave scaling None",
+        r"must have per_tensor=True.*got lhs=ArrayConfig\(.*Leave scaling None",
     ),
     "scaling of groups": (
         lambda: product(
-            config=ProductConfig(rhs=ArrayConfig(axis=None, group_size=2)),
+            config=ProductConfig(rhs=ArrayConfig(group_size=2)),
             scaling=DelayedScaling.init(),
         ),
-        "no group_size.*got rhs=",
+        "must have per_tensor=True.*got rhs=",
     ),
     "scaling with zero points": (
         lambda: product(
-            config=ProductConfig(gradient=ArrayConfig(axis=None, symmetric=False)),
+            config=ProductConfig(gradient=ArrayConfig(per_tensor=True, symmetric=False)),
             scaling=DelayedScaling.init(),
         ),
         "symmetric=True.*got gradient=",
     ),
     "scaling with a range": (
         lambda: product(
-            config=ProductConfig(lhs=ArrayConfig(axis=None, range=MinMSE())),
+            config=ProductConfig(lhs=ArrayConfig(per_tensor=True, range=MinMSE())),
             scaling=DelayedScaling.init(),
         ),
         r"range=AbsMax\(\); got lhs=",
@@ -460,12 +458,12 @@ ERRORS = {
     ),
     "vector": (lambda: product(jnp.ones(4)), r"matmul takes .* got \(4,\) by \(4, 3\)"),
     "groups": (
-        lambda: product(config=ProductConfig(lhs=ArrayConfig(axis=-1, group_size=3))),
+        lambda: product(config=ProductConfig(lhs=ArrayConfig(group_size=3))),
         "group_size must divide axis 1",
     ),
     "field": (lambda: ProductConfig(rhs=NF4), "rhs must be an ArrayConfig or None; got nf4"),  # pyright: ignore[reportArgumentType] (what is refused)
     "sizes": (
-        lambda: ProductConfig(gradient=ArrayConfig(axis=(0, 1), group_size=(2, 2))),
+        lambda: ProductConfig(gradient=ArrayConfig(group_size=(2, 2))),
         r"gradient.group_size must be one int.*got \(2, 2\)",
     ),
     "rounding": (
@@ -483,7 +481,7 @@ def test_errors_say_what_to_do(name):
 
 
 def test_prescribed_groups_lie_along_the_last_contracted_axis():
-    mx = ArrayConfig(format=MXFP8, axis=-1)
+    mx = ArrayConfig(format=MXFP8)
     random = np.random.default_rng(0)
     x, y = (random.normal(size=s).astype(np.float32) for s in ((2, 3, 64), (3, 64, 5)))
     dimensions = ((1, 2), (0, 1)), ((), ())

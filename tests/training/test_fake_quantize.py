@@ -1,6 +1,5 @@
 """`fake_quantize`: values of `quantize`, and gradients against the equations."""
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -18,17 +17,17 @@ from .. import cases, checks, oracles
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SHAPE = (6, 32)
-GROUPED = ArrayConfig(format=INT4, axis=1, group_size=8)
+GROUPED = cases.along(1, format=INT4, group_size=8)
 STEPS = {
     "int4 grouped": GROUPED,
-    "int8 per row": ArrayConfig(format=INT8, axis=1),
-    "int4 per tensor": ArrayConfig(format=INT4, axis=None),
-    "int4 in blocks": ArrayConfig(format=INT4, axis=(0, 1), group_size=(3, 16)),
+    "int8 per row": cases.along(1, format=INT8),
+    "int4 per tensor": cases.along(0, format=INT4, per_tensor=True),
+    "int4 in blocks": cases.along((0, 1), format=INT4, group_size=(3, 16)),
 }
 RANGES = {
-    "int4 grouped": dataclasses.replace(GROUPED, symmetric=False),
-    "int8 per tensor": ArrayConfig(axis=None, symmetric=False),
-    "in a narrower range": ArrayConfig(axis=1, symmetric=False, value_range=(3, 40)),
+    "int4 grouped": cases.along(1, format=INT4, group_size=8, symmetric=False),
+    "int8 per tensor": cases.along(0, per_tensor=True, symmetric=False),
+    "in a narrower range": cases.along(1, symmetric=False, value_range=(3, 40)),
 }
 
 
@@ -39,28 +38,28 @@ def normal(*shape, seed=0):
 X, COTANGENT = normal(*SHAPE) + np.float32(0.2), normal(*SHAPE, seed=1)
 
 
-def counts_of(config):
-    return tuple(oracles.blocks(SHAPE, config)[0])
+def counts_of(case):
+    return tuple(oracles.blocks(SHAPE, *case)[0])
 
 
-def gradients(x, config, learned, cotangent, key=None):
+def gradients(x, case, learned, cotangent, key=None):
     """Values, and the gradients of x and of what is learned."""
-    values, pullback = jax.vjp(lambda x, p: fake_quantize(x, config, p, key), x, learned)
+    values, pullback = jax.vjp(lambda x, p: fake_quantize(x, *case, p, key), x, learned)
     return values, *pullback(cotangent)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", cases.FEW)
 def test_values_are_those_of_quantize_and_the_gradient_is_one_where_nothing_is_clipped(name, dtype):
-    config, x = cases.FEW[name], jnp.asarray(cases.gaussian(), dtype)
+    case, x = cases.FEW[name], jnp.asarray(cases.gaussian(), dtype)
     cotangent = jnp.asarray(normal(*x.shape, seed=2), dtype)
 
-    values, of_x, _ = jax.jit(gradients, static_argnums=(1, 2))(x, config, None, cotangent)
+    values, of_x, _ = jax.jit(gradients, static_argnums=(1, 2))(x, case, None, cotangent)
 
-    q = quantize(x, config)
+    q = quantize(x, *case)
     assert values.dtype == of_x.dtype == dtype
     np.testing.assert_array_equal(values, q.dequantize())
-    points = checks.points_of(config)
+    points = checks.points_of(case.config)
     low, high = points[0] - (points[1] - points[0]) / 2, points[-1] + (points[-1] - points[-2]) / 2
     step, zero = (oracles.spread(f(q), x.shape) for f in (checks.scale_of, checks.zero_point_of))
     placed = np.asarray(x).astype(np.float64) / step + zero
@@ -75,8 +74,9 @@ def test_values_are_those_of_quantize_and_the_gradient_is_one_where_nothing_is_c
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", STEPS)
 def test_a_learned_step_has_the_values_and_gradients_of_lsq(name, sign):
-    config = STEPS[name]
-    counts, (qmin, qmax) = counts_of(config), oracles.bounds(config)
+    case = STEPS[name]
+    config = case.config
+    counts, (qmin, qmax) = counts_of(case), oracles.bounds(config)
     # A sixth of the values are clipped, and some lie within half a step beyond the ends.
     step = np.abs(normal(*counts, seed=3)) / 4 + np.float32(1 / qmax)
     spread = oracles.spread(step, SHAPE)
@@ -84,7 +84,7 @@ def test_a_learned_step_has_the_values_and_gradients_of_lsq(name, sign):
     x[0, :4] = [(qmax + 0.3), (qmin - 0.4), (qmax + 0.6), (qmin - 5)] * spread[0, :4]
 
     learned = LearnedStep(jnp.asarray(sign * step))
-    values, of_x, of_step = gradients(x, config, learned, COTANGENT)
+    values, of_x, of_step = gradients(x, case, learned, COTANGENT)
 
     value, mask, of_scale, _ = oracles.straight_through(x, spread, np.zeros(SHAPE), config)
     assert 0 < mask.sum() < mask.size
@@ -110,15 +110,16 @@ def surrogate(x, ends, config, moved):
 
 @pytest.mark.parametrize("name", RANGES)
 def test_a_learned_range_has_the_values_and_the_derivatives_of_its_float_surrogate(name):
-    config = RANGES[name]
-    counts, (qmin, qmax) = counts_of(config), oracles.bounds(config)
+    case = RANGES[name]
+    config = case.config
+    counts, (qmin, qmax) = counts_of(case), oracles.bounds(config)
     low, high = (sign * (0.4 + np.abs(normal(*counts, seed=i))) for i, sign in ((4, -1), (5, 1)))
     ends = [oracles.spread(np.asarray(e, np.float64), SHAPE) for e in (low, high)]
     step = (ends[1] - ends[0]) / (qmax - qmin)
     zero = np.round(qmin - ends[0] / step)
 
     learned = LearnedRange(jnp.asarray(low), jnp.asarray(high))
-    values, of_x, got = gradients(X, config, learned, COTANGENT)
+    values, of_x, got = gradients(X, case, learned, COTANGENT)
 
     value, mask, *_ = oracles.straight_through(X, step, zero, config)
     np.testing.assert_allclose(values, value, rtol=1e-5, atol=1e-6)
@@ -135,25 +136,25 @@ def test_a_learned_range_has_the_values_and_the_derivatives_of_its_float_surroga
 
 
 def test_ends_of_a_range_on_the_wrong_side_of_zero_count_as_zero():
-    config = ArrayConfig(format=INT4, axis=None, symmetric=False)
+    case = cases.along(0, format=INT4, per_tensor=True, symmetric=False)
     for low, high, wanted in [(0.5, 3.0, (0.0, 3.0)), (-3.0, -1.0, (-3.0, 0.0))]:
         learned = LearnedRange(jnp.float32(low), jnp.float32(high))
-        values, _, of_range = gradients(X, config, learned, COTANGENT)
-        want = fake_quantize(X, config, LearnedRange(*map(jnp.float32, wanted)))
+        values, _, of_range = gradients(X, case, learned, COTANGENT)
+        want = fake_quantize(X, *case, LearnedRange(*map(jnp.float32, wanted)))
         np.testing.assert_array_equal(values, want)
         assert (of_range.low == 0) == (low > 0)
         assert (of_range.high == 0) == (high < 0)
     empty = LearnedRange(jnp.float32(1), jnp.float32(-1))
-    values, _, of_range = gradients(X, config, empty, COTANGENT)
+    values, _, of_range = gradients(X, case, empty, COTANGENT)
     assert np.isfinite([of_range.low, of_range.high]).all()
     np.testing.assert_array_equal(values, np.clip(np.round(X), 0, 15))
 
 
 @pytest.mark.parametrize("format", [FP8_E4M3, NF4], ids=str)
 def test_steps_of_other_formats_get_the_gradient_of_what_is_left_over(format):
-    config = ArrayConfig(format=format, axis=1)
+    case = cases.along(1, format=format)
     step = np.abs(X).max(1, keepdims=True) * np.float32(0.7 / format.qmax)
-    values, of_x, of_step = gradients(X, config, LearnedStep(jnp.asarray(step)), COTANGENT)
+    values, of_x, of_step = gradients(X, case, LearnedStep(jnp.asarray(step)), COTANGENT)
     placed = X / step
     is_inside = np.abs(placed) <= format.qmax
     assert not is_inside.all()
@@ -165,13 +166,13 @@ def test_steps_of_other_formats_get_the_gradient_of_what_is_left_over(format):
 
 
 def test_weights_in_bfloat16_give_steps_the_gradient_of_float32():
-    config, step = STEPS["int8 per row"], np.full((6, 1), 1 / 64, np.float32)
+    case, step = STEPS["int8 per row"], np.full((6, 1), 1 / 64, np.float32)
     x = jnp.asarray(X, jnp.bfloat16)
     cotangent = jnp.asarray(COTANGENT, jnp.bfloat16)
-    _, of_x, of_step = gradients(x, config, LearnedStep(jnp.asarray(step)), cotangent)
+    _, of_x, of_step = gradients(x, case, LearnedStep(jnp.asarray(step)), cotangent)
     wide = [np.asarray(a).astype(np.float64) for a in (x, cotangent)]
     steps = oracles.spread(step, SHAPE)
-    _, mask, of_scale, _ = oracles.straight_through(wide[0], steps, np.zeros(SHAPE), config)
+    _, mask, of_scale, _ = oracles.straight_through(wide[0], steps, np.zeros(SHAPE), case.config)
     want = np.sum(wide[1] * of_scale, 1, keepdims=True) / np.sqrt(SHAPE[1] * 127)
     assert of_x.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(of_x).astype(np.float64), wide[1] * mask)
@@ -181,8 +182,8 @@ def test_weights_in_bfloat16_give_steps_the_gradient_of_float32():
 def test_a_key_rounds_stochastically_and_leaves_the_gradient():
     key = jax.random.key(0)
     values, of_x, _ = gradients(X, GROUPED, None, COTANGENT, key)
-    np.testing.assert_array_equal(values, quantize(X, GROUPED, key).dequantize())
-    assert np.any(values != fake_quantize(X, GROUPED))
+    np.testing.assert_array_equal(values, quantize(X, *GROUPED, key).dequantize())
+    assert np.any(values != fake_quantize(X, *GROUPED))
     np.testing.assert_array_equal(of_x, COTANGENT)
 
     step = np.full((6, 4), 0.3, np.float32)
@@ -195,17 +196,17 @@ def test_a_key_rounds_stochastically_and_leaves_the_gradient():
 
 
 def test_gradients_are_the_same_in_every_transformation_and_compiled_once():
-    config, traces = ArrayConfig(format=INT4, axis=-1, group_size=8), []
+    config, traces = ArrayConfig(format=INT4, group_size=8), []
     learned = LearnedStep(jnp.full((6, 4), 0.3))
 
     def of_row(row, step, cotangent, function: Any = fake_quantize):
         traces.append(row)
-        return jax.vjp(lambda row, step: function(row, config, step), row, step)[1](cotangent)
+        return jax.vjp(lambda row, step: function(row, config, 0, step), row, step)[1](cotangent)
 
     rows = jnp.asarray(X), learned, jnp.asarray(COTANGENT)
     want = [of_row(*jax.tree.map(lambda a, i=i: a[i], rows)) for i in range(len(X))]
     want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *want)
-    remat = jax.checkpoint(fake_quantize, static_argnums=1)
+    remat = jax.checkpoint(fake_quantize, static_argnums=(1, 2))
     traces.clear()
     jitted = jax.jit(jax.vmap(of_row))
     results = {
@@ -220,23 +221,23 @@ def test_gradients_are_the_same_in_every_transformation_and_compiled_once():
 
 
 def test_steps_of_arrays_without_elements_have_gradients_of_zero():
-    config = ArrayConfig(axis=1)
+    case = cases.along(1)
     learned = LearnedStep(jnp.ones((3, 1)))
     empty = jnp.zeros((3, 0))
-    values, of_x, of_step = gradients(empty, config, learned, empty)
+    values, of_x, of_step = gradients(empty, case, learned, empty)
     assert values.shape == of_x.shape == (3, 0)
     np.testing.assert_array_equal(of_step.scale, jnp.zeros((3, 1)))
 
 
 def test_no_gradient_goes_through_the_range_of_x():
     # Else the largest element of each row would get the gradients of all, by the scale.
-    config = ArrayConfig(format=INT4, axis=1, range=Percentile(100))
-    of_x = jax.grad(lambda x: jnp.sum(fake_quantize(x, config) * COTANGENT))(X)
+    config = ArrayConfig(format=INT4, range=Percentile(100))
+    of_x = jax.grad(lambda x: jnp.sum(fake_quantize(x, config, axis=1) * COTANGENT))(X)
     np.testing.assert_array_equal(of_x, COTANGENT)
 
 
 @pytest.mark.parametrize(
-    "config, learned, text",
+    "case, learned, text",
     [
         (
             RANGES["int4 grouped"],
@@ -250,9 +251,9 @@ def test_no_gradient_goes_through_the_range_of_x():
         ),
         (GROUPED, LearnedStep(jnp.ones((6, 1))), r"shape of the scales, \(6, 4\); got \(6, 1\)"),
         (GROUPED, jnp.ones((6, 4)), "learned must be a LearnedStep, a LearnedRange or None; got"),
-        (INT4, None, r"config must be an ArrayConfig; got int4"),
+        ((INT4, 0), None, r"config must be an ArrayConfig; got int4"),
     ],
 )
-def test_what_does_not_suit_the_config_is_refused(config, learned, text):
+def test_what_does_not_suit_the_config_is_refused(case, learned, text):
     with pytest.raises(ValueError, match=text):
-        fake_quantize(X, config, learned)
+        fake_quantize(X, *case, learned)

@@ -41,22 +41,23 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RANK, ALPHA = 3, 2.0
 K, N = 64, 24
-INT4_G32 = Scheme(ArrayConfig(format=INT4, axis=-2, group_size=32))
-NF4_G32 = Scheme(ArrayConfig(format=NF4, axis=-2, group_size=32))
+INT4_G32 = Scheme(ArrayConfig(format=INT4, group_size=32))
+NF4_G32 = Scheme(ArrayConfig(format=NF4, group_size=32))
 INT4_INT8 = Scheme(INT4_G32.weights, W4A8.inputs)
 KEY = jax.random.key(0)
 
 
 def along(axis, scheme=INT4_G32, **options):
-    return dataclasses.replace(
-        scheme, weights=dataclasses.replace(scheme.weights, axis=axis, **options)
-    )
+    """A rule for all leaves: the scheme with these options, along an axis."""
+    weights = dataclasses.replace(scheme.weights, **options)
+    return Rule("*", dataclasses.replace(scheme, weights=weights), axis)
 
 
 def adapted(scheme, shape=(K, N), dtype=jnp.float32, of_adapters=jnp.float32):
     """A weight with adapters that have been trained."""
     w = jnp.asarray(normal(*shape), dtype)
-    x = lora_init(w, Rule("", scheme), RANK, KEY, alpha=ALPHA, dtype=of_adapters)
+    rule = scheme if isinstance(scheme, Rule) else Rule("*", scheme)
+    x = lora_init(w, rule, RANK, KEY, alpha=ALPHA, dtype=of_adapters)
     a, b = (jnp.asarray(normal(*f.shape, seed=s), f.dtype) for s, f in ((1, x.a), (2, x.b)))
     return dataclasses.replace(x, a=a, b=b)
 
@@ -92,7 +93,7 @@ PRODUCTS = {
     "from heads": ("bthd,hdm->btm", (4, 8, N), along((0, 1), group_size=None), (4, 8, 3), (3, N)),
     "stack": ("emk,ekn->emn", (2, K, N), INT4_G32, (2, K, 3), (2, 3, N)),
     "stack of heads": ("lbk,lkhd->lbhd", (2, K, 3, 8), along(1), (2, K, 3), (2, 3, 3, 8)),
-    "one scale": ("mk,kn->mn", (K, N), along(None, group_size=None), (K, 3), (3, N)),
+    "one scale": ("mk,kn->mn", (K, N), along(0, group_size=None, per_tensor=True), (K, 3), (3, N)),
     "both contracted": ("mkn,kn->m", (K, N), INT4_G32, (K, 3), (3, N)),
     "nothing contracted": ("m,kn->kmn", (K, N), INT4_G32, (K, 3), (3, N)),
     "no rows": ("mk,kn->mn", (K, N), INT4_G32, (K, 3), (3, N)),
@@ -140,7 +141,7 @@ def test_every_product_that_knows_them_gives_the_same():
     many = jnp.asarray(normal(7, 4, 8, 5, seed=3))
     out = einsum("mhd...,hd...->m...", many, heads)
     assert_adapted(out, "mhdi,hdj->mi", heads, many)
-    q = quantize(x, ArrayConfig(axis=-1))
+    q = quantize(x, ArrayConfig(), axis=-1)
     assert_adapted(matmul(q, w), "mk,kn->mn", w, q.dequantize())
     want = np.asarray(w.dequantize())[np.array([[3, 0], [-1, 2]])]
     np.testing.assert_allclose(
@@ -164,7 +165,7 @@ def test_only_the_base_meets_quantized_inputs(order):
     w = adapted(INT4_INT8)
     w = dataclasses.replace(w, base=w.base.reorder(order))
     x = jnp.asarray(normal(5, K, seed=3))
-    met = quantize(x, ArrayConfig(axis=-1))
+    met = quantize(x, ArrayConfig(), axis=-1)
     assert_adapted(jax.jit(matmul)(x, w), "mk,kn->mn", w, x, met=met)
 
 
@@ -408,7 +409,7 @@ def test_a_tree_is_the_combination_of_its_parts():
 
 MERGED = {
     "int4": (INT4_INT8, (K, N)),
-    "int8": (Scheme(ArrayConfig(axis=-2, symmetric=False)), (K, N)),
+    "int8": (Scheme(ArrayConfig(symmetric=False)), (K, N)),
     "stack of heads": (along(1), (2, K, 3, 8)),
     "outputs first": (along(-1), (N, K)),
 }
@@ -513,18 +514,18 @@ LEAVES = {
     "nothing": ({"w": W}, {"v": INT4_G32}, r"rule 'v' matches no leaf; the paths are w"),
     "one axis": (
         {"w": W[:, 0]},
-        {"w": ArrayConfig(axis=0)},
+        Rule("w", ArrayConfig(), axis=0),
         r"w: has shape \(64,\); adapters need",
     ),
     "apart": (
         {"w": jnp.ones((4, 6, 8))},
-        {"w": ArrayConfig(axis=(0, 2))},
+        Rule("w", ArrayConfig(), axis=(0, 2)),
         r"w: shares scales along axes \(0, 2\) of shape \(4, 6, 8\); adapters need neighbours",
     ),
     "NaN": ({"w": W.at[0, 0].set(jnp.nan)}, {"w": INT4_G32}, r"w: holds NaN or Inf"),
     "whole numbers": ({"w": jnp.ones((K, N), int)}, {"w": INT4_G32}, r"w: not a floating array"),
     "twice": ({"w": adapted(INT4_G32)}, {"w": INT4_G32}, r"w: has adapters already \(LowRank\(QTe"),
-    "axis": ({"w": Q}, {"w": ArrayConfig(axis=2)}, r"w: axis must lie in -2 \.\. 1"),
+    "axis": ({"w": Q}, Rule("w", ArrayConfig(), axis=2), r"w: axis must lie in -2 \.\. 1"),
     "multiplier": ({"w": MULTIPLIED}, {"w": INT4_G32}, r"w: has inputs\.multiplier \(QTensor"),
     "format": ({"w": Q}, {"w": NF4_G32}, r"w: is quantized otherwise.*: int4 g32, .*not nf4 g32"),
     "groups": ({"w": Q}, {"w": G16}, r"int4 g32, scales \(2, 24\), and not int4 g16"),

@@ -72,8 +72,8 @@ def assert_stored(leaf, values, format, length):
         return
     assert leaf.q.format == format
     x = values if leaf.shape is None else np.pad(values.reshape(-1), (0, -values.size % length))
-    config = ArrayConfig(format=format, axis=-1, group_size=length)
-    codes, scale, zero_point = oracles.quantize(x, config, oracles.abs_max_range)
+    config = ArrayConfig(format=format, group_size=length)
+    codes, scale, zero_point = oracles.quantize(x, config, -1, oracles.abs_max_range)
     np.testing.assert_allclose(leaf.q.scale, scale, rtol=1e-5)
     checks.assert_same_quantized(
         dataclasses.replace(leaf.q, scale=scale), codes, scale, zero_point, x, config
@@ -131,7 +131,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("given", LAYOUTS, ids=str)
 def test_blocks_run_along_the_last_axis_where_they_divide_it(given):
     length, shape = given
-    x, config = jnp.zeros(shape, jnp.bfloat16), ArrayConfig(axis=0, group_size=length)
+    x, config = jnp.zeros(shape, jnp.bfloat16), ArrayConfig(group_size=length)
     found = jax.eval_shape(quantize_blocks, x, config)
     assert (found.shape, found.q.codes.shape, found.q.scale.shape) == LAYOUTS[given]
     again = jax.eval_shape(Blockwise.dequantize, found)
@@ -479,7 +479,7 @@ ERRORS = [
         re.escape("matches ['*/momentum/*']; its paths are ['0/count', '0/mu/bias'"),
     ),
     (
-        lambda: quantized_state(ADAM, ArrayConfig(axis=(0, 1), group_size=(2, 2))).init(tree(0)),
+        lambda: quantized_state(ADAM, ArrayConfig(group_size=(2, 2))).init(tree(0)),
         r"a single number of elements per block, or None for 256; got \(2, 2\)",
     ),
 ]

@@ -15,20 +15,20 @@ FORMATS = {f.name: f for f in (GRADIENT_8, SIGNED_8, SIGNED_4, POSITIVE_8, POSIT
 each_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 
 
-def config_of(format):
-    return ArrayConfig(format=format, axis=1, group_size=64)
+def case_of(format):
+    return cases.along(1, format=format, group_size=64)
 
 
 @each_format
 def test_codes_are_the_nearest_entries_of_the_codebook(format):
-    config, x = config_of(format), cases.gaussian()
+    case, x = case_of(format), cases.gaussian()
     x *= np.exp2(np.random.default_rng(1).integers(-20, 1, x.shape)).astype(np.float32)
-    checks.check_matches_the_oracle(config, x)
-    checks.check_non_finite_marks_its_group(config, x)
-    checks.check_zeros_are_exact(config, x)
-    checks.check_true_bytes(config, x)
+    checks.check_matches_the_oracle(case, x)
+    checks.check_non_finite_marks_its_group(case, x)
+    checks.check_zeros_are_exact(case, x)
+    checks.check_true_bytes(case, x)
     if format.has_negative:
-        checks.check_is_nearest(config, x)
+        checks.check_is_nearest(case, x)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_every_code_survives_a_round_trip(format):
     """Each entry of the codebook, in a group that contains the largest."""
     book = np.resize(np.asarray(format.codebook), 256)
     book[::64] = 1
-    q = quantize(jnp.asarray(book[None], jnp.float32), config_of(format))
+    q = quantize(jnp.asarray(book[None], jnp.float32), *case_of(format))
     np.testing.assert_array_equal(q.scale, np.ones((1, 4)))
     np.testing.assert_array_equal(oracles.code_values(q.codes, format)[0], book)
     np.testing.assert_allclose(q.dequantize()[0], book, rtol=5e-7)
@@ -62,7 +62,7 @@ def test_every_code_survives_a_round_trip(format):
 def test_positive_elements_never_become_zero(format):
     x = np.array([[0, 1e-30, 1e-9, 1.0], [0, 0, 0, 0], [-1, 0, -1e-9, 0.5]], np.float32)
     key = jax.random.key(0)
-    for q in (quantize(x, ArrayConfig(format=format, axis=1), k) for k in (None, key)):
+    for q in (quantize(x, ArrayConfig(format=format), 1, k) for k in (None, key)):
         assert q.codes[0, 1:3].astype(int).tolist() == [1, 1]
         assert np.asarray(q.dequantize())[[0, 1, 2], [0, 2, 1]].tolist() == [0, 0, 0]
         # Negative elements become zero.
@@ -75,7 +75,7 @@ def test_stochastic_rounding_is_unbiased_between_neighboring_codes(format):
     wanted = np.append(random.uniform(0.05, 1, 15), 1)[:, None].astype(np.float32)
     wanted[:8] *= -1 if format.has_negative else 1
     x = np.concatenate([np.repeat(wanted, 1023, 1), np.ones((16, 1), np.float32)], 1)
-    q = quantize(x, ArrayConfig(format=format, axis=1), jax.random.key(0))
+    q = quantize(x, ArrayConfig(format=format), 1, jax.random.key(0))
     codes, values = np.asarray(q.codes).astype(int)[:, :-1], np.asarray(q.dequantize())[:, :-1]
     assert np.ptp(codes, 1).max() <= 1
     gaps = values.max(1) - values.min(1)

@@ -45,11 +45,11 @@ from .prepared import (
 
 def test_values_in_training_are_those_of_quantize_whatever_the_range():
     """Compiled as users compile; below, ranges are those of the largest magnitude."""
-    configs = {name: cases.FEW[name] for name in ("int4-percentile", "int4-asym_min_mse")}
+    chosen = {name: cases.FEW[name] for name in ("int4-percentile", "int4-asym_min_mse")}
     x = jnp.asarray(cases.gaussian(), jnp.bfloat16)
-    values = jax.jit(lambda x: {n: fake_quantize(x, c) for n, c in configs.items()})(x)
-    for name, config in configs.items():
-        np.testing.assert_array_equal(values[name], jq.quantize(x, config).dequantize(), name)
+    values = jax.jit(lambda x: {n: fake_quantize(x, *c) for n, c in chosen.items()})(x)
+    for name, case in chosen.items():
+        np.testing.assert_array_equal(values[name], jq.quantize(x, *case).dequantize(), name)
 
 
 @pytest.mark.parametrize("make, dtype", [(prepare, "float32"), (learn, "bfloat16")])
@@ -61,7 +61,7 @@ def test_products_are_those_of_the_converted_tree_bit_for_bit(make, dtype):
         quantized = jq.tree.quantize(params, ALL)
         assert_equal_trees(convert(prepared), quantized)
         values = jax.jit(
-            lambda tree: {k: fake_quantize(p.weight, p.config) for k, p in tree.items()}
+            lambda tree: {k: fake_quantize(p.weight, p.config, p.axis) for k, p in tree.items()}
         )
         assert_equal_trees(values(prepared), jq.tree.dequantize(quantized))
 
@@ -86,7 +86,7 @@ def test_a_w8a8_product_is_one_of_whole_numbers():
     prepared = moved(prepare(weights({"w": W8A8}), {"w": W8A8}))
     (row,) = jq.explain(products, prepared, X).rows
     assert row.is_integer
-    x, w = jq.quantize(X, ArrayConfig(axis=-1)), convert(prepared)["w"].reorder(None)
+    x, w = jq.quantize(X, ArrayConfig(), axis=-1), convert(prepared)["w"].reorder(None)
     whole = np.asarray(x.codes, np.int64) @ np.asarray(w.codes, np.int64)
     want = whole.astype(np.float32) * np.asarray(x.scale) * np.asarray(w.scale)
     np.testing.assert_allclose(jax.jit(products)(prepared, X)["w"], want, rtol=3e-7)
@@ -103,7 +103,7 @@ def test_a_prepared_tree_is_saved_and_loaded_like_another(tmp_path):
 
 
 def test_the_first_learned_steps_and_ranges_are_those_of_quantization_after_training():
-    rules = {"a": ArrayConfig(format=INT4, axis=-2, group_size=32), "b": GROUPED.weights}
+    rules = {"a": ArrayConfig(format=INT4, group_size=32), "b": GROUPED.weights}
     params = weights(rules) | {"bias": jnp.ones(3)}
 
     learned = init_learned(params, rules)
@@ -121,15 +121,14 @@ def test_the_first_learned_steps_and_ranges_are_those_of_quantization_after_trai
 
 
 def test_axes_count_from_the_end_so_that_a_slice_of_a_stack_is_quantized_alike():
-    rules = {"w": ArrayConfig(axis=1)}
+    rules = [jq.Rule("w", ArrayConfig(), axis=1)]
     prepared = prepare(weights(rules, shape=(3, 32, 8)), rules)["w"]
     first = jax.tree.map(lambda a: a[0], prepared)
     whole, slice = convert([prepared])[0], convert([first])[0]
-    assert prepared.config.axis == -2
+    assert prepared.axis == -2
     np.testing.assert_array_equal(slice.codes, whole.codes[0])
-    blocks = {"w": ArrayConfig(axis=(1, 2), group_size=(16, None))}
-    config = prepare(weights(blocks, shape=(3, 32, 8)), blocks)["w"].config
-    assert (config.axis, config.group_size) == ((-2, -1), (16, None))
+    blocks = [jq.Rule("w", ArrayConfig(group_size=(16, None)), axis=(1, 2))]
+    assert prepare(weights(blocks, shape=(3, 32, 8)), blocks)["w"].axis == (-2, -1)
 
 
 def test_a_prepared_weight_may_be_seen_in_another_dtype():

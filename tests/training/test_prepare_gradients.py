@@ -80,13 +80,13 @@ def test_weights_get_the_gradient_of_the_float_product_and_inputs_theirs(scheme)
 
     of_tree, of_x = jax.jit(jax.grad(loss, (0, 1)))(prepared, X)
 
-    met = X if scheme.inputs is None else jq.quantize(X, ArrayConfig(axis=-1))
+    met = X if scheme.inputs is None else jq.quantize(X, ArrayConfig(), axis=-1)
     assert_product(of_tree["w"].weight, "mk,mn->kn", met, cotangent)
     assert_product(of_x, "mn,kn->mk", cotangent, convert(prepared)["w"])
 
 
 def test_learned_leaves_get_the_gradient_of_lsq():
-    config = ArrayConfig(format=INT4, axis=-2, group_size=32)
+    config = ArrayConfig(format=INT4, group_size=32)
     prepared = moved(learn(weights({"w": config}), {"w": config}))
     cotangent = normal(M, N, seed=9)
 
@@ -104,7 +104,7 @@ def test_learned_leaves_get_the_gradient_of_lsq():
 
 @pytest.mark.parametrize("axis", [-2, None])
 def test_a_calibrated_scale_of_inputs_is_trained_as_a_step(axis):
-    scheme = Scheme(ArrayConfig(axis=axis), ArrayConfig(format=INT4, axis=None))
+    scheme = Scheme(ArrayConfig(), ArrayConfig(format=INT4, per_tensor=True))
     prepared = prepare(weights({"w": scheme}), {"w": scheme})["w"]
     step, cotangent = np.float32(0.4), normal(M, N, seed=9)
 
@@ -128,8 +128,8 @@ def test_a_calibrated_scale_of_inputs_is_trained_as_a_step(axis):
 
 
 def test_a_calibrated_zero_point_that_is_floating_is_trained():
-    inputs = ArrayConfig(format=INT4, axis=None, symmetric=False, value_range=(-8, 0))
-    scheme = Scheme(ArrayConfig(axis=-2), inputs)
+    inputs = ArrayConfig(format=INT4, per_tensor=True, symmetric=False, value_range=(-8, 0))
+    scheme = Scheme(ArrayConfig(), inputs)
     prepared = prepare(weights({"w": scheme}), {"w": scheme})["w"]
     tree = calibrated(prepared, jnp.float32(0.3), jnp.float32(-1.7))
     cotangent = normal(M, N, seed=9)

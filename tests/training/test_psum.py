@@ -55,7 +55,7 @@ def zeros_like(tree):
 
 def rounded(x, config):
     """dequantize(quantize(x)) of rows of blocks, in float64."""
-    codes, scale, _ = oracles.quantize(x, config, oracles.abs_max_range)
+    codes, scale, _ = oracles.quantize(x, config, -1, oracles.abs_max_range)
     return oracles.code_values(codes, config.format) * oracles.spread(scale, x.shape)
 
 
@@ -239,7 +239,7 @@ def test_equal_configs_share_one_compilation():
 
     for seed in range(2):
         x = {"even": gradients(seed)["even"]}
-        run(x, zeros_like(x), ArrayConfig(axis=-1, group_size=64))
+        run(x, zeros_like(x), ArrayConfig(group_size=64))
     assert len(traces) == 1
 
 
@@ -251,7 +251,7 @@ ERRORS = [
     (FLOATS, {"config": 8}, "config must be an ArrayConfig; got 8"),
     (
         FLOATS,
-        {"config": ArrayConfig(axis=(0, 1), group_size=(2, 2))},
+        {"config": ArrayConfig(group_size=(2, 2))},
         r"one number of elements per block, .*got \(2, 2\)",
     ),
 ]

@@ -49,7 +49,7 @@ def every_format():
     x = cases.gaussian()
     names = [*(f"{format}-row" for format in FORMATS), "int8-asym_tensor", "int2-asym_blocks"]
     names += ["int4-asym_nested_scales", "fp8_e4m3-bfloat16_scales"]
-    trees = {name: quantize(x, cases.CONFIGS[name]) for name in names}
+    trees = {name: quantize(x, *cases.CASES[name]) for name in names}
     trees["int4-row"] = trees["int4-row"].reorder((-1, -2))
     trees["a format of one's own"] = quantize(
         x, ArrayConfig(format=Format("mine", "uint4", -1.0, 1.0, (-1.0, 0.0, 0.25, 1.0)))
@@ -90,7 +90,7 @@ def test_inputs_come_back_with_their_arrays_and_config(tmp_path):
         "dynamic": Inputs(W8A8.inputs),
         "static": Inputs(W8A8.inputs, scale=jnp.float32(0.1), zero_point=jnp.int8(3)),
         "multiplied": Inputs(multiplier=jnp.arange(64.0)),
-        "percentile": Inputs(cases.CONFIGS["int8-percentile"]),
+        "percentile": Inputs(cases.CASES["int8-percentile"].config),
         "none": None,
     }
     params = {k: dataclasses.replace(q, inputs=v) for k, v in inputs.items()}
@@ -169,7 +169,7 @@ def test_another_structure_is_refused(tmp_path, params, like, text):
     assert_equal_trees(load(tmp_path / "a"), params)
 
 
-@pytest.mark.parametrize("scheme", [W8A8, W4A16, cases.CONFIGS["nvfp4-row"]], ids=str)
+@pytest.mark.parametrize("scheme", [W8A8, W4A16, cases.CASES["nvfp4-row"].config], ids=str)
 @pytest.mark.parametrize("layers, width", [(1, 1536), (12, 256)])
 def test_the_file_is_no_larger_than_the_stated_bytes_and_1_percent(tmp_path, scheme, layers, width):
     kernel, vector = normal(width, width), np.ones(width, np.float32)

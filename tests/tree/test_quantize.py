@@ -245,7 +245,7 @@ def test_weights_are_stored_as_the_platform_reads_them(scheme, axis, platform, s
     np.testing.assert_array_equal(moved.dequantize(), q.dequantize())
     config = rules[0].resolve()
     assert config is not None
-    np.testing.assert_array_equal(q.dequantize(), quantize(x, config.weights).dequantize())
+    np.testing.assert_array_equal(q.dequantize(), quantize(x, config.weights, axis).dequantize())
 
 
 def test_the_platform_is_by_default_the_one_in_use():
@@ -284,7 +284,7 @@ def test_quantize_works_under_jit_and_abstractly():
 
 
 def test_shapes_are_checked_under_jit_too_and_nan_marks_its_group_there():
-    run = jax.jit(lambda p: tree.quantize(p, [Rule("w", ArrayConfig(axis=0, group_size=16))]))
+    run = jax.jit(lambda p: tree.quantize(p, [Rule("w", ArrayConfig(group_size=16))]))
     with pytest.raises(ValueError, match="w: group_size must divide axis 0; got group_size=16"):
         run({"w": normal(20, 8)})
     values = np.asarray(run({"w": broken(np.nan)})["w"].dequantize())

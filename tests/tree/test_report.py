@@ -107,7 +107,7 @@ def test_signal_to_noise_is_that_of_the_oracle(scheme):
 @pytest.mark.parametrize("magnitude", [1e-36, 1e-30, 1e-19, 1.0, 1e20, 1e30])
 def test_signal_to_noise_does_not_depend_on_the_unit(magnitude):
     params = {"w": jnp.asarray(normal(256, 32) * np.float32(magnitude))}
-    quantized = {"w": quantize(params["w"], ArrayConfig(format=INT4, axis=0, group_size=64))}
+    quantized = {"w": quantize(params["w"], ArrayConfig(format=INT4, group_size=64))}
     wanted = oracles.sqnr(params["w"], oracles.dequantize(quantized["w"]))
     assert rows_of(params, quantized)["w"].sqnr == pytest.approx(wanted, abs=0.01)
 
@@ -116,7 +116,7 @@ def test_signal_to_noise_does_not_depend_on_the_unit(magnitude):
 def test_signal_to_noise_of_float64_is_computed_in_float64(magnitude):
     with jax.enable_x64(True):
         params = {"w": jnp.asarray(normal(256, 32).astype(np.float64) * magnitude)}
-        config = ArrayConfig(format=INT8, axis=0, scale_dtype="float64")
+        config = ArrayConfig(format=INT8, scale_dtype="float64")
         quantized = {"w": quantize(params["w"], config)}
         found = rows_of(params, quantized)["w"].sqnr
     wanted = oracles.sqnr(params["w"], oracles.dequantize(quantized["w"]))
@@ -127,7 +127,7 @@ def test_signal_to_noise_is_infinite_without_noise_and_absent_without_a_comparis
     grid = jnp.asarray(np.arange(-127, 129, 2).reshape(8, 16), jnp.float32)
     lossless = jnp.clip(grid, -127, 127).at[0].set(127)
     params = {"a": lossless, "b": jnp.zeros((8, 4)), "c": jnp.zeros((8, 4)), "d": jnp.ones(3)}
-    config = ArrayConfig(axis=0)
+    config = ArrayConfig()
     quantized = {k: quantize(v, config) for k, v in params.items() if k != "d"}
     quantized |= {"c": quantize(jnp.ones((8, 4)), config), "d": params["d"]}
     report = tree.report(params, quantized)
@@ -181,14 +181,15 @@ def test_without_the_tree_before_bytes_are_those_of_the_dtype_it_had():
         (MXFP8A8, "mxfp8 g32, mxfp8 inputs"),
         (MXFP4A16, "mxfp4 g32"),
         (NVFP4A16, "nvfp4 g16"),
-        (ArrayConfig(format=INT2, axis=None), "int2 per tensor"),
-        (ArrayConfig(format=INT8, axis=(0, 1), group_size=(32, 16)), "int8 g32x16"),
-        (ArrayConfig(axis=0, symmetric=False), "int8 per channel asymmetric"),
+        (ArrayConfig(format=INT2, per_tensor=True), "int2 per tensor"),
+        (Rule("w", ArrayConfig(group_size=(32, 16)), axis=(0, 1)), "int8 g32x16"),
+        (ArrayConfig(symmetric=False), "int8 per channel asymmetric"),
     ],
 )
 def test_schemes_are_described_in_the_words_of_the_field(scheme, text):
     for platform in ("cpu", "tpu"):
-        q = tree.quantize({"w": normal(256, 64)}, [Rule("w", scheme)], platform=platform)["w"]
+        rule = scheme if isinstance(scheme, Rule) else Rule("w", scheme)
+        q = tree.quantize({"w": normal(256, 64)}, rule, platform=platform)["w"]
         assert tree.describe(q) == text
 
 
@@ -206,7 +207,7 @@ def test_schemes_are_described_in_the_words_of_the_field(scheme, text):
     ids=lambda v: str(getattr(v, "format", v)),
 )
 def test_the_histogram_counts_codes_in_equal_bins_over_the_range_of_the_format(config, bins):
-    q = quantize(normal(64, 32), dataclasses.replace(config, axis=0))
+    q = quantize(normal(64, 32), config)
     codes = np.asarray(q.codes).astype(np.float64).reshape(-1)
     low, high = config.format.qmin, config.format.qmax
     if config.format.codebook is not None:

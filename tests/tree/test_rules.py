@@ -118,9 +118,9 @@ def test_default_rules_take_an_axis_for_matrices_and_not_for_embeddings():
 
 
 def test_default_rules_give_embeddings_the_blocks_of_a_scheme_that_has_them():
-    config = ArrayConfig(axis=(0, 1), group_size=(16, 32))
+    rules = tree.default_rules(ArrayConfig(group_size=(16, 32)), axis=(0, 1))
     table = normal(48, 64)
-    q = tree.quantize({"embed": table, "kernel": normal(64, 32)}, config)
+    q = tree.quantize({"embed": table, "kernel": normal(64, 32)}, rules)
     assert q["embed"].scale.shape == (3, 2)
     rows = np.array([3, 40])
     np.testing.assert_array_equal(
@@ -150,18 +150,20 @@ def test_the_first_rule_that_matches_decides():
         (Rule("*", W8A8, axis=0, group_size=16), 0, 16, W8A8.inputs),
         (Rule("*", W4A16), -2, 128, None),
         (Rule("*", W4A16, group_size=32), -2, 32, None),
-        (Rule("*", ArrayConfig(axis=1), group_size=8), 1, 8, None),
+        (Rule("*", ArrayConfig(), axis=1, group_size=8), 1, 8, None),
         (Rule("*", ArrayConfig(), axis=(0, 1), group_size=(4, 8)), (0, 1), (4, 8), None),
     ],
 )
-def test_overrides_replace_axis_and_group_size_and_nothing_else(rule, axis, group_size, inputs):
+def test_a_plan_has_the_axis_and_the_group_size_of_its_rule(rule, axis, group_size, inputs):
     scheme = rule.scheme if isinstance(rule.scheme, Scheme) else Scheme(rule.scheme)
-    weights = dataclasses.replace(scheme.weights, axis=axis, group_size=group_size)
+    weights = dataclasses.replace(scheme.weights, group_size=group_size)
     assert rule.resolve() == Scheme(weights, inputs)
+    assert rule.plan() == (Scheme(weights, inputs), axis)
 
 
 def test_a_rule_without_a_scheme_resolves_to_none():
     assert Rule("*", None, axis=3).resolve() is None
+    assert Rule("*", None, axis=3).plan() is None
 
 
 FORMS = {

@@ -239,8 +239,8 @@ class QuantizableMixin(TrainedMixin, PolicyMixin, AliasMixin):
 
     def _like(self, name, shape, plan):
         axes, scheme = plan
-        config, padded = fit_groups(shape, axes, scheme.weights)
-        return abstract_tensor(padded, self.variable_dtype, config, scheme.inputs)
+        config, axis, padded = fit_groups(shape, axes, scheme.weights)
+        return abstract_tensor(padded, self.variable_dtype, config, axis, scheme.inputs)
 
     def quantized_values(self, name: str, values: jax.Array, config: SchemeConfig) -> QTensor:
         """What `config` makes of a declared weight with these values.
@@ -252,8 +252,8 @@ class QuantizableMixin(TrainedMixin, PolicyMixin, AliasMixin):
         assert plan is not None, "asked for a weight that the config leaves"
         shape, (axes, scheme) = tuple(values.shape), plan
         like = self._like(name, shape, plan)
-        array_config, padded = fit_groups(shape, axes, scheme.weights)
-        q, is_finite, noise = quantize_padded(values, array_config, padded, like.order)
+        array_config, axis, padded = fit_groups(shape, axes, scheme.weights)
+        q, is_finite, noise = quantize_padded(values, array_config, axis, padded, like.order)
         path = self._path_of(name)
         if not is_finite:
             raise ValueError(f"{path} holds NaN or Inf; got shape {shape}. Mend it, then quantize.")

@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from ...core import ArrayConfig, Inputs, QTensor, quantize
+from ...core import (
+    ArrayConfig,
+    Axes,
+    Inputs,
+    QTensor,
+    normalize_axes,
+    quantize,
+    shared_axes,
+)
 from ...ops import best_order
 from .. import compat
 from ..files import carriers, from_carriers, to_carriers
@@ -170,8 +178,8 @@ def _part_names(name, like):
 
 def fit_groups(
     shape: tuple[int, ...], axes: tuple[int, ...], config: ArrayConfig
-) -> tuple[ArrayConfig, tuple[int, ...]]:
-    """The config for a weight of `shape`, and the shape that its groups tile.
+) -> tuple[ArrayConfig, Axes, tuple[int, ...]]:
+    """The config and the axes for a weight of `shape`, and the shape that its groups tile.
 
     Groups hold at most `group_size` elements. They run along the last of `axes`, and where
     that is shorter, along those before it too. An axis longer than a group is padded to whole
@@ -180,16 +188,16 @@ def fit_groups(
     Raises:
         ValueError: an axis is not there, or named twice.
     """
-    if config.axis is None:
-        return config, shape
-    axes = ArrayConfig(axis=axes).axes(len(shape))
+    axes = normalize_axes(axes, len(shape))
+    if config.per_tensor:
+        return config, axes, shape
     last, padded = axes[-1], list(shape)
     prescribed = config.format.group_size
     if prescribed is not None:
         padded[last] = -(-shape[last] // prescribed) * prescribed
-        return dataclasses.replace(config, axis=last), tuple(padded)
+        return config, last, tuple(padded)
     if not isinstance(config.group_size, int):
-        return dataclasses.replace(config, axis=axes), shape
+        return config, axes, shape
     room, sizes = config.group_size, {}
     for axis in reversed(axes):
         length = max(shape[axis], 1)
@@ -198,16 +206,20 @@ def fit_groups(
         room //= sizes[axis] if sizes[axis] == length else room
     padded[last] = -(-shape[last] // sizes[last]) * sizes[last]
     groups = tuple(sizes[a] for a in axes)
-    return dataclasses.replace(config, axis=axes, group_size=groups), tuple(padded)
+    return dataclasses.replace(config, group_size=groups), axes, tuple(padded)
 
 
 def _divisors(length):
     return [d for d in range(1, length + 1) if length % d == 0]
 
 
-@partial(jax.jit, static_argnames=("shape", "order"))
+@partial(jax.jit, static_argnames=("axis", "shape", "order"))
 def quantize_padded(
-    x: jax.Array, config: ArrayConfig, shape: tuple[int, ...], order: tuple[int, ...] | None
+    x: jax.Array,
+    config: ArrayConfig,
+    axis: Axes,
+    shape: tuple[int, ...],
+    order: tuple[int, ...] | None,
 ) -> tuple[QTensor, jax.Array, jax.Array]:
     """Quantizes x, padded with zeros to `shape`.
 
@@ -216,7 +228,7 @@ def quantize_padded(
         in units of that of x.
     """
     widths = [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]
-    q = quantize(jnp.pad(x, widths), config)
+    q = quantize(jnp.pad(x, widths), config, axis)
     values = q.dequantize()[tuple(slice(n) for n in x.shape)]
     # In units of the largest magnitude, because squares of 1e-20 or 1e20 are no float32.
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0)
@@ -228,12 +240,16 @@ def quantize_padded(
 
 @lru_cache(maxsize=1024)
 def abstract_tensor(
-    shape: tuple[int, ...], dtype: str, config: ArrayConfig, inputs: ArrayConfig | None
+    shape: tuple[int, ...],
+    dtype: str,
+    config: ArrayConfig,
+    axis: Axes,
+    inputs: ArrayConfig | None,
 ) -> QTensor:
     """Shapes and dtypes of a quantized weight, in the order that products here like best."""
-    like = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, dtype), config)
+    like = jax.eval_shape(partial(quantize, axis=axis), jax.ShapeDtypeStruct(shape, dtype), config)
     # A kernel of one pixel is still one of a convolution, which keeps its order.
-    is_matrix = len(config.axes(len(shape))) == 1
+    is_matrix = len(shared_axes(axis, len(shape), config)) == 1
     order = best_order(like, jax.default_backend()) if is_matrix else None
     like = jax.eval_shape(lambda q: q.reorder(order), like)
     return like if inputs is None else dataclasses.replace(like, inputs=Inputs(inputs))

@@ -233,7 +233,7 @@ def _stock_inputs(q):
         return None
     is_plain = config.format == INT8 and config.range == AbsMax() and config.symmetric
     is_calibrated = q.inputs.scale is not None or q.inputs.multiplier is not None
-    if not is_plain or is_calibrated or config.group_size is not None or config.axis is None:
+    if not is_plain or is_calibrated or config.group_size is not None or config.per_tensor:
         return f"stock layers quantize inputs to int8 by their largest magnitude, not by {config}"
     low, high = config.value_range or (-127, 127)
     return keras.quantizers.AbsMaxQuantizer(axis=-1, value_range=(low, high))

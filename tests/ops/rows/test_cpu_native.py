@@ -30,6 +30,7 @@ from jaxquant.kernels import native
 from jaxquant.ops.inputs import quantize_inputs
 from jaxquant.ops.rows import cpu_native
 
+from ...cases import Case
 from ..products import assert_product, normal, weight, with_inputs
 
 needs_native = pytest.mark.skipif(
@@ -38,26 +39,24 @@ needs_native = pytest.mark.skipif(
 # Large enough, and neither a power of two nor equal.
 K, N = 384, 701
 WEIGHTS = {
-    "int8": ArrayConfig(axis=0),
-    "int8-tensor": ArrayConfig(axis=None),
-    "int8-blocks": ArrayConfig(axis=(0, 1), group_size=(K, 1)),
-    "int4": ArrayConfig(format=INT4, axis=0),
-    "int4-asym": ArrayConfig(format=INT4, axis=0, symmetric=False),
-    "int4-tensor": ArrayConfig(format=INT4, axis=None),
-    "int4-g128": ArrayConfig(format=INT4, axis=0, group_size=128),
-    "int4-asym-g32": ArrayConfig(format=INT4, axis=0, group_size=32, symmetric=False),
-    "int4-nested": ArrayConfig(format=INT4, axis=0, group_size=64, scale_dtype="float8_e4m3fn"),
-    "nf4-g64": ArrayConfig(format=NF4, axis=0, group_size=64),
-    "mxfp4": ArrayConfig(format=FORMATS["mxfp4"], axis=0),
-    "nvfp4": ArrayConfig(format=FORMATS["nvfp4"], axis=0),
+    "int8": ArrayConfig(),
+    "int8-tensor": ArrayConfig(per_tensor=True),
+    "int8-blocks": Case(ArrayConfig(group_size=(K, 1)), (0, 1)),
+    "int4": ArrayConfig(format=INT4),
+    "int4-asym": ArrayConfig(format=INT4, symmetric=False),
+    "int4-tensor": ArrayConfig(format=INT4, per_tensor=True),
+    "int4-g128": ArrayConfig(format=INT4, group_size=128),
+    "int4-asym-g32": ArrayConfig(format=INT4, group_size=32, symmetric=False),
+    "int4-nested": ArrayConfig(format=INT4, group_size=64, scale_dtype="float8_e4m3fn"),
+    "nf4-g64": ArrayConfig(format=NF4, group_size=64),
+    "mxfp4": ArrayConfig(format=FORMATS["mxfp4"]),
+    "nvfp4": ArrayConfig(format=FORMATS["nvfp4"]),
     "unsigned": ArrayConfig(
-        format=Format("uint4", "uint4", 0, 15), axis=0, group_size=128, symmetric=False
+        format=Format("uint4", "uint4", 0, 15), group_size=128, symmetric=False
     ),
-    "seven": ArrayConfig(
-        format=Format("seven", "int4", -1, 1, (-1, -0.5, -0.2, 0, 0.2, 0.5, 1)), axis=0
-    ),
+    "seven": ArrayConfig(format=Format("seven", "int4", -1, 1, (-1, -0.5, -0.2, 0, 0.2, 0.5, 1))),
 }
-INPUTS = {"float": None, "int8": ArrayConfig(axis=-1), "int8-tensor": ArrayConfig(axis=None)}
+INPUTS = {"float": None, "int8": ArrayConfig(), "int8-tensor": ArrayConfig(per_tensor=True)}
 run = partial(matmul, implementation="native")
 
 
@@ -77,7 +76,7 @@ def test_every_mixture_matches_numpy_and_is_what_is_chosen(name):
     # Few rows for some, and enough for panels for the others.
     rows = 5 if len(name) % 2 else 18
     q, x = stored(name), jnp.asarray(normal(rows, K))
-    left = {name: x if c is None else quantize(x, c) for name, c in INPUTS.items()}
+    left = {name: x if c is None else quantize(x, c, axis=-1) for name, c in INPUTS.items()}
     products = jax.jit(
         lambda left, q: {name: (run(x, q), matmul(x, q)) for name, x in left.items()}
     )
@@ -89,49 +88,51 @@ def test_every_mixture_matches_numpy_and_is_what_is_chosen(name):
 @needs_native
 def test_inputs_of_either_kind_are_quantized_first():
     x = jnp.asarray(normal(2, 3, K))
-    of_groups, uneven = ArrayConfig(axis=-1, group_size=64), ArrayConfig(axis=-1, symmetric=False)
-    for config in (ArrayConfig(axis=-1), uneven, of_groups):
+    of_groups, uneven = ArrayConfig(group_size=64), ArrayConfig(symmetric=False)
+    for config in (ArrayConfig(), uneven, of_groups):
         for name in ("int8", "int4-g128"):
             q = with_inputs(stored(name), Inputs(config))
-            assert_product(run(x, q), "abk,kn->abn", quantize(x, config), q)
+            assert_product(run(x, q), "abk,kn->abn", quantize(x, config, -1), q)
 
 
-def by_xla(x, config, q, dtype=None):
-    """The product of codes by XLA, with rows that XLA quantized."""
+def by_xla(rows, q, dtype=None):
+    """The product of codes by XLA."""
     product = partial(matmul, implementation="integer", preferred_element_type=dtype)
-    return jax.jit(product)(quantize(x, config), q)
+    return jax.jit(product)(rows, q)
 
 
 @needs_native
 @pytest.mark.parametrize(
     "config, dtype, rows",
     [
-        (ArrayConfig(axis=-1), "float32", 1),
-        (ArrayConfig(axis=-1), "bfloat16", 20),
-        (ArrayConfig(axis=-1), "float16", 3),
-        (ArrayConfig(axis=None), "float32", 20),
-        (ArrayConfig(axis=-1, symmetric=False), "float32", 4),
-        (ArrayConfig(axis=-1, value_range=(-100, 90)), "bfloat16", 5),
+        (ArrayConfig(), "float32", 1),
+        (ArrayConfig(), "bfloat16", 20),
+        (ArrayConfig(), "float16", 3),
+        (ArrayConfig(per_tensor=True), "float32", 20),
+        (ArrayConfig(symmetric=False), "float32", 4),
+        (ArrayConfig(value_range=(-100, 90)), "bfloat16", 5),
     ],
     ids=["row", "bfloat16", "float16", "tensor", "asymmetric", "bounds"],
 )
 def test_products_of_int8_codes_have_the_bits_of_xla(config, dtype, rows):
     q, x = stored("int8").astype(dtype), jnp.asarray(normal(rows, K), dtype)
     found = jax.jit(matmul)(x, with_inputs(q, Inputs(config)))
-    wanted = by_xla(x, config, q)
+    rows = quantize(x, config, axis=-1)
+    wanted = by_xla(rows, q)
     assert found.dtype == wanted.dtype
     np.testing.assert_array_equal(found, wanted)
-    found = run(quantize(x, config), q, preferred_element_type=jnp.bfloat16)
-    np.testing.assert_array_equal(found, by_xla(x, config, q, jnp.bfloat16))
+    found = run(rows, q, preferred_element_type=jnp.bfloat16)
+    np.testing.assert_array_equal(found, by_xla(rows, q, jnp.bfloat16))
 
 
 @needs_native
 def test_scales_that_several_rows_share_are_spread():
     q, x = stored("int8"), jnp.asarray(normal(3, 4, K))
-    for config in (ArrayConfig(axis=(1, 2), group_size=(2, K)), ArrayConfig(axis=(0, 2))):
-        np.testing.assert_array_equal(run(quantize(x, config), q), by_xla(x, config, q))
+    for case in (Case(ArrayConfig(group_size=(2, K)), (1, 2)), Case(ArrayConfig(), (0, 2))):
+        met = quantize(x, *case)
+        np.testing.assert_array_equal(run(met, q), by_xla(met, q))
         four = stored("int4-g128")
-        assert_product(run(quantize(x, config), four), "abk,kn->abn", quantize(x, config), four)
+        assert_product(run(met, four), "abk,kn->abn", met, four)
 
 
 @needs_native
@@ -152,38 +153,39 @@ def calls(function, *arguments):
 
 @needs_native
 @pytest.mark.parametrize(
-    "config, dtype",
+    "case, dtype",
     [
-        (ArrayConfig(axis=None), "float32"),
-        (ArrayConfig(axis=0), "float32"),
-        (ArrayConfig(axis=-1, symmetric=False), "float32"),
-        (ArrayConfig(axis=-1, group_size=64), "float32"),
-        (ArrayConfig(axis=-1, scale_dtype="bfloat16"), "float32"),
-        (ArrayConfig(axis=-1, range=Percentile(99)), "float32"),
-        (ArrayConfig(format=INT4, axis=-1), "float32"),
-        (ArrayConfig(axis=-1), "float16"),
+        (Case(ArrayConfig(per_tensor=True)), "float32"),
+        (Case(ArrayConfig(), 0), "float32"),
+        (Case(ArrayConfig(symmetric=False), -1), "float32"),
+        (Case(ArrayConfig(group_size=64), -1), "float32"),
+        (Case(ArrayConfig(scale_dtype="bfloat16"), -1), "float32"),
+        (Case(ArrayConfig(range=Percentile(99)), -1), "float32"),
+        (Case(ArrayConfig(format=INT4), -1), "float32"),
+        (Case(ArrayConfig(), -1), "float16"),
     ],
     ids=str,
 )
-def test_other_rows_are_quantized_by_xla(config, dtype):
+def test_other_rows_are_quantized_by_xla(case, dtype):
     x = jnp.asarray(normal(7, K), dtype)
-    plain = ArrayConfig(axis=-1, range=AbsMax())
-    assert calls(lambda x: quantize_inputs(x, plain).codes, x) == (dtype != "float16")
-    assert calls(lambda x: quantize_inputs(x, config).codes, x) == 0
+    plain = ArrayConfig(range=AbsMax())
+    assert calls(lambda x: quantize_inputs(x, plain, -1).codes, x) == (dtype != "float16")
+    assert calls(lambda x: quantize_inputs(x, *case).codes, x) == 0
 
 
 def test_one_number_is_quantized_as_core_does():
-    x, config = jnp.float32(3), ArrayConfig(axis=None)
-    jax.tree.map(np.testing.assert_array_equal, quantize_inputs(x, config), quantize(x, config))
+    x, config = jnp.float32(3), ArrayConfig(per_tensor=True)
+    got = quantize_inputs(x, config, -1)
+    jax.tree.map(np.testing.assert_array_equal, got, quantize(x, config))
 
 
 @needs_native
 def test_rows_on_several_devices_are_quantized_where_they_lie():
-    x, config = jnp.asarray(normal(8, K)), ArrayConfig(axis=-1)
-    wanted = quantize(x, config)
+    x, config = jnp.asarray(normal(8, K)), ArrayConfig()
+    wanted = quantize(x, config, -1)
 
     def run(x):
-        return quantize_inputs(x, config)
+        return quantize_inputs(x, config, -1)
 
     for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
         mesh = jax.make_mesh((4,), ("a",), axis_types=(kind,))
@@ -206,7 +208,7 @@ def test_gradients_pass_straight_through_quantized_rows():
 @needs_native
 def test_results_have_the_axes_and_the_dtype_that_are_asked_for():
     q, x = stored("int8"), jnp.asarray(normal(5, K), jnp.bfloat16)
-    x8 = quantize(x, ArrayConfig(axis=-1))
+    x8 = quantize(x, ArrayConfig(), axis=-1)
     got = einsum("mk,kn->nm", x8, q, implementation="native", preferred_element_type=jnp.bfloat16)
     assert (got.shape, got.dtype) == ((N, 5), jnp.bfloat16)
     assert_product(got, "mk,kn->nm", x8, q, tolerance=2.0**-8)
@@ -235,7 +237,7 @@ def test_gradients_and_vmap_are_those_of_the_other_implementations():
 def test_any_number_of_axes_and_of_rows(name, shape):
     q, x = stored(name), jnp.asarray(normal(*shape))
     letters = "abm"[3 - len(shape) + 1 :]
-    for inputs in (x, quantize(x, ArrayConfig(axis=-1))):
+    for inputs in (x, quantize(x, ArrayConfig(), axis=-1)):
         assert_product(run(inputs, q), f"{letters}k,kn->{letters}n", inputs, q)
 
 
@@ -243,7 +245,7 @@ def test_any_number_of_axes_and_of_rows(name, shape):
 @pytest.mark.parametrize("format", [INT8, FP8_E4M3], ids=str)
 def test_inputs_may_be_stored_in_another_order(format):
     q = stored("int4-g128")
-    x = quantize(jnp.asarray(normal(K, 3, 5)), ArrayConfig(format=format, axis=0))
+    x = quantize(jnp.asarray(normal(K, 3, 5)), ArrayConfig(format=format))
     x = x.reorder((-2, -1, -3))
     found = dot_general(x, q, (((0,), (0,)), ((), ())), implementation="native")
     assert_product(found, "kab,kn->abn", x, q)
@@ -282,7 +284,7 @@ def test_exported_programs_do_without():
     exported = jax.export.export(jax.jit(matmul))(x, q)
     assert "jaxquant_" not in exported.mlir_module()
     read = jax.export.deserialize(exported.serialize())
-    assert_product(read.call(x, q), "mk,kn->mn", quantize(x, W8A8.inputs), q)
+    assert_product(read.call(x, q), "mk,kn->mn", quantize(x, W8A8.inputs, -1), q)
 
 
 @needs_native
@@ -311,15 +313,15 @@ REFUSED = {
     ),
     "groups of 48 along 384 elements": lambda: (
         normal(2, K),
-        weight(ArrayConfig(format=INT4, axis=0, group_size=48), (K, N)).reorder((-1, -2)),
+        weight(ArrayConfig(format=INT4, group_size=48), (K, N)).reorder((-1, -2)),
     ),
     "must be integers with one scale per column and no zero": lambda: (
         normal(2, K),
-        weight(ArrayConfig(axis=0, symmetric=False), (K, N)).reorder((-1, -2)),
+        weight(ArrayConfig(symmetric=False), (K, N)).reorder((-1, -2)),
     ),
     "int2 weights have codes of neither 4 nor 8 bits": lambda: (
         normal(2, K),
-        weight(ArrayConfig(format=INT2, axis=0), (K, N)).reorder((-1, -2)),
+        weight(ArrayConfig(format=INT2), (K, N)).reorder((-1, -2)),
     ),
     "the right operand is not quantized": lambda: (stored("int8", (N, K)), normal(N, K)),
 }
@@ -344,7 +346,7 @@ def test_other_instructions_leave_many_rows_to_xla(monkeypatch, name, inputs, mo
     config, q = INPUTS[inputs], stored(name, (K, 704))
     many, few = (jnp.asarray(normal(rows, K)) for rows in (most + 1, most))
     if config is not None:
-        many, few = quantize(many, config), quantize(few, config)
+        many, few = quantize(many, config, -1), quantize(few, config, -1)
     kind = "float" if config is None else "int8"
     reason = f"more than {most} {kind} rows by {q.format.bits}-bit weights, with AVX2"
     with pytest.raises(ValueError, match=reason):

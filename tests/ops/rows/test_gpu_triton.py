@@ -25,24 +25,25 @@ from jaxquant import (
 from jaxquant.kernels import pallas_gpu
 from jaxquant.ops.rows import gpu_triton
 
+from ...cases import Case
 from ...triton import lowered_for_gpu, mesh_of_gpus
 from ..products import assert_product, normal, spec_of_rows, weight
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 K, N = 256, 72
-G128 = ArrayConfig(format=INT4, axis=0, group_size=128)
+G128 = ArrayConfig(format=INT4, group_size=128)
 LEFT = {
     "bfloat16": None,
     "float16": None,
-    "int8 per row": ArrayConfig(axis=-1),
-    "int8 asymmetric": ArrayConfig(axis=-1, symmetric=False),
+    "int8 per row": ArrayConfig(),
+    "int8 asymmetric": ArrayConfig(symmetric=False),
 }
 RIGHT = {
-    "bfloat16": ArrayConfig(format=INT4, axis=0, group_size=64, symmetric=False),
-    "float16": ArrayConfig(format=INT4, axis=0, group_size=32, scale_dtype="float8_e4m3fn"),
-    "int8 per row": ArrayConfig(format=INT4, axis=None),
-    "int8 asymmetric": ArrayConfig(format=INT4, axis=(0, 1), group_size=(128, 8)),
+    "bfloat16": ArrayConfig(format=INT4, group_size=64, symmetric=False),
+    "float16": ArrayConfig(format=INT4, group_size=32, scale_dtype="float8_e4m3fn"),
+    "int8 per row": ArrayConfig(format=INT4, per_tensor=True),
+    "int8 asymmetric": Case(ArrayConfig(format=INT4, group_size=(128, 8)), (0, 1)),
 }
 product = jax.jit(partial(gpu_triton.run, interpret=True), static_argnames="dtype")
 forced = partial(matmul, implementation="triton")
@@ -57,7 +58,7 @@ def stored(config=G128, order=(-1, -2), seed=1):
 def test_products_of_operands_as_they_are_stored_match_numpy(name):
     q, config = stored(RIGHT[name]), LEFT[name]
     floats = normal(2, 3, K)
-    x = jnp.asarray(floats, name) if config is None else quantize(floats, config)
+    x = jnp.asarray(floats, name) if config is None else quantize(floats, config, axis=-1)
     assert_product(product(x, q, dtype=jnp.float32), "abk,kn->abn", x, q)
     narrow = jax.eval_shape(partial(product, dtype=jnp.bfloat16), x, q)
     assert (narrow.shape, narrow.dtype) == ((2, 3, N), jnp.bfloat16)
@@ -86,23 +87,23 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_triton_is_refused_with_the_reason(reason):
     format, given, options = REFUSED[reason]
-    config = ArrayConfig(format=format, axis=0, group_size=given.get("group_size", 64))
+    config = ArrayConfig(format=format, group_size=given.get("group_size", 64))
     q = stored(config, given.get("order", (-1, -2)))
     x = jax.ShapeDtypeStruct((given.get("rows", 2), K), jnp.float32)
     with pytest.raises(ValueError, match=f"implementation='triton' cannot run .*{reason}"):
         jax.eval_shape(partial(forced, **options), x, q)
 
 
-PER_ROW, PER_COLUMN = ArrayConfig(axis=-1), ArrayConfig(axis=0)
-FP8_ROWS, FP8_COLUMNS = (ArrayConfig(format=FP8_E4M3, axis=axis) for axis in (-1, 0))
+PER_ROW, PER_COLUMN = (Case(ArrayConfig(), axis) for axis in (-1, 0))
+FP8_ROWS, FP8_COLUMNS = (Case(ArrayConfig(format=FP8_E4M3), axis) for axis in (-1, 0))
 THIRDS = Format("thirds", dtype="int8", qmin=-1, qmax=1, codebook=(-1, -1 / 3, 0, 1 / 3, 1))
-# Configs of a (3, 4, K) left operand and of the weight.
+# Cases of a (3, 4, K) left operand and of the weight.
 CODES = {
     "float32": (PER_ROW, PER_COLUMN),
-    "bfloat16": (ArrayConfig(axis=(1, 2), group_size=(2, K)), ArrayConfig(axis=None)),
+    "bfloat16": (Case(ArrayConfig(group_size=(2, K)), (1, 2)), Case(ArrayConfig(per_tensor=True))),
     "float16": (
-        ArrayConfig(axis=None, scale_dtype="bfloat16"),
-        ArrayConfig(axis=(0, 1), group_size=(K, 8), scale_dtype="float8_e4m3fn"),
+        Case(ArrayConfig(per_tensor=True, scale_dtype="bfloat16")),
+        Case(ArrayConfig(group_size=(K, 8), scale_dtype="float8_e4m3fn"), (0, 1)),
     ),
 }
 
@@ -110,14 +111,14 @@ CODES = {
 @pytest.mark.parametrize("name", CODES)
 def test_products_of_int8_codes_have_the_bits_of_the_integer_row(name):
     left, right = CODES[name]
-    q, x = stored(right), quantize(normal(3, 4, K, seed=2), left)
+    q, x = stored(right), quantize(normal(3, 4, K, seed=2), *left)
     got = product(x, q, dtype=name)
     by_xla = partial(matmul, implementation="integer", preferred_element_type=name)
     np.testing.assert_array_equal(got, jax.jit(by_xla)(x, q), strict=True)
 
 
 def test_products_of_float8_codes_match_numpy():
-    q, x = stored(FP8_COLUMNS), quantize(normal(2, 3, K), FP8_ROWS)
+    q, x = stored(FP8_COLUMNS), quantize(normal(2, 3, K), *FP8_ROWS)
     assert_product(product(x, q, dtype=jnp.float32), "abk,kn->abn", x, q)
 
 
@@ -125,19 +126,19 @@ CODES_REFUSED = {
     "an operand of float32 has no codes to multiply with int8 codes": (None, PER_COLUMN, {}),
     "int8 by fp8_e4m3 codes are not both int8 or both float8_e4m3fn": (PER_ROW, FP8_COLUMNS, {}),
     "fp8_e5m2 by fp8_e5m2 codes are not both int8 or both float8_e4m3fn": (
-        ArrayConfig(format=FP8_E5M2, axis=-1),
-        ArrayConfig(format=FP8_E5M2, axis=0),
+        Case(ArrayConfig(format=FP8_E5M2), -1),
+        ArrayConfig(format=FP8_E5M2),
         {},
     ),
     "thirds by thirds codes are not both int8 or both float8_e4m3fn": (
-        ArrayConfig(format=THIRDS, axis=-1),
-        ArrayConfig(format=THIRDS, axis=0),
+        Case(ArrayConfig(format=THIRDS), -1),
+        ArrayConfig(format=THIRDS),
         {},
     ),
-    "int8 codes have zero points": (ArrayConfig(axis=-1, symmetric=False), PER_COLUMN, {}),
+    "int8 codes have zero points": (Case(ArrayConfig(symmetric=False), -1), PER_COLUMN, {}),
     "scales .* change along the contracted axes": (
         FP8_ROWS,
-        ArrayConfig(format=MXFP8, axis=0),
+        ArrayConfig(format=MXFP8),
         {},
     ),
     "a precision of highest is more than tensorfloat32": (
@@ -152,36 +153,31 @@ CODES_REFUSED = {
 def test_codes_are_refused_with_the_reason(reason):
     left, right, options = CODES_REFUSED[reason]
     x = jnp.asarray(normal(3, K))
-    x = x if left is None else quantize(x, left)
+    x = x if left is None else quantize(x, *left)
     with pytest.raises(ValueError, match=f"implementation='triton' cannot run .*{reason}"):
         forced(x, stored(right), **options)
 
 
 def test_sums_that_may_leave_int32_are_refused():
-    def of(config, *shape):
-        return jax.eval_shape(partial(quantize, config=config), jnp.zeros(shape))
+    def of(*shape):
+        return jax.eval_shape(partial(quantize, axis=-1), jnp.zeros(shape), ArrayConfig())
 
-    x, q = of(PER_ROW, 2, 2**17), of(ArrayConfig(axis=-1), 3, 2**17)
+    x, q = of(2, 2**17), of(3, 2**17)
     assert (
         gpu_triton.why_unsupported(x, q, spec_of_rows(1)) == "sums of 131072 codes may leave int32"
     )
-    assert (
-        gpu_triton.why_unsupported(
-            of(PER_ROW, 2, 2**16), of(ArrayConfig(axis=-1), 3, 2**16), spec_of_rows(1)
-        )
-        is None
-    )
+    assert gpu_triton.why_unsupported(of(2, 2**16), of(3, 2**16), spec_of_rows(1)) is None
 
 
 def test_without_triton_nothing_is_taken(monkeypatch):
     monkeypatch.setattr(pallas_gpu, "triton", None)
     x = jnp.zeros((2, K))
-    for left, right in ((x, stored()), (quantize(x, PER_ROW), stored(PER_COLUMN))):
+    for left, right in ((x, stored()), (quantize(x, *PER_ROW), stored(PER_COLUMN))):
         assert gpu_triton.why_unsupported(left, right, spec_of_rows(1)) == "this JAX has no Triton"
 
 
 def test_codes_of_whole_numbers_need_no_precision():
-    x, q = quantize(normal(3, K), PER_ROW), stored(PER_COLUMN)
+    x, q = quantize(normal(3, K), *PER_ROW), stored(PER_COLUMN)
     with jax.default_matmul_precision("float32"):
         assert gpu_triton.why_unsupported(x, q, spec_of_rows(1, "highest")) is None
 
@@ -249,7 +245,7 @@ def test_programs_for_several_platforms_or_devices_do_without():
 
 def test_gradients_and_batches_of_codes_run_the_kernel_once():
     q = stored(PER_COLUMN).astype(jnp.bfloat16)
-    x = quantize(jnp.ones((16, K), jnp.bfloat16), PER_ROW)
+    x = quantize(jnp.ones((16, K), jnp.bfloat16), *PER_ROW)
     text = text_of(forced, x, q)
     assert text.count("gpu.triton") == 1
     # The result is written in its dtype, and nothing wider.
@@ -267,11 +263,11 @@ def test_gradients_and_batches_of_codes_run_the_kernel_once():
 
 def test_explain_says_what_the_kernel_multiplies():
     x, q = jnp.ones((16, K)), stored(PER_COLUMN)
-    (row,) = explain(matmul, quantize(x, PER_ROW), q, platform="gpu")
+    (row,) = explain(matmul, quantize(x, *PER_ROW), q, platform="gpu")
     assert (row.implementation, row.is_integer) == ("integer", True)
     assert row.not_selected == (("triton", "not measured on a GPU yet"),)
-    (row,) = explain(forced, quantize(x, PER_ROW), q, platform="gpu")
+    (row,) = explain(forced, quantize(x, *PER_ROW), q, platform="gpu")
     assert (row.implementation, row.is_integer) == ("triton", True)
     for left, right in ((PER_ROW, G128), (FP8_ROWS, FP8_COLUMNS)):
-        (row,) = explain(forced, quantize(x, left), stored(right), platform="gpu")
+        (row,) = explain(forced, quantize(x, *left), stored(right), platform="gpu")
         assert not row.is_integer

@@ -23,21 +23,22 @@ from jaxquant.jaxprs import chips
 from jaxquant.ops import inputs
 from jaxquant.ops.rows import tpu_pallas
 
+from ...cases import Case
 from ..products import assert_product, normal, spec_of_rows, weight, with_inputs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 K, N = 256, 72
-G128 = ArrayConfig(format=INT4, axis=0, group_size=128)
+G128 = ArrayConfig(format=INT4, group_size=128)
 LEFT = {
     "bfloat16": None,
-    "int8 per row": ArrayConfig(axis=-1),
-    "int8 asymmetric": ArrayConfig(axis=-1, symmetric=False),
+    "int8 per row": ArrayConfig(),
+    "int8 asymmetric": ArrayConfig(symmetric=False),
 }
 RIGHT = {
-    "bfloat16": ArrayConfig(format=INT4, axis=0, group_size=64, symmetric=False),
-    "int8 per row": ArrayConfig(format=INT4, axis=None),
-    "int8 asymmetric": ArrayConfig(format=INT4, axis=(0, 1), group_size=(128, 8)),
+    "bfloat16": ArrayConfig(format=INT4, group_size=64, symmetric=False),
+    "int8 per row": ArrayConfig(format=INT4, per_tensor=True),
+    "int8 asymmetric": Case(ArrayConfig(format=INT4, group_size=(128, 8)), (0, 1)),
 }
 product = jax.jit(partial(tpu_pallas.run, interpret=True), static_argnames="dtype")
 
@@ -46,7 +47,7 @@ product = jax.jit(partial(tpu_pallas.run, interpret=True), static_argnames="dtyp
 def test_products_of_operands_as_they_are_stored_match_numpy(name):
     q, x = weight(RIGHT[name], (K, N)), jnp.asarray(normal(2, 3, K), jnp.bfloat16)
     if LEFT[name] is not None:
-        x = quantize(x.astype(jnp.float32), LEFT[name])
+        x = quantize(x.astype(jnp.float32), LEFT[name], axis=-1)
     # Values, not codes, are rounded to bfloat16.
     tolerance = 2.0**-8 if name == "int8 asymmetric" else 2e-6
     got = product(x, q, dtype=jnp.float32)
@@ -56,7 +57,7 @@ def test_products_of_operands_as_they_are_stored_match_numpy(name):
 
 
 def test_one_scale_for_all_rows_and_results_of_16_bits():
-    q, x = weight(G128, (K, N)), quantize(normal(2, 3, K), ArrayConfig(axis=None))
+    q, x = weight(G128, (K, N)), quantize(normal(2, 3, K), ArrayConfig(per_tensor=True))
     for dtype, tolerance in ((jnp.float32, 2e-6), (jnp.bfloat16, 2.0**-8)):
         got = product(x, q, dtype=dtype)
         assert got.dtype == dtype
@@ -75,17 +76,19 @@ def test_vmap_runs_the_kernel_for_each():
 
 @pytest.mark.parametrize(
     "config",
-    [ArrayConfig(axis=2, value_range=(-100, 100)), ArrayConfig(format=FP8_E4M3, axis=2)],
+    [ArrayConfig(value_range=(-100, 100)), ArrayConfig(format=FP8_E4M3)],
     ids=["int8", "fp8"],
 )
 def test_rows_of_any_number_of_axes_are_quantized_as_core_does(config):
     x = jnp.asarray(normal(2, 3, 50))
     run = jax.jit(partial(inputs.quantize_rows, config=config, interpret=True))
-    got, wanted = run(x), quantize(x, config)
+    got, wanted = run(x), quantize(x, config, axis=2)
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
     special = x.at[0, 0, 0].set(jnp.nan).at[1, 1, 1].set(jnp.inf).at[1, 2].set(0)
-    got, wanted = (jax.tree.map(np.float32, q) for q in (run(special), quantize(special, config)))
+    got, wanted = (
+        jax.tree.map(np.float32, q) for q in (run(special), quantize(special, config, axis=2))
+    )
     np.testing.assert_array_equal(got.scale, wanted.scale)
     np.testing.assert_array_equal(got.codes, wanted.codes)
 
@@ -109,7 +112,7 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_pallas_is_refused_with_the_reason(reason):
     format, given, options = REFUSED[reason]
-    config = ArrayConfig(format=format, axis=0, group_size=given.get("group_size", 64))
+    config = ArrayConfig(format=format, group_size=given.get("group_size", 64))
     q = weight(config, (K, N)).reorder(given.get("order"))
     q = q.astype(given.get("dtype", jnp.float32))
     x = jnp.zeros((given.get("rows", 2), K), q.dtype)
@@ -157,7 +160,7 @@ CHOSEN = [
 @pytest.mark.parametrize("chip, group_size, rows, quantizes, count", CHOSEN, ids=str)
 def test_the_chip_and_the_rows_decide(monkeypatch, chip, group_size, rows, quantizes, count):
     monkeypatch.setattr(chips, "target", lambda module: chip)
-    q = weight(ArrayConfig(format=INT4, axis=0, group_size=group_size), (K, N))
+    q = weight(ArrayConfig(format=INT4, group_size=group_size), (K, N))
     x = jnp.zeros((rows, K), jnp.float32)
     assert calls(w8a8 if quantizes else matmul, x, q) == count
 
@@ -165,8 +168,8 @@ def test_the_chip_and_the_rows_decide(monkeypatch, chip, group_size, rows, quant
 def test_this_process_has_no_tpu_and_quantizes_as_core_does():
     assert chips.generation() is None
     x = jnp.asarray(normal(600, K))
-    got = inputs.quantize_inputs(x, ArrayConfig(axis=-1))
-    jax.tree.map(np.testing.assert_array_equal, got, quantize(x, ArrayConfig(axis=-1)))
+    got = inputs.quantize_inputs(x, ArrayConfig(), -1)
+    jax.tree.map(np.testing.assert_array_equal, got, quantize(x, ArrayConfig(), axis=-1))
 
 
 @pytest.fixture
@@ -177,25 +180,25 @@ def on_v6e(monkeypatch):
 @pytest.mark.parametrize(
     "config",
     [
-        ArrayConfig(axis=None),
-        ArrayConfig(axis=-1, symmetric=False),
-        ArrayConfig(axis=-1, group_size=64),
-        ArrayConfig(axis=-1, scale_dtype="bfloat16"),
-        ArrayConfig(format=INT4, axis=-1),
-        ArrayConfig(format=FP8_E5M2, axis=-1),
+        ArrayConfig(per_tensor=True),
+        ArrayConfig(symmetric=False),
+        ArrayConfig(group_size=64),
+        ArrayConfig(scale_dtype="bfloat16"),
+        ArrayConfig(format=INT4),
+        ArrayConfig(format=FP8_E5M2),
     ],
     ids=["tensor", "asymmetric", "groups", "bfloat16", "int4", "e5m2"],
 )
 def test_other_inputs_are_left_to_xla(on_v6e, config):
     x = jnp.zeros((700, K))
-    assert calls(lambda x: inputs.quantize_inputs(x, ArrayConfig(axis=-1)).codes, x) == 1
-    assert calls(lambda x: inputs.quantize_inputs(x, config).codes, x) == 0
+    assert calls(lambda x: inputs.quantize_inputs(x, ArrayConfig(), -1).codes, x) == 1
+    assert calls(lambda x: inputs.quantize_inputs(x, config, -1).codes, x) == 0
 
 
 def test_rows_too_long_for_a_core_are_left_to_xla(on_v6e):
     for length, count in ((2**16, 1), (2**16 + 1, 0)):
         x = jax.ShapeDtypeStruct((512, length), jnp.float32)
-        assert calls(lambda x: inputs.quantize_inputs(x, ArrayConfig(axis=-1)).codes, x) == count
+        assert calls(lambda x: inputs.quantize_inputs(x, ArrayConfig(), -1).codes, x) == count
 
 
 def test_programs_for_several_platforms_or_devices_do_without(on_v6e):
@@ -214,7 +217,7 @@ def test_programs_for_several_platforms_or_devices_do_without(on_v6e):
 
 
 def test_gradients_pass_through_the_kernels(on_v6e):
-    q, x = weight(ArrayConfig(axis=0), (K, N)), jnp.asarray(normal(640, K))
+    q, x = weight(ArrayConfig(), (K, N)), jnp.asarray(normal(640, K))
     gradient = jax.grad(lambda x: (w8a8(x, q) ** 2).sum())
     assert calls(gradient, x) > 0
     plain = jax.grad(lambda x: (2 * w8a8(jax.lax.stop_gradient(x), q) * (x @ q.dequantize())).sum())

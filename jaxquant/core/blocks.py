@@ -1,0 +1,132 @@
+"""Which elements share a scale. A block shape has one length per axis and tiles the array.
+
+Blocks are reached by splitting axes, never by moving them, and only axes that need it: "split"
+below means an array so reshaped.
+"""
+
+import jax
+
+from .config import ArrayConfig
+
+Axes = int | tuple[int, ...] | None
+
+
+def check_axis(axis: Axes) -> None:
+    """Raises unless `axis` names axes.
+
+    Raises:
+        ValueError: axis is not an int, a tuple of distinct ints, or None.
+    """
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    is_index = all(isinstance(a, int) and not isinstance(a, bool) for a in axes)
+    if axis is not None and not (is_index and len(set(axes)) == len(axes)):
+        raise ValueError(
+            f"axis must be an int, a tuple of distinct ints, or None for all axes; got {axis!r}."
+        )
+
+
+def normalize_axes(axis: Axes, ndim: int) -> tuple[int, ...]:
+    """The axes of an array of `ndim` axes that `axis` names, counted from 0; all for None.
+
+    Raises:
+        ValueError: an axis is out of range or named twice, or as for `check_axis`.
+    """
+    check_axis(axis)
+    if axis is None:
+        return tuple(range(ndim))
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if any(not -ndim <= a < ndim for a in axes):
+        raise ValueError(
+            f"axis must lie in -{ndim} .. {ndim - 1} for an array of {ndim} axes; got axis={axis}."
+        )
+    found = tuple(a % ndim for a in axes)
+    if len(set(found)) < len(axes):
+        raise ValueError(
+            f"axis must name distinct axes of the array; got axis={axis} for {ndim} axes."
+        )
+    return found
+
+
+def shared_axes(axis: Axes, ndim: int, config: ArrayConfig) -> tuple[int, ...]:
+    """The axes along which elements share a scale: all of them per tensor, else those of `axis`.
+
+    Raises:
+        ValueError: as for `normalize_axes`.
+    """
+    return normalize_axes(None if config.per_tensor else axis, ndim)
+
+
+def block_shape(shape: tuple[int, ...], config: ArrayConfig, axis: Axes = 0) -> tuple[int, ...]:
+    """The block of each scale in an array of `shape` that is quantized along `axis`.
+
+    Raises:
+        ValueError: an axis is out of range, the number of group sizes is not that of the axes, or
+            a group size does not divide its axis.
+    """
+    axes = shared_axes(axis, len(shape), config)
+    blocks = [1] * len(shape)
+    for a, size in zip(axes, _group_sizes(config, axis, len(axes)), strict=True):
+        blocks[a] = shape[a] if size is None else size
+        if size is not None and shape[a] % size:
+            raise ValueError(
+                f"group_size must divide axis {a}; got group_size={size} for shape {shape}. Pad "
+                f"the axis, or choose {_divisors(shape[a], size)}."
+            )
+    return tuple(blocks)
+
+
+def _group_sizes(config: ArrayConfig, axis: Axes, count: int) -> tuple[int | None, ...]:
+    """The group size along each of `count` axes."""
+    if config.format.group_size is not None and count != 1:
+        raise ValueError(f"{config.format} has groups along one axis; got axis={axis}.")
+    size = config.group_size or config.format.group_size
+    sizes = size if isinstance(size, tuple) else (size,) * count
+    if len(sizes) != count:
+        raise ValueError(
+            f"group_size must be one int, or one per axis; got {config.group_size} for axis {axis}."
+        )
+    return sizes
+
+
+def _divisors(length: int, wanted: int) -> str:
+    """The divisors on either side of what was wanted, as words."""
+    divisors = [d for d in range(1, length + 1) if length % d == 0]
+    near = [max((d for d in divisors if d < wanted), default=None)]
+    near += [min((d for d in divisors if d > wanted), default=None)]
+    return " or ".join(str(d) for d in near if d is not None)
+
+
+def blocks_between(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The block shape that leads from an array's shape to that of its scales."""
+    return tuple(n // s if s else 1 for n, s in zip(shape, scale_shape, strict=True))
+
+
+def split(x: jax.Array, blocks: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+    """Returns x with the axes split that hold several blocks, and the axes within a block."""
+    shape, inner = [], []
+    for length, block in zip(x.shape, blocks, strict=True):
+        if block in (1, length):
+            inner += [len(shape)] * (block != 1)
+            shape += [length]
+        else:
+            inner += [len(shape) + 1]
+            shape += [length // block, block]
+    return x.reshape(shape), tuple(inner)
+
+
+def to_blocks(scale: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
+    """Shapes an array with one element per block so that it broadcasts with the split array."""
+    shape = []
+    for count, block in zip(scale.shape, blocks, strict=True):
+        shape += [count] if block == 1 or count == 1 else [count, 1]
+    return scale.reshape(shape)
+
+
+def from_blocks(values: jax.Array, shape: tuple[int, ...], blocks: tuple[int, ...]) -> jax.Array:
+    """Undoes `to_blocks`: one element per block, in the rank of the array of `shape`."""
+    return values.reshape(scale_shape(shape, blocks))
+
+
+def scale_shape(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scales of an array of `shape`."""
+    return tuple(1 if block == n else n // block for n, block in zip(shape, blocks, strict=True))

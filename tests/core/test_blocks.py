@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxquant import MXFP4, NVFP4, ArrayConfig, quantize
+from jaxquant.core import block_shape, normalize_axes, shared_axes
+
+from .. import cases
+
+AXES = [
+    (None, 3, (0, 1, 2)),
+    (None, 0, ()),
+    ((), 2, ()),
+    (0, 1, (0,)),
+    (-1, 3, (2,)),
+    ((-1, 0), 3, (2, 0)),
+    ((-3, 2), 3, (0, 2)),
+]
+
+
+@pytest.mark.parametrize("axis, ndim, expected", AXES)
+def test_axes_are_counted_from_zero(axis, ndim, expected):
+    assert normalize_axes(axis, ndim) == expected
+    assert shared_axes(axis, ndim, ArrayConfig()) == expected
+    assert shared_axes(axis, ndim, ArrayConfig(per_tensor=True)) == tuple(range(ndim))
+
+
+@pytest.mark.parametrize("axis", [1.0, "rows", (0, None), (0, 0), True], ids=repr)
+def test_an_axis_must_be_an_int_a_tuple_of_ints_or_none(axis):
+    with pytest.raises(ValueError, match=r"axis must be an int, a tuple of distinct ints, or None"):
+        quantize(jnp.ones((4, 5, 6)), ArrayConfig(), axis=axis)
+
+
+@pytest.mark.parametrize("axis, ndim", [(2, 2), (-3, 2), ((0, 5), 2), (0, 0)])
+def test_axes_must_be_axes_of_the_array(axis, ndim):
+    message = rf"axis must lie in -{ndim} .. {ndim - 1} for an array of {ndim} axes; got axis="
+    with pytest.raises(ValueError, match=message):
+        quantize(jnp.ones((4,) * ndim), ArrayConfig(), axis=axis)
+
+
+def test_axes_must_be_distinct():
+    with pytest.raises(ValueError, match=r"distinct axes of the array; got axis=\(.*\) for 2 axes"):
+        quantize(jnp.ones((4, 4)), ArrayConfig(), axis=(0, -2))
+
+
+def test_one_group_size_per_axis_needs_as_many_axes():
+    config = ArrayConfig(group_size=(2, 4))
+    for axis in (0, (0,), (0, 1, 2)):
+        with pytest.raises(ValueError, match=r"one int, or one per axis; got \(2, 4\) for axis"):
+            quantize(jnp.ones((4, 4, 4)), config, axis=axis)
+    assert quantize(jnp.ones((4, 4)), config, axis=None).scale.shape == (2, 1)
+
+
+@pytest.mark.parametrize("format", [MXFP4, NVFP4], ids=str)
+def test_formats_with_groups_have_them_along_one_axis(format):
+    for axis in (None, (0, 1), ()):
+        with pytest.raises(ValueError, match=rf"{format} has groups along one axis; got axis="):
+            quantize(jnp.ones((32, 32)), ArrayConfig(format=format), axis=axis)
+    assert quantize(jnp.ones((32, 32)), ArrayConfig(format=format), axis=(-1,)).ndim == 2
+
+
+BLOCKS = [
+    ((6, 8), 0, {}, (6, 1)),
+    ((6, 8), -1, {"group_size": 4}, (1, 4)),
+    ((6, 8), None, {}, (6, 8)),
+    ((6, 8), 0, {"per_tensor": True}, (6, 8)),
+    ((6, 8), None, {"group_size": 2}, (2, 2)),
+    ((6, 8), (1, 0), {"group_size": (4, 3)}, (3, 4)),
+    ((6, 8), (1, 0), {"group_size": (None, 3)}, (3, 8)),
+    ((6, 8, 5), (-1, 0), {}, (6, 1, 5)),
+    ((0, 8), 0, {"group_size": 4}, (4, 1)),
+]
+
+
+@pytest.mark.parametrize("shape, axis, fields, expected", BLOCKS, ids=str)
+def test_blocks_have_the_lengths_of_the_groups(shape, axis, fields, expected):
+    assert block_shape(shape, ArrayConfig(**fields), axis) == expected
+
+
+INDIVISIBLE = [
+    ((12, 7), 0, 5, r"axis 0; got group_size=5 for shape \(12, 7\)\. .* choose 4 or 6\."),
+    ((12, 7), 1, 2, r"axis 1; got group_size=2 for shape \(12, 7\)\. .* choose 1 or 7\."),
+    ((12, 7), -1, 9, r"axis 1; got group_size=9 for shape \(12, 7\)\. .* choose 7\."),
+    ((12, 7), None, 4, r"axis 1; got group_size=4 for shape \(12, 7\)"),
+    ((12, 7), (1, 0), 6, r"axis 1; got group_size=6"),
+]
+
+
+@pytest.mark.parametrize("shape, axis, group_size, message", INDIVISIBLE, ids=str)
+def test_a_group_size_must_divide_and_the_error_says_which_would(shape, axis, group_size, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(jnp.ones(shape), ArrayConfig(group_size=group_size), axis=axis)
+
+
+def test_arrays_are_reached_by_splitting_axes_and_never_by_moving_them():
+    for case in cases.FEW.values():
+        jaxpr = jax.make_jaxpr(lambda x, c=case: quantize(x, *c))(cases.gaussian())
+        assert "transpose" not in str(jaxpr)
