@@ -5,6 +5,7 @@ and for other folders, its `internal` for other folders alone.
 """
 
 import ast
+import collections
 import inspect
 import pathlib
 import subprocess
@@ -53,10 +54,20 @@ INTERNALS = ("jax._src", "jax.core", "jax.extend", "jax.interpreters")
 READS_INTERNALS = {
     "tests/keras/conftest.py": "JAX has no public way to compile a whole process quickly",
 }
+# Names that several files may have, because they hold the same concept for different layers.
+SHARED_NAMES = {
+    "__init__.py": "Python's",
+    "internal.py": "a folder's door for other folders",
+    "dot.py": "dot_general and matmul: in ops of QTensors, in training of floats",
+    "lora.py": "adapters: of trees, and of Keras layers",
+    "low_rank.py": "an array with adapters, and operations on it",
+    "quantize.py": "an array, a tree and a Keras model, quantized",
+}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.ClassDef, *FUNCTIONS)
 
 MODULES = sorted(ROOT.rglob("*.py"))
+SOURCES = sorted(p for p in ROOT.rglob("*") if p.suffix in (".py", ".cc", ".h"))
 each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
@@ -145,10 +156,20 @@ def test_imports_are_at_the_top(path):
         assert not late or name in LATE_IMPORTS, f"{path}:{late}: imports inside a function"
 
 
-@each_module
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_module_is_small(path):
     lines = len(path.read_text().splitlines())
     assert lines <= MAX_FILE_LINES, f"{path}: {lines} lines; split it by concept"
+
+
+def test_files_of_one_name_hold_one_concept():
+    by_name = collections.defaultdict(list)
+    for path in SOURCES:
+        by_name[path.name].append(str(path.relative_to(ROOT)))
+    shared = {name: paths for name, paths in by_name.items() if len(paths) > 1}
+    unexpected = {name: paths for name, paths in shared.items() if name not in SHARED_NAMES}
+    assert not unexpected, f"rename all but one: {unexpected}"
+    assert set(SHARED_NAMES) <= set(shared), "names that are not shared"
 
 
 def body_lines(function):
