@@ -20,6 +20,8 @@ from .params import frames as frames
 from .params import is_tracer as is_tracer
 from .params import jit_name as jit_name
 from .params import name_stack as name_stack
+from .partitioning import is_partitioned as is_partitioned
+from .partitioning import spans_devices as spans_devices
 from .sharding import OutSharding as OutSharding
 from .sharding import before_transpose as before_transpose
 from .sharding import is_sharded as is_sharded
