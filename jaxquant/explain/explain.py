@@ -14,11 +14,13 @@ from ..jaxprs import (
     add_slices,
     chips,
     frames,
+    is_partitioned,
     is_sliced,
     jit_name,
     marker_p,
     marking,
     name_stack,
+    spans_devices,
     walk,
 )
 from ..ops import Choice, Record, bytes_of, operations_of
@@ -33,7 +35,8 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
     Nothing is computed: `fn` is only traced. A product is a call of `dot_general`, `matmul`,
     `einsum`, `conv_general_dilated` or `ragged_dot` with a QTensor, also inside jit, loops, `vmap`,
     gradients and Keras layers. `take` does not multiply, so it has no row; nor do the float
-    products that gradients consist of.
+    products that gradients consist of. Where XLA partitions the program among devices, by the
+    shardings of `args`, a mesh or the program itself, rows say what runs there.
 
     Args:
         fn: a function of arrays and pytrees of arrays, jitted or not.
@@ -78,31 +81,34 @@ class _Product:
         copies: copies that `vmap` made of the result, of lhs and of rhs.
         site: where its marker lies.
         is_sliced: whether an operand is a slice of codes of less than a byte.
+        is_partitioned: whether XLA divides it among devices.
     """
 
     record: Record
     copies: tuple[int, int, int]
     site: Site
     is_sliced: bool
+    is_partitioned: bool
 
 
 def _products(fn, args, platform) -> Iterator[_Product]:
     """The products of a function on a platform, in order."""
     with marking():
         program = jax.make_jaxpr(fn)(*args)
-    sliced = frozenset()
+    sliced, is_on_several = frozenset(), spans_devices(program, args)
     for site in walk(program, platform):
         eqn = site.eqn
         if eqn.primitive is marker_p:
             record, copies = eqn.params["record"], eqn.params["copies"]
-            yield _Product(record, copies, site, is_sliced(eqn.invars, sliced))
+            is_divided = is_on_several and is_partitioned(site)
+            yield _Product(record, copies, site, is_sliced(eqn.invars, sliced), is_divided)
         sliced = add_slices(eqn, sliced)
 
 
 def _row(
     product: _Product, machine: Machine, chip: str | None, measurement: Measurement | None
 ) -> ExplanationRow:
-    record, choice = product.record, _choice(product.record, machine, chip)
+    record, choice = product.record, _choice(product, machine, chip)
     size, operations = bytes_of(record, product.copies), operations_of(record, product.copies)
     is_bound_by_memory = operations < size * machine.operations_per_byte(choice.is_integer)
     speeds = () if measurement is None else _speeds(product, choice, measurement)
@@ -115,7 +121,7 @@ def _row(
         formats=_formats(record),
         implementation=choice.implementation,
         is_forced=record.is_forced,
-        not_selected=choice.refusals,
+        not_selected=choice.not_selected,
         is_integer=choice.is_integer,
         copies=product.copies[0],
         times=product.site.times,
@@ -133,11 +139,13 @@ def _chip(platform: str | None, machine: Machine) -> str | None:
     return here or machine.name
 
 
-def _choice(record: Record, machine: Machine, chip: str | None) -> Choice:
+def _choice(product: _Product, machine: Machine, chip: str | None) -> Choice:
     """The choice for the chip, else for its platform, else for all others."""
-    found = {(choice.platform, choice.chip): choice for choice in record.choices}
-    keys = (machine.lowering, chip), (machine.lowering, None), (None, None)
-    return next(found[key] for key in keys if key in found)
+    choices = {(c.platform, c.chip, c.is_partitioned): c for c in product.record.choices}
+    targets = (machine.lowering, chip), (machine.lowering, None), (None, None)
+    kinds = (True, False) if product.is_partitioned else (False,)
+    keys = ((*target, kind) for target in targets for kind in kinds)
+    return next(choices[key] for key in keys if key in choices)
 
 
 def _formats(record):
@@ -148,7 +156,7 @@ def _formats(record):
 
 def _speeds(product, choice, measurement):
     record = product.record
-    if record.rows is None or product.copies[0] > 1:
+    if record.rows is None or product.copies[0] > 1 or product.is_partitioned:
         return ()
     inputs = record.lhs.inputs if record.lhs.is_quantized else "float"
     key = (record.rhs.inputs, inputs, choice.implementation)

@@ -48,6 +48,8 @@ class Implementation:
             supported, or None; chip is a TPU generation in `chips.TUNED`, or None for all others.
         is_integer: (lhs, rhs, spec) -> whether it multiplies codes as integers.
         reads_packed: whether it reads sub-byte codes packed, without unpacking them first.
+        fallback: rows that it tries instead, in order, where XLA partitions the program; empty if
+            XLA can partition this row.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Implementation:
     why_slower: Callable[[Operand, Operand, Any, str | None], str | None] = lambda *_: None
     is_integer: Callable[[Operand, Operand, Any], bool] = lambda lhs, rhs, spec: False
     reads_packed: bool = False
+    fallback: "Table" = ()
 
 
 Table = tuple[Implementation, ...]
@@ -127,18 +130,6 @@ def _by_chip(found, lhs, rhs, spec):
 
 
 def _record(lhs, rhs, spec, out, found, is_forced):
-    choices = tuple(
-        Choice(
-            platform if platform in _PLATFORMS else None,
-            chip,
-            row.name,
-            row.is_integer(lhs, rhs, spec),
-            row.reads_packed,
-            refusals,
-        )
-        for platform, rows in found.items()
-        for chip, (row, refusals) in rows.items()
-    )
     return Record(
         operation=spec.operation,
         lhs=record.operand_record(lhs),
@@ -147,8 +138,33 @@ def _record(lhs, rhs, spec, out, found, is_forced):
         result_bytes=out.size * out.dtype.itemsize,
         length=spec.length(lhs, rhs),
         rows=spec.rows(lhs, rhs),
-        choices=choices,
+        choices=tuple(_choices(found, lhs, rhs, spec)),
         is_forced=is_forced,
+    )
+
+
+def _choices(found, lhs, rhs, spec):
+    for platform, rows in found.items():
+        for chip, (row, not_selected) in rows.items():
+            yield _choice(row, not_selected, lhs, rhs, spec, platform, chip, False)
+            if not row.fallback:
+                continue
+            while row.fallback:
+                last = row.name, "XLA cannot partition it among devices"
+                row, more = _choose(row.fallback, lhs, rhs, spec, platform, chip)
+                not_selected = (*not_selected, last, *more)
+            yield _choice(row, not_selected, lhs, rhs, spec, platform, chip, True)
+
+
+def _choice(row, not_selected, lhs, rhs, spec, platform, chip, is_partitioned):
+    return Choice(
+        platform=platform if platform in _PLATFORMS else None,
+        chip=chip,
+        is_partitioned=is_partitioned,
+        implementation=row.name,
+        is_integer=row.is_integer(lhs, rhs, spec),
+        reads_packed=row.reads_packed,
+        not_selected=not_selected,
     )
 
 
@@ -169,15 +185,15 @@ def _choose_by_chip(table, lhs, rhs, spec, platform):
 
 def _choose(table, lhs, rhs, spec, platform, chip):
     """The row, and why those before it that are for the platform were not taken."""
-    refusals = []
+    not_selected = []
     for row in table[:-1]:
         if row.platforms is not None and platform not in row.platforms:
             continue
         why_not = row.why_unsupported(lhs, rhs, spec) or row.why_slower(lhs, rhs, spec, chip)
         if why_not is None:
-            return row, tuple(refusals)
-        refusals.append((row.name, why_not))
-    return table[-1], tuple(refusals)
+            return row, tuple(not_selected)
+        not_selected.append((row.name, why_not))
+    return table[-1], tuple(not_selected)
 
 
 def _forced(table, lhs, rhs, spec, name):

@@ -16,18 +16,21 @@ class Choice:
     Attributes:
         platform: as `jax.lax.platform_dependent` names it; None for all that are not named.
         chip: a generation of TPUs; None for all that are not named.
+        is_partitioned: whether it runs where XLA partitions the program; else it runs in other
+            programs, and in partitioned ones if there is no choice for these.
         implementation: name of the row.
         is_integer: whether it multiplies codes as integers.
         reads_packed: whether it reads sub-byte codes packed, without unpacking them first.
-        refusals: (name of an earlier row, why it cannot run these operands here).
+        not_selected: (name of an earlier row, why it is not selected).
     """
 
     platform: str | None
     chip: str | None
+    is_partitioned: bool
     implementation: str
     is_integer: bool
     reads_packed: bool
-    refusals: tuple[tuple[str, str], ...]
+    not_selected: tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Record:
         length: products that are added for one element of the result.
         rows: rows of inputs, where one matrix on the right multiplies them all; else None.
         choices: one per platform that has rows of its own, and per chip that has, and one for all
-            others.
+            others; a second one where XLA cannot partition the first.
         is_forced: whether `implementation=` named the row.
     """
 

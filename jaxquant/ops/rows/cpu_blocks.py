@@ -31,7 +31,12 @@ def row(fallback: Table) -> Implementation:
         kernel_or_xla, kernel=run, where=unless_partitioned, fallback=fallback, platform="cpu"
     )
     return Implementation(
-        "blocks", blocks, why_unsupported, ("cpu",), is_integer=integer.is_supported
+        "blocks",
+        blocks,
+        why_unsupported,
+        ("cpu",),
+        is_integer=integer.is_supported,
+        fallback=fallback,
     )
 
 

@@ -40,6 +40,7 @@ def row(fallback: Table) -> Implementation:
         ("cpu",),
         is_integer=_is_integer,
         reads_packed=True,
+        fallback=fallback,
     )
 
 

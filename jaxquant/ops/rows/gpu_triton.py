@@ -39,6 +39,7 @@ def row(fallback: Table) -> Implementation:
         lambda *_: "not measured on a GPU yet",
         integer.is_of_8_bits,
         reads_packed=True,
+        fallback=fallback,
     )
 
 

@@ -43,6 +43,7 @@ def row(fallback: Table) -> Implementation:
         ("tpu",),
         _why_slower,
         reads_packed=True,
+        fallback=fallback,
     )
 
 
