@@ -12,7 +12,7 @@ import rich.console
 
 from . import demo, tree
 from .core import SCHEMES, Scheme
-from .tree.internal import check_target, is_saved_tree, progress_bar, read_arrays
+from .tree.internal import check_target, progress_bar, read_tree
 from .version import __version__
 
 _EXAMPLES = """examples:
@@ -140,8 +140,11 @@ def _quantize(options):
             f"nothing to do for {options.source}: give --scheme NAME, --rule PATTERN=NAME, or both"
         )
     check_target(options.target)
-    is_ours = is_saved_tree(options.source)
-    params = (tree.load if is_ours else read_arrays)(options.source)
+    if options.target.exists() and options.target.samefile(options.source):
+        raise ValueError(
+            f"{options.source} and {options.target} are the same file; name another for the result"
+        )
+    params, _ = read_tree(options.source)
     quantized = tree.quantize(params, rules, progress=not options.json)
     report = tree.report(params, quantized, rules)
     sqnr = {r["path"]: r["sqnr"] for r in report.to_json()["rows"] if r["sqnr"] is not None}
@@ -150,14 +153,22 @@ def _quantize(options):
 
 
 def _inspect(options):
-    is_ours = is_saved_tree(options.file)
-    params = (tree.load if is_ours else read_arrays)(options.file)
-    known = json.loads(tree.read_metadata(options.file).get(_SQNR, "{}")) if is_ours else {}
+    params, metadata = read_tree(options.file)
+    known = _kept_sqnr(options.file, metadata)
     rows = tree.report(None, params).rows
     report = tree.Report(tuple(dataclasses.replace(r, sqnr=known.get(r.path)) for r in rows))
     if options.plot:
         report.plot(options.plot)
     _print(report.table(), report.to_json(), options)
+
+
+def _kept_sqnr(path, metadata):
+    """SQNR by the path of a leaf, from when the file was quantized."""
+    text = metadata.get(_SQNR, "{}")
+    try:
+        return {name: float(value) for name, value in json.loads(text).items()}
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its metadata {_SQNR!r} is malformed: {text[:80]!r}") from error
 
 
 def _print(table, values, options):

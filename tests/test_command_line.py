@@ -1,4 +1,6 @@
 import json
+import os
+import resource
 import subprocess
 import sys
 
@@ -118,21 +120,36 @@ def test_rules_alone_leave_all_else(model, run, tmp_path):
     assert set(scales_of(tmp_path / "small")) == {"lm_head.weight"}
 
 
-def test_a_file_of_ours_may_be_quantized_in_place_and_further(run, tmp_path):
+def test_a_file_of_ours_may_be_quantized_further(run, tmp_path):
     save(tmp_path / "a", parameters() | {"name": "text"})
-    status, _, err = run("quantize", tmp_path / "a", tmp_path / "a", "--rule", "out/0=W8A8")
+    status, _, err = run("quantize", tmp_path / "a", tmp_path / "b", "--rule", "out/0=W8A8")
     assert status == 0, err
-    status, _, err = run("quantize", tmp_path / "a", tmp_path / "a", "--rule", "embed*=W8A8")
+    status, _, err = run("quantize", tmp_path / "b", tmp_path / "c", "--rule", "embed*=W8A8")
     assert status == 0, err
-    found = load(tmp_path / "a")
+    found = load(tmp_path / "c")
     assert isinstance(found["out"][0], QTensor)
     assert isinstance(found["embed"]["table"], QTensor)
     assert found["name"] == "text"
-    before = (tmp_path / "a").read_bytes()
-    status, out, err = run("quantize", tmp_path / "a", tmp_path / "a", "--rule", "out/0=W8A8")
+    status, out, err = run("quantize", tmp_path / "c", tmp_path / "d", "--rule", "out/0=W8A8")
     assert (status, out) == (2, "")
     assert "out/0: quantized already" in err
-    assert (tmp_path / "a").read_bytes() == before
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "./x/../model.safetensors", "link", "hard"])
+def test_input_and_output_must_be_two_files(model, run, tmp_path, monkeypatch, name):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link").symlink_to("model.safetensors")
+    (tmp_path / "hard").hardlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    before = model.read_bytes()
+    monkeypatch.setattr(tree, "quantize", None)
+    for names in ((model, name), (name, model)):
+        status, out, err = run("quantize", *names, "--scheme", "W8A8")
+        assert (status, out) == (2, "")
+        assert err.endswith("are the same file; name another for the result\n")
+    assert model.read_bytes() == before
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_inspect_shows_what_was_kept_of_the_report(model, run, tmp_path):
@@ -193,7 +210,14 @@ BAD = [
     (["quantize", "{text}", "{folder}/no/out", "--scheme", "W8A8"], "no is not a folder; create"),
     (["quantize", "{text}", "{out}", "--scheme", "W8A8"], "is not a safetensors file: "),
     (["inspect", "{folder}/none"], "No such file or directory"),
-    (["inspect", "{folder}"], "Is a directory"),
+    (["inspect", "{folder}"], " is a folder; name a file, such as"),
+    (["quantize", "{folder}", "{out}", "--scheme", "W8A8"], " is a folder; name a file, such as"),
+    (["inspect", "{index}"], "index.json is the index of a checkpoint of several files, which can"),
+    (["quantize", "{index}", "{out}", "--scheme", "W8A8"], " is the index of a checkpoint of "),
+    (["quantize", "{model}", "{fifo}", "--scheme", "W8A8"], "fifo is a device, FIFO or socket (m"),
+    (["quantize", "{model}", "/dev/null", "--scheme", "W8A8"], "null is a device, FIFO or socket"),
+    (["inspect", "{fifo}"], "fifo is a device, FIFO or socket (mode prw"),
+    (["inspect", "{sqnr}"], "sqnr: its metadata 'jaxquant.sqnr' is malformed: 'high'"),
     (["inspect", "{text}"], "is not a safetensors file: "),
     (["inspect", "{broken}"], "broken was altered: "),
     (["inspect", "{model}", "--plot", "{out}"], "No leaf of 5 is quantized; there is nothing to"),
@@ -213,8 +237,12 @@ def test_errors_are_one_text_and_status_2(model, run, tmp_path, tiny, arguments,
     (tmp_path / "text").write_text("Once upon a time there was a file of text.\n")
     data = model.read_bytes()
     (tmp_path / "broken").write_bytes(data.replace(b'"F32"', b'"F33"'))
+    (tmp_path / "index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": "b"}}))
+    os.mkfifo(tmp_path / "fifo")
+    save(tmp_path / "sqnr", {"a": np.ones(2)}, {"jaxquant.sqnr": "high"})
     names = {"folder": tmp_path, "model": model, "out": tmp_path / "out", "encoder": tiny}
-    names |= {name: tmp_path / name for name in ("text", "broken")}
+    names |= {name: tmp_path / name for name in ("text", "broken", "fifo", "sqnr")}
+    names["index"] = tmp_path / "index.json"
     files = {p.name for p in tmp_path.iterdir()}
 
     status, out, err = run(*(a.format(**names) for a in arguments))
@@ -224,6 +252,30 @@ def test_errors_are_one_text_and_status_2(model, run, tmp_path, tiny, arguments,
     assert "Traceback" not in err
     assert {p.name for p in tmp_path.iterdir()} == files
     assert model.read_bytes() == data
+
+
+def test_a_full_disk_is_one_text_and_leaves_no_file(model, run, tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        status, out, err = run("quantize", model, tmp_path / "out", "--scheme", "W8A8", "--json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (status, out) == (2, "")
+    assert err == (
+        f"jaxquant quantize: [Errno 27] File too large; could not write: '{tmp_path / 'out'}'\n"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_an_unreadable_file_is_one_text(model, run, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied", str(model))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    status, out, err = run("inspect", model)
+    assert (status, out) == (2, "")
+    assert err == f"jaxquant inspect: [Errno 13] Permission denied: '{model}'\n"
 
 
 @pytest.fixture(scope="module")

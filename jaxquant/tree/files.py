@@ -3,15 +3,13 @@
 The header's metadata has two entries: MANIFEST, JSON with the version, the user's metadata,
 and, compressed because names repeat, the structure, the number formats and a checksum for each
 tensor; and CHECKSUM, that of MANIFEST. Codes of less than a byte are packed; dtypes that
-safetensors cannot give to NumPy are stored as their bytes. Nothing is pickled, and nothing but
-this module is needed to read.
+safetensors does not have are stored as their bytes. Nothing is pickled.
 """
 
 import base64
+import contextlib
 import json
 import os
-import secrets
-import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,52 +17,72 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from .atomic import replacing
 from .manifest import Decoder, Encoder
 from .paths import is_quantized, leaves_with_paths
+from .tensor_file import (
+    MALFORMED,
+    MAX_HEADER_BYTES,
+    TensorFile,
+    check_regular,
+    check_strings,
+    open_tensors,
+    summary,
+    write_tensors,
+)
 
 VERSION = 1
 _MANIFEST, _CHECKSUM = "jaxquant", "jaxquant.crc32"
-# Bytes of a header that safetensors reads.
-_LONGEST_HEADER = 100_000_000
+# The contents of a manifest must fit: a small file could decompress to a thousand times its size.
+_MAX_CONTENT_BYTES = MAX_HEADER_BYTES
 
 
 def save(path: str | os.PathLike, tree: Any, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a tree of arrays and QTensors to a safetensors file, bit for bit.
 
-    The file appears whole or not at all: it is written under a temporary name beside its
-    place, flushed to disk, and renamed.
+    The file appears whole or not at all: it is written under a temporary name in the same folder,
+    flushed to disk, and renamed. If `path` is a symbolic link, the file that it leads to is
+    replaced. Equal trees give equal bytes, whatever the order of their dicts.
 
     Args:
         path: file to write, or to replace.
         tree: nested dicts (keys str or int), lists, tuples and None, with arrays, QTensors,
             numbers and strings at the leaves. Other containers (named tuples, dataclasses,
-            Flax and Equinox nodes) are written as dicts of their children; `load` puts them
-            back with `like=`.
-        metadata: strings of your own, for `read_metadata`.
+            Flax and Equinox nodes) are written as dicts of their children; `load` restores them
+            with `like=`.
+        metadata: your own strings, for `read_metadata`.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: as for `check_target`.
-        ValueError: a leaf is none of these, by path; or metadata is not of strings.
+        FileNotFoundError, IsADirectoryError, PermissionError: as for `check_target`.
+        OSError: the file cannot be written, for example because the disk is full.
+        ValueError: a leaf is of another type, by path; metadata is not of strings; or `path` is a
+            device, FIFO or socket.
+
+    Example:
+        >>> params = jq.tree.quantize({"kernel": jnp.ones((128, 8))}, jq.W8A8)
+        >>> jq.save("small.safetensors", params, {"note": "first try"})
+        >>> jq.load("small.safetensors")["kernel"].shape
+        (128, 8)
     """
     check_target(path)
     metadata = dict(metadata or {})
-    if not all(isinstance(s, str) for item in metadata.items() for s in item):
-        raise ValueError(f"metadata must map str to str; got {metadata!r}. Use json.dumps.")
+    check_strings(metadata)
     encoder = Encoder()
+    try:
+        structure = encoder.encode(tree)
+    except RecursionError as error:
+        raise ValueError(f"The tree is nested too deeply to save as {path}; flatten it.") from error
     contents = {
-        "structure": encoder.encode(tree),
+        "structure": structure,
         "statics": encoder.statics,
         "tensors": {name: _checksum(array) for name, array in encoder.arrays.items()},
     }
-    manifest = {"version": VERSION, "metadata": metadata, "tree": _compress(contents)}
-    text = json.dumps(manifest)
+    metadata = dict(sorted(metadata.items()))
+    text = json.dumps({"version": VERSION, "metadata": metadata, "tree": _compress(contents)})
     header = {_MANIFEST: text, _CHECKSUM: str(zlib.crc32(text.encode()))}
-    _write_atomically(
-        Path(path), lambda name: safetensors.numpy.save_file(encoder.arrays, name, metadata=header)
-    )
+    with replacing(path) as file:
+        write_tensors(file, encoder.arrays, header)
 
 
 def check_target(path: str | os.PathLike) -> None:
@@ -75,18 +93,26 @@ def check_target(path: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: its folder does not exist.
+        PermissionError: its folder cannot be written to.
         IsADirectoryError: it is a folder.
+        ValueError: it is a device, FIFO or socket.
     """
     folder = Path(path).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; create it first.")
-    if Path(path).is_dir():
-        example = Path(path) / "model.safetensors"
-        raise IsADirectoryError(f"{path} is a folder; name a file, such as {example}.")
+    # A link may lead to nothing.
+    if os.path.lexists(path):
+        folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path} is a link into {folder}, which is not a folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to; choose another folder.")
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(path)
 
 
 def load(path: str | os.PathLike, *, like: Any = None) -> Any:
-    """Reads a tree that `save` wrote, tensor by tensor from a memory map.
+    """Reads a tree that `save` wrote.
 
     Args:
         path: file to read.
@@ -94,33 +120,21 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
             `jax.eval_shape`; None for dicts, lists and tuples as they were saved.
 
     Returns:
-        The tree, its arrays on the default device. 64-bit arrays stay NumPy arrays unless
-        64-bit types are enabled in JAX, which would cut them.
+        The tree, its arrays on the default device, its dicts in the order of their keys. 64-bit
+        arrays stay NumPy arrays unless JAX has 64-bit types enabled, since JAX would cut them.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be read.
         ValueError: the file is truncated, altered, not safetensors, not from `save`, or of a
             newer version, or does not have the structure of `like`; the text says which.
+
+    Example:
+        >>> jq.save("pair.safetensors", (jnp.arange(3), [jnp.ones(2)]))
+        >>> jq.load("pair.safetensors")
+        (Array([0, 1, 2], dtype=int32), [Array([1., 1.], dtype=float32)])
     """
-    contents = _decompress(_read_manifest(path)["tree"])
-    checksums = contents["tensors"]
-    with _open(path) as file:
-        missing = sorted(set(checksums) - set(file.keys()))
-        if missing:
-            raise ValueError(
-                f"{path} has lost {len(missing)} tensors, such as {missing[0]!r}. Save it anew."
-            )
-
-        def read(name):
-            array = file.get_tensor(name)
-            if _checksum(array) != checksums[name]:
-                raise ValueError(
-                    f"{path} was altered: tensor {name!r} does not have its checksum "
-                    f"{checksums[name]}. Save it anew."
-                )
-            return array
-
-        tree = Decoder(contents["statics"], read).decode(contents["structure"])
+    with open_tensors(path) as file:
+        tree = _decode(file, _read_manifest(file))
     return tree if like is None else _restructure(tree, like, path)
 
 
@@ -128,40 +142,114 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The strings that `save` was given, without reading any tensor.
 
     Raises:
-        FileNotFoundError, ValueError: as for `load`.
+        OSError, ValueError: as for `load`.
+
+    Example:
+        >>> jq.save("noted.safetensors", {"bias": jnp.ones(3)}, {"note": "first try"})
+        >>> jq.tree.read_metadata("noted.safetensors")
+        {'note': 'first try'}
     """
-    return _read_manifest(path)["metadata"]
+    with open_tensors(path) as file:
+        return _read_manifest(file)["metadata"]
 
 
-def is_saved_tree(path: str | os.PathLike) -> bool:
-    """Whether `save` wrote the file, rather than another writer of safetensors.
+def read_tree(path: str | os.PathLike) -> tuple[Any, dict[str, str]]:
+    """The tree of any safetensors file, and the metadata that `save` was given.
+
+    Returns:
+        What `load` and `read_metadata` return, if `save` wrote the file; else its arrays by name,
+        and {}.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is not safetensors.
+        OSError, ValueError: as for `load`, or NumPy does not have the dtype of a tensor.
     """
-    return _MANIFEST in _read_header(path)
+    with open_tensors(path) as file:
+        if _MANIFEST in file.metadata:
+            manifest = _read_manifest(file)
+            return _decode(file, manifest), manifest["metadata"]
+        return {name: file.read(name) for name in file.entries}, {}
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of any safetensors file, by name.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, or not safetensors, or has a dtype that safetensors
-            cannot give to NumPy.
+        OSError: there is no such file, or it cannot be read.
+        ValueError: the file is truncated, altered, or not safetensors, or NumPy does not have the
+            dtype of a tensor.
     """
-    with _open(path) as file:
-        return {name: _read_array(file, name, path) for name in file.keys()}  # noqa: SIM118
+    with open_tensors(path) as file:
+        return {name: file.read(name) for name in file.entries}
 
 
-def _read_array(file, name, path):
-    try:
-        return file.get_tensor(name)
-    except AttributeError as error:
+def _read_manifest(file: TensorFile) -> dict[str, Any]:
+    """The manifest, its version and the types of its parts checked."""
+    path, header = file.path, file.metadata
+    if _MANIFEST not in header:
         raise ValueError(
-            f"{path}: {name!r} has dtype {file.get_slice(name).get_dtype()}, which safetensors "
-            "cannot give to NumPy. Store it as bfloat16 or float32."
-        ) from error
+            f"{path} is a safetensors file, but was not written by jaxquant.save: its header has "
+            f"no {_MANIFEST!r} entry. Read it with safetensors.numpy.load_file."
+        )
+    text = header[_MANIFEST]
+    if header.get(_CHECKSUM) != str(zlib.crc32(text.encode(errors="surrogatepass"))):
+        raise ValueError(
+            f"{path} was altered: its header does not have the checksum "
+            f"{header.get(_CHECKSUM)}. Save it again."
+        )
+    try:
+        manifest = dict(json.loads(text))
+        version = manifest["version"]
+        if type(version) is not int or version < 1:
+            raise TypeError(f"version must be a positive int, got {version!r}")
+        is_newer = version > VERSION
+        if not is_newer and not isinstance(manifest["tree"], str):
+            raise TypeError(f"tree must be a str, got {manifest['tree']!r}")
+        if not is_newer:
+            check_strings(manifest["metadata"])
+    except MALFORMED as error:
+        raise ValueError(f"{path}: its manifest is malformed, {summary(error)}.") from error
+    if is_newer:
+        raise ValueError(
+            f"{path} has version {version}; this jaxquant reads up to {VERSION}. Update jaxquant."
+        )
+    return manifest
+
+
+def _decode(file: TensorFile, manifest: dict[str, Any]) -> Any:
+    """The tree of a file."""
+    try:
+        contents = _decompress(manifest["tree"])
+        structure, statics, checksums = (contents[k] for k in ("structure", "statics", "tensors"))
+        missing = sorted(set(checksums) - set(file.entries))
+    except (*MALFORMED, zlib.error) as error:
+        raise ValueError(f"{file.path}: its structure is malformed, {summary(error)}.") from error
+    if missing:
+        raise ValueError(
+            f"{file.path} lacks {len(missing)} of its tensors, such as {missing[0]!r}. Save it "
+            "again."
+        )
+
+    def read(name):
+        # Each once: else a small file could ask for any amount of memory.
+        expected = checksums.pop(name)
+        array = file.read(name)
+        if _checksum(array) != expected:
+            raise _Altered(
+                f"{file.path} was altered: tensor {name!r} does not have its checksum {expected}. "
+                "Save it again."
+            )
+        return array
+
+    try:
+        return Decoder(statics, read).decode(structure)
+    except _Altered:
+        raise
+    except MALFORMED as error:
+        raise ValueError(f"{file.path}: its structure is malformed, {summary(error)}.") from error
+
+
+class _Altered(ValueError):
+    """A tensor without its checksum."""
 
 
 def _restructure(tree, like, path):
@@ -196,94 +284,19 @@ def _checksum(array):
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, start)
 
 
-def _write_atomically(path, write):
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.touch()
-    mode = (path if path.exists() else temporary).stat().st_mode
-    try:
-        write(temporary)
-        # safetensors makes files that their owner alone may read.
-        temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    # The name, too, must outlive a crash.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _read_header(path) -> dict[str, str]:
-    with _open(path) as file:
-        return file.metadata() or {}
-
-
-def _read_manifest(path) -> dict[str, Any]:
-    header = _read_header(path)
-    if _MANIFEST not in header:
-        raise ValueError(
-            f"{path} is a safetensors file, but not one that jaxquant.save wrote: its header has "
-            f"no {_MANIFEST!r} entry. Read it with safetensors.numpy.load_file."
-        )
-    text = header[_MANIFEST]
-    if header.get(_CHECKSUM) != str(zlib.crc32(text.encode())):
-        raise ValueError(
-            f"{path} was altered: its header does not have the checksum "
-            f"{header.get(_CHECKSUM)}. Save it anew."
-        )
-    manifest = json.loads(text)
-    if manifest["version"] > VERSION:
-        raise ValueError(
-            f"{path} has version {manifest['version']}; this jaxquant reads up to {VERSION}. "
-            "Update jaxquant."
-        )
-    return manifest
-
-
 def _compress(value):
-    return base64.b64encode(zlib.compress(json.dumps(value).encode(), 9)).decode()
+    data = json.dumps(value).encode()
+    if len(data) > _MAX_CONTENT_BYTES:
+        raise ValueError(
+            f"The structure of the tree takes {len(data)} bytes; a file may have "
+            f"{_MAX_CONTENT_BYTES}. Stack the layers, or save parts of it."
+        )
+    return base64.b64encode(zlib.compress(data, 9)).decode()
 
 
 def _decompress(text):
-    return json.loads(zlib.decompress(base64.b64decode(text)))
-
-
-def _open(path):
-    _check_whole(path)
-    try:
-        return safetensors.safe_open(path, "numpy")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} was altered: {error}. Copy it anew.") from error
-
-
-def _check_whole(path):
-    """Raises if the file is not safetensors, or shorter than its header says."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        text = file.read(min(length, size))
-    if length > _LONGEST_HEADER or not text.startswith(b"{"):
-        raise ValueError(
-            f"{path} is not a safetensors file: {size} bytes, without its header. Choose another."
-        )
-    expected = 8 + length + (0 if length + 8 > size else _data_bytes(text, path))
-    if size != expected:
-        state = "truncated" if size < expected else "altered"
-        raise ValueError(
-            f"{path} is {state}: {size} bytes, and its header says {expected}. Copy it anew."
-        )
-
-
-def _data_bytes(text, path):
-    try:
-        entries = [e for k, e in json.loads(text).items() if k != "__metadata__"]
-        return max([0, *(e["data_offsets"][1] for e in entries)])
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{path} was altered: its header cannot be read, {error!r}. Copy it anew."
-        ) from error
+    decompressor = zlib.decompressobj()
+    data = decompressor.decompress(base64.b64decode(text), _MAX_CONTENT_BYTES)
+    if not decompressor.eof:
+        raise ValueError(f"it is incomplete, or has more than {_MAX_CONTENT_BYTES} bytes")
+    return json.loads(data)

@@ -1,8 +1,8 @@
 """What the other folders of this package use of `tree` beyond what users call. Not public."""
 
 from .files import check_target as check_target
-from .files import is_saved_tree as is_saved_tree
 from .files import read_arrays as read_arrays
+from .files import read_tree as read_tree
 from .paths import leaves_with_paths as leaves_with_paths
 from .progress import progress_bar as progress_bar
 from .quantize import quantize_leaf as quantize_leaf

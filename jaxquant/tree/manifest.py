@@ -3,6 +3,7 @@
 A node is [kind, content]; the kinds are the keys of `_DECODERS`.
 """
 
+import collections
 import json
 import math
 from collections.abc import Callable
@@ -53,10 +54,7 @@ class Encoder:
     def encode(self, tree: Any, path: str = "") -> list[Any]:
         """The node of a tree."""
         if isinstance(tree, dict):
-            return [
-                "dict",
-                [[_key(k, path), self.encode(v, _join(path, k))] for k, v in tree.items()],
-            ]
+            return self._encode_dict({k: tree[k] for k in _keys(tree, path)}, path)
         if type(tree) in (list, tuple):
             items = [self.encode(v, _join(path, i)) for i, v in enumerate(tree)]
             return [type(tree).__name__, items]
@@ -69,6 +67,9 @@ class Encoder:
         if isinstance(tree, jax.Array | np.ndarray | np.generic):
             return self._encode_array(tree, path)
         return self._encode_container(tree, path)
+
+    def _encode_dict(self, items, path):
+        return ["dict", [[k, self.encode(v, _join(path, k))] for k, v in items.items()]]
 
     def _encode_qtensor(self, q, path):
         inputs = q.inputs
@@ -123,7 +124,7 @@ class Encoder:
                 f"None; got {type(tree).__name__}."
             )
         children = {jax.tree_util.keystr(k, simple=True): v for k, v in found}
-        return self.encode(children, path)
+        return self._encode_dict(children, path)
 
 
 class Decoder:
@@ -153,6 +154,8 @@ class Decoder:
         return tuple(self._list(content))
 
     def _value(self, content):
+        if not (content is None or isinstance(content, bool | int | float | str)):
+            raise TypeError(f"a value must be a number, a string or None, got {content!r}")
         return content
 
     def _array(self, content):
@@ -193,10 +196,14 @@ _DECODERS = {
 }
 
 
-def _key(key, path):
-    if not isinstance(key, str | int):
-        raise ValueError(f"{path or 'The tree'}: keys must be str or int; got {key!r}.")
-    return key
+def _keys(tree, path):
+    """Keys of a dict, sorted: JAX, too, takes dicts for equal whatever the order of insertion."""
+    for key in tree:
+        if not isinstance(key, str | int):
+            raise ValueError(f"{path or 'The tree'}: keys must be str or int; got {key!r}.")
+    if isinstance(tree, collections.OrderedDict):
+        return list(tree)
+    return sorted(tree, key=lambda key: (isinstance(key, str), key))
 
 
 def _join(path, key):

@@ -1,0 +1,253 @@
+"""Files with malformed headers, manifests and structures: one ValueError that names the file."""
+
+import base64
+import copy
+import dataclasses
+import json
+import struct
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import INT4, W8A8, ArrayConfig, Inputs, load, quantize, save, tree
+from jaxquant.tree.internal import read_arrays, read_tree
+
+from .trees import normal
+
+READERS = {
+    "load": load,
+    "read_metadata": tree.read_metadata,
+    "read_tree": read_tree,
+    "read_arrays": read_arrays,
+}
+# In the place of a JSON value.
+ODD = [None, True, 3, -1, 2**70, 1.5, "x", "\ud800", [], [[]], {}, {"a": 1}, ["x", 3], [1, 2]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A small file with every kind of node, as bytes."""
+    q = quantize(normal(4, 6), ArrayConfig(format=INT4, symmetric=False))
+    inputs = Inputs(W8A8.inputs, scale=jnp.float32(0.1))
+    params = {
+        "q": dataclasses.replace(q, inputs=inputs),
+        "list": [jnp.ones(2), (None, "text", 3)],
+        "half": jnp.ones(3, jnp.float8_e5m2),
+    }
+    path = tmp_path_factory.mktemp("saved") / "a"
+    save(path, params, {"k": "v"})
+    load(path)
+    return path.read_bytes()
+
+
+def parts_of(data):
+    """Header without metadata, manifest without structure, structure, and data."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    manifest = json.loads(header.pop("__metadata__")["jaxquant"])
+    contents = json.loads(zlib.decompress(base64.b64decode(manifest.pop("tree"))))
+    return {"header": header, "manifest": manifest, "contents": contents}, data[8 + length :]
+
+
+def joined(parts, data):
+    """The bytes of a file, with the checksums that its parts now have."""
+    tree = base64.b64encode(zlib.compress(json.dumps(parts["contents"]).encode())).decode()
+    manifest = parts["manifest"]
+    text = json.dumps({**manifest, "tree": tree} if isinstance(manifest, dict) else manifest)
+    metadata = {"jaxquant": text, "jaxquant.crc32": str(zlib.crc32(text.encode()))}
+    header = parts["header"]
+    header = {"__metadata__": metadata, **header} if isinstance(header, dict) else header
+    return container(json.dumps(header), data)
+
+
+def container(header, data=b""):
+    text = header.encode() if isinstance(header, str) else header
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def places(value, path=()):
+    """The path of each value inside a JSON value."""
+    yield path
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*path, key))
+
+
+def changed(value, path, change):
+    """A copy in which `change` was applied to the container and key of one place."""
+    root = {"": copy.deepcopy(value)}
+    node, key = root, ""
+    for step in path:
+        node, key = node[key], step
+    change(node, key)
+    return root.get("")
+
+
+def drop(node, key):
+    del node[key]
+
+
+def repeat(node, key):
+    node[key] = [node[key], node[key]]
+
+
+def replace_by(odd):
+    def replace(node, key):
+        node[key] = odd
+
+    return replace
+
+
+CHANGES = {"drop": drop, "repeat": repeat, **{json.dumps(v): replace_by(v) for v in ODD}}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("part", ["header", "manifest", "contents"])
+def test_any_change_of_a_part_is_a_valueerror_that_names_the_file(tmp_path, saved, part, change):
+    parts, data = parts_of(saved)
+    path, errors = tmp_path / "file", []
+    for place in places(parts[part]):
+        path.write_bytes(joined({**parts, part: changed(parts[part], place, change)}, data))
+        for read in (load, read_tree, tree.read_metadata):
+            try:
+                read(path)
+            except ValueError as error:
+                errors.append(str(error))
+    assert len(errors) >= (10 if part == "contents" else 2)
+    assert all(str(path) in text and len(text) < 1000 for text in errors)
+
+
+NESTED = {"lists": "[" * 200_000 + "]" * 200_000, "dicts": '{"a":' * 100_000 + "1" + "}" * 100_000}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("nested", NESTED.values(), ids=NESTED)
+def test_a_header_that_nests_deeply_is_malformed(tmp_path, read, nested):
+    (tmp_path / "a").write_bytes(container(f'{{"w":{nested}}}'))
+    with pytest.raises(ValueError, match=r"a was altered: its header is malformed, RecursionError"):
+        read(tmp_path / "a")
+
+
+@pytest.mark.parametrize("nested", NESTED.values(), ids=NESTED)
+def test_a_manifest_or_structure_that_nests_deeply_is_malformed(tmp_path, saved, nested):
+    parts, data = parts_of(saved)
+    whole = joined(parts, data)
+    metadata = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])["__metadata__"]
+    bomb = base64.b64encode(zlib.compress(nested.encode())).decode()
+    structure = json.dumps({**json.loads(metadata["jaxquant"]), "tree": bomb})
+    for text, what in ((nested, "manifest"), (structure, "structure")):
+        metadata = {"jaxquant": text, "jaxquant.crc32": str(zlib.crc32(text.encode()))}
+        header = json.dumps({"__metadata__": metadata, **parts["header"]})
+        (tmp_path / "a").write_bytes(container(header, data))
+        with pytest.raises(ValueError, match=f"a: its {what} is malformed, RecursionError"):
+            load(tmp_path / "a")
+
+
+def test_a_tree_of_many_levels_is_malformed(tmp_path, saved):
+    parts, data = parts_of(saved)
+    node = ["value", 1]
+    # JSON's parser bears as many, and building the tree does not.
+    for _ in range(450):
+        node = ["list", [node]]
+    parts["contents"]["structure"] = node
+    (tmp_path / "a").write_bytes(joined(parts, data))
+    with pytest.raises(ValueError, match="a: its structure is malformed, RecursionError"):
+        load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "part, place, value, text",
+    [
+        ("manifest", ["version"], "1", "manifest is malformed, .*positive int, got '1'"),
+        ("manifest", ["version"], True, "manifest is malformed, .*positive int, got True"),
+        ("manifest", ["version"], 0, "manifest is malformed, .*positive int, got 0"),
+        ("manifest", ["metadata"], {"k": 3}, "manifest is malformed, .*must map str to str"),
+        ("header", ["half", "dtype"], "F32", "header is malformed, .*F32 of shape .* 3 bytes"),
+        ("header", ["half", "dtype"], 8, "header is malformed, .*unknown dtype 8"),
+        ("header", ["half", "data_offsets"], [1, 4], "header is malformed, .*starts at byte"),
+        ("header", ["half", "shape"], [3.0], "header is malformed, .*must be integers"),
+        ("header", ["half", "shape"], [0, 2**80], "header is malformed, .*"),
+    ],
+)
+def test_what_is_malformed_is_said(tmp_path, saved, part, place, value, text):
+    parts, data = parts_of(saved)
+    parts[part] = changed(parts[part], place, replace_by(value))
+    (tmp_path / "a").write_bytes(joined(parts, data))
+    with pytest.raises(ValueError, match=f"a(:| was altered:) its {text}"):
+        load(tmp_path / "a")
+
+
+def test_a_wrong_dtype_of_the_structure_is_malformed(tmp_path, saved):
+    parts, data = parts_of(saved)
+    text = json.dumps(parts["contents"])
+    assert '"float8_e5m2"' in text
+    for dtype in ("float9", "object", "float64", "int4"):
+        parts["contents"] = json.loads(text.replace('"float8_e5m2"', f'"{dtype}"'))
+        (tmp_path / "a").write_bytes(joined(parts, data))
+        with pytest.raises(ValueError, match=r"a: its structure is malformed, "):
+            load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        "not base64!",
+        base64.b64encode(b"not zlib").decode(),
+        base64.b64encode(zlib.compress(b"{")).decode(),
+        base64.b64encode(zlib.compress(b"[1]")).decode(),
+        base64.b64encode(zlib.compress(b"{}" * 999)[:-9]).decode(),
+    ],
+)
+def test_contents_that_cannot_be_decompressed_are_malformed(tmp_path, tree):
+    text = json.dumps({"version": 1, "metadata": {}, "tree": tree})
+    metadata = {"jaxquant": text, "jaxquant.crc32": str(zlib.crc32(text.encode()))}
+    (tmp_path / "a").write_bytes(container(json.dumps({"__metadata__": metadata})))
+    with pytest.raises(ValueError, match="a: its structure is malformed, "):
+        load(tmp_path / "a")
+
+
+def test_no_more_is_decompressed_than_a_file_may_hold(tmp_path):
+    bomb = base64.b64encode(zlib.compress(b" " * 200_000_000, 1)).decode()
+    text = json.dumps({"version": 1, "metadata": {}, "tree": bomb})
+    metadata = {"jaxquant": text, "jaxquant.crc32": str(zlib.crc32(text.encode()))}
+    (tmp_path / "a").write_bytes(container(json.dumps({"__metadata__": metadata})))
+    with pytest.raises(ValueError, match="incomplete, or has more than 100000000 bytes"):
+        load(tmp_path / "a")
+
+
+def test_a_tensor_is_read_once(tmp_path, saved):
+    parts, data = parts_of(saved)
+    parts["contents"]["structure"] = ["list", [["array", ["list/0"]]] * 2]
+    (tmp_path / "a").write_bytes(joined(parts, data))
+    with pytest.raises(ValueError, match="a: its structure is malformed, KeyError: 'list/0'"):
+        load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("length", [0, 2**20, 99_999_999, 10**8 + 1, 2**63, 2**64 - 1])
+def test_any_length_of_the_header_is_a_valueerror(tmp_path, saved, length):
+    (tmp_path / "a").write_bytes(struct.pack("<Q", length) + saved[8:])
+    for read in READERS.values():
+        with pytest.raises(ValueError, match=r"a (is truncated|is not a safetensors|was altered)"):
+            read(tmp_path / "a")
+
+
+def test_a_text_that_is_no_unicode_is_malformed(tmp_path):
+    (tmp_path / "a").write_bytes(container(b'{"\xff\xfe": {}}'))
+    with pytest.raises(ValueError, match="a was altered: its header is malformed, UnicodeDecode"):
+        load(tmp_path / "a")
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_truncated(tmp_path, monkeypatch):
+    save(tmp_path / "a", {"a": np.ones(50_000), "b": np.ones(50_000)})
+    decompress = zlib.decompressobj
+
+    def shrink(*arguments):
+        with open(tmp_path / "a", "rb+") as file:
+            file.truncate((tmp_path / "a").stat().st_size - 1)
+        return decompress(*arguments)
+
+    monkeypatch.setattr(zlib, "decompressobj", shrink)
+    with pytest.raises(ValueError, match="a was truncated while 'b' was read"):
+        load(tmp_path / "a")
