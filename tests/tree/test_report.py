@@ -25,6 +25,7 @@ from jaxquant import (
     W8A8,
     W8A16,
     ArrayConfig,
+    Format,
     Rule,
     quantize,
     tree,
@@ -220,6 +221,30 @@ def test_the_histogram_counts_codes_in_equal_bins_over_the_range_of_the_format(c
     found = rows_of(None, {"q": q})["q"].codes
     assert sum(found) == q.size
     assert list(found) == wanted.tolist()
+
+
+def test_codes_are_counted_once_each_in_any_number_in_any_dtype_and_on_any_devices():
+    odd = quantize(normal(5, 7), ArrayConfig(format=INT8, axis=0))
+    wide = ArrayConfig(format=Format("int16", "int16", -32768, 32767), axis=0)
+    bad = dataclasses.replace(FP8.weights, axis=0)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    codes = jax.NamedSharding(mesh, jax.P("a"))
+    sharded = quantize(normal(64, 32), ArrayConfig(format=INT8, axis=0))
+    sharded = dataclasses.replace(sharded, codes=jax.device_put(sharded.codes, codes))
+    trees = {
+        "odd": odd,
+        "wide": quantize(normal(5, 7), wide),
+        "NaN": quantize(np.full((5, 7), np.nan, np.float32), bad),
+        "sharded": sharded,
+        "empty": quantize(np.zeros((0, 7), np.float32), ArrayConfig(axis=0)),
+    }
+    rows = rows_of(None, trees)
+    for name, q in trees.items():
+        assert sum(rows[name].codes) == q.size, name
+    for name in ("odd", "wide", "sharded"):
+        low, high = (trees[name].format.qmin, trees[name].format.qmax + 1)
+        wanted = np.histogram(np.asarray(trees[name].codes), np.linspace(low, high, 17))[0]
+        assert rows[name].codes == tuple(wanted.tolist())
 
 
 def test_json_holds_rows_and_total():
