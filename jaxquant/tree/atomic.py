@@ -67,14 +67,10 @@ def _create(folder, prefix, mode):
 
 def _remove_leftovers(folder, prefix):
     for leftover in folder.glob(f"{prefix}*.tmp"):
-        with contextlib.suppress(OSError):
-            flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-            descriptor = os.open(leftover, flags)
-            try:
-                if _lock(descriptor, unsupported=False):
-                    leftover.unlink()
-            finally:
-                os.close(descriptor)
+        # One that is another's, or already gone, is left.
+        with contextlib.suppress(OSError), open(leftover, "rb+") as file:
+            if _lock(file.fileno(), unsupported=False):
+                leftover.unlink()
 
 
 def _lock(descriptor, *, unsupported: bool) -> bool:

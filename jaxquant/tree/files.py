@@ -191,7 +191,9 @@ def _read_manifest(file: TensorFile) -> dict[str, Any]:
             f"no {_MANIFEST!r} entry. Read it with safetensors.numpy.load_file."
         )
     text = header[_MANIFEST]
-    if header.get(_CHECKSUM) != str(zlib.crc32(text.encode(errors="surrogatepass"))):
+    # JSON may hold half a surrogate pair.
+    checksum = zlib.crc32(text.encode(errors="surrogatepass"))
+    if header.get(_CHECKSUM) != str(checksum):
         raise ValueError(
             f"{path} was altered: its header does not have the checksum "
             f"{header.get(_CHECKSUM)}. Save it again."
