@@ -67,6 +67,15 @@ def drop_variable(layer: keras.layers.Layer, variable: keras.Variable) -> None:
     layer._untrack_variable(variable)
 
 
+def track_only(layer: keras.layers.Layer, variables: list[keras.Variable]) -> None:
+    """Makes these, in this order, the layer's own variables."""
+    tracker = layer._tracker
+    for name in ("trainable_variables", "non_trainable_variables"):
+        belongs, tracked = tracker.config[name]
+        tracked[:] = [v for v in variables if belongs(v)]
+        tracker.stored_ids[name] = {id(v) for v in tracked}
+
+
 def running_layer() -> keras.layers.Layer | None:
     """The outermost layer, such as a model, that is being called."""
     context = get_global_attribute("current_call_ctx")
@@ -129,6 +138,16 @@ def sublayers(layer: keras.layers.Layer) -> list[Any]:
 def seeds(layer: keras.layers.Layer) -> list[keras.Variable]:
     """The states of the layer's own random seeds."""
     return [generator.state for generator in layer._seed_generators]
+
+
+def store_attributes(store: Any) -> Any:
+    """The attributes of a layer's group in an HDF5 file; None for another kind of store.
+
+    None as well for a group that is divided among several files.
+    """
+    if len(getattr(store, "current_shard_filenames", ())) > 1:
+        return None
+    return getattr(getattr(store, "_h5_entry_group", None), "attrs", None)
 
 
 def is_functional(model: keras.Model) -> bool:

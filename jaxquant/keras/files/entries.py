@@ -8,7 +8,6 @@ axes they are shared along. (In float64, so that the step comes back bit by bit.
 """
 
 import json
-import math
 from functools import partial
 from typing import Any
 
@@ -17,11 +16,9 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from ...core import QTensor
 from .. import compat
 from ..configs import Int8QuantizationConfig, SchemeConfig
 from . import stock_entries
-from .stock_entries import StockMatrix
 from .storage_arrays import carriers, from_carriers, logical, to_carriers
 
 MARK = "quantization"
@@ -86,13 +83,14 @@ def _load_codes(layer, entries, config, is_plain):
     wanted += [shape for shapes in parts.values() for shape in shapes[1:]]
     _check_shapes(layer, entries, wanted)
     codes, rest = entries[: len(likes)], entries[len(likes) + len(others) :]
+    values = _values_of(layer, others, entries[len(likes) :])
     tensors = {}
     for name, first in zip(likes, codes, strict=True):
         count = len(parts[name]) - 1
         tensors[name] = _tensor(layer, name, likes[name], (first, *rest[:count]), is_plain)
         rest = rest[count:]
     layer.take_over(config, tensors)
-    _assign(others, entries[len(likes) :])
+    _assign(others, values)
 
 
 def _load_training(layer, entries, config):
@@ -106,9 +104,12 @@ def _load_training(layer, entries, config):
     wanted = [tuple(v.shape) for v in other_variables(layer, ())]
     wanted += layer.training_shapes() if is_new else []
     _check_shapes(layer, entries, wanted)
+    others = other_variables(layer, ())
+    floats = _values_of(layer, others, entries)
+    scales = [np.asarray(x, np.float32) for x in entries[len(others) :]]
     if is_new:
         layer.start_training(config)
-    _assign(other_variables(layer, ()), entries)
+    _assign(other_variables(layer, ()), [*floats, *scales])
 
 
 def _load_stock_int4(layer, entries):
@@ -118,14 +119,27 @@ def _load_stock_int4(layer, entries):
     _check_shapes(layer, entries[1 : len(others) + 1], [tuple(v.shape) for v in others])
     rest = entries[len(others) + 1 :]
     held = stock_entries.read_int4(where, entries[0], rest, layer.stock_matrix(name, shape))
+    values = _values_of(layer, others, entries[1:])
     like = layer.likes(held.config)[name]
     q = stock_entries.as_tensor(where, held, shape, logical(like))
     layer.take_over(held.config, {name: _checked(layer, *_ordered(q, like.order))})
-    _assign(others, entries[1:])
+    _assign(others, values)
+
+
+def _values_of(layer, variables, entries):
+    """The first entries, in the dtypes of variables that have their shapes."""
+    pairs = list(zip(variables, entries, strict=False))
+    odd = [v.name for v, x in pairs if x.dtype.kind not in "biuf" and x.dtype != jnp.bfloat16]
+    if odd:
+        raise ValueError(
+            f"The file must hold numbers for {odd} of layer {layer.name!r}; got dtypes "
+            f"{[x.dtype for _, x in pairs]}. It is damaged."
+        )
+    return [keras.ops.convert_to_tensor(x, v.dtype) for v, x in pairs]
 
 
 def _assign(variables, values):
-    for variable, value in zip(variables, values, strict=False):
+    for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 
 
@@ -260,82 +274,3 @@ def _is_plain(config):
     """Whether a config is the default int8, which needs no words."""
     default = Int8QuantizationConfig()
     return type(config) is Int8QuantizationConfig and config.get_config() == default.get_config()
-
-
-class SavedMixin(compat.KerasLayer):
-    """The saving hooks of a quantizable layer."""
-
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        inherited = getattr(super(), "get_config", None)
-        if cls.get_config is SavedMixin.get_config and inherited is not None:
-            cls.get_config = compat.with_default_mark(SavedMixin.get_config, inherited)
-
-    def save_own_variables(self, store: Any) -> None:
-        """Writes the variables in the order that the class documents."""
-        if not compat.has_quantized_variables(self):
-            return super().save_own_variables(store)
-        return save(self, store)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Reads what `save_own_variables` wrote; a float layer is quantized by it.
-
-        Raises:
-            ValueError: the file is of another layer, of floats for a quantized layer, or
-                quantized in another way. The layer is left as it was.
-        """
-        if compat.has_quantized_variables(self) or is_quantized(store):
-            return load(self, store)
-        shapes = [np.shape(store[key]) for key in sorted(store.keys(), key=_number)]
-        if stock_entries.is_float8(shapes, len(other_variables(self, ()))):
-            raise ValueError(
-                f"The file holds the scales of float8 training for layer {self.name!r}, which is "
-                f"a float layer; got shapes {shapes}. Quantize it first, by "
-                "Float8QuantizationConfig(training=True), then load the file."
-            )
-        return super().load_own_variables(store)
-
-    def stock_matrix(self, name: str, shape: tuple[int, ...]) -> StockMatrix:
-        """Hook: the matrix that stock Keras makes of a weight for int4: contracted axes first."""
-        axes = self.declared_weights[name].axes(self)
-        rows = math.prod(shape[a] for a in axes)
-        return StockMatrix((rows, math.prod(shape) // max(rows, 1)), 0)
-
-    def stock_scale_shape(self, name: str, like: QTensor) -> tuple[int, ...]:
-        """Hook: the shape of an int8 scale in stock Keras: without the axes it is shared along."""
-        shared = {a % like.ndim for a in self.declared_weights[name].axes(self)}
-        return tuple(n for a, n in enumerate(like.scale.shape) if a not in shared)
-
-    def scale_to_stock(self, name: str, scale: np.ndarray, like: QTensor) -> np.ndarray:
-        """Hook: a scale laid out as stock Keras has it for int8."""
-        return scale.reshape(self.stock_scale_shape(name, like))
-
-    def scale_from_stock(self, name: str, scale: np.ndarray, like: QTensor) -> np.ndarray:
-        """Hook: undoes `scale_to_stock`."""
-        return scale.reshape(like.scale.shape)
-
-    def tensor_to_save(self, name: str) -> QTensor:
-        """Hook: the quantized weight for a file, such as with LoRA merged."""
-        return self.quantized_weight(name)
-
-    def get_config(self) -> dict[str, Any]:
-        """The layer's arguments, and its quantization config if it has one."""
-        config = super().get_config()
-        quantization = self.quantization_config
-        if quantization is None:
-            return config
-        return {**config, "quantization_config": keras.saving.serialize_keras_object(quantization)}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]):
-        """Makes the layer that `get_config` describes, with its quantization config."""
-        config = dict(config)
-        quantization = config.pop("quantization_config", None)
-        layer = super().from_config(config)
-        layer.quantization_config = keras.saving.deserialize_keras_object(quantization)
-        return layer
-
-
-def _number(key):
-    """Entries in their order, and others after them."""
-    return (0, int(key), key) if key.isdigit() else (1, 0, key)

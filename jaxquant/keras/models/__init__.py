@@ -3,4 +3,5 @@
 from .convert import convert as convert
 from .convert import to_stock as to_stock
 from .functional import functional as functional
+from .load_weights import load_weights as load_weights
 from .quantize import quantize as quantize

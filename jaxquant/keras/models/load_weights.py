@@ -1,0 +1,60 @@
+"""Loads the weights of a whole model, or none of them."""
+
+import os
+from typing import Any
+
+import keras
+
+from .. import compat
+
+
+def load_weights(model: keras.Model, path: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Loads weights as `model.load_weights` does, and changes nothing if that raises an error.
+
+    Keras loads layer by layer and goes on after an error, so `model.load_weights` of a damaged
+    file leaves some layers with new weights. A layer of `jaxquant.keras` is never half loaded,
+    but only this function restores the layers, stock ones included, that were loaded before or
+    after the one that failed. Old weights stay in memory until it returns.
+
+    Args:
+        model: built, of any class.
+        path: a `.weights.h5` or `.keras` file.
+        kwargs: other arguments of `keras.Model.load_weights`.
+
+    Raises:
+        ValueError: as `keras.Model.load_weights`: a layer cannot be loaded from the file. Other
+            errors that it raises, such as OSError, restore the model as well.
+
+    Example:
+        >>> import tempfile
+        >>> model = keras.Sequential([keras.Input((4,)), jk.layers.Dense(2)])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_weights(f"{folder}/model.weights.h5")
+        ...     jk.load_weights(model, f"{folder}/model.weights.h5")
+    """
+    layers = compat.sublayers(model)
+    states = [_state_of(layer) for layer in layers]
+    variables = [v for x in layers for v in (*compat.own_variables(x), *compat.seeds(x))]
+    variables += model.metrics_variables
+    variables += getattr(getattr(model, "optimizer", None), "variables", [])
+    values = [(v, v.value) for v in variables]
+    try:
+        model.load_weights(path, **kwargs)
+    except BaseException:
+        for layer, (attributes, tracked) in zip(layers, states, strict=True):
+            _restore(layer, attributes)
+            compat.track_only(layer, tracked)
+        for variable, value in values:
+            variable.assign(value)
+        raise
+
+
+def _state_of(layer):
+    """Attributes, with copies of the dicts among them, and variables."""
+    attributes = {k: dict(x) if type(x) is dict else x for k, x in vars(layer).items()}
+    return attributes, compat.own_variables(layer)
+
+
+def _restore(layer, attributes):
+    vars(layer).clear()
+    vars(layer).update(attributes)
