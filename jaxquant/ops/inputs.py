@@ -8,7 +8,7 @@ from jax import lax
 
 from ..core import FP8_E4M3, INT8, AbsMax, ArrayConfig, Axes, QTensor, block_shape, quantize
 from ..jaxprs import Function, by_generation, is_sharded, on_one_cpu, on_one_tpu
-from ..kernels import native, pallas_tpu
+from ..kernels import cpu, pallas_tpu
 
 # Rows of inputs from which one pass over the memory beats XLA's two. 4096 x 4096, bfloat16,
 # microseconds: v5e 62 against 336, v6e 31 against 190. Fewer are left to XLA, to fuse with what
@@ -42,7 +42,7 @@ def quantize_rows(x: jax.Array, config: ArrayConfig, *, interpret: bool = False)
 def quantize_rows_natively(x: jax.Array, config: ArrayConfig) -> QTensor:
     """Int8 codes of (..., K), one scale per row, by machine code for CPUs: `quantize`'s bits."""
     qmin, qmax = (int(q) for q in config.bounds)
-    codes, scale = native.quantize_rows(x, qmin, qmax)
+    codes, scale = cpu.quantize_rows(x, qmin, qmax)
     return QTensor(codes, scale, format=config.format, dtype=x.dtype)
 
 
@@ -68,7 +68,7 @@ def _branches_at_once(x, config, axis):
     branches: dict[str, Function] = {"tpu": on_tpu} if chips else {}
     # 2 cores, AVX512, float32, microseconds against those of XLA: 15 and 20 for 1 x 4096, 13 and 22
     # for 8 x 384, 1000 and 3200 for 512 x 4096; equal for 1 x 32 and 64 x 4096.
-    if config.format == INT8 and native.unavailable() is None:
+    if config.format == INT8 and cpu.unavailable() is None:
         branches["cpu"] = on_cpu
     return branches
 

@@ -14,7 +14,7 @@ from jax import lax
 
 from ..core import bits_of
 from ..jaxprs import Copier, is_narrow, with_copied_slices
-from ..kernels import native
+from ..kernels import cpu
 
 
 def scan(
@@ -61,7 +61,7 @@ def scan(
     def loop(init, xs):
         return lax.scan(f, init, xs, length, reverse, unroll)
 
-    if native.unavailable() is not None or not any(map(_is_copied, jax.tree.leaves(xs))):
+    if cpu.unavailable() is not None or not any(map(_is_copied, jax.tree.leaves(xs))):
         return loop(init, xs)
     return with_copied_slices(loop, _COPIER, init, xs)
 
@@ -73,4 +73,4 @@ def _is_copied(x):
     return math.prod(x.shape[1:]) * bits_of(x.dtype) % 8 == 0
 
 
-_COPIER = Copier(_is_copied, native.take_slice)
+_COPIER = Copier(_is_copied, cpu.take_slice)

@@ -29,13 +29,13 @@ from jaxquant import (
 )
 from jaxquant.explain import speeds as tables
 from jaxquant.explain.speeds import MEASUREMENTS, Measurement, Speeds, speeds_near
-from jaxquant.kernels import native
+from jaxquant.kernels import cpu
 from jaxquant.ops import record
 
 from ..ops.products import normal, weight, with_inputs
 
 K, N = 384, 701
-HAS_NATIVE = native.unavailable() is None
+HAS_NATIVE = cpu.unavailable() is None
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
 
 
@@ -63,7 +63,7 @@ convolve = partial(
 KERNEL = stored((3, 3, 4, 6), None, INT8_INPUTS, axis=(0, 1, 2))
 EXPERTS = stored((2, 8, 6), None, INT8_INPUTS, axis=1)
 # With other instructions, XLA multiplies many rows.
-HAS_PANELS = native.instruction_sets()[:1] == ("AVX512-VNNI",)
+HAS_PANELS = cpu.instruction_sets()[:1] == ("AVX512-VNNI",)
 if_native = {True: "native"}.get(HAS_NATIVE, "blocks")
 
 
@@ -221,7 +221,7 @@ def test_what_is_forced_is_said_to_be():
 
 
 def test_the_row_says_that_machine_code_is_missing(monkeypatch):
-    monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler")
+    monkeypatch.setattr(cpu, "unavailable", lambda: "there is no compiler")
     (row,) = explain(matmul, floats(3, 640), stored((640, 703)), platform="cpu")
     assert row.not_selected == (("native", "there is no compiler"),)
     assert row.implementation == "blocks"

@@ -6,13 +6,13 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxquant import SCHEMES, Rule, explain, matmul, tree
-from jaxquant.kernels import native
+from jaxquant.kernels import cpu
 
 K, N = 256, 1024
 MESH = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Auto,))
 SHARDED = jax.NamedSharding(MESH, jax.P("a", None))
 REPLICATED = jax.NamedSharding(MESH, jax.P())
-HAS_NATIVE = native.unavailable() is None
+HAS_NATIVE = cpu.unavailable() is None
 WHY = "XLA cannot partition it among devices"
 
 
@@ -32,7 +32,7 @@ def weight(scheme, platform="cpu", dtype=jnp.float32):
 X = jax.ShapeDtypeStruct((3, K), jnp.float32)
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason=str(native.unavailable()))
+@pytest.mark.skipif(not HAS_NATIVE, reason=str(cpu.unavailable()))
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16"])
 def test_the_row_names_what_is_lowered_for_one_cpu_and_for_several(scheme):
     q = weight(scheme)
@@ -47,7 +47,7 @@ def test_the_row_names_what_is_lowered_for_one_cpu_and_for_several(scheme):
         assert "stablehlo.while" not in text
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason=str(native.unavailable()))
+@pytest.mark.skipif(not HAS_NATIVE, reason=str(cpu.unavailable()))
 def test_each_way_to_use_several_devices_is_seen():
     q = weight("W8A8")
 
@@ -74,7 +74,7 @@ def test_each_way_to_use_several_devices_is_seen():
     assert both == ["native", "integer"]
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason=str(native.unavailable()))
+@pytest.mark.skipif(not HAS_NATIVE, reason=str(cpu.unavailable()))
 def test_a_forced_row_that_cannot_be_partitioned_is_explained():
     def forced(x, q):
         return matmul(x, q, implementation="blocks")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxquant import SCHEMES, Rule, matmul, tree
-from jaxquant.kernels import native
+from jaxquant.kernels import cpu
 
 from .products import normal
 
@@ -57,7 +57,7 @@ def test_sharded_weights_stay_where_they_are(scheme):
         np.testing.assert_allclose(out, wanted, rtol=2e-3, atol=2e-2)
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
 def test_replicated_weights_keep_the_native_kernels_inside_shard_map(scheme):
     q, x = weight_of(scheme), jnp.asarray(normal(DEVICES, K))

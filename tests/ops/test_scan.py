@@ -13,13 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxquant import INT2, INT4, NF4, NVFP4, ArrayConfig, QTensor, explain, matmul, quantize, scan
 from jaxquant.jaxprs.copying_scan import _compiled
-from jaxquant.kernels import native
+from jaxquant.kernels import cpu
 
 from .products import assert_product, normal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="no machine code")
+needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason="no machine code")
 LAYERS, K, N = 3, 8, 6
 CONFIGS = {
     "int4": ArrayConfig(format=INT4, symmetric=False, group_size=4),
@@ -152,7 +152,7 @@ def test_transformations_give_what_they_give_of_the_plain_scan(name):
     run = TRANSFORMED[name]
     got, want = (jax.jit(partial(run, s))(X, SQUARE) for s in (scan, lax.scan))
     assert_same(got, want)
-    if native.unavailable() is None:
+    if cpu.unavailable() is None:
         # A gradient is that of the plain scan, which keeps no second stack of codes.
         assert (calls(partial(run, scan), X, SQUARE) > 0) == ("gradient" not in name)
 
@@ -277,7 +277,7 @@ def test_each_device_slices_its_part():
         )
 
     assert_same(*(jax.jit(parts(run))(X, q) for run in (scan, lax.scan)))
-    if native.unavailable() is None:
+    if cpu.unavailable() is None:
         assert calls(parts(scan), X, q) == 1
 
 
@@ -299,7 +299,7 @@ def test_other_platforms_get_the_plain_scan():
 
 
 def test_without_the_machine_code_it_is_the_plain_scan(monkeypatch):
-    monkeypatch.setattr(native, "_library", lambda: ("none here", ()))
+    monkeypatch.setattr(cpu, "unavailable", lambda: "none here")
     assert "copying" not in str(jax.make_jaxpr(partial(slices, scan))(SQUARE))
 
 

@@ -12,7 +12,7 @@ namespace {
 // Bytes that a thread copies at least.
 constexpr int64_t kLeastCopy = 1 << 17;
 
-// In the order of `library.py`; null where the kernels are not compiled.
+// In the order of INSTRUCTIONS in library.py; null where the kernels are not compiled.
 const Kernels* const kSets[] = {
 #if defined(JAXQUANT_X86)
     &kAvx512, &kAvx2, nullptr

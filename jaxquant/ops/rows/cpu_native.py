@@ -9,7 +9,7 @@ import numpy as np
 
 from ...core import Format, QTensor, scale_values
 from ...jaxprs import on_one_cpu
-from ...kernels import native
+from ...kernels import cpu
 from ..dispatch import Implementation, Operand, Table
 from ..dot_spec import DotSpec, in_result, to_logical_order
 from ..operands import as_array, repeat_groups, why_unsupported_codes
@@ -62,7 +62,7 @@ def native_int8(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
         in_result(scale_values(x.scale), side, (lhs, rhs), spec)
         for side, x in enumerate((lhs, rhs))
     )
-    out = native.scaled_int8_dot(
+    out = cpu.scaled_int8_dot(
         _rows(left),
         right,
         _per_row(row_scale, left.shape),
@@ -101,7 +101,7 @@ def _is_integer(lhs, rhs, spec):
 
 def _int8_dot(lhs, rhs, *_):
     """`integer_dot` by the native kernel: (..., K) by (N, K), in int32."""
-    return native.int8_dot(_rows(lhs), rhs).reshape(*lhs.shape[:-1], rhs.shape[0])
+    return cpu.int8_dot(_rows(lhs), rhs).reshape(*lhs.shape[:-1], rhs.shape[0])
 
 
 def _by_weights(lhs, rhs, spec):
@@ -113,22 +113,22 @@ def _by_weights(lhs, rhs, spec):
     if multiplies_codes(lhs, rhs):
         x = lhs.codes.astype(jnp.int8)
         row_scale = _per_row(in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec), x.shape)
-        out = native.int4_dot(_rows(x), rhs.codes, scale, zero, row_scale, _result(spec.dtype))
+        out = cpu.int4_dot(_rows(x), rhs.codes, scale, zero, row_scale, _result(spec.dtype))
     elif rhs.format.bits == 4:
         table = jnp.asarray(_table(rhs.format))
-        out = native.lookup_dot(_rows(x), rhs.codes, scale, zero, table)
+        out = cpu.lookup_dot(_rows(x), rhs.codes, scale, zero, table)
     else:
-        out = native.widen_dot(_rows(x), rhs.codes) * scale.reshape(1, -1)
+        out = cpu.widen_dot(_rows(x), rhs.codes) * scale.reshape(1, -1)
     return out.reshape(*x.shape[:-1], rhs.codes.shape[0])
 
 
 def _why_unsupported_size(lhs, rhs, by_codes):
     """Why the kernels leave so many rows or so few weights to XLA, or None."""
-    if native.unavailable() is not None:
-        return native.unavailable()
+    if cpu.unavailable() is not None:
+        return cpu.unavailable()
     if rhs.size < _LEAST_SIZE:
         return f"fewer than {_LEAST_SIZE} weights"
-    instructions, bits = native.instruction_sets()[0], rhs.format.bits
+    instructions, bits = cpu.instruction_sets()[0], rhs.format.bits
     most = _MOST_ROWS[instructions].get((bits, by_codes), math.inf)
     if lhs.size // rhs.codes.shape[1] > most:
         kind = "int8" if by_codes else "float"
@@ -140,7 +140,7 @@ def _why_unsupported_weights(rhs):
     """Why `_by_weights` does not multiply by these weights, or None."""
     groups = rhs.scale.shape[1]
     if rhs.format.bits == 4:
-        return native.refuses_groups(rhs.codes.shape[1], groups)
+        return cpu.why_unsupported_groups(rhs.codes.shape[1], groups)
     if rhs.format.bits != 8:
         return f"{rhs.format} weights have codes of neither 4 nor 8 bits"
     if why_unsupported_codes(rhs) is not None or rhs.zero_point is not None or groups > 1:

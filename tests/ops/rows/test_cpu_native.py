@@ -26,7 +26,7 @@ from jaxquant import (
     matmul,
     quantize,
 )
-from jaxquant.kernels import native
+from jaxquant.kernels import cpu
 from jaxquant.ops.inputs import quantize_inputs
 from jaxquant.ops.rows import cpu_native
 
@@ -34,7 +34,7 @@ from ...cases import Case
 from ..products import assert_product, normal, weight, with_inputs
 
 needs_native = pytest.mark.skipif(
-    native.unavailable() is not None, reason=native.unavailable() or "is there"
+    cpu.unavailable() is not None, reason=cpu.unavailable() or "is there"
 )
 # Large enough, and neither a power of two nor equal.
 K, N = 384, 701
@@ -341,7 +341,7 @@ def test_native_is_refused_with_the_reason(reason):
     "name, inputs, most", [("int8", "int8", 8), ("int8", "float", 8), ("int4", "int8", 32)]
 )
 def test_other_instructions_leave_many_rows_to_xla(monkeypatch, name, inputs, most):
-    monkeypatch.setattr(native, "instruction_sets", lambda: ("AVX2",))
+    monkeypatch.setattr(cpu, "instruction_sets", lambda: ("AVX2",))
     monkeypatch.setattr(cpu_native, "_MOST_ROWS", {"AVX2": cpu_native._FEW_ROWS})
     config, q = INPUTS[inputs], stored(name, (K, 704))
     many, few = (jnp.asarray(normal(rows, K)) for rows in (most + 1, most))
@@ -355,7 +355,7 @@ def test_other_instructions_leave_many_rows_to_xla(monkeypatch, name, inputs, mo
 
 
 def test_without_machine_code_native_is_refused_and_xla_computes(monkeypatch):
-    monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler")
+    monkeypatch.setattr(cpu, "unavailable", lambda: "there is no compiler")
     q, x = stored("nf4-g64", (K, 702)), normal(3, K)
     with pytest.raises(ValueError, match="there is no compiler"):
         run(x, q)

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from jaxquant import ArrayConfig, quantize
-from jaxquant.kernels import native
+from jaxquant.kernels import cpu
+from jaxquant.kernels.cpu import library
 
 needs_native = pytest.mark.skipif(
-    native.unavailable() is not None, reason=native.unavailable() or "is there"
+    cpu.unavailable() is not None, reason=cpu.unavailable() or "is there"
 )
 
 # Those of this processor; the kernels are tested by each.
-INSTRUCTIONS = native.instruction_sets() or (None,)
+INSTRUCTIONS = cpu.instruction_sets() or (None,)
 by_all_instructions = pytest.mark.parametrize("instructions", INSTRUCTIONS)
 # Rows, contracted elements, columns. The last two have rows enough for panels, and parts of them.
 SHAPES = [(1, 64, 5), (3, 100, 7), (5, 1003, 33), (9, 256, 130), (4, 1, 3), (2, 65, 1)]
@@ -54,7 +55,7 @@ def assert_near(found, wanted, magnitudes):
 @pytest.mark.parametrize("rows, length, columns", SHAPES + EMPTY, ids=str)
 def test_products_of_int8_codes_are_those_of_numpy_int64(rows, length, columns, instructions):
     x, w = int8(rows, length), int8(columns, length, seed=1)
-    found = jax.jit(partial(native.int8_dot, instructions=instructions))(x, w)
+    found = jax.jit(partial(cpu.int8_dot, instructions=instructions))(x, w)
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, x.astype(np.int64) @ w.astype(np.int64).T)
 
@@ -65,7 +66,7 @@ def test_products_of_int8_codes_are_those_of_numpy_int64(rows, length, columns, 
 def test_products_of_floats_by_int8_codes_match_numpy(rows, length, columns, instructions):
     dtype = jnp.bfloat16 if rows == 3 else jnp.float32
     x, w = jnp.asarray(floats(rows, length), dtype), int8(columns, length, seed=1)
-    found = jax.jit(partial(native.widen_dot, instructions=instructions))(x, w)
+    found = jax.jit(partial(cpu.widen_dot, instructions=instructions))(x, w)
     exact = np.asarray(x, np.float64)
     assert_near(found, exact @ w.T.astype(np.float64), np.abs(exact) @ np.abs(w.T.astype(float)))
 
@@ -107,7 +108,7 @@ def test_scales_of_rows_then_columns_are_folded_into_the_product(
     # Rounded twice and in this order: large sums show another one.
     sums = (x.astype(np.int64) @ w.astype(np.int64).T).astype(np.float32)
     wanted = (sums * row[:, None]) * column
-    product = partial(native.scaled_int8_dot, instructions=instructions)
+    product = partial(cpu.scaled_int8_dot, instructions=instructions)
     found, narrow = in_both_dtypes(product, x, w, row, column)
     np.testing.assert_array_equal(found, wanted)
     np.testing.assert_array_equal(narrow, round_to_bfloat16(wanted))
@@ -120,7 +121,7 @@ def test_ties_are_rounded_to_even_in_bfloat16(rows, instructions):
     x = jnp.full((rows, 3), jnp.asarray([[127, 127, 1]], jnp.int8))
     w = jnp.asarray([[1, 1, 3], [1, 1, 5], [-1, -1, -3]], jnp.int8)
     ones = jnp.ones(rows), jnp.ones(3)
-    found = native.scaled_int8_dot(x, w, *ones, jnp.bfloat16, instructions)
+    found = cpu.scaled_int8_dot(x, w, *ones, jnp.bfloat16, instructions)
     # Of 257, 259 and -257, where every other whole number is one of bfloat16.
     np.testing.assert_array_equal(found, np.full((rows, 3), [256, 260, -256]))
 
@@ -131,7 +132,7 @@ def test_ties_are_rounded_to_even_in_bfloat16(rows, instructions):
 def test_scales_of_rows_are_folded_into_products_by_int4(rows, group, instructions):
     codes, scale, zero, _ = grouped(4480, 67, group, True)
     x, row = jnp.asarray(int8(rows, 4480)), floats(rows, seed=2)
-    product = partial(native.int4_dot, instructions=instructions)
+    product = partial(cpu.int4_dot, instructions=instructions)
     wanted = np.asarray(product(x, codes, scale, zero)) * row[:, None]
     found, narrow = in_both_dtypes(product, x, codes, scale, zero, row)
     np.testing.assert_array_equal(found, wanted)
@@ -148,9 +149,9 @@ def test_results_that_are_no_number_or_too_small_are_those_of_xla(rows, instruct
     column = jnp.asarray(np.array([np.nan, -np.nan, np.inf, 1e-38, 1e-43, nan] * 3, np.float32))
     row = jnp.full(rows, 1e-4)
     xla = jax.jit(lambda acc, row, column: acc.astype(jnp.float32) * row * column)
-    wanted = xla(native.int8_dot(x, w), row[:, None], column[None])
+    wanted = xla(cpu.int8_dot(x, w), row[:, None], column[None])
     for dtype in (jnp.float32, jnp.bfloat16):
-        found = native.scaled_int8_dot(x, w, row, column, dtype, instructions)
+        found = cpu.scaled_int8_dot(x, w, row, column, dtype, instructions)
         as_xla_does = np.asarray(wanted.astype(dtype), np.float32)
         np.testing.assert_array_equal(np.asarray(found, np.float32), as_xla_does)
 
@@ -179,7 +180,7 @@ def test_quantized_rows_have_the_bits_of_quantize(dtype, bounds):
         x = rows_of_every_kind(60, length, dtype)
         wanted = quantize(x, ArrayConfig(value_range=bounds), axis=-1)
         for instructions in INSTRUCTIONS:
-            codes, scale = native.quantize_rows(x, *bounds, instructions=instructions)
+            codes, scale = cpu.quantize_rows(x, *bounds, instructions=instructions)
             assert (codes.dtype, scale.dtype) == (jnp.int8, jnp.float32)
             np.testing.assert_array_equal(codes, wanted.codes)
             np.testing.assert_array_equal(scale, wanted.scale)
@@ -191,14 +192,14 @@ def test_rows_are_quantized_along_any_axes_and_on_several_threads():
     several = [jnp.asarray(floats(*shape)) for shape in ((200,), (0, 5), (3, 0), (2, 3, 100))]
     # Threads of the pool may treat subnormals in another way than the one that calls.
     for x in (*several, rows_of_every_kind(300, 1000, "float32")):
-        codes, scale = jax.jit(native.quantize_rows)(x)
+        codes, scale = jax.jit(cpu.quantize_rows)(x)
         wanted = quantize(x, config, axis=-1)
         np.testing.assert_array_equal(codes, wanted.codes)
         np.testing.assert_array_equal(scale, wanted.scale)
     x = jnp.asarray(floats(4, 3, 100))
     wanted = quantize(x, config, axis=-1)
     for axis in (0, 1):
-        run = jax.jit(jax.vmap(native.quantize_rows, axis, axis))
+        run = jax.jit(jax.vmap(cpu.quantize_rows, axis, axis))
         assert run.lower(x).as_text().count("@jaxquant_quantize_rows") == 1
         np.testing.assert_array_equal(run(x)[0], wanted.codes)
         np.testing.assert_array_equal(run(x)[1], wanted.scale)
@@ -216,8 +217,8 @@ def test_products_by_int4_groups_match_numpy(rows, length, columns, group, instr
     def products(x, y, codes, scale, *zeros):
         return [
             (
-                native.int4_dot(x, codes, scale, zero, instructions=instructions),
-                native.lookup_dot(y, codes, scale, zero, jnp.asarray(SIGNED), instructions),
+                cpu.int4_dot(x, codes, scale, zero, instructions=instructions),
+                cpu.lookup_dot(y, codes, scale, zero, jnp.asarray(SIGNED), instructions),
             )
             for zero in zeros
         ]
@@ -229,6 +230,44 @@ def test_products_by_int4_groups_match_numpy(rows, length, columns, group, instr
             assert_near(got, exact @ weights.T, np.abs(exact) @ np.abs(weights.T))
 
 
+def cancelling(length, group):
+    """Activations (20, K) and codes (20, K) whose products cancel within each group."""
+    x, w = int8(20, length), np.random.default_rng(3).integers(-6, 7, (20, length)).astype(np.int8)
+    half = (20, length // group, 2, group // 2)
+    x.reshape(half)[:, :, 1] = x.reshape(half)[:, :, 0]
+    w.reshape(half)[:, :, 1] = -w.reshape(half)[:, :, 0]
+    return x, w
+
+
+@needs_native
+@by_all_instructions
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("group", [8, 128, 4096])
+def test_int4_products_that_cancel_stay_within_the_stated_bound(group, rows, instructions):
+    x, w = cancelling(4096, group)
+    scale = np.random.default_rng(4).uniform(0.5, 2, (20, 4096 // group)).astype(np.float32)
+    x, codes = x[:rows], jnp.asarray(w).astype(jnp.int4)
+    found = cpu.int4_dot(x, codes, scale, None, instructions=instructions)
+    weights = w * np.repeat(scale, group, 1).astype(np.float64)
+    bound = (4096 / 32 + 4096 / group + 8) * 2.0**-24 * (np.abs(x) * 1.0 @ np.abs(weights).T)
+    assert np.all(np.abs(found - x @ weights.T) <= bound)
+
+
+@needs_native
+@by_all_instructions
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_int4_products_of_8_neighbors_are_exact(rows, instructions):
+    x, w = cancelling(1024, 8)
+    scale = np.full((20, 128), 1e30, np.float32)
+    # Groups of 8 that cancel add exactly 0, whatever their scale; one does not cancel.
+    scale[:, 77] = 0.3
+    w[:, 77 * 8] += 1
+    codes = jnp.asarray(w).astype(jnp.int4)
+    found = cpu.int4_dot(x[:rows], codes, scale, None, instructions=instructions)
+    exact = x[:rows, 77 * 8, None] * np.float32(0.3)
+    np.testing.assert_array_equal(found, np.broadcast_to(exact, (rows, 20)))
+
+
 @needs_native
 @by_all_instructions
 @pytest.mark.parametrize("rows", [3, 18])
@@ -237,7 +276,7 @@ def test_a_table_may_hold_any_sixteen_values(rows, instructions):
     codes, scale, _, _ = grouped(128, 5, 32, False)
     x = floats(rows, 128)
     as_array = jnp.asarray(table)
-    found = native.lookup_dot(jnp.asarray(x), codes, scale, None, as_array, instructions)
+    found = cpu.lookup_dot(jnp.asarray(x), codes, scale, None, as_array, instructions)
     bits = np.asarray(codes).astype(np.int8).view(np.uint8) & 15
     weights = table.astype(np.float64)[bits] * np.repeat(np.asarray(scale, np.float64), 32, 1)
     assert_near(found, x.astype(np.float64) @ weights.T, np.abs(x) @ np.abs(weights.T))
@@ -251,8 +290,8 @@ def test_what_is_no_number_reaches_its_row_alone(bad, rows):
     x[4, 77] = bad
     codes, scale, zero, _ = grouped(256, 67, 32, True)
     for found in (
-        native.lookup_dot(jnp.asarray(x), codes, scale, zero, jnp.asarray(SIGNED + 0.5)),
-        native.widen_dot(jnp.asarray(x), jnp.asarray(int8(67, 256) | 1)),
+        cpu.lookup_dot(jnp.asarray(x), codes, scale, zero, jnp.asarray(SIGNED + 0.5)),
+        cpu.widen_dot(jnp.asarray(x), jnp.asarray(int8(67, 256) | 1)),
     ):
         assert not np.isfinite(found[4]).any()
         assert np.isfinite(np.delete(np.asarray(found), 4, 0)).all()
@@ -266,10 +305,8 @@ def test_a_scale_that_is_no_number_reaches_its_column_alone(rows, instructions):
     scale = scale.at[65, 3].set(jnp.nan)
     table = jnp.asarray(SIGNED)
     for found in (
-        native.int4_dot(
-            jnp.asarray(int8(rows, 256)), codes, scale, zero, instructions=instructions
-        ),
-        native.lookup_dot(jnp.asarray(floats(rows, 256)), codes, scale, zero, table, instructions),
+        cpu.int4_dot(jnp.asarray(int8(rows, 256)), codes, scale, zero, instructions=instructions),
+        cpu.lookup_dot(jnp.asarray(floats(rows, 256)), codes, scale, zero, table, instructions),
     ):
         assert np.isnan(found[:, 65]).all()
         assert np.isfinite(np.delete(np.asarray(found), 65, 1)).all()
@@ -282,7 +319,7 @@ def test_a_scale_that_is_no_number_reaches_its_column_alone(rows, instructions):
 def test_the_longest_sums_stay_within_int32(rows, x, w, instructions):
     length = 131071
     codes = jnp.full((rows, length), x, jnp.int8), jnp.full((5, length), w, jnp.int8)
-    np.testing.assert_array_equal(native.int8_dot(*codes, instructions), length * x * w)
+    np.testing.assert_array_equal(cpu.int8_dot(*codes, instructions), length * x * w)
 
 
 @needs_native
@@ -290,7 +327,7 @@ def test_many_calls_at_once_wait_for_none_another():
     # Each waits within a thread of the pool that the others need.
     weights = [jnp.asarray(int8(512, 2048, seed=i)) for i in range(8)]
     x = jnp.asarray(int8(4, 2048))
-    product = jax.jit(lambda x, ws: sum(native.int8_dot(x, w).sum() for w in ws))
+    product = jax.jit(lambda x, ws: sum(cpu.int8_dot(x, w).sum() for w in ws))
     wanted = sum(np.sum(np.asarray(x, np.int64) @ np.asarray(w, np.int64).T) for w in weights)
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda _: int(product(x, weights)), range(64)))
@@ -302,10 +339,10 @@ def test_vmap_over_either_side_is_a_loop():
     x, w = jnp.asarray(int8(3, 5, 100)), jnp.asarray(int8(3, 7, 100, seed=1))
     for axes in ((0, 0), (0, None), (None, 0)):
         args = [a if axis == 0 else a[1] for a, axis in zip((x, w), axes, strict=True)]
-        found = jax.jit(jax.vmap(native.int8_dot, axes))(*args)
+        found = jax.jit(jax.vmap(cpu.int8_dot, axes))(*args)
         for i in range(3):
             one = [a if axis is None else a[i] for a, axis in zip(args, axes, strict=True)]
-            np.testing.assert_array_equal(found[i], native.int8_dot(one[0], one[1]))
+            np.testing.assert_array_equal(found[i], cpu.int8_dot(one[0], one[1]))
 
 
 # Widths of all kinds, axes first, between and last, and more bytes than one thread copies.
@@ -319,7 +356,7 @@ SLICED += [("int4", (0, 3, 4), 1), ("int4", (3, 0), 0)]
 def test_slices_are_those_of_numpy(dtype, shape, axis):
     values = np.random.default_rng(0).integers(0, 4, shape).astype(np.int8)
     stack = jnp.asarray(values - (dtype[0] == "i")).astype(dtype)
-    take = jax.jit(partial(native.take_slice, axis=axis))
+    take = jax.jit(partial(cpu.take_slice, axis=axis))
     last = shape[axis] - 1
     # From -1 down it counts from the end; outside it is the nearest one within.
     for index, place in ((0, 0), (last, last), (-1, last), (-last, 1), (-7, 0), (99, last)):
@@ -335,7 +372,7 @@ def test_slices_are_batched_over_stacks_indices_or_both():
     indices = jnp.asarray([2, 0], jnp.int32)
     for axes in ((0, None), (None, 0), (0, 0)):
         args = [a if axis == 0 else a[1] for a, axis in zip((stacks, indices), axes, strict=True)]
-        along = [jax.vmap(partial(native.take_slice, axis=axis), axes) for axis in (0, 1)]
+        along = [jax.vmap(partial(cpu.take_slice, axis=axis), axes) for axis in (0, 1)]
         got = jax.jit(lambda *args, along=along: [take(*args) for take in along])(*args)
         for axis, i in itertools.product((0, 1), (0, 1)):
             stack, index = (a if b is None else a[i] for a, b in zip(args, axes, strict=True))
@@ -352,25 +389,25 @@ def test_slices_are_batched_over_stacks_indices_or_both():
     ],
 )
 def test_groups_that_do_not_fit_are_named(length, groups, reason):
-    assert reason in (native.refuses_groups(length, groups) or "")
+    assert reason in (cpu.why_unsupported_groups(length, groups) or "")
 
 
 @pytest.mark.parametrize("length, groups", [(128, 1), (384, 1), (256, 8), (512, 2), (4096, 32)])
 def test_groups_that_fit(length, groups):
-    assert native.refuses_groups(length, groups) is None
+    assert cpu.why_unsupported_groups(length, groups) is None
 
 
-def test_why_the_machine_code_is_missing_is_said(monkeypatch, tmp_path):
-    look = native._library.__wrapped__
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    assert "they need a C++ compiler" in str(look()[0])
+def test_unavailable_says_why(monkeypatch, tmp_path):
+    load = library._loaded.__wrapped__
+    monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    assert "they need a C++ compiler" in str(load()[0])
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    (tmp_path / f"_cpu{suffix}").write_text("no library")
-    assert f"_cpu{suffix} cannot be loaded" in str(look()[0])
+    (tmp_path / f"_cpu{suffix}").write_text("not a library")
+    assert f"_cpu{suffix} cannot be loaded" in str(load()[0])
 
     class OldProcessor:
         def __init__(self, path):
             self.jaxquant_has = lambda number: 0
 
     monkeypatch.setattr(ctypes, "CDLL", OldProcessor)
-    assert look() == ("this processor has none of AVX512-VNNI, AVX2, NEON", ())
+    assert load() == ("this processor supports none of AVX512-VNNI, AVX2, NEON", ())

@@ -1,88 +1,46 @@
-"""Native kernels for CPUs, called through XLA's FFI.
+"""The native kernels as functions of JAX arrays, one per handler of handlers.cc.
 
-The sources in `cpu/` are compiled when the package is installed, if there is a C++ compiler.
-Without them, or on a processor with none of their instruction sets, `unavailable` says why, and
-XLA computes instead.
+Each uses the best instruction set of this processor, or the one that is named.
 """
 
-import ctypes
 import functools
-import importlib.machinery
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..core import bits_of
+from ...core import bits_of
+from .library import INSTRUCTIONS, instruction_sets, unavailable
 
-# Elements of a 4-bit weight that the kernels take at a time, at most.
-BLOCK = 128
-_KERNELS = ("quantize_rows", "dot_int8", "dot_int4", "dot_lookup", "dot_widen", "slice")
-# Instruction sets, the best first, in the order of `kSets` in cpu/handlers.cc.
-_INSTRUCTIONS = ("AVX512-VNNI", "AVX2", "NEON")
+# The most elements of a 4-bit weight that a kernel reads at a time.
+_BLOCK = 128
 
 
-def unavailable() -> str | None:
-    """Why the kernels cannot run in this process, or None."""
-    return _library()[0]
-
-
-def instruction_sets() -> tuple[str, ...]:
-    """Names of the sets of instructions that can be used here, the best first."""
-    return _library()[1]
-
-
-@functools.cache
-def _library() -> tuple[str | None, tuple[str, ...]]:
-    """Loads the library: why that failed, and the sets of instructions that it can use."""
-    folder = pathlib.Path(__file__).parent
-    files = [folder / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((p for p in files if p.exists()), None)
-    if path is None:
-        return (
-            "no native kernels were built when jaxquant was installed: they need a C++ compiler",
-            (),
-        )
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        return f"{path.name} cannot be loaded: {error}", ()
-    found = [name for number, name in enumerate(_INSTRUCTIONS) if library.jaxquant_has(number)]
-    if not found:
-        return f"this processor has none of {', '.join(_INSTRUCTIONS)}", ()
-    for name in _KERNELS:
-        handler = jax.ffi.pycapsule(getattr(library, f"jaxquant_{name}"))
-        jax.ffi.register_ffi_target(f"jaxquant_{name}", handler, platform="cpu")
-    return None, tuple(found)
-
-
-def refuses_groups(length: int, groups: int) -> str | None:
-    """Why 4-bit weights with so many groups along `length` elements cannot be read, or None."""
+def why_unsupported_groups(length: int, groups: int) -> str | None:
+    """Why 4-bit weights with this many groups along `length` elements are unsupported, or None."""
     size = length // max(groups, 1)
-    if length % BLOCK or (BLOCK % max(size, 1) and size % BLOCK) or size % 8:
-        return f"groups of {size} along {length} elements do not fit blocks of {BLOCK}"
+    if length % _BLOCK or (_BLOCK % max(size, 1) and size % _BLOCK) or size % 8:
+        return f"groups of {size} along {length} elements do not fit blocks of {_BLOCK}"
     return None
 
 
 def quantize_rows(
     x: jax.Array, qmin: int = -127, qmax: int = 127, instructions: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes and scales of each row, by its largest magnitude, while the row is in the cache.
+    """Quantizes each row by its largest magnitude, while the row is in the cache.
 
         scale = max|x| / min(-qmin, qmax)        codes = clip(round(x / scale), qmin, qmax)
 
-    This and those below take the best instructions that there are, or those that are named.
-
     Args:
         x: float32 or bfloat16, (..., K).
-        qmin, qmax: the outermost codes.
+        qmin, qmax: smallest and largest code.
+        instructions: name of an instruction set, or None for the best one.
 
     Returns:
-        codes, int8 (..., K), and scale, float32 (..., 1): the bits that `core.quantize` gives
-        under `jax.jit`. A row of zeros has scale 1, one with NaN or Inf scale NaN, and both have
+        codes, int8 (..., K), and scale, float32 (..., 1), bit for bit those of `core.quantize`
+        under `jax.jit`. A row of zeros has scale 1, a row with NaN or Inf scale NaN; both have
         codes of 0.
     """
     codes = jax.ShapeDtypeStruct(x.shape, jnp.int8)
@@ -95,7 +53,7 @@ def quantize_rows(
 
 
 def int8_dot(x: jax.Array, w: jax.Array, instructions: str | None = None) -> jax.Array:
-    """x @ w.T of int8 codes, (M, K) by (N, K), exact in int32: at most 131071 elements long."""
+    """x @ w.T of int8 codes, (M, K) by (N, K), exact in int32 for K up to 131071."""
     none = jnp.zeros(0, jnp.float32)
     return _call("dot_int8", _result(x, w, jnp.int32), instructions, x, w, none, none)
 
@@ -108,12 +66,13 @@ def scaled_int8_dot(
     dtype: jax.typing.DTypeLike = jnp.float32,
     instructions: str | None = None,
 ) -> jax.Array:
-    """`int8_dot`, rounded to float32, times the scales of rows, times those of columns.
+    """`int8_dot`, rounded to float32, times the scale of the row, times that of the column.
 
     Args:
         x, w: as for `int8_dot`.
-        row, column: (M,) and (N,).
+        row, column: scales, (M,) and (N,).
         dtype: of the result, float32 or bfloat16.
+        instructions: as for `quantize_rows`.
     """
     scales = _float(row), _float(column)
     return _call("dot_int8", _result(x, w, dtype), instructions, x, w, *scales)
@@ -128,16 +87,20 @@ def int4_dot(
     dtype: jax.typing.DTypeLike = jnp.float32,
     instructions: str | None = None,
 ) -> jax.Array:
-    """Sums over groups of scale * sum of x * (w - zero), in float32, times the scales of rows.
+    """row * the sum over groups of scale * sum(x * (w - zero)), summed in float32.
 
     Args:
         x: int8, (M, K).
-        w: int4, (N, K), in groups that `refuses_groups` admits.
-        scale, zero: (N, groups); a zero point of None is 0.
-        row: (M,); None for 1.
+        w: int4, (N, K), in groups that `why_unsupported_groups` accepts.
+        scale, zero: (N, groups); a zero of None means 0.
+        row: scales of rows, (M,); None means 1.
         dtype: of the result, float32 or bfloat16.
+        instructions: as for `quantize_rows`.
 
-    Error: sums within a group are exact; those of groups are rounded as float32 sums are.
+    Error: for integer zero points, sums of 8 neighboring elements are exact. They are multiplied
+        by their scale and added in float32, also within a group: the error before `row` is at
+        most (K / 32 + groups + 8) * 2**-24 * sum of |x * (w - zero) * scale|, and not 0 where the
+        sum of a group cancels.
     """
     row = jnp.zeros(0, jnp.float32) if row is None else _float(row)
     others = w, *_floats(scale, zero), row
@@ -152,17 +115,19 @@ def lookup_dot(
     table: jax.Array,
     instructions: str | None = None,
 ) -> jax.Array:
-    """x @ ((table[bits of w] - zero) * scale).T in float32: x (M, K), the others as `int4_dot`.
+    """x @ ((table[bits of w] - zero) * scale).T in float32.
 
     Args:
-        table: (16,), what each pattern of 4 bits stands for.
+        x: floats, (M, K).
+        w, scale, zero, instructions: as for `int4_dot`.
+        table: (16,), the value of each pattern of 4 bits.
     """
     others = w, *_floats(scale, zero), _float(table)
     return _call("dot_lookup", _result(x, w, jnp.float32), instructions, _float(x), *others)
 
 
 def widen_dot(x: jax.Array, w: jax.Array, instructions: str | None = None) -> jax.Array:
-    """x @ w.T in float32, of floats (M, K) and int8 codes (N, K)."""
+    """x @ w.T in float32, for floats (M, K) and int8 codes (N, K)."""
     return _call("dot_widen", _result(x, w, jnp.float32), instructions, _float(x), w)
 
 
@@ -170,16 +135,16 @@ def take_slice(stack: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
     """`jax.lax.dynamic_index_in_dim(stack, index, axis, keepdims=False)`, copied as bytes.
 
     Args:
-        stack: elements of any width; those below one index of `axis` fill whole bytes.
-        index: int32, a scalar; from -1 down it counts from the end.
-        axis: from 0 up, at least 1 long.
+        stack: of any dtype; what one index of `axis` selects must fill an integer number of bytes.
+        index: int32 scalar; a negative one counts from the end.
+        axis: not negative; its length must not be 0.
     """
     assert unavailable() is None, unavailable()
     *outer, count = stack.shape[: axis + 1]
     inner = stack.shape[axis + 1 :]
     bits = math.prod(inner) * bits_of(stack.dtype)
-    assert bits % 8 == 0, f"{stack.dtype}{list(inner)} is no whole number of bytes"
-    assert count > 0, f"there is nothing along axis {axis} of {stack.shape}"
+    assert bits % 8 == 0, f"{stack.dtype}{list(inner)} does not fill whole bytes"
+    assert count > 0, f"axis {axis} of {stack.shape} is empty"
 
     @jax.custom_batching.custom_vmap
     def copy(stack, index):
@@ -217,4 +182,4 @@ def _call(name, result, instructions, *args, vmap_method="sequential", **attribu
     instructions = instructions or instruction_sets()[0]
     assert instructions in instruction_sets(), instructions
     call = jax.ffi.ffi_call(f"jaxquant_{name}", result, vmap_method=vmap_method)
-    return call(*args, set=np.int64(_INSTRUCTIONS.index(instructions)), **attributes)
+    return call(*args, set=np.int64(INSTRUCTIONS.index(instructions)), **attributes)
