@@ -10,4 +10,7 @@ WEIGHTS = {
     "small": (2048, 8192),
     "encoder": (384, 1536),
     "odd": (1000, 1003),
+    # Widths that are not powers of two: a 13B model's up projection, and a 7B model's attention.
+    "wide": (5120, 13824),
+    "mid": (3584, 3584),
 }

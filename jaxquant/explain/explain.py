@@ -144,7 +144,7 @@ def _choice(product: _Product, machine: Machine, chip: str | None) -> Choice:
     choices = {(c.platform, c.chip, c.is_partitioned): c for c in product.record.choices}
     targets = (machine.lowering, chip), (machine.lowering, None), (None, None)
     kinds = (True, False) if product.is_partitioned else (False,)
-    keys = ((*target, kind) for target in targets for kind in kinds)
+    keys = ((platform, chip, kind) for platform, chip in targets for kind in kinds)
     return next(choices[key] for key in keys if key in choices)
 
 

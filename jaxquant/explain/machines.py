@@ -1,4 +1,4 @@
-"""What machines can do at most: the figures behind `explain`'s estimates. A row per machine."""
+"""Peak rates of machines, for the estimates of `explain`. One row per machine."""
 
 import dataclasses
 
@@ -10,13 +10,13 @@ class Machine:
     """Rates that bound a product.
 
     Attributes:
-        name: what `explain(platform=...)` may ask for.
-        platform: as `jax.default_backend()` says.
+        name: as `explain(platform=...)` names it.
+        platform: as `jax.default_backend()` names it.
         lowering: the platform as `jax.lax.platform_dependent` names it.
-        kind: what `Device.device_kind` contains.
+        kind: part of `Device.device_kind`.
         bytes_per_second: of its memory.
-        integer_per_second, float_per_second: multiplications and additions, of int8 and of the
-            floats that products are computed in (bfloat16 on TPU and GPU, float32 on CPU).
+        integer_per_second, float_per_second: multiplications and additions in int8, and in the
+            floating-point dtype of products (bfloat16 on TPU and GPU, float32 on CPU).
         source: where the figures come from.
         slices_4_bits: whether 4-bit arrays are sliced as fast as others.
     """
@@ -32,12 +32,12 @@ class Machine:
     slices_4_bits: bool = True
 
     def operations_per_byte(self, is_integer: bool) -> float:
-        """Operations for each byte from which on arithmetic takes longer than memory."""
+        """Operations per byte above which arithmetic takes longer than memory."""
         rate = self.integer_per_second if is_integer else self.float_per_second
         return rate / self.bytes_per_second
 
 
-# The first of a platform stands for its machines that are not listed.
+# The first machine of a platform also stands for those that are not listed.
 MACHINES = (
     # A sum over 256 MiB, and 2048 rows by 4096 x 4096 in W8A8 and float32: in `--suite cpu`.
     Machine(
@@ -58,7 +58,7 @@ MACHINES = (
 
 
 def machine_for(platform: str | None) -> Machine:
-    """The machine that is asked for by name or platform; None asks for the default device's.
+    """The machine with a name, or of a platform; None for that of the default device.
 
     Raises:
         ValueError: no machine has that name or platform.

@@ -1,10 +1,10 @@
-"""How fast quantized products are beside float ones: a line per scheme, row of a table and shape.
+"""Measured and estimated speeds of quantized products relative to float products.
 
     python -m benchmarks --suite cpu --json cpu.json
     python -m benchmarks.measured cpu.json
 
-print the lines of a machine's table. Nothing was measured on a TPU: their tables are estimates of
-the compiler, by `--suite tpu-compile`, and so are called.
+print the lines of a machine's table. Nothing was measured on a TPU: those tables are estimates by
+the TPU compiler, from `--suite tpu-compile`, and are called estimates.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from collections.abc import Collection
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """Speeds of one computation, in units of the float product's: under 1, float is faster.
+    """Speeds of one computation relative to the float product: below 1, float is faster.
 
     Attributes:
-        weights, inputs: in the words of `describe_inputs`; "float" for inputs that stay so.
-        implementation: name of the row that ran.
+        weights, inputs: as `describe_inputs` describes them; "float" for float activations.
+        implementation: name of the computation that ran.
         shape: (K, N) of the weights.
-        by_rows: speed by rows of inputs.
+        by_rows: speed by rows of activations.
     """
 
     weights: str
@@ -36,11 +36,11 @@ class Measurement:
 
     Attributes:
         machine: its name among the `MACHINES`.
-        dtype: of the inputs before they are quantized.
+        dtype: of the activations before they are quantized.
         reference: the float product whose speed is 1.
-        how: what was run, and where.
-        speeds: what was found.
-        is_estimate: whether the compiler estimated it, and nothing ran.
+        how: the command, and the machine that ran it.
+        speeds: the results.
+        is_estimate: whether these are estimates by the compiler.
     """
 
     machine: str
@@ -79,64 +79,90 @@ nf4 g64   | float | native | 384x1536  | 1:2.09 2:2.69 8:1.54 32:1.23 128:1.09 5
 nf4 g64   | float | native | 4096x4096 | 1:3.72 2:4.82 8:1.88 32:1.28 128:1.11 512:1.05 2048:1.03
 """
 _FOR_V5E = """
-fp8_e4m3 | fp8_e4m3 | scaled | 1000x1003 | 8:0.68 128:0.62 2048:0.69
-fp8_e4m3 | fp8_e4m3 | scaled | 14336x4096 | 8:1.60 128:1.17
-fp8_e4m3 | fp8_e4m3 | scaled | 2048x8192 | 8:1.46 128:1.22 2048:1.01
 fp8_e4m3 | fp8_e4m3 | scaled | 384x1536 | 8:0.50 128:0.55 2048:0.92
-fp8_e4m3 | fp8_e4m3 | scaled | 4096x14336 | 8:1.62 128:1.34
+fp8_e4m3 | fp8_e4m3 | scaled | 1000x1003 | 8:0.68 128:0.62 2048:0.69
+fp8_e4m3 | fp8_e4m3 | scaled | 2048x8192 | 8:1.46 128:1.22 2048:1.01
+fp8_e4m3 | fp8_e4m3 | scaled | 3584x3584 | 8:1.33 16:1.29 128:1.05 1024:1.03 2048:0.98
 fp8_e4m3 | fp8_e4m3 | scaled | 4096x4096 | 8:1.45 128:1.13 2048:1.00
+fp8_e4m3 | fp8_e4m3 | scaled | 4096x14336 | 8:1.62 128:1.34
+fp8_e4m3 | fp8_e4m3 | scaled | 5120x13824 | 8:1.88 16:1.84 128:1.28 1024:0.89 2048:0.94
+fp8_e4m3 | fp8_e4m3 | scaled | 14336x4096 | 8:1.60 128:1.17
+int4 g128 | float | fused | 384x1536 | 1024:0.90 2048:0.94
 int4 g128 | float | fused | 2048x8192 | 2048:1.09
-int4 g128 | float | fused | 384x1536 | 2048:0.94
+int4 g128 | float | fused | 3584x3584 | 1024:0.71 2048:0.80
+int4 g128 | float | fused | 4096x4096 | 1024:1.17 2048:1.07
 int4 g128 | float | fused | 4096x14336 | 2048:1.10
-int4 g128 | float | fused | 4096x4096 | 2048:1.07
-int4 g128 | int8 | scaled | 2048x8192 | 2048:1.07
+int4 g128 | float | fused | 5120x13824 | 1024:0.52 2048:0.68
 int4 g128 | int8 | scaled | 384x1536 | 2048:0.86
+int4 g128 | int8 | scaled | 2048x8192 | 2048:1.07
 int4 g128 | int8 | scaled | 4096x4096 | 2048:1.03
-int8 | float | dequantize | 1000x1003 | 128:1.16 2048:1.04
-int8 | float | dequantize | 14336x4096 | 128:1.92
-int8 | float | dequantize | 2048x8192 | 128:1.47 2048:1.08
 int8 | float | dequantize | 384x1536 | 128:0.91 2048:0.99
-int8 | float | dequantize | 4096x14336 | 128:1.71 2048:1.10
+int8 | float | dequantize | 1000x1003 | 128:1.16 2048:1.04
+int8 | float | dequantize | 2048x8192 | 128:1.47 2048:1.08
+int8 | float | dequantize | 3584x3584 | 128:1.53 1024:1.15 2048:1.05
 int8 | float | dequantize | 4096x4096 | 128:1.61 2048:1.07
-int8 | float | scaled | 1000x1003 | 8:1.29
-int8 | float | scaled | 14336x4096 | 8:1.69
-int8 | float | scaled | 2048x8192 | 8:1.65
+int8 | float | dequantize | 4096x14336 | 128:1.71 2048:1.10
+int8 | float | dequantize | 5120x13824 | 128:1.71 1024:1.00 2048:1.01
+int8 | float | dequantize | 14336x4096 | 128:1.92
 int8 | float | scaled | 384x1536 | 8:1.17
-int8 | float | scaled | 4096x14336 | 8:1.69
+int8 | float | scaled | 1000x1003 | 8:1.29
+int8 | float | scaled | 2048x8192 | 8:1.65
+int8 | float | scaled | 3584x3584 | 8:1.55 16:1.53
 int8 | float | scaled | 4096x4096 | 8:1.63
-int8 | int8 | integer | 1000x1003 | 8:0.82 128:0.68 2048:0.69
-int8 | int8 | integer | 14336x4096 | 8:1.74 128:1.51
-int8 | int8 | integer | 2048x8192 | 8:1.60 128:1.50 2048:1.83
+int8 | float | scaled | 4096x14336 | 8:1.69
+int8 | float | scaled | 5120x13824 | 8:1.95 16:1.94
+int8 | float | scaled | 14336x4096 | 8:1.69
 int8 | int8 | integer | 384x1536 | 8:0.59 128:0.64 2048:0.98
-int8 | int8 | integer | 4096x14336 | 8:1.75 128:1.77 2048:1.93
+int8 | int8 | integer | 1000x1003 | 8:0.82 128:0.68 2048:0.69
+int8 | int8 | integer | 2048x8192 | 8:1.60 128:1.50 2048:1.83
+int8 | int8 | integer | 3584x3584 | 8:1.47 16:1.43 128:1.30 1024:1.72 2048:1.72
 int8 | int8 | integer | 4096x4096 | 8:1.60 128:1.42 2048:1.78
+int8 | int8 | integer | 4096x14336 | 8:1.75 128:1.77 2048:1.93
+int8 | int8 | integer | 5120x13824 | 8:2.04 16:2.03 128:1.70 1024:1.60 2048:1.77
+int8 | int8 | integer | 14336x4096 | 8:1.74 128:1.51
+nvfp4 g16 | float | fused | 384x1536 | 8:0.52 16:0.52 128:0.62 1024:0.85 2048:0.91
+nvfp4 g16 | float | fused | 3584x3584 | 8:0.37 16:0.37 128:0.44 1024:0.71 2048:0.79
+nvfp4 g16 | float | fused | 4096x4096 | 8:1.82 16:1.80 128:1.89 1024:1.15 2048:1.06
+nvfp4 g16 | float | fused | 5120x13824 | 8:0.24 16:0.24 128:0.26 1024:0.51 2048:0.68
 """
 
 _FOR_V6E = """
-fp8_e4m3 | fp8_e4m3 | scaled | 1000x1003 | 8:0.53 128:0.52 2048:0.60
-fp8_e4m3 | fp8_e4m3 | scaled | 14336x4096 | 8:1.32 128:1.03
-fp8_e4m3 | fp8_e4m3 | scaled | 2048x8192 | 8:1.23 128:1.07 2048:1.02
 fp8_e4m3 | fp8_e4m3 | scaled | 384x1536 | 8:0.41 128:0.43 2048:0.88
-fp8_e4m3 | fp8_e4m3 | scaled | 4096x14336 | 8:1.36 128:1.23
+fp8_e4m3 | fp8_e4m3 | scaled | 1000x1003 | 8:0.53 128:0.52 2048:0.60
+fp8_e4m3 | fp8_e4m3 | scaled | 2048x8192 | 8:1.23 128:1.07 2048:1.02
+fp8_e4m3 | fp8_e4m3 | scaled | 3584x3584 | 8:1.08 16:1.07 128:0.89 1024:0.98 2048:0.90
 fp8_e4m3 | fp8_e4m3 | scaled | 4096x4096 | 8:1.20 128:0.98 2048:0.94
-int8 | float | dequantize | 1000x1003 | 8:1.17
-int8 | float | dequantize | 14336x4096 | 8:1.86
-int8 | float | dequantize | 2048x8192 | 8:1.74
+fp8_e4m3 | fp8_e4m3 | scaled | 4096x14336 | 8:1.36 128:1.23
+fp8_e4m3 | fp8_e4m3 | scaled | 5120x13824 | 8:1.34 16:1.34 128:1.21 1024:0.83 2048:0.83
+fp8_e4m3 | fp8_e4m3 | scaled | 14336x4096 | 8:1.32 128:1.03
 int8 | float | dequantize | 384x1536 | 8:0.80
-int8 | float | dequantize | 4096x14336 | 8:1.88
+int8 | float | dequantize | 1000x1003 | 8:1.17
+int8 | float | dequantize | 2048x8192 | 8:1.74
+int8 | float | dequantize | 3584x3584 | 8:1.53 16:1.53
 int8 | float | dequantize | 4096x4096 | 8:1.75
-int8 | float | scaled | 1000x1003 | 128:1.14 2048:1.04
-int8 | float | scaled | 14336x4096 | 128:1.35
-int8 | float | scaled | 2048x8192 | 128:1.41 2048:1.10
+int8 | float | dequantize | 4096x14336 | 8:1.88
+int8 | float | dequantize | 5120x13824 | 8:1.83 16:1.82
+int8 | float | dequantize | 14336x4096 | 8:1.86
 int8 | float | scaled | 384x1536 | 128:0.83 2048:0.95
-int8 | float | scaled | 4096x14336 | 128:1.43 2048:0.80
+int8 | float | scaled | 1000x1003 | 128:1.14 2048:1.04
+int8 | float | scaled | 2048x8192 | 128:1.41 2048:1.10
+int8 | float | scaled | 3584x3584 | 128:1.31 1024:1.06 2048:1.06
 int8 | float | scaled | 4096x4096 | 128:1.41 2048:1.10
-int8 | int8 | integer | 1000x1003 | 8:0.57 128:0.57 2048:0.60
-int8 | int8 | integer | 14336x4096 | 8:1.40 128:1.10
-int8 | int8 | integer | 2048x8192 | 8:1.33 128:1.15 2048:1.19
+int8 | float | scaled | 4096x14336 | 128:1.43 2048:0.80
+int8 | float | scaled | 5120x13824 | 128:1.41 1024:0.83 2048:0.80
+int8 | float | scaled | 14336x4096 | 128:1.35
 int8 | int8 | integer | 384x1536 | 8:0.44 128:0.46 2048:0.89
-int8 | int8 | integer | 4096x14336 | 8:1.44 128:1.37 2048:1.09
+int8 | int8 | integer | 1000x1003 | 8:0.57 128:0.57 2048:0.60
+int8 | int8 | integer | 2048x8192 | 8:1.33 128:1.15 2048:1.19
+int8 | int8 | integer | 3584x3584 | 8:1.14 16:1.13 128:0.95 1024:1.13 2048:1.09
 int8 | int8 | integer | 4096x4096 | 8:1.33 128:1.06 2048:1.14
+int8 | int8 | integer | 4096x14336 | 8:1.44 128:1.37 2048:1.09
+int8 | int8 | integer | 5120x13824 | 8:1.40 16:1.39 128:1.33 1024:1.03 2048:1.08
+int8 | int8 | integer | 14336x4096 | 8:1.40 128:1.10
+nvfp4 g16 | float | fused | 384x1536 | 8:0.52 16:0.53 128:0.57 1024:0.78 2048:0.85
+nvfp4 g16 | float | fused | 3584x3584 | 8:0.36 16:0.36 128:0.38 1024:0.56 2048:0.65
+nvfp4 g16 | float | fused | 4096x4096 | 8:1.70 16:1.67 128:1.43 1024:1.12 2048:0.90
+nvfp4 g16 | float | fused | 5120x13824 | 8:0.21 16:0.21 128:0.22 1024:0.33 2048:0.45
 """
 
 MEASUREMENTS = (
@@ -163,7 +189,7 @@ MEASUREMENTS = (
 
 
 def measurement_for(machine: str, dtype: str) -> Measurement | None:
-    """What was measured on a machine with inputs of a dtype, or None."""
+    """The measurement on a machine for activations of a dtype, or None."""
     found = (m for m in MEASUREMENTS if (m.machine, m.dtype) == (machine, dtype))
     return next(found, None)
 
@@ -171,10 +197,10 @@ def measurement_for(machine: str, dtype: str) -> Measurement | None:
 def speeds_near(
     lines: Collection[Speeds], shape: tuple[int, int], rows: int
 ) -> tuple[tuple[int, tuple[int, int], float], ...]:
-    """What was measured next to a product: (rows, (K, N), speed).
+    """The speeds measured closest to a product: (rows, (K, N), speed).
 
-    That of the very shape and number of rows; else those of the next sizes below and above.
-    Empty where one side has none: nothing is extrapolated.
+    Those of its shape and number of rows, else of the nearest sizes below and above. Empty if there
+    is no smaller or no larger one: nothing is extrapolated.
     """
     near = [(line, _around(line.by_rows, rows)) for line in lines]
     near = [(line, found) for line, found in near if found]
@@ -185,7 +211,7 @@ def speeds_near(
 
 
 def _around(values, wanted):
-    """The next values below and above, or equal; none where one side has none."""
+    """The nearest values below and above, or equal; empty if one side has none."""
     below = max((v for v in values if v <= wanted), default=None)
     above = min((v for v in values if v >= wanted), default=None)
     return () if below is None or above is None else tuple(sorted({below, above}))

@@ -16,6 +16,7 @@ from jaxquant import (
     FP8_E4M3,
     INT4,
     NF4,
+    NVFP4,
     ArrayConfig,
     Inputs,
     conv_general_dilated,
@@ -556,13 +557,11 @@ def test_every_line_of_the_table_is_of_what_still_runs():
             assert (row.warning is None) == (speed >= 1)
 
 
-FP8_ROWS = {"format": FP8_E4M3}
-
-
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_every_estimate_for_a_tpu_is_of_what_still_runs_and_warns_as_an_estimate(chip):
     configs = {"int8": {}, "int4 g128": G128, "fp8_e4m3": {"format": FP8_E4M3}}
-    given = {"int8": INT8_INPUTS, "float": None, "fp8_e4m3": ArrayConfig(**FP8_ROWS)}
+    configs["nvfp4 g16"] = {"format": NVFP4}
+    given = {"int8": INT8_INPUTS, "float": None, "fp8_e4m3": ArrayConfig(format=FP8_E4M3)}
     (measurement,) = (m for m in MEASUREMENTS if m.machine == chip)
     assert measurement.is_estimate
     assert "nothing ran" in measurement.how
@@ -576,6 +575,38 @@ def test_every_estimate_for_a_tpu_is_of_what_still_runs_and_warns_as_an_estimate
             assert row.speeds == ((rows, line.shape, speed),)
             warning = "XLA's bfloat16 product is faster, by estimate" if speed < 1 else None
             assert row.warning == warning
+
+
+# (format, chip, rows, (K, N) of the weights, the range of its estimates or None.)
+REAL_WIDTHS = [
+    ({"format": NVFP4}, "v5e", 16, (5120, 13824), (0.24, 0.24)),
+    ({"format": NVFP4}, "v5e", 16, (3584, 3584), (0.37, 0.37)),
+    ({"format": NVFP4}, "v6e", 16, (5120, 13824), (0.21, 0.21)),
+    ({"format": NVFP4}, "v6e", 16, (3584, 3584), (0.36, 0.36)),
+    ({"format": NVFP4}, "v6e", 1024, (5120, 13824), (0.33, 0.33)),
+    (G128, "v5e", 1024, (5120, 13824), (0.52, 0.52)),
+    (G128, "v5e", 1024, (3584, 3584), (0.71, 0.71)),
+    # Not estimated themselves: those of the rows and sizes around them.
+    (G128, "v5e", 1500, (5120, 13824), (0.52, 0.68)),
+    ({"format": NVFP4}, "v5e", 60, (3584, 3328), (0.37, 0.62)),
+    ({"format": NVFP4}, "v5e", 16, (5120, 5120), (0.24, 1.8)),
+    (G128, "v5e", 1024, (8192, 28672), None),
+]
+
+
+@pytest.mark.parametrize("config, chip, rows, shape, wanted", REAL_WIDTHS)
+def test_schemes_that_are_slower_on_a_tpu_at_real_widths_are_warned_of(
+    config, chip, rows, shape, wanted
+):
+    q = stored(shape, None, **config).astype(jnp.bfloat16)
+    (row,) = explain(matmul, floats(rows, shape[0], dtype=jnp.bfloat16), q, platform=chip)
+    speeds = [speed for *_, speed in row.speeds]
+    if wanted is None:
+        assert (speeds, row.warning) == ([], None)
+        return
+    assert (min(speeds), max(speeds)) == wanted
+    verb = "is" if max(speeds) < 1 else "may be"
+    assert row.warning == f"XLA's bfloat16 product {verb} faster, by estimate"
 
 
 def test_estimates_become_speeds_where_no_kernel_multiplies():
