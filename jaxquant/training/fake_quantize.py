@@ -1,4 +1,4 @@
-"""Quantization that training can see through: rounded values, with gradients."""
+"""Fake quantization: quantized values with straight-through gradients (QAT, STE, LSQ)."""
 
 import dataclasses
 import math
@@ -13,21 +13,26 @@ from ..core import ArrayConfig, Axes, QTensor, quantize, quantize_with_range, st
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LearnedStep:
-    """The step of a symmetric array as a parameter. A pytree with one leaf.
+    """A trainable quantization step (LSQ) for a symmetric array. A pytree with one leaf.
 
     Attributes:
-        scale: float32, in the shape of the scales. Its sign does not count.
+        scale: float32, in the shape of the scales. Its sign is ignored.
 
     Source: Esser et al. 2020 (LSQ), arXiv:1902.08153.
+
+    Example:
+        >>> step = jq.training.LearnedStep(jnp.full((1, 2), 0.5))
+        >>> jq.training.fake_quantize(jnp.full((4, 2), 0.6), jq.ArrayConfig(), 0, step)[0].tolist()
+        [0.5, 0.5]
     """
 
     scale: jax.Array
 
     def span(self, config: ArrayConfig, size: int) -> tuple[jax.Array, ...]:
-        """(low, high, scale, zero point) of an array of `size` elements, with gradients."""
+        """Returns (low, high, scale, zero point) for `size` elements, with gradients."""
         if not config.symmetric:
             raise ValueError(
-                f"A LearnedStep is for symmetric=True; got {config!r}. Use a LearnedRange."
+                f"A LearnedStep needs symmetric=True; got {config!r}. Use a LearnedRange."
             )
         factor = gradient_factor(size / max(self.scale.size, 1), config)
         scale = scale_gradient(jnp.abs(self.scale), factor)
@@ -38,22 +43,28 @@ class LearnedStep:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LearnedRange:
-    """The ends of the range of an asymmetric array as parameters. A pytree with two leaves.
+    """A trainable range (LSQ+) for an asymmetric array. A pytree with two leaves.
 
     Attributes:
-        low, high: float32, in the shape of the scales; positive lows and negative highs count as 0.
+        low, high: float32, in the shape of the scales; a positive low or negative high counts as 0.
 
-    Source: Bhalgat et al. 2020 (LSQ+), arXiv:2004.09576, with the two ends for parameters.
+    Source: Bhalgat et al. 2020 (LSQ+), arXiv:2004.09576, with the two ends as parameters.
+
+    Example:
+        >>> range = jq.training.LearnedRange(jnp.zeros((1, 1)), jnp.full((1, 1), 254.0))
+        >>> config = jq.ArrayConfig(symmetric=False)
+        >>> jq.training.fake_quantize(jnp.full((4, 1), 7.3), config, 0, range)[0].tolist()
+        [7.0]
     """
 
     low: jax.Array
     high: jax.Array
 
     def span(self, config: ArrayConfig, size: int) -> tuple[jax.Array, ...]:
-        """(low, high, scale, zero point) of an array of `size` elements, with gradients."""
+        """Returns (low, high, scale, zero point) for `size` elements, with gradients."""
         if config.symmetric:
             raise ValueError(
-                f"A LearnedRange is for symmetric=False; got {config!r}. Use a LearnedStep."
+                f"A LearnedRange needs symmetric=False; got {config!r}. Use a LearnedStep."
             )
         qmin, qmax = config.bounds
         factor = gradient_factor(size / max(self.low.size, 1), config)
@@ -72,35 +83,47 @@ def fake_quantize(
     learned: LearnedStep | LearnedRange | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The values that x has after quantization, with gradients for x and for what is learned.
+    """Quantizes and dequantizes x, with gradients for x and for a learned step or range.
 
         value = dequantize(quantize(x, config, axis))
 
-        d value / d x = 1 inside the range, 0 where x is clipped
+        d value / d x = 1 inside, 0 where x is clipped        (straight-through estimator)
 
-    A learned step s, with v = x / s and g = 1 / sqrt(n qmax) for n elements per step, has
+    Without `learned`, an element counts as inside if it lies beyond the outermost code by at most
+    half of the outermost step: for integer codes, qmin - 1/2 <= x / s + zero_point <= qmax + 1/2.
+    So rounding never costs the largest element of a group its gradient. With `learned`, only
+    elements from qmin to qmax are inside, as in LSQ.
 
-        d value / d s = g (round(v) - v) inside, g qmin or g qmax where v is beyond them
+    A learned step s, with v = x / s and g = 1 / sqrt(n qmax) for n elements per step, gets
 
-    and a learned range (low, high) the derivatives of s = (high - low) / (qmax - qmin) and of the
-    zero point qmin - low / s, rounding counting as the identity, with n (qmax - qmin) in g.
+        d value / d s = g (round(v) - v) inside, g qmin below qmin, g qmax above qmax
+
+    A learned range (low, high) gets the derivatives of s = (high - low) / (qmax - qmin) and of the
+    zero point qmin - low / s, with rounding as the identity and n (qmax - qmin) in g.
 
     Args:
         x: floating array.
-        config, axis: as for `jaxquant.quantize`. If something is learned, its range is not used.
+        config, axis: as for `jaxquant.quantize`. With `learned`, config.range is not used.
         learned: `LearnedStep` for a symmetric config, `LearnedRange` for an asymmetric one; None
-            for the range of x by `config`, through which no gradient goes.
+            to compute the range of x by `config`, without a gradient through it.
         key: random key for stochastic rounding; None rounds to nearest.
 
     Returns:
         Array of the shape and dtype of x.
 
     Raises:
-        ValueError: as for `jaxquant.quantize`, or what is learned does not suit the config.
+        ValueError: as for `jaxquant.quantize`, or `learned` does not fit the config.
 
-    Error: as for `jaxquant.quantize`; equal to its result, bit for bit.
+    Error: as for `jaxquant.quantize`; the values equal its result bit for bit.
     Source: straight-through estimator: Bengio et al. 2013, arXiv:1308.3432; LSQ: Esser et al. 2020,
         arXiv:1902.08153, eq. 1 to 3 and section 2.2; LSQ+: Bhalgat et al. 2020, arXiv:2004.09576.
+
+    Example:
+        >>> x, config = jnp.array([0.2, -1.4, 7.0]), jq.ArrayConfig(format=jq.INT4)
+        >>> jq.training.fake_quantize(x, config).tolist()
+        [0.0, -1.0, 7.0]
+        >>> jax.grad(lambda x: jq.training.fake_quantize(x, config).sum())(x).tolist()
+        [1.0, 1.0, 1.0]
     """
     return quantize_for_training(x, config, axis, learned, key).decode()
 
@@ -112,7 +135,7 @@ def quantize_for_training(
     learned: LearnedStep | LearnedRange | None = None,
     key: jax.Array | None = None,
 ) -> QTensor:
-    """x as a QTensor whose `values` are `fake_quantize(x, config, axis, learned, key)`."""
+    """Returns x as a QTensor whose `values` are `fake_quantize(x, config, axis, learned, key)`."""
     fixed = jax.lax.stop_gradient(x)
     if learned is None:
         q = quantize(fixed, config, axis, key)
@@ -130,7 +153,7 @@ def quantize_for_training(
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
-    """x, with a gradient that is multiplied by `factor`."""
+    """Returns x; its gradient is multiplied by `factor`."""
     return x
 
 
@@ -140,9 +163,9 @@ def _(factor, primals, tangents):
 
 
 def gradient_factor(count: float, config: ArrayConfig) -> float:
-    """What the gradient of a step is multiplied by that `count` elements share.
+    """Returns the factor for the gradient of a step that `count` elements share.
 
-    So a step moves in proportion to its size as fast as weights do (LSQ, section 2.2).
+    With it, steps and weights change at the same rate relative to their size (LSQ, section 2.2).
     """
     qmin, qmax = config.bounds
     return 1 / math.sqrt(max(count, 1) * (qmax if config.symmetric else qmax - qmin))

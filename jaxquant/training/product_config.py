@@ -1,4 +1,4 @@
-"""How the three products of a training step are quantized."""
+"""Configs of quantized matrix multiplications in training: forward and both gradients."""
 
 import dataclasses
 
@@ -12,25 +12,31 @@ Pair = tuple[ArrayConfig | None, ArrayConfig | None]
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProductConfig:
-    """How a product and the two of its gradients are quantized. Static, like `ArrayConfig`.
+    """How a matrix multiplication and its two gradients are quantized. Static, like `ArrayConfig`.
 
         out          = lhs      x rhs
-        lhs gradient = gradient x rhs        gradient: that of out, which comes back
+        lhs gradient = gradient x rhs        gradient: that of out
         rhs gradient = gradient x lhs
 
-    Each product quantizes its two operands again, with scales shared along the axes that it
-    contracts: these differ from product to product.
+    Each of the three products quantizes its own two operands, with scales shared along the axes
+    that it contracts, which differ between the products.
 
     Attributes:
-        lhs, rhs, gradient: config of each operand, None to leave it in float. With a group size,
-            groups lie along the last contracted axis.
+        lhs, rhs, gradient: config of each operand, None to keep it in float. With a group size,
+            groups run along the last contracted axis.
         quantizes_out, quantizes_lhs_gradient, quantizes_rhs_gradient: whether that product is
-            quantized; one that is not multiplies floats.
-        rounds_stochastically: whether the gradient is rounded at random, so that its expectation
-            is kept. lhs and rhs are rounded to nearest.
+            quantized; otherwise it is computed in float.
+        rounds_stochastically: whether the gradient is rounded stochastically, which keeps it
+            unbiased. lhs and rhs are rounded to nearest.
 
     Raises:
-        ValueError: a field is of another kind, or nothing is there to be rounded.
+        ValueError: a field has the wrong type, or rounds_stochastically without a gradient config.
+
+    Example:
+        >>> int8 = jq.ArrayConfig()
+        >>> config = jq.training.ProductConfig(lhs=int8, rhs=int8)
+        >>> jq.training.matmul(jnp.ones((2, 3)), jnp.ones((3, 1)), config=config).tolist()
+        [[3.0], [3.0]]
     """
 
     lhs: ArrayConfig | None = None
@@ -47,12 +53,12 @@ class ProductConfig:
                 raise ValueError(f"{name} must be an ArrayConfig or None; got {config!r}.")
             if config is not None and isinstance(config.group_size, tuple):
                 raise ValueError(
-                    f"{name}.group_size must be one int or None, because products differ in how "
-                    f"many axes they contract; got {config.group_size}."
+                    f"{name}.group_size must be an int or None, because the products contract "
+                    f"different numbers of axes; got {config.group_size}."
                 )
         if self.rounds_stochastically and self.gradient is None:
             raise ValueError(
-                "rounds_stochastically is about the gradient, and needs a config for it; got "
+                "rounds_stochastically needs a config for the gradient; got "
                 f"gradient={self.gradient}."
             )
 
@@ -72,10 +78,10 @@ class ProductConfig:
         return (self.gradient, self.lhs) if self.quantizes_rhs_gradient else (None, None)
 
     def check_delayed(self) -> None:
-        """Whether a history of amax can say how large the operands are.
+        """Checks that the config supports delayed scaling.
 
         Raises:
-            ValueError: an operand has several scales, a zero point, or a range of its own.
+            ValueError: an operand has several scales, a zero point, or a range other than AbsMax().
         """
         for name, config in self._operands():
             if config is None:
@@ -84,7 +90,7 @@ class ProductConfig:
                 raise ValueError(
                     "scaling has one range for each operand, so its config must have "
                     f"per_tensor=True, symmetric=True and range=AbsMax(); got {name}={config!r}. "
-                    "Leave scaling None, or take a config such as training.FP8_TRAINING."
+                    "Leave scaling None, or use a config such as training.FP8_TRAINING."
                 )
 
     def _operands(self):
@@ -95,10 +101,10 @@ _INT8 = ArrayConfig(format=INT8)
 _E4M3 = ArrayConfig(format=FP8_E4M3, per_tensor=True)
 _E5M2 = ArrayConfig(format=FP8_E5M2, per_tensor=True)
 
-# All three products in int8. Gradients keep their expectation: Chen et al. 2020 (StatQuant),
+# All three products in int8, with unbiased gradients: Chen et al. 2020 (StatQuant),
 # arXiv:2010.14298, theorem 1.
 INT8_TRAINING = ProductConfig(lhs=_INT8, rhs=_INT8, gradient=_INT8, rounds_stochastically=True)
-# The gradient of the weights, on the right, sums over all tokens of a batch, and stays in float.
+# The gradient of the weights (rhs) sums over all tokens of a batch and stays in float.
 # Wortsman et al. 2023 (SwitchBackQ, with scales per row), arXiv:2304.13013.
 SWITCHBACK = ProductConfig(lhs=_INT8, rhs=_INT8, gradient=_INT8, quantizes_rhs_gradient=False)
 # Micikevicius et al. 2022, arXiv:2209.05433, section 3.

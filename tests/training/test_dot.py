@@ -464,11 +464,11 @@ ERRORS = {
     "field": (lambda: ProductConfig(rhs=NF4), "rhs must be an ArrayConfig or None; got nf4"),  # pyright: ignore[reportArgumentType] (what is refused)
     "sizes": (
         lambda: ProductConfig(gradient=ArrayConfig(group_size=(2, 2))),
-        r"gradient.group_size must be one int.*got \(2, 2\)",
+        r"gradient.group_size must be an int.*got \(2, 2\)",
     ),
     "rounding": (
         lambda: ProductConfig(rounds_stochastically=True),
-        "rounds_stochastically is about.*got gradient=None",
+        "rounds_stochastically needs a config for the gradient.*got gradient=None",
     ),
 }
 

@@ -13,7 +13,7 @@ from jaxquant.training import LearnedRange, LearnedStep, fake_quantize
 
 from .. import cases, checks, oracles
 
-# That values are equal under all optimizations, test_prepare.py tests for all schemes.
+# test_prepare.py tests, for all schemes, that values are equal under all optimizations.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SHAPE = (6, 32)
@@ -43,14 +43,16 @@ def counts_of(case):
 
 
 def gradients(x, case, learned, cotangent, key=None):
-    """Values, and the gradients of x and of what is learned."""
+    """Values, and the gradients of x and of the learned parameters."""
     values, pullback = jax.vjp(lambda x, p: fake_quantize(x, *case, p, key), x, learned)
     return values, *pullback(cotangent)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", cases.FEW)
-def test_values_are_those_of_quantize_and_the_gradient_is_one_where_nothing_is_clipped(name, dtype):
+def test_values_equal_quantize_and_the_gradient_is_one_up_to_half_a_step_beyond_the_range(
+    name, dtype
+):
     case, x = cases.FEW[name], jnp.asarray(cases.gaussian(), dtype)
     cotangent = jnp.asarray(normal(*x.shape, seed=2), dtype)
 
@@ -73,7 +75,7 @@ def test_values_are_those_of_quantize_and_the_gradient_is_one_where_nothing_is_c
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_learned_step_has_the_values_and_gradients_of_lsq(name, sign):
+def test_a_learned_step_follows_lsq_and_clips_gradients_at_the_outermost_codes(name, sign):
     case = STEPS[name]
     config = case.config
     counts, (qmin, qmax) = counts_of(case), oracles.bounds(config)
@@ -97,7 +99,7 @@ def test_a_learned_step_has_the_values_and_gradients_of_lsq(name, sign):
 
 
 def surrogate(x, ends, config, moved):
-    """`fake_quantize` with rounding frozen: what it moved the codes and zero points by is added."""
+    """`fake_quantize` with rounding frozen: its offsets of codes and zero points are constants."""
     low, high = ends
     qmin, qmax = oracles.bounds(config)
     step = (high - low) / (qmax - qmin)
@@ -109,7 +111,7 @@ def surrogate(x, ends, config, moved):
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_a_learned_range_has_the_values_and_the_derivatives_of_its_float_surrogate(name):
+def test_a_learned_range_matches_finite_differences_of_a_float_surrogate(name):
     case = RANGES[name]
     config = case.config
     counts, (qmin, qmax) = counts_of(case), oracles.bounds(config)
@@ -135,7 +137,7 @@ def test_a_learned_range_has_the_values_and_the_derivatives_of_its_float_surroga
         np.testing.assert_allclose(gradient, want, rtol=2e-3, atol=2e-4)
 
 
-def test_ends_of_a_range_on_the_wrong_side_of_zero_count_as_zero():
+def test_a_range_end_on_the_wrong_side_of_zero_counts_as_zero():
     case = cases.along(0, format=INT4, per_tensor=True, symmetric=False)
     for low, high, wanted in [(0.5, 3.0, (0.0, 3.0)), (-3.0, -1.0, (-3.0, 0.0))]:
         learned = LearnedRange(jnp.float32(low), jnp.float32(high))
@@ -151,7 +153,7 @@ def test_ends_of_a_range_on_the_wrong_side_of_zero_count_as_zero():
 
 
 @pytest.mark.parametrize("format", [FP8_E4M3, NF4], ids=str)
-def test_steps_of_other_formats_get_the_gradient_of_what_is_left_over(format):
+def test_learned_steps_of_float_and_codebook_formats_get_the_rounding_error_as_gradient(format):
     case = cases.along(1, format=format)
     step = np.abs(X).max(1, keepdims=True) * np.float32(0.7 / format.qmax)
     values, of_x, of_step = gradients(X, case, LearnedStep(jnp.asarray(step)), COTANGENT)
@@ -165,7 +167,7 @@ def test_steps_of_other_formats_get_the_gradient_of_what_is_left_over(format):
     np.testing.assert_allclose(of_step.scale, want, rtol=1e-3, atol=1e-4)
 
 
-def test_weights_in_bfloat16_give_steps_the_gradient_of_float32():
+def test_bfloat16_weights_give_float32_gradients_to_steps():
     case, step = STEPS["int8 per row"], np.full((6, 1), 1 / 64, np.float32)
     x = jnp.asarray(X, jnp.bfloat16)
     cotangent = jnp.asarray(COTANGENT, jnp.bfloat16)
@@ -179,7 +181,7 @@ def test_weights_in_bfloat16_give_steps_the_gradient_of_float32():
     np.testing.assert_allclose(of_step.scale, want, rtol=1e-4, atol=1e-5)
 
 
-def test_a_key_rounds_stochastically_and_leaves_the_gradient():
+def test_a_key_rounds_stochastically_without_changing_the_gradient():
     key = jax.random.key(0)
     values, of_x, _ = gradients(X, GROUPED, None, COTANGENT, key)
     np.testing.assert_array_equal(values, quantize(X, *GROUPED, key).dequantize())
@@ -195,7 +197,7 @@ def test_a_key_rounds_stochastically_and_leaves_the_gradient():
     np.testing.assert_allclose(of_step.scale, want, rtol=1e-3, atol=1e-4)
 
 
-def test_gradients_are_the_same_in_every_transformation_and_compiled_once():
+def test_gradients_agree_under_all_transformations_and_compile_once():
     config, traces = ArrayConfig(format=INT4, group_size=8), []
     learned = LearnedStep(jnp.full((6, 4), 0.3))
 
@@ -220,7 +222,7 @@ def test_gradients_are_the_same_in_every_transformation_and_compiled_once():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_steps_of_arrays_without_elements_have_gradients_of_zero():
+def test_steps_of_empty_arrays_have_zero_gradients():
     case = cases.along(1)
     learned = LearnedStep(jnp.ones((3, 1)))
     empty = jnp.zeros((3, 0))
@@ -229,8 +231,8 @@ def test_steps_of_arrays_without_elements_have_gradients_of_zero():
     np.testing.assert_array_equal(of_step.scale, jnp.zeros((3, 1)))
 
 
-def test_no_gradient_goes_through_the_range_of_x():
-    # Else the largest element of each row would get the gradients of all, by the scale.
+def test_no_gradient_flows_through_the_range_of_x():
+    # Otherwise the largest element of each row would get the gradients of the whole row.
     config = ArrayConfig(format=INT4, range=Percentile(100))
     of_x = jax.grad(lambda x: jnp.sum(fake_quantize(x, config, axis=1) * COTANGENT))(X)
     np.testing.assert_array_equal(of_x, COTANGENT)
@@ -242,18 +244,18 @@ def test_no_gradient_goes_through_the_range_of_x():
         (
             RANGES["int4 grouped"],
             LearnedStep(jnp.ones((6, 4))),
-            r"A LearnedStep is for symmetric=True; got ArrayConfig\(.*Use a LearnedRange",
+            r"A LearnedStep needs symmetric=True; got ArrayConfig\(.*Use a LearnedRange",
         ),
         (
             GROUPED,
             LearnedRange(-jnp.ones((6, 4)), jnp.ones((6, 4))),
-            r"A LearnedRange is for symmetric=False; got ArrayConfig\(.*Use a LearnedStep",
+            r"A LearnedRange needs symmetric=False; got ArrayConfig\(.*Use a LearnedStep",
         ),
         (GROUPED, LearnedStep(jnp.ones((6, 1))), r"shape of the scales, \(6, 4\); got \(6, 1\)"),
         (GROUPED, jnp.ones((6, 4)), "learned must be a LearnedStep, a LearnedRange or None; got"),
         ((INT4, 0), None, r"config must be an ArrayConfig; got int4"),
     ],
 )
-def test_what_does_not_suit_the_config_is_refused(case, learned, text):
+def test_invalid_arguments_raise(case, learned, text):
     with pytest.raises(ValueError, match=text):
         fake_quantize(X, *case, learned)

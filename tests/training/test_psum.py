@@ -252,7 +252,7 @@ ERRORS = [
     (
         FLOATS,
         {"config": ArrayConfig(group_size=(2, 2))},
-        r"one number of elements per block, .*got \(2, 2\)",
+        r"a single number of elements per block, .*got \(2, 2\)",
     ),
 ]
 
