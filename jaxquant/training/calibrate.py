@@ -1,4 +1,4 @@
-"""Static ranges of activations, from batches that run through the model."""
+"""Calibration: static scales of activations, from batches that run through the model."""
 
 import dataclasses
 import math
@@ -26,33 +26,46 @@ def calibrate(
     observer: Observer | None = None,
     progress: Progress | bool | None = None,
 ) -> Any:
-    """Runs batches through a model and gives its weights static scales for their inputs.
+    """Runs batches through a model and sets static scales for the activations of its weights.
 
-        scale of inputs = that of the range which an observer found in all operands that met the
-        weight, over all batches, while inputs were left as they are
+        scale = scale of the range that an observer found in all activations multiplied by the
+        weight, over all batches; activations are not quantized meanwhile
 
-    Each batch runs in one compiled program, which hands the operands out, so that those of one
-    batch lie in host memory until the observers have seen them. Weights that are stacked, and
-    sliced by `lax.scan`, get one scale per slice.
+    Each batch runs in one compiled program that sends the activations to the host, where those of
+    one batch stay in memory until the observers have seen them. Stacked weights that `lax.scan`
+    slices get one scale per slice.
 
     Args:
         apply: (params, batch) -> anything, written with jaxquant's operations.
-        params: tree of floats, with rules; or a tree from `tree.quantize` or `prepare`, without.
-        batches: what apply takes, one after another; arrays of equal shapes compile once.
+        params: tree of float arrays, with rules; or, without rules, a tree from `tree.quantize` or
+            `prepare`.
+        batches: arguments of apply, one after another; batches of equal shapes compile once.
         rules: as for `tree.quantize`.
-        observer: one that has seen nothing; None for `PercentileHistogram.init()`.
+        observer: one that has not seen any data; None for `PercentileHistogram.init()`.
         progress: as for `tree.quantize`, per batch.
 
     Returns:
-        The quantized (or prepared) tree, whose `inputs` have a scale, and a zero point if they are
+        The quantized (or prepared) tree, whose `inputs` have a scale, and a zero point if
         asymmetric.
 
     Raises:
-        ValueError: no weight's scheme quantizes its inputs, an input's format has groups, a weight
-            met no operand, was sliced in two ways, or met NaN or Inf; or as for `tree.quantize`.
+        ValueError: no scheme quantizes activations, activations are quantized in groups, a weight
+            was never used, was sliced in two ways, or met NaN or Inf; or as for `tree.quantize`.
 
     Source: Jacob et al. 2018, arXiv:1712.05877, section 3; Wu et al. 2020, arXiv:2004.09602,
         section 3.
+
+    Example:
+        >>> activations = jq.ArrayConfig(per_tensor=True)
+        >>> params = {"kernel": jnp.ones((4, 2))}
+        >>> batches = [jnp.full((1, 4), 127.0)]
+        >>> q = jq.training.calibrate(
+        ...     lambda p, x: jq.matmul(x, p["kernel"]),
+        ...     params, batches, jq.Scheme(jq.ArrayConfig(), activations),
+        ...     observer=jq.training.RunningAbsMax.init(),
+        ... )
+        >>> float(q["kernel"].inputs.scale)
+        1.0
     """
     tree = params if rules is None else quantize_tree(params, rules)
     paths, found, treedef = leaves_with_paths(tree, _is_weight)
@@ -82,14 +95,14 @@ def _check(leaves):
     if not weights:
         raise ValueError(
             f"No weight has inputs to calibrate; got {', '.join(list(leaves)[:8]) or 'no leaf'}. "
-            "Use a scheme with inputs, such as W8A8."
+            "Use a scheme that quantizes activations, such as W8A8."
         )
     for path, weight in weights.items():
         config = weight.inputs.config
         if config.group_size is not None or config.format.group_size is not None:
             raise ValueError(
                 f"{path}: a static scale is one for the whole operand; got inputs in groups, "
-                f"{config!r}. Leave them to be quantized anew in each product."
+                f"{config!r}. Do not calibrate them: their scales are computed at run time."
             )
 
 
@@ -104,7 +117,7 @@ def _has_inputs(x):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Tap:
-    """Hands out what runs through it, with the numbers of the slices of the weight that it met."""
+    """Sends activations to the host, with the indices of the weight slices they meet."""
 
     numbers: jax.Array
     take: Callable[..., None] = dataclasses.field(metadata={"static": True})
@@ -114,7 +127,7 @@ class _Tap:
 
 
 def _tapped(weight, path, waiting):
-    """The weight with inputs as they come, and a tap: one number for each matrix in it."""
+    """The weight with unquantized activations and a tap: one index for each matrix in it."""
     leading = weight.shape[:-2]
     numbers = jnp.arange(math.prod(leading), dtype=jnp.int32).reshape(leading)
 
@@ -126,12 +139,12 @@ def _tapped(weight, path, waiting):
 
 
 def _scaled(weight: Any, path: str, seen: dict[Any, Any]) -> Any:
-    """The weight with the scale of its inputs, one for each slice that products met."""
+    """The weight with the scale of its activations, one for each slice that was used."""
     shapes = [shape for name, shape in seen if name == path]
     if len(shapes) != 1:
         raise ValueError(
-            f"{path}: products must all meet the whole weight, or slices of one shape; got "
-            f"{len(shapes)} shapes, {shapes}. Give batches that reach it, or a rule without inputs."
+            f"{path}: products must all use the whole weight, or slices of one shape; got "
+            f"{len(shapes)} shapes, {shapes}. Pass batches that use it, or a rule without inputs."
         )
     leading = weight.shape[:-2]
     sliced = leading[: len(leading) - len(shapes[0])]
@@ -140,8 +153,8 @@ def _scaled(weight: Any, path: str, seen: dict[Any, Any]) -> Any:
     missing = [n for n in numbers.tolist() if n not in observers]
     if missing:
         raise ValueError(
-            f"{path}: every slice must meet an operand; got none for {len(missing)} of "
-            f"{len(numbers)}. Give batches that reach them."
+            f"{path}: every slice must be used; got no data for {len(missing)} of "
+            f"{len(numbers)}. Pass batches that use them."
         )
     inputs, config = weight.inputs, weight.inputs.config
     try:
@@ -153,7 +166,7 @@ def _scaled(weight: Any, path: str, seen: dict[Any, Any]) -> Any:
     q = quantize_with_range(jnp.zeros(sliced), low, high, each, axis=())
     zero_point = q.zero_point
     if isinstance(weight, Prepared) and zero_point is not None:
-        # Floats are trained; `convert` keeps them.
+        # A float zero point is trained; `convert` keeps it.
         zero_point = zero_point.astype(jnp.float32)
     inputs = dataclasses.replace(inputs, scale=scale_values(q.scale), zero_point=zero_point)
     return dataclasses.replace(weight, inputs=inputs)

@@ -1,4 +1,4 @@
-"""Products that are quantized in training: forward, and in both gradients."""
+"""Matrix multiplications for training, quantized forward and in both gradients."""
 
 import dataclasses
 from functools import partial
@@ -17,13 +17,13 @@ from .product_config import ProductConfig
 
 @dataclasses.dataclass(frozen=True)
 class _Spec:
-    """What `dot_general` is asked for, hashable.
+    """Static arguments of `dot_general`, hashable.
 
     Attributes:
         contract, batch: (axes of lhs, axes of rhs), from 0 up.
-        ndims: numbers of axes of lhs and rhs.
-        precision, dtype, out_sharding: as for `lax.dot_general`, `dtype` being the preferred one.
-        shardings: those that the gradients of lhs and rhs need; None where nothing is explicit.
+        ndims: ranks of lhs and rhs.
+        precision, dtype, out_sharding: as for `lax.dot_general`; dtype is preferred_element_type.
+        shardings: explicit shardings of lhs and rhs, for their gradients; None without.
     """
 
     contract: tuple[tuple[int, ...], tuple[int, ...]]
@@ -35,18 +35,18 @@ class _Spec:
     shardings: tuple[jax.sharding.NamedSharding | None, jax.sharding.NamedSharding | None]
 
     def free(self, side: int) -> tuple[int, ...]:
-        """Axes of an operand (side 0: lhs, 1: rhs) that are neither contracted nor batch."""
+        """Axes of an operand (side 0: lhs, 1: rhs) that are neither contracted nor batch axes."""
         taken = self.contract[side] + self.batch[side]
         return tuple(a for a in range(self.ndims[side]) if a not in taken)
 
     def contract_in_gradient(self, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the gradient of a side contracts: free axes of the other, in out and in itself."""
+        """The free axes of the other side, in out and in itself: those that a gradient contracts."""
         free = self.free(1 - side)
         first = len(self.batch[0]) + (0 if side else len(self.free(0)))
         return tuple(range(first, first + len(free))), free
 
     def axes_of_gradient(self, side: int) -> list[int]:
-        """The axes of an operand in the order in which the product for its gradient has them."""
+        """The axes of an operand in the order in which its gradient is computed."""
         by_other = np.argsort(self.contract[1 - side]).tolist()
         contract = [self.contract[side][i] for i in by_other]
         return [*self.batch[side], *self.free(side), *contract]
@@ -70,37 +70,44 @@ def dot_general(
         lhs gradient = Q(gradient) . Q(rhs)        for each Q scales along the axes
         rhs gradient = Q(gradient) . Q(lhs)        that this product contracts
 
-    Q(x) is `jaxquant.quantize(x, ...)`, and the products are those of `jaxquant.dot_general`, which
-    multiplies int8 codes as integers. As `functools.partial(dot_general, config=config)` it serves
-    where modules take a `dot_general`, as those of Flax do.
+    Q(x) is `jaxquant.quantize(x, ...)`. The products are computed by `jaxquant.dot_general`, which
+    multiplies int8 codes as integers. Pass `functools.partial(dot_general, config=config)` to
+    modules that accept a `dot_general`, such as those of Flax.
 
     Args:
         lhs, rhs: floating arrays.
         dimension_numbers, precision, out_sharding: as for `jax.lax.dot_general`.
-        preferred_element_type: floating dtype of the result; None for what promotion gives.
+        preferred_element_type: floating dtype of the result; None for the promoted dtype.
         config: which products and operands are quantized, and how.
-        key: random key for `config.rounds_stochastically`: another one in each step, product,
-            example of vmap and device of shard_map. Both gradients round by the same numbers.
-        scaling: histories to take the ranges from, those of the operands as they are for None.
-            In the place of its gradient comes what was seen: see `DelayedScaling`. In shard_map
-            with check_vma that is the largest of all devices.
+        key: random key, required by `config.rounds_stochastically`. Pass a different one in each
+            step, multiplication, example of vmap and device of shard_map. Both gradients use the
+            same noise.
+        scaling: histories for delayed scaling; None to compute the ranges from the operands. Its
+            gradient slot returns the observed amax, see `DelayedScaling`: in shard_map with
+            check_vma, the largest over all devices.
 
     Returns:
         Array of shape (batch, lhs free, rhs free).
 
     Raises:
-        ValueError: an operand is no floating array, a key is missing, the config does not suit
-            `scaling`, or an axis cannot be quantized so.
-        TypeError: the shapes do not fit; from `jax.lax.dot_general`.
+        ValueError: an operand is not a floating array, the key is missing, the config does not
+            support `scaling`, or a group size does not divide an axis.
+        TypeError: the shapes do not match; from `jax.lax.dot_general`.
 
-    Gradients: rounding and clipping count as the identity. Of first order only: the derivative of
-        a gradient does not see through its rounding. What one needs of lhs and rhs is kept as
-        codes wherever codes are multiplied.
-    Error: products without config are those of `jax.lax.dot_general`, bit for bit. NaN or Inf in
-        an operand makes all of its scale's results NaN.
+    Gradients: rounding and clipping count as the identity, first-order derivatives only. lhs and
+        rhs are saved for the backward pass as codes wherever codes are multiplied.
+    Error: products whose operands have no config equal those of `jax.lax.dot_general` bit for bit.
+        NaN or Inf in an operand makes every result that shares its scale NaN.
     Source: Wortsman et al. 2023 (SwitchBack), arXiv:2304.13013, with a config for each
         product; stochastic rounding: Gupta et al. 2015, arXiv:1502.02551, section 3.1; float8:
         Micikevicius et al. 2022, arXiv:2209.05433, section 3.
+
+    Example:
+        >>> x, w = jnp.ones((2, 3)), jnp.ones((3, 1))
+        >>> numbers = ((1,), (0,)), ((), ())
+        >>> config = jq.training.SWITCHBACK
+        >>> jq.training.dot_general(x, w, numbers, config=config).tolist()
+        [[3.0], [3.0]]
     """
     _check(lhs, rhs, config, key, scaling)
     contract, batch = (
@@ -116,7 +123,7 @@ def dot_general(
         out_sharding,
         (_explicit_sharding(lhs), _explicit_sharding(rhs)),
     )
-    # The sum over devices that a shared operand's gradient needs is that of JAX, outside.
+    # Outside the custom gradient, so that JAX sums the gradient of a shared operand over devices.
     lhs, rhs = vary_alike([lhs, rhs])
     return _dot_general(lhs, rhs, config, key, scaling, spec)
 
@@ -136,19 +143,25 @@ def matmul(
     Args:
         a: floating array (..., M, K).
         b: floating array (K, N), or (..., K, N) with the leading axes of a.
-        precision, preferred_element_type, config, key, scaling: as for `dot_general`, which has
-            the details.
+        precision, preferred_element_type, config, key, scaling: as for `dot_general`.
 
     Returns:
         Array of shape (..., M, N).
 
     Raises:
-        ValueError: the shapes are others, or as for `dot_general`.
+        ValueError: the shapes do not match, or as for `dot_general`.
+
+    Example:
+        >>> def loss(w):
+        ...     options = {"config": jq.training.INT8_TRAINING, "key": jax.random.key(0)}
+        ...     return jq.training.matmul(jnp.ones((2, 3)), w, **options).sum()
+        >>> jax.grad(loss)(jnp.ones((3, 1))).tolist()
+        [[2.0], [2.0], [2.0]]
     """
     is_stack = b.ndim > 2
     if a.ndim < 2 or b.ndim < 2 or (is_stack and a.shape[:-2] != b.shape[:-2]):
         raise ValueError(
-            "matmul takes (..., M, K) by (K, N), or by (..., K, N) with the same leading axes; "
+            "matmul expects (..., M, K) by (K, N), or by (..., K, N) with the same leading axes; "
             f"got {a.shape} by {b.shape}. Broadcast or reshape them, or use dot_general."
         )
     leading = tuple(range(b.ndim - 2))
@@ -170,9 +183,7 @@ def _check(lhs, rhs, config, key, scaling):
         is_array = isinstance(x, jax.Array | np.ndarray)
         if not is_array or not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
             got = f"{x.dtype} of shape {x.shape}" if is_array else type(x).__name__
-            raise ValueError(
-                f"{name} must be a floating array, which training quantizes itself; got {got}."
-            )
+            raise ValueError(f"{name} must be a floating array, not a quantized one; got {got}.")
     if not isinstance(config, ProductConfig):
         raise ValueError(
             f"config must be a ProductConfig such as training.INT8_TRAINING; got {config!r}."
@@ -180,20 +191,20 @@ def _check(lhs, rhs, config, key, scaling):
     if config.rounds_stochastically and key is None:
         raise ValueError(
             f"key must be a random key, because the config rounds stochastically; got {key}. Pass "
-            "another one in each step, or a config with rounds_stochastically=False."
+            "a different one in each step, or a config with rounds_stochastically=False."
         )
     if scaling is None:
         return
     config.check_delayed()
     if scaling.lhs.ndim != 1:
         raise ValueError(
-            "scaling must be the state of one product, with histories of one axis; got "
+            "scaling must be the state of one multiplication, with 1-D histories; got "
             f"{scaling.lhs.shape}. Scan or vmap over a stack of them."
         )
 
 
 def _explicit_sharding(x):
-    """The sharding of an array where it is part of its type."""
+    """The sharding of an array if it is part of its type, else None."""
     sharding = jax.typeof(x).sharding
     return sharding if sharding.mesh.explicit_axes else None
 
@@ -260,7 +271,7 @@ _product.defvjp(_forward, _backward)
 
 
 def _ranges(scaling, lhs, rhs):
-    """How far lhs and rhs reach, by their histories; None without."""
+    """The ends of the ranges of lhs and rhs by delayed scaling; None without it."""
     if scaling is None:
         return None, None
     return scaling.amax_limit(scaling.lhs, amax_of(lhs)), scaling.amax_limit(
@@ -269,7 +280,7 @@ def _ranges(scaling, lhs, rhs):
 
 
 def _operand(x, config: ArrayConfig | None, contract, limit=None, key=None) -> jax.Array | QTensor:
-    """x as a product takes it that contracts these axes of it."""
+    """x, quantized for a product that contracts these axes of it."""
     if config is None:
         return x
     if limit is not None:
@@ -286,14 +297,14 @@ def _shared_axes(config, contract):
 
 
 def _shared_amax(x, history):
-    """amax of x, over the devices of shard_map too that have the history in common."""
+    """amax of x, over all devices of shard_map that share the history."""
     axes = varying_axes(x) - varying_axes(history)
     amax = amax_of(x)
     return lax.pmax(amax, tuple(sorted(axes))) if axes else amax
 
 
 def _in_order(sharding, order):
-    """The sharding of an array whose axes are put into this order."""
+    """The sharding of an array after its axes are put into this order."""
     if sharding is None:
         return None
     named = dict(enumerate(sharding.spec))

@@ -1,4 +1,4 @@
-"""Sums over devices that send codes instead of floats."""
+"""Quantized all-reduce: sums over devices that send codes instead of floats."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,40 +21,50 @@ def quantized_psum(
     key: jax.Array | None = None,
     error: Any = None,
 ) -> Any:
-    """Sums arrays over the devices of a `shard_map`, sending codes and one scale per block.
+    """Quantized all-reduce in a `shard_map`: sends codes and one scale per block.
 
-        sent   = quantize(x + error)           each device its own: one part to each device
-        total  = sum of dequantize(sent)       each device one part of it, in float32
-        result = dequantize(quantize(total))   each device receives all parts
-        error  = x + error - dequantize(sent), and where the device summed, + total - result
+        sent   = quantize(x + error)           on each device; one part goes to each device
+        total  = sum of dequantize(sent)       each device sums one part, in float32
+        result = dequantize(quantize(total))   every device receives all parts
+        error  = x + error - dequantize(sent)  plus total - result on the device that summed
 
-    So what rounding took away is sent in the next step: over all devices, the sum of x and of the
-    errors before equals the result and the sum of the errors after, up to float32 rounding.
+    With error feedback, rounding errors are sent in the next step: over all devices, the sum of x
+    and the previous errors equals the result plus the sum of the next errors, up to float32
+    rounding.
 
     Args:
         x: pytree of float arrays, such as gradients; each device has its own values.
         axis_name: axis of the mesh to sum over, or several.
-        config: format, dtype of scales and group size, the number of elements per block (None:
-            256). Arrays with less than a block are summed as they are.
-        key: random key for stochastic rounding, the same on all devices, another in each step;
-            None rounds to nearest.
-        error: None, or a tree like x of what was not sent yet: at first zeros, then what the last
-            call returned. It differs between devices.
+        config: format, scale dtype, and group size as the number of elements per block (None:
+            256). Arrays smaller than a block are summed in float.
+        key: random key for stochastic rounding, the same on all devices and different in each
+            step; None rounds to nearest.
+        error: None, or the error that was not sent yet, a tree like x: zeros at first, then the
+            one that the last call returned. It differs between devices.
 
     Returns:
-        The sums in the tree, shapes and dtypes of x, equal on all devices; if there is an error, a
-        pair of the sums and the next error. Divide by `jax.lax.axis_size(axis_name)` for means. A
+        The sums, in the tree, shapes and dtypes of x, equal on all devices; with an error, a pair
+        of the sums and the next error. Divide by `jax.lax.axis_size(axis_name)` for means. A
         block that holds NaN or Inf on any device becomes NaN, in the sum and in the error.
 
     Raises:
-        ValueError: an array is not floating, the error is not like x, or as for `quantize`.
+        ValueError: an array is not floating, error is not a tree like x, or as for `quantize`.
 
-    Error: without a key, half a step of each device's block and half of one of the total's.
-        A float32 sum by reduce-scatter and all-gather sends 8 bytes per element and device, this
-        2 + 8/256 in 8 bits.
+    Error: without a key, half a step of each device's block plus half a step of the total's. A
+        float32 all-reduce sends 8 bytes per element and device, this one 2 + 8/256 in 8 bits.
     Source: parts and two roundings: Dettmers 2016, arXiv:1511.04561; error feedback: Seide et al.
-        2014, Karimireddy et al. 2019, arXiv:1901.09847, algorithm 2; of the second rounding, too:
+        2014, Karimireddy et al. 2019, arXiv:1901.09847, algorithm 2; for the second rounding:
         Tang et al. 2019 (DoubleSqueeze), arXiv:1905.05957, algorithm 1.
+
+    Example:
+        >>> from jax.sharding import PartitionSpec as P
+        >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> total = jax.shard_map(
+        ...     lambda x: jq.training.quantized_psum(x, "data"),
+        ...     mesh=mesh, in_specs=P("data"), out_specs=P(),
+        ... )
+        >>> jax.jit(total)(jnp.ones(512)).shape
+        (512,)
     """
     leaves, treedef = jax.tree.flatten(x)
     _check(leaves, config)
@@ -80,18 +90,18 @@ def quantized_psum(
 def _check(leaves, config):
     if not isinstance(config, ArrayConfig):
         raise ValueError(
-            f"config must be an ArrayConfig; got {config!r}. Of a Scheme, pass its weights."
+            f"config must be an ArrayConfig; got {config!r}. Pass the weights of a Scheme."
         )
     for leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
-                f"x must hold floating arrays; got {leaf.dtype} of shape {leaf.shape}. Sum it by "
+                f"x must hold floating arrays; got {leaf.dtype} of shape {leaf.shape}. Sum it with "
                 "jax.lax.psum."
             )
 
 
 def _like(error, leaves, treedef):
-    """Leaves of the error, which has the structure and the shapes of x."""
+    """Leaves of the error, after its structure and shapes were compared with x."""
     found, structure = jax.tree.flatten(error)
     shapes = [leaf.shape for leaf in leaves]
     if structure != treedef or [e.shape for e in found] != shapes:
@@ -110,7 +120,7 @@ def _add(leaves, errors):
 
 
 def _sum_in_codes(leaves, axis_name, config, key):
-    """The sums of all leaves, and what each device has left, both in float32."""
+    """The sums of all leaves, and the next error of this device, both in float32."""
     devices, here = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, here))
     block = block_length(config)
@@ -123,13 +133,13 @@ def _sum_in_codes(leaves, axis_name, config, key):
     total = jax.lax.all_gather(_to_bytes(q_part), axis_name, tiled=True, to="invarying")
     total = _from_bytes(total, q).dequantize()
     rest = mine - q.dequantize()
-    # The device that rounded a part of the total is the one that knows what it lost.
+    # Only the device that rounded a part of the total knows its rounding error.
     rest = rest.at[here].add((part - q_part.dequantize())[0])
     return _separate(total, leaves, block), _separate(rest, leaves, block)
 
 
 def _join(leaves, devices, block):
-    """All leaves in one array of (devices, 1, length), each leaf from the start of a block on."""
+    """All leaves in an array of (devices, 1, length); each leaf starts a block."""
     rows = [leaf.astype(jnp.float32).reshape(-1) for leaf in leaves]
     rows = [jnp.pad(row, (0, -row.size % block)) for row in rows]
     row = jnp.concatenate(rows)
@@ -146,9 +156,9 @@ def _separate(joined, leaves, block):
 
 
 def _to_bytes(q):
-    """All arrays of a QTensor of (rows, 1, length) in one of bytes, so that one message is sent.
+    """All arrays of a QTensor of (rows, 1, length) as one array of bytes: a single message.
 
-    XLA's collectives have no narrow floats on CPU, where they would go as float16.
+    XLA's CPU collectives do not support narrow floats and would send them as float16.
     """
     parts = [_bytes_of(x) for x in jax.tree.leaves(q)]
     return jnp.concatenate(parts, -1)
@@ -157,7 +167,7 @@ def _to_bytes(q):
 def _bytes_of(x):
     bits, rows = bits_of(x.dtype), x.shape[0]
     if bits < 8 and x.size // rows * bits % 8:
-        # Half a byte cannot be sent.
+        # An odd number of 4-bit codes does not fill whole bytes.
         x, bits = x.astype(jnp.int8), 8
     if bits < 8:
         x = x.reshape(rows, -1, 8 // bits)

@@ -1,4 +1,4 @@
-"""Static scales of inputs from batches, in models whose products meet weights in every way."""
+"""Static scales of activations from batches, in models that use weights in every way."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ BATCHES = [normal(5, WIDTH) * size for size in (1.0, 4.0, 0.5)]
 
 
 def hidden(params, x):
-    """What meets each kernel."""
+    """The activations that each kernel multiplies."""
     met = [x]
     for kernel in tree.dequantize(tree.quantize(params, W8A16))["layers"]["kernel"]:
         met.append(jnp.tanh(met[-1] @ kernel))
@@ -54,7 +54,7 @@ def apply(params, x):
         return jnp.tanh(matmul(x, kernel)), None
 
     x, _ = jax.lax.scan(layer, x, params["layers"]["kernel"])
-    # Whole numbers: nothing can be differentiated.
+    # Integers: not differentiable.
     return jnp.argmax(matmul(x, params["out"]["kernel"]) + params["out"]["bias"][None], -1)
 
 
@@ -63,7 +63,7 @@ def abs_max(*operands):
 
 
 @pytest.mark.parametrize("make", [tree.quantize, prepare])
-def test_each_slice_of_stacked_layers_gets_the_scale_of_what_it_met(make):
+def test_each_slice_of_stacked_layers_gets_its_own_scale(make):
     each = [hidden(PARAMS, x) for x in BATCHES]
     want = [abs_max(*met) / 127 for met in zip(*each, strict=True)]
 
@@ -115,7 +115,7 @@ def test_a_multiplier_comes_before_the_scale():
     np.testing.assert_array_equal(got["kernel"].inputs.multiplier, multiplier)
 
 
-def test_a_weight_that_is_met_twice_spans_both_and_experts_share_a_scale():
+def test_a_weight_used_twice_spans_both_and_experts_share_a_scale():
     params = {"kernel": normal(WIDTH, WIDTH), "experts": {"kernel": normal(4, WIDTH, OUT)}}
 
     @jax.jit
@@ -202,20 +202,20 @@ REFUSED = {
         BATCHES,
         "out/kernel: a static scale is one for the whole operand",
     ),
-    "no batches": (STATIC, [], "layers/kernel: products must all meet .*; got 0 shapes"),
+    "no batches": (STATIC, [], "layers/kernel: products must all use .*; got 0 shapes"),
     "nan": (STATIC, [with_nan(BATCHES[0])], "layers/kernel: .*must be finite; got a range"),
     "zeros": (STATIC, [BATCHES[0] * 0], "layers/kernel: .*must see a nonzero value"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_calibrated_is_refused(name):
+def test_what_cannot_be_calibrated_raises(name):
     rules, batches, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         calibrate(apply, PARAMS, batches, rules)
 
 
-def test_a_weight_that_is_met_whole_and_in_slices_is_refused():
+def test_a_weight_used_whole_and_in_slices_raises():
     def both(params, x):
         return apply(params, x), matmul(x[None], params["layers"]["kernel"])
 
@@ -223,10 +223,10 @@ def test_a_weight_that_is_met_whole_and_in_slices_is_refused():
         calibrate(both, PARAMS, BATCHES, STATIC)
 
 
-def test_a_slice_that_meets_nothing_is_refused():
+def test_an_unused_slice_raises():
     def first(params, x):
         kernel = jax.tree.map(lambda a: a[0], params["layers"]["kernel"])
         return matmul(x, kernel), matmul(x, params["out"]["kernel"])
 
-    with pytest.raises(ValueError, match=r"every slice must meet .*; got none for 2 of 3"):
+    with pytest.raises(ValueError, match=r"every slice must be used; got no data for 2 of 3"):
         calibrate(first, PARAMS, BATCHES, STATIC)

@@ -450,13 +450,13 @@ ERRORS = {
     ),
     "stack": (
         lambda: product(config=FP8_TRAINING, scaling=STACK),
-        r"state of one product.*got \(2, 4\)",
+        r"state of one multiplication.*got \(2, 4\)",
     ),
     "broadcast": (
         lambda: product(jnp.ones((2, 2, 4)), jnp.ones((1, 4, 3))),
-        r"matmul takes .* got \(2, 2, 4\) by \(1, 4, 3\)",
+        r"matmul expects .* got \(2, 2, 4\) by \(1, 4, 3\)",
     ),
-    "vector": (lambda: product(jnp.ones(4)), r"matmul takes .* got \(4,\) by \(4, 3\)"),
+    "vector": (lambda: product(jnp.ones(4)), r"matmul expects .* got \(4,\) by \(4, 3\)"),
     "groups": (
         lambda: product(config=ProductConfig(lhs=ArrayConfig(group_size=3))),
         "group_size must divide axis 1",
