@@ -298,7 +298,7 @@ def test_to_stock_says_what_stock_keras_does_not_have():
         to_stock(model)
     assert "rnn/cell: GRUCell with QTensor(int8 8x12" in str(error.value)
     assert "Keras does not have the mode for this layer; pass dequantize=True" in str(error.value)
-    assert "stock TimeDistributed takes the codes of its layer for weights" in str(error.value)
+    assert "stock TimeDistributed uses the codes of its layer as weights" in str(error.value)
     back = to_stock(model, dequantize=True)
     assert classes(back) == classes(original)
     assert back.get_layer("shared").quantization_mode == "int8"
@@ -314,10 +314,10 @@ def test_to_stock_says_what_stock_keras_does_not_have():
     "config, words",
     [
         (QuantizationConfig(NF4A16), "Keras does not have the mode"),
-        (Int4QuantizationConfig(None, AbsMaxQuantizer(), 4), "groups has float inputs|packs"),
+        (Int4QuantizationConfig(None, AbsMaxQuantizer(), 4), "does not quantize activations|packs"),
         (
             Int8QuantizationConfig(activation_quantizer=PercentileQuantizer()),
-            "by their largest magnitude, not by",
+            "by abs-max only, not by",
         ),
     ],
 )

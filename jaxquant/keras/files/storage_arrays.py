@@ -1,8 +1,8 @@
 """Arrays of any dtype in arrays of a dtype that Keras variables and HDF5 files can have.
 
-Whole numbers of a byte and more, and floats of 16 bits and more except bfloat16, are carried as
-they are; other floats as whole numbers of the same bits; and what is under a byte is packed
-along the last axis, the first element in the lowest bits.
+Integers of at least one byte, and float16, float32 and float64, are stored as they are; other
+floating-point dtypes as integers of the same bits. Elements smaller than a byte are packed along
+the last axis, the first element in the lowest bits.
 """
 
 from collections.abc import Sequence

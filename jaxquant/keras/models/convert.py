@@ -1,4 +1,4 @@
-"""Whole models from stock Keras layers to ours, and back."""
+"""Converts models from stock Keras layers to those of jaxquant, and back."""
 
 import dataclasses
 import functools
@@ -21,20 +21,26 @@ from .state import copy_variables
 def convert(model: keras.Model, *, keep: Keep = ()) -> Any:
     """Copies a model of stock layers into one of `jaxquant.keras.layers`.
 
-    The copy has the same outputs bit for bit, the same names, trainable flags and weights, and
-    is not compiled. Layers without a counterpart of ours, such as normalization, stay stock;
-    those that are quantizable already are copied as they are. The model given stays as it was.
+    The copy has the same outputs bit for bit, and the same names, trainable flags, weights and
+    other state. It is not compiled. Layers without a quantizable counterpart, such as
+    normalization, stay stock layers; quantizable layers are copied as they are. The given model
+    is not changed.
 
     Args:
         model: functional or Sequential, with nested models, shared layers and wrappers. A model
-            of a class of your own comes back in that class if its constructor is that of
-            keras.Model or keras.Sequential, else in one of these.
+            of a custom class keeps that class if it inherits the constructor of keras.Model or
+            keras.Sequential, and else becomes one of these two.
         keep: names and classes of layers to copy as they are.
 
     Raises:
         ValueError: lists what cannot be converted: subclassed models; layers with weights that
             are neither stock nor quantizable; layers that stock Keras has quantized, or that
-            cannot be made from their config; what is in `keep` and in no layer.
+            cannot be made from their config; entries of `keep` that match no layer.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+        >>> type(jk.convert(model).layers[0]) is jk.layers.Dense
+        True
     """
     return converter(keep).copy(model)
 
@@ -42,19 +48,26 @@ def convert(model: keras.Model, *, keep: Keep = ()) -> Any:
 def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -> Any:
     """Copies a model of our layers into one of stock Keras layers, for use without jaxquant.
 
-    Float layers become float ones. 8-bit Dense, EinsumDense and Embedding, and 4-bit ones from
-    Keras 3.14 on, become what Keras' own `quantize` makes of them, with our
-    codes: outputs are equal up to rounding. The model given stays as it was.
+    Float layers become stock float layers. 8-bit Dense, EinsumDense and Embedding layers, and
+    4-bit ones from Keras 3.14 on, become layers quantized by Keras, with the same codes: outputs
+    are equal up to rounding. The given model is not changed.
 
     Args:
         model: as for `convert`.
-        dequantize: whether layers in a mode that stock Keras does not have for them become
-            float layers, of the values that their codes stand for.
+        dequantize: whether layers that stock Keras cannot quantize in this way become float
+            layers, with dequantized weights.
         keep: names and classes of layers to copy as they are.
 
     Raises:
-        ValueError: lists what cannot be: such layers without `dequantize`, quantizable layers
-            of your own, and what `convert` refuses.
+        ValueError: lists what cannot be converted: such layers without `dequantize`, custom
+            quantizable layers, and what `convert` does not support.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), jk.layers.Dense(2)])
+        >>> model.quantize("int8")
+        >>> stock = jk.to_stock(model)
+        >>> type(stock.layers[0]) is keras.layers.Dense, stock.layers[0].quantization_mode
+        (True, 'int8')
     """
 
     wrappers = [x for x in compat.sublayers(model) if isinstance(x, keras.layers.TimeDistributed)]
@@ -76,20 +89,20 @@ def converter(keep: Keep) -> ModelRewriter:
 
 
 def counterpart(cls: type) -> type | None:
-    """Our layer for exactly this stock one, if there is one."""
+    """The quantizable layer that replaces exactly this stock class, or None."""
     ours = vars(layers).get(cls.__name__)
     is_ours = isinstance(ours, type) and issubclass(ours, cls) and ours is not cls
     return ours if is_ours and is_stock(cls) else None
 
 
 def stock_class(cls: type) -> type | None:
-    """The stock layer for exactly this one of ours."""
+    """The stock layer that replaces exactly this quantizable class, or None."""
     is_ours = vars(layers).get(cls.__name__) is cls
     return getattr(keras.layers, cls.__name__) if is_ours else None
 
 
 def _why_unsupported(layer):
-    """Why a layer cannot be in a model of ours."""
+    """Why a layer cannot be part of a converted model, or None."""
     cls = type(layer)
     if isinstance(layer, QuantizableMixin):
         return None
@@ -108,11 +121,11 @@ def _why_unsupported(layer):
     )
 
 
-# Stock forms of our layers.
+# Stock forms of quantizable layers.
 
 
 def _why_no_stock_class(layer):
-    """Why there is no stock layer for one of ours."""
+    """Why a quantizable layer has no stock counterpart, or None."""
     if not isinstance(layer, QuantizableMixin) or stock_class(type(layer)) is not None:
         return None
     return (
@@ -122,7 +135,7 @@ def _why_no_stock_class(layer):
 
 
 def _in_float(config):
-    """A layer's config, and those in it, as before they were quantized."""
+    """A config without quantization, also in the configs of inner layers."""
     if isinstance(config, list | tuple):
         return type(config)([_in_float(x) for x in config])
     if not isinstance(config, dict):
@@ -136,7 +149,7 @@ def _in_float(config):
 
 
 def _fill_stock(form, old, new):
-    """Gives a layer's own weights to its stock copy: as codes, or as floats."""
+    """Copies a layer's own weights to its stock copy, as codes or in float."""
     found = form(old)
     if found is None:
         copy_variables(old, new)
@@ -158,7 +171,7 @@ def _dequantize(old, new):
 
 
 class _StockForm(NamedTuple):
-    """A quantized weight as a stock layer has it: entries of its file, and its config."""
+    """A quantized weight of a stock layer: the entries of its file, and its config."""
 
     config: Any
     codes: Any
@@ -166,7 +179,7 @@ class _StockForm(NamedTuple):
 
 
 def _stock_form(layer, wrapped) -> _StockForm | str | None:
-    """The stock form of the layer's quantized weight, why there is none, or None for floats."""
+    """The stock form of the layer's quantized weight, or why none exists; None for float layers."""
     if not isinstance(layer, QuantizableMixin) or not layer.stored_weights:
         return None
     name, *others = layer.stored_weights
@@ -174,9 +187,9 @@ def _stock_form(layer, wrapped) -> _StockForm | str | None:
     form = _FORMS.get(q.format) if type(layer) in _WITH_FORMS and not others else None
     found = form(layer, name, q) if form else "Keras does not have the mode for this layer"
     if id(layer) in wrapped:
-        found = "stock TimeDistributed takes the codes of its layer for weights"
+        found = "stock TimeDistributed uses the codes of its layer as weights"
     is_form = isinstance(found, _StockForm)
-    advice = "pass dequantize=True to have a float layer"
+    advice = "pass dequantize=True to get a float layer"
     return found if is_form else f"{type(layer).__name__} with {q!r}: {found}; {advice}"
 
 
@@ -184,7 +197,7 @@ def _int8_form(layer, name, q):
     shared = {a % q.ndim for a in layer.declared_weights[name].axes(layer)}
     quantizer = _stock_inputs(q)
     if any(q.scale.shape[a] > 1 for a in shared) or q.zero_point is not None:
-        return "stock int8 has one scale per channel, and no zero point"
+        return "stock int8 needs one scale per channel, and no zero point"
     if isinstance(quantizer, str):
         return quantizer
     full = [1 if a in shared else n for a, n in enumerate(q.shape)]
@@ -221,20 +234,20 @@ def _int4_form(layer, name, q):
         config = make_config(block_size=None, activation_quantizer=quantizer)
         return _StockForm(config, packed, [1 / np.squeeze(parts[0], matrix.axis)])
     if quantizer is not None:
-        return "stock int4 in groups has float inputs"
+        return "stock int4 in groups does not quantize activations"
     rest = [parts[0], parts[1].astype(np.int8), group.astype(np.float32)]
     return _StockForm(make_config(block_size=size), packed, rest)
 
 
 def _stock_inputs(q):
-    """The stock quantizer of inputs, None for float ones, or a str: why there is none."""
+    """The stock quantizer of the activations, or why there is none; None for float activations."""
     config = q.inputs and q.inputs.config
     if config is None:
         return None
     is_plain = config.format == INT8 and config.range == AbsMax() and config.symmetric
     is_calibrated = q.inputs.scale is not None or q.inputs.multiplier is not None
     if not is_plain or is_calibrated or config.group_size is not None or config.per_tensor:
-        return f"stock layers quantize inputs to int8 by their largest magnitude, not by {config}"
+        return f"stock layers quantize activations to int8 by abs-max only, not by {config}"
     low, high = config.value_range or (-127, 127)
     return keras.quantizers.AbsMaxQuantizer(axis=-1, value_range=(low, high))
 

@@ -1,4 +1,4 @@
-"""A Keras model as a pure function of its weights."""
+"""Turns a Keras model into a pure function of its weights."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,28 +16,34 @@ Params = dict[str, Any]
 
 
 def functional(model: keras.Model) -> tuple[Callable[..., Any], Params]:
-    """Splits a model into a pure function and the weights that it is a function of.
+    """Splits a model into a pure function and its weights.
 
         apply, params = functional(model)
         outputs = jax.jit(apply)(params, inputs)
 
     Args:
-        model: built, of any class; its layers may be quantized or not. Afterwards it must keep
-            its layers, and how they are quantized.
+        model: built, of any class; its layers may be quantized or not. Do not quantize it or
+            change its layers afterwards.
 
     Returns:
-        apply: (params, *inputs) -> what `model(inputs)` gives in inference. It reads weights from
-            params alone, under jit, grad and vmap, in any thread, and changes nothing: seeds and
-            moving statistics stay as they are. Several inputs are passed one by one, or in the
-            structure that the model takes.
+        apply: (params, *inputs) -> the outputs of `model(inputs)` in inference. It reads all
+            weights from params, under jit, grad and vmap and in any thread, and does not change
+            the model: seeds and moving statistics stay the same. Pass several inputs one by one,
+            or in the structure that the model expects.
         params: nested dicts by the parts of a weight's path, such as ["encoder"]["dense"]
             ["kernel"]: a QTensor for each quantized weight, in the dtype of its format and in
-            the order of axes that is fast here, and an array for everything else. They are
-            copies: `apply` keeps the model, but none of its values.
+            the order of axes that is fast on this machine, and an array for everything else.
+            They are copies: `apply` refers to the model, but not to its values.
 
     Raises:
         ValueError: the model is not built. `apply` raises it for params of another structure,
-            and where the model's weights were quantized, or changed their number, since.
+            and if the model was quantized, or gained or lost weights, in the meantime.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), jk.layers.Dense(2)])
+        >>> apply, params = jk.functional(model)
+        >>> jax.jit(apply)(params, jnp.ones((3, 4))).shape
+        (3, 2)
     """
     places = _places(model)
     if not model.built or not places:
@@ -56,7 +62,7 @@ def functional(model: keras.Model) -> tuple[Callable[..., Any], Params]:
         values = _checked(params, places)
         stored = [(x, values[k]) for k, x in places.items() if isinstance(x, StoredWeight)]
         plain = [(x, values[k]) for k, x in places.items() if not isinstance(x, StoredWeight)]
-        # The model takes one argument, a structure.
+        # A model is called with one argument, a structure.
         structure = inputs[0] if len(inputs) == 1 else list(inputs)
         with replaced(stored), keras.StatelessScope(state_mapping=plain):
             return model(structure, training=False)
@@ -81,7 +87,7 @@ def _places(model) -> dict[tuple[str, ...], StoredWeight | keras.Variable]:
         held = {id(v) for weight in stored for v in weight.variables}
         found = [(x.codes.path, x) for x in stored]
         found += [(v.path, v) for v in compat.own_variables(layer) if id(v) not in held]
-        # Keras counts seeds in their paths, so that they are others in each process.
+        # Keras numbers seeds in their paths, so that these differ between processes.
         found += [(f"{layer.path or layer.name}/{v.name}", v) for v in compat.seeds(layer)]
         for path, place in found:
             key = _free(tuple(path.split("/")), taken)
@@ -91,7 +97,7 @@ def _places(model) -> dict[tuple[str, ...], StoredWeight | keras.Variable]:
 
 
 def _free(key, taken):
-    """The key, or one numbered: layers of nested models may have the same path."""
+    """The key, numbered if it is taken: layers of nested models may have the same path."""
     number, free = 0, key
     while free in taken:
         number += 1
@@ -104,7 +110,7 @@ def _identity(model):
 
 
 def _checked(params, places):
-    """The leaves of params by path, which are of the kinds and shapes that are wanted."""
+    """The leaves of params by path, once their kinds and shapes are checked."""
     found = dict(_leaves(params))
     odd = ["/".join(key) for key in found.keys() ^ places.keys()]
     if odd:

@@ -33,7 +33,7 @@ def load_weights(model: keras.Model, path: str | os.PathLike[str], **kwargs: Any
         ...     jk.load_weights(model, f"{folder}/model.weights.h5")
     """
     layers = compat.sublayers(model)
-    states = [_state_of(layer) for layer in layers]
+    states = [(x, _copies(x), compat.own_variables(x)) for x in layers]
     variables = [v for x in layers for v in (*compat.own_variables(x), *compat.seeds(x))]
     variables += model.metrics_variables
     variables += getattr(getattr(model, "optimizer", None), "variables", [])
@@ -41,20 +41,21 @@ def load_weights(model: keras.Model, path: str | os.PathLike[str], **kwargs: Any
     try:
         model.load_weights(path, **kwargs)
     except BaseException:
-        for layer, (attributes, tracked) in zip(layers, states, strict=True):
-            _restore(layer, attributes)
+        for layer, copies, tracked in states:
+            for attributes, values_before in copies:
+                attributes.clear()
+                attributes.update(values_before)
             compat.track_only(layer, tracked)
         for variable, value in values:
             variable.assign(value)
         raise
 
 
-def _state_of(layer):
-    """Attributes, with copies of the dicts among them, and variables."""
-    attributes = {k: dict(x) if type(x) is dict else x for k, x in vars(layer).items()}
-    return attributes, compat.own_variables(layer)
+def _copies(layer):
+    """The attributes of a layer and of the state of its weights, each with a copy of them."""
+    holders = [layer, *filter(None, [vars(layer).get("weight_state")])]
+    return [(vars(x), {k: _copied(v) for k, v in vars(x).items()}) for x in holders]
 
 
-def _restore(layer, attributes):
-    vars(layer).clear()
-    vars(layer).update(attributes)
+def _copied(value):
+    return dict(value) if type(value) is dict else value

@@ -1,4 +1,4 @@
-"""Whole Keras models, quantized in one step."""
+"""Quantizes whole Keras models in one step."""
 
 import dataclasses
 import math
@@ -27,25 +27,32 @@ def quantize(
 ) -> tuple[Any, Report]:
     """Copies a model as `convert` does, and quantizes the copy.
 
-    All or nothing: the model given stays as it was, and an error leaves no half of a result. The
-    model returned is not compiled: to train it further, biases or LoRA, compile it.
+    The given model is not changed. If any weight cannot be quantized, an error lists all such
+    weights and nothing is returned. The quantized model is not compiled: compile it to train its
+    biases or LoRA weights.
 
     Args:
-        model: built; as for `convert`. Its own layers may be ours already.
+        model: built; as for `convert`. Its layers may be quantizable already.
         rules: "int8", "int4" or "float8"; a Scheme or ArrayConfig for every quantizable weight;
             rules by path, such as {"encoder/*": NF4A16, "*/kernel": W8A8}, as for
             `QuantizationConfig`; or a config of `jaxquant.keras`, or of Keras.
-        progress: True for a progress bar on standard error, or a function of (weights done,
-            weights in all, path), called after each; None for neither.
-        keep: names and classes of layers to copy as they are, and not to quantize.
+        progress: True for a progress bar on standard error, or a function that is called after
+            each weight with (number done, total, path).
+        keep: names and classes of layers that are copied as they are and not quantized.
 
     Returns:
         The quantized model, and a report with one row per weight.
 
     Raises:
-        ValueError: lists everything wrong: what `convert` refuses; rules that match no weight,
-            or select none; weights that hold NaN or Inf, are quantized already, or cannot be
-            quantized so.
+        ValueError: lists all problems: what `convert` does not support; rules that match no
+            weight, or select none; weights that hold NaN or Inf, are quantized already, or cannot
+            be quantized in this way.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+        >>> quantized, report = jk.quantize(model, {"*/head/*": jq.W8A8})
+        >>> report.rows[0].scheme
+        'int8 per channel, int8 inputs'
     """
     config = _config_of(rules)
     if not model.built or not model.weights:
@@ -72,7 +79,7 @@ def quantize(
 
 
 def _quantize(chosen, config, progress):
-    """Quantizes the chosen weights of each layer; returns their rows, and what was wrong."""
+    """Quantizes the chosen weights of each layer; returns their rows, and the problems."""
     rows, problems, done = [], [], 0
     total = sum(len(names) for _, names in chosen)
     with progress_bar(progress, total) as tell:
@@ -125,7 +132,7 @@ def _chosen(layer, config):
 
 
 def _mismatches(config, layers, chosen):
-    """What is wrong before any weight is looked at."""
+    """Problems that can be found without the values of the weights."""
     paths = [_path(layer, name) for layer in layers for name in layer.declared_shapes]
     rules = config.rules if isinstance(config, QuantizationConfig) else ()
     unused = [r for r in rules if r.required and not any(r.matches(p, None) for p in paths)]
@@ -191,7 +198,7 @@ def _quantized(path, before, stored):
 
 
 def _own(copy, model):
-    """Gives the copy arrays of its own: training one model donates those of that model."""
+    """Copies the arrays that both models hold: training one model donates its arrays."""
     shared = {id(v.value) for v in model.variables}
     for variable in copy.variables:
         if id(variable.value) in shared:
