@@ -55,8 +55,8 @@ def test_each_way_to_use_several_devices_is_seen():
         return matmul(jax.lax.with_sharding_constraint(x, REPLICATED), q)
 
     def mapped(x, q):
-        specs = {"in_specs": (jax.P(), jax.P()), "out_specs": jax.P()}
-        return jax.shard_map(matmul, mesh=MESH, check_vma=False, **specs)(x, q)
+        spec = jax.P()
+        return jax.shard_map(matmul, mesh=MESH, in_specs=(spec, spec), out_specs=spec)(x, q)
 
     def run(function, *args):
         return [row.implementation for row in explain(function, *args, platform="cpu")]

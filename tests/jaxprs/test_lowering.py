@@ -73,8 +73,8 @@ def test_each_device_has_the_kernel_inside_shard_map(platform):
     run = partial(switched, SWITCHES[platform])
 
     def mapped(on, names):
-        specs = {"in_specs": jax.P("a"), "out_specs": jax.P("a")}
-        return jax.shard_map(run, mesh=on, axis_names=names, **specs)
+        spec = jax.P("a")
+        return jax.shard_map(run, mesh=on, axis_names=names, in_specs=spec, out_specs=spec)
 
     assert is_here(lowered_for((platform,), mapped(mesh(), {"a"}), X))
     two = mesh(shape=(2, 1), names=("a", "b"))

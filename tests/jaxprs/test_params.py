@@ -1,5 +1,7 @@
 """Each fact about JAX's primitives, on the version of JAX that runs the tests."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -20,7 +22,7 @@ def equation(function, *args, name):
     return found
 
 
-def shapes(variables):
+def shapes(variables) -> list[Any]:
     return [None if v is None else v.aval.shape for v in variables]
 
 
@@ -50,7 +52,8 @@ def test_operands_of_a_scan_are_counted_by_their_role():
     constants, carried = params.scan_counts(eqn.params)
     roles = shapes(eqn.invars)
     assert roles[:constants] == [(4,)]
-    assert sorted(roles[constants : constants + carried]) == [(), (3,)]
+    assert set(roles[constants : constants + carried]) == {(), (3,)}
+    assert carried == 2
     assert roles[constants + carried :] == [(4, 3), (4, 3, 2)]
     assert params.count_before_slices(eqn) == 3
 
@@ -127,8 +130,7 @@ def test_inner_jaxprs_know_their_operands(name):
     for inner in found:
         assert len(inner.operands) == len(inner.jaxpr.invars)
         for variable, operand in zip(inner.jaxpr.invars, inner.operands, strict=True):
-            assert operand is not None
-            ranks = {variable.aval.ndim, operand.aval.ndim}
+            ranks = {len(shape) for shape in shapes([variable, operand])}
             assert len(ranks) == 1 or name == "scan"
 
 

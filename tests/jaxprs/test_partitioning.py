@@ -18,7 +18,6 @@ def mesh(shape=(2,), names=("a",)):
 ON_TWO = jax.NamedSharding(mesh(), jax.P("a"))
 REPLICATED = jax.NamedSharding(mesh(), jax.P())
 SQUARE = mesh((2, 1), ("a", "b"))
-SPECS = {"in_specs": jax.P("a"), "out_specs": jax.P("a")}
 
 
 def probe(seen):
@@ -32,7 +31,8 @@ def probe(seen):
 
 
 def mapped(run, on=ON_TWO.mesh, names=("a",)):
-    return jax.shard_map(run, mesh=on, axis_names=set(names), **SPECS)
+    spec = jax.P("a")
+    return jax.shard_map(run, mesh=on, axis_names=set(names), in_specs=spec, out_specs=spec)
 
 
 # Name: (function of the probe, argument).

@@ -28,6 +28,7 @@ def test_the_sharding_before_a_transpose_becomes_that_of_the_result(spec):
     assert tuple(jax.typeof(out).sharding.spec) == (*spec, *[None] * (3 - len(spec)))
     named = jax.NamedSharding(mesh(), spec)
     found = before_transpose(named, permutation)
+    assert isinstance(found, jax.NamedSharding)
     assert (found.mesh, found.spec) == (named.mesh, before_transpose(spec, permutation))
     assert before_transpose(None, permutation) is None
 

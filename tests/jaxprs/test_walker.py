@@ -117,8 +117,8 @@ def slices_in(function, *args):
     sliced, found = frozenset(), []
     for site in walk(jax.make_jaxpr(function)(*args)):
         eqn = site.eqn
-        operand = eqn.invars[0].aval if eqn.invars else None
-        if eqn.primitive.name == "convert_element_type" and operand.dtype == jnp.int4:
+        dtypes = [getattr(v.aval, "dtype", None) for v in eqn.invars]
+        if eqn.primitive.name == "convert_element_type" and dtypes == [jnp.int4]:
             found.append(is_sliced(eqn.invars, sliced))
         sliced = add_slices(eqn, sliced)
     return found
