@@ -1,6 +1,7 @@
 """What a quantized array is. Knows nothing of operations, models or frameworks."""
 
 from .blocks import Axes as Axes
+from .blocks import Groups as Groups
 from .blocks import block_shape as block_shape
 from .blocks import blocks_between as blocks_between
 from .blocks import check_axis as check_axis
@@ -63,4 +64,10 @@ from .serialization import config_from_json as config_from_json
 from .serialization import config_to_json as config_to_json
 from .serialization import static_from_json as static_from_json
 from .serialization import static_to_json as static_to_json
+from .steps import encode as encode
+from .steps import fit_range as fit_range
+from .steps import fit_scale as fit_scale
+from .steps import fit_zero_point as fit_zero_point
+from .steps import group as group
+from .steps import scale_unit as scale_unit
 from .straight_through import straight_through as straight_through

@@ -4,7 +4,11 @@ Blocks are reached by splitting axes, never by moving them, and only axes that n
 below means an array so reshaped.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from .config import ArrayConfig
 
@@ -130,3 +134,43 @@ def from_blocks(values: jax.Array, shape: tuple[int, ...], blocks: tuple[int, ..
 def scale_shape(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the scales of an array of `shape`."""
     return tuple(1 if block == n else n // block for n, block in zip(shape, blocks, strict=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Groups:
+    """An array split into the groups whose elements share a scale. A pytree.
+
+    Attributes:
+        values: the array in float32 (float64 for float64), its axes split into groups.
+        axes: the axes of `values` that lie within a group, static.
+        blocks: the block shape, static.
+        shape: shape of the array, static.
+        dtype: dtype of the array, static.
+    """
+
+    values: jax.Array
+    axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    blocks: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Shape of the scales: one element per group."""
+        return scale_shape(self.shape, self.blocks)
+
+    def per_element(self, scale: jax.Array) -> jax.Array:
+        """Shapes one element per group so that it broadcasts with `values`, in their dtype."""
+        return to_blocks(scale.astype(self.values.dtype), self.blocks)
+
+    def per_group(self, reduced: jax.Array) -> jax.Array:
+        """Shapes what was reduced over `axes`, which stay with length 1, like the scales."""
+        return from_blocks(reduced, self.shape, self.blocks)
+
+
+def split_groups(x: jax.Array, blocks: tuple[int, ...]) -> Groups:
+    """The array in groups of a block shape."""
+    compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    values, axes = split(x.astype(compute), blocks)
+    return Groups(values, axes, blocks, x.shape, x.dtype)

@@ -65,6 +65,21 @@ class Shaped(abc.ABC):
         """Bytes in device memory of all its arrays, from their bits."""
         return sum(packed_bytes(x) for x in jax.tree.leaves(self))
 
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Raises TypeError, where NumPy would make an array of one object."""
+        raise TypeError(self._why_not_an_array())
+
+    def __jax_array__(self) -> jax.Array:
+        """Raises TypeError, for functions of jax.numpy that are given it."""
+        raise TypeError(self._why_not_an_array())
+
+    def _why_not_an_array(self):
+        return (
+            f"A {type(self).__name__} is not an array; got one of shape {self.shape} where an "
+            "array was expected. Multiply by jq.matmul or jq.einsum, look up rows by jq.take, or "
+            "get the floats by q.dequantize()."
+        )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -168,6 +183,7 @@ class QTensor(Shaped):
         if self.values is not None:
             return self.values
         scale = scale_values(self.scale)
+        scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
         blocks = blocks_between(self.codes.shape, scale.shape)
         # Some codes are floats, which JAX would differentiate.
         codes, _ = split(jax.lax.stop_gradient(self.codes), blocks)
@@ -175,6 +191,9 @@ class QTensor(Shaped):
         if zero_point is not None:
             zero_point = to_blocks(zero_point, blocks)
         values = affine.decode(codes, to_blocks(scale, blocks), zero_point, self.format)
+        # Half a step beyond the largest number of a dtype is still that number, not Inf.
+        largest = float(min(jnp.finfo(self.dtype).max, jnp.finfo(values.dtype).max))
+        values = jnp.clip(values, -largest, largest)
         return values.reshape(self.codes.shape).astype(self.dtype)
 
     def __repr__(self) -> str:

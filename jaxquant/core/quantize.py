@@ -5,12 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from . import affine
-from .blocks import Axes, block_shape, blocks_between, from_blocks, scale_shape, split, to_blocks
+from .blocks import Axes, Groups, blocks_between, split_groups
 from .config import ArrayConfig
-from .formats import FP8_E4M3, bits_of
-from .qtensor import QTensor, scale_values
-from .ranges import AbsMax, Percentile, largest_magnitude
+from .qtensor import QTensor
+from .ranges import AbsMax, Percentile
+from .steps import encode, fit_range, fit_scale, fit_zero_point, group, is_finite, scale_unit
 
 
 @partial(jax.jit, static_argnames="axis")
@@ -59,25 +58,11 @@ def quantize(
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; stochastic rounding: Gupta et al.
         2015, arXiv:1502.02551, section 3.1.
     """
-    groups, axes, blocks = _groups(x, config, axis)
-    peak = jnp.max(jnp.abs(groups), axes, keepdims=True, initial=0)
-    peak = jnp.where(peak > 0, peak, 1)
-
-    def error(low, high):
-        scale, zero_point = parameters(low, high)
-        codes = affine.encode(groups, scale, zero_point, config)
-        values = affine.decode(codes, scale, zero_point, config.format)
-        # In units of the peak, because squares of 1e-20 or 1e20 are no float32.
-        return jnp.sum(jnp.square((values - groups) / peak), axes, keepdims=True)
-
-    def parameters(low, high):
-        scale = _store_scale(affine.fit_scale(low, high, config), config.stored_scale_dtype)
-        scale = scale_values(scale).astype(groups.dtype)
-        zero_point = None if config.symmetric else affine.fit_zero_point(low, scale, config)
-        return scale, zero_point
-
-    low, high = config.range(groups, axes, config.symmetric, error)
-    return _quantize_groups(x, groups, axes, blocks, low, high, config, key)
+    _check(x, config)
+    groups = group(x, config, axis)
+    low, high = fit_range(groups, config)
+    scale = fit_scale(groups, low, high, config, scale_unit(groups, config))
+    return encode(groups, scale, fit_zero_point(groups, low, scale, config), config, key)
 
 
 @partial(jax.jit, static_argnames="axis")
@@ -110,36 +95,28 @@ def quantize_with_range(
     Error: at most scale/2 per element within the range, in formats of whole numbers.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
     """
-    groups, axes, blocks = _groups(x, config, axis)
-    counts = scale_shape(x.shape, blocks)
+    _check(x, config)
+    groups = group(x, config, axis)
+    low, high = _given_range(groups, low, high, config)
+    scale = fit_scale(groups, low, high, config)
+    return encode(groups, scale, fit_zero_point(groups, low, scale, config), config, key)
+
+
+def _given_range(groups: Groups, low: jax.Array, high: jax.Array, config: ArrayConfig):
+    """The ends of a given range, widened to hold zero, and NaN where it is not a range."""
+    counts = groups.scale_shape
     for end in (low, high):
         if end.ndim and end.shape != counts:
             raise ValueError(
                 f"low and high must be scalars or have the shape of the scales, {counts}; got "
-                f"{end.shape} for x {x.shape}."
+                f"{end.shape} for x {groups.shape}."
             )
-    ends = (jnp.broadcast_to(end, counts).astype(groups.dtype) for end in (low, high))
-    low, high = (to_blocks(end, blocks) for end in ends)
+    low, high = (groups.per_element(jnp.broadcast_to(end, counts)) for end in (low, high))
     if config.symmetric:
         low = -high
     is_range = (low <= high) & (high < jnp.inf) & (low > -jnp.inf)
     low, high = (jnp.where(is_range, end, jnp.nan) for end in (low, high))
-    low, high = jnp.where(low > 0, 0, low), jnp.where(high < 0, 0, high)
-    return _quantize_groups(x, groups, axes, blocks, low, high, config, key)
-
-
-def _quantize_groups(x, groups, axes, blocks, low, high, config, key):
-    """Codes of x, split into `groups`, that span [low, high]."""
-    scale = affine.fit_scale(low, high, config)
-    # Here, not in the ranges: no range may hide NaN or Inf, whoever wrote it.
-    scale = jnp.where(_is_finite(groups, axes), scale, jnp.nan)
-    scale = _store_scale(from_blocks(scale, x.shape, blocks), config.stored_scale_dtype)
-    step = to_blocks(scale_values(scale).astype(groups.dtype), blocks)
-    zero_point = None if config.symmetric else affine.fit_zero_point(low, step, config)
-    codes = affine.encode(groups, step, zero_point, config, key).reshape(x.shape)
-    if zero_point is not None:
-        zero_point = from_blocks(zero_point, x.shape, blocks)
-    return QTensor(codes, scale, zero_point, format=config.format, dtype=x.dtype)
+    return jnp.where(low > 0, 0, low), jnp.where(high < 0, 0, high)
 
 
 @jax.jit
@@ -156,11 +133,11 @@ def quantize_with_scale(
             scalar.
         zero_point: in the shape of scale, rounded to whole numbers and clipped to the codes; None
             for zero.
-        config: its format and value range are used; its axis, group size and range are not.
+        config: its format and value range are used; groups are those of scale.
 
     Returns:
         QTensor with that scale in float32 (float64 for float64), and NaN in the place of a
-        scale that is not positive, or whose block holds NaN or Inf.
+        scale that is not positive, or whose block or zero point is NaN or Inf.
 
     Raises:
         ValueError: x is not floating, the lengths of scale do not divide those of x, or there
@@ -184,16 +161,15 @@ def quantize_with_scale(
             "scale must be a scalar, or have the rank of x and lengths that divide those of x; "
             f"got scale {scale.shape} for x {x.shape}."
         )
-    blocks = blocks_between(x.shape, shape)
-    groups, axes = split(x.astype(_compute_dtype(x)), blocks)
-    step = to_blocks(scale.reshape(shape).astype(groups.dtype), blocks)
-    step = jnp.where(_is_finite(groups, axes) & (step > 0), step, jnp.nan)
+    groups = split_groups(x, blocks_between(x.shape, shape))
+    scale = scale.reshape(shape).astype(groups.values.dtype)
+    is_valid = groups.per_group(is_finite(groups)) & (scale > 0)
     if zero_point is not None:
-        zero_point = jnp.clip(jnp.round(zero_point.reshape(shape)), *config.bounds)
+        zero_point = zero_point.reshape(shape)
+        is_valid &= jnp.isfinite(zero_point)
+        zero_point = jnp.clip(jnp.round(jnp.where(is_valid, zero_point, 0)), *config.bounds)
         zero_point = zero_point.astype(config.format.dtype)
-    spread_zero = None if zero_point is None else to_blocks(zero_point, blocks)
-    codes = affine.encode(groups, step, spread_zero, config).reshape(x.shape)
-    return QTensor(codes, step.reshape(shape), zero_point, format=config.format, dtype=x.dtype)
+    return encode(groups, jnp.where(is_valid, scale, jnp.nan), zero_point, config)
 
 
 def abs_max_quantize(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> QTensor:
@@ -249,50 +225,3 @@ def _check(x, config):
             f"config must be an ArrayConfig; got {config!r}. Of a Scheme, pass its weights; of a "
             "Format f, ArrayConfig(format=f)."
         )
-
-
-def _compute_dtype(x):
-    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-
-
-def _groups(x, config, axis):
-    """x in the dtype of the computation and split into groups, their axes, and blocks."""
-    _check(x, config)
-    blocks = block_shape(x.shape, config, axis)
-    return *split(x.astype(_compute_dtype(x)), blocks), blocks
-
-
-def _is_finite(groups, axes):
-    """Whether all of each group is. By what AbsMax() computes too, so that XLA does it once."""
-    return largest_magnitude(groups, axes) < jnp.inf
-
-
-def _store_scale(scale, dtype):
-    """Scales in their dtype; those too narrow for it as a QTensor under one float scale.
-
-    No scale vanishes: it is at least the smallest number of the dtype. One that is too large is
-    NaN, since its group would be clipped. That of an empty range, 0, becomes 1.
-    """
-    info = jnp.finfo(dtype)
-    if bits_of(dtype) == 8 and not affine.has_exponent_only(dtype):
-        return _store_nested(scale)
-    scale = jnp.where(scale == 0, 1, scale)
-    if info.bits >= jnp.finfo(scale.dtype).bits or affine.has_exponent_only(dtype):
-        return scale.astype(dtype)
-    # Subnormals of float32, and so of bfloat16, are flushed to zero; those of float16 are not.
-    smallest = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
-    scale = jnp.where(scale > float(info.max), jnp.nan, scale)
-    return jnp.maximum(scale, smallest).astype(dtype)
-
-
-def _store_nested(scale):
-    """Scales as FP8_E4M3 codes under one scale per matrix. NaN stays with its group."""
-    is_nan = jnp.isnan(scale)
-    # Leading axes keep scales of their own, so that stacked layers can be scanned.
-    matrix = tuple(range(max(scale.ndim - 2, 0), scale.ndim))
-    q = quantize(jnp.where(is_nan, 0, scale), ArrayConfig(format=FP8_E4M3), matrix)
-    # A group of tiny values or of zeros gets the smallest positive code: 0 would divide by zero.
-    # Not 1, which would be the largest of all where the other scales are small.
-    codes = jnp.maximum(q.codes.astype(scale.dtype), 2.0**-9)
-    codes = jnp.where(is_nan, jnp.nan, codes).astype(q.codes.dtype)
-    return QTensor(codes, q.scale, format=q.format, dtype=scale.dtype)

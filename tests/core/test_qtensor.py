@@ -236,3 +236,34 @@ def test_codes_and_narrow_scales_get_no_gradient_and_wide_scales_do(name):
     for leaf in jax.tree.leaves(gradient):
         is_wide = leaf.dtype == jnp.float32
         assert bool(jnp.any(leaf.astype(jnp.float32) != 0)) == is_wide
+
+
+AS_ARRAYS = {
+    "np.asarray": lambda q: np.asarray(q),
+    "np.array of a dtype": lambda q: np.array(q, dtype=np.float32),
+    "jnp.asarray": jnp.asarray,
+    "jnp.dot": lambda q: jnp.dot(jnp.ones((2, 64)), q),
+    "jnp.matmul": lambda q: jnp.matmul(q, jnp.ones((256, 2))),
+    "@": lambda q: jnp.ones((2, 64)) @ q,
+    "+": lambda q: jnp.ones((64, 256)) + q,
+    "under jit": lambda q: jax.jit(lambda x, q: jnp.dot(x, q))(jnp.ones((2, 64)), q),
+}
+
+
+@pytest.mark.parametrize("name", AS_ARRAYS)
+def test_where_an_array_is_expected_the_error_names_what_to_call(name):
+    q = quantize(cases.gaussian(), ArrayConfig())
+    with pytest.raises(
+        TypeError, match=r"A QTensor is not an array.*jq\.matmul.*q\.dequantize\(\)"
+    ):
+        AS_ARRAYS[name](q)
+
+
+@pytest.mark.parametrize("name", ["int8-row", "int8-asym_tensor", "nvfp4-row"])
+def test_an_infinite_scale_is_not_hidden(name):
+    q = quantize(cases.gaussian(), *cases.CASES[name])
+    if isinstance(q.scale, QTensor):
+        scale = dataclasses.replace(q.scale, scale=jnp.full_like(q.scale.scale, jnp.inf))
+    else:
+        scale = jnp.full_like(q.scale, jnp.inf)
+    assert not np.isfinite(dataclasses.replace(q, scale=scale).dequantize()).any()

@@ -152,6 +152,27 @@ def test_values_near_the_largest_float_do_not_overflow(format, symmetric):
             assert oracles.sqnr(x / 1e38, values / 1e38) > 15
 
 
+NEAR_THE_LARGEST = ["int8-row", "int8-asym_row", "int4-min_mse", "int4-asym_min_mse"]
+NEAR_THE_LARGEST += ["int4-bfloat16_scales", "int4-asym_bfloat16_scales", "int4-asym_nested_scales"]
+NEAR_THE_LARGEST += ["int4-g32_e8m0_scales", "fp8_e4m3-row", "fp8_e5m2-row", "mxfp8-row"]
+NEAR_THE_LARGEST += ["mxfp4-row", "nvfp4-row", "nf4-bfloat16_scales"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", NEAR_THE_LARGEST)
+def test_finite_values_near_the_largest_come_back_finite(name, dtype):
+    largest = float(jnp.finfo(dtype).max)
+    random = np.random.default_rng(0)
+    x = random.uniform(-1, 1, cases.SHAPE)
+    x[1::4], x[2::4] = np.abs(x[1::4]), -np.abs(x[2::4])
+    x[:, ::16] = np.sign(x[:, ::16])
+    x = jnp.asarray((x * largest).astype(np.float32)).astype(dtype)
+    assert jnp.isfinite(x).all()
+    values = quantize(x, *cases.CASES[name]).dequantize()
+    assert values.dtype == dtype
+    assert jnp.isfinite(values).all()
+
+
 def test_a_scale_whose_reciprocal_is_subnormal_is_not_divided_by():
     x = np.array([[2e38, -3e38, 1e38]], np.float32)
     values = quantize(x, ArrayConfig(format=INT2), axis=1).dequantize()
@@ -329,6 +350,15 @@ def test_mistaken_arguments_are_named(function, x, config, text):
 def test_a_given_scale_that_is_not_positive_marks_its_block():
     x = jnp.ones((2, 4))
     q = quantize_with_scale(x, jnp.array([[0.0], [1.0]]), None, ArrayConfig())
+    assert np.isnan(q.dequantize()[0]).all()
+    np.testing.assert_array_equal(q.dequantize()[1], 1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_given_zero_point_that_is_not_finite_marks_its_block(bad):
+    x, config = jnp.ones((2, 4)), ArrayConfig(symmetric=False)
+    zero_point = jnp.array([[bad], [3.0]])
+    q = quantize_with_scale(x, jnp.full((2, 1), 0.5), zero_point, config)
     assert np.isnan(q.dequantize()[0]).all()
     np.testing.assert_array_equal(q.dequantize()[1], 1)
 

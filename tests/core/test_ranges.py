@@ -15,11 +15,13 @@ from jaxquant import (
     INT8,
     MXFP4,
     NF4,
+    NVFP4,
     AbsMax,
     ArrayConfig,
     MinMSE,
     Percentile,
     quantize,
+    quantize_with_range,
 )
 
 from .. import cases, checks, oracles
@@ -139,6 +141,64 @@ def test_min_mse_is_never_worse_than_abs_max_in_any_group(config, axis):
     assert np.all(best <= plain * (1 + 1e-5))
     if config.format.bits <= 4 and config.stored_scale_dtype != "float8_e8m0fnu":
         assert best.sum() < plain.sum()
+
+
+NESTED = [
+    along(1, format=NVFP4),
+    along(1, format=INT8, scale_dtype="float8_e4m3fn"),
+    along(1, format=INT8, group_size=32, symmetric=False, scale_dtype="float8_e4m3fn"),
+    along(1, format=INT4, group_size=32, scale_dtype="float8_e4m3fn"),
+    along(-1, format=INT4, group_size=32, symmetric=False, scale_dtype="float8_e4m3fn"),
+    along((0, 1), format=INT4, group_size=16, scale_dtype="float8_e4m3fn"),
+]
+
+
+@pytest.mark.parametrize("config, axis", NESTED, ids=str)
+def test_min_mse_is_never_worse_than_abs_max_where_scales_are_nested(config, axis):
+    x = np.random.default_rng(0).standard_t(4, cases.SHAPE).astype(np.float32)
+    x[3] *= 50  # The outer scale follows the largest group, and all others lie far below.
+    plain = squared_errors(x, config, axis)
+    best = squared_errors(x, dataclasses.replace(config, range=MinMSE()), axis)
+    assert np.all(best <= plain * (1 + 1e-5))
+    assert best.sum() < plain.sum() or config.format.bits == 8
+
+
+def test_min_mse_is_never_worse_than_abs_max_in_a_stack_with_nested_scales():
+    stack = np.random.default_rng(0).standard_t(4, (3, 32, 64)).astype(np.float32)
+    stack *= np.float32([1e-3, 1, 1e3])[:, None, None]
+    config = ArrayConfig(format=NVFP4)
+    plain = squared_errors(stack, config, axis=-2)
+    best = squared_errors(stack, dataclasses.replace(config, range=MinMSE()), axis=-2)
+    assert np.all(best <= plain * (1 + 1e-5))
+    assert best.sum() < plain.sum()
+    whole = quantize(stack, dataclasses.replace(config, range=MinMSE()), axis=-2)
+    for i, layer in enumerate(stack):
+        alone = quantize(layer, dataclasses.replace(config, range=MinMSE()), axis=-2)
+        np.testing.assert_array_equal(whole.dequantize()[i], alone.dequantize())
+
+
+@pytest.mark.parametrize("end", ["lower", "upper"])
+def test_min_mse_searches_each_end_of_an_asymmetric_range_finely(end):
+    # Many elements at one end and an outlier at the other, whose end is to be searched alone.
+    random = np.random.default_rng(1)
+    x = np.concatenate([random.random((32, 255)) * 1.2 - 1, random.uniform(1, 4, (32, 1))], 1)
+    x = jnp.asarray(x if end == "upper" else -x, jnp.float32)
+    config = ArrayConfig(format=INT4, symmetric=False)
+    q = quantize(x, dataclasses.replace(config, range=MinMSE()), axis=1)
+    low, high = (
+        (edge - checks.zero_point_of(q).astype(np.float32)) * np.asarray(q.scale)
+        for edge in (-8, 7)
+    )
+
+    @jax.jit
+    def errors(factor):
+        ends = (low, high * factor) if end == "upper" else (low * factor, high)
+        values = quantize_with_range(x, *ends, config, axis=1).dequantize()
+        return jnp.sum(jnp.square(values - x), 1)
+
+    found = jnp.sum(jnp.square(q.dequantize() - x), 1)
+    best = jax.lax.map(errors, jnp.linspace(0.8, 1.25, 181)).min(0)
+    assert found.sum() <= 1.0002 * best.sum()
 
 
 @pytest.mark.parametrize("format", [INT4, INT2, NF4], ids=str)
