@@ -1,4 +1,4 @@
-"""Quantization inside training loops: pure functions and pytrees, for `jax.grad` and optax."""
+"""Quantization inside training loops: pure functions on pytrees, for `jax.grad` and optax."""
 
 from ..calibration import MovingAverage as MovingAverage
 from ..calibration import MSEHistogram as MSEHistogram

@@ -40,7 +40,7 @@ class _Spec:
         return tuple(a for a in range(self.ndims[side]) if a not in taken)
 
     def contract_in_gradient(self, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The free axes of the other side, in out and in itself: those that a gradient contracts."""
+        """Axes that the gradient of a side contracts: those of out, and the other side's."""
         free = self.free(1 - side)
         first = len(self.batch[0]) + (0 if side else len(self.free(0)))
         return tuple(range(first, first + len(free))), free

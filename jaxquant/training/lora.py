@@ -1,4 +1,4 @@
-"""Trees of frozen quantized weights with trainable low-rank adapters beside them (QLoRA)."""
+"""QLoRA: frozen quantized weights with trainable low-rank adapters."""
 
 import dataclasses
 import math
@@ -23,12 +23,12 @@ def lora_init(
     dtype: jax.typing.DTypeLike = jnp.float32,
     platform: str | None = None,
 ) -> Any:
-    """Quantizes selected leaves and puts adapters beside them, which alone are to be trained.
+    """Quantizes selected leaves and adds trainable low-rank adapters to them (QLoRA).
 
         x @ leaf  =  x @ base + (alpha / rank) * (x @ a) @ b
 
-    The factor that inputs meet starts normal with variance 1 / (number of inputs), the other with
-    zeros, so that products start as those of the base. With any optimizer of optax:
+    The factor on the input side is normal with variance 1 / (number of inputs), the other is zero,
+    so that outputs start as those of the base. With any optax optimizer:
 
         params = lora_init(params, rules, rank=8, key=key)
         trained, frozen = partition(params)
@@ -43,30 +43,36 @@ def lora_init(
         served = merge(combine(trained, frozen))
 
     Args:
-        params: any pytree of float arrays and of QTensors from the same rules, which are kept.
-        rules: as for `tree.quantize`. Leaves that none selects stay as they are, and frozen.
+        params: any pytree of float arrays; QTensors quantized by the same rules are kept.
+        rules: as for `tree.quantize`. Leaves that no rule selects are unchanged, and frozen.
         rank: length of the axis between `a` and `b`.
         key: random key.
-        alpha: weight of the adapters, over the rank; None for the rank, that is for factor 1.
-        dtype: floating dtype of `a` and `b`. Products compute in that of inputs and base.
+        alpha: adapters are scaled by alpha / rank; None for the rank, a factor of 1.
+        dtype: floating dtype of `a` and `b`. Products compute in that of the activations and base.
         platform: as for `tree.quantize`.
 
     Returns:
-        The tree with a `LowRank` in place of each selected leaf. The axes along which its config
-        shares scales are those that inputs meet: `a` has them, and `b` those after them; those
-        before are a stack's. Where they include the last axis, or are all, `a` has the one before
-        the last and `b` the last.
+        The tree with a `LowRank` in place of each selected leaf. The axes that share a scale are
+        the contracted ones: `a` has these, `b` the axes after them, and axes before them are those
+        of a stack. If they include the last axis, `a` has the axis before the last and `b` the
+        last.
 
     Raises:
-        ValueError: rank, alpha or dtype is out of its range; as for `tree.quantize`, but for
-            QTensors; or a selected leaf has one axis, adapters already, scales along axes that
-            are not neighbours, another format, groups or inputs than its rule, or a multiplier.
+        ValueError: rank, alpha or dtype is invalid; as for `tree.quantize`, QTensors aside; or a
+            selected leaf has a single axis, adapters already, scales shared along axes that are not
+            adjacent, a format, groups or inputs that differ from its rule, or a multiplier.
 
     Source: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314, eq. 5; Hu et al. 2021 (LoRA),
         arXiv:2106.09685, section 4.1.
+
+    Example:
+        >>> rules, key = jq.Rule("kernel", jq.W8A16), jax.random.key(0)
+        >>> params = jq.training.lora_init({"kernel": jnp.ones((4, 2))}, rules, rank=1, key=key)
+        >>> params["kernel"].a.shape, params["kernel"].b.shape
+        ((4, 1), (1, 2))
     """
     _check_options(rank, alpha, dtype)
-    _, leaves, chosen, treedef = select(params, rules, _objection)
+    _, leaves, chosen, treedef = select(params, rules, _why_unsupported)
     keys = iter(jax.random.split(key, sum(plan is not None for plan in chosen)))
     result = []
     for leaf, plan in zip(leaves, chosen, strict=True):
@@ -81,7 +87,7 @@ def lora_init(
 
 
 def trainable_mask(tree: Any) -> Any:
-    """Which leaves of a tree are trained: `a` and `b` of its adapters, and no others.
+    """Returns a mask of the trained leaves: `a` and `b` of the adapters.
 
     For `partition`, `optax.masked` and, by `jax.tree.map`, the labels of `optax.multi_transform`.
 
@@ -92,7 +98,14 @@ def trainable_mask(tree: Any) -> Any:
         Tree of booleans, with one for each QTensor: a prefix of the tree. Change it to train more.
 
     Raises:
-        ValueError: the tree has no adapters.
+        ValueError: the tree does not contain adapters.
+
+    Example:
+        >>> rules, key = jq.Rule("kernel", jq.W8A16), jax.random.key(0)
+        >>> params = jq.training.lora_init({"kernel": jnp.ones((4, 2))}, rules, rank=1, key=key)
+        >>> mask = jq.training.trainable_mask(params)["kernel"]
+        >>> mask.a, mask.b, mask.base
+        (True, True, False)
     """
     _check_adapters(tree)
 
@@ -105,19 +118,26 @@ def trainable_mask(tree: Any) -> Any:
 
 
 def partition(tree: Any, mask: Any = None) -> tuple[Any, Any]:
-    """Splits a tree into what is trained and what is frozen. Undone by `combine`.
+    """Splits a tree into a trained and a frozen part. `combine` undoes it.
 
     Args:
         tree: from `lora_init`.
         mask: tree of booleans like it, or a prefix of it; None for `trainable_mask(tree)`.
 
     Returns:
-        (trained, frozen): the tree, with None in place of what belongs to the other. The first has
-        floating leaves alone: differentiate with respect to it, give it to optax, save it.
+        (trained, frozen): two trees, with None in place of the leaves of the other. The first has
+        only floating leaves: differentiate with respect to it, pass it to optax, save it.
 
     Raises:
-        ValueError: the tree has no adapters and there is no mask, or the mask is for another tree,
-            or selects what is no floating array.
+        ValueError: there are neither adapters nor a mask, the mask is for another tree, or it
+            selects a leaf that is not a floating array.
+
+    Example:
+        >>> trained, frozen = jq.training.partition(
+        ...     {"a": jnp.ones(2), "b": jnp.zeros(3)}, {"a": True, "b": False}
+        ... )
+        >>> trained["b"] is None, frozen["a"] is None
+        (True, True)
     """
     mask = trainable_mask(tree) if mask is None else mask
     paths, marks, treedef = leaves_with_paths(mask, None)
@@ -134,10 +154,14 @@ def partition(tree: Any, mask: Any = None) -> tuple[Any, Any]:
 
 
 def combine(trained: Any, frozen: Any) -> Any:
-    """The tree of which `partition` made the two, with the values that they have now.
+    """Joins the two parts of a tree that `partition` split.
 
     Raises:
-        ValueError: the two are not parts of one tree, or both have a leaf.
+        ValueError: the two are not parts of one tree, or both have the same leaf.
+
+    Example:
+        >>> jq.training.combine({"a": 1.0, "b": None}, {"a": None, "b": 2.0})
+        {'a': 1.0, 'b': 2.0}
     """
     paths, ours, treedef = leaves_with_paths(trained, lambda x: x is None)
     others = treedef.flatten_up_to(frozen)
@@ -152,25 +176,31 @@ def combine(trained: Any, frozen: Any) -> Any:
 
 
 def merge(tree: Any) -> Any:
-    """Adds the adapters to their bases and quantizes the sums as the bases were.
+    """Merges the adapters into their bases, quantizing the sums as the bases were.
 
         base  <-  quantize(dequantize(base) + (alpha / rank) * a @ b, config)
 
-    For floats in place of all quantized leaves, adapters added, there is `tree.dequantize`.
+    To get float arrays with the adapters merged instead, call `tree.dequantize`.
 
     Args:
-        tree: from `lora_init`, trained, and whole: before a stack is sliced.
+        tree: from `lora_init`, trained; not a slice of a stack.
 
     Returns:
-        The tree with a QTensor in place of each `LowRank`, which has the format, groups, order,
-        dtype and `inputs` of its base.
+        The tree with a QTensor in place of each `LowRank`, with the format, groups, order, dtype
+        and `inputs` of its base.
 
     Raises:
-        ValueError: the tree has no adapters.
+        ValueError: the tree does not contain adapters.
 
-    Error: that of `jaxquant.quantize`: in formats of whole numbers at most scale/2 per element that
-        is not clipped, with the new scale. Adapters far below the scale may be lost.
+    Error: that of `jaxquant.quantize`: in integer formats at most scale/2 per element that is not
+        clipped, with the new scale. Adapters far below the scale may be lost.
     Source: Hu et al. 2021 (LoRA), arXiv:2106.09685, section 4.1.
+
+    Example:
+        >>> rules, key = jq.Rule("kernel", jq.W8A16), jax.random.key(0)
+        >>> params = jq.training.lora_init({"kernel": jnp.ones((4, 2))}, rules, rank=1, key=key)
+        >>> jq.training.merge(params)["kernel"].dequantize().tolist()[0]
+        [1.0, 1.0]
     """
     _check_adapters(tree)
     return jax.tree.map(
@@ -201,7 +231,7 @@ def _is_floating(x):
 def _check_adapters(tree):
     if not any(isinstance(x, LowRank) for x in jax.tree.leaves(tree, is_leaf=is_quantized)):
         raise ValueError(
-            f"The tree must be one from lora_init; got {jax.tree.structure(tree)}, which has no "
+            f"The tree must come from lora_init; got {jax.tree.structure(tree)}, which has no "
             "adapters."
         )
 
@@ -216,12 +246,12 @@ def _check_options(rank, alpha, dtype):
         raise ValueError(f"dtype must be floating; got {dtype!r}. Use float32 or bfloat16.")
 
 
-def _objection(leaf: Any, plan: Plan) -> str | None:
-    """Why adapters cannot be put beside a leaf, or None."""
+def _why_unsupported(leaf: Any, plan: Plan) -> str | None:
+    """Why a leaf cannot have adapters, or None."""
     if isinstance(leaf, LowRank):
-        return f"has adapters already ({leaf!r}); merge them first, or give it a rule with None"
+        return f"already has adapters ({leaf!r}); merge them first, or give it a rule with None"
     is_base = isinstance(leaf, QTensor)
-    why_not = _refuses_base(leaf, plan) if is_base else why_unsupported(leaf, plan)
+    why_not = _why_unsupported_base(leaf, plan) if is_base else why_unsupported(leaf, plan)
     if why_not is not None:
         return why_not
     axes = _axes_of(plan, leaf.ndim)
@@ -230,15 +260,15 @@ def _objection(leaf: Any, plan: Plan) -> str | None:
     if axes != tuple(range(axes[0], axes[-1] + 1)):
         return (
             f"shares scales along axes {axes} of shape {leaf.shape}; adapters need "
-            "neighbours: move the axes, or give it a rule with None"
+            "adjacent axes: move the axes, or give it a rule with None"
         )
     return None
 
 
-def _refuses_base(q, plan):
-    """Why a quantized leaf is not what its rule says, or None."""
+def _why_unsupported_base(q, plan):
+    """Why a quantized leaf does not match its rule, or None."""
     if q.inputs is not None and q.inputs.multiplier is not None:
-        return f"has inputs.multiplier ({q!r}), which adapters do not see; multiply it in first"
+        return f"has inputs.multiplier ({q!r}), which adapters ignore; multiply it in first"
     try:
         abstract = jax.ShapeDtypeStruct(q.shape, q.dtype)
         wanted = jax.eval_shape(partial(quantize, axis=plan.axis), abstract, plan.scheme.weights)
@@ -250,13 +280,13 @@ def _refuses_base(q, plan):
     if kinds[0] == kinds[1] and inputs == plan.scheme.inputs:
         return None
     return (
-        f"is quantized otherwise than its rule says: {describe(q)}, scales {found.scale.shape}, "
+        f"is not quantized as its rule says: {describe(q)}, scales {found.scale.shape}, "
         f"and not {describe(wanted)}, scales {wanted.scale.shape}, inputs {plan.scheme.inputs}"
     )
 
 
 def _adapters(shape, axes, rank, key, dtype):
-    """a and b at the start of training: one normal, one zeros."""
+    """Initial a and b: one normal, the other zeros."""
     stack, split = _split(axes, len(shape))
     a_shape, b_shape = (*shape[:split], rank), (*shape[:stack], rank, *shape[split:])
     meets_b = axes == (len(shape) - 1,)
@@ -273,6 +303,6 @@ def _axes_of(plan: Plan, ndim: int) -> tuple[int, ...]:
 
 
 def _split(axes: tuple[int, ...], ndim: int) -> tuple[int, int]:
-    """Where the axes of `a` begin, and where those of `b` do."""
+    """The first axis of `a`, and the first axis of `b`."""
     end = axes[-1] + 1
     return (ndim - 2, ndim - 1) if end == ndim else (axes[0], end)

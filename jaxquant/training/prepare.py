@@ -1,4 +1,4 @@
-"""Trees of parameters that are quantized anew in each step of training."""
+"""Quantization-aware training (QAT): parameters that are quantized again in each step."""
 
 import dataclasses
 import math
@@ -36,19 +36,23 @@ from .fake_quantize import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Prepared(Shaped, Deferred):
-    """A weight in training: every operation sees it quantized, and it gets gradients. A pytree.
+    """A weight in QAT: operations see it quantized, and its float array gets gradients. A pytree.
 
     Attributes:
         weight: the float array that is trained.
-        learned: its step or range as parameters, trained too; None for those of `config.range`.
-        inputs: how an operand that meets it in a product is treated first. A calibrated scale in
-            it is trained as a learned step, whose sign does not count, and so is a zero point
-            that is floating.
+        learned: its trainable step or range; None to compute the range by `config.range`.
+        inputs: how activations that are multiplied by it are quantized. A calibrated scale is
+            trained as a learned step, whose sign is ignored, and so is a float zero point.
         config: how it is quantized, static.
         axis: the axes along which elements share a scale, static. `prepare` counts them from the
             end, so that a stack of layers can be scanned.
         order: order in which its trailing axes are stored once it is quantized, static.
         result_dtype: dtype that operations see, static; None for that of the weight.
+
+    Example:
+        >>> params = jq.training.prepare({"kernel": jnp.ones((4, 2))}, jq.W8A16)
+        >>> params["kernel"]
+        Prepared(int8 4x2, float32)
     """
 
     weight: jax.Array
@@ -72,15 +76,15 @@ class Prepared(Shaped, Deferred):
         return jnp.dtype(self.result_dtype or self.weight.dtype)
 
     def astype(self, dtype: jax.typing.DTypeLike) -> "Prepared":
-        """The same weight and codes, seen in another dtype: for products in bfloat16."""
+        """The same weight and codes in another dtype, such as bfloat16, for operations."""
         return dataclasses.replace(self, result_dtype=jnp.dtype(dtype))
 
     def quantize(self) -> QTensor:
-        """The weight as a QTensor whose `values` pass gradients on."""
+        """The weight as a QTensor whose `values` propagate gradients."""
         q = quantize_for_training(self.weight, self.config, self.axis, self.learned)
         q = q.astype(self.dtype).reorder(self.order)
-        # Else XLA would swap the axes of the product instead of those of the codes, and add in
-        # another order than in a product with the converted weight.
+        # Otherwise XLA would swap the axes of the product instead of those of the codes, and sum in
+        # a different order than with the converted weight.
         fixed = jax.lax.optimization_barrier(dataclasses.replace(q, values=None))
         return dataclasses.replace(fixed, values=q.values, inputs=self._trained_inputs())
 
@@ -88,8 +92,8 @@ class Prepared(Shaped, Deferred):
         inputs = self.inputs
         if inputs is None or inputs.config is None or inputs.scale is None:
             return inputs
-        # As many features as share the step in one product (LSQ, section 2.2). Where the config
-        # has all axes, the last is that of the output.
+        # The number of features that share the step in one product (LSQ, section 2.2). If scales
+        # are shared along all axes, the last axis is that of the output.
         axes = shared_axes(self.axis, self.ndim, self.config)
         axes = axes if len(axes) < self.ndim else range(self.ndim - 1)
         features = math.prod(self.shape[a] for a in axes)
@@ -109,22 +113,27 @@ class Prepared(Shaped, Deferred):
 
 
 def init_learned(params: Any, rules: Rules, range: Range | None = MinMSE()) -> Any:  # noqa: B008 (frozen)
-    """The first steps and ranges to learn: those that quantization after training would take.
+    """Returns initial learned steps (LSQ) and ranges: those of post-training quantization.
 
     Args:
         params: any pytree of float arrays.
         rules: as for `tree.quantize`.
-        range: which part of each group they span; None for that of each config.
+        range: the part of each group that they span; None for config.range.
 
     Returns:
         A tree like params with a `LearnedStep` (symmetric) or `LearnedRange` (asymmetric) in place
-        of each selected leaf, and None in place of others.
+        of each selected leaf, and None in place of the others.
 
     Raises:
         ValueError: as for `tree.quantize`.
 
     Source: Bhalgat et al. 2020 (LSQ+), arXiv:2004.09576, section 3.2: the range with the least
         squared error.
+
+    Example:
+        >>> learned = jq.training.init_learned({"kernel": jnp.ones((4, 2))}, jq.W8A16)
+        >>> learned["kernel"].scale.shape
+        (1, 2)
     """
     _, leaves, chosen, treedef = select(params, rules)
     learned = [
@@ -146,30 +155,37 @@ def _first(leaf, plan, range):
 
 
 def prepare(params: Any, rules: Rules, learned: Any = None, *, platform: str | None = None) -> Any:
-    """Puts selected leaves into the state in which training sees them quantized.
+    """Prepares selected leaves for QAT: operations see them quantized, gradients pass through.
 
         forward:  what `jaxquant` computes with tree.quantize(params, rules)
-        backward: gradients for the float weights, and for what is learned (see `fake_quantize`)
+        backward: gradients for the float weights and for `learned` (see `fake_quantize`)
 
-    The tree is a pytree of floats: differentiate with respect to it, give it to optax, save it.
-    The same rules serve `tree.quantize`.
+    The result is a pytree of float arrays: differentiate with respect to it, pass it to optax,
+    save it. `tree.quantize` accepts the same rules.
 
     Args:
         params: any pytree of float arrays.
-        rules: as for `tree.quantize`; `inputs` of a scheme are quantized in training too.
-        learned: tree from `init_learned` for the same leaves; None to take the range of each
-            weight anew in each step.
+        rules: as for `tree.quantize`; the activations of a scheme are quantized too.
+        learned: tree from `init_learned` for the same leaves; None to compute the range of each
+            weight again in each step.
         platform: "cpu", "gpu" or "tpu", where the converted tree will run; None for this one.
 
     Returns:
         The tree with a `Prepared` in place of each selected leaf.
 
     Raises:
-        ValueError: as for `tree.quantize`; or something selected has nothing learned, something
-            learned is not selected, or what is learned does not suit a leaf and its config.
+        ValueError: as for `tree.quantize`; or `learned` is for other leaves than the rules select,
+            or does not fit a leaf and its config.
 
-    Error: none against `convert`: products are equal, bit for bit, where both run under `jax.jit`
-        or neither does. What XLA fuses with a product may be rounded otherwise in its last bit.
+    Error: products equal those after `convert` bit for bit, if both run under `jax.jit` or neither
+        does. Operations that XLA fuses with a product may differ in the last bit.
+
+    Example:
+        >>> params = jq.training.prepare({"kernel": jnp.full((4, 2), 0.3)}, jq.W8A16)
+        >>> def loss(params):
+        ...     return jnp.sum(jq.matmul(jnp.ones((1, 4)), params["kernel"]))
+        >>> jax.grad(loss)(params)["kernel"].weight.shape
+        (4, 2)
     """
     paths, leaves, chosen, treedef = select(params, rules)
     found = dict(zip(*leaves_with_paths(learned, _is_learned)[:2], strict=True))
@@ -177,7 +193,7 @@ def prepare(params: Any, rules: Rules, learned: Any = None, *, platform: str | N
     if learned is not None and set(found) != selected:
         raise ValueError(
             f"learned must be for the leaves that the rules select, {sorted(selected)}; got "
-            f"{sorted(found)}. Make it by init_learned(params, rules)."
+            f"{sorted(found)}. Make it with init_learned(params, rules)."
         )
     prepared = [
         leaf if plan is None else _prepare(path, leaf, plan, found.get(path), platform)
@@ -193,8 +209,8 @@ def _prepare(path, leaf, plan, learned, platform):
         jax.eval_shape(partial(quantize_for_training, axis=axis), leaf, config, learned=learned)
     except ValueError as error:
         raise ValueError(
-            f"What is learned for {path} does not suit it: {error} Make it by "
-            "init_learned(params, rules), by the same rules."
+            f"learned does not fit {path}: {error} Make it with "
+            "init_learned(params, rules), from the same rules."
         ) from error
     inputs = None if scheme.inputs is None else Inputs(scheme.inputs)
     order = stored_order(leaf, plan, platform)
@@ -208,22 +224,27 @@ def _from_end(axis, ndim):
 
 
 def convert(prepared: Any) -> Any:
-    """The tree to serve: each `Prepared` as the QTensor that training saw.
+    """Converts each `Prepared` to the QTensor that training used, for serving.
 
     Args:
         prepared: tree from `prepare`, trained.
 
     Returns:
-        The tree with a QTensor in place of each `Prepared`. Products with it are equal to those
-        before, bit for bit (see `prepare`).
+        The tree with a QTensor in place of each `Prepared`. Products equal those of the prepared
+        tree bit for bit (see `prepare`).
 
     Raises:
-        ValueError: the tree holds no `Prepared`.
+        ValueError: the tree does not contain a `Prepared`.
+
+    Example:
+        >>> prepared = jq.training.prepare({"kernel": jnp.ones((4, 2))}, jq.W8A16)
+        >>> jq.training.convert(prepared)["kernel"].format.name
+        'int8'
     """
     if not any(map(_is_prepared, jax.tree.leaves(prepared, is_leaf=_is_prepared))):
         paths = ", ".join(leaves_with_paths(prepared)[0][:8]) or "none"
         raise ValueError(
-            f"convert takes a tree from prepare; got one without a Prepared, with paths {paths}."
+            f"convert expects a tree from prepare; got one without a Prepared, with paths {paths}."
         )
     return jax.tree.map(
         lambda x: jax.jit(Prepared.convert)(x) if _is_prepared(x) else x,

@@ -520,14 +520,14 @@ LEAVES = {
     "apart": (
         {"w": jnp.ones((4, 6, 8))},
         Rule("w", ArrayConfig(), axis=(0, 2)),
-        r"w: shares scales along axes \(0, 2\) of shape \(4, 6, 8\); adapters need neighbours",
+        r"w: shares scales along axes \(0, 2\) of shape \(4, 6, 8\); adapters need adjacent",
     ),
     "NaN": ({"w": W.at[0, 0].set(jnp.nan)}, {"w": INT4_G32}, r"w: holds NaN or Inf"),
-    "whole numbers": ({"w": jnp.ones((K, N), int)}, {"w": INT4_G32}, r"w: not a floating array"),
-    "twice": ({"w": adapted(INT4_G32)}, {"w": INT4_G32}, r"w: has adapters already \(LowRank\(QTe"),
+    "integers": ({"w": jnp.ones((K, N), int)}, {"w": INT4_G32}, r"w: not a floating array"),
+    "twice": ({"w": adapted(INT4_G32)}, {"w": INT4_G32}, r"w: already has adapters \(LowRank\(QTe"),
     "axis": ({"w": Q}, Rule("w", ArrayConfig(), axis=2), r"w: axis must lie in -2 \.\. 1"),
     "multiplier": ({"w": MULTIPLIED}, {"w": INT4_G32}, r"w: has inputs\.multiplier \(QTensor"),
-    "format": ({"w": Q}, {"w": NF4_G32}, r"w: is quantized otherwise.*: int4 g32, .*not nf4 g32"),
+    "format": ({"w": Q}, {"w": NF4_G32}, r"w: is not quantized as.*: int4 g32, .*not nf4 g32"),
     "groups": ({"w": Q}, {"w": G16}, r"int4 g32, scales \(2, 24\), and not int4 g16"),
     "symmetric": ({"w": Q}, {"w": ASYM}, r"and not int4 g32 asymmetric, scales"),
     "inputs": ({"w": Q}, {"w": INT4_INT8}, r"int4 g32, scales .*inputs ArrayConfig"),
@@ -543,7 +543,7 @@ def test_leaves_that_cannot_have_adapters_are_named(name):
 
 def test_trees_without_adapters_are_refused():
     for function in (merge, trainable_mask, partition):
-        with pytest.raises(ValueError, match=r"must be one from lora_init; got PyTreeDef.*no adap"):
+        with pytest.raises(ValueError, match=r"must come from lora_init; got PyTreeDef.*no adap"):
             function({"w": W, "q": Q})
 
 

@@ -168,8 +168,11 @@ def test_trees_that_do_not_fit_are_refused():
     params, rules = weights({"a": W8A8, "b": W8A8}), {"a": W8A8}
     learned, prepared = init_learned(params, rules), prepare(params, rules)
     cases = [
-        (lambda: convert(params), "convert takes a tree from prepare; got one .* with paths a, b"),
-        (lambda: convert(convert(prepared)), "convert takes a tree from prepare"),
+        (
+            lambda: convert(params),
+            "convert expects a tree from prepare; got one .* with paths a, b",
+        ),
+        (lambda: convert(convert(prepared)), "convert expects a tree from prepare"),
         (lambda: convert({}), "with paths none"),
         (
             lambda: prepare(prepared, rules),
@@ -184,15 +187,15 @@ def test_trees_that_do_not_fit_are_refused():
         ),
         (
             lambda: prepare(params, {"a": GROUPED}, learned),
-            r"What is learned for a does not suit it: A LearnedStep is for symmetric=True; got",
+            r"learned does not fit a: A LearnedStep needs symmetric=True; got",
         ),
         (
             lambda: prepare(params, {"a": SCHEMES["W4A16"]}, {"a": LearnedStep(jnp.ones((2, 1)))}),
-            r"learned for a does not suit it: .* shape of the scales, \(1, 24\); got \(2, 1\)",
+            r"learned does not fit a: .* shape of the scales, \(1, 24\); got \(2, 1\)",
         ),
         (
             lambda: prepare(params, rules, {"a": jnp.ones((1, N))}),
-            "learned for a does not suit it: learned must be a LearnedStep, a LearnedRange",
+            "learned does not fit a: learned must be a LearnedStep, a LearnedRange",
         ),
     ]
     for call, text in cases:
