@@ -1,0 +1,78 @@
+"""Files that the first version of the format wrote load bit for bit.
+
+`data/` holds what the code of November 2026 saved; the digests are of what it loaded from them.
+"""
+
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxquant import W8A8, load, tree
+from jaxquant.core import LowRank, QTensor
+
+DATA = Path(__file__).parent / "data"
+DIGESTS = {
+    "int8": "cad1632badbbff8026d0ad13b4981d8d6bad7e91bdb52f2eddd2b5824da27f54",
+    "int4_groups": "17e699e9f539b3d7c9c9d6093c09e2ba6b515efabdd122473dfdf28d33bccce2",
+    "codebooks": "b74918933f33df02e6420c50c84f22c817495fb6699520906be119cf4d38befa",
+    "inputs": "d650bad1491a441e5dadf0e9659214d99341e4462dab9c0b11a21bfc4e204558",
+    "low_rank": "84f899b2820c2d98e4afb0adab11d534ba3b619ec8d6501596d9cd73fdf8e1ef",
+    "containers": "a3f1b337b4b5410555c28927eab331019d144addb416acfe4a4afc53746edf05",
+}
+
+
+def leaves_of(params, path=""):
+    """Leaves by path, in an order of their own: keys may be both int and str."""
+    if isinstance(params, dict):
+        for key in sorted(params, key=lambda k: (isinstance(k, str), k)):
+            yield from leaves_of(params[key], f"{path}/{key!r}")
+    elif isinstance(params, list | tuple):
+        for i, value in enumerate(params):
+            yield from leaves_of(value, f"{path}/{type(params).__name__}{i}")
+    else:
+        yield path, params
+
+
+def static_of(leaf):
+    """Static fields of a QTensor, those of its nested scales included."""
+    if isinstance(leaf, LowRank):
+        return [leaf.alpha, leaf.config.format.name, leaf.config.group_size, *static_of(leaf.base)]
+    if not isinstance(leaf, QTensor):
+        return []
+    config = leaf.inputs and leaf.inputs.config
+    inputs = [config.format.name, config.group_size, repr(config.range)] if config else []
+    return [leaf.format.name, np.dtype(leaf.dtype).name, leaf.order, *inputs, static_of(leaf.scale)]
+
+
+def digest(params):
+    """One number for all paths, static fields, dtypes, shapes and bits."""
+    found = hashlib.sha256()
+    for path, leaf in leaves_of(params):
+        found.update(f"{path} {static_of(leaf)}".encode())
+        for x in jax.tree.leaves(leaf):
+            is_array = hasattr(x, "dtype")
+            text = f"{x.dtype.name}{x.shape}" if is_array else repr(x)
+            found.update(text.encode() + (np.asarray(x).tobytes() if is_array else b""))
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_a_file_of_the_first_version_loads_bit_for_bit(name):
+    path = DATA / f"{name}.safetensors"
+    assert digest(load(path)) == DIGESTS[name]
+    assert tree.read_metadata(path) == {"note": name}
+
+
+def test_every_file_of_the_first_version_is_tested():
+    assert {p.stem for p in DATA.glob("*.safetensors")} == set(DIGESTS)
+
+
+def test_what_an_old_file_says_of_activations_is_read():
+    found = load(DATA / "inputs.safetensors")
+    assert found["dynamic"].inputs.config == W8A8.inputs
+    assert float(found["static"].inputs.scale) == np.float32(0.1)
+    assert int(found["static"].inputs.zero_point) == 3
+    np.testing.assert_array_equal(found["multiplier"].inputs.multiplier, np.arange(64.0))
