@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import Deferred, LowRank, describe, packed_bytes
+from ..core import ArrayConfig, Deferred, LowRank, Scheme, describe, packed_bytes
+from .doubts import doubt
 from .paths import is_quantized, leaves_with_paths
 from .plot import plot_report
 from .report_row import ReportRow
@@ -122,7 +123,10 @@ def _row(path, x, q, rule, rules):
     sqnr = None if x is None or is_quantized(x) else _sqnr(x, q)
     if x is None:
         before = packed_bytes(jax.ShapeDtypeStruct(shape, q.dtype))
-    return ReportRow(path, shape, describe(q), None, bits, before, after, sqnr, _histogram(q))
+    warning = doubt(path, q, isinstance(rules, Scheme | ArrayConfig))
+    return ReportRow(
+        path, shape, describe(q), None, bits, before, after, sqnr, _histogram(q), warning
+    )
 
 
 def _bytes(x):

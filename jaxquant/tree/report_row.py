@@ -18,6 +18,8 @@ class ReportRow:
             if there is no noise, None where nothing was compared.
         codes: how often codes fall into each of the equal bins over the format's range, of which
             there are 16 or fewer.
+        warning: why its scales may lie along the wrong axes: they take more than 2 bits per
+            weight, or a default rule had to guess the contracted axis. None if neither.
     """
 
     path: str
@@ -29,3 +31,4 @@ class ReportRow:
     bytes_after: int
     sqnr: float | None
     codes: tuple[int, ...] = ()
+    warning: str | None = None

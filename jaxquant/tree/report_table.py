@@ -33,8 +33,11 @@ def report_table(rows: Sequence[ReportRow], total: ReportRow) -> "rich.table.Tab
         table.add_column(name, footer, justify=justify)
     for row in rows:
         shape = "x".join(map(str, row.shape)) or "scalar"
-        path, what = (rich.markup.escape(s) for s in (row.path, row.scheme or row.reason or ""))
-        table.add_row(path, shape, what, *_figures(row), style=None if row.scheme else "dim")
+        what = row.scheme or row.reason or ""
+        what += f"\nwarning: {row.warning}" if row.warning else ""
+        path, what = (rich.markup.escape(s) for s in (row.path, what))
+        style = "yellow" if row.warning else None if row.scheme else "dim"
+        table.add_row(path, shape, what, *_figures(row), style=style)
     return table
 
 

@@ -246,6 +246,33 @@ def test_codes_are_counted_once_each_in_any_number_in_any_dtype_and_on_any_devic
         assert rows[name].codes == tuple(wanted.tolist())
 
 
+@pytest.mark.parametrize(
+    "path, shape, rules, text",
+    [
+        ("attention/query", (64, 2, 32), W8A8, "scales take 16.0 bits per weight; give a rule"),
+        ("attention/query", (64, 2, 32), {"*": W8A8}, "scales take 16.0 bits per weight; give a"),
+        ("attention/query", (4, 64, 32), W8A8, "taken as a stack of matrices; if it is not, give"),
+        ("dense.weight", (64, 32), W8A8, "taken as (in, out); if it is (out, in), use default_ru"),
+        ("weight", (64, 32), W8A8.weights, "taken as (in, out); if it is (out, in), use default"),
+        ("dense.weight", (64, 32), tree.default_rules(W8A8, axis=-1), None),
+        ("dense.weight", (64, 32), {"*": W8A8}, None),
+        ("layers/up/kernel", (4, 64, 32), W8A8, None),
+        ("h/up/kernel", (4, 64, 32), W8A8, None),
+        ("conv/kernel", (4, 64, 32), W8A8, None),
+        ("dense/kernel", (64, 32), W8A8, None),
+        ("embed.weight", (64, 32), W8A8, None),
+        ("dense/kernel", (64, 32), NVFP4A16, None),
+    ],
+)
+def test_a_row_warns_where_the_axis_may_be_wrong(path, shape, rules, text):
+    params = {path: normal(*shape)}
+    report = tree.report(params, tree.quantize(params, rules), rules)
+    (row,) = report.rows
+    assert (row.warning or "").startswith(text or "")
+    assert (row.warning is None) == (text is None)
+    assert ("warning: " in str(report)) == (text is not None)
+
+
 def test_json_holds_rows_and_total():
     params = parameters()
     report = tree.report(params, tree.quantize(params, RULES), RULES)

@@ -4,8 +4,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import FP8, INT4, MXFP4A16, W4A16, W8A8, W8A16, ArrayConfig, Rule, Scheme, take, tree
+from jaxquant import (
+    FP8,
+    INT4,
+    MXFP4A16,
+    W4A16,
+    W8A8,
+    W8A16,
+    ArrayConfig,
+    Rule,
+    Scheme,
+    quantize,
+    take,
+    tree,
+)
 from jaxquant.tree.internal import is_matrix
+from jaxquant.tree.rules import bits_per_weight
 
 from .trees import leaves_of, normal, parameters
 
@@ -126,6 +140,21 @@ def test_default_rules_give_embeddings_the_blocks_of_a_scheme_that_has_them():
     np.testing.assert_array_equal(
         take(q["embed"], rows, axis=0), np.asarray(q["embed"].dequantize())[rows]
     )
+
+
+@pytest.mark.parametrize(
+    "config, bits",
+    [
+        (ArrayConfig(format=INT4, group_size=16), 4 + 32 / 16),
+        (ArrayConfig(format=INT4, group_size=16, symmetric=False), 4 + (32 + 4) / 16),
+        (ArrayConfig(symmetric=False, scale_dtype="bfloat16"), 8 + (16 + 8) / 64),
+        (ArrayConfig(per_tensor=True), 8 + 32 / (64 * 32)),
+    ],
+)
+def test_bits_per_weight_count_codes_scales_and_zero_points(config, bits):
+    assert bits_per_weight((64, 32), config, axis=0) == bits
+    q = quantize(normal(64, 32), config, axis=0)
+    assert 8 * q.nbytes / q.size == bits
 
 
 def test_the_first_rule_that_matches_decides():

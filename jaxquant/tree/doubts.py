@@ -1,0 +1,36 @@
+"""Where a default rule may have chosen the wrong axis: warnings for reports."""
+
+import math
+import re
+
+from ..core import LowRank, QTensor
+
+# More means that few elements share a scale.
+_MAX_SCALE_BITS = 2
+_STACK = re.compile(r"(?i)layer|block|stack|expert|scan|repeat|(^|[/.])h([/.]|$)")
+_CONVOLUTION = re.compile(r"(?i)conv")
+# What PyTorch and Equinox call a matrix (out, in).
+_TRANSPOSED = re.compile(r"(.*[/.])?weight")
+
+
+def doubt(path: str, q: QTensor | LowRank, is_default: bool) -> str | None:
+    """Why the scales of a leaf may lie along the wrong axes, or None.
+
+    Args:
+        path: of the leaf.
+        q: the quantized leaf.
+        is_default: whether a default rule chose the axis, rather than the user.
+    """
+    q = q.base if isinstance(q, LowRank) else q
+    bits = 8 * q.nbytes / max(math.prod(q.shape), 1) - q.format.bits
+    if bits > _MAX_SCALE_BITS:
+        return f"scales take {bits:.1f} bits per weight; give a rule with all contracted axes"
+    counts = [q.scale.shape[a] for a in q.stored_axes(range(q.ndim))]
+    shared = [a - q.ndim for a, (n, c) in enumerate(zip(q.shape, counts, strict=True)) if c < n]
+    if not is_default or shared != [-2]:
+        return None
+    if _TRANSPOSED.fullmatch(path):
+        return "taken as (in, out); if it is (out, in), use default_rules(scheme, axis=-1)"
+    if q.ndim > 2 and not _STACK.search(path) and not _CONVOLUTION.search(path):
+        return "taken as a stack of matrices; if it is not, give a rule with its contracted axes"
+    return None
