@@ -1,7 +1,8 @@
-"""Products of few rows with grouped 4-bit weights, and of 8-bit codes, by Pallas through Triton.
+"""Pallas kernels for GPUs, by Triton: few rows by grouped 4-bit weights, and 8-bit codes by codes.
 
-Checked in interpret mode, and compiled by XLA for an H200 that is not there; no GPU ran or timed
-them. Tile sizes are therefore guesses.
+They are checked in interpret mode and were compiled by XLA for an H200, but have not run on a GPU:
+the tile sizes are guesses. JAX deprecates Pallas' Triton backend from 0.11 on and warns when it
+lowers such a kernel; they run only where `implementation="triton"` asks for them.
 """
 
 import dataclasses
@@ -18,19 +19,19 @@ from jax.experimental import pallas as pl
 triton: Any
 try:
     from jax.experimental.pallas import triton
-except ImportError:  # Not in jaxlib for Windows; JAX 0.11 says that it will go from all.
+except ImportError:  # jaxlib for Windows lacks it, and a later JAX will drop it.
     triton = None
 
-# Tiles of x (rows, step) and of w (columns, step), powers of two as Triton wants them. 16 rows and
-# 16 elements are the least that tensor cores multiply.
+# Tiles of x (rows, step) and of w (columns, step), powers of two as Triton requires. Tensor cores
+# multiply at least 16 rows and 16 elements.
 _LEAST_ROWS, _MOST_ROWS = 16, 64
 _COLUMNS = 64
 _LEAST_STEP, _MOST_STEP = 16, 128
-# Sums are split among programs up to so many, four for each of the 132 processors of an H200, to
-# have enough reads under way; each adds up so many steps at least.
+# Sums are split among up to this many programs, four for each of the 132 SMs of an H200, to keep
+# enough reads in flight; each sums at least _LEAST_STEPS steps.
 _PROGRAMS = 528
 _LEAST_STEPS = 4
-# Dtypes of codes that `scaled_dot` multiplies as they are, and of their sums.
+# Dtypes of the codes that `scaled_dot` multiplies, and of their sums.
 SUMS = {jnp.dtype(jnp.int8): jnp.int32, jnp.dtype(jnp.float8_e4m3fn): jnp.float32}
 
 
@@ -39,9 +40,9 @@ class _Tiles:
     """How `scaled_dot` divides its work.
 
     Attributes:
-        columns, most_rows: of a tile of the result.
-        warps: that compute one.
-        stages: steps along K that are read ahead, and the one that is computed.
+        columns, most_rows: size of a tile of the result.
+        warps: how many compute a tile.
+        stages: steps along K in flight: those being prefetched and the one being computed.
     """
 
     columns: int
@@ -50,14 +51,13 @@ class _Tiles:
     stages: int
 
 
-# Few rows are bound by reading w: narrow tiles, to keep all processors busy, and many reads under
-# way. Many rows are bound by arithmetic: two programs of 128 registers per thread and 96 KiB of
-# shared memory fit one processor of an H200, and every GPU from compute capability 8.0 on has
-# room for one.
+# Few rows are bound by reading w: narrow tiles keep all SMs busy, with many reads in flight. Many
+# rows are bound by arithmetic: two programs of 128 registers per thread and 96 KiB of shared
+# memory fit an SM of an H200, and one fits every GPU from compute capability 8.0 on.
 _FEW_ROWS = 64
 _FOR_FEW = _Tiles(columns=32, most_rows=64, warps=4, stages=5)
 _FOR_MANY = _Tiles(columns=128, most_rows=128, warps=8, stages=3)
-# Tensor cores multiply 32 codes of 8 bits along K at least.
+# Tensor cores multiply at least 32 8-bit codes along K.
 _LEAST_CODES, _MOST_CODES = 32, 128
 # Tiles of rows that run together for all columns, so that their codes stay in the L2 cache: 16 of
 # them are 8 MB if K is 4096.
@@ -66,24 +66,24 @@ _TILES_TOGETHER = 16
 _MOST_OFFSETS = 2**31
 
 
-def refuses_platform() -> str | None:
-    """Why no kernel here can be built, or None."""
-    return "this JAX has no Triton" if triton is None else None
+def why_unsupported_platform() -> str | None:
+    """Why no kernel here can be compiled, or None."""
+    return "this JAX does not include Triton" if triton is None else None
 
 
-def refuses_groups(length: int, groups: int) -> str | None:
-    """Why `grouped_dot` does not take weights with so many scales along `length`, or None."""
+def why_unsupported_groups(length: int, groups: int) -> str | None:
+    """Why `grouped_dot` does not support this many groups along `length`, or None."""
     size = length // max(groups, 1)
     if _step(size) < _LEAST_STEP:
-        return f"groups of {size} are no multiple of {_LEAST_STEP}"
+        return f"groups of {size} are not a multiple of {_LEAST_STEP}"
     return None
 
 
-def refuses_sizes(*sizes: int) -> str | None:
-    """Why the kernels do not take arrays of so many elements of a byte or less, or None."""
+def why_unsupported_sizes(*sizes: int) -> str | None:
+    """Why the kernels do not support arrays of these many 4-bit or 8-bit elements, or None."""
     if max(sizes) < _MOST_OFFSETS:
         return None
-    return f"offsets in arrays of {max(sizes)} elements may leave int32"
+    return f"offsets in arrays of {max(sizes)} elements may overflow int32"
 
 
 def grouped_dot(
@@ -94,22 +94,23 @@ def grouped_dot(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """x @ ((w - zero) * scale).T, the weights read as 4-bit codes and widened in registers.
+    """x @ ((w - zero) * scale).T, reading 4-bit weights and widening them in registers.
 
-    Triton reads int4 arrays two to a byte as they lie, if they are sliced along their last axis
-    where it is known beforehand: so steps along K are an axis of their own. (Bytes made outside
-    would cost a pass over the weights: XLA computes conversions between widths.)
+    Triton reads int4 arrays packed, two to a byte, only if slices of their last axis are static:
+    so steps along K get an axis of their own. (Repacking them as bytes outside the kernel would
+    cost a pass over the weights.)
 
     Args:
         x: float32, bfloat16 or float16, (M, K) with M > 0.
-        w: 4-bit whole numbers, (N, K).
-        scale, zero: (N, groups), groups that `refuses_groups` admits; a zero of None is 0.
-        interpret: whether to compute without a GPU, slowly, for tests.
+        w: 4-bit integers, (N, K).
+        scale, zero: (N, groups), in groups that `why_unsupported_groups` accepts; a zero of None
+            means 0.
+        interpret: runs without a GPU, slowly, for tests.
 
     Returns:
         float32, (M, N).
 
-    Error: codes less zero points are exact in the dtype of x, and sums are rounded as in float32.
+    Error: codes minus zero points are exact in the dtype of x, and sums are rounded as in float32.
         A GPU rounds a float32 x to TF32, as XLA does by default.
     """
     (rows, length), columns, groups = x.shape, w.shape[0], scale.shape[1]
@@ -124,7 +125,7 @@ def grouped_dot(
         functools.partial(
             _sum_of_steps,
             shape=(rows, columns),
-            # 32 bits also where Python's numbers would be traced as 64.
+            # As Python integers they would be traced as 64 bits under x64.
             steps=np.int32(steps // splits),
             steps_of_group=np.int32(steps // groups),
         ),
@@ -156,26 +157,26 @@ def scaled_dot(
     dtype: jax.typing.DTypeLike = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
-    """(x @ w.T) * row_scale[:, None] * column_scale, written once, in the dtype that is asked for.
+    """(x @ w.T) * row_scale[:, None] * column_scale, stored once, in `dtype`.
 
-    Sums stay in registers: neither they nor their float32 values go through memory. What lies
-    beyond the operands counts as zero, so any sizes fit the tiles.
+    Sums stay in registers: neither they nor their float32 values go through memory. Tiles that
+    reach beyond the operands read zeros, so all sizes are supported.
 
     Args:
-        x: codes with a dtype among `SUMS`, (M, K), no axis 0 long.
+        x: codes with a dtype in `SUMS`, (M, K), not empty.
         w: codes of the same dtype, (N, K).
         row_scale: float32, (M,).
         column_scale: float32, (N,).
-        dtype: float32, bfloat16 or float16, of the result.
-        interpret: whether to compute without a GPU, slowly, for tests.
+        dtype: of the result: float32, bfloat16 or float16.
+        interpret: runs without a GPU, slowly, for tests.
 
     Returns:
         `dtype`, (M, N).
 
-    Error: sums of int8 are exact as long as they fit in int32, and rounded once to float32; each
-        scale rounds once more, and so does `dtype`. Sums of float8_e4m3fn are float32; some tensor
-        cores add up 32 products less precisely. Others, an H200's through JAX 0.10 among them,
-        multiply these codes as float16, exactly and no faster.
+    Error: sums of int8 are exact if they fit in int32, and rounded once to float32; each scale
+        rounds once more, and so does `dtype`. Sums of float8_e4m3fn are float32; some tensor cores
+        add 32 products less precisely. Others, such as an H200's through JAX 0.10, multiply these
+        codes as float16, exactly and no faster.
     """
     (rows, length), columns = x.shape, w.shape[0]
     plan = _FOR_FEW if rows <= _FEW_ROWS else _FOR_MANY
@@ -208,7 +209,7 @@ def scaled_dot(
 
 
 def _scaled_tile(x_ref, w_ref, row_scale_ref, column_scale_ref, out_ref, *, row, shape, step):
-    """One tile of the scaled result. What lies outside is never stored."""
+    """One tile of the scaled result. Elements outside the result are not stored."""
     tile, length = out_ref.shape, x_ref.shape[1]
     place = row(*(pl.program_id(a) for a in range(3))), pl.program_id(1)
     has_row, has_column = (
@@ -220,7 +221,7 @@ def _scaled_tile(x_ref, w_ref, row_scale_ref, column_scale_ref, out_ref, *, row,
         first = number * step
         codes = pl.ds(first, step)
         has_code = (first + jnp.arange(step, dtype=jnp.int32) < length)[None, :]
-        # 0 on both sides: 0 by what may be a NaN of float8 is none.
+        # 0 in both operands: 0 times a float8 NaN would be NaN.
         x, w = (
             triton.load(
                 ref.at[:, codes], mask=has[:, None] & has_code, other=jnp.zeros((), ref.dtype)
@@ -237,7 +238,7 @@ def _scaled_tile(x_ref, w_ref, row_scale_ref, column_scale_ref, out_ref, *, row,
 
 
 def _sum_of_steps(x_ref, w_ref, *refs, shape, steps, steps_of_group):
-    """One tile of the result, summed over `steps` of K. What lies outside is never stored."""
+    """One tile of the result, summed over `steps` of K. Elements outside it are not stored."""
     *parameters, out_ref = refs
     tile = out_ref.shape
     has_row, has_column = (
@@ -247,12 +248,12 @@ def _sum_of_steps(x_ref, w_ref, *refs, shape, steps, steps_of_group):
 
     def add_step(number, total):
         k = first + number
-        # Of whole numbers from 0 up.
+        # Neither is negative.
         group = lax.div(k, steps_of_group)
         scale, *zero = (triton.load(p.at[:, group], mask=has_column) for p in parameters)
         x = triton.load(x_ref.at[:, k, :], mask=has_row[:, None])
         codes = triton.load(w_ref.at[:, k, :], mask=has_column[:, None])
-        # By int8: from 4 bits to floats is no conversion that is often asked of Triton.
+        # Through int8: Triton's conversion from 4 bits to floats is rarely used.
         codes = codes.astype(jnp.int8).astype(x.dtype)
         codes = codes - zero[0].astype(x.dtype)[:, None] if zero else codes
         product = triton.dot(x, codes, trans_b=True)
@@ -263,11 +264,11 @@ def _sum_of_steps(x_ref, w_ref, *refs, shape, steps, steps_of_group):
 
 
 def _step(size: int) -> int:
-    """The largest power of two that divides a group and is no longer than `_MOST_STEP`."""
+    """The largest power of two that divides a group, at most `_MOST_STEP`."""
     return math.gcd(size, _MOST_STEP)
 
 
 def _splits(steps: int, tiles: int) -> int:
-    """Among how many programs the steps of each tile are divided."""
+    """How many programs share the steps of each tile."""
     most = min(_PROGRAMS // tiles, steps // _LEAST_STEPS)
     return max((n for n in range(1, most + 1) if steps % n == 0), default=1)

@@ -1,8 +1,8 @@
-"""Products and rounding on a TPU that XLA writes to memory and reads back, by Pallas.
+"""Pallas kernels for TPUs, where XLA would write intermediate results to memory and read them back.
 
-Compiled for v5e and v6e and checked in interpret mode; no TPU has run them yet. Times below are
-instruction bundles that the compiler scheduled, over the clock: `benchmarks/pallas_tpu.py` prints
-them.
+They are compiled for v5e and v6e and checked in interpret mode; they have not run on a TPU yet.
+The times below are numbers of instruction bundles that the compiler scheduled, divided by the
+clock rate, as printed by `benchmarks/pallas_tpu.py`.
 """
 
 import functools
@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# Tiles of x (rows, K) and of w (K, N). Wide ones, because a step of the grid costs a third of a
-# microsecond; at most 24 MiB of VMEM with both buffers.
+# Tiles of x (rows, K) and of w (K, N). They are large, because a grid step costs a third of a
+# microsecond, and take at most 24 MiB of VMEM when double-buffered.
 _ROWS = 512
 _COLUMNS = 1024
 _LENGTH = 2048
@@ -24,21 +24,21 @@ _LENGTH_OF_MANY_ROWS = 1024
 # Rows from which a tile of x is large.
 _MANY_ROWS = 256
 _VMEM_LIMIT = 48 * 2**20
-# Smaller groups are no whole tile of 4-bit codes by half.
+# Smaller groups do not fill a tile of 4-bit codes.
 _LEAST_GROUP = 32
-# Their scales and zero points for a tile of columns take 16 MiB with both buffers.
+# Their scales and zero points for a tile of columns take 16 MiB when double-buffered.
 _MOST_GROUPS = 1024
-# The loop over them is unrolled: 172 took the compiler 40 seconds.
+# The loop over them is unrolled: with 172, compilation took 40 seconds.
 _MOST_GROUPS_OF_TILE = 64
-# Bytes of a tile of rows that are quantized.
+# Bytes of a tile of rows that `quantize_rows` reads.
 _ROW_BYTES = 2 * 2**20
 
 
-def refuses_groups(length: int, groups: int) -> str | None:
-    """Why `grouped_dot` does not take weights with so many scales along `length`, or None."""
+def why_unsupported_groups(length: int, groups: int) -> str | None:
+    """Why `grouped_dot` does not support this many groups along `length`, or None."""
     size = length // max(groups, 1)
     if groups > 1 and size % _LEAST_GROUP:
-        return f"groups of {size} are no multiple of {_LEAST_GROUP}"
+        return f"groups of {size} are not a multiple of {_LEAST_GROUP}"
     if groups > _MOST_GROUPS:
         return f"more than {_MOST_GROUPS} groups along a length of {length}"
     if None in (_tile_length(length, size, n) for n in (_LENGTH, _LENGTH_OF_MANY_ROWS)):
@@ -56,22 +56,24 @@ def grouped_dot(
     dtype: jax.typing.DTypeLike = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
-    """row_scale * (x @ ((w - zero) * scale)), the weights read as 4-bit codes and widened in VMEM.
+    """row_scale * (x @ ((w - zero) * scale)), reading 4-bit weights and widening them in VMEM.
 
-    Up to half as many rows as a group is long, the sums of each group are scaled; beyond, the
-    weights are, which takes longer by the weight and not by the row (v6e, 4096 x 4096, groups of
-    128: 4 against 10 microseconds for 8 rows, 7 against 11 for 64, 21 against 14 for 256).
+    Up to half as many rows as a group has elements, the sum of each group is scaled; with more
+    rows the weights are, whose cost does not grow with the rows (v6e, 4096 x 4096, groups of 128:
+    scaling sums takes 4, 7 and 21 microseconds for 8, 64 and 256 rows, scaling weights 10, 11 and
+    14).
 
     Args:
         x: floats, which are rounded to bfloat16, or int8, (M, K) with M > 0.
-        w: 4-bit whole numbers, (K, N).
-        scale, zero: (groups, N), groups that `refuses_groups` admits; a zero of None is 0.
-        row_scale: (M, 1), or None for 1.
+        w: 4-bit integers, (K, N).
+        scale, zero: (groups, N), in groups that `why_unsupported_groups` accepts; a zero of None
+            means 0.
+        row_scale: (M, 1); None means 1.
         dtype: of the result, float32 or bfloat16.
-        interpret: whether to compute without a TPU, slowly, for tests.
+        interpret: runs without a TPU, slowly, for tests.
 
-    Error: codes less zero points are exact in bfloat16, and sums are rounded as in float32. Of
-        many rows, scaled weights are rounded to bfloat16, as XLA does.
+    Error: codes minus zero points are exact in bfloat16, and sums are rounded as in float32. With
+        many rows, the scaled weights are rounded to bfloat16, as XLA does.
     """
     (rows, length), columns, groups = x.shape, w.shape[1], scale.shape[0]
     size = length // groups
@@ -118,19 +120,19 @@ def quantize_rows(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes and scales of each row, by its largest magnitude, in one pass over the memory.
+    """Quantizes each row by its largest magnitude, in one pass over memory.
 
         scale = max|x| / min(-qmin, qmax)        codes = clip(round(x / scale), qmin, qmax)
 
     Args:
-        x: float32 or bfloat16, (M, K), neither of them 0.
-        qmin, qmax: the outermost codes.
-        dtype: of the codes, int8 or a float of 8 bits, to which values are rounded as it is stored.
-        interpret: whether to compute without a TPU, slowly, for tests.
+        x: float32 or bfloat16, (M, K), not empty.
+        qmin, qmax: smallest and largest code.
+        dtype: of the codes: int8, or an 8-bit float, to which values are rounded when stored.
+        interpret: runs without a TPU, slowly, for tests.
 
     Returns:
-        codes, (M, K), and scale, float32 (M, 1). A row of zeros has scale 1, one with NaN or
-        Inf scale NaN, and both have codes of 0.
+        codes, (M, K), and scale, float32 (M, 1). A row of zeros has scale 1, a row with NaN or
+        Inf scale NaN; both have codes of 0.
     """
     rows, length = x.shape
     tile = max(32, _ROW_BYTES // (length * x.dtype.itemsize) // 32 * 32)
@@ -158,7 +160,7 @@ def quantize_rows(
 
 
 def _accumulate(x_ref, w_ref, *refs, kernel, size, has_rows):
-    """Adds the product of two tiles to what the tiles before them along K have given."""
+    """Adds the product of two tiles to the sum of earlier tiles along K."""
     row_scale, refs = (refs[0], refs[1:]) if has_rows else (None, refs)
     *parameters, out_ref, sum_ref = refs
     k, last = pl.program_id(2), pl.num_programs(2) - 1
@@ -176,11 +178,11 @@ def _accumulate(x_ref, w_ref, *refs, kernel, size, has_rows):
 
 
 def _pieces(w_ref, parameters, k, size) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
-    """(where along K, codes less zero point, row of scales), of each group within the tile."""
+    """(slice of K, codes minus zero point, row of scales) of each group in the tile."""
     length = w_ref.shape[0]
     step = min(size, length)
     for start in range(0, length, step):
-        # Of whole numbers from 0 up; `//` would ask which TPU this process has.
+        # Neither is negative; `//` would query the TPU of this process.
         group = lax.div(k * length + start, size)
         scale, *zero = (ref[pl.ds(group, 1), :] for ref in parameters)
         codes = w_ref[start : start + step, :].astype(jnp.float32)
@@ -188,20 +190,20 @@ def _pieces(w_ref, parameters, k, size) -> Iterator[tuple[slice, jax.Array, jax.
 
 
 def _scale_sums(x_ref, pieces):
-    """Scales the product of each group: one factor per row and column."""
+    """Scales the product of each group, a (rows, columns) array."""
     return functools.reduce(
         jnp.add, (_dot(x_ref[:, part], codes) * scale for part, codes, scale in pieces)
     )
 
 
 def _scale_weights(x_ref, pieces):
-    """Scales the weights, and multiplies all groups of the tile at once."""
+    """Scales the weights and multiplies all groups of the tile at once."""
     weights = [(codes * scale).astype(jnp.bfloat16) for _, codes, scale in pieces]
     return _dot(x_ref[...], jnp.concatenate(weights))
 
 
 def _dot(x, w):
-    # Codes of 8 bits are exact in bfloat16.
+    # 8-bit codes are exact in bfloat16.
     x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
     return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
@@ -209,22 +211,22 @@ def _dot(x, w):
 def _quantize_tile(x_ref, codes_ref, scale_ref, *, qmin, qmax):
     x = x_ref[...].astype(jnp.float32)
     magnitude = jnp.abs(x)
-    # NaN compares as false: both NaN and Inf become Inf, which a maximum keeps.
+    # Comparisons with NaN are false, so NaN becomes Inf as well, and the maximum keeps it.
     magnitude = jnp.where(magnitude < jnp.inf, magnitude, jnp.inf)
     peak = jnp.max(magnitude, 1, keepdims=True)
-    # XLA divides by multiplying with the reciprocal, which must not be subnormal.
+    # XLA divides by multiplying by the reciprocal, which must not be subnormal.
     scale = jnp.minimum(peak / min(-qmin, qmax), 1 / float(jnp.finfo(jnp.float32).tiny))
     scale = jnp.where(peak < jnp.inf, scale, jnp.nan)
     scale = jnp.where(scale == 0, 1, scale)
     codes = jnp.where(jnp.isnan(scale), 0, x / scale)
-    is_whole = jnp.issubdtype(codes_ref.dtype, jnp.integer)
-    codes = jnp.clip(jnp.round(codes) if is_whole else codes, qmin, qmax)
+    is_integer = jnp.issubdtype(codes_ref.dtype, jnp.integer)
+    codes = jnp.clip(jnp.round(codes) if is_integer else codes, qmin, qmax)
     codes_ref[...] = codes.astype(codes_ref.dtype)
     scale_ref[...] = scale
 
 
 def _even_tile(length: int, most: int, multiple: int) -> int:
-    """The tile for `length` elements, at most `most` long, that leaves the least over."""
+    """The tile size, at most `most`, that pads `length` elements the least."""
     if length <= most:
         return length
     even = math.ceil(length / math.ceil(length / most))
@@ -232,7 +234,7 @@ def _even_tile(length: int, most: int, multiple: int) -> int:
 
 
 def _tile_length(length: int, size: int, wanted: int) -> int | None:
-    """The divisor of K nearest to `wanted` that is whole groups, or of which they are whole."""
+    """The divisor of K nearest to `wanted` that is a multiple or a divisor of the group size."""
     tiles = [t for t in range(128, length, 128) if length % t == 0] + [length]
     most = min(4 * wanted, _MOST_GROUPS_OF_TILE * size)
     tiles = [t for t in tiles if (t % size == 0 or size % t == 0) and t <= most]
@@ -240,12 +242,12 @@ def _tile_length(length: int, size: int, wanted: int) -> int | None:
 
 
 def _result(shape, dtype, like):
-    """A result that differs between devices as `like` does, inside `shard_map`."""
+    """A result that varies across devices as `like` does inside `shard_map`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def _cost_of_dot(grid, x, w, scale, parameters, dtype):
-    """What moves: x once per tile of columns, w and its scales once per tile of rows."""
+    """Memory traffic: x once per tile of columns, w and its scales once per tile of rows."""
     rows, (length, columns) = x.shape[0], w.shape
     per_row_tile = length * columns // 2 + parameters * 4 * scale.size
     once = rows * columns * jnp.dtype(dtype).itemsize

@@ -64,26 +64,26 @@ def test_the_kernel_takes_the_codes_as_they_lie(wide):
 
 @pytest.mark.parametrize("length, groups, size", [(120, 5, 24), (1000, 1, 1000), (35, 1, 35)])
 def test_groups_that_no_step_divides_are_refused(length, groups, size):
-    reason = f"groups of {size} are no multiple of 16"
-    assert pallas_gpu.refuses_groups(length, groups) == reason
+    reason = f"groups of {size} are not a multiple of 16"
+    assert pallas_gpu.why_unsupported_groups(length, groups) == reason
 
 
 @pytest.mark.parametrize("shape", sorted(set(WEIGHTS) - {"odd"}))
 def test_the_groups_of_the_benchmarks_are_taken(shape):
     length = WEIGHTS[shape][0]
     for group in (32, 128, length):
-        assert pallas_gpu.refuses_groups(length, length // group) is None
+        assert pallas_gpu.why_unsupported_groups(length, length // group) is None
 
 
 def test_without_triton_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(pallas_gpu, "triton", None)
-    assert pallas_gpu.refuses_platform() == "this JAX has no Triton"
+    assert pallas_gpu.why_unsupported_platform() == "this JAX does not include Triton"
 
 
 def test_sizes_beyond_the_offsets_of_the_kernels_are_refused():
-    assert pallas_gpu.refuses_sizes(8, 2**31 - 1) is None
-    reason = "offsets in arrays of 2147483648 elements may leave int32"
-    assert pallas_gpu.refuses_sizes(2**31, 8) == reason
+    assert pallas_gpu.why_unsupported_sizes(8, 2**31 - 1) is None
+    reason = "offsets in arrays of 2147483648 elements may overflow int32"
+    assert pallas_gpu.why_unsupported_sizes(2**31, 8) == reason
 
 
 def codes_and_scales(rows, length, columns, dtype=jnp.int8):

@@ -102,21 +102,21 @@ def test_quantize_rows_gives_the_bits_of_quantize(small_tiles, dtype, bounds):
 @pytest.mark.parametrize(
     "length, groups, reason",
     [
-        (384, 24, "groups of 16 are no multiple of 32"),
+        (384, 24, "groups of 16 are not a multiple of 32"),
         (2**16, 2**11, "more than 1024 groups along a length of 65536"),
         (8200, 1, "no tile divides a length of 8200 with groups of 8200"),
         (2080, 65, "no tile divides a length of 2080 with groups of 32"),
     ],
 )
 def test_groups_that_no_tile_holds_are_refused(length, groups, reason):
-    assert pallas_tpu.refuses_groups(length, groups) == reason
+    assert pallas_tpu.why_unsupported_groups(length, groups) == reason
 
 
 @pytest.mark.parametrize("shape", WEIGHTS)
 def test_the_groups_of_every_benchmark_are_taken(shape):
     length = WEIGHTS[shape][0]
     for group in (32, 128, length):
-        assert length % group or pallas_tpu.refuses_groups(length, length // group) is None
+        assert length % group or pallas_tpu.why_unsupported_groups(length, length // group) is None
 
 
 def test_the_cost_counts_what_moves():

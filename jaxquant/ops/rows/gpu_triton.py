@@ -55,14 +55,14 @@ def run(
 def why_unsupported(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
     """Why the kernels do not compute this, or None."""
     why_not = why_unsupported_matrix(lhs, rhs, spec, axis=1) or why_unsupported_float64(spec)
-    why_not = why_not or pallas_gpu.refuses_platform()
-    why_not = why_not or pallas_gpu.refuses_sizes(lhs.size, rhs.size)
+    why_not = why_not or pallas_gpu.why_unsupported_platform()
+    why_not = why_not or pallas_gpu.why_unsupported_sizes(lhs.size, rhs.size)
     if why_not is not None:
         return why_not
     if rhs.format.bits != 4:
         return _why_unsupported_codes(lhs, rhs, spec.precision)
     why_not = why_unsupported_int4(rhs) or _FLOATS.why_unsupported(lhs, rhs, spec.precision)
-    return why_not or pallas_gpu.refuses_groups(rhs.codes.shape[1], rhs.scale.shape[1])
+    return why_not or pallas_gpu.why_unsupported_groups(rhs.codes.shape[1], rhs.scale.shape[1])
 
 
 def _kernel(lhs, rhs, spec):

@@ -72,7 +72,7 @@ def why_unsupported(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
     why_not = why_unsupported_matrix(lhs, rhs, spec, axis=0) or why_unsupported_float64(spec)
     why_not = why_not or why_unsupported_int4(rhs)
     why_not = why_not or _FLOATS.why_unsupported(lhs, rhs, spec.precision)
-    return why_not or pallas_tpu.refuses_groups(rhs.codes.shape[0], rhs.scale.shape[0])
+    return why_not or pallas_tpu.why_unsupported_groups(rhs.codes.shape[0], rhs.scale.shape[0])
 
 
 def _kernel(lhs, rhs, spec):

@@ -79,8 +79,8 @@ REFUSED = {
     "whose last axis is contracted": (INT4, {"order": None}, {}),
     "a precision of highest is more than tensorfloat32": (INT4, {}, {"precision": "highest"}),
     "an operand is empty": (INT4, {"rows": 0}, {}),
-    "offsets in arrays of 2147483648 elements may leave int32": (INT4, {"rows": 2**23}, {}),
-    "groups of 8 are no multiple of 16": (INT4, {"group_size": 8}, {}),
+    "offsets in arrays of 2147483648 elements may overflow int32": (INT4, {"rows": 2**23}, {}),
+    "groups of 8 are not a multiple of 16": (INT4, {"group_size": 8}, {}),
 }
 
 
@@ -173,7 +173,10 @@ def test_without_triton_nothing_is_taken(monkeypatch):
     monkeypatch.setattr(pallas_gpu, "triton", None)
     x = jnp.zeros((2, K))
     for left, right in ((x, stored()), (quantize(x, *PER_ROW), stored(PER_COLUMN))):
-        assert gpu_triton.why_unsupported(left, right, spec_of_rows(1)) == "this JAX has no Triton"
+        assert (
+            gpu_triton.why_unsupported(left, right, spec_of_rows(1))
+            == "this JAX does not include Triton"
+        )
 
 
 def test_codes_of_whole_numbers_need_no_precision():

@@ -105,7 +105,7 @@ REFUSED = {
     "float16 by float16 are not float32 or bfloat16": (INT4, {"dtype": jnp.float16}, {}),
     "a precision of highest is more than bfloat16": (INT4, {}, {"precision": "highest"}),
     "an operand is empty": (INT4, {"rows": 0}, {}),
-    "groups of 16 are no multiple of 32": (INT4, {"group_size": 16}, {}),
+    "groups of 16 are not a multiple of 32": (INT4, {"group_size": 16}, {}),
 }
 
 
