@@ -19,7 +19,7 @@ from .products import assert_product, normal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason="no machine code")
+needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason="no native kernels")
 LAYERS, K, N = 3, 8, 6
 CONFIGS = {
     "int4": ArrayConfig(format=INT4, symmetric=False, group_size=4),
@@ -44,7 +44,7 @@ def shape_of(config):
 
 
 def calls(run, *args):
-    """How often a compiled program calls our machine code for slices."""
+    """How often a lowered program calls the native kernel for slices."""
     return jax.jit(run).lower(*args).as_text().count("custom_call @jaxquant_slice")
 
 
@@ -87,7 +87,7 @@ def test_steps_are_unrolled():
 
 
 @needs_native
-def test_machine_code_slices_what_is_narrow_and_fills_whole_bytes():
+def test_the_native_kernel_copies_slices_of_sub_byte_arrays_that_fill_whole_bytes():
     codes_and_zeros = partial(slices, scan), stack(CONFIGS["int4"])
     assert calls(*codes_and_zeros) == 2
     assert calls(partial(slices, scan), stack(CONFIGS["nvfp4"], (16, N))) == 1
@@ -157,7 +157,7 @@ def test_transformations_give_what_they_give_of_the_plain_scan(name):
         assert (calls(partial(run, scan), X, SQUARE) > 0) == ("gradient" not in name)
 
 
-def test_products_of_the_layers_are_those_of_what_they_stand_for():
+def test_products_of_the_layers_match_their_dequantized_values():
     q = stack(CONFIGS["nf4"])
     x = jnp.asarray(normal(5, K))
     _, got = jax.jit(lambda x, q: scan(lambda x, q: (x, matmul(x, q)), x, q))(x, q)
@@ -206,7 +206,7 @@ def test_errors_are_those_of_the_plain_scan(name):
         scan(layer, X, (SQUARE, X[:2]))
 
 
-def test_what_is_not_narrow_or_empty_is_left_to_the_plain_scan():
+def test_other_and_empty_arrays_use_the_plain_scan():
     key = jax.random.split(jax.random.key(0), 3)
     xs = {"floats": X[:3], "keys": key, "flags": X[:3, 0] > 0, "none": None}
     for run in (scan, lax.scan):
@@ -282,7 +282,7 @@ def test_each_device_slices_its_part():
 
 
 @pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "tpu")])
-def test_an_exported_loop_needs_nothing_of_this_process(platforms):
+def test_an_exported_loop_has_no_native_kernel(platforms):
     q = stack(CONFIGS["int4"])
     exported = jax.export.export(jax.jit(partial(slices, scan)), platforms=platforms)(q)
     assert "jaxquant_slice" not in exported.mlir_module()
@@ -298,7 +298,7 @@ def test_other_platforms_get_the_plain_scan():
     assert texts[0] == texts[1]
 
 
-def test_without_the_machine_code_it_is_the_plain_scan(monkeypatch):
+def test_without_native_kernels_it_is_the_plain_scan(monkeypatch):
     monkeypatch.setattr(cpu, "unavailable", lambda: "none here")
     assert "copying" not in str(jax.make_jaxpr(partial(slices, scan))(SQUARE))
 
