@@ -48,7 +48,7 @@ LATE_IMPORTS = {
     "tree/report_table.py": "rich is slow to import, and only tables need it",
 }
 # Optional packages, which `import jaxquant` must not need.
-OPTIONAL = ["keras", "optax", "matplotlib", "rich", "tokenizers"]
+OPTIONAL = ["keras", "optax", "matplotlib", "rich", "safetensors", "tokenizers"]
 # Parts of JAX without a promise of stability: one folder names them, and these tests.
 INTERNALS = ("jax._src", "jax.core", "jax.extend", "jax.interpreters")
 READS_INTERNALS = {

@@ -203,7 +203,8 @@ def _check(rules: tuple[Rule, ...], paths, leaves, chosen, check):
     problems += [f"{path}: {why}" for path, *item in selected if (why := check(*item))]
     if problems:
         lines = "\n  ".join(problems)
-        raise ValueError(f"Nothing was quantized. {len(problems)} to mend:\n  {lines}")
+        count = "this problem" if len(problems) == 1 else f"these {len(problems)} problems"
+        raise ValueError(f"Nothing was quantized; fix {count}:\n  {lines}")
 
 
 def why_unsupported(leaf: Any, plan: Plan) -> str | None:
@@ -228,7 +229,7 @@ def why_unsupported(leaf: Any, plan: Plan) -> str | None:
             "a rule with the contracted axes, or None"
         )
     if not is_tracer(leaf) and not _is_finite(leaf):
-        return f"holds NaN or Inf, shape {shape}; mend it, or give it a rule with None"
+        return f"holds NaN or Inf, shape {shape}; fix it, or give it a rule with None"
     return None
 
 

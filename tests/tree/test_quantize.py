@@ -127,7 +127,7 @@ def test_one_error_lists_everything_wrong_before_anything_is_done():
     rules = [Rule("c/*", W4A16), Rule("*/kernel", W8A8), Rule("head/*", W8A8), Rule("re:x+", None)]
     calls = []
 
-    with pytest.raises(ValueError, match=r"Nothing was quantized. 9 to mend:") as error:
+    with pytest.raises(ValueError, match=r"Nothing was quantized; fix these 9 problems:") as error:
         tree.quantize(params, rules, progress=lambda *call: calls.append(call))
 
     title, *lines = str(error.value).split("\n  ")
@@ -135,7 +135,7 @@ def test_one_error_lists_everything_wrong_before_anything_is_done():
         "rule 'head/*' matches no leaf",
         "rule 're:x+' matches no leaf; the paths are a/kernel, b/kernel, c/kernel, d/kernel, "
         "e/kernel, f/kernel, g/kernel, h/kernel",
-        "b/kernel: holds NaN or Inf, shape (64, 96); mend it, or give it a rule with None",
+        "b/kernel: holds NaN or Inf, shape (64, 96); fix it, or give it a rule with None",
         "c/kernel: group_size must divide axis 0; got group_size=128 for shape (96, 32). Pad the "
         "axis, or choose 96.",
         "d/kernel: axis must lie in -1 .. 0 for an array of 1 axes; got axis=-2.",
@@ -146,7 +146,7 @@ def test_one_error_lists_everything_wrong_before_anything_is_done():
         "h/kernel: not a floating array, got ShapeDtypeStruct of shape (64, 32); give it a rule "
         "with None",
     ]
-    assert title == "Nothing was quantized. 9 to mend:"
+    assert title == "Nothing was quantized; fix these 9 problems:"
     assert calls == []
     for path, leaf in leaves_of(params).items():
         if isinstance(leaf, np.ndarray):
@@ -159,7 +159,7 @@ def test_one_error_lists_everything_wrong_before_anything_is_done():
 @hypothesis.given(where=st.tuples(st.integers(0, 63), st.integers(0, 95)))
 def test_nan_and_infinity_are_refused_wherever_they_are(dtype, bad, where):
     kernel = jnp.asarray(broken(bad, where)).astype(dtype)
-    with pytest.raises(ValueError, match=r"x/kernel: holds NaN or Inf, shape \(64, 96\); mend it"):
+    with pytest.raises(ValueError, match=r"x/kernel: holds NaN or Inf, shape \(64, 96\); fix it"):
         tree.quantize({"x": {"kernel": kernel}}, W8A8)
 
 
