@@ -1,8 +1,14 @@
 """Quantized layers in Keras files, and as stock Keras writes them."""
 
+from .checksums import read_entries as read_entries
+from .checksums import write_checksums as write_checksums
 from .entries import MARK as MARK
+from .entries import check_holds_floats as check_holds_floats
+from .entries import is_quantized as is_quantized
+from .entries import load as load
 from .entries import other_variables as other_variables
-from .saving import SavedMixin as SavedMixin
+from .entries import restored_on_error as restored_on_error
+from .entries import save as save
 from .stock_entries import StockMatrix as StockMatrix
 from .stock_entries import spread as spread
 from .storage_arrays import carriers as carriers

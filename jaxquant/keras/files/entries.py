@@ -7,7 +7,9 @@ written as stock Keras writes them, which has no such entry: scales are 127/max|
 axes they are shared along. (In float64, so that the step comes back bit by bit.)
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -244,7 +246,7 @@ def other_variables(layer: Any, names: Any) -> list[keras.Variable]:
     held = [v for stored in layer.stored_weights.values() for v in stored.variables]
     held += [layer.float_weights[name] for name in names if name in layer.float_weights]
     # A layer that is built quantized has those of hooks before the rest, and else after it.
-    by_hooks = layer.hook_variables
+    by_hooks = layer.weight_state.hook_variables
     taken = {id(v) for v in (*held, *by_hooks)}
     others = [v for v in compat.own_variables(layer) if id(v) not in taken]
     return [v for v in (*others, *by_hooks) if not v.name.startswith("lora_")]
@@ -274,3 +276,35 @@ def _is_plain(config):
     """Whether a config is the default int8, which needs no words."""
     default = Int8QuantizationConfig()
     return type(config) is Int8QuantizationConfig and config.get_config() == default.get_config()
+
+
+def check_holds_floats(layer: Any, store: Any) -> None:
+    """Checks that a store for a float layer does not hold the scales of float8 training.
+
+    Raises:
+        ValueError: it does.
+    """
+    shapes = [np.shape(store[key]) for key in sorted(store.keys(), key=_number)]
+    if stock_entries.is_float8(shapes, len(other_variables(layer, ()))):
+        raise ValueError(
+            f"The file holds the scales of float8 training for layer {layer.name!r}, which is "
+            f"a float layer; got shapes {shapes}. Quantize it first, by "
+            "Float8QuantizationConfig(training=True), then load the file."
+        )
+
+
+@contextlib.contextmanager
+def restored_on_error(variables: list[keras.Variable]) -> Iterator[None]:
+    """Gives variables back their values if an error is raised."""
+    values = [v.value for v in variables]
+    try:
+        yield
+    except BaseException:
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        raise
+
+
+def _number(key):
+    """Entries in their order, and others after them."""
+    return (0, int(key), key) if key.isdigit() else (1, 0, key)

@@ -1,7 +1,7 @@
 """Attributes under which a layer keeps a declared weight, besides the declared one.
 
 Keras' own layers write `self._kernel = self.add_weight(name="kernel", ...)`. Once the weight is
-quantized, such an attribute must not give the variable of its codes.
+quantized, reading such an attribute must not return the variable of its codes.
 """
 
 from collections.abc import Mapping
@@ -11,28 +11,13 @@ import keras
 
 from .. import compat
 
-# Where `QuantizableMixin` itself keeps variables.
-_OURS = ("float_weights", "hook_variables")
-
-
-class AliasMixin(compat.KerasLayer):
-    """Reads a quantized weight under every attribute that held its float variable."""
-
-    def __getattr__(self, attribute: str) -> Any:
-        """The declared weight that `attribute` is an alias of. Python asks if all else fails."""
-        name = self.__dict__.get("aliases", {}).get(attribute)
-        if name is None:
-            # Raises again, with the text of the property or declaration that failed.
-            return super().__getattribute__(attribute)
-        return getattr(self, name)
-
 
 def alias(layer: Any, variable: keras.Variable, name: str) -> None:
     """Makes each attribute that holds a variable an alias of the declared weight `name`."""
     for attribute, value in list(layer.__dict__.items()):
         if value is variable:
             del layer.__dict__[attribute]
-            layer.aliases[attribute] = name
+            layer.weight_state.aliases[attribute] = name
 
 
 def check_reachable(layer: Any, name: str, variable: keras.Variable) -> None:
@@ -45,7 +30,7 @@ def check_reachable(layer: Any, name: str, variable: keras.Variable) -> None:
     kept = [
         attribute
         for attribute, value in compat.attributes(layer).items()
-        if value is not variable and attribute not in _OURS and _holds(value, variable)
+        if value is not variable and _holds(value, variable)
     ]
     for child in compat.sublayers(layer)[1:]:
         values = compat.attributes(child).items()

@@ -51,10 +51,10 @@ class Float8TrainingMixin(ProductMixin):
         kernel = jnp.asarray(self.float_weights["kernel"].value)
         if not jnp.all(jnp.isfinite(kernel)):
             raise ValueError(
-                f"{self.name}/kernel holds NaN or Inf; got shape {kernel.shape}. Mend it, then "
+                f"{self.name}/kernel holds NaN or Inf; got shape {kernel.shape}. Fix it, then "
                 "quantize."
             )
-        with self.all_or_nothing():
+        with self.weight_state.all_or_nothing():
             self.quantization_config = config
             for name, shape in zip(SCALING, self.training_shapes(), strict=True):
                 setattr(self, name, self._add_scaling(name, shape))

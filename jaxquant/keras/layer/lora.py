@@ -44,7 +44,7 @@ class LoraMixin(QuantizableMixin):
         name = next(iter(self.declared_weights))
         self._check_lora(name, rank)
         shape = tuple(getattr(self, name).shape)
-        with self.all_or_nothing():
+        with self.weight_state.all_or_nothing():
             # float32, whatever the policy: small updates must not underflow.
             options = {"dtype": "float32", "regularizer": self._lora_regularizer(name)}
             a = self.add_weight(

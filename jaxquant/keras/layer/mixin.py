@@ -1,56 +1,57 @@
 """What makes a Keras layer quantizable: the hooks that Keras calls, from a declaration."""
 
-import contextlib
-import functools
-import weakref
-from collections.abc import Iterator
+import math
 from typing import Any, ClassVar
 
 import jax
 import keras
+import numpy as np
 
-from ...core import QTensor, Scheme
-from .. import compat
+from ...core import QTensor
+from .. import compat, files
 from ..configs import SchemeConfig, as_config, config_of_policy
-from .aliases import AliasMixin, alias, check_reachable
-from .optimizer_slots import TrainedMixin, weights_still_float
+from . import optimizer_slots
+from .aliases import check_reachable
 from .policy import PolicyMixin
-from .weights import (
-    QuantizedWeight,
-    abstract_tensor,
-    fit_groups,
-    quantize_padded,
-    store_weight,
-)
+from .state import LayerState
+from .weights import QuantizedWeight, StoredWeight, store_weight
+from .wrappers import build_in_float, own_policy, quantize_with_config
 
 
-class QuantizableMixin(TrainedMixin, PolicyMixin, AliasMixin):
+class QuantizableMixin(PolicyMixin):
     """Makes a Keras layer quantizable. Comes before the Keras layer among the bases.
 
-        class Scale(QuantizableMixin, keras.layers.Layer):
-            kernel = QuantizedWeight(axis=0)
+    Write the layer for float weights, and declare which of them can be quantized. In a quantized
+    layer `self.kernel` is the dequantized array, so `call` is right in every mode. To compute on
+    codes, pass `self.operand("kernel")` to `jaxquant.matmul` or another operation.
 
-            def build(self, input_shape):
-                self.kernel = self.add_weight(name="kernel", shape=(input_shape[-1],))
+    Any hook can be overridden by name, as in Keras' guides: `_int8_build(shape)` creates the
+    variables and `_int8_call(...)` computes, likewise for int4 and float8. If a layer declares
+    several weights, the build hooks also get the weight's name.
 
-            def call(self, inputs):
-                return inputs * self.kernel
-
-    The layer is written for floats: `self.kernel` is the variable, and once the layer is
-    quantized the array that its codes stand for. So `call` is right in every mode. A layer
-    whose product can use codes asks for `self.operand("kernel")`, and gives it to
-    `jaxquant.matmul` and its like.
-
-    Hooks, each to be overridden by name as in Keras' guides: `_int8_build(shape)` creates the
-    variables, `_int8_call(...)` computes; so for int4 and float8. With several weights the
-    builds also get the weight's name.
-
-    Variables are saved in one order: codes of the declared weights, in the order of their
-    declaration; the layer's other variables, those of hooks last; scales, and zero points, of
+    Variables are saved in one order: the codes of the declared weights, in the order of their
+    declaration; the layer's other variables, those of hooks last; the scales and zero points of
     each declared weight.
+
+    Example:
+        >>> class Scale(jk.QuantizableMixin, keras.layers.Layer):
+        ...     kernel = jk.QuantizedWeight(axis=0)
+        ...
+        ...     def build(self, input_shape):
+        ...         self.kernel = self.add_weight(name="kernel", shape=(input_shape[-1],))
+        ...
+        ...     def call(self, inputs):
+        ...         return inputs * self.kernel
+        >>> layer = Scale()
+        >>> layer.build((None, 8))
+        >>> layer.quantize("int8")
+        >>> layer.quantized_weight("kernel").codes.dtype
+        dtype('int8')
     """
 
     declared_weights: ClassVar[dict[str, QuantizedWeight]] = {}
+    quantization_config: Any = None
+    weight_state: LayerState
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -59,19 +60,34 @@ class QuantizableMixin(TrainedMixin, PolicyMixin, AliasMixin):
             own = vars(base).items()
             declared |= {k: v for k, v in own if isinstance(v, QuantizedWeight)}
         cls.declared_weights = declared
+        inherited = getattr(super(), "get_config", None)
+        if cls.get_config is QuantizableMixin.get_config and inherited is not None:
+            cls.get_config = compat.with_default_mark(QuantizableMixin.get_config, inherited)
 
     def __new__(cls, *args: Any, **kwargs: Any):
         layer = super().__new__(cls, *args, **kwargs)
-        # Not by setattr: Keras would track the variables in them once more.
-        layer.__dict__.update(
-            float_weights={}, stored_weights={}, aliases={}, hook_variables=(), is_building=False
-        )
-        layer.__dict__["models"] = weakref.WeakSet()
-        layer.__dict__["build"] = _as_float(layer, layer.build)
-        layer.__dict__["quantize"] = _with_our_config(layer, layer.quantize)
+        # Not by setattr: Keras would track the variables in the state a second time.
+        layer.__dict__["weight_state"] = LayerState(layer)
+        layer.__dict__["build"] = build_in_float(layer, layer.build)
+        layer.__dict__["quantize"] = quantize_with_config(layer, layer.quantize)
         return layer
 
-    # The declaration, and what stands behind it.
+    # Reading declared weights.
+
+    @property
+    def float_weights(self) -> dict[str, Any]:
+        """Float variables of the declared weights by name; None for one that was left out."""
+        return self.weight_state.float_weights
+
+    @property
+    def stored_weights(self) -> dict[str, StoredWeight]:
+        """Quantized weights by name."""
+        return self.weight_state.stored_weights
+
+    @property
+    def declared_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the declared weights that the layer has, quantized or not."""
+        return self.weight_state.shapes
 
     def quantized_weight(self, name: str) -> QTensor:
         """The weight as codes and scales, in the shape of its codes.
@@ -86,63 +102,69 @@ class QuantizableMixin(TrainedMixin, PolicyMixin, AliasMixin):
             )
         return self.stored_weights[name].tensor()
 
-    @property
-    def declared_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the declared weights that the layer has, quantized or not."""
-        found = {name: tuple(v.shape) for name, v in self.float_weights.items() if v is not None}
-        found |= {name: weight.shape for name, weight in self.stored_weights.items()}
-        return {name: found[name] for name in self.declared_weights if name in found}
-
     def has_codes(self, name: str) -> bool:
-        """Whether `operand` gives codes: the weight is quantized, in groups that tile it."""
+        """Whether `operand` returns codes: the weight is quantized and not padded."""
         stored = self.stored_weights.get(name)
         return stored is not None and not stored.is_padded
 
     def operand(self, name: str) -> QTensor | jax.Array:
-        """The weight for a product: a QTensor, or an array where `has_codes` is False.
+        """The weight as an operand: a QTensor, or an array where `has_codes` is False.
 
-        A QTensor says by its `inputs` how the other operand is treated.
+        The QTensor's `inputs` say how the other operand is quantized.
         """
         if name in self.stored_weights:
             return self.stored_weights[name].operand(self.compute_dtype)
         return jax.numpy.asarray(self.float_weights[name].value)
 
     def adapted(self, name: str, value: Any) -> Any:
-        """Hook: what reading the attribute of a weight gives, such as with LoRA added."""
+        """Hook: what reading a weight's attribute returns, for example with LoRA added."""
         return value
 
     @property
     def inputs_quantizer(self) -> Any:
-        """The Keras quantizer of the inputs, or None."""
+        """The Keras quantizer of the activations, or None."""
         return self.quantization_config and self.quantization_config.activation_quantizer
 
-    # Building: a layer with a quantized policy gets codes where it asks for a float weight.
+    def __getattr__(self, name: str) -> Any:
+        """Reads a declared weight under another attribute that held its variable."""
+        state = self.__dict__.get("weight_state")
+        if state is not None and name in state.aliases:
+            return getattr(self, state.aliases[name])
+        # Raises the first error again, such as that of a property or a declaration.
+        return super().__getattribute__(name)
+
+    # Building: under a quantized policy, `add_weight` creates codes in place of float weights.
 
     @property
     def quantization_mode(self) -> str | None:
-        """The quantization mode; None while building, so that the float path is taken."""
-        return None if self.is_building else super().quantization_mode
+        """The quantization mode; None while building, so that `build` takes its float path."""
+        return None if self.weight_state.is_building else super().quantization_mode
 
     def add_weight(self, *args: Any, name: str | None = None, **kwargs: Any):
-        """Creates a variable; the codes, scales and zero points of a declared weight instead."""
-        if not self.is_building or name not in self.declared_weights:
+        """Creates a variable; for a declared weight of a quantized layer, codes and scales."""
+        if name not in self.declared_weights:
             return super().add_weight(*args, name=name, **kwargs)
+        config = self._config_for_building() if self.weight_state.is_building else None
+        if config is None or self.weight_state.plan(name, config) is None:
+            self.float_weights[name] = super().add_weight(*args, name=name, **kwargs)
+            return self.float_weights[name]
+        self.weight_state.build(config.mode, name, tuple(args[0] if args else kwargs["shape"]))
+        compat.mark_quantized(self)
+        return self.stored_weights[name].codes
+
+    def _config_for_building(self):
+        """The config of a layer whose policy is quantized before it is built."""
         mode = super().quantization_mode
         if mode is not None:
             given = self.quantization_config
-            named = config_of_policy(_own_policy(self)) if given is None else given
-            self.quantization_config = as_config(mode, named)
-        if mode is None or self._plan(name, self.quantization_config) is None:
-            self.float_weights[name] = super().add_weight(*args, name=name, **kwargs)
-            return self.float_weights[name]
-        self._allocate(mode, name, tuple(args[0] if args else kwargs["shape"]))
-        compat.mark_quantized(self)
-        return self.stored_weights[name].codes
+            config = config_of_policy(own_policy(self)) if given is None else given
+            self.quantization_config = as_config(mode, config)
+        return mode and self.quantization_config
 
     def _int8_build(self, shape: tuple[int, ...], name: str | None = None):
         """Hook: creates the variables of a weight of this shape, the only one or that named."""
         name = name or next(iter(self.declared_weights))
-        like = self._like(name, shape, self._plan(name, self.quantization_config))
+        like = self.weight_state.like(name, shape, self.quantization_config)
         self.stored_weights[name] = store_weight(super().add_weight, name, shape, like)
 
     def _int4_build(self, shape: tuple[int, ...], name: str | None = None):
@@ -153,20 +175,12 @@ class QuantizableMixin(TrainedMixin, PolicyMixin, AliasMixin):
         """Hook: see `_int8_build`."""
         QuantizableMixin._int8_build(self, shape, name)
 
-    def _allocate(self, mode, name, shape):
-        """Calls the mode's build hook, as the guides write it if there is one weight."""
-        build, known = getattr(self, f"_{mode}_build"), compat.own_variables(self)
-        build(shape) if len(self.declared_weights) == 1 else build(shape, name)
-        if name not in self.stored_weights:
-            raise ValueError(
-                f"{type(self).__name__}._{mode}_build must create the variables of {name!r}; got "
-                f"{list(self.stored_weights)}. Call super()._{mode}_build in it."
-            )
-        held = {id(v) for v in (*known, *self.stored_weights[name].variables)}
-        new = (v for v in compat.own_variables(self) if id(v) not in held)
-        self.__dict__["hook_variables"] = (*self.hook_variables, *new)
-
     # Calling.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer, and notes the model that it is in."""
+        optimizer_slots.note_model(self.weight_state.models)
+        return super().__call__(*args, **kwargs)
 
     def quantized_call(self, *args: Any, **kwargs: Any):
         """Calls the hook of the mode."""
@@ -184,21 +198,22 @@ class QuantizableMixin(TrainedMixin, PolicyMixin, AliasMixin):
         """Hook: the forward pass in this mode."""
         return self.call(*args, **kwargs)
 
-    # Quantizing: compute everything and check it, then switch.
+    # Quantizing: every weight is computed and checked before anything changes.
 
     def quantize(self, mode: str | None = None, config: Any = None, type_check: bool = True):
-        """Quantizes the declared weights in place.
+        """Quantizes the declared weights in place, all of them or none.
 
         Args:
             mode: "int8", "int4" or "float8", with its default config.
             config: in place of the mode: a config of `jaxquant.keras`, or of Keras.
-            type_check: Keras' own argument, without effect: subclasses are quantized too.
+            type_check: an argument of Keras, without effect: subclasses are quantized too.
 
         Raises:
             NotImplementedError: the layer cannot be quantized in this mode.
-            ValueError: the layer is not built, or quantized already, or the mode is unknown; a
-                weight holds NaN or Inf, or comes back no nearer to itself than zeros are. The
-                layer is left as it was.
+            ValueError: the layer is not built or already quantized; the mode is unknown; the
+                layer created no declared weight, or keeps the variable of one in a list, a dict
+                or a sublayer; a weight holds NaN or Inf, or its quantization error is as large
+                as the weight. The layer is unchanged.
         """
         if not isinstance(config, SchemeConfig):
             raise NotImplementedError(
@@ -211,184 +226,153 @@ class QuantizableMixin(TrainedMixin, PolicyMixin, AliasMixin):
                 f"{type(self).__name__} declares no weight to quantize; got {self.name!r}. Write "
                 "`kernel = QuantizedWeight(axis=0)` in the class."
             )
+        self.weight_state.check_present()
         if config.is_training:
             return self.start_training(config)
         names = [n for n in self.declared_weights if self.float_weights.get(n) is not None]
-        config = config.for_weights({name: self._path_of(name) for name in names})
-        chosen = [name for name in names if self._plan(name, config) is not None]
-        for name in chosen:
-            check_reachable(self, name, self.float_weights[name])
+        config = config.for_weights({name: self.weight_state.path(name) for name in names})
+        chosen = [name for name in names if self.weight_state.plan(name, config) is not None]
         values = {name: self.float_weights[name].value for name in chosen}
         if chosen:
             tensors = {n: self.quantized_values(n, x, config) for n, x in values.items()}
             self.take_over(config, tensors)
 
-    def _path_of(self, name):
-        return f"{self.path or self.name}/{name}"
-
-    def _plan(self, name, config):
-        """(axes, scheme) of a weight, or None where it is left as it is."""
-        rule = config.rule_for(self._path_of(name))
-        scheme = rule and rule.resolve()
-        if scheme is None or config.is_training:
-            return None
-        declared = self.declared_weights[name]
-        axis = declared.axes(self) if rule.axis is None else rule.axis
-        inputs = scheme.inputs if declared.inputs else None
-        return axis if isinstance(axis, tuple) else (axis,), Scheme(scheme.weights, inputs)
-
-    def _like(self, name, shape, plan):
-        axes, scheme = plan
-        config, axis, padded = fit_groups(shape, axes, scheme.weights)
-        return abstract_tensor(padded, self.variable_dtype, config, axis, scheme.inputs)
-
     def quantized_values(self, name: str, values: jax.Array, config: SchemeConfig) -> QTensor:
-        """What `config` makes of a declared weight with these values.
+        """Quantizes values for a declared weight, as `config` says.
 
         Raises:
-            ValueError: they hold NaN or Inf, or come back no nearer to themselves than zeros.
+            ValueError: they hold NaN or Inf, or the error is as large as the values.
         """
-        plan = self._plan(name, config)
-        assert plan is not None, "asked for a weight that the config leaves"
-        shape, (axes, scheme) = tuple(values.shape), plan
-        like = self._like(name, shape, plan)
-        array_config, axis, padded = fit_groups(shape, axes, scheme.weights)
-        q, is_finite, noise = quantize_padded(values, array_config, axis, padded, like.order)
-        path = self._path_of(name)
-        if not is_finite:
-            raise ValueError(f"{path} holds NaN or Inf; got shape {shape}. Mend it, then quantize.")
-        if not noise < 1:  # NaN, too.
-            raise ValueError(
-                f"{path} would come back no nearer to itself than zeros are: the error has "
-                f"{noise:.3g} times its norm. Got {array_config}; choose another range or "
-                "scale_dtype."
-            )
-        return q
+        return self.weight_state.quantized_values(name, values, config)
+
+    def likes(self, config: SchemeConfig) -> dict[str, QTensor]:
+        """Shapes and dtypes of the weights that a config quantizes, by name."""
+        return self.weight_state.likes(config)
 
     def take_over(self, config: SchemeConfig, tensors: dict[str, QTensor]) -> None:
-        """Puts quantized weights in the place of float ones, all or none of them.
+        """Replaces float weights by quantized ones, all of them or none.
 
         Args:
             config: what they were quantized by.
             tensors: weights by name, in the shapes and orders that `config` gives them.
+
+        Raises:
+            ValueError: the layer is already quantized, in another way; or it keeps the variable
+                of a weight where it would go on being read.
         """
-        if self.stored_weights:
-            return self._assign(tensors)
-        with self.all_or_nothing():
-            self._fill(config, tensors)
-        with compat.unlocked(self):
-            for name in tensors:
-                self._drop_float(name)
+        state = self.weight_state
+        if state.stored_weights:
+            return state.assign(tensors)
+        for name in tensors:
+            check_reachable(self, name, state.float_weights[name])
+        with state.all_or_nothing():
+            self.quantization_config = config
+            for name, q in tensors.items():
+                state.build(config.mode, name, tuple(state.float_weights[name].shape))
+                state.stored_weights[name].assign(q)
+        state.drop_floats(tensors)
         self.switch_policy(config)
         self.renew_optimizers()
 
-    @contextlib.contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
-        """Lets variables be created, and takes them back where that raises."""
-        attributes, known = dict(self.__dict__), compat.own_variables(self)
-        stored = dict(self.stored_weights)
-        with compat.unlocked(self):
-            try:
-                yield
-            except BaseException:
-                self._forget_all_but(known)
-                self.__dict__.clear()
-                self.__dict__.update(attributes)
-                self.__dict__["stored_weights"] = stored
-                raise
-
     def switch_policy(self, config: SchemeConfig) -> None:
-        """Takes the policy of a config, whose variables are there."""
+        """Sets the policy of a config, once its variables are there."""
         # Before the policy, whose setter would quantize again.
         compat.mark_quantized(self)
         if super().quantization_mode != config.mode:
-            source = _own_policy(self).name.rpartition("_from_")[-1]
+            source = own_policy(self).name.rpartition("_from_")[-1]
             self.dtype_policy = keras.dtype_policies.get(f"{config.mode}_from_{source}")
 
-    def _fill(self, config, tensors):
-        """Creates the quantized variables, beside the float ones."""
-        self.quantization_config = config
-        for name, q in tensors.items():
-            self._allocate(config.mode, name, tuple(self.float_weights[name].shape))
-            self.stored_weights[name].assign(q)
+    def renew_optimizers(self) -> None:
+        """Replaces optimizers of the layer's models, after variables came or went."""
+        optimizer_slots.renew_optimizers(self.weight_state.models)
 
-    def _forget_all_but(self, known):
-        kept = {id(v) for v in known}
-        for variable in compat.own_variables(self):
-            if id(variable) not in kept:
-                compat.drop_variable(self, variable)
+    # Training in float8, for layers that support it.
 
-    def _assign(self, tensors):
-        """Takes over weights that are quantized as those that are there."""
-        likes = {name: weight.like for name, weight in self.stored_weights.items()}
-        for name, q in tensors.items():
-            like = likes.get(name)
-            if like is None or jax.eval_shape(_leaves, q) != jax.eval_shape(_leaves, like):
-                raise ValueError(
-                    f"{self.name} is quantized in another way; got {name!r} as {q!r} for "
-                    f"{like!r}. Load it into a float layer, or one with the same config."
-                )
-        for name, q in tensors.items():
-            self.stored_weights[name].assign(q)
+    @property
+    def trains_in_float8(self) -> bool:
+        """Whether the layer has float weights, and scales for training in float8."""
+        config = self.quantization_config
+        return compat.has_quantized_variables(self) and config is not None and config.is_training
 
-    def _drop_float(self, name):
-        variable = self.float_weights.pop(name)
-        compat.drop_variable(self, variable)
-        alias(self, variable, name)
+    def start_training(self, config: SchemeConfig) -> None:
+        """Hook: adds what training needs, all of it or nothing.
 
-    def likes(self, config: SchemeConfig) -> dict[str, QTensor]:
-        """Shapes and dtypes of the weights that a config quantizes, by name."""
-        shapes = self.declared_shapes
-        plans = {name: self._plan(name, config) for name in shapes}
-        return {n: self._like(n, shapes[n], plan) for n, plan in plans.items() if plan is not None}
+        Raises:
+            NotImplementedError: the layer cannot be trained in this mode.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot train in {config.mode}; got {self.name!r}. Dense and "
+            "EinsumDense can. Keep it in float, by filters=..., and quantize it after training."
+        )
 
+    def end_training(self) -> None:
+        """Hook: drops what `start_training` added."""
 
-def _leaves(q):
-    return jax.tree.leaves(q)
+    def training_shapes(self) -> list[tuple[int, ...]]:
+        """Hook: the shapes of the variables that `start_training` adds."""
+        return []
 
+    # Files.
 
-def _as_float(layer, build):
-    """Keras' build, in which the layer takes its float path: `add_weight` does the rest."""
+    def save_own_variables(self, store: Any) -> None:
+        """Writes the variables in the order that the class documents."""
+        if compat.has_quantized_variables(self):
+            files.save(self, store)
+        else:
+            super().save_own_variables(store)
+        files.write_checksums(store)
 
-    @functools.wraps(build)
-    def build_as_float(*args, **kwargs):
-        layer.__dict__["is_building"] = True
-        try:
-            built = build(*args, **kwargs)
-        finally:
-            layer.__dict__["is_building"] = False
-        for name, stored in layer.stored_weights.items():
-            check_reachable(layer, name, stored.codes)
-            alias(layer, stored.codes, name)
-        # Float weights under a quantized policy: they are to be trained.
-        config = layer.quantization_config
-        if layer.quantization_mode is not None and config is not None and config.is_training:
-            layer.start_training(config)
-        return built
+    def load_own_variables(self, store: Any) -> None:
+        """Reads what `save_own_variables` wrote; a quantized file quantizes a float layer.
 
-    return build_as_float
+        Raises:
+            ValueError: the file is damaged, or of another layer, or holds floating-point weights
+                for a quantized layer, or weights that are quantized in another way. The layer is
+                unchanged.
+        """
+        entries = files.read_entries(self.name, store)
+        if compat.has_quantized_variables(self) or files.is_quantized(entries):
+            return files.load(self, entries)
+        files.check_holds_floats(self, entries)
+        with files.restored_on_error(compat.own_variables(self)):
+            super().load_own_variables(entries)
 
+    def stock_matrix(self, name: str, shape: tuple[int, ...]) -> files.StockMatrix:
+        """Hook: the matrix that stock Keras makes of a weight for int4: contracted axes first."""
+        axes = self.declared_weights[name].axes(self)
+        rows = math.prod(shape[a] for a in axes)
+        return files.StockMatrix((rows, math.prod(shape) // max(rows, 1)), 0)
 
-def _with_our_config(layer, quantize):
-    """Keras' checked `quantize`, with our defaults, the same in every version of Keras."""
+    def stock_scale_shape(self, name: str, like: QTensor) -> tuple[int, ...]:
+        """Hook: the shape of an int8 scale in stock Keras: without the axes it is shared along."""
+        shared = {a % like.ndim for a in self.declared_weights[name].axes(self)}
+        return tuple(n for a, n in enumerate(like.scale.shape) if a not in shared)
 
-    @functools.wraps(quantize)
-    def quantize_with_config(mode=None, config=None, **kwargs):
-        policy = _own_policy(layer)
-        is_named = config is None and mode is not None and mode == policy.quantization_mode
-        try:
-            config = config_of_policy(policy) if is_named else as_config(mode, config)
-            with weights_still_float(layer, config):
-                return quantize(mode=mode, config=config, **kwargs)
-        except AttributeError as error:
-            # Keras takes it for a layer that has no `quantize`, and says nothing.
-            raise RuntimeError(f"quantize({mode!r}, {config!r}) failed: {error}") from error
+    def scale_to_stock(self, name: str, scale: np.ndarray, like: QTensor) -> np.ndarray:
+        """Hook: a scale laid out as stock Keras has it for int8."""
+        return scale.reshape(self.stock_scale_shape(name, like))
 
-    return quantize_with_config
+    def scale_from_stock(self, name: str, scale: np.ndarray, like: QTensor) -> np.ndarray:
+        """Hook: undoes `scale_to_stock`."""
+        return scale.reshape(like.scale.shape)
 
+    def tensor_to_save(self, name: str) -> QTensor:
+        """Hook: the quantized weight for a file, such as with LoRA merged."""
+        return self.quantized_weight(name)
 
-def _own_policy(layer):
-    """The layer's policy, where it has a map of them too."""
-    policy = layer.dtype_policy
-    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
-    return policy[layer.path] if is_map and layer.path else policy
+    def get_config(self) -> dict[str, Any]:
+        """The layer's arguments, and its quantization config if it has one."""
+        config = super().get_config()
+        quantization = self.quantization_config
+        if quantization is None:
+            return config
+        return {**config, "quantization_config": keras.saving.serialize_keras_object(quantization)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]):
+        """Makes the layer that `get_config` describes, with its quantization config."""
+        config = dict(config)
+        quantization = config.pop("quantization_config", None)
+        layer = super().from_config(config)
+        layer.quantization_config = keras.saving.deserialize_keras_object(quantization)
+        return layer

@@ -1,10 +1,10 @@
-"""The dtype policy of a layer, which a setter that fails leaves as it was."""
+"""The dtype policy of a layer; a setter that fails leaves it unchanged."""
 
 from .. import compat
 
 
 class PolicyMixin(compat.KerasLayer):
-    """Comes before a Keras layer, whose setter quantizes a built layer by a quantized policy."""
+    """Comes before a Keras layer: its setter quantizes a built layer if the policy says so."""
 
     @property
     def dtype_policy(self):
@@ -18,7 +18,7 @@ class PolicyMixin(compat.KerasLayer):
         try:
             setter(self, policy)
         except BaseException:
-            # Else the layer would have float variables under a quantized policy.
+            # Float variables do not fit a quantized policy.
             if not compat.has_quantized_variables(self):
                 setter(self, before)
             raise
