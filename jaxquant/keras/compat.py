@@ -1,6 +1,6 @@
-"""Every private Keras name that the package uses, and the backend that it needs.
+"""Every private Keras name that the package uses, and the check of the backend.
 
-Keras has no public way to do these. Each is tested on the oldest and the newest Keras that
+Keras has no public alternative to these. Each is tested on the oldest and the newest Keras that
 the package supports.
 """
 
@@ -25,17 +25,17 @@ if keras.backend.backend() not in _BACKENDS:
         "Set KERAS_BACKEND=jax in the environment before Keras is imported."
     )
 
-# To a type checker, anything: of a mixin, the Keras layer among the bases gives the rest.
+# For type checkers: a mixin gets its other attributes from the Keras layer among the bases.
 KerasLayer: Any = object
 
 
 def has_quantized_variables(layer: keras.layers.Layer) -> bool:
-    """Whether Keras takes the layer's variables for those of its quantization mode."""
+    """Whether Keras treats the layer's variables as those of its quantization mode."""
     return getattr(layer, "_is_quantized", False)
 
 
 def mark_quantized(layer: keras.layers.Layer, is_so: bool = True) -> None:
-    """Tells Keras that the variables fit the mode: else the policy's setter quantizes again."""
+    """Tells Keras that the variables fit the mode, or the policy's setter would quantize again."""
     layer._is_quantized = is_so
 
 
@@ -52,7 +52,7 @@ def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
 
 
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The layer's variables without those of its sublayers: trainable ones first."""
+    """The layer's variables without those of its sublayers, trainable ones first."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
@@ -63,7 +63,7 @@ def attributes(layer: keras.layers.Layer) -> dict[str, Any]:
 
 
 def drop_variable(layer: keras.layers.Layer, variable: keras.Variable) -> None:
-    """Forgets a variable. `del layer.name` would collect garbage too, 0.1 s for each."""
+    """Stops tracking a variable. `del layer.name` also collects garbage, which takes 0.1 s."""
     layer._untrack_variable(variable)
 
 
@@ -88,13 +88,13 @@ def has_slots_for(optimizer: keras.optimizers.Optimizer, variables: list[keras.V
 
 
 def autocast(x: jax.Array) -> jax.Array:
-    """The array as a Keras variable would be read here: in the dtype of the running layer."""
+    """Casts to the dtype of the running layer, as reading a Keras variable does."""
     scope = get_autocast_scope()
     return x if scope is None else scope.maybe_cast(x)
 
 
 def conv_transpose_padding(layer: Any) -> list[tuple[int, int]]:
-    """What a transposed convolution layer adds to each axis, as `lax.conv_transpose` wants it."""
+    """The padding of a transposed convolution layer, for `lax.conv_transpose`."""
     return compute_conv_transpose_padding_args_for_jax(
         input_shape=(None,) * (layer.rank + 2),
         kernel_shape=(*layer.kernel_size, None, None),
@@ -106,15 +106,15 @@ def conv_transpose_padding(layer: Any) -> list[tuple[int, int]]:
 
 
 def set_mask(x: jax.Array, mask: Any) -> None:
-    """Tells later layers which steps of x to leave out, as Keras does after a call."""
+    """Attaches to x the mask of the steps that later layers ignore."""
     if mask is not None:
         set_keras_mask(x, mask)
 
 
 def with_default_mark(function: Callable[..., Any], inherited: Any) -> Callable[..., Any]:
-    """A copy of `get_config` that Keras takes for its default one where it replaces that.
+    """A copy of `get_config`, marked as Keras' default one if `inherited` is.
 
-    Keras makes up the config of layers that define none, and tells so by the mark.
+    By the mark Keras finds layers that do not define `get_config`, and generates their config.
     """
 
     @functools.wraps(function)
@@ -126,12 +126,12 @@ def with_default_mark(function: Callable[..., Any], inherited: Any) -> Callable[
 
 
 def children(layer: keras.layers.Layer) -> list[Any]:
-    """The layers right within a layer."""
+    """The direct sublayers."""
     return list(layer._layers)
 
 
 def sublayers(layer: keras.layers.Layer) -> list[Any]:
-    """The layer and all within it, once each, outer ones first."""
+    """The layer and all its sublayers, each once, outer ones first."""
     return list({id(x): x for x in layer._flatten_layers()}.values())
 
 

@@ -1,4 +1,4 @@
-"""What `quantize(config=...)` takes: Keras' configs over schemes, and our rules by path."""
+"""Configs for `quantize(config=...)`: those of Keras on top of schemes, and rules by path."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -25,19 +25,19 @@ _register = keras.saving.register_keras_serializable(package="jaxquant")
 
 
 def mode_of(format: Format) -> str:
-    """The Keras mode that codes of a format go under."""
+    """The Keras mode for codes of a format."""
     if format.bits < 8:
         return "int4"
     return "int8" if format.rounds else "float8"
 
 
 class SchemeConfig(keras.quantizers.QuantizationConfig):
-    """Base of the configs here: a Keras config that knows the scheme of each weight."""
+    """A Keras config that gives each weight its scheme. Base class of the configs here."""
 
     is_training = False
 
     def rule_for(self, path: str) -> Rule | None:
-        """What to do with the weight at a path such as "dense/kernel"; None leaves it."""
+        """The rule for the weight at a path such as "dense/kernel"; None leaves it in float."""
         raise NotImplementedError(f"{type(self).__name__} must define rule_for.")
 
     def for_weights(self, paths: dict[str, str]) -> "SchemeConfig":
@@ -45,7 +45,7 @@ class SchemeConfig(keras.quantizers.QuantizationConfig):
         return self
 
     def _scheme(self, default: Scheme, format: Format, group_size: int | None) -> Scheme:
-        """The default with the quantizers that were given in their places."""
+        """The default scheme, with the given quantizers in place of its configs."""
         weights, inputs = default.weights, None
         if self.weight_quantizer is not None:
             weights = as_array_config(self.weight_quantizer, format)
@@ -55,7 +55,7 @@ class SchemeConfig(keras.quantizers.QuantizationConfig):
 
 
 class _OneRule(SchemeConfig):
-    """A config by which every weight is quantized in one way, `self.rule`."""
+    """A config that quantizes every weight by `self.rule`."""
 
     rule: Rule
     keras_mode: ClassVar[str]
@@ -72,12 +72,21 @@ class _OneRule(SchemeConfig):
 
 @_register
 class Int8QuantizationConfig(_OneRule):
-    """8-bit weights with one scale per output channel, 8-bit inputs with one per row.
+    """int8 weights with one scale per output channel, int8 activations with one scale per row.
 
     Args:
-        weight_quantizer: a Keras quantizer for the weights, ours or not, along the axes that
-            the layer declares; None for abs-max.
-        activation_quantizer: one for the inputs; "default" for abs-max, None for float inputs.
+        weight_quantizer: a Keras quantizer for the weights, which is used along the axes that the
+            layer declares; None for abs-max.
+        activation_quantizer: one for the activations; "default" for abs-max, None to leave them
+            in float (weight-only).
+
+    Example:
+        >>> config = jk.Int8QuantizationConfig(jk.AbsMaxQuantizer(value_range=(-100, 100)))
+        >>> layer = jk.layers.Dense(4)
+        >>> layer.build((None, 8))
+        >>> layer.quantize(config=config)
+        >>> int(abs(layer.quantized_weight("kernel").codes).max())
+        100
     """
 
     keras_mode = "int8"
@@ -89,16 +98,23 @@ class Int8QuantizationConfig(_OneRule):
 
 @_register
 class Int4QuantizationConfig(_OneRule):
-    """4-bit weights in groups, inputs in float.
+    """int4 weights with one scale per group, activations in float (weight-only).
 
-    Without a weight quantizer groups are asymmetric, and symmetric per channel.
+    By default groups are asymmetric. With one scale per channel they are symmetric.
 
     Args:
-        weight_quantizer: a Keras quantizer for the weights, ours or not, with a value range
-            within (-8, 7); None for abs-max.
-        activation_quantizer: one for 8-bit inputs; "default" and None for float inputs.
-        block_size: elements per scale along the contracted axes, at most; an axis that it does
-            not divide is padded. None or -1 for one scale per output channel.
+        weight_quantizer: a Keras quantizer for the weights, with a value range within (-8, 7);
+            None for abs-max.
+        activation_quantizer: one for int8 activations; "default" and None leave them in float.
+        block_size: the largest number of elements per scale along the contracted axes. An axis
+            that it does not divide is padded. None or -1 for one scale per output channel.
+
+    Example:
+        >>> layer = jk.layers.Dense(4)
+        >>> layer.build((None, 64))
+        >>> layer.quantize(config=jk.Int4QuantizationConfig(block_size=32))
+        >>> layer.quantized_weight("kernel").reorder(None).scale.shape
+        (2, 4)
     """
 
     keras_mode = "int4"
@@ -110,8 +126,8 @@ class Int4QuantizationConfig(_OneRule):
         block_size: int | None = 128,
     ):
         super().__init__(weight_quantizer, _given(activation_quantizer, None))
-        is_whole = isinstance(block_size, int) and not isinstance(block_size, bool)
-        if block_size is not None and not (is_whole and (block_size > 0 or block_size == -1)):
+        is_integer = isinstance(block_size, int) and not isinstance(block_size, bool)
+        if block_size is not None and not (is_integer and (block_size > 0 or block_size == -1)):
             raise ValueError(
                 "block_size must be a positive int, or None or -1 for one scale per output "
                 f"channel; got {block_size!r}."
@@ -133,12 +149,19 @@ class Int4QuantizationConfig(_OneRule):
 
 @_register
 class Float8QuantizationConfig(_OneRule):
-    """8-bit floats (e4m3) for weights, per output channel, and for inputs, per row.
+    """float8 (e4m3) weights with one scale per output channel, activations with one per row.
 
     Args:
-        training: False stores the weights in one byte, and computes the inputs' scales as they
-            come. True keeps float weights for training: products see both operands in e4m3
-            and gradients in e5m2, with delayed scaling.
+        training: False stores float8 weights and scales the activations dynamically. True keeps
+            float weights and trains: both operands are rounded to e4m3 and gradients to e5m2,
+            with delayed scaling.
+
+    Example:
+        >>> layer = jk.layers.Dense(4)
+        >>> layer.build((None, 8))
+        >>> layer.quantize(config=jk.Float8QuantizationConfig())
+        >>> layer.quantized_weight("kernel").codes.dtype.name
+        'float8_e4m3fn'
 
     Source: Micikevicius et al. 2022, arXiv:2209.05433.
     """
@@ -162,22 +185,25 @@ class Float8QuantizationConfig(_OneRule):
         return cls(**config)
 
 
-# The name in files, those of earlier versions too.
+# Files name it "Config", those of earlier versions too.
 @keras.saving.register_keras_serializable(package="jaxquant", name="Config")
 class QuantizationConfig(SchemeConfig):
     """Selects a scheme for each weight by its path.
 
-        QuantizationConfig({"*/attention/*": NF4A16, "*": W8A8})
-
     Args:
         rules: a Scheme or ArrayConfig for all quantizable weights; or a dict of pattern to
-            scheme, a Rule or a sequence of them. The first that matches a weight's path, such
-            as "encoder/dense/kernel", decides; weights without one stay as they are. (Begin with
-            "*": Keras puts the name of a Sequential before those of its layers.) Axes are those
+            scheme, a Rule or a sequence of them. The first one that matches a weight's path, such
+            as "encoder/dense/kernel", applies; other weights stay in float. Begin patterns with
+            "*": Keras puts the name of a Sequential before those of its layers. Axes are those
             that the layer declares, unless a Rule names others.
 
     Raises:
         ValueError: a rule has a `where` or a range that a file cannot hold, or as for `Rule`.
+
+    Example:
+        >>> config = jk.QuantizationConfig({"*/attention/*": jq.NF4A16, "*": jq.W8A8})
+        >>> config.rule_for("encoder/dense/kernel").pattern
+        '*'
     """
 
     def __init__(self, rules: Rules):
@@ -190,11 +216,11 @@ class QuantizationConfig(SchemeConfig):
                 "Rules of a QuantizationConfig must go by path alone; got a `where` in "
                 f"{odd}. Write patterns."
             )
-        self.get_config()  # Now, and not when the model is saved.
+        self.get_config()  # Raises now, not when the model is saved.
 
     @property
     def mode(self) -> str:
-        """The Keras mode of the first scheme: a name only, the rules decide."""
+        """The Keras mode of the first scheme. It is only a name: the rules say what happens."""
         schemes = [s for s in (rule.resolve() for rule in self.rules) if s is not None]
         return mode_of(schemes[0].weights.format if schemes else INT8)
 
@@ -203,7 +229,7 @@ class QuantizationConfig(SchemeConfig):
         return next((rule for rule in self.rules if rule.matches(path, None)), None)
 
     def for_weights(self, paths: dict[str, str]) -> "QuantizationConfig":
-        """Rules for these weights alone, which hold wherever the layer is loaded."""
+        """Rules for these weights only, which apply wherever the layer is loaded."""
         found = {name: self.rule_for(path) for name, path in paths.items()}
         return QuantizationConfig(
             [
@@ -225,9 +251,9 @@ class QuantizationConfig(SchemeConfig):
 
 
 def as_config(mode: str | None, config: Any) -> Any:
-    """Our config for what `quantize` was given, so that defaults are ours in every Keras.
+    """The SchemeConfig for the arguments of `quantize`, with the same defaults in every Keras.
 
-    Configs of neither kind are returned as they are, for Keras to judge.
+    A config of another kind is returned unchanged; Keras checks it.
     """
     # `quantize(config="int8")` is Keras' older spelling of the mode.
     mode = config if isinstance(config, str) else mode
@@ -243,10 +269,10 @@ def as_config(mode: str | None, config: Any) -> Any:
 
 
 def config_of_policy(policy: Any) -> Any:
-    """The config that a quantized dtype policy names: "int4/32_from_float32" has a block size.
+    """The config for a quantized dtype policy; "int4/32_from_float32" has block size 32.
 
     Raises:
-        NotImplementedError: there is none for its mode.
+        NotImplementedError: its mode is not supported.
     """
     block_size = getattr(policy, "block_size", None)
     if block_size is not None:
@@ -254,8 +280,8 @@ def config_of_policy(policy: Any) -> Any:
     config = as_config(policy.quantization_mode, None)
     if config is None:
         raise NotImplementedError(
-            f"A layer can be made with a policy of {', '.join(_DEFAULTS)}; got {policy.name!r}. "
-            "Make it in float, and quantize it."
+            f"A layer can be created with a policy of {', '.join(_DEFAULTS)}; got "
+            f"{policy.name!r}. Create it in float, then quantize it."
         )
     return config
 
@@ -265,7 +291,7 @@ _DEFAULTS = {
     "int4": Int4QuantizationConfig,
     "float8": Float8QuantizationConfig,
 }
-# Keras 3.13 has no block size: its int4 is per channel.
+# The int4 of Keras 3.13 is per channel, without a block size.
 _STOCK = {
     keras.quantizers.Int8QuantizationConfig: lambda c: Int8QuantizationConfig(
         c.weight_quantizer, c.activation_quantizer
@@ -278,7 +304,7 @@ _STOCK = {
 
 
 def _given(quantizer, default):
-    """A quantizer, or what "default" stands for."""
+    """The quantizer, or the default for "default"."""
     named = {"default": default}
     if isinstance(quantizer, str) and quantizer not in named:
         raise ValueError(

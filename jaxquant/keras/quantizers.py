@@ -1,4 +1,4 @@
-"""Keras quantizers as thin wrappers over `ArrayConfig`, for our layers and for stock ones."""
+"""Keras quantizers as thin wrappers over `ArrayConfig`, for stock layers too."""
 
 import dataclasses
 from typing import Any
@@ -21,18 +21,27 @@ from ..core import (
 
 
 class Quantizer(keras.quantizers.Quantizer):
-    """Base class for quantizers that choose a range; rounding is the library's.
+    """Base class for quantizers that choose a range.
 
         codes = clip(round(x * scale))        scale = value_range[1] / high
 
-    A subclass gives `range`: a frozen callable as `jaxquant.ArrayConfig` takes it, which says
-    which part of each group the codes span. Called, it returns codes and a scale that
-    multiplies, as quantizers of stock Keras layers do.
+    A subclass defines `range`, a frozen callable as for `jaxquant.ArrayConfig`: the part of each
+    group that the codes span. Calling a quantizer returns codes and the scale that multiplies x,
+    as stock Keras layers expect.
 
     Args:
-        axis: axis, or axes, along which elements share a scale, where the caller names none.
+        axis: axis, or axes, along which elements share a scale, unless the caller names others.
         value_range: (qmin, qmax), the outermost codes.
-        output_dtype: dtype of the codes when called; Keras keeps those of 4 bits in int8 too.
+        output_dtype: dtype of the codes when called. Keras holds 4-bit codes in int8 too.
+
+    Example:
+        >>> class HalfRange(jk.Quantizer):
+        ...     @property
+        ...     def range(self):
+        ...         return jq.Percentile(75.0)
+        >>> codes, scale = HalfRange()(jnp.array([[0.0, 1.0, 2.0, 3.0, 40.0]]))
+        >>> codes.tolist()
+        [[0, 42, 85, 127, 127]]
     """
 
     def __init__(
@@ -42,7 +51,7 @@ class Quantizer(keras.quantizers.Quantizer):
         output_dtype: str = "int8",
     ):
         super().__init__(output_dtype=output_dtype)
-        # JSON has lists in the place of tuples.
+        # Tuples come back from JSON as lists.
         self.axis = _as_axes(axis)
         check_axis(self.axis)
         self.value_range = _as_pair(value_range)
@@ -51,29 +60,28 @@ class Quantizer(keras.quantizers.Quantizer):
 
     @property
     def range(self) -> Range:
-        """Which part of each group the codes span."""
+        """The part of each group that the codes span."""
         raise NotImplementedError(f"{type(self).__name__} must define `range`.")
 
     def array_config(self, format: Format = INT8) -> ArrayConfig:
-        """The config that quantizes as this does, in a format that holds its codes.
+        """The config that quantizes as this quantizer does, in a format that holds its codes.
 
         Raises:
-            ValueError: the format does not hold the value range.
+            ValueError: the value range does not fit the format.
         """
         return ArrayConfig(format=format, range=self.range, value_range=self.value_range)
 
     def __call__(
         self, x: jax.Array, axis: Any = None, to_numpy: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns codes in `output_dtype` and the scale that multiplies, in the rank of x.
+        """Returns codes in `output_dtype`, and the scale that multiplies x, with its rank.
 
-        The scale has the dtype of x, as stock layers expect, and the codes are those that go
-        with it.
+        The scale has the dtype of x, as stock layers expect. The codes are rounded with it.
         """
         config, axis = self.array_config(), self.axis if axis is None else _as_axes(axis)
         x = jnp.asarray(keras.ops.convert_to_tensor(x))
         step = quantize(x, config, axis).scale
-        # Small groups have scales that float16 cannot hold.
+        # The scale of small values overflows float16.
         scale = jnp.minimum(1 / step, float(jnp.finfo(x.dtype).max)).astype(x.dtype)
         q = quantize_with_scale(x, 1 / scale.astype(step.dtype), None, config)
         return q.codes.astype(self.output_dtype), scale
@@ -85,7 +93,7 @@ class Quantizer(keras.quantizers.Quantizer):
 
 
 def _as_axes(axis):
-    """JSON has lists in the place of tuples."""
+    """Axes as an int, a tuple or None; tuples come back from JSON as lists."""
     return tuple(axis) if isinstance(axis, list | tuple) else axis
 
 
@@ -110,24 +118,34 @@ _CODE_DTYPES = ("int8", "int4", "int16", "int32")
 
 @keras.saving.register_keras_serializable(package="jaxquant")
 class AbsMaxQuantizer(Quantizer):
-    """The largest magnitude of each group lands on the outermost code. See `Quantizer`.
+    """Maps the largest magnitude of each group to the outermost code. See `Quantizer`.
+
+    Example:
+        >>> codes, scale = jk.AbsMaxQuantizer()(jnp.array([[1.0, -0.5, 0.25]]))
+        >>> codes.tolist(), scale.tolist()
+        ([[127, -64, 32]], [[127.0]])
 
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
     """
 
     @property
     def range(self) -> Range:
-        """Spans every element."""
+        """From -max|x| to max|x|."""
         return AbsMax()
 
 
 @keras.saving.register_keras_serializable(package="jaxquant")
 class PercentileQuantizer(Quantizer):
-    """The p-th percentile of |x| in each group lands on the outermost code. See `Quantizer`.
+    """Maps the p-th percentile of |x| in each group to the outermost code. See `Quantizer`.
 
     Args:
-        percentile: p, above 50 and at most 100; what is beyond it is clipped.
+        percentile: p, above 50 and at most 100. Larger values are clipped.
         axis, value_range, output_dtype: as for `Quantizer`.
+
+    Example:
+        >>> codes, scale = jk.PercentileQuantizer(75.0)(jnp.array([[0.0, 1.0, 2.0, 3.0, 40.0]]))
+        >>> codes.tolist()
+        [[0, 42, 85, 127, 127]]
 
     Source: Wu et al. 2020, arXiv:2004.09602, section 5.2.
     """
@@ -138,7 +156,7 @@ class PercentileQuantizer(Quantizer):
 
     @property
     def range(self) -> Range:
-        """Spans up to the percentile."""
+        """From minus to plus the percentile."""
         return Percentile(self.percentile)
 
     def get_config(self) -> dict[str, Any]:
@@ -148,11 +166,11 @@ class PercentileQuantizer(Quantizer):
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerRange:
-    """The range that a Keras quantizer of someone else's chooses, read from its scale.
+    """The range that another Keras quantizer chooses, computed from its scale.
 
     Attributes:
-        quantizer: (x, axis=...) -> codes, scale that multiplies.
-        qmax: the code on which the outermost value lands.
+        quantizer: (x, axis=...) -> codes, scale that multiplies x.
+        qmax: the code of the outermost value.
     """
 
     quantizer: Any
@@ -166,11 +184,11 @@ class QuantizerRange:
 
 
 def as_array_config(quantizer: Any, format: Format) -> ArrayConfig:
-    """The config that quantizes as a Keras quantizer does, ours or not.
+    """The config that quantizes as a Keras quantizer does.
 
     Raises:
-        ValueError: it is no quantizer, its range does not fit the format, or it does more than
-            choose a scale: its codes are not clip(round(x * scale)).
+        ValueError: it is not a quantizer, its range does not fit the format, or its codes are not
+            clip(round(x * scale)).
     """
     if isinstance(quantizer, Quantizer):
         return quantizer.array_config(format)
@@ -190,7 +208,7 @@ def as_array_config(quantizer: Any, format: Format) -> ArrayConfig:
 
 
 def _check_rounding(quantizer, low, high):
-    """A quantizer is used for its scale, so its codes must be those that the scale gives."""
+    """Checks that a quantizer's codes follow from its scale, the only part that is used."""
     x = jax.random.normal(jax.random.key(0), (4, 64))
     try:
         codes, scale = (jnp.asarray(y, jnp.float32) for y in quantizer(x, axis=-1))
@@ -198,15 +216,15 @@ def _check_rounding(quantizer, low, high):
         raise ValueError(
             f"{type(quantizer).__name__} must be called as quantizer(x, axis=-1) and return "
             f"(codes, scale); got {error!r} for x of shape {x.shape}. Derive it from "
-            "jaxquant.keras.Quantizer, and give its `range`."
+            "jaxquant.keras.Quantizer, and define its `range`."
         ) from error
     fits = codes.shape == x.shape and scale.shape == (4, 1)
-    # Nearest codes are half a step away at most, but for the rounding of x * scale.
+    # Half a step at most, except for the rounding of x * scale.
     off = jnp.abs(codes - jnp.clip(x * scale, low, high)).max() if fits else jnp.inf
     if not off <= 0.501:
         raise ValueError(
             f"{type(quantizer).__name__} must return (codes, scale) with codes = clip(round(x * "
             f"scale), {low}, {high}); got codes of shape {codes.shape} and a scale of shape "
             f"{scale.shape} for x of shape {x.shape}, and codes that are {off:.3g} away from "
-            "x * scale. Derive it from jaxquant.keras.Quantizer, and give its `range`."
+            "x * scale. Derive it from jaxquant.keras.Quantizer, and define its `range`."
         )

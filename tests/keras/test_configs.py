@@ -1,4 +1,4 @@
-"""Configs: what they mean, what they refuse, and that files keep them."""
+"""Configs: their meaning, their errors, and that files keep them."""
 
 import json
 from typing import Any
@@ -397,7 +397,7 @@ def test_arguments_are_checked(make, wanted):
         make()
 
 
-def test_an_axis_that_is_not_there_is_refused_before_anything_changes():
+def test_an_axis_that_does_not_exist_raises_before_anything_changes():
     layer: Any = layers.Dense(3)
     layer.build((None, 8))
     with pytest.raises(ValueError, match=r"axis must lie in -2 \.\. 1 .*; got axis=\(5,\)"):

@@ -36,7 +36,7 @@ def images(shape, seed=0):
 
 
 def built(layer, shape):
-    """The layer, with weights from NumPy: XLA compiles random numbers anew for each shape."""
+    """The layer, with weights from NumPy: XLA compiles random numbers for each shape."""
     for name in [name for name in vars(layer) if name.endswith("_initializer")]:
         setattr(layer, name, keras.initializers.Zeros())
     layer.build((None, *shape))
@@ -228,7 +228,7 @@ def test_a_file_keeps_the_output_padding(tmp_path):
 def test_an_image_smaller_than_the_kernel_is_an_error():
     layer = built(layers.Conv2D(4, 3), (None, None, 3))
     layer.quantize("int8")
-    with pytest.raises(ValueError, match="images that its kernel fits into; got shape"):
+    with pytest.raises(ValueError, match="images at least as large as its kernel; got shape"):
         layer(images((2, 5, 3)))
 
 

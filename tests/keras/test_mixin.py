@@ -1,4 +1,4 @@
-"""What the mixin promises: switches that are all or nothing, hooks, policies, files."""
+"""QuantizableMixin: failures change nothing, hooks, policies, files."""
 
 from typing import Any
 
@@ -123,8 +123,18 @@ FAILURES = {
         RuntimeError,
         r"failed: 'MissesAName' object has no attribute 'missing'",
     ),
-    "too large": (lambda: with_kernel(lambda x: x * 1e9), HALF_SCALES, ValueError, "would lose its"),
-    "too small": (lambda: with_kernel(lambda x: x * 1e-12), HALF_SCALES, ValueError, "would lose its"),
+    "too large": (
+        lambda: with_kernel(lambda x: x * 1e9),
+        HALF_SCALES,
+        ValueError,
+        "would lose its",
+    ),
+    "too small": (
+        lambda: with_kernel(lambda x: x * 1e-12),
+        HALF_SCALES,
+        ValueError,
+        "would lose its",
+    ),
     "gptq": (dense, "gptq", ValueError, "you must pass a `GPTQConfig`"),
     "awq": (dense, "awq", ValueError, r"must pass an `AWQConfig`|Invalid quantization mode"),
     "unknown mode": (dense, "int3", ValueError, r"Invalid quantization mode\. .*mode=int3"),
@@ -199,7 +209,7 @@ def test_a_layer_without_declared_weights_says_what_to_write():
         layer.quantize("int8")
 
 
-def test_foreign_configs_are_refused_by_name():
+def test_configs_of_another_kind_raise_by_name():
     class Foreign(keras.quantizers.QuantizationConfig):
         @property
         def mode(self):
@@ -284,7 +294,7 @@ def test_several_weights_are_built_by_name():
 # Policies.
 
 
-# Keras refuses float16 with int8: see FAILURES.
+# Keras does not support float16 with int8: see FAILURES.
 @pytest.mark.parametrize(
     ("policy", "mode"),
     [
@@ -339,7 +349,7 @@ def test_a_quantized_policy_may_be_given_at_construction_or_later(mode, policy, 
     assert relative_error(np.asarray(later(INPUTS), np.float32), wanted) < 0.2
 
 
-def test_a_policy_of_another_method_is_refused():
+def test_a_policy_of_another_method_raises():
     with pytest.raises(NotImplementedError, match=r"policy of int8, int4, float8; got 'gptq/4/8_"):
         dense("gptq/4/8_from_float32")
     layer = dense()
@@ -394,7 +404,7 @@ class OwnConfig(AutoConfig):
 
 @_register
 class Wider(layers.Dense):
-    """A subclass of ours, with an argument more."""
+    """A subclass of Dense with one more argument."""
 
     def __init__(self, units, gain=1.0, **kwargs):
         super().__init__(units, **kwargs)

@@ -225,7 +225,7 @@ def test_the_range_of_a_foreign_quantizer_holds_inside_jit():
 
 
 @pytest.mark.parametrize("kind", [Truncating, WithoutAxes])
-def test_a_quantizer_that_does_more_than_choose_a_scale_is_refused(kind):
+def test_a_quantizer_that_does_more_than_choose_a_scale_raises(kind):
     wanted = rf"{kind.__name__} must return \(codes, scale\) with codes = clip\(round\(x \*"
     with pytest.raises(ValueError, match=wanted):
         as_array_config(kind(), INT8)
@@ -233,13 +233,13 @@ def test_a_quantizer_that_does_more_than_choose_a_scale_is_refused(kind):
         Int8QuantizationConfig(activation_quantizer=kind())
 
 
-def test_a_quantizer_without_axes_is_refused():
+def test_a_quantizer_without_axes_raises():
     with pytest.raises(ValueError, match=r"must be called as quantizer\(x, axis=-1\).*; got Type"):
         as_array_config(keras.quantizers.Quantizer(), INT8)
 
 
 @pytest.mark.parametrize("wrong", [AbsMax(), 8, AbsMaxQuantizer, lambda x: x, INT8])
-def test_what_is_no_quantizer_is_refused(wrong):
+def test_what_is_not_a_quantizer_raises(wrong):
     wanted = r"A quantizer must be a keras\.quantizers\.Quantizer; got "
     with pytest.raises(ValueError, match=wanted):
         Int8QuantizationConfig(weight_quantizer=wrong)

@@ -99,7 +99,7 @@ def test_lora_trains_and_is_merged_into_files(mode, tmp_path):
     found = loaded.predict(inputs, verbose=0)
     bound = {None: 1e-5, "int8": 0.02, "int4": 0.16}[mode]
     assert np.linalg.norm(found - wanted) <= bound * np.linalg.norm(wanted)
-    # The adapter starts anew, and is not stuck at zeros in both factors.
+    # The adapter starts again, with zeros in one factor only, so that it can train.
     assert not np.any(loaded.layers[1].lora_kernel_b)
     again = fit(loaded, 8)
     assert again[-1] < again[0]

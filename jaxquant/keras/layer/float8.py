@@ -21,14 +21,14 @@ DEFAULT_HISTORY = 1024
 
 
 class Float8TrainingMixin(ProductMixin):
-    """Adds float8 training to a layer of one product: `Float8QuantizationConfig(training=True)`.
+    """Adds float8 training to a kernel layer: `Float8QuantizationConfig(training=True)`.
 
-    Weights stay float variables. Beside them are for each of `inputs`, `kernel` and
-    `outputs_grad` a scale and a history of amax, which are saved after all others.
+    Weights stay float variables. `inputs`, `kernel` and `outputs_grad` each get a scale and a
+    history of amax, which are saved after all other variables.
     """
 
     def call(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass; its products see 8-bit floats while the layer trains in them."""
+        """The forward pass, with operands rounded to float8 while the layer trains in it."""
         if not self.trains_in_float8:
             return super().call(inputs, *args, **kwargs)
         inputs = cast_operand(inputs, *self._scaling("inputs"))
@@ -40,8 +40,7 @@ class Float8TrainingMixin(ProductMixin):
         """Adds the scales.
 
         Raises:
-            ValueError: LoRA is enabled, or the kernel holds NaN or Inf. The layer is left as it
-                was.
+            ValueError: LoRA is enabled, or the kernel holds NaN or Inf. The layer is unchanged.
         """
         if self.lora_enabled:
             raise ValueError(
@@ -87,7 +86,7 @@ class Float8TrainingMixin(ProductMixin):
             shape=shape,
             initializer="zeros" if shape else "ones",
             dtype="float32",
-            # The optimizer takes their gradients for their next values.
+            # The optimizer overwrites them with their gradients, which are their next values.
             trainable=True,
             autocast=False,
             overwrite_with_gradient=True,

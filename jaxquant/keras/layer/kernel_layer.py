@@ -1,4 +1,4 @@
-"""What layers share that are one product, a bias and an activation."""
+"""Layers that multiply their inputs with a kernel, then add a bias and apply an activation."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from .lora import LoraMixin
 
 
 class ProductMixin(LoraMixin):
-    """A Keras layer of one product with its `kernel`, then a bias and an activation.
+    """A Keras layer that is one product with its `kernel`, then a bias and an activation.
 
-    A layer gives `product`; the rest is written here once.
+    A subclass defines `product`.
     """
 
     data_format = "channels_last"
@@ -22,7 +22,7 @@ class ProductMixin(LoraMixin):
         raise NotImplementedError(f"{type(self).__name__} must define `product`.")
 
     def call(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass: Keras' own in float, by codes where the kernel is quantized."""
+        """The forward pass: Keras' own in float, on codes if the kernel is quantized."""
         if not self.has_codes("kernel"):
             return super().call(inputs, *args, **kwargs)
         outputs = self.product(inputs, self.operand("kernel"))

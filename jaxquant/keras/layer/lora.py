@@ -1,4 +1,4 @@
-"""Low-rank adapters on float and quantized weights alike.
+"""Low-rank adapters (LoRA) on float and quantized weights.
 
     weight + (alpha / rank) * a @ b
 
@@ -16,7 +16,7 @@ from .mixin import QuantizableMixin
 
 
 class LoraMixin(QuantizableMixin):
-    """Adds `enable_lora` for the layer's first declared weight, in every mode but training."""
+    """Adds `enable_lora` for the layer's first declared weight. Not while it trains in float8."""
 
     lora_enabled = False
 
@@ -29,23 +29,23 @@ class LoraMixin(QuantizableMixin):
     ) -> None:
         """Freezes the weight and adds trainable `a` (..., rank) and `b` (rank, n) to it.
 
-        Files hold the sum, quantized again if the layer is.
+        Files hold the merged weight, quantized again if the layer is quantized.
 
         Args:
             rank: length of the axis between `a` and `b`.
-            lora_alpha: alpha; None for the rank, that is for the factor 1.
+            lora_alpha: alpha; None for the rank, which makes the factor 1.
             a_initializer: a Keras initializer.
-            b_initializer: one for `b`; with zeros the sum is the weight at first.
+            b_initializer: one for `b`; zeros leave the weight as it is until `b` is trained.
 
         Raises:
-            ValueError: the layer is not built, or has LoRA already, or a constraint, or trains
-                in float8; or the rank is not positive. The layer is left as it was.
+            ValueError: the layer is not built, has LoRA already, has a constraint on the weight,
+                or trains in float8; or the rank is not positive. The layer is unchanged.
         """
         name = next(iter(self.declared_weights))
         self._check_lora(name, rank)
         shape = tuple(getattr(self, name).shape)
         with self.weight_state.all_or_nothing():
-            # float32, whatever the policy: small updates must not underflow.
+            # float32 under every policy: small updates must not underflow.
             options = {"dtype": "float32", "regularizer": self._lora_regularizer(name)}
             a = self.add_weight(
                 name=f"lora_{name}_a",
@@ -93,10 +93,10 @@ class LoraMixin(QuantizableMixin):
         return self.quantized_values(name, total, self.quantization_config)
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads the weights, which hold what the adapter had learned, and clears it."""
+        """Reads the weights, into which the adapter was merged, and clears the adapter."""
         super().load_own_variables(store)
         if self.lora_enabled:
-            # Not `a` as well: with zeros in both, neither would have a gradient.
+            # Only `b`: if both were zero, neither would get a gradient.
             b = getattr(self, f"lora_{next(iter(self.declared_weights))}_b")
             b.assign(keras.ops.zeros(b.shape))
 

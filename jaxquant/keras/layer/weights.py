@@ -29,16 +29,31 @@ from ..files import carriers, from_carriers, to_carriers
 class QuantizedWeight:
     """Declares that a weight is quantizable: `kernel = QuantizedWeight(axis=0)`.
 
-    The layer creates it by `add_weight(name="kernel", ...)`, under the name of the attribute.
-    Reading the attribute gives the variable, and once the layer is quantized the array that
-    its codes stand for, cast like a variable where a layer is running.
+    The layer creates the weight by `self.kernel = self.add_weight(name="kernel", ...)`. Reading
+    `layer.kernel` returns the variable, or the dequantized array once the layer is quantized. Like
+    a variable, it is cast to the compute dtype while a layer is running.
 
     Args:
-        axis: the axes along which elements share a scale, those that the layer's product
-            contracts; groups of a block size run along the last one named. Or a function of
-            the layer, where they depend on its arguments.
-        inputs: whether the layer's inputs meet this weight in a product, and so may be
-            quantized with it. A table that is only looked up has none.
+        axis: the axes along which elements share a scale: those that the layer contracts. Groups
+            of a block size run along the last one named. Pass a function of the layer if they
+            depend on its arguments.
+        inputs: whether the layer multiplies its inputs with this weight, so that they can be
+            quantized too. False for a table that is only looked up.
+
+    Example:
+        >>> class Projection(jk.QuantizableMixin, keras.layers.Layer):
+        ...     kernel = jk.QuantizedWeight(axis=0)
+        ...
+        ...     def build(self, input_shape):
+        ...         self.kernel = self.add_weight(name="kernel", shape=(input_shape[-1], 4))
+        ...
+        ...     def call(self, inputs):
+        ...         return jq.matmul(inputs, self.operand("kernel"))
+        >>> layer = Projection()
+        >>> layer.build((None, 8))
+        >>> layer.quantize("int8")
+        >>> layer.quantized_weight("kernel").shape
+        (8, 4)
     """
 
     def __init__(self, axis: int | tuple[int, ...] | Callable[[Any], Any], inputs: bool = True):
@@ -63,7 +78,7 @@ class QuantizedWeight:
                 raise AttributeError(
                     f"{type(layer).__name__} has no {self.name!r} yet; got a layer with "
                     f"built={layer.built}. Build it, or create the weight by "
-                    f"add_weight(name={self.name!r})."
+                    f"self.add_weight(name={self.name!r}, ...)."
                 )
             value = layer.float_weights[self.name]
         else:
@@ -79,7 +94,7 @@ class QuantizedWeight:
             raise ValueError(
                 f"{type(layer).__name__}.{self.name} is declared as a QuantizedWeight, so it "
                 f"must be a variable of this name; got {name or value!r}. Create it by "
-                f"add_weight(name={self.name!r})."
+                f"self.add_weight(name={self.name!r}, ...)."
             )
         layer.float_weights[self.name] = value
 
@@ -110,39 +125,39 @@ class StoredWeight:
         return self.like.shape != self.shape
 
     def tensor(self) -> QTensor:
-        """The stored weight, in the shape of the codes; within `replaced`, the one given there."""
+        """The stored weight, in the shape of the codes; inside `replaced`, its replacement."""
         given = _given.get().get(id(self.codes))
         if given is not None:
             return given
         return from_carriers([v.value for v in self.variables], self.like)
 
     def operand(self, dtype: str) -> QTensor | jax.Array:
-        """What takes part in a product; an array of the dtype where codes are padded."""
+        """The weight as an operand; an array of the dtype if its codes are padded."""
         return (self.dequantize() if self.is_padded else self.tensor()).astype(dtype)
 
     def dequantize(self) -> jax.Array:
-        """The array that the codes stand for."""
+        """The dequantized array, in the shape of the weight."""
         return _dequantize(self.tensor(), self.shape)
 
     def assign(self, q: QTensor) -> None:
-        """Takes over a QTensor with leaves like those of `like`."""
+        """Copies a QTensor whose leaves have the shapes and dtypes of `like`."""
         for variable, held in zip(self.variables, to_carriers(q), strict=True):
             variable.assign(held)
 
 
-# One compilation for what would be one per operation.
+# Compiled once instead of operation by operation.
 @partial(jax.jit, static_argnames="shape")
 def _dequantize(q, shape):
     return q.dequantize()[tuple(slice(n) for n in shape)]
 
 
-# By the ids of the variables that hold codes. A context variable: each thread has its own.
+# Replacements by the ids of the variables that hold codes. Each thread has its own.
 _given: ContextVar[Mapping[int, QTensor]] = ContextVar("given", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
 def replaced(weights: Iterable[tuple[StoredWeight, QTensor]]) -> Iterator[None]:
-    """A context in which stored weights read as other tensors, such as traced ones."""
+    """A context in which stored weights are replaced, for example by tracers."""
     token = _given.set({**_given.get(), **{id(weight.codes): q for weight, q in weights}})
     try:
         yield
@@ -153,7 +168,7 @@ def replaced(weights: Iterable[tuple[StoredWeight, QTensor]]) -> Iterator[None]:
 def store_weight(
     add_weight: Callable[..., keras.Variable], name: str, shape: tuple[int, ...], like: QTensor
 ) -> StoredWeight:
-    """Creates the variables for one weight of a layer: not trainable, and never cast."""
+    """Creates the variables of one weight. They are not trainable and never cast."""
     names = [name, *_part_names(name, like)]
     variables = []
     for part, held in zip(names, carriers(like), strict=True):
@@ -181,12 +196,12 @@ def fit_groups(
 ) -> tuple[ArrayConfig, Axes, tuple[int, ...]]:
     """The config and the axes for a weight of `shape`, and the shape that its groups tile.
 
-    Groups hold at most `group_size` elements. They run along the last of `axes`, and where
-    that is shorter, along those before it too. An axis longer than a group is padded to whole
-    groups, as Keras does for its int4.
+    Groups hold at most `group_size` elements. They run along the last of `axes`, and if that is
+    shorter than a group, along those before it too. An axis longer than a group is padded to a
+    multiple of it, as Keras does for its int4.
 
     Raises:
-        ValueError: an axis is not there, or named twice.
+        ValueError: an axis does not exist, or is named twice.
     """
     axes = normalize_axes(axes, len(shape))
     if config.per_tensor:
@@ -224,13 +239,13 @@ def quantize_padded(
     """Quantizes x, padded with zeros to `shape`.
 
     Returns:
-        The QTensor, whether x is finite, and the noise of quantization: the norm of the error
-        in units of that of x.
+        The QTensor, whether x is finite, and the norm of the quantization error relative to that
+        of x.
     """
     widths = [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]
     q = quantize(jnp.pad(x, widths), config, axis)
     values = q.dequantize()[tuple(slice(n) for n in x.shape)]
-    # In units of the largest magnitude, because squares of 1e-20 or 1e20 are no float32.
+    # In units of the largest magnitude: squares of 1e-20 or 1e20 do not fit float32.
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0)
     unit = jnp.where(largest > 0, largest, 1)
     error, signal = (jnp.sum(jnp.square(y.astype(jnp.float32) / unit)) for y in (values - x, x))
@@ -246,9 +261,9 @@ def abstract_tensor(
     axis: Axes,
     inputs: ArrayConfig | None,
 ) -> QTensor:
-    """Shapes and dtypes of a quantized weight, in the order that products here like best."""
+    """Shapes and dtypes of a quantized weight, in the order that is fastest on this platform."""
     like = jax.eval_shape(partial(quantize, axis=axis), jax.ShapeDtypeStruct(shape, dtype), config)
-    # A kernel of one pixel is still one of a convolution, which keeps its order.
+    # Convolution kernels keep their order, those of one pixel too.
     is_matrix = len(shared_axes(axis, len(shape), config)) == 1
     order = best_order(like, jax.default_backend()) if is_matrix else None
     like = jax.eval_shape(lambda q: q.reorder(order), like)

@@ -1,4 +1,7 @@
-"""Keras' layers, quantizable, under their own names: weight-file paths depend on these."""
+"""Quantizable versions of Keras' layers, under the same names.
+
+Paths in weight files depend on these names.
+"""
 
 from .attention import GroupQueryAttention as GroupQueryAttention
 from .attention import MultiHeadAttention as MultiHeadAttention

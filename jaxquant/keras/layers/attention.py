@@ -1,4 +1,4 @@
-"""Attention: projections that quantize, around Keras' own products of activations."""
+"""Attention with quantizable projections; Keras computes the products of activations."""
 
 import keras
 
@@ -16,7 +16,7 @@ class MultiHeadAttention(ComposedMixin, keras.layers.MultiHeadAttention):
     ours = _OURS
 
 
-# Keras exports its class under another name than it has; weight-file paths have this one.
+# Keras exports its class as GroupQueryAttention; paths in weight files use this name.
 @_register
 class GroupedQueryAttention(ComposedMixin, keras.layers.GroupQueryAttention):
     """`keras.layers.GroupQueryAttention` with quantizable projections."""

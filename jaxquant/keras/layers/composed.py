@@ -1,4 +1,4 @@
-"""Layers made of layers: they quantize once their sublayers are ours."""
+"""Layers made of other layers, which quantize once those are quantizable."""
 
 import inspect
 from typing import Any, ClassVar
@@ -8,19 +8,19 @@ from ..layer import PolicyMixin
 
 
 class ComposedMixin(PolicyMixin):
-    """A Keras layer whose stock sublayers become ours as it sets them, before they are built.
+    """A Keras layer whose stock sublayers are replaced by quantizable ones when it sets them.
 
-    So the stock layer builds, calls, saves and loads them, and nothing of its own is left.
+    The stock layer then builds, calls, saves and loads the quantizable ones.
 
     Attributes:
-        ours: our class for each stock class of sublayers.
+        ours: the quantizable class for each stock class of sublayers.
     """
 
     ours: ClassVar[dict[type, type]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; a sublayer of a stock class is made again as ours."""
-        # By the class itself: a subclass may compute in another way.
+        """Sets an attribute; a sublayer of a stock class is replaced by a quantizable one."""
+        # Not for subclasses, which may compute something else.
         ours = self.ours.get(type(value))
         super().__setattr__(name, value if ours is None else _made_again(value, ours))
 
@@ -28,32 +28,32 @@ class ComposedMixin(PolicyMixin):
         """The layer has no weights of its own.
 
         Raises:
-            NotImplementedError: always. It says what to quantize instead.
+            NotImplementedError: always, before anything changes. It says what to quantize.
         """
         names = ", ".join(layer.name for layer in compat.children(self))
         raise NotImplementedError(
-            f"{type(self).__name__} holds no weights but those of the layers in it; got "
+            f"{type(self).__name__} has no weights except those of its sublayers; got "
             f"quantize({mode!r}, {config!r}) for {self.name!r}. Quantize the model that it is in, "
             f"by model.quantize or jaxquant.keras.quantize, or each of {names}."
         )
 
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass: it is the sublayers that are quantized, whatever the policy."""
+        """The forward pass under every policy: the sublayers are what is quantized."""
         return self.call(*args, **kwargs)
 
 
 def _made_again(layer, ours):
-    """A layer of class `ours` from the arguments of a stock layer that is not built.
+    """A layer of class `ours` with the arguments of a stock layer that is not built.
 
-    The arguments are objects, not their configs: functions and classes that Keras does not
-    know have none, and an initializer without a seed would draw another one.
+    The arguments are passed as objects, not as configs: unregistered functions and classes do not
+    have configs, and an initializer without a seed would draw a new one.
     """
     names = [*inspect.signature(type(layer).__init__).parameters, *_IN_KWARGS]
     found = {name: _ATTRIBUTES.get(name, name) for name in names}
     arguments = {k: getattr(layer, name) for k, name in found.items() if hasattr(layer, name)}
     if not hasattr(layer, "seed_generator"):
         return ours(**arguments)
-    # Without a seed one would be drawn, and layers made later would start from other values.
+    # Drawing a seed would change the initial values of layers that are made later.
     made = ours(**{**arguments, "seed": 0})
     made.seed = layer.seed
     made.seed_generator.state.assign(layer.seed_generator.state)
@@ -61,5 +61,5 @@ def _made_again(layer, ours):
 
 
 _IN_KWARGS = ("name", "dtype", "trainable", "autocast", "activity_regularizer", "implementation")
-# Arguments that are attributes under another name.
+# Attributes that have another name than the argument.
 _ATTRIBUTES = {"output_shape": "partial_output_shape", "dtype": "dtype_policy"}

@@ -38,7 +38,7 @@ def _layout(layer, inputs, outputs):
 
 
 def _padding(layer: Any) -> Any:
-    """The padding as `lax` wants it: "causal" is that of zeros before the first step alone."""
+    """The padding for `lax`: "causal" adds zeros before the first step only."""
     sizes = zip(layer.kernel_size, layer.dilation_rate, strict=True)
     causal = tuple((dilation * (size - 1), 0) for size, dilation in sizes)
     return {"causal": causal}.get(layer.padding, layer.padding)
@@ -57,9 +57,9 @@ def _convolve(layer, inputs, kernel, groups):
     )
     if inputs.size and not outputs.size:
         raise ValueError(
-            f"{layer.name} must get images that its kernel fits into; got shape {inputs.shape} for "
-            f"kernel_size={layer.kernel_size}, dilation_rate={layer.dilation_rate} and padding "
-            f"{layer.padding!r}. Give it larger ones, or pad them."
+            f"{layer.name} must get images at least as large as its kernel; got shape "
+            f"{inputs.shape} for kernel_size={layer.kernel_size}, dilation_rate="
+            f"{layer.dilation_rate} and padding {layer.padding!r}. Pass larger images, or pad them."
         )
     return outputs
 
@@ -67,7 +67,7 @@ def _convolve(layer, inputs, kernel, groups):
 def _with_parts(
     kernel: QTensor | jax.Array, function: Callable[[jax.Array], jax.Array]
 ) -> QTensor | jax.Array:
-    """The kernel with everything stored in it, codes and scales alike, put through `function`."""
+    """The kernel with `function` applied to its codes, scale and zero point."""
     if not isinstance(kernel, QTensor):
         return function(kernel)
     parts = kernel.codes, kernel.scale, kernel.zero_point
@@ -86,7 +86,7 @@ def _depthwise(layer, inputs, kernel):
     kernel = kernel.reorder(None) if isinstance(kernel, QTensor) else kernel
 
     def merge(x):
-        # A scale that channels share is repeated: it could not be cut where channels end.
+        # A scale that channels share is repeated, so that it can be split between channels.
         for axis, length in ((-2, channels), (-1, multiplier)):
             x = jnp.repeat(x, length // x.shape[axis], axis)
         return x.reshape(*x.shape[:-2], 1, channels * multiplier)
@@ -101,7 +101,7 @@ class ConvolutionMixin(ProductMixin):
 
     def has_codes(self, name: str) -> bool:
         """See `QuantizableMixin`; False where a subclass has its own `convolution_op`."""
-        # Keras' convolutions of all ranks inherit one function, which ours stands in for.
+        # Keras' convolutions of all ranks inherit one function, which `product` replaces.
         is_stock = type(self).convolution_op is keras.layers.Conv2D.convolution_op
         return is_stock and super().has_codes(name)
 
@@ -116,7 +116,7 @@ class ConvolutionTransposeMixin(ProductMixin):
     kernel = QuantizedWeight(axis=lambda layer: (*_spatial(layer), layer.rank + 1))
 
     def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
-        """The gradient of a convolution: one with strides between the pixels, flipped."""
+        """The gradient of a convolution: dilated inputs and a flipped kernel."""
         return conv_general_dilated(
             inputs.astype(kernel.dtype),
             _flipped(kernel, range(self.rank)),
@@ -128,7 +128,7 @@ class ConvolutionTransposeMixin(ProductMixin):
         )
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments; Keras before 3.15 forgets `output_padding`."""
+        """The arguments, with `output_padding`, which Keras before 3.15 leaves out."""
         return {**super().get_config(), "output_padding": self.output_padding}
 
 
@@ -138,7 +138,7 @@ class DepthwiseConvolutionMixin(ProductMixin):
     kernel = QuantizedWeight(axis=_spatial)
 
     def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
-        """The convolution of each channel for itself."""
+        """The convolution of each channel by itself."""
         return _depthwise(self, inputs, kernel)
 
 
@@ -149,13 +149,13 @@ class SeparableConvolutionMixin(ProductMixin):
     pointwise_kernel = QuantizedWeight(axis=_spatial_and_inputs)
 
     def call(self, inputs: jax.Array) -> Any:
-        """The forward pass: Keras' own in float, by codes where a kernel is quantized."""
+        """The forward pass: Keras' own in float, on codes if a kernel is quantized."""
         names = "depthwise_kernel", "pointwise_kernel"
         if self.lora_enabled or not any(self.has_codes(name) for name in names):
             return super(ProductMixin, self).call(inputs)
         depthwise, pointwise = (self.operand(name) for name in names)
         between = _depthwise(self, inputs, depthwise)
-        # XLA would skip the rounding to bfloat16 under jit alone, and other codes come of that.
+        # XLA skips the rounding to bfloat16 under jit only, which would change the codes.
         info = jnp.finfo(between.dtype)
         between = lax.reduce_precision(between, info.nexp, info.nmant)
         outputs = conv_general_dilated(

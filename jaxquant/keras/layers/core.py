@@ -1,4 +1,4 @@
-"""Dense products and tables."""
+"""Dense layers and embeddings."""
 
 import keras
 import numpy as np
@@ -22,13 +22,13 @@ class Dense(Float8TrainingMixin, keras.layers.Dense):
         return matmul(inputs, kernel)
 
     def lora_product(self, inputs):
-        """Through the rank, without a matrix of the kernel's size."""
+        """inputs @ a @ b, without a matrix of the kernel's size."""
         a, b = self.lora_factors("kernel")
         return matmul(matmul(inputs, a), b)
 
 
 def _labels(layer):
-    """The axes of the kernel, and those of the output with a dot for each that is elided."""
+    """Labels of the kernel's axes, and of the output's with a dot for each axis in "..."."""
     operands, output = layer.equation.split("->")
     inputs, kernel = operands.split(",")
     elided = layer.input_spec.ndim - len(inputs.replace("...", ""))
@@ -36,7 +36,7 @@ def _labels(layer):
 
 
 def _contracted(layer):
-    """Axes of the kernel whose labels the equation's output lacks."""
+    """Axes of the kernel whose labels are not in the equation's output."""
     operands, output = layer.equation.split("->")
     kernel = operands.split(",")[1]
     return tuple(i for i, label in enumerate(kernel) if label not in output)
@@ -53,7 +53,7 @@ class EinsumDense(Float8TrainingMixin, keras.layers.EinsumDense):
         return einsum(self.equation, inputs, kernel)
 
     def stock_scale_shape(self, name, like):
-        """Hook: laid out like the output, with 1 for what the kernel lacks."""
+        """Hook: laid out like the output, with 1 for axes that the kernel does not have."""
         kernel, output = _labels(self)
         sizes = dict(zip(kernel, like.scale.shape, strict=True))
         return tuple(sizes.get(label, 1) for label in output)
@@ -76,17 +76,17 @@ class EinsumDense(Float8TrainingMixin, keras.layers.EinsumDense):
 
 @_register
 class Embedding(LoraMixin, keras.layers.Embedding):
-    """`keras.layers.Embedding`, quantizable: whole numbers (...) -> (..., output_dim)."""
+    """`keras.layers.Embedding`, quantizable: integers (...) -> (..., output_dim)."""
 
     embeddings = QuantizedWeight(axis=1, inputs=False)
 
     def stock_matrix(self, name, shape):
-        """Hook: the table as it is, its groups along each row."""
+        """Hook: the table itself, with groups along each row."""
         rows, columns = shape
         return StockMatrix((rows, columns), 1)
 
     def call(self, inputs):
-        """Rows of the table, dequantized after they are taken."""
+        """Looks up rows of the table, and dequantizes those only."""
         if self.lora_enabled or not self.has_codes("embeddings"):
             return super().call(inputs)
         is_whole = keras.backend.is_int_dtype(inputs.dtype)
@@ -98,15 +98,15 @@ class Embedding(LoraMixin, keras.layers.Embedding):
 class ReversibleEmbedding(Embedding, keras.layers.ReversibleEmbedding):
     """`keras.layers.ReversibleEmbedding`, quantizable.
 
-    Whole numbers (...) -> (..., output_dim); with `reverse=True`, which is a product with the
-    table or, where weights are not tied, with another, (..., output_dim) -> (..., input_dim).
+    Integers (...) -> (..., output_dim). With `reverse=True` (..., output_dim) ->
+    (..., input_dim): a product with the table, or with another weight if they are not tied.
     """
 
     embeddings = QuantizedWeight(axis=1)
     reverse_embeddings = QuantizedWeight(axis=0)
 
     def call(self, inputs, reverse=False):
-        """Rows of the table and their mask, or logits."""
+        """Rows of the table with their mask, or logits."""
         if reverse:
             return self._project(inputs)
         outputs = super().call(inputs)
@@ -114,7 +114,7 @@ class ReversibleEmbedding(Embedding, keras.layers.ReversibleEmbedding):
         return outputs
 
     def compute_mask(self, inputs, mask=None):
-        """None: `call` sets the mask, because here one cannot tell tokens from activations."""
+        """None: `call` sets the mask, because only it knows whether the inputs are tokens."""
         return None
 
     def _project(self, inputs):

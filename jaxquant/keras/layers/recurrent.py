@@ -15,9 +15,9 @@ _register = keras.saving.register_keras_serializable(package="jaxquant")
 
 
 class CellMixin(QuantizableMixin):
-    """A Keras cell of two products: of the inputs (B, K), and of the state (B, units).
+    """A Keras cell with two products: of the inputs (B, K), and of the state (B, units).
 
-    A cell gives `step`; the rest is written here once.
+    A subclass defines `step`.
     """
 
     kernel = QuantizedWeight(axis=0)
@@ -30,11 +30,11 @@ class CellMixin(QuantizableMixin):
         kernel: QTensor | jax.Array,
         recurrent_kernel: QTensor | jax.Array,
     ) -> tuple[jax.Array, ...]:
-        """Hook: one step of the form with one product per kernel; returns the new states."""
+        """Hook: one step with one product per kernel; returns the new states."""
         raise NotImplementedError(f"{type(self).__name__} must define `step`.")
 
     def call(self, inputs: jax.Array, states: Any, training: bool = False) -> Any:
-        """One step: by codes where a kernel is quantized and the form is that of `step`."""
+        """One step: on codes if a kernel is quantized and `step` computes what the cell does."""
         names = "kernel", "recurrent_kernel"
         if self._is_split(training) or not any(self.has_codes(name) for name in names):
             return super().call(inputs, states, training=training)
@@ -44,7 +44,7 @@ class CellMixin(QuantizableMixin):
         return new_states[0], list(new_states) if is_nested else new_states[0]
 
     def _is_split(self, training):
-        """Whether the cell takes its kernels apart by gate, or masks by dropout."""
+        """Whether the cell splits its kernels by gate, or applies dropout masks."""
         is_masked = training and (self.dropout or self.recurrent_dropout)
         is_fused = getattr(self, "implementation", 2) != 1 and getattr(self, "reset_after", True)
         return bool(is_masked) or not is_fused
@@ -86,8 +86,8 @@ class LSTMCell(CellMixin, keras.layers.LSTMCell):
 class GRUCell(CellMixin, keras.layers.GRUCell):
     """`keras.layers.GRUCell`, quantizable: (B, K) -> (B, units).
 
-    By codes with `reset_after=True`; the other form multiplies parts of the kernel by turns,
-    and does so with the dequantized one.
+    With `reset_after=True` it computes on codes. With False it multiplies parts of the kernel one
+    by one, and uses the dequantized kernel.
 
     Source: Cho et al. 2014, arXiv:1406.1078.
     """
@@ -131,6 +131,6 @@ class GRU(RecurrentMixin, keras.layers.GRU):
     """`keras.layers.GRU`, quantizable: (B, T, K) -> (B, units)."""
 
 
-# Stock wrappers, which call what they wrap in a way that is right in every mode.
+# Keras' own wrappers, which work with quantized layers.
 Bidirectional = keras.layers.Bidirectional
 TimeDistributed = keras.layers.TimeDistributed

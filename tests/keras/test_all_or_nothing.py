@@ -1,0 +1,164 @@
+"""What a failing `quantize` leaves unchanged, and weights that a layer never created."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from jaxquant.keras import QuantizableMixin, QuantizedWeight, layers
+
+from .test_aliases import INPUTS, InAList, Renamed
+
+
+def snapshot(layer):
+    """Variables, policies and attributes of a layer and its sublayers."""
+    found = layer._flatten_layers()
+    return [
+        (
+            [(id(v), np.asarray(v).tobytes()) for v in x.weights],
+            x.dtype_policy.name,
+            set(vars(x)),
+            list(getattr(x, "stored_weights", ())),
+        )
+        for x in found
+    ]
+
+
+def put_nan(variable):
+    values = np.array(variable)
+    values.flat[-1] = np.nan
+    variable.assign(values)
+
+
+class Two(QuantizableMixin, keras.layers.Layer):
+    first = QuantizedWeight(axis=0)
+    second = QuantizedWeight(axis=0)
+
+    def build(self, input_shape):
+        self.first = self.add_weight(name="first", shape=(input_shape[-1], 6))
+        self.second = self.add_weight(name="second", shape=(6, 3))
+
+    def call(self, inputs):
+        return ops.matmul(ops.matmul(inputs, self.first), self.second)
+
+
+# Layers with a second weight, their input shape, and its name.
+SECOND = {
+    "author": (Two, (None, 24), "second"),
+    "separable": (lambda: layers.SeparableConv1D(4, 3), (None, 9, 5), "pointwise_kernel"),
+    "cell": (lambda: layers.LSTMCell(4), (None, 24), "recurrent_kernel"),
+    "table": (
+        lambda: layers.ReversibleEmbedding(9, 6, tie_weights=False),
+        (None, 5),
+        "reverse_embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_nan_in_the_second_weight_leaves_the_first_in_float(name):
+    make, shape, second = SECOND[name]
+    layer: Any = make()
+    layer.build(shape)
+    put_nan(getattr(layer, second))
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match=rf"{second} holds NaN or Inf; got shape .*\. Fix it"):
+        layer.quantize("int8")
+    assert snapshot(layer) == before
+
+
+# Layers made of layers, their input shapes, and what `quantize` names.
+COMPOSED = {
+    "attention": (lambda: layers.MultiHeadAttention(2, 4), [(2, 3, 8)] * 2, "query"),
+    "recurrent": (lambda: layers.LSTM(4), [(2, 3, 8)], "lstm_cell"),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_composed_layer_raises_before_any_sublayer_changes(name):
+    make, shapes, sublayer = COMPOSED[name]
+    layer: Any = make()
+    layer(*[np.ones(shape, np.float32) for shape in shapes])
+    before = snapshot(layer)
+    with pytest.raises(NotImplementedError, match=rf"or each of .*{sublayer}"):
+        layer.quantize("int8")
+    assert snapshot(layer) == before
+
+
+def test_a_model_whose_layer_fails_names_it_and_leaves_that_layer_in_float():
+    model: Any = keras.Sequential([keras.Input((24,)), layers.Dense(6), layers.Dense(3, name="b")])
+    put_nan(model.layers[1].kernel)
+    before = snapshot(model.layers[1])
+    with pytest.raises(ValueError, match="b/kernel holds NaN or Inf"):
+        model.quantize("int8")
+    assert snapshot(model.layers[1]) == before
+
+
+def test_a_quantized_file_for_a_layer_that_keeps_its_weight_in_a_list_raises():
+    source, layer = Renamed(), InAList()
+    for x in (source, layer):
+        x.build((None, 24))
+    source.quantize("int8")
+    store: dict[str, Any] = {}
+    source.save_own_variables(store)
+    before, wanted = snapshot(layer), np.asarray(layer(INPUTS))
+    with pytest.raises(ValueError, match="got it in weights_by_place"):
+        layer.load_own_variables(store)
+    assert snapshot(layer) == before
+    np.testing.assert_array_equal(layer(INPUTS), wanted)
+
+
+class Misnamed(QuantizableMixin, keras.layers.Layer):
+    kernel = QuantizedWeight(axis=0)
+
+    def build(self, input_shape):
+        self.weight = self.add_weight(name="weight", shape=(input_shape[-1],))
+
+    def call(self, inputs):
+        return inputs * self.weight
+
+
+class LeftOut(Misnamed):
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.kernel = None
+
+
+def test_a_layer_that_creates_no_declared_weight_raises():
+    layer: Any = Misnamed()
+    layer.build((None, 24))
+    before = snapshot(layer)
+    text = (
+        r"Misnamed declares \['kernel'\] and creates none of them; got the variables \['weight'\]\."
+    )
+    with pytest.raises(ValueError, match=text):
+        layer.quantize("int8")
+    assert snapshot(layer) == before
+
+
+def test_a_layer_may_leave_out_a_declared_weight():
+    layer: Any = LeftOut()
+    layer.build((None, 24))
+    layer.quantize("int8")
+    assert layer.quantization_mode is None
+
+
+class MadeInInit(Renamed):
+    """Creates its weight before it is built, under another attribute."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._kernel = self.add_weight(name="kernel", shape=(24, 7))
+
+    def build(self, input_shape):
+        pass
+
+
+def test_a_weight_created_in_init_is_quantized():
+    layer: Any = MadeInInit()
+    wanted = np.asarray(layer(INPUTS))
+    layer.quantize("int8")
+    assert list(layer.stored_weights) == ["kernel"]
+    np.testing.assert_allclose(layer(INPUTS), wanted, atol=0.05 * np.abs(wanted).max())
