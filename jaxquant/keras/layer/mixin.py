@@ -13,7 +13,7 @@ from ..configs import SchemeConfig, as_config, config_of_policy
 from . import optimizer_slots
 from .aliases import check_reachable
 from .policy import PolicyMixin
-from .state import LayerState
+from .weight_state import LayerState
 from .weights import QuantizedWeight, StoredWeight, store_weight
 from .wrappers import build_in_float, own_policy, quantize_with_config
 

@@ -156,14 +156,17 @@ class LayerState:
             try:
                 yield
             except BaseException:
-                kept = {id(v) for v in known}
-                for variable in compat.own_variables(layer):
-                    if id(variable) not in kept:
-                        compat.drop_variable(layer, variable)
+                self._drop_all_but(known)
                 layer.__dict__.clear()
                 layer.__dict__.update(attributes)
                 self.restore(fields)
                 raise
+
+    def _drop_all_but(self, known):
+        kept = {id(v) for v in known}
+        for variable in compat.own_variables(self.layer):
+            if id(variable) not in kept:
+                compat.drop_variable(self.layer, variable)
 
     def check_present(self) -> None:
         """Checks that the layer has created a weight that it declares, or set all to None.
