@@ -36,14 +36,12 @@ from .core import abs_max_quantize as abs_max_quantize
 from .core import dequantize as dequantize
 from .core import pack_int2 as pack_int2
 from .core import pack_int4 as pack_int4
-from .core import pack_int4_halves as pack_int4_halves
 from .core import percentile_quantize as percentile_quantize
 from .core import quantize as quantize
 from .core import quantize_with_range as quantize_with_range
 from .core import quantize_with_scale as quantize_with_scale
 from .core import unpack_int2 as unpack_int2
 from .core import unpack_int4 as unpack_int4
-from .core import unpack_int4_halves as unpack_int4_halves
 from .explain import Explanation as Explanation
 from .explain import ExplanationRow as ExplanationRow
 from .explain import explain as explain

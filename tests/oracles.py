@@ -177,17 +177,6 @@ def pack(codes, axis, bits):
     return np.apply_along_axis(pack_line, axis, np.asarray(codes))
 
 
-def pack_halves(codes, axis):
-    """Byte i holds codes i (low) and i + ceil(n/2) (high). Bytes as uint8."""
-
-    def pack_line(line):
-        line = [int(code) % 16 for code in line] + [0] * (len(line) % 2)
-        half = len(line) // 2
-        return np.array([line[i] + 16 * line[i + half] for i in range(half)], np.uint8)
-
-    return np.apply_along_axis(pack_line, axis, np.asarray(codes))
-
-
 def straight_through(x, scale, zero_point, config):
     """(value, d value / d x, d value / d scale, d value / d zero_point) for each element.
 

@@ -38,10 +38,8 @@ from .formats import power_codebook as power_codebook
 from .low_rank import LowRank as LowRank
 from .packing import pack_int2 as pack_int2
 from .packing import pack_int4 as pack_int4
-from .packing import pack_int4_halves as pack_int4_halves
 from .packing import unpack_int2 as unpack_int2
 from .packing import unpack_int4 as unpack_int4
-from .packing import unpack_int4_halves as unpack_int4_halves
 from .qtensor import Deferred as Deferred
 from .qtensor import Inputs as Inputs
 from .qtensor import QTensor as QTensor

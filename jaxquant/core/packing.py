@@ -81,36 +81,6 @@ def unpack_int2(packed: jax.Array, length: int, axis: int = 0) -> jax.Array:
     return _unpack(packed, length, axis, bits=2)
 
 
-@partial(jax.jit, static_argnames="axis")
-def pack_int4_halves(codes: jax.Array, axis: int = 0) -> jax.Array:
-    """Packs 4-bit codes two to a byte: the first half of the axis in the low nibbles.
-
-    Byte i holds codes i and i + ceil(n/2), so that unpacking needs no interleave: a vector
-    unit masks for one run of codes and shifts for the other.
-
-    Args:
-        codes: whole numbers, int4 or int8 in [-8, 7], or uint4 or uint8 in [0, 15].
-        axis: axis to pack along, of length n; an odd n is padded with a zero.
-
-    Returns:
-        int8 for signed codes, uint8 for unsigned; ceil(n/2) in place of n.
-
-    Raises:
-        ValueError: codes are not of one of these dtypes, or axis is not there.
-    """
-    axis = _check(codes, axis, bits=4)
-    low, high = jnp.split(_pad(codes, axis, 2), 2, axis)
-    return _join([low, high], bits=4).astype(_byte_dtype(codes))
-
-
-@partial(jax.jit, static_argnames=("length", "axis"))
-def unpack_int4_halves(packed: jax.Array, length: int, axis: int = 0) -> jax.Array:
-    """Undoes `pack_int4_halves`. Arguments, result and errors are those of `unpack_int4`."""
-    axis = _check_packed(packed, length, axis, bits=4)
-    whole = jnp.concatenate(_fields(packed, bits=4), axis)
-    return jax.lax.slice_in_dim(whole, 0, length, axis=axis)
-
-
 def _pack(codes, axis, bits):
     axis, per_byte = _check(codes, axis, bits), 8 // bits
     padded = _pad(codes, axis, per_byte)

@@ -67,18 +67,17 @@ class Shaped(abc.ABC):
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
         """Raises TypeError, where NumPy would make an array of one object."""
-        raise TypeError(self._why_not_an_array())
+        raise TypeError(f"A {type(self).__name__} is not an array; got {self!r}. {_INSTEAD}")
 
     def __jax_array__(self) -> jax.Array:
         """Raises TypeError, for functions of jax.numpy that are given it."""
-        raise TypeError(self._why_not_an_array())
+        raise TypeError(f"A {type(self).__name__} is not an array; got {self!r}. {_INSTEAD}")
 
-    def _why_not_an_array(self):
-        return (
-            f"A {type(self).__name__} is not an array; got one of shape {self.shape} where an "
-            "array was expected. Multiply by jq.matmul or jq.einsum, look up rows by jq.take, or "
-            "get the floats by q.dequantize()."
-        )
+
+_INSTEAD = (
+    "Multiply by jq.matmul or jq.einsum, look up rows by jq.take, or get the floats by "
+    "q.dequantize()."
+)
 
 
 @jax.tree_util.register_dataclass

@@ -64,7 +64,7 @@ def scale_unit(groups: Groups, config: ArrayConfig) -> jax.Array | None:
         return None
 
     def no_error(low, high):
-        raise AssertionError("AbsMax does not score ranges.")
+        raise AssertionError(f"AbsMax does not score ranges; got {low} to {high}.")
 
     low, high = AbsMax()(groups.values, groups.axes, config.symmetric, no_error)
     scale = jnp.where(is_finite(groups), affine.fit_scale(low, high, config), 0)

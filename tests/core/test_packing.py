@@ -6,21 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxquant import (
-    pack_int2,
-    pack_int4,
-    pack_int4_halves,
-    unpack_int2,
-    unpack_int4,
-    unpack_int4_halves,
-)
+from jaxquant import pack_int2, pack_int4, unpack_int2, unpack_int4
 
 from .. import oracles
 
 PAIRS = {
     "int4": (pack_int4, unpack_int4, lambda c, axis: oracles.pack(c, axis, 4), 4),
     "int2": (pack_int2, unpack_int2, lambda c, axis: oracles.pack(c, axis, 2), 2),
-    "halves": (pack_int4_halves, unpack_int4_halves, oracles.pack_halves, 4),
 }
 each_pair = pytest.mark.parametrize("pack, unpack, oracle, bits", PAIRS.values(), ids=PAIRS)
 # Lengths around whole bytes, in rank 1 to 3; few, because each compiles.
@@ -101,7 +93,7 @@ def test_bytes_are_those_of_keras(shape, axis, dtype):
     np.testing.assert_array_equal(unpack_int4(jnp.asarray(packed), length, axis=axis), codes)
 
 
-@pytest.mark.parametrize("pack, bits", [(pack_int4, 4), (pack_int4_halves, 4), (pack_int2, 2)])
+@pytest.mark.parametrize("pack, bits", [(pack_int4, 4), (pack_int2, 2)])
 def test_codes_must_be_whole_numbers_of_their_width(pack, bits):
     message = rf"codes must be of dtype int{bits}, int8, uint{bits}, uint8; got float32\. Cast"
     with pytest.raises(ValueError, match=message):
@@ -114,9 +106,7 @@ def test_codes_must_be_whole_numbers_of_their_width(pack, bits):
         pack(np.ones((4, 2), np.int8), axis=-3)
 
 
-@pytest.mark.parametrize(
-    "unpack, bits", [(unpack_int4, 4), (unpack_int4_halves, 4), (unpack_int2, 2)]
-)
+@pytest.mark.parametrize("unpack, bits", [(unpack_int4, 4), (unpack_int2, 2)])
 def test_packed_bytes_are_checked(unpack, bits):
     with pytest.raises(ValueError, match="packed must be bytes, int8 or uint8; got int32"):
         unpack(np.ones((4, 2), np.int32), 8)
