@@ -175,7 +175,7 @@ def _print(table, values, options):
     if options.json:
         print(json.dumps(values))
     else:
-        # As wide as the table where the output is no terminal, so that nothing is cut.
+        # As wide as the table where the output is not a terminal, so that nothing is cut.
         width = None if sys.stdout.isatty() else 160
         rich.console.Console(width=width).print(table)
 

@@ -90,4 +90,6 @@ def _tokenizer(folder):
     try:
         return Tokenizer.from_str(text)
     except Exception as error:  # It raises no narrower one.
-        raise ValueError(f"{path} does not describe a tokenizer: {error}. Copy it anew.") from error
+        raise ValueError(
+            f"{path} does not describe a tokenizer: {error}. Copy it again."
+        ) from error

@@ -68,6 +68,11 @@ def quantize(
             its group size does not divide, with NaN or Inf, or no smaller for it.
 
     Error: as for `jaxquant.quantize`.
+
+    Example:
+        >>> q = jq.tree.quantize({"kernel": jnp.ones((64, 8)), "bias": jnp.ones(8)}, jq.W8A8)
+        >>> q["kernel"].format, q["bias"].dtype
+        (int8, dtype('float32'))
     """
     paths, leaves, chosen, treedef = select(params, rules)
     total = sum(plan is not None for plan in chosen)
@@ -116,7 +121,13 @@ def stored_order(
 
 
 def dequantize(params: Any) -> Any:
-    """The tree with each QTensor as the float array that it stands for, with its adapters."""
+    """Returns the tree with each QTensor, and its adapters, as the float array it stands for.
+
+    Example:
+        >>> q = jq.tree.quantize({"kernel": jnp.ones((64, 8))}, jq.W8A8)
+        >>> jq.tree.dequantize(q)["kernel"].dtype
+        dtype('float32')
+    """
     return jax.tree.map(
         lambda x: x.dequantize() if is_quantized(x) else x, params, is_leaf=is_quantized
     )

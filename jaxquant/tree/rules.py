@@ -41,7 +41,7 @@ class Rule:
             pattern.
 
     Raises:
-        ValueError: the pattern is no str, its regular expression cannot be compiled, the scheme
+        ValueError: the pattern is not a str, its regular expression cannot be compiled, the scheme
             is none, or the overrides contradict it.
     """
 
@@ -130,9 +130,9 @@ def bits_per_weight(shape: tuple[int, ...], config: ArrayConfig, axis: Axes) -> 
 def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = CONTRACTED) -> tuple[Rule, ...]:
     """Rules for matrices, embeddings and convolutions; norms and biases stay as they are.
 
-    What a leaf is, its path tells: norms and biases go by their names, so that those of stacked
-    layers, which have two axes, are left too. Embeddings, by "embed", "wte" or "wpe", get scales
-    per row (axis -1), in which a lookup finds its scale, unless the scheme has blocks.
+    Leaves are classified by their path: norms and biases go by their names, so that those of
+    stacked layers, which have two axes, are left too. Embeddings, by "embed", "wte" or "wpe",
+    get scales per row (axis -1), in which a lookup finds its scale, unless the scheme has blocks.
     Convolutions, by "conv" and three axes or more, share scales along all axes but that of the
     output, unless the scheme has groups. Of other leaves the last two axes are taken for a
     matrix, and those before them for stacked layers: attention kernels of three axes, such as
