@@ -6,6 +6,7 @@ the package supports.
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.common.masking import set_keras_mask
 from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.models.functional import Functional
+from keras.src.quantizers.utils import should_quantize_layer
 from keras.src.saving.serialization_lib import SafeModeScope
 
 _BACKENDS = ("jax",)
@@ -74,6 +76,20 @@ def track_only(layer: keras.layers.Layer, variables: list[keras.Variable]) -> No
         belongs, tracked = tracker.config[name]
         tracked[:] = [v for v in variables if belongs(v)]
         tracker.stored_ids[name] = {id(v) for v in tracked}
+
+
+def layers_being_quantized() -> list[Any]:
+    """The layers that a running `Model.quantize` quantizes, in its order; empty outside of one.
+
+    It passes neither the model nor the filters to a layer: they are read from its frame.
+    """
+    code, frame = inspect.unwrap(keras.Model.quantize).__code__, inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    if frame is None:
+        return []
+    model, filters = frame.f_locals["self"], frame.f_locals["filters"]
+    return [x for x in sublayers(model) if not children(x) and should_quantize_layer(x, filters)]
 
 
 def running_layer() -> keras.layers.Layer | None:

@@ -257,3 +257,18 @@ def test_the_guides_configs_as_they_are_printed(kind):
     layer.quantize(config=config)
     assert 0 < relative_error(layer.kernel, kernel) < 0.15
     assert Int8QuantizationConfig(kind(axis=0, value_range=(-100, 100))).mode == "int8"
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
+def test_a_model_with_nan_in_one_kernel_is_not_half_quantized(mode):
+    parts = [layers.Dense(4, name=name) for name in ("first", "second", "third")]
+    model: Any = keras.Sequential([keras.Input((6,)), *parts])
+    kernel = np.array(parts[1].kernel)
+    kernel[0, 0] = np.nan
+    parts[1].kernel.assign(kernel)
+    with pytest.raises(ValueError, match="second/kernel holds NaN or Inf"):
+        model.quantize(mode)
+    assert [x.quantization_mode for x in parts] == [None, None, None]
+    # The filters of Keras leave out the layer, which is not checked then.
+    model.quantize(mode, filters="first|third")
+    assert [x.quantization_mode for x in parts] == [mode, None, mode]

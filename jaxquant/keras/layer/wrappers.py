@@ -8,8 +8,9 @@ from typing import Any
 import keras
 
 from .. import compat
-from ..configs import as_config, config_of_policy
+from ..configs import SchemeConfig, as_config, config_of_policy
 from .aliases import alias, check_reachable
+from .other_layers import check_other_layers
 
 
 def own_policy(layer: Any) -> Any:
@@ -51,6 +52,8 @@ def quantize_with_config(layer: Any, quantize: Callable[..., Any]) -> Callable[.
         is_named = config is None and mode is not None and mode == policy.quantization_mode
         try:
             config = config_of_policy(policy) if is_named else as_config(mode, config)
+            if isinstance(config, SchemeConfig):
+                check_other_layers(layer, config)
             with _training_ends(layer, config):
                 return quantize(mode=mode, config=config, **kwargs)
         except AttributeError as error:
