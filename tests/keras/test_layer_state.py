@@ -75,10 +75,11 @@ def derived():
 
 VECTOR, STEPS, IMAGE = (6,), (2, 6), (8, 8, 3)
 STATEFUL: dict[str, Any] = {"stateful": True}
+SCALARS: Any = {"axis": None}
 # Layer, input shape of one example.
 CASES: dict[str, Any] = {
     "Normalization": (lambda: adapted(stock.Normalization()), VECTOR),
-    "Normalization of scalars": (lambda: adapted(stock.Normalization(axis=None)), VECTOR),
+    "Normalization of scalars": (lambda: adapted(stock.Normalization(**SCALARS)), VECTOR),
     "Normalization inverted": (lambda: adapted(stock.Normalization(invert=True)), VECTOR),
     "Normalization in a wrapper": (
         lambda: stock.TimeDistributed(adapted(stock.Normalization())),
