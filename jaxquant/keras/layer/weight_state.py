@@ -54,8 +54,8 @@ class LayerState:
     def plan(self, name: str, config: SchemeConfig) -> tuple[tuple[int, ...], Scheme] | None:
         """The axes that share a scale, and the scheme, of a weight; None if it stays in float."""
         rule = config.rule_for(self.path(name))
-        scheme = rule and rule.resolve()
-        if scheme is None or config.is_training:
+        scheme = None if rule is None else rule.resolve()
+        if rule is None or scheme is None or config.is_training:
             return None
         declared = self.layer.declared_weights[name]
         axis = declared.axes(self.layer) if rule.axis is None else rule.axis
