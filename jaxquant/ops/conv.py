@@ -13,27 +13,45 @@ from jax import lax
 
 from ..core import QTensor, scale_values
 from . import dispatch
-from .dispatch import Factor, Implementation, Operand
+from .dispatch import Implementation
 from .operands import (
+    AxesOfBoth,
+    Operand,
+    OperandLike,
     as_array,
-    check_operands,
     result_dtype,
     stored_axes,
     why_unsupported_codes,
     why_unsupported_length,
-    with_dequantized_gradient,
+    without_adapters,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvSpec:
-    """What `conv_general_dilated` is asked for, hashable, with axes as they are stored."""
+    """The arguments of `conv_general_dilated`, hashable, with axes as they are stored."""
 
     dimension_numbers: lax.ConvDimensionNumbers
     options: tuple[tuple[str, Any], ...]
     dtype: np.dtype
 
     operation: ClassVar[str] = "conv_general_dilated"
+
+    @property
+    def contract(self) -> AxesOfBoth:
+        """Channels and spatial axes."""
+        (_, *lhs_summed), (_, *rhs_summed), _ = self.dimension_numbers
+        return tuple(lhs_summed), tuple(rhs_summed)
+
+    @property
+    def channels(self) -> AxesOfBoth:
+        """A multiplier has one factor per input channel."""
+        (lhs_channels, *_), (rhs_channels, *_) = self.contract
+        return (lhs_channels,), (rhs_channels,)
+
+    def with_arrays(self) -> "ConvSpec":
+        """The spec itself: a convolution has no further arrays."""
+        return self
 
     def length(self, lhs: Operand, rhs: Operand) -> int:
         """Products that are added for one pixel of a channel, padding included."""
@@ -55,8 +73,8 @@ class ConvSpec:
 
 
 def conv_general_dilated(
-    lhs: Factor,
-    rhs: Factor,
+    lhs: OperandLike,
+    rhs: OperandLike,
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     lhs_dilation: Sequence[int] | None = None,
@@ -106,7 +124,7 @@ def conv_general_dilated(
         "precision": precision,
         "out_sharding": out_sharding,
     }
-    lhs, rhs = check_operands((lhs, rhs), implementation)
+    lhs, rhs = without_adapters((lhs, rhs), implementation)
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
         return lax.conv_general_dilated(
             jnp.asarray(lhs),
@@ -132,14 +150,7 @@ def _hashable(x):
 
 @partial(jax.jit, static_argnames=("spec", "implementation"))
 def _conv(lhs, rhs, spec, implementation):
-    (_, *lhs_summed), (_, *rhs_summed), _ = spec.dimension_numbers
-    return with_dequantized_gradient(
-        lambda lhs, rhs: dispatch.run(_TABLE, lhs, rhs, spec, implementation),
-        lambda lhs, rhs: _dequantized(lhs, rhs, spec),
-        (lhs, rhs),
-        (tuple(lhs_summed), tuple(rhs_summed)),
-        channels=((lhs_summed[0],), (rhs_summed[0],)),
-    )
+    return dispatch.run(_TABLE, lhs, rhs, spec, implementation)
 
 
 def _dequantized(lhs, rhs, spec):

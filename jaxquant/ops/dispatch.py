@@ -1,29 +1,42 @@
-"""Which computation runs: rows of a table, tried in order, per operands and platform."""
+"""Selects the row of a table that computes an operation, by operands and platform, and runs it."""
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 from jax import lax
 
-from ..core import Deferred, LowRank, QTensor
+from ..core import QTensor
 from ..jaxprs import chips, is_sharded, mark
 from . import record
+from .gradient import tangent_of
+from .inputs import observe, treat, treat_straight_through
+from .operands import AxesOfBoth, Operand, as_array
 from .record import Choice, Record
-
-Operand = jax.Array | np.ndarray | QTensor
-# What an operation may be given for an operand.
-Factor = Operand | Deferred | LowRank
 
 
 class Spec(Protocol):
-    """What an operation is asked for, beside its operands."""
+    """The arguments of an operation other than its operands, in terms of stored axes."""
 
     @property
     def operation(self) -> str:
         """Name of the function of `jax.lax`."""
+        ...
+
+    @property
+    def contract(self) -> AxesOfBoth:
+        """Stored axes that are contracted, of both operands."""
+        ...
+
+    @property
+    def channels(self) -> AxesOfBoth:
+        """Those of them that a multiplier of `inputs` is for."""
+        ...
+
+    def with_arrays(self, *arrays: jax.Array | None) -> "Spec":
+        """The spec with further array arguments of the operation, if it has any."""
         ...
 
     def length(self, lhs: Any, rhs: Any) -> int:
@@ -31,7 +44,7 @@ class Spec(Protocol):
         ...
 
     def rows(self, lhs: Any, rhs: Any) -> int | None:
-        """Rows of inputs, where one matrix on the right multiplies them all; else None."""
+        """Rows of activations, if one matrix on the right multiplies them all; else None."""
         ...
 
 
@@ -70,54 +83,126 @@ _OTHERS = "default"
 
 
 def run(
-    table: Table, lhs: Operand, rhs: Operand, spec: Spec, implementation: str | None
+    table: Table,
+    lhs: Operand,
+    rhs: Operand,
+    spec: Spec,
+    implementation: str | None,
+    *arrays: jax.Array | None,
 ) -> jax.Array:
-    """Runs the first row that can compute the operation, or the one that is asked for.
+    """Runs the first row that supports the operands, or the one that is named.
+
+    Operands are first treated as `inputs` say. The derivative is that of the last row on
+    dequantized operands (see `gradient`).
+
+    Args:
+        table: rows, tried in order.
+        lhs, rhs: at least one QTensor.
+        spec: other arguments of the operation, hashable.
+        implementation: the name of a row, or None.
+        arrays: further arguments of the operation, without gradient.
 
     Raises:
-        ValueError: no row has the name `implementation`, or that row cannot run these operands.
+        ValueError: no row has the name `implementation`, or that row does not support the operands.
     """
+    if any(_is_tapped(x) for x in (lhs, rhs)):
+        lhs, rhs = observe(lhs, rhs, spec.contract, spec.channels)
+    return _run(lhs, rhs, arrays, table, spec, implementation)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _run(lhs, rhs, arrays, table, spec, implementation):
+    spec = spec.with_arrays(*arrays)
+    lhs, rhs = treat(*map(_without_values, (lhs, rhs)), spec.contract, spec.channels)
     platforms = (*_PLATFORMS, _OTHERS)
     if implementation is None:
-        found = {p: _choose_by_chip(table, lhs, rhs, spec, p) for p in platforms}
+        selected = {p: select_rows(table, lhs, rhs, spec, p) for p in platforms}
     else:
         forced = _forced(table, lhs, rhs, spec, implementation), ()
-        found = {p: {None: forced} for p in platforms}
-    out = _computed(found, lhs, rhs, spec)
+        selected = {p: {None: forced} for p in platforms}
+    out = _on_platforms(selected, lhs, rhs, spec)
 
     def make_record():
-        return _record(lhs, rhs, spec, out, found, is_forced=implementation is not None)
+        return _record(lhs, rhs, spec, out, selected, is_forced=implementation is not None)
 
-    return mark(out, _stored(lhs), _stored(rhs), make_record)
+    return mark(out, *map(_stored, (lhs, rhs)), make_record)
+
+
+@partial(_run.defjvp, symbolic_zeros=True)
+def _(table, spec, implementation, primals, tangents):
+    def reference(lhs, rhs, arrays):
+        lhs, rhs = treat_straight_through(lhs, rhs, spec.contract, spec.channels)
+        return table[-1].run(as_array(lhs), as_array(rhs), spec.with_arrays(*arrays))
+
+    out = _run(*primals, table, spec, implementation)
+    return out, tangent_of(reference, primals, tangents, out)
 
 
 def run_on(table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str) -> jax.Array:
-    """Runs the first row that can compute the operation in programs for one platform."""
-    return _by_chip(_choose_by_chip(table, lhs, rhs, spec, platform), lhs, rhs, spec)
+    """Runs the first row that supports the operands in programs for one platform."""
+    return _on_chips(select_rows(table, lhs, rhs, spec, platform), lhs, rhs, spec)
+
+
+def select_rows(
+    table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str
+) -> dict[str | None, tuple[Implementation, tuple[tuple[str, str], ...]]]:
+    """`select_row` by the chips of a platform; None for all that are not named."""
+    # A row selected at lowering is traced outside of a mesh with explicit axes.
+    is_explicit = any(is_sharded(x) for x in jax.tree.leaves((lhs, rhs)))
+    named = () if is_explicit else _PLATFORMS.get(platform, ())
+    return {chip: select_row(table, lhs, rhs, spec, platform, chip) for chip in (None, *named)}
+
+
+def select_row(
+    table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str, chip: str | None = None
+) -> tuple[Implementation, tuple[tuple[str, str], ...]]:
+    """The first row for a platform that supports the operands; the last row always does.
+
+    Returns:
+        The row, and (name, why it was passed over) of those before it that are for the platform.
+    """
+    not_selected = []
+    for row in table[:-1]:
+        if row.platforms is not None and platform not in row.platforms:
+            continue
+        why_not = row.why_unsupported(lhs, rhs, spec) or row.why_slower(lhs, rhs, spec, chip)
+        if why_not is None:
+            return row, tuple(not_selected)
+        not_selected.append((row.name, why_not))
+    return table[-1], tuple(not_selected)
+
+
+def _is_tapped(x):
+    return isinstance(x, QTensor) and x.inputs is not None and x.inputs.tap is not None
+
+
+def _without_values(x):
+    return dataclasses.replace(x, values=None) if isinstance(x, QTensor) else x
 
 
 def _stored(x):
     return x.codes if isinstance(x, QTensor) else x
 
 
-def _computed(found, lhs, rhs, spec):
-    ((default, _),) = found[_OTHERS].values()
-    # A platform that does as all others do needs no branch, which would be traced again.
-    own = {p: rows for p, rows in found.items() if any(row != default for row, _ in rows.values())}
+def _on_platforms(selected, lhs, rhs, spec):
+    """Runs the row of the platform that the program is lowered for."""
+    ((default, _),) = selected[_OTHERS].values()
+    # A platform with the same row as all others needs no branch, which would be traced again.
+    own = {p: rows for p, rows in selected.items() if any(r != default for r, _ in rows.values())}
     if not own:
         return default.run(lhs, rhs, spec)
 
     def runner(rows):
-        return lambda lhs, rhs: _by_chip(rows, lhs, rhs, spec)
+        return lambda lhs, rhs: _on_chips(rows, lhs, rhs, spec)
 
     branches = {p: runner(rows) for p, rows in own.items()}
-    return lax.platform_dependent(lhs, rhs, **branches, default=runner(found[_OTHERS]))
+    return lax.platform_dependent(lhs, rhs, **branches, default=runner(selected[_OTHERS]))
 
 
-def _by_chip(found, lhs, rhs, spec):
+def _on_chips(rows, lhs, rhs, spec):
     """Runs the row of the chip that the program is compiled for."""
-    default, _ = found[None]
-    own = {chip: row for chip, (row, _) in found.items() if row != default}
+    default, _ = rows[None]
+    own = {chip: row for chip, (row, _) in rows.items() if row != default}
     if not own:
         return default.run(lhs, rhs, spec)
     leaves, treedef = jax.tree.flatten((lhs, rhs))
@@ -129,7 +214,7 @@ def _by_chip(found, lhs, rhs, spec):
     return chips.by_generation(branches, runner(default), *leaves)
 
 
-def _record(lhs, rhs, spec, out, found, is_forced):
+def _record(lhs, rhs, spec, out, selected, is_forced):
     return Record(
         operation=spec.operation,
         lhs=record.operand_record(lhs),
@@ -138,20 +223,20 @@ def _record(lhs, rhs, spec, out, found, is_forced):
         result_bytes=out.size * out.dtype.itemsize,
         length=spec.length(lhs, rhs),
         rows=spec.rows(lhs, rhs),
-        choices=tuple(_choices(found, lhs, rhs, spec)),
+        choices=tuple(_choices(selected, lhs, rhs, spec)),
         is_forced=is_forced,
     )
 
 
-def _choices(found, lhs, rhs, spec):
-    for platform, rows in found.items():
+def _choices(selected, lhs, rhs, spec):
+    for platform, rows in selected.items():
         for chip, (row, not_selected) in rows.items():
             yield _choice(row, not_selected, lhs, rhs, spec, platform, chip, False)
             if not row.fallback:
                 continue
             while row.fallback:
                 last = row.name, "XLA cannot partition it among devices"
-                row, more = _choose(row.fallback, lhs, rhs, spec, platform, chip)
+                row, more = select_row(row.fallback, lhs, rhs, spec, platform, chip)
                 not_selected = (*not_selected, last, *more)
             yield _choice(row, not_selected, lhs, rhs, spec, platform, chip, True)
 
@@ -166,34 +251,6 @@ def _choice(row, not_selected, lhs, rhs, spec, platform, chip, is_partitioned):
         reads_packed=row.reads_packed,
         not_selected=not_selected,
     )
-
-
-def choose(
-    table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str, chip: str | None = None
-) -> Implementation:
-    """The first row for the platform that can compute the operation. The last always can."""
-    return _choose(table, lhs, rhs, spec, platform, chip)[0]
-
-
-def _choose_by_chip(table, lhs, rhs, spec, platform):
-    """What `_choose` finds, by the chips of a platform; None for all that are not named."""
-    # What is chosen as a program is lowered is traced outside of a mesh with explicit axes.
-    is_explicit = any(is_sharded(x) for x in jax.tree.leaves((lhs, rhs)))
-    named = () if is_explicit else _PLATFORMS.get(platform, ())
-    return {chip: _choose(table, lhs, rhs, spec, platform, chip) for chip in (None, *named)}
-
-
-def _choose(table, lhs, rhs, spec, platform, chip):
-    """The row, and why those before it that are for the platform were not taken."""
-    not_selected = []
-    for row in table[:-1]:
-        if row.platforms is not None and platform not in row.platforms:
-            continue
-        why_not = row.why_unsupported(lhs, rhs, spec) or row.why_slower(lhs, rhs, spec, chip)
-        if why_not is None:
-            return row, tuple(not_selected)
-        not_selected.append((row.name, why_not))
-    return table[-1], tuple(not_selected)
 
 
 def _forced(table, lhs, rhs, spec, name):

@@ -1,27 +1,78 @@
-"""The product that all others are made of: `dot_general` on quantized operands.
+"""`dot_general`, which multiplies quantized operands, and `matmul` on top of it.
 
-Everything below `dot_general` works on arrays as they are stored; the logical order of axes
-returns at the end, by a transpose of the result if there is need of one.
+Below `dot_general` all axes are those of the arrays as they are stored. The result is transposed to
+the logical order of axes at the end, if it has another.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-from ..core import LowRank, QTensor
+from ..core import LowRank
 from ..jaxprs import OutSharding, before_transpose
 from . import dispatch
-from .dispatch import Factor
-from .dot_spec import DotSpec
+from .dot_spec import DotOptions, DotSpec
+from .labels import hidden_labels, pair_axes
 from .low_rank import with_low_rank
-from .operands import check_factors, result_dtype, stored_axes, with_dequantized_gradient
+from .operands import Operand, OperandLike, as_operands, is_quantized
 from .rows import cpu_blocks, cpu_native, dequantize, gpu_triton, integer, tpu_pallas, tpu_xla
 
 
+def matmul(
+    a: OperandLike,
+    b: OperandLike,
+    *,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    out_sharding: OutSharding = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`jax.numpy.matmul` on arrays and QTensors, in any mixture: (..., M, K) @ (..., K, N).
+
+        out[..., m, n] = sum over k of a[..., m, k] * b[..., k, n]
+
+    Args:
+        a, b: float arrays or QTensors of at least one axis. Leading axes broadcast; an operand
+            of one axis is a row on the left, a column on the right, and its axis is dropped.
+        precision, preferred_element_type, out_sharding, implementation: as for `dot_general`,
+            which has the details.
+
+    Returns:
+        Array of shape (..., M, N).
+
+    Raises:
+        ValueError: an operand has no axis, lengths do not fit, or as for `dot_general`.
+
+    Gradients and error: those of `dot_general`.
+    Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
+    """
+    lhs, rhs = as_operands((a, b), implementation)
+    if not (is_quantized(lhs) or is_quantized(rhs)):
+        return jnp.matmul(
+            lhs,  # pyright: ignore[reportArgumentType] (an array)
+            rhs,  # pyright: ignore[reportArgumentType] (an array)
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+    if lhs.ndim == 0 or rhs.ndim == 0:
+        raise ValueError(
+            f"matmul needs operands of at least one axis; got {lhs.shape} and {rhs.shape}."
+        )
+    options = DotOptions(precision, preferred_element_type, out_sharding, implementation)
+    inner = lhs.ndim - 1, max(rhs.ndim - 2, 0)
+    if rhs.ndim > 2 or lhs.shape[inner[0]] != rhs.shape[inner[1]]:
+        return _batched_matmul(lhs, rhs, options)
+    return dot_operands(lhs, rhs, (((inner[0],), (inner[1],)), ((), ())), options)
+
+
 def dot_general(
-    lhs: Factor,
-    rhs: Factor,
+    lhs: OperandLike,
+    rhs: OperandLike,
     dimension_numbers: lax.DotDimensionNumbers,
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
@@ -63,49 +114,61 @@ def dot_general(
         float32. Others are those of `jax.lax.dot_general` on dequantized operands.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
     """
-    lhs, rhs = check_factors((lhs, rhs), implementation)
+    lhs, rhs = as_operands((lhs, rhs), implementation)
+    options = DotOptions(precision, preferred_element_type, out_sharding, implementation)
+    return dot_operands(lhs, rhs, dimension_numbers, options)
+
+
+def dot_operands(
+    lhs: Operand | LowRank,
+    rhs: Operand | LowRank,
+    dimension_numbers: lax.DotDimensionNumbers,
+    options: DotOptions,
+) -> jax.Array:
+    """`dot_general` of operands that were checked."""
     if isinstance(lhs, LowRank) or isinstance(rhs, LowRank):
-        options = preferred_element_type, precision, out_sharding
-        product = partial(dot_general, implementation=implementation)
-        return with_low_rank(product, lhs, rhs, dimension_numbers, *options)
-    if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
+        return with_low_rank(dot_operands, lhs, rhs, dimension_numbers, options)
+    if not (is_quantized(lhs) or is_quantized(rhs)):
         return lax.dot_general(
-            lhs,
-            rhs,
+            lhs,  # pyright: ignore[reportArgumentType] (an array)
+            rhs,  # pyright: ignore[reportArgumentType] (an array)
             dimension_numbers,
-            precision,
-            preferred_element_type,
-            out_sharding=out_sharding,
+            options.precision,
+            options.preferred_element_type,
+            out_sharding=options.out_sharding,
         )
-    contract, batch = (
-        (stored_axes(lhs, pair[0]), stored_axes(rhs, pair[1])) for pair in dimension_numbers
-    )
-    dtype = result_dtype(lhs, rhs, preferred_element_type)
-    permutation = _permutation(lhs, rhs, dimension_numbers)
-    stored_sharding = before_transpose(out_sharding, permutation)
-    spec = DotSpec(contract, batch, permutation, dtype, precision, stored_sharding)
-    return _dot_general(lhs, rhs, spec, implementation)
+    spec = DotSpec.of_logical_axes(lhs, rhs, dimension_numbers, options)
+    return _dot_general(lhs, rhs, spec, options.implementation)
+
+
+def dot_by_labels(
+    lhs: Operand | LowRank,
+    lhs_labels: Sequence[str],
+    rhs: Operand | LowRank,
+    rhs_labels: Sequence[str],
+    out_labels: Sequence[str],
+    options: DotOptions,
+) -> jax.Array:
+    """Product of two labelled operands, summed over the labels that are not in the output."""
+    lhs, rhs, numbers, order = pair_axes(lhs, lhs_labels, rhs, rhs_labels, out_labels)
+    sharding = before_transpose(options.out_sharding, order)
+    options = dataclasses.replace(options, out_sharding=sharding)
+    out = dot_operands(lhs, rhs, numbers, options)
+    return out if order == tuple(range(out.ndim)) else out.transpose(order)
+
+
+def _batched_matmul(lhs, rhs, options):
+    """`matmul` whose leading axes broadcast."""
+    lhs_labels = [*hidden_labels(lhs.ndim - 2), *["m", "k"][-lhs.ndim :]]
+    rhs_labels = [*hidden_labels(rhs.ndim - 2), *["k", "n"][: rhs.ndim]]
+    outer = hidden_labels(max(lhs.ndim, rhs.ndim) - 2)
+    out_labels = [*outer, *["m"] * (lhs.ndim > 1), *["n"] * (rhs.ndim > 1)]
+    return dot_by_labels(lhs, lhs_labels, rhs, rhs_labels, out_labels, options)
 
 
 @partial(jax.jit, static_argnames=("spec", "implementation"))
 def _dot_general(lhs, rhs, spec, implementation):
-    return with_dequantized_gradient(
-        lambda lhs, rhs: dispatch.run(_TABLE, lhs, rhs, spec, implementation),
-        lambda lhs, rhs: dequantize.run(lhs, rhs, spec),
-        (lhs, rhs),
-        spec.contract,
-    )
-
-
-def _permutation(lhs, rhs, dimension_numbers):
-    """Where the axes of the result lie in the product of the stored arrays."""
-    contract, batch = dimension_numbers
-    order = list(range(len(batch[0])))
-    for x, *taken in zip((lhs, rhs), contract, batch, strict=True):
-        taken = {a % x.ndim for axes in taken for a in axes}
-        stored = stored_axes(x, [a for a in range(x.ndim) if a not in taken])
-        order += [len(order) + sorted(stored).index(a) for a in stored]
-    return tuple(order)
+    return dispatch.run(_TABLE, lhs, rhs, spec, implementation)
 
 
 # Rows that XLA can partition among devices.

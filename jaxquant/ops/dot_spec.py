@@ -1,4 +1,4 @@
-"""What a product is asked for, apart from its operands."""
+"""The arguments of `dot_general` other than its operands."""
 
 import dataclasses
 import math
@@ -9,14 +9,23 @@ import numpy as np
 from jax import lax
 
 from ..core import QTensor
-from ..jaxprs import OutSharding, reshard_like
-from .dispatch import Operand
-from .operands import AxesOfBoth, repeat_groups
+from ..jaxprs import OutSharding, before_transpose, reshard_like
+from .operands import AxesOfBoth, Operand, repeat_groups, result_dtype, stored_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class DotOptions:
+    """Arguments of `dot_general` that every operation built on it passes on."""
+
+    precision: lax.PrecisionLike = None
+    preferred_element_type: jax.typing.DTypeLike | None = None
+    out_sharding: OutSharding = None
+    implementation: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class DotSpec:
-    """What `dot_general` is asked for, hashable, in terms of the arrays as they are stored.
+    """The arguments of `dot_general`, hashable, in terms of the arrays as they are stored.
 
     Attributes:
         contract, batch: (axes of lhs, axes of rhs), from 0 up.
@@ -35,12 +44,47 @@ class DotSpec:
 
     operation: ClassVar[str] = "dot_general"
 
+    @classmethod
+    def of_logical_axes(
+        cls,
+        lhs: Operand,
+        rhs: Operand,
+        dimension_numbers: lax.DotDimensionNumbers,
+        options: DotOptions,
+    ) -> "DotSpec":
+        """The spec for operands whose axes are given in logical order.
+
+        Raises:
+            ValueError: the preferred dtype is not a floating-point one.
+        """
+        contract, batch = (
+            (stored_axes(lhs, pair[0]), stored_axes(rhs, pair[1])) for pair in dimension_numbers
+        )
+        permutation = _permutation(lhs, rhs, dimension_numbers)
+        return cls(
+            contract,
+            batch,
+            permutation,
+            result_dtype(lhs, rhs, options.preferred_element_type),
+            options.precision,
+            before_transpose(options.out_sharding, permutation),
+        )
+
+    @property
+    def channels(self) -> AxesOfBoth:
+        """A multiplier has one factor per element of the contracted axes."""
+        return self.contract
+
+    def with_arrays(self) -> "DotSpec":
+        """The spec itself: `dot_general` has no further arrays."""
+        return self
+
     def length(self, lhs: Operand, rhs: Operand) -> int:
         """Products that are added for one element of the result."""
         return math.prod(_stored_shape(lhs)[a] for a in self.contract[0])
 
     def rows(self, lhs: Operand, rhs: Operand) -> int | None:
-        """Rows of inputs, where one matrix on the right multiplies them all; else None."""
+        """Rows of activations, if one matrix on the right multiplies them all; else None."""
         lengths = [_stored_shape(lhs)[a] for a in self.free(lhs, 0)]
         return None if self.batch[0] else math.prod(lengths)
 
@@ -51,6 +95,17 @@ class DotSpec:
 
 def _stored_shape(x):
     return x.codes.shape if isinstance(x, QTensor) else x.shape
+
+
+def _permutation(lhs, rhs, dimension_numbers):
+    """Where the axes of the result lie in the product of the stored arrays."""
+    contract, batch = dimension_numbers
+    order = list(range(len(batch[0])))
+    for x, *taken in zip((lhs, rhs), contract, batch, strict=True):
+        taken = {a % x.ndim for axes in taken for a in axes}
+        stored = stored_axes(x, [a for a in range(x.ndim) if a not in taken])
+        order += [len(order) + sorted(stored).index(a) for a in stored]
+    return tuple(order)
 
 
 def to_logical_order(out: jax.Array, spec: DotSpec) -> jax.Array:

@@ -1,16 +1,31 @@
-"""How inputs are quantized anew in each product."""
+"""How `inputs` treat the operand that meets a QTensor: multiplied, then quantized."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from ..core import FP8_E4M3, INT8, AbsMax, ArrayConfig, Axes, QTensor, block_shape, quantize
+from ..core import (
+    FP8_E4M3,
+    INT8,
+    AbsMax,
+    ArrayConfig,
+    Axes,
+    Inputs,
+    QTensor,
+    block_shape,
+    quantize,
+    quantize_with_scale,
+    straight_through,
+)
 from ..jaxprs import Function, by_generation, is_sharded, on_one_cpu, on_one_tpu
 from ..kernels import cpu, pallas_tpu
+from .operands import AxesOfBoth, Operand
 
-# Rows of inputs from which one pass over the memory beats XLA's two. 4096 x 4096, bfloat16,
+# Rows of activations from which one pass over the memory beats XLA's two. 4096 x 4096, bfloat16,
 # microseconds: v5e 62 against 336, v6e 31 against 190. Fewer are left to XLA, to fuse with what
 # made them.
 _LEAST_ROWS = {"v5e": 512, "v6e": 512}
@@ -20,8 +35,38 @@ _FORMATS = (INT8, FP8_E4M3)
 _FLOATS = (jnp.float32, jnp.bfloat16)
 
 
+def observe(
+    lhs: Operand, rhs: Operand, contract: AxesOfBoth, channels: AxesOfBoth
+) -> tuple[Operand, Operand]:
+    """The operands without taps, after each tap was called with the operand that it observes."""
+    (_, lhs_channels), (_, rhs_channels) = _axes(lhs, rhs, contract, channels)
+    return _observed(lhs, rhs, rhs_channels), _observed(rhs, lhs, lhs_channels)
+
+
+def treat(
+    lhs: Operand, rhs: Operand, contract: AxesOfBoth, channels: AxesOfBoth
+) -> tuple[Operand, Operand]:
+    """The operands, each treated as the `inputs` of the other say.
+
+    Args:
+        lhs, rhs: arrays and QTensors.
+        contract: stored axes that are contracted, of both.
+        channels: those of them that a multiplier is for.
+    """
+    lhs_axes, rhs_axes = _axes(lhs, rhs, contract, channels)
+    return _treated(lhs, rhs, *lhs_axes), _treated(rhs, lhs, *rhs_axes)
+
+
+def treat_straight_through(
+    lhs: Operand, rhs: Operand, contract: AxesOfBoth, channels: AxesOfBoth
+) -> tuple[Operand, Operand]:
+    """`treat`, with dequantized values and the straight-through derivative of what is quantized."""
+    lhs_axes, rhs_axes = _axes(lhs, rhs, contract, channels)
+    return _straight_through(lhs, rhs, *lhs_axes), _straight_through(rhs, lhs, *rhs_axes)
+
+
 def quantize_inputs(x: jax.Array, config: ArrayConfig, axis: Axes) -> QTensor:
-    """`quantize`, in one pass over the memory where kernels of our own are faster."""
+    """`quantize`, in one pass over memory where kernels of this package are faster."""
     branches = _branches_at_once(x, config, axis)
     if not branches:
         return quantize(x, config, axis)
@@ -29,7 +74,7 @@ def quantize_inputs(x: jax.Array, config: ArrayConfig, axis: Axes) -> QTensor:
 
 
 def quantize_rows(x: jax.Array, config: ArrayConfig, *, interpret: bool = False) -> QTensor:
-    """Codes of 8 bits of (..., K), one scale per row; `interpret` does without a TPU, for tests."""
+    """8-bit codes of (..., K), one scale per row; `interpret` runs without a TPU, for tests."""
     rows = x.reshape(-1, x.shape[-1])
     qmin, qmax = (float(q) for q in config.bounds)
     codes, scale = pallas_tpu.quantize_rows(
@@ -40,14 +85,14 @@ def quantize_rows(x: jax.Array, config: ArrayConfig, *, interpret: bool = False)
 
 
 def quantize_rows_natively(x: jax.Array, config: ArrayConfig) -> QTensor:
-    """Int8 codes of (..., K), one scale per row, by machine code for CPUs: `quantize`'s bits."""
+    """Int8 codes of (..., K), one scale per row, by a native kernel: the bits of `quantize`."""
     qmin, qmax = (int(q) for q in config.bounds)
     codes, scale = cpu.quantize_rows(x, qmin, qmax)
     return QTensor(codes, scale, format=config.format, dtype=x.dtype)
 
 
 def _branches_at_once(x, config, axis):
-    """What quantizes in one pass, by platform, where it can do what the config says and pays."""
+    """Functions that quantize in one pass, by platform, where they support the config and pay."""
 
     def by_xla(x):
         return quantize(x, config, axis)
@@ -74,7 +119,7 @@ def _branches_at_once(x, config, axis):
 
 
 def _is_of_rows(x, config, axis):
-    """Whether the config asks for codes of 8 bits with one float32 scale per row."""
+    """Whether the config asks for 8-bit codes with one float32 scale per row."""
     if not isinstance(x, jax.Array) or x.dtype not in _FLOATS or is_sharded(x):
         return False
     if 0 in (x.ndim, x.size):
@@ -83,3 +128,100 @@ def _is_of_rows(x, config, axis):
     has_float32 = config.stored_scale_dtype == "float32"
     per_row = (*(1,) * (x.ndim - 1), x.shape[-1])
     return is_plain and has_float32 and block_shape(x.shape, config, axis) == per_row
+
+
+def _axes(lhs, rhs, contract, channels):
+    """(contracted axes, channels) of each operand, channels in the order of the other's."""
+    lhs_channels, rhs_channels = channels
+    return (
+        (contract[0], _in_order_of(rhs, rhs_channels, lhs_channels)),
+        (contract[1], _in_order_of(lhs, lhs_channels, rhs_channels)),
+    )
+
+
+def _in_order_of(other, met, axes):
+    """`axes` in the order of the logical axes of `other` that they meet, stored at `met`."""
+    if not isinstance(other, QTensor):
+        return axes
+    logical = np.argsort(other.stored_axes(range(other.ndim))).tolist()
+    return tuple(axis for _, axis in sorted(zip([logical[a] for a in met], axes, strict=True)))
+
+
+def _inputs_for(x, other) -> Inputs | None:
+    """How `other` says to treat x, or None. A quantized x is left as it is."""
+    inputs = other.inputs if isinstance(other, QTensor) else None
+    if not isinstance(x, QTensor):
+        return inputs
+    if inputs is not None and inputs.multiplier is not None:
+        raise ValueError(
+            f"A quantized operand cannot be multiplied by inputs.multiplier; got {x!r}. Multiply "
+            "it before you quantize it, and drop the multiplier."
+        )
+    return None
+
+
+def _observed(other, x, channels):
+    """`other` without its tap, after the tap was called with x."""
+    inputs = _inputs_for(x, other)
+    if inputs is None or inputs.tap is None:
+        return other
+    inputs.tap(_multiply(x, other, channels))
+    return dataclasses.replace(other, inputs=dataclasses.replace(inputs, tap=None))
+
+
+def _treated(x, other, shared, channels):
+    inputs = _inputs_for(x, other)
+    if inputs is None:
+        return x
+    return _quantized(_multiply(x, other, channels), other, shared, channels)
+
+
+def _straight_through(x, other, shared, channels):
+    """`_treated`, with the values of the quantized operand and the derivative of x."""
+    inputs = _inputs_for(x, other)
+    if inputs is None:
+        return x
+    x = _multiply(x, other, channels)
+    if inputs.config is None:
+        return x
+    q = _quantized(lax.stop_gradient(x), other, shared, channels)
+    parameters = inputs.scale, inputs.zero_point
+    return straight_through(x, q, inputs.config, *parameters, margin=inputs.scale is None)
+
+
+def _multiply(x, other, axes):
+    """x * multiplier, which has one factor per element of `axes`, in that order."""
+    inputs = other.inputs
+    # Masks and one-hot rows may be integers.
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(other.dtype)
+    if inputs.multiplier is None:
+        return x
+    lengths = tuple(x.shape[a] for a in axes)
+    if inputs.multiplier.shape != lengths:
+        raise ValueError(
+            f"inputs.multiplier must have the shape of the contracted axes, {lengths}, in the "
+            f"order of the QTensor's; got {inputs.multiplier.shape} for axes {axes} of an "
+            f"operand of shape {x.shape}."
+        )
+    ascending = inputs.multiplier.transpose(np.argsort(axes))
+    shape = [n if a in axes else 1 for a, n in enumerate(x.shape)]
+    return x * ascending.reshape(shape).astype(x.dtype)
+
+
+def _quantized(x, other, shared, channels):
+    inputs, config = other.inputs, other.inputs.config
+    if config is None:
+        return x
+    if inputs.scale is not None:
+        return quantize_with_scale(x, inputs.scale, inputs.zero_point, config)
+    try:
+        return quantize_inputs(x, config, _shared_axis(config, shared, channels))
+    except ValueError as error:
+        raise ValueError(f"The inputs of {other!r} cannot be quantized: {error}") from error
+
+
+def _shared_axis(config, shared, channels):
+    """Along all contracted axes, or in groups along the last of the channels."""
+    is_grouped = config.group_size is not None or config.format.group_size is not None
+    axes = (max(channels),) if is_grouped and channels else tuple(sorted(shared))
+    return axes[0] if len(axes) == 1 else axes

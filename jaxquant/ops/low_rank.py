@@ -1,4 +1,4 @@
-"""Products with a quantized array that has a low-rank one beside it."""
+"""Products with a quantized array that has low-rank adapters."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,24 +8,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core import LowRank, QTensor
-from ..jaxprs import OutSharding
-from .dispatch import Factor
+from .dot_spec import DotOptions
+from .operands import Operand
 
 
 def with_low_rank(
-    product: Callable[..., jax.Array],
-    lhs: Factor,
-    rhs: Factor,
+    dot: Callable[..., jax.Array],
+    lhs: Operand | LowRank,
+    rhs: Operand | LowRank,
     dimension_numbers: lax.DotDimensionNumbers,
-    preferred: jax.typing.DTypeLike | None,
-    precision: lax.PrecisionLike,
-    out_sharding: OutSharding,
+    options: DotOptions,
 ) -> jax.Array:
     """x @ (base + (alpha / rank) * a @ b) as two products, x on either side.
 
-        out = product(x, base) + (alpha / rank) * (x @ a) @ b
+        out = dot(x, base) + (alpha / rank) * (x @ a) @ b
 
-    Where the product contracts the axes of `b` rather than those of `a`, x meets `b` first, so
+    If the product contracts the axes of `b` rather than those of `a`, x meets `b` first, so
     that what lies between them has `rank` columns.
 
     Raises:
@@ -34,19 +32,13 @@ def with_low_rank(
     if isinstance(lhs, LowRank) and isinstance(rhs, LowRank):
         raise ValueError(
             f"One operand of a product may have adapters; got {lhs!r} and {rhs!r}. Merge one of "
-            "them, by jaxquant.training.merge."
+            "them, with jaxquant.training.merge."
         )
     bases = (lax.stop_gradient(x.base) if isinstance(x, LowRank) else x for x in (lhs, rhs))
     # First, because it says what is wrong with the shapes.
-    out = product(
-        *bases,
-        dimension_numbers,
-        precision=precision,
-        preferred_element_type=preferred,
-        out_sharding=out_sharding,
-    )
+    out = dot(*bases, dimension_numbers, options)
     numbers = tuple(tuple(tuple(map(int, axes)) for axes in pair) for pair in dimension_numbers)
-    return _add_low_rank(out, lhs, rhs, numbers, precision, out_sharding)
+    return _add_low_rank(out, lhs, rhs, numbers, options.precision, options.out_sharding)
 
 
 @partial(jax.jit, static_argnames=("numbers", "precision", "out_sharding"))
@@ -109,7 +101,7 @@ def take_low_rank(
     if a.ndim != 2 or axis not in (0, -2):
         raise ValueError(
             "take from an array with adapters is for rows of a matrix, axis 0; got axis "
-            f"{axis} of {a!r}. Merge it first, by jaxquant.training.merge."
+            f"{axis} of {a!r}. Merge it first, with jaxquant.training.merge."
         )
     rows = take(lax.stop_gradient(a.base), axis=0, fill_value=fill_value)
     # What is filled, is filled in `rows`.

@@ -11,21 +11,23 @@ from jax import lax
 
 from ..core import QTensor, scale_values
 from . import dispatch
-from .dispatch import Factor, Implementation, Operand
+from .dispatch import Implementation
 from .operands import (
+    AxesOfBoth,
+    Operand,
+    OperandLike,
     as_array,
-    check_operands,
     result_dtype,
     stored_axes,
     why_unsupported_codes,
     why_unsupported_length,
-    with_dequantized_gradient,
+    without_adapters,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class RaggedSpec:
-    """What `ragged_dot` is asked for. Hashable while it holds no arrays.
+    """The arguments of `ragged_dot`. Hashable while it holds no arrays.
 
     Attributes:
         rhs_axes: where the (group, k, n) axes of rhs are stored.
@@ -41,6 +43,22 @@ class RaggedSpec:
     group_offset: jax.Array | None = None
 
     operation: ClassVar[str] = "ragged_dot"
+
+    @property
+    def contract(self) -> AxesOfBoth:
+        """The axis k of both operands."""
+        return (1,), (self.rhs_axes[1],)
+
+    @property
+    def channels(self) -> AxesOfBoth:
+        """A multiplier has one factor per element of k."""
+        return self.contract
+
+    def with_arrays(
+        self, group_sizes: jax.Array | None, group_offset: jax.Array | None
+    ) -> "RaggedSpec":
+        """The spec with the arrays of groups."""
+        return dataclasses.replace(self, group_sizes=group_sizes, group_offset=group_offset)
 
     def length(self, lhs: Operand, rhs: Operand) -> int:
         """Products that are added for one element of the result."""
@@ -69,8 +87,8 @@ class RaggedSpec:
 
 
 def ragged_dot(
-    lhs: Factor,
-    rhs: Factor,
+    lhs: OperandLike,
+    rhs: OperandLike,
     group_sizes: jax.Array | np.ndarray,
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
@@ -102,7 +120,7 @@ def ragged_dot(
     Gradients and error: as for `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
     """
-    lhs, rhs = check_operands((lhs, rhs), implementation)
+    lhs, rhs = without_adapters((lhs, rhs), implementation)
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
         return lax.ragged_dot(
             jnp.asarray(lhs),
@@ -122,18 +140,7 @@ def ragged_dot(
 
 @partial(jax.jit, static_argnames=("spec", "implementation"))
 def _ragged_dot(lhs, rhs, group_sizes, group_offset, spec, implementation):
-    def with_groups(sizes, offset):
-        return dataclasses.replace(spec, group_sizes=sizes, group_offset=offset)
-
-    return with_dequantized_gradient(
-        lambda lhs, rhs, *groups: dispatch.run(
-            _TABLE, lhs, rhs, with_groups(*groups), implementation
-        ),
-        lambda lhs, rhs, *groups: _dequantized(lhs, rhs, with_groups(*groups)),
-        (lhs, rhs),
-        ((1,), (spec.rhs_axes[1],)),
-        (group_sizes, group_offset),
-    )
+    return dispatch.run(_TABLE, lhs, rhs, spec, implementation, group_sizes, group_offset)
 
 
 def _dequantized(lhs, rhs, spec):

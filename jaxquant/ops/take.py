@@ -6,13 +6,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ..core import Deferred, LowRank, QTensor
-from .dispatch import Factor
+from ..core import LowRank, QTensor
 from .low_rank import take_low_rank
+from .operands import OperandLike, as_operands
 
 
 def take(
-    a: Factor,
+    a: OperandLike,
     indices: jax.typing.ArrayLike,
     axis: int | None = None,
     *,
@@ -43,8 +43,7 @@ def take(
     Gradients: scales of 16 bits or more get theirs.
     Error: none; equal to `jnp.take` from the dequantized array.
     """
-    if isinstance(a, Deferred):
-        a = a.quantize()
+    (a,) = as_operands((a,), None)
     if isinstance(a, LowRank):
         rows = partial(
             take,

@@ -304,7 +304,7 @@ def test_both_implementations_give_the_same_numbers_and_dtypes():
         )
         assert got.dtype == jnp.bfloat16
         assert_conv(got, x, q, (1, 1), ((0, 0), (0, 0)), tolerance=2.0**-8)
-    with pytest.raises(ValueError, match="preferred_element_type must be floating"):
+    with pytest.raises(ValueError, match="preferred_element_type must be a floating-point dtype"):
         conv_general_dilated(x, q, (1, 1), "VALID", preferred_element_type=jnp.int32)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxquant import FP8_E4M3, INT4, ArrayConfig, matmul, quantize
-from jaxquant.jaxprs import chips, marking
+from jaxquant.jaxprs import chips, marking, walk
 from jaxquant.ops import dispatch
 from jaxquant.ops.dispatch import Implementation
 
@@ -17,9 +17,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Spec(int):
-    """What the operation is asked for: a number, of which the row "small" takes up to 3."""
+    """The arguments of an operation: a number; the row "small" supports up to 3."""
 
     operation = "dot_general"
+    contract = channels = ((1,), (1,))
+
+    def with_arrays(self):
+        return self
 
     def length(self, lhs, rhs):
         return lhs.shape[1]
@@ -61,7 +65,7 @@ X = jnp.zeros((2, 3))
     ],
 )
 def test_the_first_able_row_for_the_platform_is_chosen(platform, spec, name):
-    assert dispatch.choose(TABLE, X, X, spec, platform).name == name
+    assert dispatch.select_row(TABLE, X, X, spec, platform)[0].name == name
 
 
 BY_CHIP = (
@@ -77,8 +81,9 @@ BY_CHIP = (
 
 
 def test_chips_choose_rows_of_their_own_as_the_program_is_lowered(monkeypatch):
-    assert dispatch.choose(BY_CHIP, X, X, 1, "tpu", "v6e").name == "quick"
-    assert dispatch.choose(BY_CHIP, X, X, 1, "tpu", "v5e").name == "last"
+    passed_over = (("quick", "slow on v5e"),)
+    assert dispatch.select_row(BY_CHIP, X, X, 1, "tpu", "v6e") == (BY_CHIP[0], ())
+    assert dispatch.select_row(BY_CHIP, X, X, 1, "tpu", "v5e") == (BY_CHIP[1], passed_over)
     for chip, wanted in {"v6e": "1.0", "v5e": "3.0", "7x": "3.0", None: "3.0"}.items():
         monkeypatch.setattr(chips, "target", lambda module, chip=chip: chip)
         for run in (partial(dispatch.run, implementation=None), dispatch.run_on):
@@ -94,13 +99,15 @@ def test_arrays_with_explicit_sharding_are_computed_alike_on_all_chips():
     for array, count in ((x, 4), (X, 6)):
         with marking():
             jaxpr = jax.make_jaxpr(lambda x: dispatch.run(BY_CHIP, x, x, Spec(1), None))(array)
-        (kept,) = (e.params["record"] for e in jaxpr.eqns if "record" in e.params)
-        assert len(kept.choices) == count
+        (record,) = (
+            site.eqn.params["record"] for site in walk(jaxpr) if "record" in site.eqn.params
+        )
+        assert len(record.choices) == count
 
 
 def test_the_last_row_is_chosen_without_being_asked():
     table = (*TABLE[:1], Implementation("last", constant(3.0), never))
-    assert dispatch.choose(table, X, X, 1, "tpu").name == "last"
+    assert dispatch.select_row(table, X, X, 1, "tpu")[0].name == "last"
 
 
 def test_the_platform_is_chosen_when_the_program_is_compiled():

@@ -245,7 +245,7 @@ def test_float64_stays_float64():
 
 
 def test_the_preferred_dtype_must_be_floating():
-    with pytest.raises(ValueError, match=r"element_type must be floating.* got .*int32"):
+    with pytest.raises(ValueError, match=r"must be a floating-point dtype.* got .*int32"):
         matmul(normal(M, K), weight(WEIGHTS["int8"]), preferred_element_type=jnp.int32)
 
 

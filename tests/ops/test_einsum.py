@@ -187,7 +187,7 @@ def test_inputs_are_for_products_only():
 
 def test_matmul_refuses_what_has_no_axis_or_does_not_fit():
     q = quantize(jnp.float32(2), ArrayConfig(per_tensor=True, format=INT4))
-    with pytest.raises(ValueError, match=r"at least one axis; got \(5, 8\), \(\)"):
+    with pytest.raises(ValueError, match=r"at least one axis; got \(5, 8\) and \(\)"):
         matmul(normal(5, 8), q)
     with pytest.raises(ValueError, match="must have one length; got 8 and 7"):
         matmul(normal(5, 8), weight(ArrayConfig(), (7, 6)))

@@ -369,7 +369,7 @@ def test_a_quantized_operand_cannot_be_multiplied_any_more():
 
 @pytest.mark.parametrize("function", [matmul, lambda x, w, **k: einsum("mk,kn->mn", x, w, **k)])
 def test_an_implementation_cannot_be_forced_on_plain_arrays(function):
-    with pytest.raises(ValueError, match="implementation='integer' is for products with a QTensor"):
+    with pytest.raises(ValueError, match="implementation='integer' needs a QTensor"):
         function(jnp.ones((2, 3)), jnp.ones((3, 4)), implementation="integer")
 
 

@@ -80,7 +80,7 @@ def test_both_implementations_give_the_same_numbers_and_dtypes():
         half = run(x, q, SIZES, preferred_element_type=jnp.bfloat16, precision="highest")
         assert half.dtype == jnp.bfloat16
         assert_ragged(half, x, q, tolerance=2.0**-8)
-    with pytest.raises(ValueError, match="preferred_element_type must be floating"):
+    with pytest.raises(ValueError, match="preferred_element_type must be a floating-point dtype"):
         ragged_dot(x, q, SIZES, preferred_element_type=jnp.int32)
 
 

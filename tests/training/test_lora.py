@@ -571,9 +571,9 @@ def test_operations_say_what_they_do_not_take():
     text = r"got LowRank\(QTensor\(int4 64x24.*, a \(64, 3\), b \(3, 24\), alpha 2\.0\).*merge"
     with pytest.raises(ValueError, match=rf"One operand .* may have adapters; {text}"):
         einsum("kn,kn->n", w, w)
-    with pytest.raises(ValueError, match=rf"Only matmul, einsum, .* know adapters; {text}"):
+    with pytest.raises(ValueError, match=rf"Only matmul, einsum, .* support adapters; {text}"):
         jq.ragged_dot(jnp.ones((5, K)), w, jnp.array([5]))
-    with pytest.raises(ValueError, match=rf"Only matmul, einsum, .* know adapters; {text}"):
+    with pytest.raises(ValueError, match=rf"Only matmul, einsum, .* support adapters; {text}"):
         jq.conv_general_dilated(jnp.ones((1, 4, 4)), w, (1,), "SAME")
     for axis in (1, None):
         with pytest.raises(
@@ -584,7 +584,7 @@ def test_operations_say_what_they_do_not_take():
         jq.take(adapted(INT4_G32, (2, K, N)), jnp.array([0]), 0)
     with pytest.raises(ValueError, match=r"integer.* cannot run float32 .* has no codes"):
         matmul(W.T, w, implementation="integer")
-    with pytest.raises(ValueError, match="implementation='integer' is for products with a QTensor"):
+    with pytest.raises(ValueError, match="implementation='integer' needs a QTensor"):
         matmul(W.T, W, implementation="integer")
     with_inputs = dataclasses.replace(w, base=dataclasses.replace(w.base, inputs=Inputs()))
     with pytest.raises(ValueError, match="can only be multiplied"):

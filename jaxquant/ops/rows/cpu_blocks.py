@@ -15,9 +15,9 @@ from jax import lax
 
 from ...core import QTensor
 from ...jaxprs import is_sharded, unless_partitioned
-from ..dispatch import Implementation, Operand, Table
+from ..dispatch import Implementation, Table
 from ..dot_spec import DotSpec
-from ..operands import as_array
+from ..operands import Operand, as_array
 from . import dequantize, integer
 from .kernel import kernel_or_xla
 

@@ -10,9 +10,9 @@ import numpy as np
 from ...core import Format, QTensor, scale_values
 from ...jaxprs import on_one_cpu
 from ...kernels import cpu
-from ..dispatch import Implementation, Operand, Table
+from ..dispatch import Implementation, Table
 from ..dot_spec import DotSpec, in_result, to_logical_order
-from ..operands import as_array, repeat_groups, why_unsupported_codes
+from ..operands import Operand, as_array, repeat_groups, why_unsupported_codes
 from . import integer
 from .kernel import kernel_or_xla, why_unsupported_float64, why_unsupported_matrix
 

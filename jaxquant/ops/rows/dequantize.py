@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..dispatch import Implementation, Operand
+from ..dispatch import Implementation
 from ..dot_spec import DotSpec, to_logical_order
-from ..operands import as_array
+from ..operands import Operand, as_array
 
 
 def run(lhs: Operand, rhs: Operand, spec: DotSpec) -> jax.Array:

@@ -9,9 +9,9 @@ from jax import lax
 from ...core import QTensor, scale_values
 from ...jaxprs import on_one_gpu
 from ...kernels import pallas_gpu
-from ..dispatch import Implementation, Operand, Table
+from ..dispatch import Implementation, Table
 from ..dot_spec import DotSpec, to_logical_order
-from ..operands import repeat_groups, why_unsupported_length
+from ..operands import Operand, repeat_groups, why_unsupported_length
 from . import integer
 from .kernel import (
     FloatSupport,

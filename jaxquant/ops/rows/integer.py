@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from ...core import QTensor, scale_values
 from ...kernels import integer_dot
-from ..dispatch import Implementation, Operand
+from ..dispatch import Implementation
 from ..dot_spec import DotSpec, in_result, to_logical_order
-from ..operands import why_unsupported_codes, why_unsupported_length
+from ..operands import Operand, why_unsupported_codes, why_unsupported_length
 
 
 def run(

@@ -10,9 +10,9 @@ from jax import lax
 from ...core import QTensor, blocks_between, scale_values
 from ...jaxprs import is_sharded, vary_alike
 from .. import dispatch
-from ..dispatch import Operand, Table
+from ..dispatch import Table
 from ..dot_spec import DotSpec
-from ..operands import why_unsupported_codes
+from ..operands import Operand, why_unsupported_codes
 
 
 def kernel_or_xla(

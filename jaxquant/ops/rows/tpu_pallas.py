@@ -10,9 +10,9 @@ from jax import lax
 from ...core import QTensor, scale_values
 from ...jaxprs import on_one_tpu
 from ...kernels import pallas_tpu
-from ..dispatch import Implementation, Operand, Table
+from ..dispatch import Implementation, Table
 from ..dot_spec import DotSpec, to_logical_order
-from ..operands import repeat_groups
+from ..operands import Operand, repeat_groups
 from . import integer
 from .kernel import (
     FloatSupport,

@@ -14,9 +14,9 @@ from jax import lax
 
 from ...core import QTensor, scale_values
 from ...jaxprs import by_generation
-from ..dispatch import Implementation, Operand
+from ..dispatch import Implementation
 from ..dot_spec import DotSpec, in_result, to_logical_order
-from ..operands import as_array
+from ..operands import Operand, as_array
 from . import dequantize
 
 # Fewest and most rows of float activations by 8-bit weights for which codes are scaled after the
