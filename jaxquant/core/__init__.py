@@ -1,4 +1,4 @@
-"""What a quantized array is. Knows nothing of operations, models or frameworks."""
+"""Quantized arrays. Independent of operations, models and frameworks."""
 
 from .blocks import Axes as Axes
 from .blocks import Groups as Groups

@@ -1,4 +1,4 @@
-"""The arithmetic of quantization: scales of ranges, and values <-> codes."""
+"""The arithmetic of quantization: from ranges to scales, and between values and codes."""
 
 import itertools
 
@@ -12,17 +12,17 @@ from .noise import uniform_noise
 
 
 def fit_scale(low: jax.Array, high: jax.Array, config: ArrayConfig) -> jax.Array:
-    """The step with which the codes span [low, high], before it is rounded to its dtype.
+    """The scale at which the codes span [low, high], before it is rounded to its dtype.
 
     Symmetric: high / config.reach. Asymmetric: (high - low) / (qmax - qmin). An empty range
-    has scale 0. A scale of exponents only (e8m0) is the next power of two above that; for codes
-    that are floats it is 2^(floor(log2(high)) - floor(log2(qmax))), the rule of OCP MX v1.0,
-    section 6.3, under which the largest values may be clipped.
+    has scale 0. A power-of-two scale (e8m0) is that scale rounded up to a power of two. With
+    floating-point codes it is 2^(floor(log2(high)) - floor(log2(qmax))) instead, the rule of
+    OCP MX v1.0, section 6.3, which may clip the largest values.
     """
     qmin, qmax = config.bounds
     span, reach = high, config.reach
     if not config.symmetric:
-        # In halves, so that a range of more than the largest float does not overflow.
+        # Halved, so that a range wider than the largest finite float does not overflow.
         span, reach = high / 2 - low / 2, (qmax - qmin) / 2
     if has_exponent_only(config.stored_scale_dtype):
         mantissa, exponent = jnp.frexp(span / reach)
@@ -31,17 +31,18 @@ def fit_scale(low: jax.Array, high: jax.Array, config: ArrayConfig) -> jax.Array
             exponent = jnp.frexp(span)[1] - int(np.frexp(reach)[1])
         scale = jnp.ldexp(jnp.ones_like(span), jnp.clip(exponent, -126, 126))
         return jnp.where(span == 0, 0, scale)
-    # XLA divides by multiplying with the reciprocal, which must not be subnormal: it is flushed.
+    # XLA divides by multiplying with the reciprocal, which must not be subnormal: subnormals are
+    # flushed to zero.
     return jnp.minimum(span / reach, 1 / float(jnp.finfo(span.dtype).tiny))
 
 
 def has_exponent_only(dtype: str) -> bool:
-    """Whether a floating dtype holds powers of two and nothing between them."""
+    """Whether a floating-point dtype represents only powers of two."""
     return jnp.finfo(dtype).nmant == 0
 
 
 def fit_zero_point(low: jax.Array, scale: jax.Array, config: ArrayConfig) -> jax.Array:
-    """round(qmin - low/scale), in the dtype of the codes; 0 where the scale is NaN."""
+    """round(qmin - low / scale) in the dtype of the codes; 0 where the scale is NaN."""
     qmin, qmax = config.bounds
     zero_point = jnp.where(jnp.isnan(scale), 0, jnp.round(qmin - low / scale))
     return jnp.clip(zero_point, qmin, qmax).astype(config.format.dtype)
@@ -54,14 +55,14 @@ def encode(
     config: ArrayConfig,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Values to codes: the nearest code to x/scale + zero_point, clipped. Arrays broadcast.
+    """The nearest code to x/scale + zero_point, clipped. Arrays broadcast.
 
-    With a key, of the two codes around it one at random, so that the expectation is the value; a
-    value that is a code stays what it is.
+    With a key, rounds stochastically to one of the two neighbouring codes, so that the
+    expectation equals the value. A value that is exactly a code is not changed.
     """
     format, values = config.format, x / scale
-    # A scale of NaN marks its group; the codes below it need only be defined. Whole numbers always
-    # are, and to ask here would take a TPU 1.2 microseconds, by its compiler's estimate.
+    # Codes under a NaN scale are never used, but must be defined. Integer codes always are, and
+    # testing for NaN would take a TPU 1.2 microseconds by its compiler's estimate.
     values = values if format.rounds else jnp.where(jnp.isnan(scale), 0, values)
     noise = None if key is None else uniform_noise(key, values.shape, values.dtype)
     if format.codebook is not None:
@@ -81,16 +82,16 @@ def encode(
 
 
 def _round_by(noise, values):
-    """The whole number above where the part of the value above the one below exceeds the noise.
+    """Rounds up where the fractional part exceeds the noise, and down elsewhere.
 
-    Not floor(values + noise), which rounds: 127 + 0.9999999 is 128 in float32.
+    floor(values + noise) would be wrong, because the sum rounds: 127 + 0.9999999 is 128 in float32.
     """
     below = jnp.floor(values)
     return below + (noise < values - below).astype(values.dtype)
 
 
 def clip_edges(config: ArrayConfig) -> tuple[float, float]:
-    """The outermost x/scale + zero_point whose nearest code is no further than a step's half."""
+    """The smallest and largest x/scale + zero_point within half a step of the outermost codes."""
     qmin, qmax = config.bounds
     format = config.format
     if format.rounds:
@@ -105,7 +106,7 @@ def clip_edges(config: ArrayConfig) -> tuple[float, float]:
 def decode(
     codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, format: Format
 ) -> jax.Array:
-    """Codes to values, (codes - zero_point) * scale, in the dtype of scale. Arrays broadcast."""
+    """Returns (codes - zero_point) * scale in the dtype of scale. Arrays broadcast."""
     if format.power is not None:
         return _power_value(codes, format, scale.dtype) * scale
     if format.codebook is not None:
@@ -117,9 +118,9 @@ def decode(
 
 
 def _nearest(values, format, noise=None):
-    """Index of the nearest entry of the codebook; of two equally near, the lower.
+    """Index of the nearest codebook entry; the lower one in a tie.
 
-    With noise from [0, 1), the one below or the one above a value, the nearer the more often.
+    With uniform noise in [0, 1), rounds stochastically to the entry below or above the value.
     """
     codebook = format.codebook
     index = jnp.zeros(values.shape, jnp.int8 if len(codebook) <= 128 else jnp.int16)
@@ -133,13 +134,13 @@ def _nearest(values, format, noise=None):
 
 
 def _nearest_power(values, format, noise=None):
-    """`_nearest` for a codebook of powers, by roots: values between count^power and the next."""
+    """`_nearest` for a power codebook, computed from the square root or fourth root."""
     count = len(format.codebook) // 2 if format.has_negative else len(format.codebook) - 1
     magnitude = jnp.minimum(jnp.abs(values), 1)
     root = jnp.sqrt(magnitude) if format.power == 2 else jnp.sqrt(jnp.sqrt(magnitude))
     index = jnp.minimum(jnp.floor(root * count), count - 1)
     below, above = (_raise(i / count, format.power) for i in (index, index + 1))
-    # A root that is rounded up over a whole number starts above its value, and stays there.
+    # If rounding lifts the root to the next integer, `below` is above the value and is kept.
     part = 0.5 if noise is None else noise
     index += (magnitude - below > (above - below) * part).astype(index.dtype)
     if not format.has_negative:
@@ -148,7 +149,7 @@ def _nearest_power(values, format, noise=None):
 
 
 def _power_value(codes, format, dtype):
-    """Entries of a codebook of powers."""
+    """Entries of a power codebook, computed from their codes."""
     book = format.codebook
     if not format.has_negative:
         return _raise(codes.astype(dtype) / (len(book) - 1), format.power)
@@ -162,14 +163,14 @@ def _raise(x, power):
 
 
 def _float_step(values, dtype):
-    """The distance between neighbouring numbers of a float dtype, where values lie."""
+    """The spacing of the numbers of a floating-point dtype around each value."""
     info = jnp.finfo(dtype)
     exponent = jnp.maximum(jnp.frexp(values)[1] - 1, int(info.minexp)) - int(info.nmant)
     return jnp.ldexp(jnp.ones_like(values), exponent)
 
 
 def _lookup(codes, codebook, dtype):
-    """codebook[codes], by selects over the bits of the code: a TPU has no fast gather."""
+    """codebook[codes] by selects over the bits of the codes, because gathers are slow on TPU."""
     index = codes.astype(jnp.int8)
     entries = [jnp.asarray(v, dtype) for v in codebook]
     bit = 0

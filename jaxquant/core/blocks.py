@@ -1,7 +1,7 @@
 """Which elements share a scale. A block shape has one length per axis and tiles the array.
 
-Blocks are reached by splitting axes, never by moving them, and only axes that need it: "split"
-below means an array so reshaped.
+An array is split into blocks by a reshape that splits only the axes with several blocks longer
+than one. Axes are never transposed. Below, "split" refers to an array reshaped in this way.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ Axes = int | tuple[int, ...] | None
 
 
 def check_axis(axis: Axes) -> None:
-    """Raises unless `axis` names axes.
+    """Checks that `axis` is an axis, a tuple of axes or None.
 
     Raises:
         ValueError: axis is not an int, a tuple of distinct ints, or None.
@@ -30,10 +30,10 @@ def check_axis(axis: Axes) -> None:
 
 
 def normalize_axes(axis: Axes, ndim: int) -> tuple[int, ...]:
-    """The axes of an array of `ndim` axes that `axis` names, counted from 0; all for None.
+    """The axes selected by `axis` in an array of rank `ndim`, counted from 0; all for None.
 
     Raises:
-        ValueError: an axis is out of range or named twice, or as for `check_axis`.
+        ValueError: an axis is out of range or repeated, or as for `check_axis`.
     """
     check_axis(axis)
     if axis is None:
@@ -52,7 +52,7 @@ def normalize_axes(axis: Axes, ndim: int) -> tuple[int, ...]:
 
 
 def shared_axes(axis: Axes, ndim: int, config: ArrayConfig) -> tuple[int, ...]:
-    """The axes along which elements share a scale: all of them per tensor, else those of `axis`.
+    """The axes along which elements share a scale: all axes if per tensor, otherwise `axis`.
 
     Raises:
         ValueError: as for `normalize_axes`.
@@ -61,11 +61,11 @@ def shared_axes(axis: Axes, ndim: int, config: ArrayConfig) -> tuple[int, ...]:
 
 
 def block_shape(shape: tuple[int, ...], config: ArrayConfig, axis: Axes = 0) -> tuple[int, ...]:
-    """The block of each scale in an array of `shape` that is quantized along `axis`.
+    """The block shape of an array of `shape` that is quantized along `axis`.
 
     Raises:
-        ValueError: an axis is out of range, the number of group sizes is not that of the axes, or
-            a group size does not divide its axis.
+        ValueError: an axis is out of range, the number of group sizes differs from the number of
+            axes, or a group size does not divide its axis.
     """
     axes = shared_axes(axis, len(shape), config)
     blocks = [1] * len(shape)
@@ -82,7 +82,7 @@ def block_shape(shape: tuple[int, ...], config: ArrayConfig, axis: Axes = 0) -> 
 def _group_sizes(config: ArrayConfig, axis: Axes, count: int) -> tuple[int | None, ...]:
     """The group size along each of `count` axes."""
     if config.format.group_size is not None and count != 1:
-        raise ValueError(f"{config.format} has groups along one axis; got axis={axis}.")
+        raise ValueError(f"{config.format} needs exactly one axis for its groups; got axis={axis}.")
     size = config.group_size or config.format.group_size
     sizes = size if isinstance(size, tuple) else (size,) * count
     if len(sizes) != count:
@@ -93,7 +93,7 @@ def _group_sizes(config: ArrayConfig, axis: Axes, count: int) -> tuple[int | Non
 
 
 def _divisors(length: int, wanted: int) -> str:
-    """The divisors on either side of what was wanted, as words."""
+    """The nearest divisors of `length` below and above `wanted`, as text."""
     divisors = [d for d in range(1, length + 1) if length % d == 0]
     near = [max((d for d in divisors if d < wanted), default=None)]
     near += [min((d for d in divisors if d > wanted), default=None)]
@@ -101,12 +101,12 @@ def _divisors(length: int, wanted: int) -> str:
 
 
 def blocks_between(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The block shape that leads from an array's shape to that of its scales."""
+    """The block shape, from the shapes of an array and of its scales."""
     return tuple(n // s if s else 1 for n, s in zip(shape, scale_shape, strict=True))
 
 
 def split(x: jax.Array, blocks: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
-    """Returns x with the axes split that hold several blocks, and the axes within a block."""
+    """Splits the axes of x that have several blocks. Also returns the axes within a block."""
     shape, inner = [], []
     for length, block in zip(x.shape, blocks, strict=True):
         if block in (1, length):
@@ -119,7 +119,7 @@ def split(x: jax.Array, blocks: tuple[int, ...]) -> tuple[jax.Array, tuple[int, 
 
 
 def to_blocks(scale: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
-    """Shapes an array with one element per block so that it broadcasts with the split array."""
+    """Reshapes an array with one element per block to broadcast with the split array."""
     shape = []
     for count, block in zip(scale.shape, blocks, strict=True):
         shape += [count] if block == 1 or count == 1 else [count, 1]
@@ -127,7 +127,7 @@ def to_blocks(scale: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
 
 
 def from_blocks(values: jax.Array, shape: tuple[int, ...], blocks: tuple[int, ...]) -> jax.Array:
-    """Undoes `to_blocks`: one element per block, in the rank of the array of `shape`."""
+    """Inverse of `to_blocks`: reshapes one element per block to the shape of the scales."""
     return values.reshape(scale_shape(shape, blocks))
 
 
@@ -142,8 +142,8 @@ class Groups:
     """An array split into the groups whose elements share a scale. A pytree.
 
     Attributes:
-        values: the array in float32 (float64 for float64), its axes split into groups.
-        axes: the axes of `values` that lie within a group, static.
+        values: the array in float32 (float64 for a float64 array), with its axes split into groups.
+        axes: the axes of `values` within a group, static.
         blocks: the block shape, static.
         shape: shape of the array, static.
         dtype: dtype of the array, static.
@@ -161,16 +161,16 @@ class Groups:
         return scale_shape(self.shape, self.blocks)
 
     def per_element(self, scale: jax.Array) -> jax.Array:
-        """Shapes one element per group so that it broadcasts with `values`, in their dtype."""
+        """Reshapes one element per group to broadcast with `values`, and casts to their dtype."""
         return to_blocks(scale.astype(self.values.dtype), self.blocks)
 
     def per_group(self, reduced: jax.Array) -> jax.Array:
-        """Shapes what was reduced over `axes`, which stay with length 1, like the scales."""
+        """Reshapes an array reduced over `axes` with keepdims to the shape of the scales."""
         return from_blocks(reduced, self.shape, self.blocks)
 
 
 def split_groups(x: jax.Array, blocks: tuple[int, ...]) -> Groups:
-    """The array in groups of a block shape."""
+    """Splits an array into groups with a block shape."""
     compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     values, axes = split(x.astype(compute), blocks)
     return Groups(values, axes, blocks, x.shape, x.dtype)

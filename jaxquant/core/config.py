@@ -1,4 +1,4 @@
-"""How arrays are to be quantized: configs of one array, and of a product's two operands."""
+"""Configs: how to quantize one array, and how to quantize weights and activations."""
 
 import dataclasses
 
@@ -16,29 +16,34 @@ SCALE_DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "f
 class ArrayConfig:
     """How to quantize one array. A pytree without leaves, hence static under `jit`.
 
-    The axes along which elements share a scale are an argument of the functions that take it.
+    The axes along which elements share a scale are not part of the config. They are an argument
+    of `quantize` and of the other functions that take a config.
 
     Attributes:
         format: number format of the codes.
-        group_size: elements per scale along those axes: one int for all of them, or a tuple with
-            one for each; None for whole axes, or what the format prescribes.
-        per_tensor: one scale for the whole array, whatever the axes.
-        symmetric: whether codes have no zero point. Only formats of whole numbers can.
-        range: which part of a group the codes span: AbsMax(), Percentile(p), MinMSE().
-        value_range: (qmin, qmax) in place of the format's; whole numbers within its dtype.
-        scale_dtype: dtype of the stored scales, one of `SCALE_DTYPES`; None for what the format
-            prescribes. Those of "float8_e4m3fn" are a QTensor under one float32 scale. "float16"
-            holds scales of 6e-8 to 65504: smaller ones become 6e-8, larger ones NaN.
+        group_size: elements per scale along those axes: one int for all axes, or a tuple with
+            one int per axis. None is the whole axis, or the group size of the format if it has
+            one.
+        per_tensor: whether the whole array has a single scale, regardless of the axes.
+        symmetric: whether the zero point is fixed at zero. Asymmetric quantization
+            (`symmetric=False`) needs a format with integer codes.
+        range: which part of a group the codes span: AbsMax(), Percentile(p) or MinMSE().
+        value_range: (qmin, qmax) that replaces the range of the format: two integers within its
+            dtype.
+        scale_dtype: dtype of the stored scales, one of `SCALE_DTYPES`; None for the default of
+            the format. "float8_e4m3fn" scales are stored as a QTensor with a float32 scale per
+            matrix. "float16" represents scales from 6e-8 to 65504: smaller scales become 6e-8,
+            larger ones NaN.
 
     Raises:
-        ValueError: a field is out of its range, or two fields contradict each other.
+        ValueError: a field is invalid, or two fields contradict each other.
     """
 
     format: Format = INT8
     group_size: int | tuple[int | None, ...] | None = None
     per_tensor: bool = False
     symmetric: bool = True
-    range: Range = AbsMax()  # noqa: RUF009 (frozen, so one instance serves all)
+    range: Range = AbsMax()  # noqa: RUF009 (frozen, so it can be shared)
     value_range: tuple[int, int] | None = None
     scale_dtype: str | None = None
 
@@ -48,8 +53,8 @@ class ArrayConfig:
         self._check_groups()
         if not (self.symmetric or self.format.rounds):
             raise ValueError(
-                "symmetric=False needs a format of whole numbers, such as INT8 or INT4; got "
-                f"format={self.format}. Its zero is exact already: leave symmetric=True."
+                "symmetric=False needs a format with integer codes, such as INT8 or INT4; got "
+                f"format={self.format}, which represents zero exactly. Leave symmetric=True."
             )
         if not callable(self.range) or isinstance(self.range, type):
             raise ValueError(
@@ -61,14 +66,14 @@ class ArrayConfig:
         is_nonnegative = self.format.codebook is not None and qmin == 0
         if self.symmetric and not (qmin < 0 < qmax or is_nonnegative):
             raise ValueError(
-                f"Symmetric codes must have zero inside; got {qmin} to {qmax}. Widen the range, "
-                "or pass symmetric=False."
+                f"symmetric=True needs qmin < 0 < qmax; got {qmin} to {qmax}. Widen the range, or "
+                "pass symmetric=False."
             )
         is_name = isinstance(self.stored_scale_dtype, str)
         if not is_name or self.stored_scale_dtype not in SCALE_DTYPES:
             raise ValueError(
-                f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, or None for what the "
-                f"format prescribes; got {self.stored_scale_dtype!r}."
+                f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, or None for the "
+                f"default of the format; got {self.stored_scale_dtype!r}."
             )
 
     def _check_groups(self):
@@ -81,8 +86,8 @@ class ArrayConfig:
         prescribed = self.format.group_size
         if prescribed is not None and self.group_size not in (None, prescribed):
             raise ValueError(
-                f"{self.format} has groups of {prescribed}; got group_size={self.group_size}. "
-                "Leave it None, or choose a format without a group size."
+                f"{self.format} has a fixed group size of {prescribed}; got "
+                f"group_size={self.group_size}. Leave it None, or choose another format."
             )
         if not isinstance(self.per_tensor, bool):
             raise ValueError(f"per_tensor must be True or False; got {self.per_tensor!r}.")
@@ -90,13 +95,13 @@ class ArrayConfig:
             raise ValueError(
                 "per_tensor=True means one scale for the whole array; got groups of "
                 f"{self.group_size or prescribed} (format {self.format}). Pass per_tensor=False, "
-                "or leave group_size None and choose a format without a group size."
+                "or leave group_size None and choose a format without a fixed group size."
             )
 
     def _check_value_range(self, value_range):
         if not self.format.rounds:
             raise ValueError(
-                "value_range needs a format of whole numbers, such as INT8; got "
+                "value_range needs a format with integer codes, such as INT8; got "
                 f"format={self.format}. Leave it None."
             )
         info = jnp.iinfo(self.format.dtype)
@@ -110,35 +115,38 @@ class ArrayConfig:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """(qmin, qmax): the outermost codes in use."""
+        """(qmin, qmax): the smallest and the largest code in use."""
         return self.value_range or (self.format.qmin, self.format.qmax)
 
     @property
     def reach(self) -> float:
-        """The code on which abs-max puts the largest magnitude of a symmetric array."""
+        """The code that abs-max assigns to the largest magnitude of a symmetric array."""
         qmin, qmax = self.bounds
         return min(-qmin, qmax) if qmin < 0 else qmax
 
     @property
     def stored_scale_dtype(self) -> str:
-        """Name of the dtype that scales are stored in."""
+        """Name of the dtype in which scales are stored."""
         return self.scale_dtype or self.format.scale_dtype
 
 
 def _is_int(x):
-    """Whether x is an int, and not True or False."""
+    """Whether x is an int but not a bool."""
     return isinstance(x, int) and not isinstance(x, bool)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How to quantize the two operands of a product: `weights`, and `inputs` that meet them.
+    """How to quantize weights and activations. A pytree without leaves.
 
     Attributes:
-        weights: config of the array that is quantized once.
-        inputs: config of the other operand, quantized again in each product, with scales shared
-            along the axes that the product contracts; None leaves it as it is.
+        weights: config of the weights, which are quantized once.
+        inputs: config of the activations, which are quantized in every matrix multiplication,
+            with scales shared along the contracted axes. None leaves activations in float.
+
+    Raises:
+        ValueError: weights is not an ArrayConfig, or inputs is neither an ArrayConfig nor None.
     """
 
     weights: ArrayConfig = ArrayConfig()

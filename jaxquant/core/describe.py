@@ -1,4 +1,4 @@
-"""Quantized arrays in the words of the field."""
+"""Short descriptions of quantized arrays, for reports and errors."""
 
 import math
 
@@ -7,7 +7,7 @@ from .qtensor import QTensor
 
 
 def describe(q: QTensor | LowRank) -> str:
-    """A scheme in the words of the field, such as "int4 g128 asymmetric, int8 inputs"."""
+    """Describes how an array is quantized, such as "int4 g128 asymmetric, int8 inputs"."""
     if isinstance(q, LowRank):
         return f"{describe(q.base)}, adapters of rank {q.rank}"
     text = _words(q, "per channel" if math.prod(q.scale.shape) > 1 else "per tensor")
@@ -16,7 +16,7 @@ def describe(q: QTensor | LowRank) -> str:
 
 
 def describe_inputs(q: QTensor) -> str:
-    """What a product's other operand was quantized to, such as "int8" or "int8 g32"."""
+    """Describes how activations are quantized, such as "int8" or "int8 g32"."""
     return _words(q, "")
 
 

@@ -1,4 +1,4 @@
-"""Number formats. A format is a row: to add one, add a constant here."""
+"""Number formats. To add one, add a constant to this module."""
 
 import dataclasses
 import itertools
@@ -10,26 +10,28 @@ import jax.numpy as jnp
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, repr=False)
 class Format:
-    """The codes that a number may take, and what its scales are made of.
+    """A number format: the dtype and values of its codes, and the dtype of its scales.
 
-    Code asks for the properties below and never for `name`, so a new row works everywhere.
+    The library branches on the fields and properties below and never on `name`, so every
+    feature supports a new format.
 
     Attributes:
-        name: as the field writes it, for people to read.
-        dtype: dtype of the codes; sub-byte dtypes are XLA's own, two or four codes to a byte.
-        qmin, qmax: the outermost values of a code; abs-max puts the largest magnitude on qmax.
-        codebook: ascending values that the codes index; None where a code is its own value.
-        group_size: elements per scale that the format prescribes; None leaves it to the config.
-        scale_dtype: dtype of the scales, unless the config names another.
-        power: 2 or 4 if the codebook is `power_codebook(power, ...)`: codes are then computed,
-            which is faster than to look them up. None otherwise.
+        name: name for reports and errors, such as "fp8_e4m3".
+        dtype: dtype of the codes. XLA stores sub-byte dtypes with two or four codes per byte.
+        qmin, qmax: the smallest and the largest value of a code. Abs-max quantization maps the
+            largest magnitude to qmax.
+        codebook: ascending values that the codes index; None if each code is its own value.
+        group_size: elements per scale, if the format fixes it; None leaves it to the config.
+        scale_dtype: default dtype of the scales.
+        power: 2 or 4 if the codebook is `power_codebook(power, ...)`, whose codes are computed
+            instead of searched for, which is faster. None otherwise.
 
-    A codebook that starts at zero is for what is never negative: negative elements become zero,
-    and no positive element does, however small beside the others of its group.
+    A codebook that starts at zero is meant for nonnegative arrays. Negative elements become zero.
+    Positive elements never do, however small they are relative to the rest of their group.
 
     Raises:
-        ValueError: JAX has no such dtype, or it does not hold the codes, or the codebook is not
-            of the power.
+        ValueError: JAX does not have the dtype, the dtype cannot represent the codes, or the
+            codebook does not match `power`.
     """
 
     name: str
@@ -47,14 +49,15 @@ class Format:
             info = jnp.iinfo(self.dtype) if is_whole else jnp.finfo(self.dtype)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.name}: dtype must name a dtype of JAX, such as 'int8'; got {self.dtype!r}."
+                f"{self.name}: dtype must be the name of a JAX dtype, such as 'int8'; got "
+                f"{self.dtype!r}."
             ) from error
         if self.codebook is not None:
             self._check_codebook(self.codebook, int(info.max) + 1 if is_whole else 0)
         elif not float(info.min) <= self.qmin < self.qmax <= float(info.max):
             raise ValueError(
-                f"{self.name}: qmin and qmax must ascend within {self.dtype}, {info.min} to "
-                f"{info.max}; got {self.qmin} and {self.qmax}."
+                f"{self.name}: qmin must be less than qmax, and both within the range of "
+                f"{self.dtype}, {info.min} to {info.max}; got {self.qmin} and {self.qmax}."
             )
         if self.power is not None:
             self._check_power(self.codebook or (), self.power)
@@ -67,36 +70,36 @@ class Format:
             or book != power_codebook(power, count, self.has_negative)
         ):
             raise ValueError(
-                f"{self.name}: power must be 2 or 4, with a codebook that is power_codebook(power, "
-                f"...); got {power} and {book}. Leave it None for other codebooks."
+                f"{self.name}: power must be 2 or 4, and the codebook power_codebook(power, ...); "
+                f"got {power} and {book}. Leave power None for other codebooks."
             )
 
     def _check_codebook(self, book, most):
         is_ascending = isinstance(book, tuple) and all(a < b for a, b in itertools.pairwise(book))
         if not is_ascending or not 1 < len(book) <= most:
             raise ValueError(
-                f"{self.name}: codebook must be a tuple of floats that ascend, as many as "
-                f"{self.dtype} has codes from 0 up ({most}) or fewer; got {book}."
+                f"{self.name}: codebook must be an ascending tuple of at least 2 floats and at "
+                f"most {most}, the number of nonnegative {self.dtype} codes; got {book}."
             )
         if not book[0] <= self.qmin < self.qmax <= book[-1]:
             raise ValueError(
-                f"{self.name}: qmin and qmax must ascend within the codebook, {book[0]} to "
-                f"{book[-1]}; got {self.qmin} and {self.qmax}."
+                f"{self.name}: qmin must be less than qmax, and both within the codebook, "
+                f"{book[0]} to {book[-1]}; got {self.qmin} and {self.qmax}."
             )
 
     @property
     def rounds(self) -> bool:
-        """Whether codes are whole numbers, which alone can have a zero point."""
+        """Whether codes are rounded to integers. Only such formats support a zero point."""
         return self.codebook is None and jnp.issubdtype(self.dtype, jnp.integer)
 
     @property
     def has_negative(self) -> bool:
-        """Whether some codes stand for negative numbers."""
+        """Whether the format represents negative values."""
         return self.qmin < 0
 
     @property
     def bits(self) -> int:
-        """Bits that one code takes in device memory."""
+        """Bits per code in device memory."""
         return bits_of(self.dtype)
 
     def __repr__(self) -> str:
@@ -104,21 +107,21 @@ class Format:
 
 
 def power_codebook(power: int, count: int, has_negative: bool) -> tuple[float, ...]:
-    """A codebook with (i/count)^power for i from 0 to count, and the same below zero.
+    """A codebook of (i / count)^power for i from 0 to count, mirrored below zero if asked for.
 
-    Fine near zero and coarse near one: for values of many orders of magnitude.
+    It is fine near zero and coarse near one, for values that span many orders of magnitude.
     """
     above = tuple((i / count) ** power for i in range(count + 1))
     return tuple(-v for v in above[:0:-1]) + above if has_negative else above
 
 
 def bits_of(dtype: jax.typing.DTypeLike) -> int:
-    """Bits per element in device memory: 4 for int4, although its itemsize says a byte."""
+    """Bits per element in device memory: 4 for int4, although its itemsize is one byte."""
     info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
     return info(dtype).bits
 
 
-# Quantiles of a normal distribution, with an exact zero. Dettmers et al. 2023,
+# Quantiles of a normal distribution, including an exact zero. Dettmers et al. 2023,
 # arXiv:2305.14314, appendix E.
 _NORMAL_FLOAT = (
     -1.0,

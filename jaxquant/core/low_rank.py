@@ -1,4 +1,4 @@
-"""A quantized array with a low-rank one beside it."""
+"""A quantized array plus a trained low-rank product (LoRA)."""
 
 import dataclasses
 from typing import Any
@@ -13,24 +13,26 @@ from .qtensor import QTensor, Shaped
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LowRank(Shaped):
-    """A frozen quantized array plus a product of two small ones that are trained. A pytree.
+    """A frozen quantized array plus a trained low-rank product (LoRA adapters). A pytree.
 
         x ~ base + (alpha / rank) * a @ b
 
-    The axes of the array are those of a stack, then those of `a`, then those of `b`: a kernel
-    (K, N) has a (K, rank) and b (rank, N), a stack of them one more axis in front of each, and a
-    kernel (K, heads, size) may have a (K, rank) and b (rank, heads, size). Which axes are whose
-    follows from the numbers of axes, so that slicing a stack by scan, or vmap, keeps it true.
+    The axes of the array are the stack axes, if any, then the axes of `a`, then those of `b`. A
+    kernel (K, N) has a (K, rank) and b (rank, N). A stack of kernels has the same leading axis
+    in base, a and b. A kernel (K, heads, size) may have a (K, rank) and b (rank, heads, size).
+    The ranks of the three arrays determine which axis belongs to which, so slicing a stack with
+    scan or vmap gives a valid LowRank.
 
-    `base` gets no gradient. Where it has `inputs`, the operand that meets `base` is treated as
-    they say, and that which meets `a @ b` is left as it is.
+    `base` gets no gradient. If `base` has `inputs`, activations are quantized for the product
+    with `base` but not for the product with `a @ b`.
 
     Attributes:
         base: the quantized array; None in the trained part of a tree.
         a: float array (stack, first axes, rank).
         b: float array (stack, rank, last axes).
-        alpha: the sum is weighted by alpha / rank, static.
-        config: how `base` was quantized, and is again when the sum is merged into it, static.
+        alpha: the low-rank product is weighted by alpha / rank, static.
+        config: how `base` was quantized, and how it is quantized again when the adapters are
+            merged into it, static.
 
     Source: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314, eq. 5; Hu et al. 2021 (LoRA),
         arXiv:2106.09685, section 4.1.
@@ -49,7 +51,7 @@ class LowRank(Shaped):
 
     @property
     def dtype(self) -> Any:
-        """Dtype that the array dequantizes to."""
+        """Dtype of the dequantized array."""
         return self.base.dtype
 
     @property
@@ -63,13 +65,13 @@ class LowRank(Shaped):
         return self.alpha / self.rank
 
     def axes(self) -> tuple[list[int], list[int]]:
-        """The axes of the array that those of `a` and `b` are; `ndim` for the one between them."""
+        """The array axis of each axis of `a` and of `b`; `ndim` stands for the rank axis."""
         ndim, split = self.ndim, self.a.ndim - 1
         stack = split + self.b.ndim - 1 - ndim
         return [*range(split), ndim], [*range(stack), ndim, *range(split, ndim)]
 
     def dequantize(self) -> jax.Array:
-        """Returns base + (alpha / rank) * a @ b, computed in float32 (float64 for float64)."""
+        """Returns base + (alpha / rank) * a @ b, computed in float32 (float64 if that is dtype)."""
         compute = jnp.float64 if self.dtype == jnp.float64 else jnp.float32
         a_axes, b_axes = self.axes()
         a, b = self.a.astype(compute), self.b.astype(compute)

@@ -1,4 +1,4 @@
-"""Noise to round by, cheap enough to be drawn for each element of each product."""
+"""Noise for stochastic rounding, cheap enough for every element of a matrix multiplication."""
 
 import math
 
@@ -10,18 +10,18 @@ _STEPS = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
 
 
 def uniform_noise(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Numbers in [0, 1), a hash of each element's place under two words of the key.
+    """Uniform noise in [0, 1): a hash of each element's position and two words of the key.
 
-        noise = floor(mix(mix(place ^ word 0) + word 1) / 2^8) / 2^24
+        noise = floor(mix(mix(position ^ word 0) + word 1) / 2^8) / 2^24
 
-    `jax.random` would take most of the time of a quantization and keep what it draws in memory;
-    this is fused with what is rounded by it. It is good enough to round by, and no more: nothing
-    here withstands a search for patterns.
+    Drawing with `jax.random` would take most of the time of a quantization and store the noise in
+    memory. XLA fuses this hash with the rounding instead. Its quality suffices for stochastic
+    rounding; do not use it where statistical independence matters.
 
     Args:
-        key: random key, of any implementation.
-        shape: of the result. Places are counted row by row, modulo 2^32.
-        dtype: floating, with at least the 24 bits of float32.
+        key: random key of any implementation.
+        shape: shape of the result. Positions are counted in row-major order, modulo 2^32.
+        dtype: a floating-point dtype with at least the 24-bit mantissa of float32.
 
     Source: finalizer: Appleby 2011, MurmurHash3, `fmix32`.
     """

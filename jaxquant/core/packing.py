@@ -1,6 +1,6 @@
-"""Codes of less than a byte in bytes, for files, Keras variables and kernels that ask for it.
+"""Packing of 2-bit and 4-bit codes into bytes, for files, Keras variables and native kernels.
 
-Inside the library 4-bit and 2-bit codes have XLA's own dtypes, and need none of this.
+Elsewhere in the library these codes have XLA's int2 and int4 dtypes and need no packing.
 """
 
 from functools import partial
@@ -11,72 +11,72 @@ import jax.numpy as jnp
 
 @partial(jax.jit, static_argnames="axis")
 def pack_int4(codes: jax.Array, axis: int = 0) -> jax.Array:
-    """Packs 4-bit codes two to a byte: codes 2i in the low, 2i+1 in the high nibble.
+    """Packs two 4-bit codes per byte: code 2i in the low nibble, code 2i+1 in the high nibble.
 
     Byte-compatible with `keras.quantizers.pack_int4` (Keras 3.15).
 
     Args:
-        codes: whole numbers, int4 or int8 in [-8, 7], or uint4 or uint8 in [0, 15].
-        axis: axis to pack along, of length n; an odd n is padded with a zero.
+        codes: integers: int4 or int8 in [-8, 7], or uint4 or uint8 in [0, 15].
+        axis: axis to pack along, of length n. An odd n is padded with one zero.
 
     Returns:
-        int8 for signed codes, uint8 for unsigned; ceil(n/2) in place of n.
+        int8 for signed codes, uint8 for unsigned ones, with length ceil(n/2) along axis.
 
     Raises:
-        ValueError: codes are not of one of these dtypes, or axis is not there.
+        ValueError: codes have another dtype, or axis is out of range.
     """
     return _pack(codes, axis, bits=4)
 
 
 @partial(jax.jit, static_argnames=("length", "axis"))
 def unpack_int4(packed: jax.Array, length: int, axis: int = 0) -> jax.Array:
-    """Undoes `pack_int4`: int8 codes in [-8, 7] from int8 bytes, uint8 in [0, 15] from uint8.
+    """Inverse of `pack_int4`: codes in [-8, 7] from int8 bytes, in [0, 15] from uint8 bytes.
 
     Args:
         packed: int8 or uint8 bytes.
-        length: number n of codes along axis; `packed` has ceil(n/2) there.
+        length: number n of codes along axis; `packed` has length ceil(n/2) there.
         axis: axis that was packed.
 
     Returns:
-        Codes in the dtype of packed, n in place of ceil(n/2).
+        Codes in the dtype of packed, with length n along axis.
 
     Raises:
-        ValueError: packed is of another dtype, axis is not there, or length does not fit.
+        ValueError: packed has another dtype, axis is out of range, or length does not match.
     """
     return _unpack(packed, length, axis, bits=4)
 
 
 @partial(jax.jit, static_argnames="axis")
 def pack_int2(codes: jax.Array, axis: int = 0) -> jax.Array:
-    """Packs 2-bit codes four to a byte, the first in the lowest bits.
+    """Packs four 2-bit codes per byte, the first in the lowest bits.
 
     Args:
-        codes: whole numbers, int2 or int8 in [-2, 1], or uint2 or uint8 in [0, 3].
-        axis: axis to pack along, of length n; padded with zeros to a multiple of four.
+        codes: integers: int2 or int8 in [-2, 1], or uint2 or uint8 in [0, 3].
+        axis: axis to pack along, of length n. It is padded with zeros to a multiple of four.
 
     Returns:
-        int8 for signed codes, uint8 for unsigned; ceil(n/4) in place of n.
+        int8 for signed codes, uint8 for unsigned ones, with length ceil(n/4) along axis.
 
     Raises:
-        ValueError: codes are not of one of these dtypes, or axis is not there.
+        ValueError: codes have another dtype, or axis is out of range.
     """
     return _pack(codes, axis, bits=2)
 
 
 @partial(jax.jit, static_argnames=("length", "axis"))
 def unpack_int2(packed: jax.Array, length: int, axis: int = 0) -> jax.Array:
-    """Undoes `pack_int2`: int8 codes in [-2, 1] from int8 bytes, uint8 in [0, 3] from uint8.
+    """Inverse of `pack_int2`: codes in [-2, 1] from int8 bytes, in [0, 3] from uint8 bytes.
 
     Args:
         packed: int8 or uint8 bytes.
-        length: number n of codes along axis; `packed` has ceil(n/4) there.
+        length: number n of codes along axis; `packed` has length ceil(n/4) there.
         axis: axis that was packed.
 
     Returns:
-        Codes in the dtype of packed, n in place of ceil(n/4).
+        Codes in the dtype of packed, with length n along axis.
 
     Raises:
-        ValueError: packed is of another dtype, axis is not there, or length does not fit.
+        ValueError: packed has another dtype, axis is out of range, or length does not match.
     """
     return _unpack(packed, length, axis, bits=2)
 
@@ -99,7 +99,7 @@ def _unpack(packed, length, axis, bits):
 
 
 def _pad(codes, axis, multiple):
-    """Codes as int32, lengthened with zeros. int32: a shift of int8 may overflow on a TPU."""
+    """Pads with zeros and casts to int32, because shifts of int8 may overflow on a TPU."""
     widths = [(0, 0)] * codes.ndim
     widths[axis] = (0, -codes.shape[axis] % multiple)
     return jnp.pad(codes.astype(jnp.int32), widths)
@@ -114,7 +114,7 @@ def _join(parts, bits):
 
 def _fields(packed, bits):
     """The fields of each byte, lowest first, sign-extended if the bytes are signed."""
-    # Shifting up and back down copies the sign bit in int8 and zeros in uint8.
+    # Shifting left and right again extends the sign of int8 and fills uint8 with zeros.
     top = 8 - bits
     wide = packed.astype(jnp.int32 if packed.dtype == jnp.int8 else jnp.uint32)
     fields = [(wide << (24 + top - i)) >> (24 + top) for i in range(0, 8, bits)]
@@ -141,7 +141,7 @@ def _check_packed(packed, length, axis, bits):
     if -(-length * bits // 8) != packed.shape[axis]:
         raise ValueError(
             f"length must fit the {packed.shape[axis]} bytes along axis {axis}; got {length} "
-            f"codes of {bits} bits. Pass the length before packing."
+            f"codes of {bits} bits. Pass the length that the axis had before packing."
         )
     return axis
 

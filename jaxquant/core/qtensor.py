@@ -19,20 +19,26 @@ from .formats import Format, bits_of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
-    """How an operand is treated before it meets a quantized array in a product.
+    """How activations are quantized before they are multiplied with a QTensor. A pytree.
 
-        x  ->  x * multiplier  ->  quantized with `config`, and `scale` if there is one
+        x  ->  x * multiplier  ->  quantized with `config`, and with `scale` if it is given
+
+    Invariants (not checked, because JAX rebuilds pytrees with tracers as fields):
+
+    - `scale` and `zero_point` are scalars, and are used only if `config` is given;
+    - `zero_point` is None if `scale` is None or `config` is symmetric;
+    - `multiplier` has one element per contracted channel of the QTensor.
 
     Attributes:
-        config: how to quantize the operand, with scales shared along the contracted axes;
-            None leaves it as it is. Static.
-        scale: calibrated scale of the whole operand, a scalar; None computes it anew each time.
-        zero_point: that of a calibrated asymmetric operand, a scalar.
-        multiplier: one factor per contracted channel (SmoothQuant's 1/s, AWQ's 1/s), in the
-            shape of the contracted axes of this array, in its order; for a convolution, one per
-            input channel. None for 1.
-        tap: called with the operand before it is quantized, by whoever observes operands; None
-            for nobody.
+        config: how to quantize the activations, with scales shared along the contracted axes;
+            None leaves them in float. Static.
+        scale: calibrated (static) scale of all activations, a scalar; None computes dynamic
+            scales in every matrix multiplication.
+        zero_point: calibrated zero point of asymmetric activations, a scalar; None for zero.
+        multiplier: one factor per contracted channel (1/s in SmoothQuant and AWQ). Its shape is
+            that of the contracted axes of the QTensor, in their order; for a convolution, one
+            factor per input channel. None for no multiplier.
+        tap: function that observes the activations before they are quantized; None for none.
     """
 
     config: ArrayConfig | None = dataclasses.field(default=None, metadata={"static": True})
@@ -43,12 +49,12 @@ class Inputs:
 
 
 class Shaped(abc.ABC):
-    """What stands for an array and is a pytree of others. It has what follows from its shape."""
+    """Base class of pytrees that represent one array. Derives ndim, size and nbytes."""
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array that it stands for."""
+        """Shape of the represented array."""
 
     @property
     def ndim(self) -> int:
@@ -62,21 +68,21 @@ class Shaped(abc.ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in device memory of all its arrays, from their bits."""
+        """Bytes of all its arrays in device memory, with sub-byte elements packed."""
         return sum(packed_bytes(x) for x in jax.tree.leaves(self))
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Raises TypeError, where NumPy would make an array of one object."""
+        """Raises TypeError; NumPy would otherwise make an array of dtype object."""
         raise TypeError(f"A {type(self).__name__} is not an array; got {self!r}. {_INSTEAD}")
 
     def __jax_array__(self) -> jax.Array:
-        """Raises TypeError, for functions of jax.numpy that are given it."""
+        """Raises TypeError when it is passed to a function of jax.numpy."""
         raise TypeError(f"A {type(self).__name__} is not an array; got {self!r}. {_INSTEAD}")
 
 
 _INSTEAD = (
-    "Multiply by jq.matmul or jq.einsum, look up rows by jq.take, or get the floats by "
-    "q.dequantize()."
+    "Multiply with jq.matmul or jq.einsum, look up rows with jq.take, or convert it to a float "
+    "array with q.dequantize()."
 )
 
 
@@ -85,28 +91,29 @@ _INSTEAD = (
 class QTensor(Shaped):
     """A quantized array: x ~ (codes - zero_point) * scale. A pytree.
 
-    What always holds between the fields (not checked, because JAX rebuilds pytrees with
-    tracers and placeholders in them):
+    Invariants (not checked, because JAX rebuilds pytrees with tracers and placeholders as
+    fields):
 
-    - `codes` has the dtype of `format`, and its trailing axes lie in the order `order`;
-    - `scale` and `zero_point` have the rank of `codes` and its axis order, and each of their
-      lengths divides that of `codes`: one element for each block of codes;
-    - `scale` may itself be a QTensor;
-    - a scale of NaN marks a block that held NaN or Inf;
-    - `values`, if there, has the shape of `codes` and equals what they decode to.
+    - `codes` has the dtype of `format`, and its trailing axes are stored in the order `order`;
+    - `scale` and `zero_point` have the rank and the axis order of `codes`, and one element per
+      block of codes: the length of each axis divides that of `codes`;
+    - `scale` is an array or, if scales are quantized too, a QTensor;
+    - a NaN scale marks a block that contained NaN or Inf;
+    - `values` is None or has the shape of `codes` and equals the decoded codes.
 
     Attributes:
         codes: the stored codes.
-        scale: step, in units of x per code.
-        zero_point: the code of zero, in units of codes; None is zero.
-        inputs: how an operand that meets this array in a product is treated first.
-        values: in training, the floats that the codes stand for, to which gradients go (see
-            `Deferred`); None otherwise.
+        scale: quantization step, in units of x per code.
+        zero_point: the code of 0.0, in units of codes; None if it is zero.
+        inputs: how activations are quantized before they are multiplied with this array; None
+            leaves them in float.
+        values: in training, the decoded codes, which receive the gradients (see `Deferred`);
+            None otherwise.
         format: number format of the codes, static.
-        dtype: dtype that the array dequantizes to, static.
-        order: order in which the trailing axes are stored, counted from the end: (-1, -2)
-            stores the last two axes swapped. None: as they come. Static. Everything else in
-            the library speaks of logical axes, those of the array that was quantized.
+        dtype: dtype of the dequantized array, static.
+        order: storage order of the trailing axes, counted from the end: (-1, -2) stores the last
+            two axes swapped. None for the logical order. Static. Axes elsewhere in the library
+            are logical axes: those of the array that was quantized.
     """
 
     codes: jax.Array
@@ -131,19 +138,19 @@ class QTensor(Shaped):
         return self.codes.ndim
 
     def stored_axes(self, axes: Iterable[int]) -> tuple[int, ...]:
-        """Where logical axes lie in `codes`, from 0 up."""
+        """The axes of `codes`, counted from 0, that store the given logical axes."""
         order = self.order or ()
         moved = {a: i - len(order) for i, a in enumerate(order)}
         from_end = [a - self.ndim if a >= 0 else a for a in axes]
         return tuple(self.ndim + moved.get(a, a) for a in from_end)
 
     def astype(self, dtype: jax.typing.DTypeLike) -> "QTensor":
-        """The same codes, dequantizing to another dtype."""
+        """Returns the same codes with another dtype to dequantize to."""
         values = None if self.values is None else self.values.astype(dtype)
         return dataclasses.replace(self, values=values, dtype=jnp.dtype(dtype))
 
     def reorder(self, order: tuple[int, ...] | None) -> "QTensor":
-        """The same array, its trailing axes stored in another order (see `order`).
+        """Returns the same array with its trailing axes stored in another order (see `order`).
 
         Raises:
             ValueError: `order` is not a permutation of -len(order) .. -1, or is too long.
@@ -156,12 +163,12 @@ class QTensor(Shaped):
             )
         is_moved = list(order or ()) != list(wanted)
         target = dataclasses.replace(self, order=tuple(order) if order and is_moved else None)
-        # Where each stored axis of the result lies in the present one.
+        # For each stored axis of the result, the stored axis of self.
         logical = np.argsort(target.stored_axes(range(self.ndim)))
         return target._move_axes(self.stored_axes(logical.tolist()))
 
     def _move_axes(self, permutation):
-        """Transposes everything stored; the caller has set `order`."""
+        """Transposes all stored arrays; the caller has set `order`."""
         scale, zero_point = self.scale, self.zero_point
         return dataclasses.replace(
             self,
@@ -174,60 +181,60 @@ class QTensor(Shaped):
         )
 
     def dequantize(self) -> jax.Array:
-        """Returns (codes - zero_point) * scale in the array's own shape and dtype."""
+        """Returns (codes - zero_point) * scale in the shape and dtype of the array."""
         return self.decode().transpose(self.stored_axes(range(self.ndim)))
 
     def decode(self) -> jax.Array:
-        """`dequantize` with the axes left as they are stored. Codes get no gradient."""
+        """`dequantize` with the axes in storage order. Codes get no gradient."""
         if self.values is not None:
             return self.values
         scale = scale_values(self.scale)
         scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
         blocks = blocks_between(self.codes.shape, scale.shape)
-        # Some codes are floats, which JAX would differentiate.
+        # JAX would differentiate floating-point codes.
         codes, _ = split(jax.lax.stop_gradient(self.codes), blocks)
         zero_point = self.zero_point
         if zero_point is not None:
             zero_point = to_blocks(zero_point, blocks)
         values = affine.decode(codes, to_blocks(scale, blocks), zero_point, self.format)
-        # Half a step beyond the largest number of a dtype is still that number, not Inf.
+        # A value that rounding moved above the largest finite number is that number, not Inf.
         largest = float(min(jnp.finfo(self.dtype).max, jnp.finfo(values.dtype).max))
         values = jnp.clip(values, -largest, largest)
         return values.reshape(self.codes.shape).astype(self.dtype)
 
     def __repr__(self) -> str:
         if not hasattr(self.codes, "shape"):
-            # JAX fills pytrees with placeholders, and prints them in its errors.
+            # JAX puts placeholders into pytrees and prints them in error messages.
             return f"QTensor({self.format}, codes={self.codes!r}, scale={self.scale!r})"
         shape = "x".join(map(str, self.shape))
         return f"QTensor({self.format} {shape}, scale {self.scale.shape}, {self.dtype})"
 
 
 class Deferred(abc.ABC):
-    """A float array that is quantized anew by each operation that it is given to.
+    """A float array in training that every operation quantizes again.
 
-    Operations take it wherever they take a QTensor, compute with what `quantize` returns, as
-    they would with any QTensor, and pass gradients on to its `values`.
+    Operations accept it in place of a QTensor. They compute with the QTensor that `quantize`
+    returns and pass gradients to its `values`.
     """
 
     @abc.abstractmethod
     def quantize(self) -> QTensor:
-        """The array as a QTensor with `values`."""
+        """Returns the array as a QTensor with `values`."""
 
     def convert(self) -> QTensor:
-        """The array as a QTensor to keep: the same, without `values` and so without gradients."""
+        """Returns the array as a QTensor for inference, without `values` and hence gradients."""
         return dataclasses.replace(self.quantize(), values=None)
 
 
 def dequantize(x: QTensor) -> jax.Array:
-    """Returns (codes - zero_point) * scale: `x.dequantize()` as a function, for `jax.jit`."""
+    """Dequantizes: (codes - zero_point) * scale. The function form of `x.dequantize()`."""
     return x.dequantize()
 
 
 def scale_values(scale: jax.Array | QTensor) -> jax.Array:
-    """The scales as plain floats: float64 if they are stored so, else float32.
+    """The scales as a float64 array if they are stored in float64, and float32 otherwise.
 
-    Scales of 16 bits or more get a gradient; narrower dtypes cannot hold one.
+    Scales of 16 bits or more get a gradient; narrower dtypes cannot represent gradients.
     """
     if isinstance(scale, QTensor):
         return scale.decode()
@@ -237,7 +244,7 @@ def scale_values(scale: jax.Array | QTensor) -> jax.Array:
 
 
 def packed_bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """Bytes that an array takes in device memory, where 4-bit elements lie two to a byte."""
+    """Bytes of an array in device memory, where 4-bit elements are packed two per byte."""
     is_number = jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)
     bits = bits_of(x.dtype) if is_number else 8 * x.dtype.itemsize
     return -(-math.prod(x.shape) * bits // 8)

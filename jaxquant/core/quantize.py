@@ -1,4 +1,4 @@
-"""Arrays to quantized arrays."""
+"""Quantizes arrays."""
 
 from functools import partial
 
@@ -16,45 +16,46 @@ from .steps import encode, fit_range, fit_scale, fit_zero_point, group, is_finit
 def quantize(
     x: jax.Array, config: ArrayConfig, axis: Axes = 0, key: jax.Array | None = None
 ) -> QTensor:
-    """Quantizes an array as `config` says.
+    """Quantizes an array according to `config`.
 
-        (low, high) = range of each group            by config.range
+        (low, high) = range of each group            from config.range
         scale       = high / min(-qmin, qmax)        (high - low) / (qmax - qmin) if asymmetric
         zero_point  = 0                              round(qmin - low / scale) if asymmetric
         codes       = clip(round(x / scale) + zero_point, qmin, qmax)
         x           ~ (codes - zero_point) * scale
 
-    Scale and codes are computed in float32 (in float64 for float64), and codes with the scale
-    as it is stored. In formats of floats the cast rounds, to nearest, ties to even; codebook
-    formats take the nearest entry.
+    Scales and codes are computed in float32 (in float64 for float64 arrays). Codes are computed
+    with the scale as it is stored. Floating-point formats round by casting, to nearest, ties to
+    even. Codebook formats round to the nearest entry.
 
     Args:
-        x: floating array of any rank and size.
+        x: floating-point array of any rank and size.
         config: format, groups, range and dtype of the scales.
         axis: the axis, or a tuple of axes, along which elements share a scale, as in
-            `jnp.sum(x, axis)`: the contracted axes of a weight. None for all axes. Static.
-        key: random key, to round stochastically: to one of the two codes around a value, so
-            that the expectation is the value where it is not clipped. None rounds to nearest.
+            `jnp.sum(x, axis)`. For weights, pass the contracted axes. None for all axes. Static.
+        key: random key for stochastic rounding to one of the two neighbouring codes, so that
+            the expectation equals the value unless it is clipped. None rounds to nearest.
 
     Returns:
         QTensor of
             codes: shape of x, dtype of the format;
-            scale: one per group, in units of x per code: the rank of x, and n/g in place of
-                the length n of an axis with groups of g; dtype `config.stored_scale_dtype`;
-            zero_point: None, or the shape of scale and the dtype of codes, in units of codes.
-        An all-zero group has scale 1 (the smallest one where scales are a QTensor) and codes
-        that decode to exact zeros. A group with NaN or Inf has scale NaN, so all of it
-        dequantizes to NaN.
+            scale: one per group, in units of x per code; the rank of x, with length n/g for an
+                axis of length n in groups of g; dtype `config.stored_scale_dtype`;
+            zero_point: None if symmetric; otherwise in units of codes, with the shape of scale
+                and the dtype of codes.
+        An all-zero group has scale 1 (the smallest scale if scales are a QTensor) and codes that
+        decode to exact zeros. A group that contains NaN or Inf has scale NaN, so that all of its
+        elements dequantize to NaN.
 
     Raises:
-        ValueError: x is not a floating array, config is not an ArrayConfig, an axis is out of
-            range, or a group size does not divide its axis.
+        ValueError: x is not a floating-point array, config is not an ArrayConfig, an axis is out
+            of range, or a group size does not divide its axis.
 
-    Error: at most scale/2 per element that is not clipped, in formats of whole numbers, and scale
-        with a key; up to float32 rounding. `AbsMax()` with float32 scales clips none; a scale
-        that is rounded down to a narrower dtype clips what it no longer reaches. Groups whose
-        largest magnitude is under 1.2e-38 * qmax have no normal float32 scale and come back as
-        zeros; scales end at 8.5e37, so in formats with qmax = 1 values beyond it are clipped.
+    Error: with integer codes, at most scale/2 per element that is not clipped (at most scale with
+        a key), up to float32 rounding. `AbsMax()` with float32 scales clips no element. A scale
+        that is rounded down to a narrower dtype may clip the largest elements. Groups whose
+        largest magnitude is below 1.2e-38 * qmax do not have a normal float32 scale and become
+        zeros. The largest scale is 8.5e37, so formats with qmax = 1 clip larger values.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; stochastic rounding: Gupta et al.
         2015, arXiv:1502.02551, section 3.1.
     """
@@ -74,25 +75,26 @@ def quantize_with_range(
     axis: Axes = 0,
     key: jax.Array | None = None,
 ) -> QTensor:
-    """Quantizes so that the codes span a range that is given, such as an observed or learned one.
+    """Quantizes so that the codes span a given range, such as an observed or learned one.
 
-    This is `quantize`, which has the details, with (low, high) in place of config.range.
+    Equals `quantize` with (low, high) in place of config.range; see there for details.
 
     Args:
-        x: floating array of any rank.
-        low, high: ends of each group's range, one per scale in the shape that the scales have,
-            or scalars. An asymmetric range is widened to hold zero; of a symmetric one `high`
-            counts alone. A range without width gets scale 1.
+        x: floating-point array of any rank.
+        low, high: ends of the range of each group, in the shape of the scales, or scalars. An
+            asymmetric range is widened to contain zero. A symmetric config uses only `high`. An
+            empty range gets scale 1.
         config: format, groups and dtype of the scales.
         axis, key: as for `quantize`.
 
     Returns:
-        QTensor. A group whose range is not finite or negative has scale NaN.
+        QTensor. A group has scale NaN if its range is not finite, or if low > high (for a symmetric
+        config, if high < 0).
 
     Raises:
-        ValueError: as for `quantize`, or a range has another shape.
+        ValueError: as for `quantize`, or low or high has another shape.
 
-    Error: at most scale/2 per element within the range, in formats of whole numbers.
+    Error: with integer codes, at most scale/2 per element within the range.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
     """
     _check(x, config)
@@ -103,7 +105,7 @@ def quantize_with_range(
 
 
 def _given_range(groups: Groups, low: jax.Array, high: jax.Array, config: ArrayConfig):
-    """The ends of a given range, widened to hold zero, and NaN where it is not a range."""
+    """The ends of a given range, widened to contain zero; NaN where the range is not valid."""
     counts = groups.scale_shape
     for end in (low, high):
         if end.ndim and end.shape != counts:
@@ -123,33 +125,34 @@ def _given_range(groups: Groups, low: jax.Array, high: jax.Array, config: ArrayC
 def quantize_with_scale(
     x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, config: ArrayConfig
 ) -> QTensor:
-    """Quantizes with a scale that is given, such as a calibrated one.
+    """Quantizes with a given scale, such as a calibrated one.
 
         codes = clip(round(x / scale) + zero_point, qmin, qmax)
 
     Args:
-        x: floating array of any rank.
-        scale: positive float array of the rank of x whose lengths divide those of x, or a
-            scalar.
-        zero_point: in the shape of scale, rounded to whole numbers and clipped to the codes; None
-            for zero.
-        config: its format and value range are used; groups are those of scale.
+        x: floating-point array of any rank.
+        scale: positive float array with the rank of x, whose axis lengths divide those of x, or
+            a scalar.
+        zero_point: array with the shape of scale, which is rounded to integers and clipped to
+            the range of the codes; None for zero.
+        config: only its format, value range and symmetry are used. The shape of scale determines
+            the groups.
 
     Returns:
-        QTensor with that scale in float32 (float64 for float64), and NaN in the place of a
-        scale that is not positive, or whose block or zero point is NaN or Inf.
+        QTensor with that scale in float32 (float64 for float64 arrays). The scale is NaN where
+        it is not positive, or where its block or zero point contains NaN or Inf.
 
     Raises:
-        ValueError: x is not floating, the lengths of scale do not divide those of x, or there
-            is a zero point of another shape, or for a symmetric config.
+        ValueError: x is not a floating-point array, the axis lengths of scale do not divide those
+            of x, the zero point has another shape, or it is given for a symmetric config.
 
-    Error: at most scale/2 per element that is not clipped, in formats of whole numbers.
+    Error: with integer codes, at most scale/2 per element that is not clipped.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
     """
     _check(x, config)
     if zero_point is not None and (config.symmetric or zero_point.shape != scale.shape):
         raise ValueError(
-            "zero_point must be None for a symmetric config, and else have the shape of scale, "
+            "zero_point must be None for a symmetric config, or have the shape of scale, "
             f"{scale.shape}; got shape {zero_point.shape} and symmetric={config.symmetric}."
         )
     shape = scale.shape if scale.ndim else (1,) * x.ndim
@@ -173,16 +176,16 @@ def quantize_with_scale(
 
 
 def abs_max_quantize(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> QTensor:
-    """Quantizes so that the largest magnitude of each group lands on the outermost code.
+    """Quantizes so that the largest magnitude of each group maps to the outermost code.
 
         scale = max|x| / min(-qmin, qmax)        codes = round(x / scale)
 
-    This is `quantize`, which has the details, for configs whose range is `AbsMax()`.
+    Equals `quantize` for configs whose range is `AbsMax()`; see there for details.
 
     Raises:
-        ValueError: config.range is another one, or as for `quantize`.
+        ValueError: config.range is another range, or as for `quantize`.
 
-    Error: at most scale/2 per element, in formats of whole numbers, up to float32 rounding.
+    Error: with integer codes, at most scale/2 per element, up to float32 rounding.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
     """
     _check_range(config, AbsMax)
@@ -190,16 +193,17 @@ def abs_max_quantize(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> QTens
 
 
 def percentile_quantize(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> QTensor:
-    """Quantizes so that the p-th percentile of |x| in each group lands on the outermost code.
+    """Quantizes so that the p-th percentile of |x| in each group maps to the outermost code.
 
         scale = percentile(|x|, p) / min(-qmin, qmax)        codes = clip(round(x / scale))
 
-    This is `quantize`, which has the details, for configs whose range is `Percentile(p)`.
+    Equals `quantize` for configs whose range is `Percentile(p)`; see there for details.
 
     Raises:
-        ValueError: config.range is another one, or as for `quantize`.
+        ValueError: config.range is another range, or as for `quantize`.
 
-    Error: at most scale/2 per element up to the percentile; those beyond it are clipped.
+    Error: with integer codes, at most scale/2 per element up to the percentile. Larger elements
+        are clipped.
     Source: Wu et al. 2020, arXiv:2004.09602, section 5.2.
     """
     _check_range(config, Percentile)
@@ -210,18 +214,18 @@ def _check_range(config, wanted):
     if isinstance(config, ArrayConfig) and not isinstance(config.range, wanted):
         raise ValueError(
             f"config.range must be {wanted.__name__}(...) here; got {config.range!r}. "
-            "quantize(x, config) takes any range."
+            "quantize(x, config) supports any range."
         )
 
 
 def _check(x, config):
     if isinstance(x, QTensor):
-        raise ValueError(f"x is quantized already; got {x!r}. Dequantize it first.")
+        raise ValueError(f"x is already quantized; got {x!r}. Dequantize it first.")
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         got = f"{x.dtype} of shape {x.shape}" if hasattr(x, "dtype") else type(x).__name__
         raise ValueError(f"x must be a floating array; got {got}. Use jnp.asarray(x, float).")
     if not isinstance(config, ArrayConfig):
         raise ValueError(
-            f"config must be an ArrayConfig; got {config!r}. Of a Scheme, pass its weights; of a "
-            "Format f, ArrayConfig(format=f)."
+            f"config must be an ArrayConfig; got {config!r}. For a Scheme s, pass s.weights; for "
+            "a Format f, pass ArrayConfig(format=f)."
         )

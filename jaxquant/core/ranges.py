@@ -1,10 +1,11 @@
-"""Which part of each group the codes span. A range is a frozen callable:
+"""Ranges: which part of each group the codes span. A range is a frozen callable:
 
     range(groups, axes, symmetric, error) -> (low, high)
 
-`groups` holds each group along `axes`; `low <= 0 <= high` keep these axes at length 1, and
-`low = -high` if `symmetric`. `error(low, high)` is the summed squared error of quantizing each
-group with that range. To add a range, add a class here and name it in `RANGES`.
+`groups` is an array whose groups extend along `axes`. `low` and `high` have length 1 along these
+axes, with `low <= 0 <= high`, and `low = -high` if `symmetric`. `error(low, high)` returns the
+summed squared error of quantizing each group with that range. To add a range, add a class to this
+module and to `RANGES`.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 
 
 class Range(Protocol):
-    """What `ArrayConfig.range` must be: hashable, and callable as this module says."""
+    """The type of `ArrayConfig.range`: a hashable callable, as described in this module."""
 
     def __call__(
         self,
@@ -32,7 +33,7 @@ class Range(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class AbsMax:
-    """Spans every element: [-max|x|, max|x|], or [min(x, 0), max(x, 0)] if asymmetric.
+    """Range of all elements: [-max|x|, max|x|], or [min(x, 0), max(x, 0)] if asymmetric.
 
     Source: Jacob et al. 2018, arXiv:1712.05877, section 3.
     """
@@ -48,13 +49,16 @@ class AbsMax:
 
 @dataclasses.dataclass(frozen=True)
 class Percentile:
-    """Spans up to the p-th percentile of |x|; if asymmetric, the (100 - p)-th to p-th of x.
+    """Range up to the p-th percentile of |x|; the (100 - p)-th to p-th of x if asymmetric.
 
-    Interpolates linearly between order statistics, as `numpy.percentile` does. Elements
-    beyond the range are clipped. `Percentile(100)` equals `AbsMax()`.
+    Interpolates linearly between order statistics, like `numpy.percentile`. Elements outside the
+    range are clipped. `Percentile(100)` equals `AbsMax()`.
 
     Attributes:
-        p: percentile, above 50 (the asymmetric range would be empty) and at most 100.
+        p: percentile, at most 100 and above 50, where asymmetric ranges become empty.
+
+    Raises:
+        ValueError: p is not such a number.
 
     Source: Wu et al. 2020, arXiv:2004.09602, section 5.2.
     """
@@ -70,17 +74,18 @@ class Percentile:
         if symmetric:
             high = _percentile(jnp.abs(groups), self.p, axes)
             return -high, high
-        # The upper percentile of -x is the lower one of x.
+        # The p-th percentile of -x is minus the (100 - p)-th percentile of x.
         low = -_percentile(-groups, self.p, axes)
         return jnp.minimum(low, 0), jnp.maximum(_percentile(groups, self.p, axes), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class MinMSE:
-    """Shrinks the abs-max range to the one with the least squared error, group by group.
+    """Range with the least squared error per group, found by shrinking the abs-max range.
 
-    A grid of 20 ratios, then a fine one of 19 around the best of them; asymmetric ranges
-    shrink as a whole, then at each end. Never worse than `AbsMax()`, where it starts.
+    The search tries 20 ratios, then 19 finer ones around the best ratio. Asymmetric ranges are
+    shrunk as a whole first, then at each end. The search starts from the range of `AbsMax()`, so
+    its error is never larger.
 
     Source: Banner et al. 2019, arXiv:1810.05723, section 3, solved by search.
     """
@@ -102,10 +107,10 @@ class MinMSE:
 
 
 def largest_magnitude(groups: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """max|x| of each group, 0 where there is no element, and inf if one is not finite.
+    """max|x| of each group; 0 for an empty group, and inf if an element is not finite.
 
-    XLA's CPU backend drops NaN in a maximum, hence inf in its place. Whoever asks for both, the
-    range and whether all is finite, gets them from one pass over the array.
+    NaN is replaced by inf because XLA's CPU backend drops NaN in a maximum. Both the range and
+    the test for finite elements use this maximum, so that XLA computes it in one pass.
     """
     magnitude = jnp.abs(groups)
     magnitude = jnp.where(magnitude < jnp.inf, magnitude, jnp.inf)
@@ -116,7 +121,7 @@ RANGES = {r.__name__: r for r in (AbsMax, Percentile, MinMSE)}
 
 
 def _search(best, steps, ends, error):
-    """Tries `steps` added to the ratios of the `ends` (low, high); keeps each group's best."""
+    """Adds each of `steps` to the ratios of the `ends` (low, high); keeps the best per group."""
     _, low_origin, high_origin = best
 
     def try_step(best, step):
@@ -130,7 +135,7 @@ def _search(best, steps, ends, error):
 
 
 def _percentile(x, p, axes):
-    """The p-th percentile over `axes`, which stay with length 1; 0 where there is no element."""
+    """The p-th percentile over `axes`, with keepdims; 0 for an empty group."""
     count = int(np.prod([x.shape[a] for a in axes]))
     if count == 0:
         return jnp.max(x, axes, keepdims=True, initial=0)
@@ -141,21 +146,21 @@ def _percentile(x, p, axes):
     next_up = jnp.min(x, axes, keepdims=True, initial=jnp.inf, where=x > below)
     above = jnp.where(at_most > rank + 1, below, next_up)
     fraction = position - rank
-    # At the largest element there is nothing above: inf * 0 must not become NaN. In halves, so
-    # that a gap of more than the largest float does not overflow.
+    # Nothing is above the largest element, and inf * 0 must not become NaN. Halved, so that a gap
+    # wider than the largest finite float does not overflow.
     return below if fraction == 0 else below + (above / 2 - below / 2) * (2 * fraction)
 
 
 def _order_statistic(x, rank, axes):
-    """The element with `rank` smaller ones, by bisection over the bits of the float.
+    """The element at `rank` in ascending order, found by bisection over the bits of the floats.
 
-    One pass of compare-and-count per bit: on XLA's CPU backend a sort or top_k of 4096
-    elements takes ten times as long, and neither reduces over several axes in place.
+    Each bit takes one pass that compares and counts. On XLA's CPU backend, sort and top_k take
+    ten times as long for 4096 elements, and neither reduces over several axes.
     """
     bits = jax.lax.bitcast_convert_type(x, _unsigned(x.dtype))
     width = bits.dtype.itemsize * 8
     sign = jnp.asarray(1, bits.dtype) << (width - 1)
-    # Makes the order of the unsigned integers that of the floats.
+    # Maps floats to unsigned integers with the same order.
     keys = jnp.where(bits < sign, bits | sign, ~bits)
 
     def set_bit(i, best):
@@ -170,5 +175,5 @@ def _order_statistic(x, rank, axes):
 
 
 def _unsigned(dtype):
-    """The unsigned dtype with the bits of a float dtype."""
+    """The unsigned integer dtype with the width of a floating-point dtype."""
     return jnp.dtype(f"uint{jnp.dtype(dtype).itemsize * 8}")

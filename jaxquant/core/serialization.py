@@ -1,6 +1,6 @@
-"""How configs, and the static parts of a QTensor, are written for files and `jax.export`.
+"""JSON forms of configs and of the static fields of a QTensor, for files and `jax.export`.
 
-Formats are written by value, so one that a user added can be read without its row.
+Formats are saved with all their fields, so that custom formats load without being registered.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ def format_to_json(format: Format) -> dict[str, Any]:
 
 
 def format_from_json(row: dict[str, Any]) -> Format:
-    """Undoes `format_to_json`."""
+    """Inverse of `format_to_json`."""
     return Format(**_with_tuples(row))
 
 
@@ -30,13 +30,13 @@ def config_to_json(config: ArrayConfig) -> dict[str, Any]:
     """An ArrayConfig as JSON values.
 
     Raises:
-        ValueError: its range is not one of `RANGES`, so that it could not be read again.
+        ValueError: its range is not one of `RANGES`, so the config could not be loaded.
     """
     name = type(config.range).__name__
     if RANGES.get(name) is not type(config.range):
         raise ValueError(
-            f"Only configs with the ranges {', '.join(RANGES)} can be written; got "
-            f"{config.range!r}. Name its class in RANGES, in jaxquant/core/ranges.py."
+            f"Only configs with the ranges {', '.join(RANGES)} can be saved; got "
+            f"{config.range!r}. Add its class to RANGES in jaxquant/core/ranges.py."
         )
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     range_fields = {f.name: getattr(config.range, f.name) for f in dataclasses.fields(RANGES[name])}
@@ -45,10 +45,10 @@ def config_to_json(config: ArrayConfig) -> dict[str, Any]:
 
 
 def config_from_json(row: dict[str, Any]) -> ArrayConfig:
-    """Undoes `config_to_json`.
+    """Inverse of `config_to_json`.
 
-    Configs were once written with an `axis`, of which None meant one scale per tensor. Other axes
-    are left out: who quantizes knows them.
+    Older files also contain an `axis`. None meant one scale per tensor. Other values are ignored
+    because the axis is now an argument of `quantize`.
     """
     fields = _with_tuples(row)
     if fields.pop("axis", 0) is None:
@@ -59,20 +59,20 @@ def config_from_json(row: dict[str, Any]) -> ArrayConfig:
 
 
 def static_to_json(q: QTensor) -> dict[str, Any]:
-    """The static fields of a QTensor as JSON values."""
+    """Static fields of a QTensor as JSON values."""
     format = format_to_json(q.format)
     return {"format": format, "dtype": jnp.dtype(q.dtype).name, "order": q.order}
 
 
 def static_from_json(row: dict[str, Any]) -> dict[str, Any]:
-    """Undoes `static_to_json`: keyword arguments of a QTensor."""
+    """Inverse of `static_to_json`: returns keyword arguments for QTensor."""
     fields = _with_tuples(row)
     format, dtype = format_from_json(fields["format"]), jnp.dtype(fields["dtype"])
     return {"format": format, "dtype": dtype, "order": fields["order"]}
 
 
 def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists where the configs have tuples."""
+    """Converts JSON lists to the tuples of the configs."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
 
 
@@ -89,8 +89,8 @@ def _dump(value):
     return json.dumps(value).encode()
 
 
-# The auxiliary data of a registered dataclass is the tuple of its static fields, in order,
-# and that of a static node is the node.
+# The auxiliary data of a registered dataclass is the tuple of its static fields, in order.
+# The auxiliary data of a static node is the node itself.
 _register(
     QTensor,
     lambda fields: _dump(static_to_json(_empty(fields))),
@@ -109,7 +109,7 @@ _register(
 
 
 def _empty(static: tuple[Any, ...]) -> Any:
-    """A QTensor without arrays, from its static fields in order."""
+    """A QTensor without arrays, from the tuple of its static fields."""
     names = [f.name for f in dataclasses.fields(QTensor) if f.metadata.get("static")]
     nothing: Any = None
     return QTensor(nothing, nothing, **dict(zip(names, static, strict=True)))

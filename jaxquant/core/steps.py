@@ -1,4 +1,4 @@
-"""The steps of quantization, one by one: group, fit the range, fit the scale, encode.
+"""The steps of quantization: group, fit the range, fit the scale and zero point, encode.
 
     groups     = group(x, config, axis)
     low, high  = fit_range(groups, config)
@@ -6,8 +6,8 @@
     zero_point = fit_zero_point(groups, low, scale, config)
     q          = encode(groups, scale, zero_point, config)
 
-`quantize` is these five lines. An algorithm that chooses ranges, scales or codes in another way
-replaces one of them.
+These five lines are the body of `quantize`. An algorithm that chooses ranges, scales or codes
+differently replaces one of them.
 """
 
 import jax
@@ -33,9 +33,9 @@ def group(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> Groups:
 
 
 def fit_range(groups: Groups, config: ArrayConfig) -> tuple[jax.Array, jax.Array]:
-    """The range (low, high) of each group by `config.range`, shaped to broadcast with the values.
+    """The range (low, high) of each group from `config.range`; broadcasts with the values.
 
-    Candidates are scored by the squared error with the scale and zero point that would be stored.
+    Candidate ranges are scored by their squared error with the scale and zero point as stored.
     """
     values, unit = groups.values, scale_unit(groups, config)
     peak = jnp.max(jnp.abs(values), groups.axes, keepdims=True, initial=0)
@@ -48,17 +48,18 @@ def fit_range(groups: Groups, config: ArrayConfig) -> tuple[jax.Array, jax.Array
         zero_point = None if config.symmetric else affine.fit_zero_point(low, step, config)
         codes = affine.encode(values, step, zero_point, config)
         decoded = affine.decode(codes, step, zero_point, config.format)
-        # In units of the peak, because squares of 1e-20 or 1e20 are not float32 numbers.
+        # In units of the peak, because squares of 1e-20 or 1e20 are out of the range of float32.
         return jnp.sum(jnp.square((decoded - values) / peak), groups.axes, keepdims=True)
 
     return config.range(values, groups.axes, config.symmetric, error)
 
 
 def scale_unit(groups: Groups, config: ArrayConfig) -> jax.Array | None:
-    """The outer scale under which nested scales are stored; None if they are not nested.
+    """The outer scale of nested scales; None if scales are not nested.
 
-    It is that of the abs-max ranges, whatever `config.range`, so that a candidate range of one
-    group is scored with the scale that is stored, which would otherwise depend on all groups.
+    It is computed from the abs-max ranges, regardless of `config.range`. Otherwise it would depend
+    on the ranges of all groups, and the candidate ranges of one group could not be scored with the
+    scale as stored.
     """
     if not _is_nested(config.stored_scale_dtype):
         return None
@@ -78,19 +79,19 @@ def fit_scale(
     config: ArrayConfig,
     unit: jax.Array | None = None,
 ) -> jax.Array | QTensor:
-    """The scales with which the codes span [low, high], as they are stored.
+    """The scales at which the codes span [low, high], as they are stored.
 
     Args:
-        groups: the array.
+        groups: the array, from `group`.
         low, high: from `fit_range`.
-        config: its format and scale dtype are used.
-        unit: from `scale_unit`; None takes the outer scale from the scales themselves.
+        config: format and scale dtype.
+        unit: from `scale_unit`; None computes the outer scale from the scales.
 
     Returns:
-        One scale per group; NaN for a group that holds NaN or Inf.
+        One scale per group; NaN for a group that contains NaN or Inf.
     """
     scale = affine.fit_scale(low, high, config)
-    # Here, not in the ranges: no range may hide NaN or Inf, whoever wrote it.
+    # Tested here and not in the ranges, so that custom ranges cannot hide NaN or Inf.
     scale = jnp.where(is_finite(groups), scale, jnp.nan)
     return _store_scale(groups.per_group(scale), config.stored_scale_dtype, unit)
 
@@ -98,7 +99,7 @@ def fit_scale(
 def fit_zero_point(
     groups: Groups, low: jax.Array, scale: jax.Array | QTensor, config: ArrayConfig
 ) -> jax.Array | None:
-    """The zero points for the stored scales; None for a symmetric config."""
+    """The zero points that go with the stored scales; None for a symmetric config."""
     if config.symmetric:
         return None
     step = groups.per_element(scale_values(scale))
@@ -112,7 +113,7 @@ def encode(
     config: ArrayConfig,
     key: jax.Array | None = None,
 ) -> QTensor:
-    """The nearest codes for the stored scales and zero points, and with a key random ones."""
+    """The nearest codes for the stored scales; with a key, codes are rounded stochastically."""
     step = groups.per_element(scale_values(scale))
     zero = None if zero_point is None else to_blocks(zero_point, groups.blocks)
     codes = affine.encode(groups.values, step, zero, config, key).reshape(groups.shape)
@@ -120,20 +121,21 @@ def encode(
 
 
 def is_finite(groups: Groups) -> jax.Array:
-    """Whether all of each group is. By what AbsMax() computes too, so that XLA does it once."""
+    """Whether all elements of a group are finite. Shares its reduction with AbsMax()."""
     return largest_magnitude(groups.values, groups.axes) < jnp.inf
 
 
 def _is_nested(dtype: str) -> bool:
-    """Whether scales of this dtype are stored as a QTensor under one float scale."""
+    """Whether scales of this dtype are stored as a QTensor, with an outer scale."""
     return bits_of(dtype) == 8 and not affine.has_exponent_only(dtype)
 
 
 def _store_scale(scale: jax.Array, dtype: str, unit: jax.Array | None) -> jax.Array | QTensor:
-    """Scales in their dtype, or as a QTensor if that has too small a range.
+    """Casts scales to their stored dtype, or to a QTensor if the range of the dtype is too small.
 
-    A scale is at least the smallest number of the dtype, so that none vanishes. One that is too
-    large is NaN, since its group would be clipped. That of an empty range, 0, becomes 1.
+    Scales below the smallest positive number of the dtype are raised to it, so that none becomes
+    zero. Scales above the largest number become NaN, because their groups would be clipped. A
+    scale of 0, from an empty range, becomes 1.
     """
     if _is_nested(dtype):
         return _store_nested(scale, _unit_of(scale) if unit is None else unit)
@@ -141,15 +143,15 @@ def _store_scale(scale: jax.Array, dtype: str, unit: jax.Array | None) -> jax.Ar
     scale = jnp.where(scale == 0, 1, scale)
     if info.bits >= jnp.finfo(scale.dtype).bits or affine.has_exponent_only(dtype):
         return scale.astype(dtype)
-    # Subnormals of float32, and so of bfloat16, are flushed to zero; those of float16 are not.
+    # Subnormals of float32 and bfloat16 are flushed to zero, but those of float16 are not.
     smallest = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
     scale = jnp.where(scale > float(info.max), jnp.nan, scale)
     return jnp.maximum(scale, smallest).astype(dtype)
 
 
 def _unit_of(scale: jax.Array) -> jax.Array:
-    """The outer scale of nested scales, one per matrix: the largest becomes the largest code."""
-    # Leading axes keep scales of their own, so that stacked layers can be scanned.
+    """The outer scale of nested scales, one per matrix: maps the largest scale to qmax."""
+    # Leading axes keep separate scales, so that stacked layers can be scanned.
     matrix = tuple(range(max(scale.ndim - 2, 0), scale.ndim))
     top = jnp.max(jnp.where(jnp.isnan(scale), 0, scale), matrix, keepdims=True, initial=0)
     unit = affine.fit_scale(-top, top, _E4M3)
@@ -157,10 +159,10 @@ def _unit_of(scale: jax.Array) -> jax.Array:
 
 
 def _store_nested(scale: jax.Array, unit: jax.Array) -> QTensor:
-    """Scales as FP8_E4M3 codes under an outer scale per matrix. NaN stays with its group."""
+    """Quantizes scales to FP8_E4M3 with an outer scale per matrix. NaN scales stay NaN."""
     is_nan = jnp.isnan(scale)
     codes = affine.encode(jnp.where(is_nan, 0, scale), unit, None, _E4M3).astype(scale.dtype)
-    # A group of tiny values or of zeros gets the smallest positive code: 0 would divide by zero.
-    # Not 1, which would be the largest of all where the other scales are small.
+    # Groups of zeros or tiny values get the smallest positive code, because a zero scale would
+    # divide by zero. A scale of 1 could be far larger than all other scales.
     codes = jnp.where(is_nan, jnp.nan, jnp.maximum(codes, 2.0**-9)).astype(FP8_E4M3.dtype)
     return QTensor(codes, unit.astype(jnp.float32), format=FP8_E4M3, dtype=scale.dtype)

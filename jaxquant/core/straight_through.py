@@ -1,4 +1,4 @@
-"""Gradients through rounding: what a quantized array passes on to the floats it was made of."""
+"""Straight-through gradients: from a quantized array to the array, scale and zero point."""
 
 from functools import partial
 
@@ -20,23 +20,24 @@ def straight_through(
     *,
     margin: bool = True,
 ) -> jax.Array:
-    """The values of q, with derivatives of the x, scale and zero point that it was made of.
+    """The dequantized q, with straight-through derivatives for x, scale and zero point.
 
-    With v = x / scale + zero_point and [a, b] the codes in use, q = round(v) where v is inside
-    (a <= v <= b) and the end that it is clipped to elsewhere:
+    Let v = x / scale + zero_point, and [a, b] the range of codes. The code q is round(v) inside
+    the range (a <= v <= b), and the nearer end outside of it:
 
         d value / d x          = 1                            inside, 0 elsewhere
         d value / d scale      = (q - zero_point) - x/scale   inside, q - zero_point elsewhere
         d value / d zero_point = 0                            inside, -scale elsewhere
 
     Args:
-        x: array that q stands for.
-        q: QTensor made of x by `config`, in the order of axes of x.
-        config: its format and value range are used.
-        scale, zero_point: floats in the shape of q's scale, or scalars, which get gradients; None
-            for no gradient. Only their derivatives count: the values are q's.
-        margin: whether what lies outside by less than half of the outermost step is inside. So it
-            must be if the range is that of x itself: rounding must not cost its ends the gradient.
+        x: the array that was quantized.
+        q: QTensor of x quantized with `config`, stored in the axis order of x.
+        config: only its format and value range are used.
+        scale, zero_point: float arrays in the shape of q's scale, or scalars, that get gradients;
+            None for no gradient. Their values are not used, because q has its own.
+        margin: whether elements outside the range by less than half of the outermost step count
+            as inside. Pass True if the range was computed from x, so that rounding errors do not
+            remove the gradient of its extreme elements.
 
     Returns:
         q.dequantize(), bit for bit.
@@ -45,7 +46,7 @@ def straight_through(
         2020 (LSQ), arXiv:1902.08153, eq. 3; zero point: Bhalgat et al. 2020 (LSQ+),
         arXiv:2004.09576, eq. 5.
     """
-    # Codes that are floats would otherwise get zeros as a gradient, in a dtype that has none.
+    # Floating-point codes would otherwise get a zero gradient, in a dtype without gradients.
     fixed = jax.tree.map(jax.lax.stop_gradient, q)
     return _values((x, scale, zero_point), fixed, config, margin)
 
@@ -70,7 +71,7 @@ def _(config, margin, primals, tangents):
         return to_blocks(jnp.broadcast_to(values, q.scale.shape).astype(compute), blocks)
 
     step = per_block(scale_values(q.scale))
-    # Not from the values, which bfloat16 rounds to a 256th: half a step of int8 codes.
+    # Decoded in `compute`, because bfloat16 rounds values by up to half a step of int8 codes.
     coded = per_element(q.astype(compute).decode()) / step
     scaled = per_element(x) / step
     zero = 0 if q.zero_point is None else per_block(q.zero_point)

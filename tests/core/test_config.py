@@ -35,16 +35,22 @@ CONFIG_ERRORS = [
         {"per_tensor": True, "format": NVFP4},
         r"got groups of 16 \(format nvfp4\)\. Pass per_tensor=False, or leave group_size None",
     ),
-    ({"format": MXFP4, "group_size": 64}, r"mxfp4 has groups of 32; got group_size=64\. Leave it"),
-    ({"format": NF4, "symmetric": False}, r"needs a format of whole numbers.*got format=nf4\. .*"),
-    ({"format": FP8_E4M3, "symmetric": False}, r"got format=fp8_e4m3\. .*leave symmetric=True"),
+    (
+        {"format": MXFP4, "group_size": 64},
+        r"has a fixed group size of 32; got group_size=64\. Leave",
+    ),
+    ({"format": NF4, "symmetric": False}, r"needs a format with integer codes.*got format=nf4"),
+    ({"format": FP8_E4M3, "symmetric": False}, r"got format=fp8_e4m3, .*Leave symmetric=True"),
     (
         {"range": "abs_max"},
         r"range must be AbsMax\(\), Percentile\(p\) or MinMSE\(\); got 'abs_max",
     ),
     ({"scale_dtype": "int8"}, r"scale_dtype must be one of float64, .*None for.*got 'int8'"),
     ({"scale_dtype": "float8_e5m2"}, r"scale_dtype must be one of .*got 'float8_e5m2'"),
-    ({"format": NF4, "value_range": (-1, 1)}, r"value_range needs a format of whole.*format=nf4"),
+    (
+        {"format": NF4, "value_range": (-1, 1)},
+        r"value_range needs a format with int.*format=nf4",
+    ),
     ({"value_range": (-200, 100)}, r"within \[-128, 127\] for int8; got \(-200, 100\)"),
     ({"value_range": (-100, 128)}, r"within \[-128, 127\] for int8; got \(-100, 128\)"),
     ({"format": INT4, "value_range": (-9, 7)}, r"within \[-8, 7\] for int4; got \(-9, 7\)"),
@@ -58,9 +64,9 @@ CONFIG_ERRORS = [
     ({"value_range": (-1.5, 5)}, r"two ascending ints.*got \(-1\.5, 5\)"),
     (
         {"value_range": (0, 100)},
-        r"must have zero inside; got 0 to 100\. Widen the range, or pass symm",
+        r"needs qmin < 0 < qmax; got 0 to 100\. Widen the range, or pass symm",
     ),
-    ({"value_range": (-100, 0)}, "must have zero inside; got -100 to 0"),
+    ({"value_range": (-100, 0)}, "needs qmin < 0 < qmax; got -100 to 0"),
 ]
 
 

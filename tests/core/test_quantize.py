@@ -140,7 +140,7 @@ def test_groups_on_one_side_of_zero_keep_their_values(mean):
 @each_format
 def test_values_near_the_largest_float_do_not_overflow(format, symmetric):
     if not (symmetric or format.rounds):
-        with pytest.raises(ValueError, match="symmetric=False needs a format of whole numbers"):
+        with pytest.raises(ValueError, match="symmetric=False needs a format with integer codes"):
             ArrayConfig(format=format, symmetric=symmetric)
         return
     x = np.linspace(-3e38, 3e38, 64, dtype=np.float32)[None]
@@ -335,10 +335,14 @@ def test_scales_of_exponents_clip_no_whole_numbers():
 @pytest.mark.parametrize(
     "x, config, text",
     [
-        (jnp.ones(4), W8A8, "config must be an ArrayConfig; got Scheme.*pass its weights"),
-        (jnp.ones(4), INT8, r"got int8\. Of a Scheme.*ArrayConfig\(format=f\)"),
+        (jnp.ones(4), W8A8, "config must be an ArrayConfig; got Scheme.*pass s.weights"),
+        (jnp.ones(4), INT8, r"got int8\. For a Scheme.*ArrayConfig\(format=f\)"),
         ([1.0, 2.0], ArrayConfig(), "x must be a floating array; got list"),
-        (quantize(jnp.ones(4), ArrayConfig()), ArrayConfig(), "quantized already; got QTensor"),
+        (
+            quantize(jnp.ones(4), ArrayConfig()),
+            ArrayConfig(),
+            "is already quantized; got QTensor",
+        ),
     ],
 )
 @pytest.mark.parametrize("function", [quantize, abs_max_quantize])
@@ -407,7 +411,7 @@ NAMED = [
 def test_named_quantizers_are_quantize_for_their_range(function, config, other):
     x = cases.gaussian()
     checks.assert_equal_quantized(function(x, config, 1), quantize(x, config, 1))
-    message = r"config\.range must be \w+\(\.\.\.\) here; got .*quantize\(x, config\) takes any"
+    message = r"config\.range must be \w+\(\.\.\.\) here; got .*quantize\(x, config\) supports any"
     with pytest.raises(ValueError, match=message):
         function(x, ArrayConfig(range=other), axis=1)
 

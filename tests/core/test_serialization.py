@@ -51,7 +51,7 @@ class Mine:
 
 
 def test_a_range_without_a_row_cannot_be_written():
-    message = r"ranges AbsMax, Percentile, MinMSE can be written; got Mine\(\)\. Name its class in"
+    message = r"ranges AbsMax, Percentile, MinMSE can be saved; got Mine\(\)\. Add its class to"
     with pytest.raises(ValueError, match=message):
         config_to_json(ArrayConfig(range=Mine()))
 

@@ -258,7 +258,7 @@ def test_a_scheme_or_config_alone_means_the_default_rules(scheme):
         ),
         (
             lambda: Rule("out/*", MXFP4A16, group_size=128),
-            r"Rule 'out/\*': mxfp4 has groups of 32; got group_size=128. Leave it None",
+            r"Rule 'out/\*': mxfp4 has a fixed group size of 32; got group_size=128. Leave it",
         ),
         (
             lambda: Rule("out/*", W8A8, group_size=0),
