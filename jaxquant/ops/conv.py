@@ -113,6 +113,11 @@ def conv_general_dilated(
     Gradients: as for `dot_general`.
     Error: integer sums are exact in int32, and rounded once.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.2.
+
+    Example:
+        >>> kernel = jq.quantize(jnp.ones((4, 3, 2, 2)), jq.ArrayConfig(), axis=(1, 2, 3))
+        >>> jq.conv_general_dilated(jnp.ones((1, 3, 5, 5)), kernel, (1, 1), "VALID").shape
+        (1, 4, 4, 4)
     """
     options: dict[str, Any] = {
         "window_strides": _hashable(window_strides),

@@ -66,11 +66,11 @@ class Implementation:
     """
 
     name: str
-    run: Callable[[Operand, Operand, Any], jax.Array]
-    why_unsupported: Callable[[Operand, Operand, Any], str | None]
+    run: Callable[..., jax.Array]
+    why_unsupported: Callable[..., str | None]
     platforms: tuple[str, ...] | None = None
-    why_slower: Callable[[Operand, Operand, Any, str | None], str | None] = lambda *_: None
-    is_integer: Callable[[Operand, Operand, Any], bool] = lambda lhs, rhs, spec: False
+    why_slower: Callable[..., str | None] = lambda *_: None
+    is_integer: Callable[..., bool] = lambda lhs, rhs, spec: False
     reads_packed: bool = False
     fallback: "Table" = ()
 
@@ -113,7 +113,8 @@ def run(
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
 def _run(lhs, rhs, arrays, table, spec, implementation):
     spec = spec.with_arrays(*arrays)
-    lhs, rhs = treat(*map(_without_values, (lhs, rhs)), spec.contract, spec.channels)
+    lhs, rhs = _without_values(lhs), _without_values(rhs)
+    lhs, rhs = treat(lhs, rhs, spec.contract, spec.channels)
     platforms = (*_PLATFORMS, _OTHERS)
     if implementation is None:
         selected = {p: select_rows(table, lhs, rhs, spec, p) for p in platforms}
@@ -125,7 +126,7 @@ def _run(lhs, rhs, arrays, table, spec, implementation):
     def make_record():
         return _record(lhs, rhs, spec, out, selected, is_forced=implementation is not None)
 
-    return mark(out, *map(_stored, (lhs, rhs)), make_record)
+    return mark(out, _stored(lhs), _stored(rhs), make_record)
 
 
 @partial(_run.defjvp, symbolic_zeros=True)

@@ -49,6 +49,11 @@ def matmul(
 
     Gradients and error: those of `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
+
+    Example:
+        >>> w = jq.quantize(jnp.ones((8, 4)), jq.ArrayConfig(), axis=0)
+        >>> jq.matmul(jnp.ones((2, 8)), w).shape
+        (2, 4)
     """
     lhs, rhs = as_operands((a, b), implementation)
     if not (is_quantized(lhs) or is_quantized(rhs)):
@@ -113,6 +118,11 @@ def dot_general(
         products of int8 codes, are not computed so) and rounded once, by the scales in
         float32. Others are those of `jax.lax.dot_general` on dequantized operands.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
+
+    Example:
+        >>> w = jq.quantize(jnp.ones((8, 4)), jq.ArrayConfig(), axis=0)
+        >>> jq.dot_general(jnp.ones((2, 8)), w, (((1,), (0,)), ((), ()))).shape
+        (2, 4)
     """
     lhs, rhs = as_operands((lhs, rhs), implementation)
     options = DotOptions(precision, preferred_element_type, out_sharding, implementation)

@@ -46,6 +46,11 @@ def einsum(
 
     Gradients and error: those of `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
+
+    Example:
+        >>> w = jq.quantize(jnp.ones((8, 4)), jq.ArrayConfig(), axis=0)
+        >>> jq.einsum("btk,kn->btn", jnp.ones((2, 3, 8)), w).shape
+        (2, 3, 4)
     """
     if not isinstance(subscripts, str):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,7 @@ def _sum_to(x, labels, keep):
     return jnp.einsum(f"{source}->{target}", as_plain(x))
 
 
-def as_plain(x: Operand | LowRank) -> jax.Array:
+def as_plain(x: Any) -> jax.Array:
     """The dequantized operand, for a sum, a diagonal or a transpose.
 
     Raises:

@@ -119,6 +119,11 @@ def ragged_dot(
 
     Gradients and error: as for `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
+
+    Example:
+        >>> experts = jq.quantize(jnp.ones((2, 8, 4)), jq.ArrayConfig(), axis=1)
+        >>> jq.ragged_dot(jnp.ones((5, 8)), experts, jnp.array([2, 3])).shape
+        (5, 4)
     """
     lhs, rhs = without_adapters((lhs, rhs), implementation)
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):

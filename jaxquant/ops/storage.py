@@ -24,6 +24,11 @@ def best_order(q: QTensor, platform: str) -> tuple[int, ...] | None:
 
     Raises:
         ValueError: the platform is another one.
+
+    Example:
+        >>> w = jq.quantize(jnp.ones((8, 4)), jq.ArrayConfig(), axis=0)
+        >>> jq.best_order(w, "cpu")
+        (-1, -2)
     """
     if platform not in _CONTRACTS_LAST:
         raise ValueError(f"platform must be {', '.join(_CONTRACTS_LAST)}; got {platform!r}.")

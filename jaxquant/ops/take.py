@@ -42,6 +42,11 @@ def take(
 
     Gradients: scales of 16 bits or more get theirs.
     Error: none; equal to `jnp.take` from the dequantized array.
+
+    Example:
+        >>> table = jq.quantize(jnp.ones((10, 4)), jq.ArrayConfig(), axis=1)
+        >>> jq.take(table, jnp.array([3, 7]), axis=0).shape
+        (2, 4)
     """
     (a,) = as_operands((a,), None)
     if isinstance(a, LowRank):
@@ -65,7 +70,7 @@ def take(
         )
     indices = jnp.asarray(indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise ValueError(f"indices must be whole numbers; got {indices.dtype}. Cast them first.")
+        raise ValueError(f"indices must be integers; got {indices.dtype}. Cast them first.")
     if mode is not None and mode not in _MODES:
         raise ValueError(f"mode must be one of {', '.join(_MODES)}, or None; got {mode!r}.")
     if not -a.ndim <= axis < a.ndim:

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import re
 from functools import partial
@@ -364,3 +365,15 @@ def test_shapes_that_do_not_fit_raise_as_in_lax():
         with pytest.raises(TypeError, match="contracting dimensions to have the same shape"):
             dot_general(x, q, MATRICES)
     assert q.format == INT8
+
+
+def test_floating_point_zero_points_are_not_truncated():
+    x, q = quantize(normal(M, K), INPUTS["int8"], axis=-1), weight(WEIGHTS["int8"])
+    zero = jnp.full(q.scale.shape, 7.5, jnp.float32)
+    q = dataclasses.replace(q, zero_point=zero)
+    for implementation in (None, "dequantize"):
+        assert_product(matmul(x, q, implementation=implementation), "mk,kn->mn", x, q)
+    with pytest.raises(ValueError, match="zero points of float32 are not integers"):
+        matmul(x, q, implementation="integer")
+    x, q = dataclasses.replace(x, zero_point=x.scale), weight(WEIGHTS["int8"])
+    assert_product(matmul(x, q), "mk,kn->mn", x, q)

@@ -121,7 +121,7 @@ def test_take_works_under_vmap_and_on_plain_arrays():
 
 def test_wrong_arguments_are_refused():
     q = quantize(TABLE, *CONFIGS["per row"])
-    with pytest.raises(ValueError, match=r"indices must be whole numbers; got float32\. Cast"):
+    with pytest.raises(ValueError, match=r"indices must be integers; got float32\. Cast"):
         take(q, np.ones(3, np.float32), 0)
     with pytest.raises(
         ValueError,

@@ -7,6 +7,7 @@ float weights stay in the cache. From 256 rows on both take the same time.
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def row(fallback: Table) -> Implementation:
     )
 
 
-def run(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
+def run(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
     """Multiplies by one block of weights after another."""
     if integer.is_supported(lhs, rhs, spec):
         multiply = partial(integer.run, lhs, spec=spec)

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def row(fallback: Table) -> Implementation:
     )
 
 
-def run(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
+def run(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
     """(..., K) by (N, K): int8 codes by int8 codes, or rows by 4-bit or 8-bit weights."""
     if integer.is_of_8_bits(lhs, rhs, spec):
         return native_int8(lhs, rhs, spec)
@@ -52,7 +53,7 @@ def run(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
     return to_logical_order(out.astype(spec.dtype), spec)
 
 
-def native_int8(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
+def native_int8(lhs: QTensor, rhs: QTensor, spec: DotSpec) -> jax.Array:
     """int8 codes by int8 codes, exact in int32, then scaled."""
     zeros = lhs.zero_point, rhs.zero_point
     if spec.dtype == jnp.float64 or any(zero is not None for zero in zeros):
@@ -73,7 +74,7 @@ def native_int8(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
     return to_logical_order(out.astype(spec.dtype), spec)
 
 
-def why_unsupported(lhs: Operand, rhs: Operand, spec: DotSpec) -> str | None:
+def why_unsupported(lhs: Operand, rhs: Any, spec: DotSpec) -> str | None:
     """Why the kernels do not compute this, or None."""
     why_not = why_unsupported_matrix(lhs, rhs, spec, axis=1)
     if why_not is not None:

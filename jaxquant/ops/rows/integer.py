@@ -10,6 +10,7 @@ Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +41,14 @@ def run(
     return to_logical_order(out.astype(spec.dtype), spec)
 
 
-def why_unsupported(lhs: Operand, rhs: Operand, spec: DotSpec) -> str | None:
+def why_unsupported(lhs: Any, rhs: Any, spec: DotSpec) -> str | None:
     """Why these operands cannot be multiplied as integers, or None."""
     for x, axes in zip((lhs, rhs), spec.contract, strict=True):
         why_not = why_unsupported_codes(x)
         if why_not is not None:
             return why_not
+        if x.zero_point is not None and not jnp.issubdtype(x.zero_point.dtype, jnp.integer):
+            return f"zero points of {x.zero_point.dtype} are not integers"
         if any(x.scale.shape[a] > 1 for a in axes):
             return f"scales {x.scale.shape} change along the contracted axes"
     length = math.prod(lhs.codes.shape[a] for a in spec.contract[0])
@@ -57,7 +60,7 @@ def is_supported(lhs: Operand, rhs: Operand, spec: DotSpec) -> bool:
     return why_unsupported(lhs, rhs, spec) is None
 
 
-def is_of_8_bits(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
+def is_of_8_bits(lhs: Operand, rhs: Any, spec: DotSpec) -> bool:
     """Whether they can, and the weights on the right have codes of 8 bits."""
     return rhs.format.bits == 8 and is_supported(lhs, rhs, spec)
 

@@ -20,7 +20,7 @@ def kernel_or_xla(
     rhs: Operand,
     spec: DotSpec,
     *,
-    kernel: Callable[[Operand, Operand, DotSpec], jax.Array],
+    kernel: Callable[..., jax.Array],
     where: Callable[..., jax.Array],
     fallback: Table,
     platform: str,
@@ -37,7 +37,8 @@ def kernel_or_xla(
     leaves, treedef = jax.tree.flatten((lhs, rhs))
 
     def here(*leaves):
-        return kernel(*jax.tree.unflatten(treedef, leaves), spec)
+        lhs, rhs = jax.tree.unflatten(treedef, leaves)
+        return kernel(lhs, rhs, spec)
 
     def elsewhere(*leaves):
         lhs, rhs = jax.tree.unflatten(treedef, leaves)

@@ -7,6 +7,7 @@ tpu-compile`.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,16 +38,17 @@ def scales_result(x: Operand, axes: tuple[int, ...]) -> bool:
     return x.format.bits <= 8 and all(x.scale.shape[a] == 1 for a in axes)
 
 
-def scaled(lhs: Operand, rhs: Operand, spec: DotSpec) -> jax.Array:
+def scaled(lhs: Any, rhs: Any, spec: DotSpec) -> jax.Array:
     """Multiplies codes where their scales can be applied to the result, values elsewhere."""
     operands, dtype = (lhs, rhs), jnp.promote_types(lhs.dtype, rhs.dtype)
     is_scaled = [scales_result(*pair) for pair in zip(operands, spec.contract, strict=True)]
-    factors = [x.codes if s else as_array(x) for x, s in zip(operands, is_scaled, strict=True)]
-    if factors[0].dtype != factors[1].dtype or not jnp.issubdtype(factors[0].dtype, jnp.floating):
-        factors = [x.astype(dtype) for x in factors]
+    left, right = (x.codes if s else as_array(x) for x, s in zip(operands, is_scaled, strict=True))
+    if left.dtype != right.dtype or not jnp.issubdtype(left.dtype, jnp.floating):
+        left, right = left.astype(dtype), right.astype(dtype)
     compute = jnp.float64 if spec.dtype == jnp.float64 else jnp.float32
     out = lax.dot_general(
-        *factors,
+        left,
+        right,
         (spec.contract, spec.batch),
         precision=spec.precision,
         preferred_element_type=compute,

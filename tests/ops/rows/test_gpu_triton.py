@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ product = jax.jit(partial(gpu_triton.run, interpret=True), static_argnames="dtyp
 forced = partial(matmul, implementation="triton")
 
 
-def stored(config=G128, order=(-1, -2), seed=1):
+def stored(config: Any = G128, order=(-1, -2), seed=1):
     """A weight with its contracted axis last, as `tree.quantize` stores it for GPUs."""
     return weight(config, (K, N), seed).reorder(order)
 
