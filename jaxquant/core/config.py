@@ -37,6 +37,11 @@ class ArrayConfig:
 
     Raises:
         ValueError: a field is invalid, or two fields contradict each other.
+
+    Example:
+        >>> config = jq.ArrayConfig(format=jq.INT4, group_size=2)
+        >>> jq.quantize(jnp.ones((4, 3)), config, axis=0).scale.shape
+        (2, 3)
     """
 
     format: Format = INT8
@@ -147,6 +152,11 @@ class Scheme:
 
     Raises:
         ValueError: weights is not an ArrayConfig, or inputs is neither an ArrayConfig nor None.
+
+    Example:
+        >>> scheme = jq.Scheme(jq.ArrayConfig(format=jq.INT4), jq.ArrayConfig(format=jq.INT8))
+        >>> scheme.weights.format, scheme.inputs.format
+        (int4, int8)
     """
 
     weights: ArrayConfig = ArrayConfig()

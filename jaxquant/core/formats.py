@@ -32,6 +32,11 @@ class Format:
     Raises:
         ValueError: JAX does not have the dtype, the dtype cannot represent the codes, or the
             codebook does not match `power`.
+
+    Example:
+        >>> int6 = jq.Format("int6", "int8", -31, 31)
+        >>> jq.quantize(jnp.array([-1.0, 0.5, 1.0]), jq.ArrayConfig(format=int6)).codes.tolist()
+        [-31, 16, 31]
     """
 
     name: str

@@ -36,6 +36,16 @@ class LowRank(Shaped):
 
     Source: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314, eq. 5; Hu et al. 2021 (LoRA),
         arXiv:2106.09685, section 4.1.
+
+    Example:
+        >>> config = jq.ArrayConfig(format=jq.INT8)
+        >>> base = jq.quantize(jnp.zeros((4, 3)), config)
+        >>> a, b = jnp.ones((4, 2)), jnp.ones((2, 3))
+        >>> w = jq.training.LowRank(base, a, b, alpha=2, config=config)
+        >>> w.rank, w.shape
+        (2, (4, 3))
+        >>> w.dequantize()[0].tolist()
+        [2.0, 2.0, 2.0]
     """
 
     base: QTensor

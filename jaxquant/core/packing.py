@@ -24,6 +24,10 @@ def pack_int4(codes: jax.Array, axis: int = 0) -> jax.Array:
 
     Raises:
         ValueError: codes have another dtype, or axis is out of range.
+
+    Example:
+        >>> jq.pack_int4(jnp.array([1, 2, 3], jnp.int8)).tolist()
+        [33, 3]
     """
     return _pack(codes, axis, bits=4)
 
@@ -42,6 +46,10 @@ def unpack_int4(packed: jax.Array, length: int, axis: int = 0) -> jax.Array:
 
     Raises:
         ValueError: packed has another dtype, axis is out of range, or length does not match.
+
+    Example:
+        >>> jq.unpack_int4(jnp.array([33, 3], jnp.int8), length=3).tolist()
+        [1, 2, 3]
     """
     return _unpack(packed, length, axis, bits=4)
 
@@ -59,6 +67,10 @@ def pack_int2(codes: jax.Array, axis: int = 0) -> jax.Array:
 
     Raises:
         ValueError: codes have another dtype, or axis is out of range.
+
+    Example:
+        >>> jq.pack_int2(jnp.array([1, 0, -1, -2, 1], jnp.int8)).tolist()
+        [-79, 1]
     """
     return _pack(codes, axis, bits=2)
 
@@ -77,6 +89,10 @@ def unpack_int2(packed: jax.Array, length: int, axis: int = 0) -> jax.Array:
 
     Raises:
         ValueError: packed has another dtype, axis is out of range, or length does not match.
+
+    Example:
+        >>> jq.unpack_int2(jnp.array([-79, 1], jnp.int8), length=5).tolist()
+        [1, 0, -1, -2, 1]
     """
     return _unpack(packed, length, axis, bits=2)
 

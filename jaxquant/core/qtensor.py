@@ -39,6 +39,13 @@ class Inputs:
             that of the contracted axes of the QTensor, in their order; for a convolution, one
             factor per input channel. None for no multiplier.
         tap: function that observes the activations before they are quantized; None for none.
+
+    Example:
+        >>> import dataclasses
+        >>> w = jq.quantize(jnp.ones((4, 2)), jq.W8A8.weights)
+        >>> w = dataclasses.replace(w, inputs=jq.Inputs(jq.W8A8.inputs))
+        >>> jq.matmul(jnp.ones((1, 4)), w).round(3).tolist()
+        [[4.0, 4.0]]
     """
 
     config: ArrayConfig | None = dataclasses.field(default=None, metadata={"static": True})
@@ -114,6 +121,13 @@ class QTensor(Shaped):
         order: storage order of the trailing axes, counted from the end: (-1, -2) stores the last
             two axes swapped. None for the logical order. Static. Axes elsewhere in the library
             are logical axes: those of the array that was quantized.
+
+    Example:
+        >>> q = jq.quantize(jnp.arange(8.0).reshape(4, 2), jq.ArrayConfig(format=jq.INT8), axis=0)
+        >>> q
+        QTensor(int8 4x2, scale (1, 2), float32)
+        >>> q.codes.tolist()
+        [[0, 18], [42, 54], [85, 91], [127, 127]]
     """
 
     codes: jax.Array
@@ -227,7 +241,13 @@ class Deferred(abc.ABC):
 
 
 def dequantize(x: QTensor) -> jax.Array:
-    """Dequantizes: (codes - zero_point) * scale. The function form of `x.dequantize()`."""
+    """Dequantizes: (codes - zero_point) * scale. The function form of `x.dequantize()`.
+
+    Example:
+        >>> q = jq.quantize(jnp.array([-127.0, 3.2, 5.9]), jq.ArrayConfig(format=jq.INT8))
+        >>> jq.dequantize(q).tolist()
+        [-127.0, 3.0, 6.0]
+    """
     return x.dequantize()
 
 

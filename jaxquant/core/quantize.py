@@ -58,6 +58,13 @@ def quantize(
         zeros. The largest scale is 8.5e37, so formats with qmax = 1 clip larger values.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; stochastic rounding: Gupta et al.
         2015, arXiv:1502.02551, section 3.1.
+
+    Example:
+        >>> q = jq.quantize(jnp.array([-127.0, 3.2, 5.9]), jq.ArrayConfig(format=jq.INT8))
+        >>> q.codes.tolist(), q.scale.tolist()
+        ([-127, 3, 6], [1.0])
+        >>> q.dequantize().tolist()
+        [-127.0, 3.0, 6.0]
     """
     _check(x, config)
     groups = group(x, config, axis)
@@ -96,6 +103,11 @@ def quantize_with_range(
 
     Error: with integer codes, at most scale/2 per element within the range.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
+
+    Example:
+        >>> x, config = jnp.array([-300.0, 3.2, 127.0]), jq.ArrayConfig(format=jq.INT8)
+        >>> jq.quantize_with_range(x, jnp.float32(-127), jnp.float32(127), config).codes.tolist()
+        [-127, 3, 127]
     """
     _check(x, config)
     groups = group(x, config, axis)
@@ -148,6 +160,11 @@ def quantize_with_scale(
 
     Error: with integer codes, at most scale/2 per element that is not clipped.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
+
+    Example:
+        >>> x, config = jnp.array([-1.0, 0.6, 3.0]), jq.ArrayConfig(format=jq.INT8)
+        >>> jq.quantize_with_scale(x, jnp.float32(0.5), None, config).codes.tolist()
+        [-2, 1, 6]
     """
     _check(x, config)
     if zero_point is not None and (config.symmetric or zero_point.shape != scale.shape):
@@ -187,6 +204,11 @@ def abs_max_quantize(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> QTens
 
     Error: with integer codes, at most scale/2 per element, up to float32 rounding.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1.
+
+    Example:
+        >>> q = jq.abs_max_quantize(jnp.array([-254.0, 4.0]), jq.ArrayConfig(format=jq.INT8))
+        >>> q.codes.tolist(), q.scale.tolist()
+        ([-127, 2], [2.0])
     """
     _check_range(config, AbsMax)
     return quantize(x, config, axis)
@@ -205,6 +227,12 @@ def percentile_quantize(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> QT
     Error: with integer codes, at most scale/2 per element up to the percentile. Larger elements
         are clipped.
     Source: Wu et al. 2020, arXiv:2004.09602, section 5.2.
+
+    Example:
+        >>> config = jq.ArrayConfig(format=jq.INT8, range=jq.Percentile(75))
+        >>> x = jnp.array([1.0, 2.0, 3.0, 127.0, 1000.0])
+        >>> jq.percentile_quantize(x, config).codes.tolist()
+        [1, 2, 3, 127, 127]
     """
     _check_range(config, Percentile)
     return quantize(x, config, axis)

@@ -36,6 +36,11 @@ class AbsMax:
     """Range of all elements: [-max|x|, max|x|], or [min(x, 0), max(x, 0)] if asymmetric.
 
     Source: Jacob et al. 2018, arXiv:1712.05877, section 3.
+
+    Example:
+        >>> config = jq.ArrayConfig(format=jq.INT8, range=jq.AbsMax())
+        >>> jq.quantize(jnp.array([1.0, -254.0]), config).scale.tolist()
+        [2.0]
     """
 
     def __call__(self, groups, axes, symmetric, error):
@@ -61,6 +66,11 @@ class Percentile:
         ValueError: p is not such a number.
 
     Source: Wu et al. 2020, arXiv:2004.09602, section 5.2.
+
+    Example:
+        >>> config = jq.ArrayConfig(format=jq.INT8, range=jq.Percentile(75))
+        >>> jq.quantize(jnp.array([1.0, 2.0, 3.0, 127.0, 1000.0]), config).scale.tolist()
+        [1.0]
     """
 
     p: float = 99.9
@@ -88,6 +98,14 @@ class MinMSE:
     its error is never larger.
 
     Source: Banner et al. 2019, arXiv:1810.05723, section 3, solved by search.
+
+    Example:
+        >>> x = jnp.append(jnp.linspace(-1, 1, 99), 2)
+        >>> def error(range):
+        ...     q = jq.quantize(x, jq.ArrayConfig(format=jq.INT4, range=range))
+        ...     return float(jnp.sum((q.dequantize() - x) ** 2))
+        >>> error(jq.MinMSE()) < error(jq.AbsMax())
+        True
     """
 
     def __call__(self, groups, axes, symmetric, error):
