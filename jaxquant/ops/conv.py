@@ -92,7 +92,7 @@ def conv_general_dilated(
 
         out = conv(dequantize(lhs), dequantize(rhs))
 
-    Symmetric codes of whole numbers, with one scale per example and one per output channel,
+    Symmetric integer codes, with one scale per example and one per output channel,
     are convolved as integers: out = scale_l * scale_r * conv(c_l, c_r). A float operand that
     meets a QTensor with `inputs` is first treated as these say, per example; their multiplier
     has one factor per input channel.
@@ -101,14 +101,14 @@ def conv_general_dilated(
         lhs: images, rhs: kernels; float arrays or QTensors.
         preferred_element_type: floating dtype of the result; None for what promotion gives.
         implementation: "integer" (by int8 codes), "images" (the same, in the form that is fast on
-            CPU) or "dequantize", to force one; None to choose.
+            CPU) or "dequantize", to force one; None to select automatically.
         Others: as for `jax.lax.conv_general_dilated`.
 
     Returns:
         Array in the layout that `dimension_numbers` gives the result.
 
     Raises:
-        ValueError: `implementation` cannot run these operands, or a dtype is not floating.
+        ValueError: `implementation` cannot run these operands, or a dtype is not a floating-point one.
 
     Gradients: as for `dot_general`.
     Error: integer sums are exact in int32, and rounded once.
@@ -232,7 +232,7 @@ def _by_images(lhs, rhs, spec):
 
 
 def _moved(x, axes):
-    """The array, as whole numbers that XLA convolves, with its axes in another order."""
+    """The array, as integers that XLA convolves, with its axes in another order."""
     x = x if x.dtype == jnp.int32 else x.astype(jnp.int8)
     if tuple(axes) == tuple(range(x.ndim)):
         return x

@@ -89,8 +89,8 @@ def dot_general(
 
         out = sum over the contracted axes of dequantize(lhs) * dequantize(rhs)
 
-    A float operand that meets a QTensor with `inputs` is first treated as these say. Codes of
-    whole numbers with no scale grouped along the contracted axes are multiplied as integers:
+    If a QTensor has `inputs`, the float operand it is multiplied with is quantized accordingly first.
+    Integer codes with no scale grouped along the contracted axes are multiplied as integers:
     with sums over k of n contracted elements,
 
         out = scale_l * scale_r * (sum c_l c_r - z_l sum c_r - z_r sum c_l + n z_l z_r)
@@ -103,13 +103,13 @@ def dot_general(
         preferred_element_type: floating dtype of the result; None for what promotion gives
             the dtypes of both operands.
         implementation: "native", "pallas", "triton", "blocks", "integer", "scaled", "fused"
-            or "dequantize", to force one; None to choose by operands and platform.
+            or "dequantize", to force one; None to select by operands and platform.
 
     Returns:
         Array of shape (batch, lhs free, rhs free).
 
     Raises:
-        ValueError: `implementation` cannot run these operands, or a dtype is not floating.
+        ValueError: `implementation` cannot run these operands, or a dtype is not a floating-point one.
         TypeError: the shapes do not fit; from `jax.lax.dot_general`.
 
     Gradients: a float operand gets the gradient of the float product with the dequantized

@@ -100,22 +100,22 @@ def ragged_dot(
 
         out[i, n] = sum over k of lhs[i, k] * rhs[group of row i, k, n]
 
-    Symmetric codes of whole numbers, with no scale grouped along k, are multiplied as integers.
-    A float operand that meets a QTensor with `inputs` is first treated as these say.
+    Symmetric integer codes, with no scale grouped along k, are multiplied as integers.
+    If a QTensor has `inputs`, the float operand it is multiplied with is quantized accordingly first.
 
     Args:
         lhs: (M, K), rhs: (G, K, N); float arrays or QTensors.
-        group_sizes: (G,) whole numbers: rows of lhs in each group, in order. Rows beyond
+        group_sizes: (G,) integers: rows of lhs in each group, in order. Rows beyond
             their sum give zeros.
         precision, group_offset: as for `jax.lax.ragged_dot`.
         preferred_element_type: floating dtype of the result; None for what promotion gives.
-        implementation: "integer" or "dequantize", to force one; None to choose.
+        implementation: "integer" or "dequantize", to force one; None to select automatically.
 
     Returns:
         Array (M, N).
 
     Raises:
-        ValueError: `implementation` cannot run these operands, or a dtype is not floating.
+        ValueError: `implementation` cannot run these operands, or a dtype is not a floating-point one.
 
     Gradients and error: as for `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.

@@ -27,7 +27,7 @@ def take(
 
     Args:
         a: array or QTensor.
-        indices: whole numbers of any shape.
+        indices: integers of any shape.
         axis: axis to take along; None takes from the flattened array, which dequantizes all.
         mode: "fill" (the default: `fill_value`, or NaN, for indices out of bounds; negative
             ones count from the end), "clip", "wrap" or "promise_in_bounds".
@@ -38,7 +38,7 @@ def take(
         Array in the dtype of a, with the shape of indices in place of axis.
 
     Raises:
-        ValueError: indices are not whole numbers, the mode is unknown, or axis is not there.
+        ValueError: indices are not integers, the mode is unknown, or axis is not there.
 
     Gradients: scales of 16 bits or more get theirs.
     Error: none; equal to `jnp.take` from the dequantized array.
