@@ -108,7 +108,7 @@ def conv_general_dilated(
         Array in the layout that `dimension_numbers` gives the result.
 
     Raises:
-        ValueError: `implementation` cannot run these operands, or a dtype is not a floating-point one.
+        ValueError: `implementation` cannot run these operands, or a dtype is not floating-point.
 
     Gradients: as for `dot_general`.
     Error: integer sums are exact in int32, and rounded once.

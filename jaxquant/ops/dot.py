@@ -89,8 +89,8 @@ def dot_general(
 
         out = sum over the contracted axes of dequantize(lhs) * dequantize(rhs)
 
-    If a QTensor has `inputs`, the float operand it is multiplied with is quantized accordingly first.
-    Integer codes with no scale grouped along the contracted axes are multiplied as integers:
+    If a QTensor has `inputs`, the float operand it is multiplied with is quantized accordingly
+    first. Integer codes with no scale grouped along the contracted axes are multiplied as integers:
     with sums over k of n contracted elements,
 
         out = scale_l * scale_r * (sum c_l c_r - z_l sum c_r - z_r sum c_l + n z_l z_r)
@@ -109,7 +109,7 @@ def dot_general(
         Array of shape (batch, lhs free, rhs free).
 
     Raises:
-        ValueError: `implementation` cannot run these operands, or a dtype is not a floating-point one.
+        ValueError: `implementation` cannot run these operands, or a dtype is not floating-point.
         TypeError: the shapes do not fit; from `jax.lax.dot_general`.
 
     Gradients: a float operand gets the gradient of the float product with the dequantized

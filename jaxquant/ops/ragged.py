@@ -101,7 +101,8 @@ def ragged_dot(
         out[i, n] = sum over k of lhs[i, k] * rhs[group of row i, k, n]
 
     Symmetric integer codes, with no scale grouped along k, are multiplied as integers.
-    If a QTensor has `inputs`, the float operand it is multiplied with is quantized accordingly first.
+    If a QTensor has `inputs`, the float operand it is multiplied with is quantized accordingly
+    first.
 
     Args:
         lhs: (M, K), rhs: (G, K, N); float arrays or QTensors.
@@ -115,7 +116,7 @@ def ragged_dot(
         Array (M, N).
 
     Raises:
-        ValueError: `implementation` cannot run these operands, or a dtype is not a floating-point one.
+        ValueError: `implementation` cannot run these operands, or a dtype is not floating-point.
 
     Gradients and error: as for `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
