@@ -56,7 +56,7 @@ def check_matches_the_oracle(case, x):
         scale, zero_point = scale_of(q), zero_point_of(q)
         codes = oracles.encode_all(x, scale, zero_point, config)
     else:
-        codes, scale, zero_point = oracles.quantize(x, *case, range_of)
+        codes, scale, zero_point = oracles.quantize(x, config, case.axis, range_of)
     assert q.codes.dtype.name == config.format.dtype
     assert q.shape == x.shape
     assert (q.zero_point is None) == config.symmetric

@@ -48,8 +48,8 @@ def spread(scale, shape):
 def blocks(shape, config, axis):
     """Scale counts, and a list of (index of the scale, slices of its elements)."""
     is_all = config.per_tensor or axis is None
-    axes = range(len(shape)) if is_all else np.atleast_1d(axis)
-    axes = [int(axis) % len(shape) for axis in axes]
+    named = range(len(shape)) if is_all else axis if isinstance(axis, tuple) else (axis,)
+    axes = [int(a) % len(shape) for a in named]
     sizes = config.group_size or config.format.group_size
     sizes = sizes if isinstance(sizes, tuple) else [sizes] * len(axes)
     lengths = [1] * len(shape)
@@ -100,10 +100,13 @@ def ideal_scale(low, high, config):
     return float(span) / reach
 
 
-def stored_scale(scale, dtype):
-    """Scales rounded to their dtype. e4m3: NVFP4's two levels, amax/(6*448) under amax/6."""
+def stored_scale(scale, dtype, largest):
+    """Scales rounded to their dtype. e4m3: NVFP4's two levels, amax/(6*448) under amax/6.
+
+    `largest` is the largest scale of the abs-max ranges, which the outer scale represents.
+    """
     if dtype == "float8_e4m3fn":
-        top = np.float32(scale.max() / E4M3_LARGEST if scale.max() > 0 else 1)
+        top = np.float32(largest / E4M3_LARGEST if largest > 0 else 1)
         fine = np.clip(scale / top, E4M3_SMALLEST, E4M3_LARGEST)
         return fine.astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * top
     scale = np.where(scale == 0, 1, scale)
@@ -138,7 +141,9 @@ def quantize(x, config, axis, range_of):
     scale = np.zeros(counts)
     for index, (low, high) in ranges.items():
         scale[index] = ideal_scale(low, high, config)
-    scale = stored_scale(scale, config.scale_dtype or config.format.scale_dtype)
+    widest = [abs_max_range(x[where], config.symmetric) for _, where in all_blocks]
+    largest = max((ideal_scale(*ends, config) for ends in widest), default=0)
+    scale = stored_scale(scale, config.scale_dtype or config.format.scale_dtype, largest)
     zero_point = np.zeros(counts)
     if not config.symmetric:
         qmin, qmax = bounds(config)

@@ -165,7 +165,7 @@ def test_min_mse_is_never_worse_than_abs_max_where_scales_are_nested(config, axi
 
 def test_min_mse_is_never_worse_than_abs_max_in_a_stack_with_nested_scales():
     stack = np.random.default_rng(0).standard_t(4, (3, 32, 64)).astype(np.float32)
-    stack *= np.float32([1e-3, 1, 1e3])[:, None, None]
+    stack *= np.array([1e-3, 1, 1e3], np.float32)[:, None, None]
     config = ArrayConfig(format=NVFP4)
     plain = squared_errors(stack, config, axis=-2)
     best = squared_errors(stack, dataclasses.replace(config, range=MinMSE()), axis=-2)

@@ -331,11 +331,12 @@ EARLIER = {
 
 
 def test_configs_saved_under_the_earlier_name_load():
-    found = keras.saving.deserialize_keras_object(EARLIER)
+    found: Any = keras.saving.deserialize_keras_object(EARLIER)
     assert isinstance(found, QuantizationConfig)
     (rule,) = found.rules
+    serialized: Any = keras.saving.serialize_keras_object(found)
     assert (rule.pattern, rule.scheme.weights.format, rule.scheme.inputs) == ("*", INT8, None)
-    assert keras.saving.serialize_keras_object(found)["registered_name"] == "jaxquant>Config"
+    assert serialized["registered_name"] == "jaxquant>Config"
 
 
 class OwnRange(AbsMax):

@@ -261,7 +261,7 @@ def test_the_guides_configs_as_they_are_printed(kind):
 
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
 def test_a_model_with_nan_in_one_kernel_is_not_half_quantized(mode):
-    parts = [layers.Dense(4, name=name) for name in ("first", "second", "third")]
+    parts: list[Any] = [layers.Dense(4, name=name) for name in ("first", "second", "third")]
     model: Any = keras.Sequential([keras.Input((6,)), *parts])
     kernel = np.array(parts[1].kernel)
     kernel[0, 0] = np.nan

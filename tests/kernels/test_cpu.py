@@ -247,7 +247,8 @@ def test_int4_products_that_cancel_stay_within_the_stated_bound(group, rows, ins
     x, w = cancelling(4096, group)
     scale = np.random.default_rng(4).uniform(0.5, 2, (20, 4096 // group)).astype(np.float32)
     x, codes = x[:rows], jnp.asarray(w).astype(jnp.int4)
-    found = cpu.int4_dot(x, codes, scale, None, instructions=instructions)
+    operands = jnp.asarray(x), codes, jnp.asarray(scale)
+    found = cpu.int4_dot(*operands, None, instructions=instructions)
     weights = w * np.repeat(scale, group, 1).astype(np.float64)
     bound = (4096 / 32 + 4096 / group + 8) * 2.0**-24 * (np.abs(x) * 1.0 @ np.abs(weights).T)
     assert np.all(np.abs(found - x @ weights.T) <= bound)
@@ -262,8 +263,8 @@ def test_int4_products_of_8_neighbors_are_exact(rows, instructions):
     # Groups of 8 that cancel add exactly 0, whatever their scale; one does not cancel.
     scale[:, 77] = 0.3
     w[:, 77 * 8] += 1
-    codes = jnp.asarray(w).astype(jnp.int4)
-    found = cpu.int4_dot(x[:rows], codes, scale, None, instructions=instructions)
+    operands = jnp.asarray(x[:rows]), jnp.asarray(w).astype(jnp.int4), jnp.asarray(scale)
+    found = cpu.int4_dot(*operands, None, instructions=instructions)
     exact = x[:rows, 77 * 8, None] * np.float32(0.3)
     np.testing.assert_array_equal(found, np.broadcast_to(exact, (rows, 20)))
 
