@@ -4,6 +4,7 @@ Configs and quantized arrays are read field by field; none of their methods is c
 """
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -45,11 +46,11 @@ def spread(scale, shape):
     return scale
 
 
-def blocks(shape, config, axis):
+def blocks(shape, config, axis: Any):
     """Scale counts, and a list of (index of the scale, slices of its elements)."""
+    named = axis if isinstance(axis, tuple) else (axis,)
     is_all = config.per_tensor or axis is None
-    named = range(len(shape)) if is_all else axis if isinstance(axis, tuple) else (axis,)
-    axes = [int(a) % len(shape) for a in named]
+    axes = list(range(len(shape))) if is_all else [a % len(shape) for a in named]
     sizes = config.group_size or config.format.group_size
     sizes = sizes if isinstance(sizes, tuple) else [sizes] * len(axes)
     lengths = [1] * len(shape)

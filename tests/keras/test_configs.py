@@ -333,7 +333,8 @@ EARLIER = {
 def test_configs_saved_under_the_earlier_name_load():
     found: Any = keras.saving.deserialize_keras_object(EARLIER)
     assert isinstance(found, QuantizationConfig)
-    (rule,) = found.rules
+    rule: Any = found.rules[0]
+    assert len(found.rules) == 1
     serialized: Any = keras.saving.serialize_keras_object(found)
     assert (rule.pattern, rule.scheme.weights.format, rule.scheme.inputs) == ("*", INT8, None)
     assert serialized["registered_name"] == "jaxquant>Config"

@@ -42,7 +42,7 @@ def whole_model() -> Any:
     middle = [
         keras.layers.Conv1D(8, 3, name="conv", bias_initializer="normal"),
         keras.layers.BatchNormalization(),
-        keras.layers.Lambda(lambda y: keras.ops.sin(y) + np.pi),
+        keras.layers.Lambda(lambda y: keras.ops.add(keras.ops.sin(y), np.pi)),
     ]
     inner = keras.Sequential([keras.Input((3, 8)), *middle], name="inner")
     y = keras.layers.RNN(keras.layers.GRUCell(4, name="cell"), name="rnn", unroll=True)(inner(z))
