@@ -1,0 +1,16 @@
+"""Every public name of `jaxquant.keras` shows an example in its docstring, which runs."""
+
+import keras
+import pytest
+
+import jaxquant.keras as jk
+
+from ..docstrings import public, run_examples
+
+CASES = public(jk)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_example_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_examples(name, CASES[name], jk=jk, keras=keras)
