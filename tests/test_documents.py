@@ -139,5 +139,12 @@ def test_the_reference_lists_every_public_name_of_keras_and_no_other():
     assert not missing
 
 
+def test_the_reference_says_what_the_docstrings_say():
+    reference = pytest.importorskip("tests.reference", reason="Keras is not installed")
+    assert reference.up_to_date_text() == reference.REFERENCE.read_text(), (
+        "run `python -m tests.reference`"
+    )
+
+
 def test_the_reference_lists_the_version():
     assert "| `__version__` |" in (ROOT / "docs" / "reference.md").read_text()
