@@ -8,6 +8,7 @@ import inspect
 import os
 import pathlib
 import re
+from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -21,7 +22,7 @@ ROW = re.compile(r"^\| `([\w.]+)` \| (.*) \| \[(.*)\]\((.*)\) \|$", re.MULTILINE
 
 def documented(name):
     """The object of that public name, if it has a docstring of its own; else None."""
-    value = jaxquant
+    value: Any = jaxquant
     for part in name.split("."):
         value = getattr(value, part)
     value = value if inspect.isclass(value) or inspect.ismodule(value) else inspect.unwrap(value)
@@ -40,6 +41,7 @@ def up_to_date(row):
     # An escaped bar is no column of the table.
     what = (inspect.getdoc(value) or "").partition("\n")[0].replace("|", r"\|")
     source = inspect.getsourcefile(value)
+    assert source is not None, name
     path = str(pathlib.Path(source).relative_to(ROOT / "jaxquant"))
     return f"| `{name}` | {what} | [{path}](../jaxquant/{path}) |"
 

@@ -7,7 +7,13 @@ from .qtensor import QTensor
 
 
 def describe(q: QTensor | LowRank) -> str:
-    """Describes how an array is quantized, such as "int4 g128 asymmetric, int8 inputs"."""
+    """Describes how an array is quantized, such as "int4 g128 asymmetric, int8 inputs".
+
+    Example:
+        >>> config = jq.ArrayConfig(format=jq.INT4, group_size=32, symmetric=False)
+        >>> jq.tree.describe(jq.quantize(jnp.ones((64, 8)), config))
+        'int4 g32 asymmetric'
+    """
     if isinstance(q, LowRank):
         return f"{describe(q.base)}, adapters of rank {q.rank}"
     text = _words(q, "per channel" if math.prod(q.scale.shape) > 1 else "per tensor")

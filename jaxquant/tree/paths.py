@@ -9,7 +9,13 @@ from ..core import Deferred, LowRank, QTensor
 
 
 def is_quantized(x: Any) -> bool:
-    """Whether x is a QTensor, perhaps with adapters: `is_leaf` for trees of them."""
+    """Whether x is a QTensor, with or without adapters. Use it as `is_leaf` for trees of them.
+
+    Example:
+        >>> params = {"w": jq.quantize(jnp.ones((4, 8)), jq.ArrayConfig()), "b": jnp.ones(8)}
+        >>> jax.tree.map(jq.tree.is_quantized, params, is_leaf=jq.tree.is_quantized)
+        {'b': False, 'w': True}
+    """
     return isinstance(x, QTensor | LowRank)
 
 

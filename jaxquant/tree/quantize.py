@@ -134,14 +134,23 @@ def dequantize(params: Any) -> Any:
 
 
 def reorder(params: Any, platform: str | None = None) -> Any:
-    """The tree with each QTensor stored as is fastest on the platform.
+    """The tree with each QTensor stored in the fastest order of axes for the platform.
 
     Args:
-        params: tree from `quantize`, perhaps for another platform.
+        params: tree from `quantize`, possibly for another platform.
         platform: "cpu", "gpu" or "tpu"; None for `jax.default_backend()`.
 
     Raises:
-        ValueError: the platform is another one.
+        ValueError: the platform is unknown.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((64, 32))}
+        >>> on_cpu = jq.tree.quantize(params, jq.W8A8, platform="cpu")
+        >>> on_cpu["kernel"].codes.shape, on_cpu["kernel"].shape
+        ((32, 64), (64, 32))
+        >>> grouped = jq.tree.quantize({"kernel": jnp.ones((256, 32))}, jq.W4A16, platform="cpu")
+        >>> jq.tree.reorder(grouped, platform="tpu")["kernel"].codes.shape
+        (256, 32)
     """
     platform = platform or jax.default_backend()
 

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Rows and their totals. `print(report)` or `report.table()` to read, `rows` to compute."""
+    """Rows and their totals. Print it, or use `table()` or `rows`.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((32, 16)), "bias": jnp.ones(16)}
+        >>> report = jq.tree.report(params, jq.tree.quantize(params, jq.W8A8))
+        >>> report.total.scheme
+        '1 of 2 leaves quantized'
+    """
 
     rows: tuple[ReportRow, ...]
 

@@ -25,24 +25,30 @@ class Plan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What to do with the leaves whose path matches.
+    """How to quantize the leaves whose path matches.
 
     Attributes:
         pattern: a glob over the whole path, in which `*` matches across "/" too; or "re:" and
             a regular expression that must match all of it.
-        scheme: Scheme or ArrayConfig; None leaves the leaves as they are.
+        scheme: Scheme or ArrayConfig; None leaves the leaves in float.
         axis: the axis, or a tuple of axes, along which the elements of a leaf share a scale: its
             contracted axes. None for -2, that of a kernel (K, N), and in Keras for those that
             the layer declares.
         group_size: replaces the group size of the weights' config; None keeps it.
-        where: (path, leaf) -> whether a leaf whose path matches is meant; None means all.
+        where: (path, leaf) -> whether the rule applies to a matching leaf; None for all of them.
         required: whether it is an error if no leaf matches.
-        note: what a report says of leaves that the rule leaves as they are; None names the
-            pattern.
+        note: the reason that a report gives for leaves left in float; None names the pattern.
 
     Raises:
         ValueError: the pattern is not a str, its regular expression cannot be compiled, the scheme
-            is none, or the overrides contradict it.
+            is not a Scheme or ArrayConfig, or the overrides contradict it.
+
+    Example:
+        >>> rules = [jq.Rule("head/*", None), jq.Rule("*/kernel", jq.W8A8)]
+        >>> params = {n: {"kernel": jnp.ones((32, 16))} for n in ("body", "head")}
+        >>> quantized = jq.tree.quantize(params, rules)
+        >>> jq.tree.describe(quantized["body"]["kernel"]), quantized["head"]["kernel"].dtype.name
+        ('int8 per channel, int8 inputs', 'float32')
     """
 
     pattern: str
@@ -128,20 +134,26 @@ def bits_per_weight(shape: tuple[int, ...], config: ArrayConfig, axis: Axes) -> 
 
 
 def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = CONTRACTED) -> tuple[Rule, ...]:
-    """Rules for matrices, embeddings and convolutions; norms and biases stay as they are.
+    """Rules for matrices, embeddings and convolutions; norms and biases stay in float.
 
-    Leaves are classified by their path: norms and biases go by their names, so that those of
-    stacked layers, which have two axes, are left too. Embeddings, by "embed", "wte" or "wpe",
-    get scales per row (axis -1), in which a lookup finds its scale, unless the scheme has blocks.
-    Convolutions, by "conv" and three axes or more, share scales along all axes but that of the
-    output, unless the scheme has groups. Of other leaves the last two axes are taken for a
-    matrix, and those before them for stacked layers: attention kernels of three axes, such as
-    (K, heads, size), need a rule of their own. Leaves that would not shrink are left.
+    Leaves are classified by their path. Norms and biases are recognized by name, so those of
+    stacked layers, which have two axes, stay in float too. Embeddings ("embed", "wte" or "wpe")
+    get one scale per row (axis -1), which a lookup gathers with the row, unless the scheme has
+    blocks. Convolutions ("conv" and at least three axes) share scales along all axes except the
+    output's, unless the scheme has groups. For all other leaves, the last two axes are treated as
+    a matrix and leading axes as stacked layers: attention kernels with three axes, such as
+    (K, heads, size), need an explicit rule. Leaves that would not shrink stay in float.
 
     Args:
         scheme: for all of them.
-        axis: contracted axis of the matrices: -2 for kernels (K, N), as JAX and Keras have
-            them, -1 for (N, K), as PyTorch has.
+        axis: contracted axis of the matrices: -2 for kernels (K, N), as in JAX and Keras, -1 for
+            (N, K), as in PyTorch.
+
+    Example:
+        >>> params = {"embed": jnp.ones((100, 32)), "norm": {"scale": jnp.ones(32)}}
+        >>> quantized = jq.tree.quantize(params, jq.tree.default_rules(jq.W8A8))
+        >>> quantized["embed"].scale.shape, quantized["norm"]["scale"].dtype.name
+        ((100, 1), 'float32')
     """
     weights = scheme.weights if isinstance(scheme, Scheme) else scheme
     along_row = axis if isinstance(weights.group_size, tuple) else -1
