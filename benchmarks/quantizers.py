@@ -26,7 +26,7 @@ class Quantizer:
         name: as printed.
         family: what comes out; those of one family are compared.
         library: module that must be installed; None for this library's.
-        prepare: weights -> the call that quantizes them; it is made anew for each call, and
+        prepare: weights -> the call that quantizes them; it is made again for each call, and
             not timed.
     """
 

@@ -110,7 +110,7 @@ def digits_task(
 
     Args:
         images: (n, pixels) floats.
-        labels: (n,) whole numbers.
+        labels: (n,) integers.
         widths: of the hidden layers.
         batch: images per step.
     """
