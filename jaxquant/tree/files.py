@@ -272,10 +272,12 @@ def _restructure(tree, like, path):
             f"which differ at {', '.join(odd[:5])}."
         )
     for place, leaf in zip(wanted, leaves_like, strict=True):
-        if np.shape(found[place]) != np.shape(leaf):
+        # Adapters without their base do not have a shape.
+        got, expected = (getattr(x, "shape", ()) for x in (found[place], leaf))
+        if got != expected:
             raise ValueError(
-                f"{path} and `like` must have the same shapes; got {np.shape(found[place])} and "
-                f"{np.shape(leaf)} at {place!r}."
+                f"{path} and `like` must have the same shapes; got {got} and {expected} at "
+                f"{place!r}."
             )
     return jax.tree.unflatten(treedef, [found[p] for p in wanted])
 
