@@ -71,7 +71,10 @@ def force_fusion(x: jax.Array) -> jax.Array:
 
 
 def times_one(x: jax.Array) -> jax.Array:
-    """x * 1, which XLA does not simplify: the barrier hides the value of the 1."""
+    """x * 1, which XLA does not simplify: the barrier hides the value of the 1.
+
+    It keeps every value, except that XLA may flush subnormal ones to zero as in any product.
+    """
     return x * lax.optimization_barrier(jnp.ones((1,) * x.ndim, x.dtype))
 
 

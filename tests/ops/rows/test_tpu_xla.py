@@ -91,11 +91,16 @@ def test_grouped_weights_by_a_computed_array_match_numpy(name, monkeypatch):
     )
 
 
-def test_a_computed_array_keeps_every_value():
-    x = jnp.asarray([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 1e-40, 3.3], jnp.bfloat16)
+def test_a_computed_array_keeps_every_value_but_subnormal_ones():
+    tiny = jnp.finfo(jnp.bfloat16).tiny
+    x = jnp.asarray([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, tiny, -tiny, 3.3], jnp.bfloat16)
     np.testing.assert_array_equal(
         jax.jit(tpu_xla.times_one)(x).astype(jnp.float32), x.astype(jnp.float32)
     )
+    # A multiplication flushes them to zero; jaxlib 0.10 left this one out, jaxlib 0.12 does not.
+    subnormal = jnp.asarray([1e-40], jnp.bfloat16)
+    found = np.asarray(jax.jit(tpu_xla.times_one)(subnormal), np.float64)
+    assert found in (0, np.asarray(subnormal, np.float64))
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
