@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .config import ArrayConfig
 
@@ -18,9 +19,17 @@ Axes = int | tuple[int, ...] | None
 def check_axis(axis: Axes) -> None:
     """Checks that `axis` is an axis, a tuple of axes or None.
 
+    Functions with a static `axis` call it before `jax.jit`, which reports an array or a list as a
+    "non-hashable static argument".
+
     Raises:
         ValueError: axis is not an int, a tuple of distinct ints, or None.
     """
+    if isinstance(axis, jax.Array | np.ndarray):
+        raise ValueError(
+            "axis must be an int, a tuple of distinct ints, or None for all axes; got an array, "
+            f"{axis.dtype} of shape {axis.shape}. Pass a random key by name: key=key."
+        )
     axes = axis if isinstance(axis, tuple) else (axis,)
     is_index = all(isinstance(a, int) and not isinstance(a, bool) for a in axes)
     if axis is not None and not (is_index and len(set(axes)) == len(axes)):

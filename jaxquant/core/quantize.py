@@ -5,14 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from .blocks import Axes, Groups, blocks_between, split_groups
+from .blocks import Axes, Groups, blocks_between, check_axis, split_groups
 from .config import ArrayConfig
 from .qtensor import QTensor
 from .ranges import AbsMax, Percentile
 from .steps import encode, fit_range, fit_scale, fit_zero_point, group, is_finite, scale_unit
 
 
-@partial(jax.jit, static_argnames="axis")
 def quantize(
     x: jax.Array, config: ArrayConfig, axis: Axes = 0, key: jax.Array | None = None
 ) -> QTensor:
@@ -48,8 +47,9 @@ def quantize(
         elements dequantize to NaN.
 
     Raises:
-        ValueError: x is not a floating-point array, config is not an ArrayConfig, an axis is out
-            of range, or a group size does not divide its axis.
+        ValueError: x is not a floating-point array, config is not an ArrayConfig, axis is not an
+            int, a tuple of ints or None, an axis is out of range, or a group size does not divide
+            its axis.
 
     Error: with integer codes, at most scale/2 per element that is not clipped (at most scale with
         a key), up to float32 rounding. `AbsMax()` with float32 scales clips no element. A scale
@@ -66,6 +66,12 @@ def quantize(
         >>> q.dequantize().tolist()
         [-127.0, 3.0, 6.0]
     """
+    check_axis(axis)
+    return _quantize(x, config, axis, key)
+
+
+@partial(jax.jit, static_argnames="axis")
+def _quantize(x, config, axis, key):
     _check(x, config)
     groups = group(x, config, axis)
     low, high = fit_range(groups, config)
@@ -73,7 +79,6 @@ def quantize(
     return encode(groups, scale, fit_zero_point(groups, low, scale, config), config, key)
 
 
-@partial(jax.jit, static_argnames="axis")
 def quantize_with_range(
     x: jax.Array,
     low: jax.Array,
@@ -109,6 +114,12 @@ def quantize_with_range(
         >>> jq.quantize_with_range(x, jnp.float32(-127), jnp.float32(127), config).codes.tolist()
         [-127, 3, 127]
     """
+    check_axis(axis)
+    return _quantize_with_range(x, low, high, config, axis, key)
+
+
+@partial(jax.jit, static_argnames="axis")
+def _quantize_with_range(x, low, high, config, axis, key):
     _check(x, config)
     groups = group(x, config, axis)
     low, high = _given_range(groups, low, high, config)

@@ -7,7 +7,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ..core import ArrayConfig, Axes, QTensor, quantize, quantize_with_range, straight_through
+from ..core import (
+    ArrayConfig,
+    Axes,
+    QTensor,
+    check_axis,
+    quantize,
+    quantize_with_range,
+    straight_through,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +83,6 @@ class LearnedRange:
         return low, high, scale, qmin - low / scale
 
 
-@partial(jax.jit, static_argnames="axis")
 def fake_quantize(
     x: jax.Array,
     config: ArrayConfig,
@@ -125,6 +132,12 @@ def fake_quantize(
         >>> jax.grad(lambda x: jq.training.fake_quantize(x, config).sum())(x).tolist()
         [1.0, 1.0, 1.0]
     """
+    check_axis(axis)
+    return _fake_quantize(x, config, axis, learned, key)
+
+
+@partial(jax.jit, static_argnames="axis")
+def _fake_quantize(x, config, axis, learned, key):
     return quantize_for_training(x, config, axis, learned, key).decode()
 
 

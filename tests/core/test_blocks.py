@@ -25,7 +25,10 @@ def test_axes_are_counted_from_zero(axis, ndim, expected):
     assert shared_axes(axis, ndim, ArrayConfig(per_tensor=True)) == tuple(range(ndim))
 
 
-@pytest.mark.parametrize("axis", [1.0, "rows", (0, None), (0, 0), True], ids=repr)
+NOT_AXES = [1.0, "rows", (0, None), (0, 0), True, [0, 1], {0}, slice(2)]
+
+
+@pytest.mark.parametrize("axis", NOT_AXES, ids=repr)
 def test_an_axis_must_be_an_int_a_tuple_of_ints_or_none(axis):
     with pytest.raises(ValueError, match=r"axis must be an int, a tuple of distinct ints, or None"):
         quantize(jnp.ones((4, 5, 6)), ArrayConfig(), axis=axis)

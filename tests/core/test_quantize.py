@@ -379,6 +379,26 @@ def test_a_zero_point_must_fit_config_and_scale(config, zero_point):
         quantize_with_scale(jnp.ones((3, 4)), jnp.ones((1, 4)), zero_point, config)
 
 
+def _quantize_with_unit_range(x, config, axis):
+    return quantize_with_range(x, jnp.float32(-1), jnp.float32(1), config, axis)
+
+
+WITH_AXIS = [
+    (quantize, ArrayConfig()),
+    (abs_max_quantize, ArrayConfig()),
+    (percentile_quantize, ArrayConfig(range=Percentile(97))),
+    (_quantize_with_unit_range, ArrayConfig()),
+]
+
+
+@pytest.mark.parametrize("function, config", WITH_AXIS, ids=lambda f: getattr(f, "__name__", ""))
+@pytest.mark.parametrize("seed", [jax.random.key, jax.random.PRNGKey], ids=["key", "raw key"])
+def test_a_key_in_place_of_the_axis_is_named(function, config, seed):
+    message = r"axis must be an int.*got an array, (key<fry>|uint32) of shape .*by name: key=key"
+    with pytest.raises(ValueError, match=message):
+        function(jnp.ones((4, 2)), config, seed(0))
+
+
 def test_equal_configs_share_one_compilation():
     traces = []
 

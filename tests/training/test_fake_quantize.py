@@ -259,3 +259,8 @@ def test_no_gradient_flows_through_the_range_of_x():
 def test_invalid_arguments_raise(case, learned, text):
     with pytest.raises(ValueError, match=text):
         fake_quantize(X, *case, learned)
+
+
+def test_a_key_in_place_of_the_axis_is_named():
+    with pytest.raises(ValueError, match=r"axis must be an int.*got an array.*by name: key=key"):
+        fake_quantize(X, ArrayConfig(), jax.random.key(0))
