@@ -114,7 +114,7 @@ class QTensor(Shaped):
         zero_point: the code of 0.0, in units of codes; None if it is zero.
         inputs: how activations are quantized before they are multiplied with this array; None
             leaves them in float.
-        values: in training, the decoded codes, which receive the gradients (see `Deferred`);
+        values: in training, the decoded codes, which receive the gradients (see `TrainedArray`);
             None otherwise.
         format: number format of the codes, static.
         dtype: dtype of the dequantized array, static.
@@ -224,7 +224,7 @@ class QTensor(Shaped):
         return f"QTensor({self.format} {shape}, scale {self.scale.shape}, {self.dtype})"
 
 
-class Deferred(abc.ABC):
+class TrainedArray(abc.ABC):
     """A float array in training that every operation quantizes again.
 
     Operations accept it in place of a QTensor. They compute with the QTensor that `quantize`

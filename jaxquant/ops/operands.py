@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import Deferred, LowRank, QTensor
+from ..core import LowRank, QTensor, TrainedArray
 
 Operand = jax.Array | np.ndarray | QTensor
 # What an operation may be given as an operand.
-OperandLike = Operand | Deferred | LowRank
+OperandLike = Operand | TrainedArray | LowRank
 AxesOfBoth = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -23,7 +23,7 @@ def as_operands(
         ValueError: an operand is neither an array nor quantized, or `implementation` is given
             although no operand is quantized.
     """
-    operands = tuple(x.quantize() if isinstance(x, Deferred) else x for x in given)
+    operands = tuple(x.quantize() if isinstance(x, TrainedArray) else x for x in given)
     for x in operands:
         if not isinstance(x, jax.Array | np.ndarray | np.generic | QTensor | LowRank):
             raise ValueError(

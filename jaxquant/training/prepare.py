@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from ..core import (
     ArrayConfig,
     Axes,
-    Deferred,
     Inputs,
     MinMSE,
     QTensor,
     Range,
     Shaped,
+    TrainedArray,
     normalize_axes,
     quantize,
     scale_values,
@@ -35,7 +35,7 @@ from .fake_quantize import (
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Prepared(Shaped, Deferred):
+class Prepared(Shaped, TrainedArray):
     """A weight in QAT: operations see it quantized, and its float array gets gradients. A pytree.
 
     Attributes:

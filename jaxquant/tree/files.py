@@ -255,7 +255,7 @@ class _Altered(ValueError):
 
 
 def _restructure(tree, like, path):
-    # A file has no Deferred, but the arrays in it.
+    # A file holds the arrays of a TrainedArray, not the object itself.
     paths, leaves, _ = leaves_with_paths(tree, is_quantized)
     wanted, leaves_like, treedef = leaves_with_paths(like, is_quantized)
     found = dict(zip(paths, leaves, strict=True))

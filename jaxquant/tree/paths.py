@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from ..core import Deferred, LowRank, QTensor
+from ..core import LowRank, QTensor, TrainedArray
 
 
 def is_quantized(x: Any) -> bool:
@@ -21,7 +21,7 @@ def is_quantized(x: Any) -> bool:
 
 def is_whole(x: Any) -> bool:
     """Whether x is one leaf to people, though a pytree to JAX: an array in some form."""
-    return isinstance(x, QTensor | LowRank | Deferred)
+    return isinstance(x, QTensor | LowRank | TrainedArray)
 
 
 def leaves_with_paths(

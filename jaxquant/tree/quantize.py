@@ -12,10 +12,10 @@ import numpy as np
 from ..core import (
     ArrayConfig,
     Axes,
-    Deferred,
     Format,
     Inputs,
     QTensor,
+    TrainedArray,
     block_shape,
     shared_axes,
 )
@@ -231,7 +231,7 @@ def why_unsupported(leaf: Any, plan: Plan) -> str | None:
     """Why a leaf cannot be quantized as planned, or None."""
     if is_quantized(leaf):
         return f"quantized already ({leaf!r}); dequantize it first, or give it a rule with None"
-    if isinstance(leaf, Deferred):
+    if isinstance(leaf, TrainedArray):
         return f"prepared for training already ({leaf!r}); training.convert makes it a QTensor"
     is_array, shape = isinstance(leaf, jax.Array | np.ndarray | np.generic), np.shape(leaf)
     if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):

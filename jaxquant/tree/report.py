@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import ArrayConfig, Deferred, LowRank, Scheme, describe, packed_bytes
+from ..core import ArrayConfig, LowRank, Scheme, TrainedArray, describe, packed_bytes
 from .doubts import doubt
 from .paths import is_quantized, leaves_with_paths
 from .plot import plot_report
@@ -94,7 +94,7 @@ def report(params: Any, quantized: Any, rules: Rules | None = None) -> Report:
         ('int8 per channel, int8 inputs', 8.5)
     """
     paths, after, _ = leaves_with_paths(quantized)
-    after = [jax.jit(type(x).convert)(x) if isinstance(x, Deferred) else x for x in after]
+    after = [jax.jit(type(x).convert)(x) if isinstance(x, TrainedArray) else x for x in after]
     before = _leaves_before(params, paths) if params is not None else [None] * len(paths)
     originals = [a if b is None else b for a, b in zip(after, before, strict=True)]
     _check_shapes(paths, originals, after)

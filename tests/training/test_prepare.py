@@ -205,5 +205,5 @@ def test_trees_that_do_not_fit_are_refused():
 
 def test_a_prepared_weight_is_no_container():
     with pytest.raises(TypeError, match="abstract"):
-        jq.core.Deferred()  # pyright: ignore[reportAbstractUsage] (so meant)
+        jq.core.TrainedArray()  # pyright: ignore[reportAbstractUsage] (so meant)
     assert isinstance(prepare({"w": X}, {"w": W8A8})["w"], Prepared)

@@ -58,7 +58,7 @@ def test_every_operation_passes_gradients_on(name):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _WithValues(jq.core.Deferred):
+class _WithValues(jq.core.TrainedArray):
     """A quantized weight whose gradient goes to floats that are given."""
 
     q: QTensor
