@@ -40,9 +40,9 @@ from .packing import pack_int2 as pack_int2
 from .packing import pack_int4 as pack_int4
 from .packing import unpack_int2 as unpack_int2
 from .packing import unpack_int4 as unpack_int4
+from .qtensor import ArrayLike as ArrayLike
 from .qtensor import Inputs as Inputs
 from .qtensor import QTensor as QTensor
-from .qtensor import Shaped as Shaped
 from .qtensor import TrainedArray as TrainedArray
 from .qtensor import dequantize as dequantize
 from .qtensor import packed_bytes as packed_bytes

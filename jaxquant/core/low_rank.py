@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from .config import ArrayConfig
-from .qtensor import QTensor, Shaped
+from .qtensor import ArrayLike, QTensor
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class LowRank(Shaped):
+class LowRank(ArrayLike):
     """A frozen quantized array plus a trained low-rank product (LoRA adapters). A pytree.
 
         x ~ base + (alpha / rank) * a @ b

@@ -55,7 +55,7 @@ class Inputs:
     tap: Any = None
 
 
-class Shaped(abc.ABC):
+class ArrayLike(abc.ABC):
     """Base class of pytrees that represent one array. Derives ndim, size and nbytes."""
 
     @property
@@ -95,7 +95,7 @@ _INSTEAD = (
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class QTensor(Shaped):
+class QTensor(ArrayLike):
     """A quantized array: x ~ (codes - zero_point) * scale. A pytree.
 
     Invariants (not checked, because JAX rebuilds pytrees with tracers and placeholders as

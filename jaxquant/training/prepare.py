@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from ..core import (
     ArrayConfig,
+    ArrayLike,
     Axes,
     Inputs,
     MinMSE,
     QTensor,
     Range,
-    Shaped,
     TrainedArray,
     normalize_axes,
     quantize,
@@ -35,7 +35,7 @@ from .fake_quantize import (
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Prepared(Shaped, TrainedArray):
+class Prepared(ArrayLike, TrainedArray):
     """A weight in QAT: operations see it quantized, and its float array gets gradients. A pytree.
 
     Attributes:
