@@ -1,7 +1,7 @@
 """What makes one Keras layer quantizable."""
 
 from .float8 import Float8TrainingMixin as Float8TrainingMixin
-from .kernel_layer import ProductMixin as ProductMixin
+from .kernel_layer import KernelLayerMixin as KernelLayerMixin
 from .lora import LoraMixin as LoraMixin
 from .mixin import QuantizableMixin as QuantizableMixin
 from .policy import PolicyMixin as PolicyMixin

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from ...training.internal import FORWARD, cast_gradient, cast_operand, next_scaling
 from .. import compat
 from ..configs import SchemeConfig
-from .kernel_layer import ProductMixin
+from .kernel_layer import KernelLayerMixin
 
 DEFAULT_HISTORY = 1024
 
 
-class Float8TrainingMixin(ProductMixin):
+class Float8TrainingMixin(KernelLayerMixin):
     """Adds float8 training to a kernel layer: `Float8QuantizationConfig(training=True)`.
 
     Weights stay float variables. `inputs`, `kernel` and `outputs_grad` each get a scale and a

@@ -1,4 +1,4 @@
-"""Layers that multiply their inputs with a kernel, then add a bias and apply an activation."""
+"""Layers with one kernel, which may be quantized."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from ...core import QTensor
 from .lora import LoraMixin
 
 
-class ProductMixin(LoraMixin):
-    """A Keras layer that is one product with its `kernel`, then a bias and an activation.
+class KernelLayerMixin(LoraMixin):
+    """Keras layers that multiply once with `kernel`, then add a bias and apply an activation.
 
     A subclass defines `product`.
     """

@@ -12,7 +12,7 @@ from jax import lax
 from ...core import QTensor
 from ...ops import conv_general_dilated
 from .. import compat
-from ..layer import ProductMixin, QuantizedWeight
+from ..layer import KernelLayerMixin, QuantizedWeight
 
 _register = keras.saving.register_keras_serializable(package="jaxquant")
 
@@ -94,7 +94,7 @@ def _depthwise(layer, inputs, kernel):
     return _convolve(layer, inputs, _with_parts(kernel, merge), groups=channels)
 
 
-class ConvolutionMixin(ProductMixin):
+class ConvolutionMixin(KernelLayerMixin):
     """A Keras convolution: images with K channels -> images with `filters` channels."""
 
     kernel = QuantizedWeight(axis=_spatial_and_inputs)
@@ -110,7 +110,7 @@ class ConvolutionMixin(ProductMixin):
         return _convolve(self, inputs, kernel, self.groups)
 
 
-class ConvolutionTransposeMixin(ProductMixin):
+class ConvolutionTransposeMixin(KernelLayerMixin):
     """A Keras transposed convolution, with a kernel (spatial..., out, in)."""
 
     kernel = QuantizedWeight(axis=lambda layer: (*_spatial(layer), layer.rank + 1))
@@ -132,7 +132,7 @@ class ConvolutionTransposeMixin(ProductMixin):
         return {**super().get_config(), "output_padding": self.output_padding}
 
 
-class DepthwiseConvolutionMixin(ProductMixin):
+class DepthwiseConvolutionMixin(KernelLayerMixin):
     """A Keras depthwise convolution: K channels -> K * `depth_multiplier` channels."""
 
     kernel = QuantizedWeight(axis=_spatial)
@@ -142,7 +142,7 @@ class DepthwiseConvolutionMixin(ProductMixin):
         return _depthwise(self, inputs, kernel)
 
 
-class SeparableConvolutionMixin(ProductMixin):
+class SeparableConvolutionMixin(KernelLayerMixin):
     """A Keras separable convolution: a depthwise one, then a product of the channels."""
 
     depthwise_kernel = QuantizedWeight(axis=_spatial)
@@ -152,7 +152,7 @@ class SeparableConvolutionMixin(ProductMixin):
         """The forward pass: Keras' own in float, on codes if a kernel is quantized."""
         names = "depthwise_kernel", "pointwise_kernel"
         if self.lora_enabled or not any(self.has_codes(name) for name in names):
-            return super(ProductMixin, self).call(inputs)
+            return super(KernelLayerMixin, self).call(inputs)
         depthwise, pointwise = (self.operand(name) for name in names)
         between = _depthwise(self, inputs, depthwise)
         # XLA skips the rounding to bfloat16 under jit only, which would change the codes.
