@@ -91,14 +91,14 @@ def ideal_scale(low, high, config):
     """Jacob et al. 2018, eq. 1; 0 for an empty range. e8m0: the next power of two above, but for
     codes that are floats the rule of OCP MX v1.0, section 6.3."""
     qmin, qmax = bounds(config)
-    reach = qmax - qmin if not config.symmetric else min(-qmin, qmax) if qmin < 0 else qmax
+    code_span = qmax - qmin if not config.symmetric else min(-qmin, qmax) if qmin < 0 else qmax
     span = high if config.symmetric else high - low
     scale_dtype = config.scale_dtype or config.format.scale_dtype
     if scale_dtype == "float8_e8m0fnu" and span > 0:
         if config.format.rounds or config.format.codebook is not None:
-            return 2.0 ** math.ceil(math.log2(np.float32(span) / np.float32(reach)))
-        return 2.0 ** (math.floor(math.log2(span)) - math.floor(math.log2(reach)))
-    return float(span) / reach
+            return 2.0 ** math.ceil(math.log2(np.float32(span) / np.float32(code_span)))
+        return 2.0 ** (math.floor(math.log2(span)) - math.floor(math.log2(code_span)))
+    return float(span) / code_span
 
 
 def stored_scale(scale, dtype, largest):

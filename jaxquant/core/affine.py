@@ -14,26 +14,26 @@ from .noise import uniform_noise
 def fit_scale(low: jax.Array, high: jax.Array, config: ArrayConfig) -> jax.Array:
     """The scale at which the codes span [low, high], before it is rounded to its dtype.
 
-    Symmetric: high / config.reach. Asymmetric: (high - low) / (qmax - qmin). An empty range
-    has scale 0. A power-of-two scale (e8m0) is that scale rounded up to a power of two. With
+    Symmetric: high / config.symmetric_qmax. Asymmetric: (high - low) / (qmax - qmin). An empty
+    range has scale 0. A power-of-two scale (e8m0) is that scale rounded up to a power of two. With
     floating-point codes it is 2^(floor(log2(high)) - floor(log2(qmax))) instead, the rule of
     OCP MX v1.0, section 6.3, which may clip the largest values.
     """
     qmin, qmax = config.bounds
-    span, reach = high, config.reach
+    span, code_span = high, config.symmetric_qmax
     if not config.symmetric:
         # Halved, so that a range wider than the largest finite float does not overflow.
-        span, reach = high / 2 - low / 2, (qmax - qmin) / 2
+        span, code_span = high / 2 - low / 2, (qmax - qmin) / 2
     if has_exponent_only(config.stored_scale_dtype):
-        mantissa, exponent = jnp.frexp(span / reach)
+        mantissa, exponent = jnp.frexp(span / code_span)
         exponent = jnp.where(mantissa == 0.5, exponent - 1, exponent)
         if not (config.format.rounds or config.format.codebook):
-            exponent = jnp.frexp(span)[1] - int(np.frexp(reach)[1])
+            exponent = jnp.frexp(span)[1] - int(np.frexp(code_span)[1])
         scale = jnp.ldexp(jnp.ones_like(span), jnp.clip(exponent, -126, 126))
         return jnp.where(span == 0, 0, scale)
     # XLA divides by multiplying with the reciprocal, which must not be subnormal: subnormals are
     # flushed to zero.
-    return jnp.minimum(span / reach, 1 / float(jnp.finfo(span.dtype).tiny))
+    return jnp.minimum(span / code_span, 1 / float(jnp.finfo(span.dtype).tiny))
 
 
 def has_exponent_only(dtype: str) -> bool:

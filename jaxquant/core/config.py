@@ -124,7 +124,7 @@ class ArrayConfig:
         return self.value_range or (self.format.qmin, self.format.qmax)
 
     @property
-    def reach(self) -> float:
+    def symmetric_qmax(self) -> float:
         """The code that abs-max assigns to the largest magnitude of a symmetric array."""
         qmin, qmax = self.bounds
         return min(-qmin, qmax) if qmin < 0 else qmax

@@ -262,8 +262,8 @@ def _in_slices(images, kernel, strides, padding, spacing, groups):
         )
     rest = len(strides) - 1
     images = _padded(images, (padding[0], *[(0, 0)] * rest), (1,) * len(strides))
-    reach = (len(kernel) - 1) * spacing[0] + 1
-    length = max((images.shape[1] - reach) // strides[0] + 1, 0)
+    extent = (len(kernel) - 1) * spacing[0] + 1
+    length = max((images.shape[1] - extent) // strides[0] + 1, 0)
     sums = []
     for first, part in enumerate(kernel):
         start = first * spacing[0]

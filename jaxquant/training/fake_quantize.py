@@ -44,7 +44,7 @@ class LearnedStep:
             )
         factor = gradient_factor(size / max(self.scale.size, 1), config)
         scale = scale_gradient(jnp.abs(self.scale), factor)
-        high = scale * config.reach
+        high = scale * config.symmetric_qmax
         return -high, high, scale, jnp.zeros_like(scale)
 
 

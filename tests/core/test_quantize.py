@@ -327,9 +327,9 @@ def test_scales_of_exponents_clip_no_whole_numbers():
     for format in (INT8, INT4, NF4):
         config = ArrayConfig(format=format, scale_dtype="float8_e8m0fnu")
         q = quantize(x, config, axis=1)
-        reach = np.asarray(q.scale, np.float32) * min(-format.qmin, format.qmax)
-        assert (np.abs(x) <= reach).all()
-        assert (np.abs(x).max(1, keepdims=True) > reach / 2).all()
+        largest = np.asarray(q.scale, np.float32) * min(-format.qmin, format.qmax)
+        assert (np.abs(x) <= largest).all()
+        assert (np.abs(x).max(1, keepdims=True) > largest / 2).all()
 
 
 @pytest.mark.parametrize(

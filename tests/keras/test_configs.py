@@ -274,8 +274,8 @@ def test_stock_configs_mean_ours(given, wanted):
 
 def test_a_stock_config_of_ones_own_means_ours_too():
     class Restricted(stock.Int8QuantizationConfig):
-        def __init__(self, reach):
-            super().__init__(AbsMaxQuantizer(value_range=(-reach, reach)), None)
+        def __init__(self, limit):
+            super().__init__(AbsMaxQuantizer(value_range=(-limit, limit)), None)
 
     layer: Any = layers.Dense(3)
     layer.build((None, 96))

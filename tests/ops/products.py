@@ -119,8 +119,8 @@ def conv(lhs, rhs, strides, padding, lhs_dilation=(1, 1), rhs_dilation=(1, 1), g
     for y, x in itertools.product(range(height), range(width)):
         row, column = padding[0][0] + y * lhs_dilation[0], padding[1][0] + x * lhs_dilation[1]
         wide[:, row, column] = lhs[:, y, x]
-    reach = (rows - 1) * rhs_dilation[0] + 1, (columns - 1) * rhs_dilation[1] + 1
-    lengths = [(wide.shape[1 + i] - reach[i]) // strides[i] + 1 for i in range(2)]
+    extent = (rows - 1) * rhs_dilation[0] + 1, (columns - 1) * rhs_dilation[1] + 1
+    lengths = [(wide.shape[1 + i] - extent[i]) // strides[i] + 1 for i in range(2)]
     out = np.zeros((batch, *lengths, outputs))
     for y, x, o in itertools.product(*map(range, lengths), range(outputs)):
         first = o // (outputs // groups) * depth

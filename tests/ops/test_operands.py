@@ -176,7 +176,7 @@ def loss(product, *operands):
     return jnp.sum(product(*operands) * COTANGENT)
 
 
-def reached(name):
+def clip_limit(name):
     """The largest magnitude of each element of X that is not clipped."""
     if name == "static":
         return 127 * np.asarray(SCALE)
@@ -191,7 +191,7 @@ def reached(name):
 def test_a_float_operand_gets_the_gradient_of_the_product_where_it_is_not_clipped(weights, name):
     q = with_inputs(weight(WEIGHTS[weights]).reorder((-1, -2)), TREATMENTS[name][0])
     got = jax.jit(jax.grad(partial(loss, matmul)))(X, q)
-    is_kept = np.abs(X) <= reached(name)
+    is_kept = np.abs(X) <= clip_limit(name)
     assert (name in ("static", "mxfp8")) == (not is_kept.all())
     assert_product(got, "mn,kn,mk->mk", COTANGENT, q, is_kept)
 
