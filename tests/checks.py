@@ -82,7 +82,10 @@ def check_is_nearest(case, x):
     """No other code of the group's scale would be nearer, clipped elements included."""
     config = case.config
     q = quantize(x, *case)
-    step, zero = oracles.spread(scale_of(q), x.shape), oracles.spread(zero_point_of(q), x.shape)
+    step, zero = (
+        oracles.repeat_groups(scale_of(q), x.shape),
+        oracles.repeat_groups(zero_point_of(q), x.shape),
+    )
     points = points_of(config)
     wanted = x.astype(np.float64) / step + zero
     above = np.clip(np.searchsorted(points, wanted), 1, len(points) - 1)
@@ -95,7 +98,10 @@ def check_error_bound(case, x):
     """Whole numbers: half a step wherever nothing is clipped, which abs-max never does."""
     config = case.config
     q = quantize(x, *case)
-    step, zero = oracles.spread(scale_of(q), x.shape), oracles.spread(zero_point_of(q), x.shape)
+    step, zero = (
+        oracles.repeat_groups(scale_of(q), x.shape),
+        oracles.repeat_groups(zero_point_of(q), x.shape),
+    )
     qmin, qmax = oracles.bounds(config)
     values = x.astype(np.float64) / step + zero
     is_inside = (values >= qmin - 0.5) & (values <= qmax + 0.5)

@@ -23,8 +23,8 @@ def dequantize(q) -> np.ndarray:
     values = code_values(q.codes, q.format)
     scale = dequantize(q.scale) if hasattr(q.scale, "codes") else np.asarray(q.scale, np.float64)
     if q.zero_point is not None:
-        values = values - spread(np.asarray(q.zero_point).astype(np.float64), values.shape)
-    values = values * spread(scale, values.shape)
+        values = values - repeat_groups(np.asarray(q.zero_point).astype(np.float64), values.shape)
+    values = values * repeat_groups(scale, values.shape)
     order = q.order or ()
     first = values.ndim - len(order)
     logical = [*range(first), *(values.ndim + axis for axis in order)]
@@ -39,7 +39,7 @@ def code_values(codes, format):
     return codes.astype(np.float64)
 
 
-def spread(scale, shape):
+def repeat_groups(scale, shape):
     """Repeats each element over its block."""
     for axis, (count, length) in enumerate(zip(scale.shape, shape, strict=True)):
         scale = np.repeat(scale, length // count if count else 1, axis)

@@ -126,8 +126,8 @@ def _take(a, indices, fill_value, axis, mode, hints):
     index = _from_start(indices, length)
     is_inside = (index >= 0) & (index < length)
     fill = jnp.asarray(fill_value).astype(out.dtype)
-    spread = (*(1,) * axis, *indices.shape, *(1,) * (a.ndim - axis - 1))
-    return jnp.where(is_inside.reshape(spread), out, fill)
+    mask_shape = (*(1,) * axis, *indices.shape, *(1,) * (a.ndim - axis - 1))
+    return jnp.where(is_inside.reshape(mask_shape), out, fill)
 
 
 def _logical(a, axis, stored, added):

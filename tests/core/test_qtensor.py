@@ -140,7 +140,7 @@ def test_gradients_with_respect_to_scales_are_sums_of_codes(name):
         return jnp.sum(with_scale(q, scale).dequantize() * cotangent)
 
     values = oracles.code_values(q.codes, q.format)
-    values = values - oracles.spread(checks.zero_point_of(q), x.shape)
+    values = values - oracles.repeat_groups(checks.zero_point_of(q), x.shape)
     expected = np.zeros(q.scale.shape)
     for index, where in oracles.blocks(x.shape, *cases.CASES[name])[1]:
         expected[index] = np.sum(values[where] * cotangent[where])

@@ -445,8 +445,8 @@ def test_a_given_scale_is_used_as_it_is(shape, has_zero_point):
 
     q = quantize_with_scale(x, scale, zero_point, ArrayConfig(symmetric=not has_zero_point))
 
-    whole = oracles.spread(scale.reshape(shape or (1, 1)), x.shape)
-    zero = oracles.spread(checks.zero_point_of(q), x.shape)
+    whole = oracles.repeat_groups(scale.reshape(shape or (1, 1)), x.shape)
+    zero = oracles.repeat_groups(checks.zero_point_of(q), x.shape)
     assert (zero == 0).all() != has_zero_point
     if zero_point is not None:
         np.testing.assert_array_equal(checks.zero_point_of(q), zero_point.reshape(q.scale.shape))

@@ -36,7 +36,9 @@ def test_the_mean_of_many_draws_is_the_value_and_each_is_a_neighbour(name, dtype
     draws = jax.jit(jax.vmap(lambda key: quantize(x, config, 1, key)))(keys)
 
     one = jax.tree.map(lambda leaf: leaf[0], draws)
-    scale, zero = (oracles.spread(f(one), x.shape) for f in (checks.scale_of, checks.zero_point_of))
+    scale, zero = (
+        oracles.repeat_groups(f(one), x.shape) for f in (checks.scale_of, checks.zero_point_of)
+    )
     points = checks.points_of(config)
     wanted = np.clip(np.asarray(x).astype(np.float64) / scale + zero, points[0], points[-1])
     above = np.clip(np.searchsorted(points, wanted, "right"), 1, len(points) - 1)

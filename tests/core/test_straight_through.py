@@ -24,7 +24,7 @@ def operands():
     codes = random.uniform(-12, 12, SHAPE)
     codes[:, 0], codes[:, 1], codes[:, 2] = 7.3, -8.4, 0
     zero = random.integers(-6, 5, COUNTS).astype(np.float32)
-    x = (codes * oracles.spread(scale, SHAPE)).astype(np.float32)
+    x = (codes * oracles.repeat_groups(scale, SHAPE)).astype(np.float32)
     return x, scale, zero, random.normal(size=SHAPE).astype(np.float32)
 
 
@@ -51,8 +51,10 @@ def test_derivatives_are_those_of_the_equations(config, dtype):
     np.testing.assert_array_equal(values, wanted)
     assert values.dtype == got[0].dtype == dtype
     wide = [np.asarray(a).astype(np.float64) for a in (x, cotangent)]
-    spread = [oracles.spread(a.astype(np.float64), SHAPE) for a in (scale, zero)]
-    value, of_x, of_scale, of_zero = oracles.straight_through(wide[0], spread[0], spread[1], config)
+    repeated = [oracles.repeat_groups(a.astype(np.float64), SHAPE) for a in (scale, zero)]
+    value, of_x, of_scale, of_zero = oracles.straight_through(
+        wide[0], repeated[0], repeated[1], config
+    )
     assert 0 < of_x.sum() < of_x.size
     tolerance = 1e-5 if dtype == "float32" else 2.0**-8
     np.testing.assert_allclose(np.asarray(values).astype(np.float64), value, rtol=tolerance)
@@ -67,7 +69,7 @@ def test_a_margin_keeps_the_gradient_of_what_rounding_alone_moves_past_the_ends(
     q = quantize_with_scale(x, scale, None, SYMMETRIC)
     for margin, edges in [(True, (-8.5, 7.5)), (False, (-8, 7))]:
         got = jax.grad(lambda x, m=margin: jnp.sum(straight_through(x, q, SYMMETRIC, margin=m)))(x)
-        codes = x / oracles.spread(scale, SHAPE)
+        codes = x / oracles.repeat_groups(scale, SHAPE)
         np.testing.assert_array_equal(got, (codes >= edges[0]) & (codes <= edges[1]))
 
 
@@ -81,7 +83,7 @@ def test_scalar_parameters_get_the_sum_of_all_groups():
         )
 
     _, _, of_scale, _ = oracles.straight_through(
-        x, oracles.spread(scale, SHAPE), np.zeros(SHAPE), SYMMETRIC
+        x, oracles.repeat_groups(scale, SHAPE), np.zeros(SHAPE), SYMMETRIC
     )
     got = jax.grad(loss)(jnp.float32(1))
     np.testing.assert_allclose(got, np.sum(of_scale * cotangent), rtol=1e-4)

@@ -78,8 +78,8 @@ def grouped(length, columns, group, has_zero):
     scale = rng.uniform(0.5, 2, (columns, length // group)).astype(np.float32)
     zero = rng.integers(-8, 8, scale.shape).astype(np.int8) if has_zero else None
     less = np.zeros(scale.shape) if zero is None else zero.astype(np.float64)
-    spread = (np.repeat(x.astype(np.float64), group, 1) for x in (less, scale))
-    less, step = spread
+    repeated = (np.repeat(x.astype(np.float64), group, 1) for x in (less, scale))
+    less, step = repeated
     as_int4 = jnp.asarray(codes).astype(jnp.int4)
     zero = None if zero is None else jnp.asarray(zero)
     return as_int4, jnp.asarray(scale), zero, (codes - less) * step

@@ -91,7 +91,9 @@ def rounded(x, config, shared):
     is_grouped = config.group_size or config.format.group_size
     axis = shared[-1] if is_grouped else tuple(shared)
     codes, scale, zero_point = oracles.quantize(x, config, axis, oracles.abs_max_range)
-    return (codes - oracles.spread(zero_point, x.shape)) * oracles.spread(scale, x.shape)
+    return (codes - oracles.repeat_groups(zero_point, x.shape)) * oracles.repeat_groups(
+        scale, x.shape
+    )
 
 
 def wanted(a, b, configs, labels):

@@ -63,7 +63,9 @@ def test_values_equal_quantize_and_the_gradient_is_one_up_to_half_a_step_beyond_
     np.testing.assert_array_equal(values, q.dequantize())
     points = checks.points_of(case.config)
     low, high = points[0] - (points[1] - points[0]) / 2, points[-1] + (points[-1] - points[-2]) / 2
-    step, zero = (oracles.spread(f(q), x.shape) for f in (checks.scale_of, checks.zero_point_of))
+    step, zero = (
+        oracles.repeat_groups(f(q), x.shape) for f in (checks.scale_of, checks.zero_point_of)
+    )
     placed = np.asarray(x).astype(np.float64) / step + zero
     is_clear = np.minimum(np.abs(placed - low), np.abs(placed - high)) > 1e-3
     is_inside = (placed > low) & (placed < high)
@@ -81,14 +83,14 @@ def test_a_learned_step_follows_lsq_and_clips_gradients_at_the_outermost_codes(n
     counts, (qmin, qmax) = counts_of(case), oracles.bounds(config)
     # A sixth of the values are clipped, and some lie within half a step beyond the ends.
     step = np.abs(normal(*counts, seed=3)) / 4 + np.float32(1 / qmax)
-    spread = oracles.spread(step, SHAPE)
+    steps = oracles.repeat_groups(step, SHAPE)
     x = X.copy()
-    x[0, :4] = [(qmax + 0.3), (qmin - 0.4), (qmax + 0.6), (qmin - 5)] * spread[0, :4]
+    x[0, :4] = [(qmax + 0.3), (qmin - 0.4), (qmax + 0.6), (qmin - 5)] * steps[0, :4]
 
     learned = LearnedStep(jnp.asarray(sign * step))
     values, of_x, of_step = gradients(x, case, learned, COTANGENT)
 
-    value, mask, of_scale, _ = oracles.straight_through(x, spread, np.zeros(SHAPE), config)
+    value, mask, of_scale, _ = oracles.straight_through(x, steps, np.zeros(SHAPE), config)
     assert 0 < mask.sum() < mask.size
     np.testing.assert_allclose(values, value, rtol=1e-6)
     np.testing.assert_array_equal(of_x, COTANGENT * mask)
@@ -116,7 +118,7 @@ def test_a_learned_range_matches_finite_differences_of_a_float_surrogate(name):
     config = case.config
     counts, (qmin, qmax) = counts_of(case), oracles.bounds(config)
     low, high = (sign * (0.4 + np.abs(normal(*counts, seed=i))) for i, sign in ((4, -1), (5, 1)))
-    ends = [oracles.spread(np.asarray(e, np.float64), SHAPE) for e in (low, high)]
+    ends = [oracles.repeat_groups(np.asarray(e, np.float64), SHAPE) for e in (low, high)]
     step = (ends[1] - ends[0]) / (qmax - qmin)
     zero = np.round(qmin - ends[0] / step)
 
@@ -173,7 +175,7 @@ def test_bfloat16_weights_give_float32_gradients_to_steps():
     cotangent = jnp.asarray(COTANGENT, jnp.bfloat16)
     _, of_x, of_step = gradients(x, case, LearnedStep(jnp.asarray(step)), cotangent)
     wide = [np.asarray(a).astype(np.float64) for a in (x, cotangent)]
-    steps = oracles.spread(step, SHAPE)
+    steps = oracles.repeat_groups(step, SHAPE)
     _, mask, of_scale, _ = oracles.straight_through(wide[0], steps, np.zeros(SHAPE), case.config)
     want = np.sum(wide[1] * of_scale, 1, keepdims=True) / np.sqrt(SHAPE[1] * 127)
     assert of_x.dtype == jnp.bfloat16
@@ -190,7 +192,7 @@ def test_a_key_rounds_stochastically_without_changing_the_gradient():
 
     step = np.full((6, 4), 0.3, np.float32)
     values, _, of_step = gradients(X, GROUPED, LearnedStep(jnp.asarray(step)), COTANGENT, key)
-    steps = oracles.spread(step, SHAPE)
+    steps = oracles.repeat_groups(step, SHAPE)
     is_inside = (X / steps >= -8) & (X / steps <= 7)
     slope = values / steps - np.where(is_inside, X / steps, 0)
     want = oracles.sum_blocks(COTANGENT * slope, (6, 4)) / np.sqrt(8 * 7)

@@ -94,7 +94,7 @@ def test_learned_leaves_get_the_gradient_of_lsq():
 
     weight, step = (np.asarray(a, np.float64) for a in jax.tree.leaves(prepared["w"]))
     of_value = np.asarray(X, np.float64).T @ cotangent
-    steps = oracles.spread(step, weight.shape)
+    steps = oracles.repeat_groups(step, weight.shape)
     _, mask, slope, _ = oracles.straight_through(weight, steps, np.zeros(weight.shape), config)
     assert 0 < mask.mean() < 1
     np.testing.assert_allclose(got.weight, of_value * mask, rtol=1e-4, atol=1e-4)

@@ -56,7 +56,7 @@ def zeros_like(tree):
 def rounded(x, config):
     """dequantize(quantize(x)) of rows of blocks, in float64."""
     codes, scale, _ = oracles.quantize(x, config, -1, oracles.abs_max_range)
-    return oracles.code_values(codes, config.format) * oracles.spread(scale, x.shape)
+    return oracles.code_values(codes, config.format) * oracles.repeat_groups(scale, x.shape)
 
 
 def test_sums_and_errors_match_numpy():

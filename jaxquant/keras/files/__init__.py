@@ -10,7 +10,7 @@ from .entries import other_variables as other_variables
 from .entries import restored_on_error as restored_on_error
 from .entries import save as save
 from .stock_entries import StockMatrix as StockMatrix
-from .stock_entries import spread as spread
+from .stock_entries import repeat_groups as repeat_groups
 from .storage_arrays import carriers as carriers
 from .storage_arrays import from_carriers as from_carriers
 from .storage_arrays import to_carriers as to_carriers

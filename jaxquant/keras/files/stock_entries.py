@@ -123,7 +123,7 @@ def as_tensor(where: str, held: StockInt4, shape: tuple[int, ...], like: QTensor
     codes = np.pad(held.codes.reshape(shape), widths)
     firsts = [_first_of(x, groups) for x in (scales, zeros)]
     pairs = zip(firsts, (scales, zeros), strict=True)
-    if not all(np.array_equal(spread(x, like.shape), y, equal_nan=True) for x, y in pairs):
+    if not all(np.array_equal(repeat_groups(x, like.shape), y, equal_nan=True) for x, y in pairs):
         size = held.config.block_size or held.codes.shape[0]
         ours = blocks_between(like.shape, groups)
         raise ValueError(
@@ -142,8 +142,8 @@ def _first_of(x, groups):
     return x[tuple(slice(None, None, b) for b in blocks_between(x.shape, groups))]
 
 
-def spread(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """What each group has, in all its places in an array of `shape`."""
+def repeat_groups(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Repeats one element per group to one per element of an array of `shape`."""
     for axis, block in enumerate(blocks_between(shape, x.shape)):
         x = np.repeat(x, block, axis)
     return x

@@ -65,11 +65,11 @@ def from_carrier(carried: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> 
     if bits >= 8:
         return lax.bitcast_convert_type(carried, like.dtype)
     # A bitcast leaves 4-bit codes packed, where shifts would write a byte for each.
-    whole = _spread(carried, like) if bits == 4 else _unpack_int2(carried, like)
+    whole = _unpack_int4(carried, like) if bits == 4 else _unpack_int2(carried, like)
     return lax.slice_in_dim(whole, 0, like.shape[-1], axis=-1)
 
 
-def _spread(carried, like):
+def _unpack_int4(carried, like):
     # XLA on CPU (jaxlib 0.10.2) folds this bitcast of a constant, such as a weight that a jitted
     # function closes over, to wrong codes; it folds nothing behind a barrier.
     pairs = lax.bitcast_convert_type(lax.optimization_barrier(carried), like.dtype)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...core import INT4, INT8, AbsMax, blocks_between
 from .. import compat, layers
-from ..files import other_variables, spread
+from ..files import other_variables, repeat_groups
 from ..layer import QuantizableMixin
 from .rewrite import Keep, ModelRewriter, is_stock
 from .state import copy_variables
@@ -217,7 +217,7 @@ def _int4_form(layer, name, q):
     zero = jnp.zeros_like(q.scale, jnp.int8) if q.zero_point is None else q.zero_point
     parts = [np.asarray(x.astype(jnp.float32)) for x in (q.codes, q.scale, zero)]
     inside = tuple(slice(n) for n in shape)
-    codes, step, zero = (spread(x, q.shape)[inside].reshape(matrix.shape) for x in parts)
+    codes, step, zero = (repeat_groups(x, q.shape)[inside].reshape(matrix.shape) for x in parts)
     rows = np.arange(matrix.shape[matrix.axis])
     blocks = blocks_between(q.shape, q.scale.shape)
     size = min(math.prod(blocks[a] for a in layer.declared_weights[name].axes(layer)), len(rows))
