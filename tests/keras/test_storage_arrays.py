@@ -1,4 +1,4 @@
-"""Arrays carried in dtypes that Keras variables and HDF5 files can have."""
+"""Arrays stored in dtypes that Keras variables and HDF5 files can have."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxquant.core import bits_of
-from jaxquant.keras.files.storage_arrays import from_carrier, to_carrier
+from jaxquant.keras.files.storage_arrays import from_storage_array, to_storage_array
 
 DTYPES = [
     "int8",
@@ -55,14 +55,14 @@ def test_every_bit_comes_back(dtype, shape):
     if shape == () and bits_of(dtype) < 8:
         shape = (1, 1)  # Packed along the last axis, so there must be one.
     x = with_every_bit(dtype, shape)
-    carried = to_carrier(x)
+    stored = to_storage_array(x)
 
-    assert carried.dtype.name in HELD
-    like = jax.eval_shape(to_carrier, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    assert (carried.shape, carried.dtype) == (like.shape, like.dtype)
-    compiled = [jax.jit(from_carrier, static_argnums=1)] if x.ndim == 3 else []
-    for read in (from_carrier, *compiled):
-        found = read(carried, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert stored.dtype.name in HELD
+    like = jax.eval_shape(to_storage_array, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert (stored.shape, stored.dtype) == (like.shape, like.dtype)
+    compiled = [jax.jit(from_storage_array, static_argnums=1)] if x.ndim == 3 else []
+    for read in (from_storage_array, *compiled):
+        found = read(stored, jax.ShapeDtypeStruct(x.shape, x.dtype))
         assert (found.shape, found.dtype) == (x.shape, x.dtype)
         np.testing.assert_array_equal(bits_in(found), bits_in(x))
 
@@ -70,12 +70,12 @@ def test_every_bit_comes_back(dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_bit_is_wasted(dtype):
     x = with_every_bit(dtype, (3, 16))
-    carried = jax.eval_shape(to_carrier, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    assert carried.size * carried.dtype.itemsize == 3 * 16 * bits_of(dtype) // 8
+    stored = jax.eval_shape(to_storage_array, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert stored.size * stored.dtype.itemsize == 3 * 16 * bits_of(dtype) // 8
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 2, 6)], ids=str)
 def test_int4_is_packed_as_keras_packs_it(shape):
     codes = with_every_bit("int4", shape)
     packed, _, _ = keras.quantizers.pack_int4(np.asarray(codes).astype(np.int8), axis=-1)
-    np.testing.assert_array_equal(to_carrier(codes), packed)
+    np.testing.assert_array_equal(to_storage_array(codes), packed)

@@ -11,6 +11,6 @@ from .entries import restored_on_error as restored_on_error
 from .entries import save as save
 from .stock_entries import StockMatrix as StockMatrix
 from .stock_entries import repeat_groups as repeat_groups
-from .storage_arrays import carriers as carriers
-from .storage_arrays import from_carriers as from_carriers
-from .storage_arrays import to_carriers as to_carriers
+from .storage_arrays import from_storage_arrays as from_storage_arrays
+from .storage_arrays import storage_types as storage_types
+from .storage_arrays import to_storage_arrays as to_storage_arrays

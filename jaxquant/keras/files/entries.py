@@ -21,7 +21,7 @@ import numpy as np
 from .. import compat
 from ..configs import Int8QuantizationConfig, SchemeConfig
 from . import stock_entries
-from .storage_arrays import carriers, from_carriers, logical, to_carriers
+from .storage_arrays import from_storage_arrays, in_logical_order, storage_types, to_storage_arrays
 
 MARK = "quantization"
 
@@ -41,7 +41,7 @@ def save(layer: Any, store: Any) -> None:
         codes, *rest = _to_entries(q)
         if is_plain:
             step = np.asarray(rest[0], np.float64)
-            rest = [layer.scale_to_stock(name, 1 / step, logical(q))]
+            rest = [layer.scale_to_stock(name, 1 / step, in_logical_order(q))]
         parts += [(codes, rest)]
     entries = [codes for codes, _ in parts]
     entries += other_variables(layer, layer.stored_weights)
@@ -123,7 +123,7 @@ def _load_stock_int4(layer, entries):
     held = stock_entries.read_int4(where, entries[0], rest, layer.stock_matrix(name, shape))
     values = _values_of(layer, others, entries[1:])
     like = layer.likes(held.config)[name]
-    q = stock_entries.as_tensor(where, held, shape, logical(like))
+    q = stock_entries.as_tensor(where, held, shape, in_logical_order(like))
     layer.take_over(held.config, {name: _checked(layer, *_ordered(q, like.order))})
     _assign(others, values)
 
@@ -168,8 +168,10 @@ def _holds_int4(layer, entries):
 
 def _part_shapes(layer, name, like, is_plain):
     """Shapes of the entries of one weight."""
-    shapes = [x.shape for x in carriers(logical(like))]
-    return [shapes[0], layer.stock_scale_shape(name, logical(like))] if is_plain else shapes
+    shapes = [x.shape for x in storage_types(in_logical_order(like))]
+    return (
+        [shapes[0], layer.stock_scale_shape(name, in_logical_order(like))] if is_plain else shapes
+    )
 
 
 def _numbered(layer, store):
@@ -197,9 +199,11 @@ def _tensor(layer, name, like, entries, is_plain):
     """A QTensor like `like` from the entries of one weight, which are in logical order."""
     if is_plain:
         with np.errstate(divide="ignore"):
-            step = layer.scale_from_stock(name, 1 / entries[1].astype(np.float64), logical(like))
+            step = layer.scale_from_stock(
+                name, 1 / entries[1].astype(np.float64), in_logical_order(like)
+            )
         entries = entries[0], step.astype(np.float32)
-    wanted, found = [x.dtype for x in carriers(like)], [x.dtype for x in entries]
+    wanted, found = [x.dtype for x in storage_types(like)], [x.dtype for x in entries]
     if found != wanted:
         raise ValueError(
             f"The file must hold {name!r} of layer {layer.name!r} in {wanted}; got {found}. It is "
@@ -211,13 +215,13 @@ def _tensor(layer, name, like, entries, is_plain):
 # Each by one compilation for what would be one per operation.
 @jax.jit
 def _to_entries(q):
-    return to_carriers(q.reorder(None))
+    return to_storage_arrays(q.reorder(None))
 
 
 # `like` counts by identity: `abstract_tensor` gives one object for equal arguments.
 @partial(jax.jit, static_argnames="like")
 def _from_entries(entries, like):
-    return _ordered(from_carriers(entries, logical(like)), like.order)
+    return _ordered(from_storage_arrays(entries, in_logical_order(like)), like.order)
 
 
 @partial(jax.jit, static_argnames="order")

@@ -15,41 +15,41 @@ from jax import lax
 
 from ...core import QTensor, bits_of, pack_int2, pack_int4, unpack_int2
 
-_CARRIED = ("int8", "uint8", "float16", "float32", "float64")
+_STORABLE = ("int8", "uint8", "float16", "float32", "float64")
 _PACK = {4: pack_int4, 2: pack_int2}
 
 
-def logical(like: QTensor) -> QTensor:
+def in_logical_order(like: QTensor) -> QTensor:
     """Shapes and dtypes with the axes in logical order."""
     return jax.eval_shape(lambda q: q.reorder(None), like)
 
 
-def carriers(like: QTensor) -> list[jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the arrays that carry the leaves of a QTensor, the codes first."""
-    return jax.eval_shape(to_carriers, like)
+def storage_types(like: QTensor) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays that store the leaves of a QTensor, the codes first."""
+    return jax.eval_shape(to_storage_arrays, like)
 
 
 @jax.jit
-def to_carriers(q: QTensor) -> list[jax.Array]:
-    """Carries the leaves of a QTensor, the codes first."""
-    return [to_carrier(x) for x in jax.tree.leaves(q)]
+def to_storage_arrays(q: QTensor) -> list[jax.Array]:
+    """The arrays that store the leaves of a QTensor, the codes first."""
+    return [to_storage_array(x) for x in jax.tree.leaves(q)]
 
 
-def from_carriers(carried: Sequence[jax.Array | np.ndarray], like: QTensor) -> QTensor:
-    """Undoes `to_carriers`, given the shapes and dtypes of what was carried."""
+def from_storage_arrays(stored: Sequence[jax.Array | np.ndarray], like: QTensor) -> QTensor:
+    """Undoes `to_storage_arrays`, given the shapes and dtypes of what was stored."""
     leaves, treedef = jax.tree.flatten(like)
     types = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
-    return jax.tree.unflatten(treedef, _from_carriers(tuple(carried), types))
+    return jax.tree.unflatten(treedef, _from_storage_arrays(tuple(stored), types))
 
 
 @partial(jax.jit, static_argnames="types")
-def _from_carriers(carried, types):
-    return [from_carrier(x, like) for x, like in zip(carried, types, strict=True)]
+def _from_storage_arrays(stored, types):
+    return [from_storage_array(x, like) for x, like in zip(stored, types, strict=True)]
 
 
-def to_carrier(x: jax.Array) -> jax.Array:
-    """Carries x, bit by bit."""
-    if x.dtype.name in _CARRIED:
+def to_storage_array(x: jax.Array) -> jax.Array:
+    """The array that stores the bits of x."""
+    if x.dtype.name in _STORABLE:
         return x
     bits = bits_of(x.dtype)
     if not jnp.issubdtype(x.dtype, jnp.integer):
@@ -57,24 +57,24 @@ def to_carrier(x: jax.Array) -> jax.Array:
     return x if bits >= 8 else _PACK[bits](x, axis=-1)
 
 
-def from_carrier(carried: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """Undoes `to_carrier`, given the shape and dtype of what was carried."""
-    if carried.dtype == like.dtype:
-        return carried
+def from_storage_array(stored: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """Undoes `to_storage_array`, given the shape and dtype of what was stored."""
+    if stored.dtype == like.dtype:
+        return stored
     bits = bits_of(like.dtype)
     if bits >= 8:
-        return lax.bitcast_convert_type(carried, like.dtype)
+        return lax.bitcast_convert_type(stored, like.dtype)
     # A bitcast leaves 4-bit codes packed, where shifts would write a byte for each.
-    whole = _unpack_int4(carried, like) if bits == 4 else _unpack_int2(carried, like)
+    whole = _unpack_int4(stored, like) if bits == 4 else _unpack_int2(stored, like)
     return lax.slice_in_dim(whole, 0, like.shape[-1], axis=-1)
 
 
-def _unpack_int4(carried, like):
+def _unpack_int4(stored, like):
     # XLA on CPU (jaxlib 0.10.2) folds this bitcast of a constant, such as a weight that a jitted
     # function closes over, to wrong codes; it folds nothing behind a barrier.
-    pairs = lax.bitcast_convert_type(lax.optimization_barrier(carried), like.dtype)
-    return pairs.reshape(*carried.shape[:-1], 2 * carried.shape[-1])
+    pairs = lax.bitcast_convert_type(lax.optimization_barrier(stored), like.dtype)
+    return pairs.reshape(*stored.shape[:-1], 2 * stored.shape[-1])
 
 
-def _unpack_int2(carried, like):
-    return unpack_int2(carried, like.shape[-1], axis=-1).astype(like.dtype)
+def _unpack_int2(stored, like):
+    return unpack_int2(stored, like.shape[-1], axis=-1).astype(like.dtype)

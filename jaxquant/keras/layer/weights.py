@@ -23,7 +23,7 @@ from ...core import (
 )
 from ...ops import best_order
 from .. import compat
-from ..files import carriers, from_carriers, to_carriers
+from ..files import from_storage_arrays, storage_types, to_storage_arrays
 
 
 class QuantizedWeight:
@@ -129,7 +129,7 @@ class StoredWeight:
         given = _given.get().get(id(self.codes))
         if given is not None:
             return given
-        return from_carriers([v.value for v in self.variables], self.like)
+        return from_storage_arrays([v.value for v in self.variables], self.like)
 
     def operand(self, dtype: str) -> QTensor | jax.Array:
         """The weight as an operand; an array of the dtype if its codes are padded."""
@@ -141,7 +141,7 @@ class StoredWeight:
 
     def assign(self, q: QTensor) -> None:
         """Copies a QTensor whose leaves have the shapes and dtypes of `like`."""
-        for variable, held in zip(self.variables, to_carriers(q), strict=True):
+        for variable, held in zip(self.variables, to_storage_arrays(q), strict=True):
             variable.assign(held)
 
 
@@ -171,7 +171,7 @@ def store_weight(
     """Creates the variables of one weight. They are not trainable and never cast."""
     names = [name, *_part_names(name, like)]
     variables = []
-    for part, held in zip(names, carriers(like), strict=True):
+    for part, held in zip(names, storage_types(like), strict=True):
         variables += [
             add_weight(
                 name=part,
