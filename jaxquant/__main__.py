@@ -154,7 +154,7 @@ def _quantize(options):
 
 def _inspect(options):
     params, metadata = read_tree(options.file)
-    known = _kept_sqnr(options.file, metadata)
+    known = _stored_sqnr(options.file, metadata)
     rows = tree.report(None, params).rows
     report = tree.Report(tuple(dataclasses.replace(r, sqnr=known.get(r.path)) for r in rows))
     if options.plot:
@@ -162,7 +162,7 @@ def _inspect(options):
     _print(report.table(), report.to_json(), options)
 
 
-def _kept_sqnr(path, metadata):
+def _stored_sqnr(path, metadata):
     """SQNR by the path of a leaf, from when the file was quantized."""
     text = metadata.get(_SQNR, "{}")
     try:

@@ -120,7 +120,7 @@ def _take(a, indices, fill_value, axis, mode, hints):
 
     bare = dataclasses.replace(a, inputs=None, order=None)
     rows = jax.tree.map(gather, bare).decode()
-    out = rows.transpose(_logical(a, axis, stored, indices.ndim))
+    out = rows.transpose(_logical_permutation(a, axis, stored, indices.ndim))
     if not fills:
         return out
     index = _from_start(indices, length)
@@ -130,7 +130,7 @@ def _take(a, indices, fill_value, axis, mode, hints):
     return jnp.where(is_inside.reshape(mask_shape), out, fill)
 
 
-def _logical(a, axis, stored, added):
+def _logical_permutation(a, axis, stored, added):
     """The permutation from stored to logical axes, after `added` axes replaced one."""
     place = []
     for logical, source in enumerate(a.stored_axes(range(a.ndim))):
