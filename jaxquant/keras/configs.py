@@ -92,7 +92,7 @@ class Int8QuantizationConfig(_OneRule):
     keras_mode = "int8"
 
     def __init__(self, weight_quantizer: Any = None, activation_quantizer: Any = "default"):
-        super().__init__(weight_quantizer, _given(activation_quantizer, AbsMaxQuantizer()))
+        super().__init__(weight_quantizer, _or_default(activation_quantizer, AbsMaxQuantizer()))
         self.rule = Rule("*", self._scheme(W8A8, INT8, None))
 
 
@@ -125,7 +125,7 @@ class Int4QuantizationConfig(_OneRule):
         activation_quantizer: Any = "default",
         block_size: int | None = 128,
     ):
-        super().__init__(weight_quantizer, _given(activation_quantizer, None))
+        super().__init__(weight_quantizer, _or_default(activation_quantizer, None))
         is_integer = isinstance(block_size, int) and not isinstance(block_size, bool)
         if block_size is not None and not (is_integer and (block_size > 0 or block_size == -1)):
             raise ValueError(
@@ -303,14 +303,15 @@ _STOCK = {
 }
 
 
-def _given(quantizer, default):
+def _or_default(quantizer, default):
     """The quantizer, or the default for "default"."""
-    named = {"default": default}
-    if isinstance(quantizer, str) and quantizer not in named:
+    if not isinstance(quantizer, str):
+        return quantizer
+    if quantizer != "default":
         raise ValueError(
             f"activation_quantizer must be a quantizer, 'default' or None; got {quantizer!r}."
         )
-    return named[quantizer] if isinstance(quantizer, str) else quantizer
+    return default
 
 
 def _rule_to_json(rule):

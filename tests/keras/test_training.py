@@ -152,7 +152,7 @@ def test_lora_that_cannot_be_says_why():
         layer.enable_lora(2)
     layer.build((None, 4))
     layer.enable_lora(2)
-    with pytest.raises(ValueError, match="LoRA is enabled already"):
+    with pytest.raises(ValueError, match="LoRA is already enabled"):
         layer.enable_lora(2)
     constrained: Any = layers.Dense(3, kernel_constraint="non_neg")
     constrained.build((None, 4))

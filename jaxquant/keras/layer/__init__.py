@@ -1,6 +1,7 @@
 """What makes one Keras layer quantizable."""
 
 from .float8 import Float8TrainingMixin as Float8TrainingMixin
+from .kernel_layer import CHANNEL_AXIS as CHANNEL_AXIS
 from .kernel_layer import KernelLayerMixin as KernelLayerMixin
 from .lora import LoraMixin as LoraMixin
 from .mixin import QuantizableMixin as QuantizableMixin

@@ -36,10 +36,10 @@ class KernelLayerMixin(LoraMixin):
 
     def _finished(self, outputs):
         if self.bias is not None:
-            axis = _CHANNEL_AXIS[self.data_format] % outputs.ndim
+            axis = CHANNEL_AXIS[self.data_format] % outputs.ndim
             ones = (1,) * (outputs.ndim - axis - 1)
             outputs = outputs + keras.ops.reshape(self.bias, (*self.bias.shape, *ones))
         return outputs if self.activation is None else self.activation(outputs)
 
 
-_CHANNEL_AXIS = {"channels_last": -1, "channels_first": 1}
+CHANNEL_AXIS = {"channels_last": -1, "channels_first": 1}

@@ -107,13 +107,14 @@ class LoraMixin(QuantizableMixin):
         return getattr(self, f"{name}_regularizer", None)
 
     def _check_lora(self, name, rank):
-        problems = {
-            "rank must be a positive int": not (isinstance(rank, int) and rank > 0),
-            "the layer is not built: build it": not self.built,
-            "LoRA is enabled already": self.lora_enabled,
-            f"{name}_constraint is set: remove it": getattr(self, f"{name}_constraint", None),
-            "the layer trains in float8: train it before or after": self.trains_in_float8,
-        }
-        found = [text for text, is_so in problems.items() if is_so]
+        constraint = getattr(self, f"{name}_constraint", None)
+        problems = [
+            (not (isinstance(rank, int) and rank > 0), "rank must be a positive int"),
+            (not self.built, "the layer is not built; build it first"),
+            (self.lora_enabled, "LoRA is already enabled"),
+            (constraint is not None, f"{name}_constraint is set; remove it"),
+            (self.trains_in_float8, "the layer trains in float8; add LoRA before or after that"),
+        ]
+        found = [text for is_so, text in problems if is_so]
         if found:
-            raise ValueError(f"enable_lora({rank!r}) on {self.name!r} cannot be: {found[0]}.")
+            raise ValueError(f"Cannot run enable_lora({rank!r}) on {self.name!r}: {found[0]}.")

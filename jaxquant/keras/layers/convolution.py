@@ -12,7 +12,7 @@ from jax import lax
 from ...core import QTensor
 from ...ops import conv_general_dilated
 from .. import compat
-from ..layer import KernelLayerMixin, QuantizedWeight
+from ..layer import CHANNEL_AXIS, KernelLayerMixin, QuantizedWeight
 
 _register = keras.saving.register_keras_serializable(package="jaxquant")
 
@@ -28,20 +28,18 @@ def _spatial_and_inputs(layer):
 
 def _layout(layer, inputs, outputs):
     """Dimension numbers, for a kernel with these axes of input and output channels."""
-    rank = layer.rank
-    layouts = {
-        "channels_last": (0, rank + 1, *range(1, rank + 1)),
-        "channels_first": tuple(range(rank + 2)),
-    }
-    images = layouts[layer.data_format]
-    return lax.ConvDimensionNumbers(images, (outputs, inputs, *range(rank)), images)
+    axes = list(range(layer.rank + 2))
+    channels = axes.pop(CHANNEL_AXIS[layer.data_format])
+    images = (axes[0], channels, *axes[1:])
+    return lax.ConvDimensionNumbers(images, (outputs, inputs, *range(layer.rank)), images)
 
 
 def _padding(layer: Any) -> Any:
     """The padding for `lax`: "causal" adds zeros before the first step only."""
+    if layer.padding != "causal":
+        return layer.padding
     sizes = zip(layer.kernel_size, layer.dilation_rate, strict=True)
-    causal = tuple((dilation * (size - 1), 0) for size, dilation in sizes)
-    return {"causal": causal}.get(layer.padding, layer.padding)
+    return tuple((dilation * (size - 1), 0) for size, dilation in sizes)
 
 
 def _convolve(layer, inputs, kernel, groups):
