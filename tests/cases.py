@@ -62,7 +62,7 @@ GROUPED = {
     "g32_e8m0_scales": {"group_size": 32, "scale_dtype": "float8_e8m0fnu"},
     "g32_nested_scales": {"group_size": 32, "scale_dtype": "float8_e4m3fn"},
 }
-# For formats of whole numbers.
+# For integer formats.
 ASYMMETRIC = {
     "asym_row": {},
     "asym_g64": {"group_size": 64},

@@ -95,7 +95,7 @@ def check_is_nearest(case, x):
 
 
 def check_error_bound(case, x):
-    """Whole numbers: half a step wherever nothing is clipped, which abs-max never does."""
+    """Integer formats: half a step wherever nothing is clipped, which abs-max never does."""
     config = case.config
     q = quantize(x, *case)
     step, zero = (

@@ -71,12 +71,12 @@ CONFIG_ERRORS = [
 
 
 @pytest.mark.parametrize("fields, message", CONFIG_ERRORS, ids=lambda v: str(v)[:40])
-def test_a_config_is_checked_when_it_is_made(fields, message):
+def test_a_config_is_checked_on_construction(fields, message):
     with pytest.raises(ValueError, match=message):
         ArrayConfig(**fields)
 
 
-def test_what_the_checks_allow():
+def test_valid_configs_are_accepted():
     assert ArrayConfig(value_range=(-128, 127)).bounds == (-128, 127)
     assert ArrayConfig(value_range=(0, 127), symmetric=False).bounds == (0, 127)
     assert ArrayConfig(format=MXFP4, group_size=32).group_size == 32
@@ -90,7 +90,7 @@ def test_bounds_and_scales_are_those_of_the_format_unless_the_config_names_other
     assert ArrayConfig(format=MXFP4, scale_dtype="bfloat16").stored_scale_dtype == "bfloat16"
 
 
-def test_a_scheme_is_checked_when_it_is_made():
+def test_a_scheme_is_checked_on_construction():
     with pytest.raises(ValueError, match=r"weights must be an ArrayConfig; got int8"):
         Scheme(INT8)  # pyright: ignore[reportArgumentType] (the mistake under test)
     with pytest.raises(ValueError, match="inputs must be an ArrayConfig or None; got 8"):

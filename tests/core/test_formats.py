@@ -74,12 +74,12 @@ def test_nf4_holds_quantiles_of_a_normal_distribution():
         (("a", "uint4", -2.0, 1.0, (-1.0, 0.0, 1.0)), "both within the codebook, -1.0 to 1.0"),
     ],
 )
-def test_a_row_is_checked_when_it_is_made(row, text):
+def test_a_format_is_checked_on_construction(row, text):
     with pytest.raises(ValueError, match=text):
         Format(*row)
 
 
-def test_a_format_without_negative_codes_wants_zero_points():
+def test_a_format_without_negative_codes_requires_zero_points():
     unsigned = Format("uint8", "uint8", 0, 255)
     with pytest.raises(ValueError, match=r"qmin < 0 < qmax; got 0 to 255.*pass symmetric=False"):
         ArrayConfig(format=unsigned)

@@ -13,7 +13,7 @@ DRAWN = SHAPE[0] * SHAPE[1]
 
 
 def slow_noise(words, place):
-    """Of one place, in whole numbers of Python."""
+    """The noise of one element, in Python integers."""
 
     def mix(bits):
         bits = (bits ^ bits >> 16) * 0x85EBCA6B % 2**32
@@ -52,7 +52,7 @@ def test_noise_is_uniform(draws):
             assert abs(chi - 255) < 4 * np.sqrt(2 * 255)
 
 
-def test_no_draw_tells_of_another(draws):
+def test_draws_are_independent(draws):
     """Neighbours along each axis, squares, and keys: four standard deviations of a correlation."""
     noise = draws[0] - 0.5
     others = {f"row + {n}": np.roll(noise, n, 0) for n in (1, 2, 256)}
@@ -73,6 +73,6 @@ def test_rows_and_columns_average_a_half(draws):
             assert np.std(means) == pytest.approx(deviation, rel=0.15)
 
 
-def test_more_places_than_words_are_counted_on():
+def test_noise_supports_more_than_2_32_elements():
     found = jax.eval_shape(lambda: uniform_noise(jax.random.key(0), (3, 2**17, 2**16), "float32"))
     assert found.shape == (3, 2**17, 2**16)

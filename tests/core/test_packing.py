@@ -94,7 +94,7 @@ def test_bytes_are_those_of_keras(shape, axis, dtype):
 
 
 @pytest.mark.parametrize("pack, bits", [(pack_int4, 4), (pack_int2, 2)])
-def test_codes_must_be_whole_numbers_of_their_width(pack, bits):
+def test_codes_must_be_integers_of_their_width(pack, bits):
     message = rf"codes must be of dtype int{bits}, int8, uint{bits}, uint8; got float32\. Cast"
     with pytest.raises(ValueError, match=message):
         pack(np.ones((4, 2), np.float32))

@@ -47,13 +47,13 @@ def test_dequantize_is_the_convention(case):
     np.testing.assert_allclose(jax.jit(dequantize)(q), expected, rtol=1e-6)
 
 
-def test_what_inputs_carry_is_counted():
+def test_nbytes_includes_the_arrays_of_inputs():
     x, q = cube(next(iter(CUBES)))
     inputs = Inputs(multiplier=jnp.ones(x.shape[0]), scale=jnp.float32(1))
     assert dataclasses.replace(q, inputs=inputs).nbytes == q.nbytes + 4 * x.shape[0] + 4
 
 
-def test_the_identity_is_no_order():
+def test_the_identity_order_is_stored_as_none():
     _, q = cube(next(iter(CUBES)))
     assert q.reorder((-1, -2)).reorder((-2, -1)).order is None
 
@@ -176,7 +176,7 @@ def test_equal_static_fields_share_one_compilation():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_astype_changes_what_it_dequantizes_to_and_no_code(dtype):
+def test_astype_changes_the_dequantized_dtype_but_not_the_codes(dtype):
     q = quantize(cases.gaussian(), ArrayConfig(), axis=1)
     cast = q.astype(dtype)
     assert cast.dequantize().dtype == cast.dtype == dtype
@@ -230,7 +230,7 @@ def test_scale_values_are_floats_to_compute_with():
 
 
 @pytest.mark.parametrize("name", ["fp8_e5m2-g64", "nvfp4-row"])
-def test_codes_and_narrow_scales_get_no_gradient_and_wide_scales_do(name):
+def test_only_wide_scales_get_gradients_not_codes_or_narrow_scales(name):
     q = quantize(cases.gaussian(), *cases.CASES[name])
     gradient = jax.grad(lambda q: jnp.sum(jnp.sin(q.dequantize())))(q)
     for leaf in jax.tree.leaves(gradient):
@@ -251,7 +251,7 @@ AS_ARRAYS = {
 
 
 @pytest.mark.parametrize("name", AS_ARRAYS)
-def test_where_an_array_is_expected_the_error_names_what_to_call(name):
+def test_numpy_functions_raise_and_name_the_replacement(name):
     q = quantize(cases.gaussian(), ArrayConfig())
     with pytest.raises(
         TypeError, match=r"A QTensor is not an array.*jq\.matmul.*q\.dequantize\(\)"

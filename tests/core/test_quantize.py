@@ -49,7 +49,7 @@ def test_error_is_at_most_half_a_step(case):
 
 
 @each_case
-def test_nan_and_infinity_mark_their_whole_group_and_nothing_else(case):
+def test_nan_and_infinity_make_only_their_own_group_nan(case):
     checks.check_non_finite_marks_its_group(case, cases.gaussian())
 
 
@@ -70,7 +70,7 @@ EAGER = ["int8-row", "int4-percentile", "int2-asym_blocks", "nvfp4-row"]
 
 
 @pytest.mark.parametrize("name", EAGER)
-def test_jit_and_eager_agree_and_eval_shape_foretells_the_result(name):
+def test_jit_and_eager_agree_and_eval_shape_predicts_the_result(name):
     checks.check_jit_and_eager_agree(cases.FEW[name], cases.gaussian())
 
 
@@ -118,7 +118,7 @@ def test_relative_precision_does_not_depend_on_the_magnitude(format, magnitude):
     assert abs(got - expected) < (3 if config.stored_scale_dtype == "float8_e8m0fnu" else 0.3)
 
 
-def test_an_empty_group_takes_nothing_from_small_groups_beside_it():
+def test_an_empty_group_does_not_affect_small_groups_beside_it():
     x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32) * 1e-10
     config = ArrayConfig(format=NVFP4)
     expected = oracles.sqnr(x[1:], quantize(x[1:], config, axis=1).dequantize())
@@ -279,7 +279,7 @@ def test_float64_stays_float64(name):
         checks.check_matches_the_oracle(cases.CASES[name], x)
 
 
-def test_float64_scales_keep_what_float32_would_lose():
+def test_float64_scales_keep_precision_that_float32_would_lose():
     with jax.enable_x64(True):
         x = np.random.default_rng(0).normal(size=(4, 64)) * 1e-200
         q = quantize(x, ArrayConfig(scale_dtype="float64"), axis=1)
@@ -307,7 +307,7 @@ def test_scales_below_a_narrow_dtype_are_its_smallest_and_those_above_are_nan(va
 
 
 @pytest.mark.parametrize("deviation", [1e-2, 1e-3, 1e-4])
-def test_float16_scales_serve_ordinary_weights(deviation):
+def test_float16_scales_suffice_for_ordinary_weights(deviation):
     x = deviation * cases.gaussian((64, 4096))
     q = quantize(x, ArrayConfig(group_size=128, scale_dtype="float16"), axis=1)
     assert oracles.sqnr(x, q.dequantize()) > 40 - 6 * (deviation < 1e-3)
@@ -322,7 +322,7 @@ def test_min_mse_gains_as_much_at_any_magnitude(magnitude):
     assert np.mean(np.asarray(scaled != expected)) < 0.01
 
 
-def test_scales_of_exponents_clip_no_whole_numbers():
+def test_power_of_two_scales_do_not_clip_integer_codes():
     x = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
     for format in (INT8, INT4, NF4):
         config = ArrayConfig(format=format, scale_dtype="float8_e8m0fnu")
@@ -351,7 +351,7 @@ def test_mistaken_arguments_are_named(function, x, config, text):
         function(x, config)
 
 
-def test_a_given_scale_that_is_not_positive_marks_its_block():
+def test_a_given_scale_that_is_not_positive_makes_its_block_nan():
     x = jnp.ones((2, 4))
     q = quantize_with_scale(x, jnp.array([[0.0], [1.0]]), None, ArrayConfig())
     assert np.isnan(q.dequantize()[0]).all()
@@ -359,7 +359,7 @@ def test_a_given_scale_that_is_not_positive_marks_its_block():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_given_zero_point_that_is_not_finite_marks_its_block(bad):
+def test_a_given_zero_point_that_is_not_finite_makes_its_block_nan(bad):
     x, config = jnp.ones((2, 4)), ArrayConfig(symmetric=False)
     zero_point = jnp.array([[bad], [3.0]])
     q = quantize_with_scale(x, jnp.full((2, 1), 0.5), zero_point, config)
@@ -415,7 +415,7 @@ def test_equal_configs_share_one_compilation():
 
 
 @pytest.mark.parametrize("function", [quantize, abs_max_quantize])
-def test_integers_are_refused(function):
+def test_integer_input_raises(function):
     message = r"x must be a floating array; got int32 of shape \(4, 2\)\. Use jnp\.asarray"
     with pytest.raises(ValueError, match=message):
         function(jnp.ones((4, 2), jnp.int32), ArrayConfig())
@@ -532,7 +532,7 @@ def test_the_range_that_is_found_and_the_same_that_is_given_are_alike(name):
         (0.0, 3.0, ArrayConfig(format=INT4, scale_dtype="float8_e8m0fnu"), 0.5, None),
     ],
 )
-def test_a_given_range_is_widened_to_hold_zero_and_marked_if_it_is_none(
+def test_a_given_range_is_widened_to_include_zero_and_an_invalid_one_gives_nan(
     low, high, config, scale, zero_point
 ):
     x = np.array([[1.0, -2.0, 0.0], [30.0, 4.0, -20.0]], np.float32)
@@ -548,7 +548,7 @@ def test_a_given_range_is_widened_to_hold_zero_and_marked_if_it_is_none(
     np.testing.assert_allclose(values, want, rtol=1e-6)
 
 
-def test_a_given_range_does_not_hide_nan_and_serves_narrow_floats():
+def test_a_given_range_propagates_nan_and_supports_narrow_floats():
     x = np.ones((2, 4), np.float32)
     x[1, 2] = np.nan
     ends = np.array([[-2.0], [-2.0]], np.float32), np.array([[2.0], [2.0]], np.float32)

@@ -69,7 +69,7 @@ def test_the_scale_is_that_of_rounding_to_nearest_and_keys_differ():
 
 
 @pytest.mark.parametrize("format", [INT8, NF4], ids=str)
-def test_what_is_a_code_already_stays_it_in_millions_of_draws(format):
+def test_exact_codes_are_unchanged_in_millions_of_draws(format):
     # Added to noise just below 1, 127 would round to 128 once in 2^18 draws.
     book = format.codebook or (127.0, -127.0, 90.0, -1.0)
     x = jnp.asarray(np.resize(np.asarray(book, np.float32), (2**20, 1)))
@@ -81,7 +81,7 @@ def test_what_is_a_code_already_stays_it_in_millions_of_draws(format):
     np.testing.assert_array_equal(values.astype(np.float32), x)
 
 
-def test_nan_marks_its_group_and_what_is_clipped_stays_on_the_end():
+def test_nan_fills_its_group_and_clipped_values_stay_at_the_end():
     x = rows()
     x[0, 7], x[1, 9] = np.nan, np.inf
     values = np.asarray(quantize(x, ArrayConfig(), 1, jax.random.key(0)).dequantize())

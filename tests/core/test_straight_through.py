@@ -64,7 +64,7 @@ def test_derivatives_are_those_of_the_equations(config, dtype):
         np.testing.assert_allclose(gradient, want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_margin_keeps_the_gradient_of_what_rounding_alone_moves_past_the_ends():
+def test_values_that_only_rounding_moves_past_the_ends_keep_their_gradient():
     x, scale, _, _ = operands()
     q = quantize_with_scale(x, scale, None, SYMMETRIC)
     for margin, edges in [(True, (-8.5, 7.5)), (False, (-8, 7))]:
@@ -130,7 +130,7 @@ def test_arrays_without_elements(shape):
     assert got.shape == shape
 
 
-def test_a_group_with_nan_has_no_gradient_but_nan_for_its_step():
+def test_a_group_with_nan_has_zero_gradients_and_a_nan_step_gradient():
     x, scale, _, _ = operands()
     x[2, 3] = np.nan
 

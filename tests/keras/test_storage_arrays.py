@@ -30,7 +30,7 @@ HELD = {"int8", "uint8", "uint16", "float16", "float32"}
 
 
 def bits_in(x):
-    """The elements as whole numbers, by NumPy: ml_dtypes keep one of 4 bits to a byte."""
+    """The elements as integers, by NumPy: ml_dtypes keep one of 4 bits to a byte."""
     x = np.asarray(x)
     if x.dtype.name in {"int4", "int2", "uint4", "uint2"}:
         return x.astype(np.int8)

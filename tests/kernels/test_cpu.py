@@ -1,4 +1,4 @@
-"""The machine code for CPUs, where it was compiled."""
+"""The native CPU kernels, where they were compiled."""
 
 import concurrent.futures
 import ctypes
@@ -122,7 +122,7 @@ def test_ties_are_rounded_to_even_in_bfloat16(rows, instructions):
     w = jnp.asarray([[1, 1, 3], [1, 1, 5], [-1, -1, -3]], jnp.int8)
     ones = jnp.ones(rows), jnp.ones(3)
     found = cpu.scaled_int8_dot(x, w, *ones, jnp.bfloat16, instructions)
-    # Of 257, 259 and -257, where every other whole number is one of bfloat16.
+    # Of 257, 259 and -257, of which bfloat16 represents every other integer.
     np.testing.assert_array_equal(found, np.full((rows, 3), [256, 260, -256]))
 
 
@@ -142,7 +142,7 @@ def test_scales_of_rows_are_folded_into_products_by_int4(rows, group, instructio
 @needs_native
 @pytest.mark.parametrize("rows", [1, 20])
 @by_all_instructions
-def test_results_that_are_no_number_or_too_small_are_those_of_xla(rows, instructions):
+def test_nan_and_subnormal_results_equal_those_of_xla(rows, instructions):
     x, w = jnp.asarray(int8(rows, 64)), jnp.asarray(int8(18, 64, seed=1))
     # The last NaN has all its bits set: rounded as a number it would become -0.
     nan = np.uint32(0x7FFFFFFF).view(np.float32)
@@ -286,7 +286,7 @@ def test_a_table_may_hold_any_sixteen_values(rows, instructions):
 @needs_native
 @pytest.mark.parametrize("rows", [6, 20])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_no_number_reaches_its_row_alone(bad, rows):
+def test_nan_and_inf_stay_in_their_row(bad, rows):
     x = floats(rows, 256)
     x[4, 77] = bad
     codes, scale, zero, _ = grouped(256, 67, 32, True)
@@ -301,7 +301,7 @@ def test_what_is_no_number_reaches_its_row_alone(bad, rows):
 @needs_native
 @by_all_instructions
 @pytest.mark.parametrize("rows", [3, 20])
-def test_a_scale_that_is_no_number_reaches_its_column_alone(rows, instructions):
+def test_nan_and_inf_scales_stay_in_their_column(rows, instructions):
     codes, scale, zero, _ = grouped(256, 67, 32, True)
     scale = scale.at[65, 3].set(jnp.nan)
     table = jnp.asarray(SIGNED)

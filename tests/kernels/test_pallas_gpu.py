@@ -63,7 +63,7 @@ def test_the_kernel_takes_the_codes_as_they_lie(wide):
 
 
 @pytest.mark.parametrize("length, groups, size", [(120, 5, 24), (1000, 1, 1000), (35, 1, 35)])
-def test_groups_that_no_step_divides_are_refused(length, groups, size):
+def test_groups_that_no_step_divides_raise(length, groups, size):
     reason = f"groups of {size} are not a multiple of 16"
     assert pallas_gpu.why_unsupported_groups(length, groups) == reason
 
@@ -80,7 +80,7 @@ def test_without_triton_the_reason_is_said(monkeypatch):
     assert pallas_gpu.why_unsupported_platform() == "this JAX does not include Triton"
 
 
-def test_sizes_beyond_the_offsets_of_the_kernels_are_refused():
+def test_sizes_beyond_the_offsets_of_the_kernels_raise():
     assert pallas_gpu.why_unsupported_sizes(8, 2**31 - 1) is None
     reason = "offsets in arrays of 2147483648 elements may overflow int32"
     assert pallas_gpu.why_unsupported_sizes(2**31, 8) == reason
@@ -110,7 +110,7 @@ SCALED = {
 
 
 def assert_exact(got, x, w, row_scale, column_scale):
-    """Sums as whole numbers, then one rounding to float32 and one for each scale."""
+    """Sums as integers, then one rounding to float32 and one for each scale."""
     sums = np.asarray(x, np.int64) @ np.asarray(w, np.int64).T
     want = sums.astype(np.float32) * row_scale[:, None] * column_scale[None, :]
     np.testing.assert_array_equal(got, want.astype(got.dtype), strict=True)
@@ -132,7 +132,7 @@ def test_tiles_of_rows_that_run_together_cover_all_rows(monkeypatch):
     assert_exact(np.asarray(scaled(*operands)), *operands)
 
 
-def test_scaled_dot_of_float8_matches_numpy_and_keeps_nan_to_its_row():
+def test_scaled_dot_of_float8_matches_numpy_and_nan_stays_in_its_row():
     *operands, row_scale, column_scale = codes_and_scales(5, 37, 20, jnp.float8_e4m3fn)
     x, w = (np.array(codes, np.float64) for codes in operands)
     x[3, 1] = np.nan

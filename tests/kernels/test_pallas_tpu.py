@@ -108,7 +108,7 @@ def test_quantize_rows_gives_the_bits_of_quantize(small_tiles, dtype, bounds):
         (2080, 65, "no tile divides a length of 2080 with groups of 32"),
     ],
 )
-def test_groups_that_no_tile_holds_are_refused(length, groups, reason):
+def test_groups_that_no_tile_holds_raise(length, groups, reason):
     assert pallas_tpu.why_unsupported_groups(length, groups) == reason
 
 
@@ -119,7 +119,7 @@ def test_the_groups_of_every_benchmark_are_taken(shape):
         assert length % group or pallas_tpu.why_unsupported_groups(length, length // group) is None
 
 
-def test_the_cost_counts_what_moves():
+def test_the_cost_counts_the_bytes_moved():
     x, w = jnp.zeros((1024, 2048), jnp.bfloat16), jnp.zeros((2048, 2048), jnp.int4)
     jaxpr = jax.make_jaxpr(pallas_tpu.grouped_dot)(x, w, jnp.zeros((16, 2048)))
     (call,) = (e for e in jaxpr.eqns if e.primitive.name == "pallas_call")
@@ -141,7 +141,7 @@ def compiled(chip, function, *arguments):
 
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_kernels_compile_and_need_no_memory_besides(chip):
+def test_kernels_compile_and_allocate_no_extra_memory(chip):
     q = jax.eval_shape(lambda: quantize(jnp.zeros((1024, 1500)), G32_ASYM))
     for rows in (5, 100):
         x = jax.ShapeDtypeStruct((rows, 1024), jnp.bfloat16)

@@ -50,7 +50,7 @@ INPUTS = {
     "fp8": ArrayConfig(format=FP8_E4M3),
     "mxfp8": ArrayConfig(format=MXFP8),
 }
-# One of each kind, where each case is compiled anew.
+# One of each kind, for tests that compile each case again.
 FEW = ("int8", "int8-asym", "int8-blocks", "int4-asym-g32", "fp8_e4m3", "nf4", "nvfp4")
 ORDERS = (None, (-1, -2))
 

@@ -219,7 +219,7 @@ def test_empty_results_have_the_shape_of_the_float_ones(shape, rank):
     assert run(rhs=q).shape == run(rhs=q.dequantize()).shape
 
 
-def test_images_are_refused_where_the_result_is_sharded():
+def test_images_with_out_sharding_raise():
     x, q = quantize(IMAGE, *IMAGES["int8"]), kernel(KERNELS["int8"])
     sharding = jax.NamedSharding(jax.make_mesh((1,), ("x",)), jax.P())
     run = partial(conv_general_dilated, x, q, (1, 1), "SAME", dimension_numbers=NHWC)
@@ -236,7 +236,7 @@ def test_images_of_one_pixel_have_no_spatial_axes():
     np.testing.assert_array_equal(run(implementation="images"), run(implementation="integer"))
 
 
-REFUSED = {
+UNSUPPORTED = {
     "int8 scales .* change within an example or an output channel": ("int8-pixels", "int8"),
     "scales .* change within": ("int8", "int4-g2"),
     "padding has no zero point": ("int8", "int8-asym"),
@@ -245,9 +245,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("message", REFUSED)
-def test_integer_is_refused_with_the_reason(message):
-    image, name = REFUSED[message]
+@pytest.mark.parametrize("message", UNSUPPORTED)
+def test_unsupported_integer_raises_with_the_reason(message):
+    image, name = UNSUPPORTED[message]
     x = IMAGE if IMAGES[image] is None else quantize(IMAGE, *IMAGES[image])
     with pytest.raises(ValueError, match=message.removeprefix("int8 ")):
         conv_general_dilated(
@@ -260,7 +260,7 @@ def test_integer_is_refused_with_the_reason(message):
         )
 
 
-def test_scales_of_another_axis_of_the_same_length_are_refused():
+def test_scales_of_another_axis_of_the_same_length_raise():
     run = partial(
         conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=NHWC
     )

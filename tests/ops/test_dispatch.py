@@ -80,7 +80,7 @@ BY_CHIP = (
 )
 
 
-def test_chips_choose_rows_of_their_own_as_the_program_is_lowered(monkeypatch):
+def test_the_chip_selects_its_row_when_the_program_is_lowered(monkeypatch):
     passed_over = (("quick", "slow on v5e"),)
     assert dispatch.select_row(BY_CHIP, X, X, 1, "tpu", "v6e") == (BY_CHIP[0], ())
     assert dispatch.select_row(BY_CHIP, X, X, 1, "tpu", "v5e") == (BY_CHIP[1], passed_over)
@@ -223,13 +223,13 @@ NOT_AS_INTEGERS = {
 
 
 @pytest.mark.parametrize("reason", NOT_AS_INTEGERS)
-def test_integer_is_refused_with_the_reason_and_what_can_run(reason):
+def test_unsupported_integer_raises_with_the_reason_and_alternatives(reason):
     x, q = NOT_AS_INTEGERS[reason]
     with pytest.raises(ValueError, match=f"cannot run .* by QTensor.*: {reason}. Choose .*dequant"):
         matmul(x, q, implementation="integer")
 
 
-def test_unknown_implementations_are_refused_by_every_operation():
+def test_unknown_implementations_raise_in_every_operation():
     with pytest.raises(
         ValueError,
         match=r"one of native, pallas, triton, blocks, integer, scaled, fused, dequantize.*'cud",

@@ -271,7 +271,7 @@ def dots(lowered):
 @pytest.mark.parametrize("rows", [1, M])
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 @pytest.mark.parametrize("name", ["int8", "int8-asym", "int4", "int8-tensor", "int8-columns"])
-def test_codes_of_whole_numbers_are_multiplied_as_integers_everywhere(name, platform, rows):
+def test_integer_codes_are_multiplied_as_integers_everywhere(name, platform, rows):
     x, q = normal(rows, K), weight(WEIGHTS[name]).reorder((-1, -2))
     cases = [(quantize(x, INPUTS["int8"], axis=-1), q), (x, with_inputs(q, Inputs(INPUTS["int8"])))]
     for operands in cases:

@@ -117,7 +117,7 @@ def test_matmul_matches_numpy_for_every_rank(a_shape, b_shape):
 
 
 @pytest.mark.parametrize("order", [None, (-1, -2), (-1, -3, -2)])
-def test_a_broadcast_axis_keeps_what_the_weight_says_of_its_inputs(order):
+def test_a_broadcast_axis_keeps_the_inputs_of_the_weight(order):
     x, w = normal(3, 5, 8), normal(1, 8, 6, seed=1)
     q = with_inputs(quantize(w, ArrayConfig(), axis=1), Inputs(ArrayConfig()))
 
@@ -144,9 +144,9 @@ def test_every_option_reaches_dot_general(implementation, run):
     assert ("HIGHEST" in text) == (implementation == "dequantize")
 
 
-def test_wrong_subscripts_are_refused():
+def test_invalid_subscripts_raise():
     x, q = normal(5, 8), weight(ArrayConfig(), (8, 6))
-    refusals = {
+    invalid = {
         r"one term per operand; got 'mk->k' for 2 operands": ("mk->k", (x, q)),
         r"one letter per axis; got 'mkj' in 'mkj,kn->mn' for an operand of 2 axes": (
             "mkj,kn->mn",
@@ -172,7 +172,7 @@ def test_wrong_subscripts_are_refused():
         ),
         r"Axes that meet must have one length; got 1 and 8": ("mk,kn->mn", (normal(5, 1), q)),
     }
-    for message, (equation, operands) in refusals.items():
+    for message, (equation, operands) in invalid.items():
         with pytest.raises(ValueError, match=message):
             einsum(equation, *operands)
 
@@ -185,7 +185,7 @@ def test_inputs_are_for_products_only():
         einsum("mk,kn->m", normal(5, 8), q)
 
 
-def test_matmul_refuses_what_has_no_axis_or_does_not_fit():
+def test_matmul_raises_for_scalars_and_mismatched_shapes():
     q = quantize(jnp.float32(2), ArrayConfig(per_tensor=True, format=INT4))
     with pytest.raises(ValueError, match=r"at least one axis; got \(5, 8\) and \(\)"):
         matmul(normal(5, 8), q)

@@ -135,7 +135,7 @@ def test_one_scale_serves_all_contracted_axes_of_a_row():
     assert_product(got, "bthk,hkd->btd", quantize(x, ArrayConfig(), axis=(2, 3)), q)
 
 
-def test_a_multiplier_of_another_shape_is_refused():
+def test_a_multiplier_of_another_shape_raises():
     q = with_inputs(weight(WEIGHTS["int8"]), Inputs(multiplier=MULTIPLIER[:-1]))
     message = r"must have the shape of the contracted axes, \(64,\), .*got \(63,\) for axes \(1,\)"
     with pytest.raises(ValueError, match=message):
@@ -378,7 +378,7 @@ def test_operands_must_be_arrays():
         matmul([[1.0]], weight(WEIGHTS["int8"]))  # pyright: ignore[reportArgumentType] (so meant)
 
 
-def test_whole_numbers_meet_quantized_weights_as_floats_do():
+def test_integer_operands_are_converted_to_float():
     q = with_inputs(weight(WEIGHTS["int8"]), Inputs(ArrayConfig()))
     x = np.random.default_rng(0).integers(0, 2, X.shape)
     with jax.numpy_dtype_promotion("standard"):
@@ -394,7 +394,7 @@ def test_grouped_inputs_have_groups_along_the_last_of_several_contracted_axes():
     assert_product(einsum("bthd,hdm->btm", x, q), "bthd,hdm->btm", met, q)
 
 
-def test_what_inputs_refuse_is_said_of_the_weight():
+def test_errors_of_inputs_name_the_weight():
     q = with_inputs(quantize(normal(40, 6), ArrayConfig()), Inputs(ArrayConfig(format=MXFP8)))
     text = r"The inputs of QTensor\(int8 40x6.* cannot be quantized: group_size must divide"
     with pytest.raises(ValueError, match=text):

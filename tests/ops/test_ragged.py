@@ -151,7 +151,7 @@ def test_groups_with_an_offset_are_not_multiplied_as_integers():
         ragged_dot(x, q, SIZES, group_offset=offset, implementation="integer")
 
 
-REFUSED = {
+UNSUPPORTED = {
     "an operand of float32 has no codes": ("float", "int8"),
     "fp8_e4m3 codes are not integers within int8": ("int8", "fp8"),
     "ragged sums have no zero point": ("int8-asym", "int8"),
@@ -160,9 +160,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("message", REFUSED)
-def test_integer_is_refused_with_the_reason(message):
-    kind, name = REFUSED[message]
+@pytest.mark.parametrize("message", UNSUPPORTED)
+def test_unsupported_integer_raises_with_the_reason(message):
+    kind, name = UNSUPPORTED[message]
     x = normal(M, K)
     x = x if ROWS[kind] is None else quantize(x, *ROWS[kind])
     with pytest.raises(ValueError, match=message):

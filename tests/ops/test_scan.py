@@ -148,7 +148,7 @@ def twice(q, axis):
 
 
 @pytest.mark.parametrize("name", TRANSFORMED)
-def test_transformations_give_what_they_give_of_the_plain_scan(name):
+def test_transformations_equal_those_of_the_plain_scan(name):
     run = TRANSFORMED[name]
     got, want = (jax.jit(partial(run, s))(X, SQUARE) for s in (scan, lax.scan))
     assert_same(got, want)

@@ -53,12 +53,12 @@ def test_the_best_order_on_cpu_puts_the_contracted_axis_last():
     assert stored.scale.shape == (4, 8, 2)
 
 
-def test_the_order_for_another_platform_changes_no_number():
+def test_the_order_for_another_platform_does_not_change_values():
     q, x = quantize(normal(64, 8), ArrayConfig(group_size=16)), normal(5, 64)
     for platform in ("cpu", "gpu", "tpu"):
         assert_product(jax.jit(matmul)(x, q.reorder(best_order(q, platform))), "mk,kn->mn", x, q)
 
 
-def test_an_unknown_platform_is_refused():
+def test_an_unknown_platform_raises():
     with pytest.raises(ValueError, match="platform must be cpu, gpu, tpu; got 'npu'"):
         best_order(quantize(normal(6, 8), ArrayConfig()), "npu")

@@ -119,7 +119,7 @@ def test_take_works_under_vmap_and_on_plain_arrays():
     assert_same(out[1], quantize(TABLE, *CONFIGS["groups"]).dequantize()[np.array([4, 2])])
 
 
-def test_wrong_arguments_are_refused():
+def test_invalid_arguments_raise():
     q = quantize(TABLE, *CONFIGS["per row"])
     with pytest.raises(ValueError, match=r"indices must be integers; got float32\. Cast"):
         take(q, np.ones(3, np.float32), 0)

@@ -190,7 +190,7 @@ def with_nan(x):
     return x.at[0, 0].set(jnp.nan)
 
 
-REFUSED = {
+UNSUPPORTED = {
     "no inputs": (W8A16, BATCHES, "No weight has inputs to calibrate; got layers/kernel, .*W8A8"),
     "groups": (
         Scheme(W8A8.weights, ArrayConfig(format=INT8, group_size=8)),
@@ -208,9 +208,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_calibrated_raises(name):
-    rules, batches, message = REFUSED[name]
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_uncalibratable_trees_raise(name):
+    rules, batches, message = UNSUPPORTED[name]
     with pytest.raises(ValueError, match=message):
         calibrate(apply, PARAMS, batches, rules)
 

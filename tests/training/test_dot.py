@@ -196,7 +196,7 @@ def test_without_quantization_it_is_that_of_lax(product, dtype, options):
 
 @pytest.mark.parametrize("index", range(3), ids=["out", "lhs gradient", "rhs gradient"])
 def test_codes_are_multiplied_exactly(index):
-    """Whole numbers with 127 among those that share a scale are their own codes."""
+    """Integers with 127 among those that share a scale are their own codes."""
     random, labels = np.random.default_rng(0), PRODUCTS["matmul"]
     lengths = {"m": 2, "k": 3, "n": 4, "knm"[index]: 1200}
     arrays = [random.integers(90, 128, [lengths[a] for a in of]) for of in labels]
@@ -260,7 +260,7 @@ def test_empty_products(shape):
         np.testing.assert_allclose(result, np.full(result.shape, length), rtol=1e-6)
 
 
-def test_what_gradients_need_is_kept_as_codes():
+def test_residuals_are_stored_as_codes():
     x, y, _ = (normal(a, seed) for seed, a in enumerate(PRODUCTS["matmul"]))
 
     def kept(config):
@@ -307,7 +307,7 @@ def test_loops_over_examples_and_rematerialization_change_nothing(config):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), found, expected)
 
 
-def test_devices_share_what_they_have_seen():
+def test_devices_share_the_observed_amax():
     """Per-tensor scales come from the history, so that parts give what the whole gives."""
     params, x = weights_and_inputs()
     params["scaling"] = DelayedScaling(*jnp.eye(3) * jnp.array([2.0, 3.0, 1.0])[:, None])

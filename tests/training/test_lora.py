@@ -500,7 +500,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_out_of_their_range_are_refused(name):
+def test_options_out_of_range_raise(name):
     given, text = OPTIONS[name]
     with pytest.raises(ValueError, match=text):
         lora_init({"w": W}, INT4_G32, **({"rank": 2, "key": KEY} | given))
@@ -541,7 +541,7 @@ def test_leaves_that_cannot_have_adapters_are_named(name):
         lora_init(params, rules, RANK, KEY)
 
 
-def test_trees_without_adapters_are_refused():
+def test_trees_without_adapters_raise():
     for function in (merge, trainable_mask, partition):
         with pytest.raises(ValueError, match=r"must come from lora_init; got PyTreeDef.*no adap"):
             function({"w": W, "q": Q})
@@ -559,14 +559,14 @@ def test_only_floating_arrays_can_be_trained():
             partition(params, mask)
 
 
-def test_what_is_trained_and_frozen_at_once_is_refused():
+def test_a_leaf_both_trained_and_frozen_raises():
     whole = lora_init({"w": W}, INT4_G32, RANK, KEY)
     trained, _ = partition(whole)
     with pytest.raises(ValueError, match=r"trained or frozen; got both at w/a\. Pass the two"):
         combine(trained, trained)
 
 
-def test_operations_say_what_they_do_not_take():
+def test_operations_raise_for_unsupported_operands():
     w = adapted(INT4_G32)
     text = r"got LowRank\(QTensor\(int4 64x24.*, a \(64, 3\), b \(3, 24\), alpha 2\.0\).*merge"
     with pytest.raises(ValueError, match=rf"One operand .* may have adapters; {text}"):

@@ -438,7 +438,7 @@ def test_equal_arrays_are_rounded_with_different_noise():
     assert not np.array_equal(a.codes.astype(np.int8), b.codes.astype(np.int8))
 
 
-def test_a_regression_reaches_the_loss_of_float():
+def test_a_regression_reaches_the_loss_of_float32():
     """A network of two layers, with noise in the targets that it cannot learn."""
     random = np.random.default_rng(0)
     x = jnp.asarray(random.normal(size=(256, 64)), jnp.float32)

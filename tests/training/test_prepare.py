@@ -76,13 +76,13 @@ def test_products_are_those_of_the_converted_tree_bit_for_bit(make, dtype):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_gives_what_it_gives_with_the_converted_weight(name):
+def test_every_operation_equals_that_with_the_converted_weight(name):
     prepared, x, outputs = operation_case(name)
     outputs = jax.jit(outputs)
     assert_equal_trees(outputs(prepared, x), outputs(convert(prepared), x))
 
 
-def test_a_w8a8_product_is_one_of_whole_numbers():
+def test_a_w8a8_product_is_an_integer_product():
     prepared = moved(prepare(weights({"w": W8A8}), {"w": W8A8}))
     (row,) = jq.explain(products, prepared, X).rows
     assert row.is_integer
@@ -92,7 +92,7 @@ def test_a_w8a8_product_is_one_of_whole_numbers():
     np.testing.assert_allclose(jax.jit(products)(prepared, X)["w"], want, rtol=3e-7)
 
 
-def test_a_prepared_tree_is_saved_and_loaded_like_another(tmp_path):
+def test_a_prepared_tree_is_saved_and_loaded(tmp_path):
     rules = {"a": W8A8, "b": GROUPED}
     prepared = moved(learn(weights(rules), rules)) | {"bias": jnp.ones(3)}
     prepared["a"] = calibrated(prepared["a"], jnp.float32(0.3))
@@ -131,7 +131,7 @@ def test_axes_count_from_the_end_so_that_a_slice_of_a_stack_is_quantized_alike()
     assert prepare(weights(blocks, shape=(3, 32, 8)), blocks)["w"].axis == (-2, -1)
 
 
-def test_a_prepared_weight_may_be_seen_in_another_dtype():
+def test_a_prepared_weight_can_be_cast_to_another_dtype():
     prepared = prepare(weights({"w": W8A16}), {"w": W8A16})["w"]
     narrow = prepared.astype(jnp.bfloat16)
     assert (narrow.dtype, narrow.weight.dtype) == (jnp.bfloat16, jnp.float32)
@@ -157,14 +157,14 @@ def test_prepared_weights_print_in_one_line_and_know_their_shape():
     assert repr(placeholder) == "Prepared(int8, weight=None)"
 
 
-def test_a_report_tells_of_a_prepared_tree_what_it_tells_of_the_converted_one():
+def test_a_report_of_a_prepared_tree_equals_that_of_the_converted_one():
     params = weights({"w": W8A8})
     prepared = learn(params, {"w": W8A8})
     for before in (params, None):
         assert jq.tree.report(before, prepared) == jq.tree.report(before, convert(prepared))
 
 
-def test_trees_that_do_not_fit_are_refused():
+def test_mismatched_trees_raise():
     params, rules = weights({"a": W8A8, "b": W8A8}), {"a": W8A8}
     learned, prepared = init_learned(params, rules), prepare(params, rules)
     cases = [
@@ -203,7 +203,7 @@ def test_trees_that_do_not_fit_are_refused():
             call()
 
 
-def test_a_prepared_weight_is_no_container():
+def test_a_trained_array_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         jq.core.TrainedArray()  # pyright: ignore[reportAbstractUsage] (so meant)
     assert isinstance(prepare({"w": X}, {"w": W8A8})["w"], Prepared)

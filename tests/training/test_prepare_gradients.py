@@ -169,7 +169,7 @@ def train(tree, steps=40):
 
 
 @pytest.mark.parametrize("scheme", [W4A4, GROUPED], ids=["W4A4", "W4A16 g8 asymmetric"])
-def test_optax_trains_a_prepared_tree_and_serving_it_has_the_loss_of_training(scheme):
+def test_optax_trains_a_prepared_tree_and_the_converted_tree_has_the_same_loss(scheme):
     params = weights({"w": scheme})
     start = init_learned(params, {"w": scheme})
     prepared = jax.tree.map(jnp.array, prepare(params, {"w": scheme}, start))

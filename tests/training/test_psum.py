@@ -96,7 +96,7 @@ def test_sums_and_errors_match_numpy():
     ],
     ids=["default", "int8", "int4", "nvfp4"],
 )
-def test_what_rounding_takes_away_is_in_the_errors(config, most):
+def test_rounding_errors_are_returned(config, most):
     x, error = gradients(), jax.tree.map(lambda e: 0.1 * e, gradients(1))
     total, rest = summed(config)(x, error)
     for name in x:
@@ -145,7 +145,7 @@ def test_eight_bits_send_little_more_than_a_quarter_of_the_bytes():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_on_one_device_shows_in_its_block_on_all(bad):
+def test_nan_or_inf_on_one_device_makes_its_block_nan_on_all(bad):
     x = {"even": gradients()["even"]}
     x["even"][3, 2, 100] = bad
     total, rest = summed(GRADIENT_8_BIT)(x, zeros_like(x))
@@ -155,7 +155,7 @@ def test_what_is_not_finite_on_one_device_shows_in_its_block_on_all(bad):
     np.testing.assert_array_equal(np.isnan(rest["even"]).any((0, 2)), where[:, 0])
 
 
-def test_several_axes_narrow_floats_and_no_error():
+def test_bfloat16_is_summed_over_several_axes_without_error_feedback():
     x = np.random.default_rng(0).normal(size=(DEVICES, 600)).astype(np.float32)
 
     @jax.jit
@@ -168,7 +168,7 @@ def test_several_axes_narrow_floats_and_no_error():
     assert np.max(np.abs(total.astype(np.float32) - x.sum(0))) < 0.02 * np.max(np.abs(x.sum(0)))
 
 
-def test_rounding_at_random_differs_between_devices_and_is_right_on_average():
+def test_stochastic_rounding_differs_between_devices_and_is_unbiased():
     config = ArrayConfig(format=INT8, value_range=(-3, 3), group_size=64)
     x = np.tile(np.append(np.full(63, 0.3), 1), (DEVICES, 64)).astype(np.float32)
 

@@ -72,7 +72,7 @@ def stored(name, shape=(K, N), seed=1):
 
 @needs_native
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_every_mixture_matches_numpy_and_is_what_is_chosen(name):
+def test_every_combination_matches_numpy_and_is_selected(name):
     # Few rows for some, and enough for panels for the others.
     rows = 5 if len(name) % 2 else 18
     q, x = stored(name), jnp.asarray(normal(rows, K))
@@ -252,7 +252,7 @@ def test_inputs_may_be_stored_in_another_order(format):
 
 
 @needs_native
-def test_scans_and_rematerialization_keep_the_machine_code():
+def test_scans_and_rematerialization_keep_the_native_kernels():
     q, x = stored("int4-g128"), jnp.asarray(normal(2, K))
     weights = q, stored("int4-g128", seed=2)
     layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
@@ -269,7 +269,7 @@ def test_scans_and_rematerialization_keep_the_machine_code():
 
 
 @needs_native
-def test_operations_that_run_one_by_one_use_the_machine_code_too():
+def test_eager_operations_use_the_native_kernels():
     q, x = stored("int4-g128"), jnp.asarray(normal(2, K))
     with jax.disable_jit():
         np.testing.assert_array_equal(run(x, q), jax.jit(run)(x, q))
@@ -305,7 +305,7 @@ def test_columns_and_rows_may_lie_on_several_devices(name):
         assert_product(jax.jit(part)(x, q), "mk,kn->mn", x, q)
 
 
-REFUSED = {
+UNSUPPORTED = {
     "fewer than 32768 weights": lambda: (normal(2, 64), stored("int8", (64, 501))),
     "not stored as a matrix whose last axis": lambda: (
         normal(2, K),
@@ -328,9 +328,9 @@ REFUSED = {
 
 
 @needs_native
-@pytest.mark.parametrize("reason", REFUSED)
-def test_native_is_refused_with_the_reason(reason):
-    x, w = REFUSED[reason]()
+@pytest.mark.parametrize("reason", UNSUPPORTED)
+def test_unsupported_native_raises_with_the_reason(reason):
+    x, w = UNSUPPORTED[reason]()
     equation = "mk,kn->mn" if x.shape[1] == w.shape[0] else "km,kn->mn"
     with pytest.raises(ValueError, match=f"implementation='native' cannot run .*{reason}"):
         einsum(equation, x, w, implementation="native")
@@ -354,7 +354,7 @@ def test_other_instructions_leave_many_rows_to_xla(monkeypatch, name, inputs, mo
     assert_product(run(few, q), "mk,kn->mn", few, q)
 
 
-def test_without_machine_code_native_is_refused_and_xla_computes(monkeypatch):
+def test_without_native_kernels_native_raises_and_xla_computes(monkeypatch):
     monkeypatch.setattr(cpu, "unavailable", lambda: "there is no compiler")
     q, x = stored("nf4-g64", (K, 702)), normal(3, K)
     with pytest.raises(ValueError, match="there is no compiler"):

@@ -75,7 +75,7 @@ def test_vmap_runs_the_kernel_for_each():
     np.testing.assert_allclose(got[1], run(x[1], two), rtol=1e-6)
 
 
-REFUSED = {
+UNSUPPORTED = {
     "nf4 codes are not 4-bit integers": (NF4, {}, {}),
     "whose last axis is contracted": (INT4, {"order": None}, {}),
     "a precision of highest is more than tensorfloat32": (INT4, {}, {"precision": "highest"}),
@@ -85,9 +85,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("reason", REFUSED)
-def test_triton_is_refused_with_the_reason(reason):
-    format, given, options = REFUSED[reason]
+@pytest.mark.parametrize("reason", UNSUPPORTED)
+def test_unsupported_triton_raises_with_the_reason(reason):
+    format, given, options = UNSUPPORTED[reason]
     config = ArrayConfig(format=format, group_size=given.get("group_size", 64))
     q = stored(config, given.get("order", (-1, -2)))
     x = jax.ShapeDtypeStruct((given.get("rows", 2), K), jnp.float32)
@@ -123,7 +123,7 @@ def test_products_of_float8_codes_match_numpy():
     assert_product(product(x, q, dtype=jnp.float32), "abk,kn->abn", x, q)
 
 
-CODES_REFUSED = {
+UNSUPPORTED_CODES = {
     "an operand of float32 has no codes to multiply with int8 codes": (None, PER_COLUMN, {}),
     "int8 by fp8_e4m3 codes are not both int8 or both float8_e4m3fn": (PER_ROW, FP8_COLUMNS, {}),
     "fp8_e5m2 by fp8_e5m2 codes are not both int8 or both float8_e4m3fn": (
@@ -150,16 +150,16 @@ CODES_REFUSED = {
 }
 
 
-@pytest.mark.parametrize("reason", CODES_REFUSED)
-def test_codes_are_refused_with_the_reason(reason):
-    left, right, options = CODES_REFUSED[reason]
+@pytest.mark.parametrize("reason", UNSUPPORTED_CODES)
+def test_unsupported_codes_raise_with_the_reason(reason):
+    left, right, options = UNSUPPORTED_CODES[reason]
     x = jnp.asarray(normal(3, K))
     x = x if left is None else quantize(x, *left)
     with pytest.raises(ValueError, match=f"implementation='triton' cannot run .*{reason}"):
         forced(x, stored(right), **options)
 
 
-def test_sums_that_may_leave_int32_are_refused():
+def test_sums_that_may_overflow_int32_raise():
     def of(*shape):
         return jax.eval_shape(partial(quantize, axis=-1), jnp.zeros(shape), ArrayConfig())
 
@@ -180,13 +180,13 @@ def test_without_triton_nothing_is_taken(monkeypatch):
         )
 
 
-def test_codes_of_whole_numbers_need_no_precision():
+def test_integer_codes_ignore_precision():
     x, q = quantize(normal(3, K), *PER_ROW), stored(PER_COLUMN)
     with jax.default_matmul_precision("float32"):
         assert gpu_triton.why_unsupported(x, q, spec_of_rows(1, "highest")) is None
 
 
-def test_a_default_precision_of_more_than_tf32_is_heeded():
+def test_a_default_precision_above_tf32_is_respected():
     q, x = stored(), jnp.zeros((2, K))
     assert gpu_triton.why_unsupported(x, q, spec_of_rows(1)) is None
     with jax.default_matmul_precision("float32"):
@@ -199,7 +199,7 @@ def test_a_default_precision_of_more_than_tf32_is_heeded():
         )
 
 
-def test_float64_is_refused():
+def test_float64_raises():
     with jax.enable_x64(True):
         q, x = stored(), jnp.zeros((2, K), jnp.float32)
         with pytest.raises(ValueError, match=r"cannot run .*: the result is float64"):

@@ -99,7 +99,7 @@ def test_without_a_tpu_pallas_fails_with_the_reason():
         matmul(x, q, implementation="pallas")
 
 
-REFUSED = {
+UNSUPPORTED = {
     "nf4 codes are not 4-bit integers": (NF4, {}, {}),
     "whose first axis is contracted": (INT4, {"order": (-1, -2)}, {}),
     "float16 by float16 are not float32 or bfloat16": (INT4, {"dtype": jnp.float16}, {}),
@@ -109,9 +109,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("reason", REFUSED)
-def test_pallas_is_refused_with_the_reason(reason):
-    format, given, options = REFUSED[reason]
+@pytest.mark.parametrize("reason", UNSUPPORTED)
+def test_unsupported_pallas_raises_with_the_reason(reason):
+    format, given, options = UNSUPPORTED[reason]
     config = ArrayConfig(format=format, group_size=given.get("group_size", 64))
     q = weight(config, (K, N)).reorder(given.get("order"))
     q = q.astype(given.get("dtype", jnp.float32))

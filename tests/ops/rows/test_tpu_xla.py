@@ -91,7 +91,7 @@ def test_grouped_weights_by_a_computed_array_match_numpy(name, monkeypatch):
     )
 
 
-def test_a_computed_array_keeps_every_value_but_subnormal_ones():
+def test_a_forced_fusion_changes_only_subnormal_values():
     tiny = jnp.finfo(jnp.bfloat16).tiny
     x = jnp.asarray([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, tiny, -tiny, 3.3], jnp.bfloat16)
     np.testing.assert_array_equal(
