@@ -25,9 +25,12 @@ from .partitioning import spans_devices as spans_devices
 from .sharding import OutSharding as OutSharding
 from .sharding import before_transpose as before_transpose
 from .sharding import is_sharded as is_sharded
+from .sharding import names_along as names_along
 from .sharding import reshard_like as reshard_like
+from .sharding import run_with_out_sharding as run_with_out_sharding
 from .sharding import vary_alike as vary_alike
 from .sharding import varying_axes as varying_axes
+from .sharding import without_names as without_names
 from .slices import add_slices as add_slices
 from .slices import is_narrow as is_narrow
 from .slices import is_sliced as is_sliced

@@ -1,5 +1,7 @@
 """Shardings of arrays while they are traced."""
 
+from collections.abc import Callable
+
 import jax
 
 OutSharding = jax.sharding.NamedSharding | jax.P | None
@@ -26,6 +28,55 @@ def reshard_like(values: jax.Array, out_sharding: OutSharding) -> jax.Array:
     spec = jax.P(*partitions)
     wanted = spec if isinstance(out_sharding, jax.P) else out_sharding.update(spec=spec)
     return jax.sharding.reshard(values, wanted)
+
+
+def run_with_out_sharding(
+    function: Callable[..., jax.Array], out_sharding: OutSharding, *args: jax.Array
+) -> jax.Array:
+    """`function(*args)` with the result sharded as asked, and XLA to shard what is between.
+
+    Raises:
+        ValueError: out_sharding is not a sharding, or names more axes than the result has.
+    """
+    if out_sharding is None:
+        return function(*args)
+    if not isinstance(out_sharding, jax.sharding.NamedSharding | jax.P):
+        raise ValueError(
+            "out_sharding must be a NamedSharding, a PartitionSpec or None; got "
+            f"{out_sharding!r}. Use jax.P, such as jax.P('data', None)."
+        )
+    is_named = isinstance(out_sharding, jax.sharding.NamedSharding)
+    mesh = out_sharding.mesh if is_named else jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError(
+            f"out_sharding={out_sharding!r} needs a mesh. Pass a NamedSharding, or enter "
+            "jax.set_mesh(mesh)."
+        )
+    run = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_sharding)
+    return run(*args)
+
+
+def names_along(x: jax.Array, axis: int | None) -> set[str]:
+    """The explicit axes of a mesh over which an axis of an array, or any for None, is split."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    entries = spec if axis is None else spec[axis : axis + 1]
+    parts = (e if isinstance(e, tuple) else (e,) for e in entries)
+    return {name for part in parts for name in part if isinstance(name, str)}
+
+
+def without_names(out_sharding: OutSharding, names: set[str]) -> OutSharding:
+    """The sharding without the named axes of the mesh."""
+    if isinstance(out_sharding, jax.sharding.NamedSharding):
+        return out_sharding.update(spec=without_names(out_sharding.spec, names))
+    if not isinstance(out_sharding, jax.P):
+        return out_sharding
+
+    def keep(entry):
+        if isinstance(entry, tuple):
+            return tuple(name for name in entry if name not in names)
+        return None if entry in names else entry
+
+    return out_sharding.update(partitions=tuple(map(keep, out_sharding)))
 
 
 def is_sharded(x: jax.Array) -> bool:

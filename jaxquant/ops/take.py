@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from ..core import LowRank, QTensor
+from ..jaxprs import OutSharding, names_along, run_with_out_sharding, without_names
 from .low_rank import take_low_rank
-from .operands import OperandLike, as_operands
+from .operands import OperandLike, as_operands, stored_axes
 
 
 def take(
@@ -20,6 +21,7 @@ def take(
     unique_indices: bool = False,
     indices_are_sorted: bool = False,
     fill_value: jax.typing.ArrayLike | None = None,
+    out_sharding: OutSharding = None,
 ) -> jax.Array:
     """`jax.numpy.take` from an array or a QTensor: gathers codes and scales, then dequantizes.
 
@@ -33,12 +35,15 @@ def take(
             ones count from the end), "clip", "wrap" or "promise_in_bounds".
         unique_indices, indices_are_sorted: hints, as for `jax.numpy.take`.
         fill_value: what "fill" fills with.
+        out_sharding: sharding of the result over explicit axes of a mesh, as for
+            `x.at[indices].get` in JAX. None if it follows from those of a and indices.
 
     Returns:
         Array in the dtype of a, with the shape of indices in place of axis.
 
     Raises:
-        ValueError: indices are not integers, the mode is unknown, or axis is not there.
+        ValueError: indices are not integers, the mode is unknown, axis is not there, or
+            out_sharding is not a sharding.
 
     Gradients: scales of 16 bits or more get theirs.
     Error: none; equal to `jnp.take` from the dequantized array.
@@ -49,14 +54,12 @@ def take(
         (2, 4)
     """
     (a,) = as_operands((a,), None)
+    hints = {"unique_indices": unique_indices, "indices_are_sorted": indices_are_sorted}
+    if out_sharding is not None:
+        run = partial(take, axis=axis, mode=mode, fill_value=fill_value, **hints)
+        return _sharded(run, out_sharding, a, jnp.asarray(indices), axis)
     if isinstance(a, LowRank):
-        rows = partial(
-            take,
-            indices=indices,
-            mode=mode,
-            unique_indices=unique_indices,
-            indices_are_sorted=indices_are_sorted,
-        )
+        rows = partial(take, indices=indices, mode=mode, **hints)
         return take_low_rank(rows, a, axis, fill_value)
     if axis is None or not isinstance(a, QTensor):
         return jnp.take(
@@ -64,9 +67,8 @@ def take(
             indices,
             axis,
             mode=mode,
-            unique_indices=unique_indices,
-            indices_are_sorted=indices_are_sorted,
             fill_value=fill_value,  # pyright: ignore[reportArgumentType] (a Python number there)
+            **hints,
         )
     indices = jnp.asarray(indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
@@ -79,8 +81,27 @@ def take(
         # int8 holds no length above 127, and arithmetic would wrap around.
         indices = indices.astype(jnp.int32)
     fill_value = jnp.nan if fill_value is None else fill_value
-    hints = unique_indices, indices_are_sorted
-    return _take(a, indices, fill_value, axis % a.ndim, mode or "fill", hints)
+    static = axis % a.ndim, mode or "fill", unique_indices, indices_are_sorted
+    return _take(a, indices, fill_value, *static)
+
+
+def _sharded(run, out_sharding, a, indices, axis):
+    """`run(a, indices)` with `out_sharding`.
+
+    XLA (jax 0.10.2, 0.12.0) returns wrong values if a mesh axis that splits the axis of the lookup
+    splits another axis of the result. So the result is first sharded without such axes.
+    """
+    first = without_names(out_sharding, _names_along(a, axis))
+    out = run_with_out_sharding(run, first, a, indices)
+    return out if first == out_sharding else jax.sharding.reshard(out, out_sharding)
+
+
+def _names_along(a, axis):
+    """The mesh axes that split an axis of an operand."""
+    if isinstance(a, LowRank):
+        return _names_along(a.base, axis) | _names_along(a.a, axis)
+    (stored,) = (None,) if axis is None else stored_axes(a, [axis])
+    return set[str]().union(*(names_along(x, stored) for x in jax.tree.leaves(a)))
 
 
 def _from_start(indices, length):
@@ -97,9 +118,8 @@ _MODES = {
 }
 
 
-@partial(jax.jit, static_argnames=("axis", "mode", "hints"))
-def _take(a, indices, fill_value, axis, mode, hints):
-    unique, is_sorted = hints
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _take(a, indices, fill_value, axis, mode, unique, is_sorted):
     length, (stored,) = a.shape[axis], a.stored_axes([axis])
     bound, fills = _MODES[mode]
     bounded = bound(indices, length)

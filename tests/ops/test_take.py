@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import FP8_E4M3, INT4, NVFP4, ArrayConfig, quantize, take
+from jaxquant import FP8_E4M3, INT4, NVFP4, SCHEMES, W8A16, ArrayConfig, Rule, quantize, take
+from jaxquant.training import lora_init
 
 from ..cases import Case
 from .products import normal
@@ -140,3 +141,55 @@ def test_hints_and_a_traced_fill_value_are_taken():
     np.testing.assert_array_equal(taken[2], 7)
     inside = take(q, jnp.array([1, 5]), 0, mode="promise_in_bounds", unique_indices=True)
     np.testing.assert_array_equal(inside, q.dequantize()[jnp.array([1, 5])])
+
+
+def explicit_mesh():
+    return jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+
+
+# Of the result (4, 2, 256). The rows are split over "a", the columns over "b".
+PLACES = [jax.P("b"), jax.P("b", None, "a"), jax.P(None, "a", "b"), jax.P()]
+
+
+@pytest.mark.parametrize("scheme, order", [(s, (-1, -2)) for s in SCHEMES] + [("W4A16", None)])
+def test_the_result_of_take_lies_where_out_sharding_says(scheme, order):
+    q = quantize(normal(64, 256), SCHEMES[scheme].weights, axis=1)
+    indices = jnp.arange(8).reshape(4, 2) * 9 - 3
+    want, stored = jnp.take(q.dequantize(), indices, 0), ("a", "b") if order is None else ("b", "a")
+    with jax.set_mesh(explicit_mesh()):
+        sizes = jax.sharding.get_abstract_mesh().shape
+
+        def place(leaf):
+            names = zip(leaf.shape, stored[: leaf.ndim], strict=True)
+            spec = jax.P(*[name if n % sizes[name] == 0 else None for n, name in names])
+            return jax.device_put(leaf, spec)
+
+        q, indices = jax.tree.map(place, q.reorder(order)), jax.device_put(indices, jax.P("b"))
+        run = jax.jit(lambda q, i: [take(q, i, 0, out_sharding=spec) for spec in PLACES])
+        for out, spec in zip(run(q, indices), PLACES, strict=True):
+            assert jax.typeof(out).sharding.spec == jax.P(*spec, *[None] * (3 - len(spec)))
+            assert_same(np.asarray(out), want)
+
+
+def test_out_sharding_reaches_flattened_and_plain_arrays_and_adapters():
+    q, key = quantize(TABLE, *CONFIGS["per row"]), jax.random.key(0)
+    params = lora_init({"table": jnp.asarray(TABLE)}, Rule("table", W8A16, axis=-1), 2, key)
+    mesh = explicit_mesh()
+    for table, axis in ((q, None), (jnp.asarray(TABLE), 0), (params["table"], 0)):
+        want = take(table, jnp.arange(8), axis)
+        with jax.set_mesh(mesh):
+            out = take(table, jnp.arange(8), axis, out_sharding=jax.NamedSharding(mesh, jax.P("a")))
+            assert jax.typeof(out).sharding.spec[0] == "a"
+            np.testing.assert_allclose(out, want, rtol=1e-6)
+
+
+def test_an_out_sharding_that_is_none_is_named():
+    q = quantize(TABLE, *CONFIGS["per row"])
+    with pytest.raises(ValueError, match=r"a PartitionSpec or None; got 'a'\. Use jax\.P"):
+        take(q, np.arange(4), 0, out_sharding="a")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        ValueError, match=r"out_sharding=P\('a',\) needs a mesh\. Pass a NamedShard"
+    ):
+        take(q, np.arange(4), 0, out_sharding=jax.P("a"))
+    with jax.set_mesh(explicit_mesh()), pytest.raises(ValueError, match=r"axis: z of .*not found"):
+        take(q, np.arange(4), 0, out_sharding=jax.P("z"))
