@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -118,6 +119,21 @@ def test_rules_alone_leave_all_else(model, run, tmp_path):
     status, _, err = run("quantize", model, tmp_path / "small", "--rule", "lm_head.weight=W8A8")
     assert status == 0, err
     assert set(scales_of(tmp_path / "small")) == {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("option, name", [("-2", "a.weight"), ("-1", "a.kernel")])
+def test_quantize_warns_where_the_axis_may_be_wrong(run, tmp_path, option, name):
+    arrays = {name: normal(64, 32), "query": normal(4, 64, 32), "head": normal(64, 32)}
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    source, target = tmp_path / "model.safetensors", tmp_path / "small"
+    status, out, err = run(
+        "quantize", source, target, "--scheme", "W8A8", "--axis", option, "--json"
+    )
+    assert status == 0, err
+    warnings = {row["path"]: row["warning"] for row in json.loads(out)["rows"]}
+    assert re.match(r"taken as \(\w+, \w+\); if it is .*--axis -[12]", warnings[name])
+    assert warnings["query"].startswith("taken as a stack of matrices")
+    assert warnings["head"] is None
 
 
 def test_a_file_of_ours_may_be_quantized_further(run, tmp_path):

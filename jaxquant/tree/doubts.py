@@ -9,8 +9,18 @@ from ..core import LowRank, QTensor
 _MAX_SCALE_BITS = 2
 _STACK = re.compile(r"(?i)layer|block|stack|expert|scan|repeat|(^|[/.])h([/.]|$)")
 _CONVOLUTION = re.compile(r"(?i)conv")
-# What PyTorch and Equinox call a matrix (out, in).
-_TRANSPOSED = re.compile(r"(.*[/.])?weight")
+# By the axis that a default rule contracts: the names of matrices that have it elsewhere, and what
+# to say of them. PyTorch and Equinox have a weight (out, in), Flax and Keras a kernel (in, out).
+_TRANSPOSED = {
+    -2: (
+        re.compile(r"(.*[/.])?weight"),
+        "taken as (in, out); if it is (out, in), use default_rules(scheme, axis=-1) or --axis -1",
+    ),
+    -1: (
+        re.compile(r"(.*[/.])?kernel"),
+        "taken as (out, in); if it is (in, out), use default_rules(scheme, axis=-2) or --axis -2",
+    ),
+}
 
 
 def doubt(path: str, q: QTensor | LowRank, is_default: bool) -> str | None:
@@ -27,10 +37,11 @@ def doubt(path: str, q: QTensor | LowRank, is_default: bool) -> str | None:
         return f"scales take {bits:.1f} bits per weight; give a rule with all contracted axes"
     counts = [q.scale.shape[a] for a in q.stored_axes(range(q.ndim))]
     shared = [a - q.ndim for a, (n, c) in enumerate(zip(q.shape, counts, strict=True)) if c < n]
-    if not is_default or shared != [-2]:
+    if not is_default or shared not in ([-2], [-1]):
         return None
-    if _TRANSPOSED.fullmatch(path):
-        return "taken as (in, out); if it is (out, in), use default_rules(scheme, axis=-1)"
+    transposed, advice = _TRANSPOSED[shared[0]]
+    if transposed.fullmatch(path):
+        return advice
     if q.ndim > 2 and not _STACK.search(path) and not _CONVOLUTION.search(path):
         return "taken as a stack of matrices; if it is not, give a rule with its contracted axes"
     return None

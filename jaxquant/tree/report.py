@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import ArrayConfig, LowRank, Scheme, TrainedArray, describe, packed_bytes
+from ..core import LowRank, TrainedArray, describe, packed_bytes
 from .doubts import doubt
 from .paths import is_quantized, leaves_with_paths
 from .plot import plot_report
 from .report_row import ReportRow
 from .report_table import report_table, to_text
-from .rules import Rules, as_rules, match_rules
+from .rules import DefaultRule, Rules, as_rules, match_rules
 
 if TYPE_CHECKING:
     import rich.table
@@ -136,7 +136,7 @@ def _row(path, x, q, rule, rules):
     sqnr = None if x is None or is_quantized(x) else _sqnr(x, q)
     if x is None:
         before = packed_bytes(jax.ShapeDtypeStruct(shape, q.dtype))
-    warning = doubt(path, q, isinstance(rules, Scheme | ArrayConfig))
+    warning = doubt(path, q, isinstance(rule, DefaultRule))
     return ReportRow(
         path, shape, describe(q), None, bits, before, after, sqnr, _histogram(q), warning
     )

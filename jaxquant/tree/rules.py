@@ -107,6 +107,10 @@ class Rule:
         return scheme and Plan(scheme, CONTRACTED if self.axis is None else self.axis)
 
 
+class DefaultRule(Rule):
+    """A rule of `default_rules`, which had to guess the axis."""
+
+
 Rules = Scheme | ArrayConfig | Rule | Mapping[str, Any] | Sequence[Any]
 
 # A norm by any part of the path, but not by "normal" or "normalized"; a bias by its end.
@@ -179,7 +183,7 @@ def _default(pattern, scheme, axis, ndim=None):
     def is_meant(path, leaf):
         return is_matrix(path, leaf) and ndim in (None, leaf.ndim) and shrinks(leaf, config, axis)
 
-    return Rule(pattern, scheme, axis=axis, where=is_meant, required=False)
+    return DefaultRule(pattern, scheme, axis=axis, where=is_meant, required=False)
 
 
 def shrinks(leaf: Any, config: ArrayConfig, axis: Axes) -> bool:
