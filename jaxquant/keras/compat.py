@@ -92,6 +92,15 @@ def layers_being_quantized() -> list[Any]:
     return [x for x in sublayers(model) if not children(x) and should_quantize_layer(x, filters)]
 
 
+def check_quantize_arguments(layer: keras.layers.Layer, mode: str | None) -> None:
+    """Keras' own check before a layer is quantized: that it is built, and not quantized already.
+
+    Raises:
+        ValueError: it is not, or the mode is unknown.
+    """
+    layer._check_quantize_args(mode, layer.compute_dtype)
+
+
 def running_layer() -> keras.layers.Layer | None:
     """The outermost layer, such as a model, that is being called."""
     context = get_global_attribute("current_call_ctx")

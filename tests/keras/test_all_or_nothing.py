@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from jaxquant.keras import QuantizableMixin, QuantizedWeight, layers
+from jaxquant.keras import Float8QuantizationConfig, QuantizableMixin, QuantizedWeight, layers
 
 from .test_aliases import INPUTS, InAList, Renamed
 
@@ -94,6 +94,71 @@ def test_nan_in_the_second_layer_of_a_model_leaves_the_first_in_float():
     with pytest.raises(ValueError, match="b/kernel holds NaN or Inf"):
         model.quantize("int8")
     assert snapshot(model) == before
+
+
+def put_nan_in_the_last(model):
+    put_nan(model.layers[-1].kernel)
+
+
+def enable_lora_in_the_last(model):
+    model.layers[-1].enable_lora(2)
+
+
+def quantize_the_last(model):
+    model.layers[-1].quantize("int8")
+
+
+def add_a_stock_layer_that_is_quantized(model):
+    model.add(keras.layers.Dense(2))
+    model.layers[-1].quantize("int8")
+
+
+def add_a_layer_that_keeps_its_weight_in_a_list(model):
+    model.add(keras.layers.Dense(24))
+    model.add(InAList())
+
+
+def add_a_layer_without_declared_weights(model):
+    model.add(Misnamed())
+
+
+TRAINING = Float8QuantizationConfig(training=True)
+# What is done to a model before it is quantized, the argument of `quantize`, and the error.
+FAILING = {
+    "training, NaN": (put_nan_in_the_last, {"config": TRAINING}, "holds NaN or Inf"),
+    "training, LoRA": (enable_lora_in_the_last, {"config": TRAINING}, "without LoRA; got rank 2"),
+    "quantized": (quantize_the_last, {"mode": "int8"}, "is already quantized with dtype_policy"),
+    "training, quantized": (quantize_the_last, {"config": TRAINING}, "is already quantized with"),
+    "stock, quantized": (
+        add_a_stock_layer_that_is_quantized,
+        {"mode": "int8"},
+        "is already quantized with",
+    ),
+    "list": (
+        add_a_layer_that_keeps_its_weight_in_a_list,
+        {"mode": "int8"},
+        "got it in weights_by_place",
+    ),
+    "misnamed": (add_a_layer_without_declared_weights, {"mode": "int8"}, "creates none of them"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_model_that_cannot_be_quantized_keeps_every_layer(name):
+    change, arguments, message = FAILING[name]
+    model: Any = keras.Sequential([keras.Input((24,)), layers.Dense(6), layers.Dense(3)])
+    change(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        model.quantize(**arguments)
+    assert snapshot(model) == before
+
+
+def test_a_model_that_trained_in_float8_is_quantized():
+    model: Any = keras.Sequential([keras.Input((24,)), layers.Dense(6), layers.Dense(3)])
+    model.quantize(config=TRAINING)
+    model.quantize("int8")
+    assert all(list(layer.stored_weights) == ["kernel"] for layer in model.layers)
 
 
 def test_a_quantized_file_for_a_layer_that_keeps_its_weight_in_a_list_raises():

@@ -40,7 +40,26 @@ class Float8TrainingMixin(KernelLayerMixin):
         """Adds the scales.
 
         Raises:
-            ValueError: LoRA is enabled, or the kernel holds NaN or Inf. The layer is unchanged.
+            ValueError: as for `check_training`. The layer is unchanged.
+        """
+        self.check_training()
+        kernel = jnp.asarray(self.float_weights["kernel"].value)
+        with self.weight_state.all_or_nothing():
+            self.quantization_config = config
+            for name, shape in zip(SCALING, self.training_shapes(), strict=True):
+                setattr(self, name, self._add_scaling(name, shape))
+            scale, history = self._scaling("kernel")
+            scale, history = next_scaling(kernel, scale, history, FORWARD)
+            self.kernel_scale.assign(scale)
+            self.kernel_amax_history.assign(history)
+        self.switch_policy(config)
+        self.renew_optimizers()
+
+    def check_training(self) -> None:
+        """Checks that training can start.
+
+        Raises:
+            ValueError: LoRA is enabled, or the kernel holds NaN or Inf.
         """
         if self.lora_enabled:
             raise ValueError(
@@ -53,16 +72,6 @@ class Float8TrainingMixin(KernelLayerMixin):
                 f"{self.name}/kernel holds NaN or Inf; got shape {kernel.shape}. Fix it, then "
                 "quantize."
             )
-        with self.weight_state.all_or_nothing():
-            self.quantization_config = config
-            for name, shape in zip(SCALING, self.training_shapes(), strict=True):
-                setattr(self, name, self._add_scaling(name, shape))
-            scale, history = self._scaling("kernel")
-            scale, history = next_scaling(kernel, scale, history, FORWARD)
-            self.kernel_scale.assign(scale)
-            self.kernel_amax_history.assign(history)
-        self.switch_policy(config)
-        self.renew_optimizers()
 
     def end_training(self) -> None:
         """Drops the scales."""

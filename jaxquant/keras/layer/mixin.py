@@ -237,6 +237,23 @@ class QuantizableMixin(PolicyMixin):
             tensors = {n: self.quantized_values(n, x, config) for n, x in values.items()}
             self.take_over(config, tensors)
 
+    def check_quantization(self, config: SchemeConfig) -> None:
+        """Raises what `quantize` would, and changes nothing.
+
+        Raises:
+            ValueError: as for `quantize`.
+        """
+        if not self.declared_weights:
+            return
+        self.weight_state.check_present()
+        if config.is_training:
+            return self.check_training()
+        for name in self.likes(config):
+            variable = self.float_weights.get(name)
+            if variable is not None:
+                check_reachable(self, name, variable)
+                self.quantized_values(name, variable.value, config)
+
     def quantized_values(self, name: str, values: jax.Array, config: SchemeConfig) -> QTensor:
         """Quantizes values for a declared weight, as `config` says.
 
@@ -304,6 +321,9 @@ class QuantizableMixin(PolicyMixin):
             f"{type(self).__name__} cannot train in {config.mode}; got {self.name!r}. Dense and "
             "EinsumDense can. Keep it in float, by filters=..., and quantize it after training."
         )
+
+    def check_training(self) -> None:
+        """Hook: raises the ValueError of `start_training`, and changes nothing."""
 
     def end_training(self) -> None:
         """Hook: drops what `start_training` added."""

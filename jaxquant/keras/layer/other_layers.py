@@ -12,13 +12,14 @@ def check_other_layers(layer: Any, config: SchemeConfig) -> None:
     It quantizes layer by layer, and an error would leave those before it quantized.
 
     Raises:
-        ValueError: a weight of another layer cannot be quantized.
+        ValueError: another layer cannot be quantized: as its `quantize` would raise it.
     """
-    layers = [x for x in compat.layers_being_quantized() if hasattr(x, "quantized_values")]
-    if not layers or layers[0] is not layer:
+    layers = compat.layers_being_quantized()
+    if next((x for x in layers if hasattr(x, "check_quantization")), None) is not layer:
         return
-    for other in layers[1:]:
-        floats = other.float_weights
-        for name in other.likes(config):
-            if floats.get(name) is not None:
-                other.quantized_values(name, floats[name].value, config)
+    for other in layers[layers.index(layer) + 1 :]:
+        is_ours = hasattr(other, "check_quantization")
+        if not (is_ours and other.trains_in_float8 and not config.is_training):
+            compat.check_quantize_arguments(other, config.mode)
+        if is_ours:
+            other.check_quantization(config)
