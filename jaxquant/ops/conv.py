@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from ..core import QTensor, scale_values
+from ..jaxprs import is_sharded, unless_partitioned
 from . import dispatch
 from .dispatch import Implementation
 from .operands import (
@@ -237,7 +238,14 @@ def _moved(x, axes):
     if tuple(axes) == tuple(range(x.ndim)):
         return x
     x = x.transpose(axes)
-    # In one axis behind a barrier: XLA makes transposes part of a convolution, and that slow.
+    if is_sharded(x):
+        return x
+    # In one axis behind a barrier: XLA makes transposes part of a convolution, and that slow. An
+    # array that is sharded along two axes or a later one would be gathered to have one axis.
+    return unless_partitioned(_behind_a_barrier, lambda x: x, x)
+
+
+def _behind_a_barrier(x):
     return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
 
 

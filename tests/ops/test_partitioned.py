@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import SCHEMES, Rule, matmul, tree
+from jaxquant import SCHEMES, Rule, conv_general_dilated, matmul, tree
 from jaxquant.kernels import cpu
 
 from .products import normal
@@ -55,6 +55,27 @@ def test_sharded_weights_stay_where_they_are(scheme):
     wanted = matmul(x, q, implementation="dequantize")
     for out in run(x, parts):
         np.testing.assert_allclose(out, wanted, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("implementation", [None, "images"])
+def test_sharded_kernels_of_convolutions_stay_where_they_are(axis, implementation):
+    # (outputs, inputs, height, width): the axes are moved.
+    rules = [Rule("k", SCHEMES["W8A8"], axis=(1, 2, 3))]
+    q = tree.quantize({"k": normal(64, 32, 3, 3)}, rules, platform="cpu")["k"]
+    x = jnp.asarray(normal(2, 32, 5, 5))
+
+    def run(x, q, implementation=implementation):
+        return conv_general_dilated(x, q, (1, 1), "SAME", implementation=implementation)
+
+    compiled = jax.jit(run).lower(x, sharded(q, axis)).compile()
+
+    text = compiled.as_text()
+    assert text is not None
+    assert "convolution" in text
+    assert "all-gather" not in text
+    wanted = run(x, q, "dequantize")
+    np.testing.assert_allclose(compiled(x, sharded(q, axis)), wanted, rtol=2e-3, atol=2e-2)
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
