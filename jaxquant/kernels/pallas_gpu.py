@@ -110,8 +110,9 @@ def grouped_dot(
     Returns:
         float32, (M, N).
 
-    Error: codes minus zero points are exact in the dtype of x, and sums are rounded as in float32.
-        A GPU rounds a float32 x to TF32, as XLA does by default.
+    Error: codes minus zero points are exact in the dtype of x if those are integers or halves, and
+        else rounded to it; sums are rounded as in float32. A GPU rounds a float32 x
+        to TF32, as XLA does by default.
     """
     (rows, length), columns, groups = x.shape, w.shape[0], scale.shape[1]
     step = _step(length // groups)

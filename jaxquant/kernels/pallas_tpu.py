@@ -72,8 +72,9 @@ def grouped_dot(
         dtype: of the result, float32 or bfloat16.
         interpret: runs without a TPU, slowly, for tests.
 
-    Error: codes minus zero points are exact in bfloat16, and sums are rounded as in float32. With
-        many rows, the scaled weights are rounded to bfloat16, as XLA does.
+    Error: codes minus zero points are exact in bfloat16 if those are integers or halves, and else
+        rounded to it; sums are rounded as in float32. With many rows, the scaled weights
+        are rounded to bfloat16, as XLA does.
     """
     (rows, length), columns, groups = x.shape, w.shape[1], scale.shape[0]
     size = length // groups

@@ -1,6 +1,7 @@
 """Matrix multiplications by the native kernels of the CPU, where they were compiled."""
 
 import collections
+import dataclasses
 from functools import partial
 
 import jax
@@ -93,6 +94,18 @@ def test_inputs_of_either_kind_are_quantized_first():
         for name in ("int8", "int4-g128"):
             q = with_inputs(stored(name), Inputs(config))
             assert_product(run(x, q), "abk,kn->abn", quantize(x, config, -1), q)
+
+
+@needs_native
+@pytest.mark.parametrize("zero", [7.5, 3.3])
+@pytest.mark.parametrize("inputs", [None, ArrayConfig()], ids=["float rows", "int8 rows"])
+def test_fractions_of_zero_points_are_kept(inputs, zero):
+    q = weight(ArrayConfig(format=INT4, group_size=64, symmetric=False), (K, N)).reorder((-1, -2))
+    q = dataclasses.replace(q, zero_point=jnp.full_like(q.scale, zero))
+    x = jnp.asarray(normal(6, K))
+    x = x if inputs is None else quantize(x, inputs, axis=1)
+    got = jax.jit(partial(matmul, implementation="native"))(x, q)
+    assert_product(got, "mk,kn->mn", x, q)
 
 
 def by_xla(rows, q, dtype=None):

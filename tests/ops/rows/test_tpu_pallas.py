@@ -1,5 +1,6 @@
 """Which products the Pallas kernel for TPUs computes, and from what."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -54,6 +55,21 @@ def test_products_of_operands_as_they_are_stored_match_numpy(name):
     assert_product(got, "abk,kn->abn", x, q, tolerance=tolerance)
     narrow = jax.eval_shape(partial(product, dtype=jnp.bfloat16), x, q)
     assert (narrow.shape, narrow.dtype) == ((2, 3, N), jnp.bfloat16)
+
+
+# (zero point, tolerance): codes less 3.3 are rounded to bfloat16.
+FRACTIONS = [(7.5, 2e-6), (3.3, 2.0**-8)]
+
+
+@pytest.mark.parametrize("zero, tolerance", FRACTIONS)
+@pytest.mark.parametrize("name", ["bfloat16", "int8 per row"])
+def test_fractions_of_zero_points_are_kept(name, zero, tolerance):
+    q, x = weight(RIGHT["bfloat16"], (K, N)), jnp.asarray(normal(2, 3, K), jnp.bfloat16)
+    q = dataclasses.replace(q, zero_point=jnp.full_like(q.scale, zero))
+    if LEFT[name] is not None:
+        x = quantize(x.astype(jnp.float32), LEFT[name], axis=-1)
+    got = product(x, q, dtype=jnp.float32)
+    assert_product(got, "abk,kn->abn", x, q, tolerance=tolerance)
 
 
 def test_one_scale_for_all_rows_and_results_of_16_bits():
