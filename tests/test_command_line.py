@@ -148,7 +148,7 @@ def test_a_file_of_ours_may_be_quantized_further(run, tmp_path):
     assert found["name"] == "text"
     status, out, err = run("quantize", tmp_path / "c", tmp_path / "d", "--rule", "out/0=W8A8")
     assert (status, out) == (2, "")
-    assert "out/0: quantized already" in err
+    assert "out/0: already quantized" in err
     assert not (tmp_path / "d").exists()
 
 
@@ -217,7 +217,10 @@ BAD = [
     (["quantize", "{model}", "{out}", "--rule", "head=W8A8"], "rule 'head' matches no leaf; the p"),
     (["quantize", "{model}", "{out}", "--scheme", "W8A8", "--axis", "5"], "got axis=5"),
     (["quantize", "{model}", "{out}", "--scheme", "W8A8", "--axis", "x"], "invalid int value: 'x'"),
-    (["quantize", "{model}", "{out}", "--rule", "ids=W8A8"], "ids: not a floating array, got int"),
+    (
+        ["quantize", "{model}", "{out}", "--rule", "ids=W8A8"],
+        "ids: not a floating-point array, got int",
+    ),
     (["quantize", "{folder}/none", "{out}", "--scheme", "W8A8"], "No such file or directory"),
     (["quantize", "{model}", "{folder}/no/out", "--scheme", "W8A8"], "no is not a folder; create"),
     (["quantize", "{model}", "{folder}", "--scheme", "W8A8"], " is a folder; name a file, such"),

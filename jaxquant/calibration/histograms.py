@@ -44,7 +44,7 @@ class Histogram(abc.ABC):
 
     @property
     def limit(self) -> jax.Array:
-        """The power of two above all elements so far, float32; 0 while all were zero."""
+        """The power of two above all elements so far, float32; 0 if all were zero."""
         largest = jnp.maximum(-self.low, self.high)
         # XLA divides by multiplying with the reciprocal, which must not be subnormal.
         above = jnp.ldexp(jnp.float32(1), jnp.clip(jnp.frexp(largest)[1], -100, 126))

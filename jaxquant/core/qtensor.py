@@ -105,7 +105,7 @@ class QTensor(ArrayLike):
     - `scale` and `zero_point` have the rank and the axis order of `codes`, and one element per
       block of codes: the length of each axis divides that of `codes`;
     - `scale` is an array or, if scales are quantized too, a QTensor;
-    - a NaN scale marks a block that contained NaN or Inf;
+    - a block that contained NaN or Inf has a NaN scale;
     - `values` is None or has the shape of `codes` and equals the decoded codes.
 
     Attributes:

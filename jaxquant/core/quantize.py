@@ -262,7 +262,7 @@ def _check(x, config):
         raise ValueError(f"x is already quantized; got {x!r}. Dequantize it first.")
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         got = f"{x.dtype} of shape {x.shape}" if hasattr(x, "dtype") else type(x).__name__
-        raise ValueError(f"x must be a floating array; got {got}. Use jnp.asarray(x, float).")
+        raise ValueError(f"x must be a floating-point array; got {got}. Use jnp.asarray(x, float).")
     if not isinstance(config, ArrayConfig):
         raise ValueError(
             f"config must be an ArrayConfig; got {config!r}. For a Scheme s, pass s.weights; for "

@@ -34,7 +34,7 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
 
     Nothing is computed: `fn` is only traced. A product is a call of `dot_general`, `matmul`,
     `einsum`, `conv_general_dilated` or `ragged_dot` with a QTensor, also inside jit, loops, `vmap`,
-    gradients and Keras layers. `take` does not multiply, so it has no row; nor do the float
+    gradients and Keras layers. Rows do not include `take`, which does not multiply, or the float
     products that gradients consist of. Where XLA partitions the program among devices, by the
     shardings of `args`, a mesh or the program itself, rows say what runs there.
 
@@ -77,9 +77,9 @@ class _Product:
     """A product that was found in a program.
 
     Attributes:
-        record: what was decided for it.
+        record: the computations selected for it.
         copies: copies that `vmap` made of the result, of lhs and of rhs.
-        site: where its marker lies.
+        site: the location of its marker.
         is_sliced: whether an operand is a slice of codes of less than a byte.
         is_partitioned: whether XLA divides it among devices.
     """
@@ -166,9 +166,9 @@ def _speeds(product, choice, measurement):
 
 
 def _warning(product, choice, machine, speeds, measurement):
-    """What is slower than it needs to be, or None."""
+    """A warning if the product is slower than necessary, or None."""
     words = []
-    # A computation that unpacks codes copies them anyway, which costs as much as slicing them.
+    # Computations that unpack codes copy them anyway, which costs as much as slicing.
     if product.is_sliced and choice.reads_packed and not machine.slices_4_bits:
         words.append(
             "XLA slices 4-bit weights one element at a time: use jaxquant.scan (without "

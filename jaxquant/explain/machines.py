@@ -37,7 +37,7 @@ class Machine:
         return rate / self.bytes_per_second
 
 
-# The first machine of a platform also stands for those that are not listed.
+# The first machine of a platform also represents machines that are not listed.
 MACHINES = (
     # A sum over 256 MiB, and 2048 rows by 4096 x 4096 in W8A8 and float32: in `--suite cpu`.
     Machine(
@@ -58,7 +58,7 @@ MACHINES = (
 
 
 def machine_for(platform: str | None) -> Machine:
-    """The machine with a name, or of a platform; None for that of the default device.
+    """The machine with this name, or the first of this platform; None for the default device.
 
     Raises:
         ValueError: no machine has that name or platform.

@@ -3,8 +3,8 @@
     python -m benchmarks --suite cpu --json cpu.json
     python -m benchmarks.measured cpu.json
 
-print the lines of a machine's table. Nothing was measured on a TPU: those tables are estimates by
-the TPU compiler, from `--suite tpu-compile`, and are called estimates.
+print the lines of a machine's table. Tables for TPUs are not measured. They are estimates by the
+TPU compiler, from `--suite tpu-compile`, and are labeled as estimates.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Speeds:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What was measured on a machine.
+    """Speeds measured on one machine.
 
     Attributes:
         machine: its name among the `MACHINES`.
@@ -199,8 +199,8 @@ def speeds_near(
 ) -> tuple[tuple[int, tuple[int, int], float], ...]:
     """The speeds measured closest to a product: (rows, (K, N), speed).
 
-    Those of its shape and number of rows, else of the nearest sizes below and above. Empty if there
-    is no smaller or no larger one: nothing is extrapolated.
+    Those with its shape and number of rows, otherwise those of the nearest sizes below and above.
+    Empty if either is missing, because speeds are not extrapolated.
     """
     near = [(line, _around(line.by_rows, rows)) for line in lines]
     near = [(line, found) for line, found in near if found]

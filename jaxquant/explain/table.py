@@ -1,4 +1,4 @@
-"""What `explain` found: rows, and a table to read."""
+"""The result of `explain`: rows, and a table of them."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ class ExplanationRow:
         bound: "memory" or "arithmetic", whichever takes longer: an estimate from the machine's
             rates.
         speeds: (rows, (K, N), speed relative to the float product) as measured for the same
-            computation at this size, or at the nearest sizes below and above; empty if it was not.
+            computation at this size, or at the nearest sizes below and above; empty if unmeasured.
         warning: says if the float product was faster, or if slicing the weights is slow; else None.
 
     Example:
@@ -108,7 +108,7 @@ class Explanation:
 
     def _caption(self):
         if not self.rows:
-            return "This function has no quantized products."
+            return "This function does not contain quantized products."
         words = [
             "Bytes and operations are counts: operands and result once each.",
             f"What bounds a product is an estimate from the rates of {self.machine.name} "

@@ -1,4 +1,4 @@
-"""Quantization of Keras models. Importing it makes our layers and configs loadable."""
+"""Quantization of Keras models. Importing it registers its layers and configs for loading."""
 
 from . import layers as layers
 from .configs import Float8QuantizationConfig as Float8QuantizationConfig

@@ -37,13 +37,13 @@ def has_quantized_variables(layer: keras.layers.Layer) -> bool:
 
 
 def mark_quantized(layer: keras.layers.Layer, is_so: bool = True) -> None:
-    """Tells Keras that the variables fit the mode, or the policy's setter would quantize again."""
+    """Tells Keras that the variables fit the mode. Otherwise its policy setter quantizes again."""
     layer._is_quantized = is_so
 
 
 @contextlib.contextmanager
 def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
-    """Lets a built layer gain and lose variables."""
+    """A context in which variables can be added to and removed from a built layer."""
     was_locked = layer._tracker.locked
     layer._tracker.unlock()
     try:
@@ -70,7 +70,7 @@ def drop_variable(layer: keras.layers.Layer, variable: keras.Variable) -> None:
 
 
 def track_only(layer: keras.layers.Layer, variables: list[keras.Variable]) -> None:
-    """Makes these, in this order, the layer's own variables."""
+    """Replaces the layer's own variables with these, in this order."""
     tracker = layer._tracker
     for name in ("trainable_variables", "non_trainable_variables"):
         belongs, tracked = tracker.config[name]
@@ -139,7 +139,7 @@ def set_mask(x: jax.Array, mask: Any) -> None:
 def with_default_mark(function: Callable[..., Any], inherited: Any) -> Callable[..., Any]:
     """A copy of `get_config`, marked as Keras' default one if `inherited` is.
 
-    By the mark Keras finds layers that do not define `get_config`, and generates their config.
+    Keras uses the mark to find layers that do not define `get_config`, and generates their config.
     """
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""Configs for `quantize(config=...)`: those of Keras on top of schemes, and rules by path."""
+"""Configs for `quantize(config=...)`: versions of Keras' configs, and rules by path."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -66,7 +66,7 @@ class _OneRule(SchemeConfig):
         return self.keras_mode
 
     def rule_for(self, path: str) -> Rule | None:
-        """The same for every weight."""
+        """The same rule for every weight."""
         return self.rule
 
 
@@ -185,7 +185,7 @@ class Float8QuantizationConfig(_OneRule):
         return cls(**config)
 
 
-# Files name it "Config", those of earlier versions too.
+# The name in files, which earlier versions also wrote.
 @keras.saving.register_keras_serializable(package="jaxquant", name="Config")
 class QuantizationConfig(SchemeConfig):
     """Selects a scheme for each weight by its path.
@@ -220,7 +220,7 @@ class QuantizationConfig(SchemeConfig):
 
     @property
     def mode(self) -> str:
-        """The Keras mode of the first scheme. It is only a name: the rules say what happens."""
+        """The Keras mode of the first scheme. It is only a name: the rules determine the result."""
         schemes = [s for s in (rule.resolve() for rule in self.rules) if s is not None]
         return mode_of(schemes[0].weights.format if schemes else INT8)
 
@@ -263,7 +263,7 @@ def as_config(mode: str | None, config: Any) -> Any:
     if kind is None:
         return config
     if config.get_config() == kind().get_config():
-        # `model.quantize("int4")` arrives as this, and means our default.
+        # `model.quantize("int4")` passes this config, which stands for the default here.
         return _DEFAULTS[config.mode]()
     return _STOCK[kind](config)
 

@@ -219,7 +219,7 @@ def _check_rounding(quantizer, low, high):
             "jaxquant.keras.Quantizer, and define its `range`."
         ) from error
     fits = codes.shape == x.shape and scale.shape == (4, 1)
-    # Half a step at most, except for the rounding of x * scale.
+    # At most half a step, except for the rounding of x * scale.
     off = jnp.abs(codes - jnp.clip(x * scale, low, high)).max() if fits else jnp.inf
     if not off <= 0.501:
         raise ValueError(

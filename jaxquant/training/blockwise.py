@@ -48,7 +48,7 @@ def quantize_blocks(x: jax.Array, config: ArrayConfig, key: jax.Array | None = N
     size and at least half of it. If there is none, the array is flattened and padded.
 
     Args:
-        x: floating array.
+        x: floating-point array.
         config: format, range and scale dtype; group_size is elements per block, None for 256.
         key: random key for stochastic rounding; None rounds to nearest.
 

@@ -75,7 +75,7 @@ def dot_general(
     modules that accept a `dot_general`, such as those of Flax.
 
     Args:
-        lhs, rhs: floating arrays.
+        lhs, rhs: floating-point arrays.
         dimension_numbers, precision, out_sharding: as for `jax.lax.dot_general`.
         preferred_element_type: floating dtype of the result; None for the promoted dtype.
         config: which products and operands are quantized, and how.
@@ -90,8 +90,8 @@ def dot_general(
         Array of shape (batch, lhs free, rhs free).
 
     Raises:
-        ValueError: an operand is not a floating array, the key is missing, the config does not
-            support `scaling`, or a group size does not divide an axis.
+        ValueError: an operand is not a floating-point array, the key is missing, the config does
+            not support `scaling`, or a group size does not divide an axis.
         TypeError: the shapes do not match; from `jax.lax.dot_general`.
 
     Gradients: rounding and clipping count as the identity, first-order derivatives only. lhs and
@@ -141,8 +141,8 @@ def matmul(
     """`jax.numpy.matmul` of float arrays, quantized forward and in both gradients.
 
     Args:
-        a: floating array (..., M, K).
-        b: floating array (K, N), or (..., K, N) with the leading axes of a.
+        a: floating-point array (..., M, K).
+        b: floating-point array (K, N), or (..., K, N) with the leading axes of a.
         precision, preferred_element_type, config, key, scaling: as for `dot_general`.
 
     Returns:
@@ -183,7 +183,9 @@ def _check(lhs, rhs, config, key, scaling):
         is_array = isinstance(x, jax.Array | np.ndarray)
         if not is_array or not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
             got = f"{x.dtype} of shape {x.shape}" if is_array else type(x).__name__
-            raise ValueError(f"{name} must be a floating array, not a quantized one; got {got}.")
+            raise ValueError(
+                f"{name} must be a floating-point array, not a quantized one; got {got}."
+            )
     if not isinstance(config, ProductConfig):
         raise ValueError(
             f"config must be a ProductConfig such as training.INT8_TRAINING; got {config!r}."

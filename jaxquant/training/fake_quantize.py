@@ -109,7 +109,7 @@ def fake_quantize(
     zero point qmin - low / s, with rounding as the identity and n (qmax - qmin) in g.
 
     Args:
-        x: floating array.
+        x: floating-point array.
         config, axis: as for `jaxquant.quantize`. With `learned`, config.range is not used.
         learned: `LearnedStep` for a symmetric config, `LearnedRange` for an asymmetric one; None
             to compute the range of x by `config`, without a gradient through it.

@@ -130,7 +130,7 @@ def partition(tree: Any, mask: Any = None) -> tuple[Any, Any]:
 
     Raises:
         ValueError: there are neither adapters nor a mask, the mask is for another tree, or it
-            selects a leaf that is not a floating array.
+            selects a leaf that is not a floating-point array.
 
     Example:
         >>> trained, frozen = jq.training.partition(
@@ -145,8 +145,8 @@ def partition(tree: Any, mask: Any = None) -> tuple[Any, Any]:
     for path, is_trained, x in zip(paths, marks, parts, strict=True):
         if is_trained and not _is_floating(x):
             raise ValueError(
-                f"Only floating arrays can be trained; the mask selects {x!r} at {path!r}. Mark "
-                "it False."
+                f"Only floating-point arrays can be trained; the mask selects {x!r} at {path!r}. "
+                "Mark it False."
             )
     trained = [x if m else None for m, x in zip(marks, parts, strict=True)]
     frozen = [None if m else x for m, x in zip(marks, parts, strict=True)]

@@ -95,8 +95,8 @@ def _check(leaves, config):
     for leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
-                f"x must hold floating arrays; got {leaf.dtype} of shape {leaf.shape}. Sum it with "
-                "jax.lax.psum."
+                f"x must hold floating-point arrays; got {leaf.dtype} of shape {leaf.shape}. Sum "
+                "it with jax.lax.psum."
             )
 
 

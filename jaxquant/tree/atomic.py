@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writes: a file is replaced completely or not at all."""
 
 import contextlib
 import hashlib

@@ -9,8 +9,8 @@ from ..core import LowRank, QTensor
 _MAX_SCALE_BITS = 2
 _STACK = re.compile(r"(?i)layer|block|stack|expert|scan|repeat|(^|[/.])h([/.]|$)")
 _CONVOLUTION = re.compile(r"(?i)conv")
-# By the axis that a default rule contracts: the names of matrices that have it elsewhere, and what
-# to say of them. PyTorch and Equinox have a weight (out, in), Flax and Keras a kernel (in, out).
+# By the axis that a default rule contracts: the names of matrices that have it elsewhere, and the
+# advice to give. PyTorch and Equinox have a weight (out, in), Flax and Keras a kernel (in, out).
 _TRANSPOSED = {
     -2: (
         re.compile(r"(.*[/.])?weight"),

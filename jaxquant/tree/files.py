@@ -34,7 +34,7 @@ from .tensor_file import (
 
 VERSION = 1
 _MANIFEST, _CHECKSUM = "jaxquant", "jaxquant.crc32"
-# The contents of a manifest must fit: a small file could decompress to a thousand times its size.
+# Limit of a decompressed manifest: a small file could decompress to a thousand times its size.
 _MAX_CONTENT_BYTES = MAX_HEADER_BYTES
 
 
@@ -86,7 +86,7 @@ def save(path: str | os.PathLike, tree: Any, metadata: Mapping[str, str] | None 
 
 
 def check_target(path: str | os.PathLike) -> None:
-    """Raises if `save` cannot write to `path`: for use before the work that ends in a file.
+    """Raises if `save` cannot write to `path`. Call it before long work whose result is saved.
 
     Args:
         path: file to write, or to replace.
@@ -100,7 +100,7 @@ def check_target(path: str | os.PathLike) -> None:
     folder = Path(path).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; create it first.")
-    # A link may lead to nothing.
+    # A link may be broken.
     if os.path.lexists(path):
         folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
@@ -116,12 +116,12 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
 
     Args:
         path: file to read.
-        like: tree with the structure that is wanted, such as an abstract one from
-            `jax.eval_shape`; None for dicts, lists and tuples as they were saved.
+        like: tree with the wanted structure, such as an abstract one from `jax.eval_shape`;
+            None for dicts, lists and tuples as they were saved.
 
     Returns:
         The tree, its arrays on the default device, its dicts in the order of their keys. 64-bit
-        arrays stay NumPy arrays unless JAX has 64-bit types enabled, since JAX would cut them.
+        arrays stay NumPy arrays unless 64-bit types are enabled, since JAX would truncate them.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -139,7 +139,7 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The strings that `save` was given, without reading any tensor.
+    """Returns the strings that were passed to `save`, without reading any tensor.
 
     Raises:
         OSError, ValueError: as for `load`.
@@ -154,7 +154,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
 
 
 def read_tree(path: str | os.PathLike) -> tuple[Any, dict[str, str]]:
-    """The tree of any safetensors file, and the metadata that `save` was given.
+    """Returns the tree of any safetensors file, and the metadata that was passed to `save`.
 
     Returns:
         What `load` and `read_metadata` return, if `save` wrote the file; else its arrays by name,
@@ -183,7 +183,7 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _read_manifest(file: TensorFile) -> dict[str, Any]:
-    """The manifest, its version and the types of its parts checked."""
+    """Reads the manifest and checks its version and the types of its parts."""
     path, header = file.path, file.metadata
     if _MANIFEST not in header:
         raise ValueError(
@@ -232,7 +232,7 @@ def _decode(file: TensorFile, manifest: dict[str, Any]) -> Any:
         )
 
     def read(name):
-        # Each once: else a small file could ask for any amount of memory.
+        # Each tensor may be read once; otherwise a small file could demand any amount of memory.
         expected = checksums.pop(name)
         array = file.read(name)
         if _checksum(array) != expected:
@@ -251,7 +251,7 @@ def _decode(file: TensorFile, manifest: dict[str, Any]) -> Any:
 
 
 class _Altered(ValueError):
-    """A tensor without its checksum."""
+    """A tensor does not have its checksum."""
 
 
 def _restructure(tree, like, path):

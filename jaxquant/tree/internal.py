@@ -1,4 +1,4 @@
-"""What the other folders of this package use of `tree` beyond what users call. Not public."""
+"""Names of `tree` that other folders of this package use but that are not public."""
 
 from .files import check_target as check_target
 from .files import read_arrays as read_arrays

@@ -29,12 +29,12 @@ from ..core import (
     unpack_int4,
 )
 
-# What safetensors gives to NumPy as it is. All else is stored as bytes.
+# Dtypes that safetensors passes to NumPy unchanged. All others are stored as bytes.
 _NATIVE = {f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (16, 32, 64)}
 _NATIVE |= {"bool", "int8", "uint8", "bfloat16", "complex64"}
-# And what is stored as bytes, beside the dtypes that JAX adds to NumPy's.
+# Dtypes stored as bytes, besides those that JAX adds to NumPy's.
 _KNOWN = _NATIVE | {"complex128"}
-# The name of something else in the header of safetensors.
+# The header of safetensors reserves this name.
 _RESERVED = "__metadata__"
 _PACKING = {4: (pack_int4, unpack_int4), 2: (pack_int2, unpack_int2)}
 
@@ -132,8 +132,8 @@ class Decoder:
     """Builds a tree from nodes.
 
     Attributes:
-        statics: as the encoder left them.
-        read: gives the stored array of a name.
+        statics: as collected by the encoder.
+        read: returns the stored array with a name.
     """
 
     def __init__(self, statics: list[Any], read: Callable[[str], np.ndarray]):
@@ -198,7 +198,7 @@ _DECODERS = {
 
 
 def _keys(tree, path):
-    """Keys of a dict, sorted: JAX, too, takes dicts for equal whatever the order of insertion."""
+    """Keys of a dict, sorted. JAX also ignores the insertion order of dicts."""
     for key in tree:
         if not isinstance(key, str | int):
             raise ValueError(f"{path or 'The tree'}: keys must be str or int; got {key!r}.")
@@ -212,9 +212,9 @@ def _join(path, key):
 
 
 def _to_stored(array) -> np.ndarray:
-    """Bytes of what safetensors does not know; codes of less than a byte packed."""
+    """The bytes of arrays whose dtype safetensors lacks, with sub-byte codes packed."""
     if array.dtype.name in _NATIVE:
-        # safetensors writes memory as it lies.
+        # safetensors writes memory in its current layout.
         return np.asarray(array, array.dtype.newbyteorder("<"), order="C")
     bits = bits_of(array.dtype)
     if bits not in _PACKING:
@@ -232,7 +232,7 @@ def _from_stored(stored, dtype, shape):
     return _unpacked(stored, dtype, shape)
 
 
-# In one program: step by step, reading 4-bit codes took two and a half times as long.
+# In one program: separate steps took 2.5 times as long to read 4-bit codes.
 @partial(jax.jit, static_argnames=("dtype", "shape"))
 def _unpacked(stored, dtype, shape):
     bits = bits_of(dtype)
@@ -242,6 +242,6 @@ def _unpacked(stored, dtype, shape):
 
 
 def _on_device(array):
-    """On the default device, unless JAX would cut 64 bits to 32."""
+    """Puts x on the default device, unless JAX would truncate it from 64 bits to 32."""
     is_whole = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
     return jnp.asarray(array) if is_whole else array

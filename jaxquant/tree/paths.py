@@ -1,4 +1,4 @@
-"""Leaves of a pytree with their paths; a QTensor is one leaf, and so are others like it."""
+"""Leaves of a pytree with their paths. A QTensor or similar pytree counts as one leaf."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,14 +20,14 @@ def is_quantized(x: Any) -> bool:
 
 
 def is_whole(x: Any) -> bool:
-    """Whether x is one leaf to people, though a pytree to JAX: an array in some form."""
+    """Whether x represents one array and counts as one leaf, although JAX sees a pytree."""
     return isinstance(x, QTensor | LowRank | TrainedArray)
 
 
 def leaves_with_paths(
     tree: Any, is_leaf: Callable[[Any], bool] | None = is_whole
 ) -> tuple[list[str], list[Any], Any]:
-    """Paths such as "layers/0/kernel", leaves in their order, and the structure."""
+    """Paths such as "layers/0/kernel", the leaves in the same order, and the structure."""
     found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
     return paths, [leaf for _, leaf in found], treedef

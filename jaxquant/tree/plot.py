@@ -36,7 +36,7 @@ def _draw_sqnr(axes, rows, colors):
     places = np.arange(len(rows))
     values = [r.sqnr if r.sqnr is not None and np.isfinite(r.sqnr) else 0 for r in rows]
     bars = axes.barh(places, values, color=[colors[r.scheme] for r in rows])
-    # A bar of no length may mean no noise, or no comparison.
+    # A bar of length zero can mean zero noise or a missing comparison.
     texts = ["not compared" if r.sqnr is None else f"{r.sqnr:.1f}" for r in rows]
     axes.bar_label(bars, texts, padding=2, fontsize=7)
     axes.set_yticks(places, [r.path for r in rows], fontsize=7, parse_math=False)

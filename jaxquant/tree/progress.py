@@ -1,9 +1,9 @@
-"""Progress of long work: a bar on standard error, or the caller's own function."""
+"""Progress of long operations: a bar on standard error, or the caller's function."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
-# Steps done, steps in total (None: unknown), and what the last step was.
+# Steps done, steps in total (None if unknown), and the name of the last step.
 Progress = Callable[[int, int | None, str], None]
 
 

@@ -1,4 +1,4 @@
-"""Whole trees of parameters to trees of quantized ones."""
+"""Quantizes pytrees of parameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -45,27 +45,29 @@ def quantize(
 ) -> Any:
     """Quantizes the leaves of a tree that `rules` select.
 
-    Everything is checked first; nothing is done if anything is wrong. Leaf after leaf is then
-    quantized by `jaxquant.quantize` and stored in the order of axes that is fastest on the
-    platform, so that memory never holds more than the results and one leaf's work.
+    All leaves are checked first, and an error is raised before any leaf is quantized. Then
+    `jaxquant.quantize` quantizes them one at a time, so that memory never holds more than the
+    results and the intermediates of one leaf. Codes are stored in the fastest axis order for the
+    platform.
 
     Args:
         params: any pytree of arrays: nested dicts, dataclasses, Flax or Equinox states.
         rules: a Scheme or ArrayConfig for matrices and embeddings (`default_rules`), a dict
             of pattern to scheme, a `Rule`, or a sequence of them. The first rule that matches
-            a leaf decides; leaves without one stay as they are.
+            a leaf decides; leaves that no rule matches are unchanged.
         progress: True for a progress bar on standard error, or a function of (leaves done,
             leaves in all, path), called after each leaf; None for neither.
-        platform: "cpu", "gpu" or "tpu", where products will run; None for
+        platform: "cpu", "gpu" or "tpu", where the result will be used; None for
             `jax.default_backend()`.
 
     Returns:
-        The tree with a QTensor in place of each selected leaf, which knows its `inputs`.
+        The tree with a QTensor in place of each selected leaf, with `inputs` from its scheme.
 
     Raises:
         ValueError: lists every rule that matches nothing, and every selected leaf that cannot
-            be quantized: not floating, quantized already, without the axis, with a length that
-            its group size does not divide, with NaN or Inf, or no smaller for it.
+            be quantized: it is not floating-point, is already quantized, does not have the axis,
+            has a length that the group size does not divide, contains NaN or Inf, or would not
+            shrink.
 
     Error: as for `jaxquant.quantize`.
 
@@ -112,7 +114,7 @@ def stored_order(
     leaf: jax.Array, plan: Plan, platform: str | None = None
 ) -> tuple[int, ...] | None:
     """The order of axes in which `quantize` stores a leaf."""
-    # A kernel of one pixel is still one of a convolution, which keeps its order.
+    # Convolution kernels keep their order, even those of one pixel.
     config = plan.scheme.weights
     if len(shared_axes(plan.axis, leaf.ndim, config)) != 1:
         return None
@@ -165,13 +167,13 @@ def reorder(params: Any, platform: str | None = None) -> Any:
 
 
 def quantize_leaf(leaf: jax.Array, plan: Plan, platform: str | None = None) -> QTensor:
-    """What `quantize` makes of one leaf that a rule selects, unchecked."""
+    """Quantizes one selected leaf without checking it."""
     scheme, axis = plan
     order = stored_order(leaf, plan, platform)
     is_integer = jnp.issubdtype(scheme.weights.format.dtype, jnp.integer)
     quantized = _quantize_in_steps if is_integer else _quantize_at_once
     q = quantized(leaf, scheme.weights, axis, order)
-    # Else the next leaf's work would start before this one's memory is free.
+    # Otherwise the next leaf would start before the memory of this one is free.
     q = jax.block_until_ready(q)
     return q if scheme.inputs is None else dataclasses.replace(q, inputs=Inputs(scheme.inputs))
 
@@ -186,16 +188,16 @@ def _quantize_at_once(
 def _quantize_in_steps(x, config, axis, order):
     """The same for integer codes, in separate programs.
 
-    In one, XLA's CPU backend computes code by code what it writes in another order or to half
-    bytes: 4096 x 4096 took 2.2 times as long for W8A8, 1.4 for W4A16. Codes that are floats are
-    faster in one, by half.
+    In a single program, XLA's CPU backend computes one code at a time if it writes them in
+    another axis order or as 4 bits: 4096 x 4096 took 2.2 times as long for W8A8, and 1.4 times for
+    W4A16. Floating-point codes take half as long in a single program.
     """
     q = quantize_array(x, _in_bytes(config), axis).reorder(order)
     return q if q.format == config.format else _with_format(q, config.format)
 
 
 def _in_bytes(config):
-    """The config with codes of less than a byte in bytes: the same codes and scales."""
+    """The config with sub-byte codes stored in whole bytes. Codes and scales are the same."""
     format = config.format
     if format.bits >= 8:
         return config
@@ -230,13 +232,13 @@ def _check(rules: tuple[Rule, ...], paths, leaves, chosen, check):
 def why_unsupported(leaf: Any, plan: Plan) -> str | None:
     """Why a leaf cannot be quantized as planned, or None."""
     if is_quantized(leaf):
-        return f"quantized already ({leaf!r}); dequantize it first, or give it a rule with None"
+        return f"already quantized ({leaf!r}); dequantize it first, or give it a rule with None"
     if isinstance(leaf, TrainedArray):
-        return f"prepared for training already ({leaf!r}); training.convert makes it a QTensor"
+        return f"already prepared for training ({leaf!r}); training.convert makes it a QTensor"
     is_array, shape = isinstance(leaf, jax.Array | np.ndarray | np.generic), np.shape(leaf)
     if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
         what = leaf.dtype if is_array else type(leaf).__name__
-        return f"not a floating array, got {what} of shape {shape}; give it a rule with None"
+        return f"not a floating-point array, got {what} of shape {shape}; give it a rule with None"
     config, axis = plan.scheme.weights, plan.axis
     try:
         block_shape(shape, config, axis)
@@ -255,5 +257,5 @@ def why_unsupported(leaf: Any, plan: Plan) -> str | None:
 
 @jax.jit
 def _is_finite(x):
-    # Not by the maximum: XLA's CPU backend drops NaN there.
+    # Not tested with the maximum, because XLA's CPU backend drops NaN there.
     return jnp.all(jnp.isfinite(x))

@@ -1,4 +1,4 @@
-"""What quantization did to a tree: rows, a table, a picture."""
+"""Reports of what quantization changed in a tree, as rows, a table or a picture."""
 
 import dataclasses
 import math
@@ -56,7 +56,7 @@ class Report:
         """Draws the SQNR of each leaf and the codes' histogram of each scheme into a picture.
 
         Args:
-            path: file to write; its ending says the kind, such as ".png" or ".svg".
+            path: file to write; its extension determines the format, such as ".png" or ".svg".
 
         Raises:
             ImportError: matplotlib is not installed: `pip install 'jaxquant[plot]'`.
@@ -75,11 +75,11 @@ def report(params: Any, quantized: Any, rules: Rules | None = None) -> Report:
     """Compares a tree with its quantized form, leaf by leaf.
 
     Args:
-        params: the tree before, or None where there is none to compare with.
-        quantized: the tree from `tree.quantize`; one from `training.prepare` counts as what
-            `training.convert` makes of it.
-        rules: what `tree.quantize` was given, so that a leaf that was left says which rule
-            left it; None says only what can be seen from the leaf.
+        params: the tree before quantization, or None for a report without a comparison.
+        quantized: the tree from `tree.quantize`. A tree from `training.prepare` is converted
+            with `training.convert` first.
+        rules: the rules passed to `tree.quantize`, so that the report can name the rule that
+            left a leaf in float. With None, reasons come from the leaf alone.
 
     Returns:
         Report with one row per leaf.
@@ -167,7 +167,7 @@ def _powers(x, q):
     dtype = x.dtype if x.dtype == jnp.float64 else jnp.float32
     x = x.astype(dtype)
     noise = x - q.dequantize().astype(dtype)
-    # The square of 1e-23 is 0 in float32, and that of 1e20 infinite.
+    # In float32 the square of 1e-23 is 0 and that of 1e20 is infinite.
     largest = jnp.max(jnp.abs(x), initial=0)
     unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
     return jnp.sum(jnp.square(x / unit)), jnp.sum(jnp.square(noise / unit))
@@ -181,7 +181,7 @@ def _sqnr(x, q):
 
 
 def _histogram(q):
-    """Counts of codes in equal bins; of a codebook's codes, by their index."""
+    """Counts of codes in equal bins; codebook codes are counted by index."""
     q = q.base if isinstance(q, LowRank) else q
     levels = q.format.codebook
     low, high = (0, len(levels)) if levels else (q.format.qmin, q.format.qmax)

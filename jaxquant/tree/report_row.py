@@ -1,4 +1,4 @@
-"""One row of a report. In a file of its own because tables and plots need only this."""
+"""One row of a report. A separate module, because tables and plots need only this."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ class ReportRow:
         bits_per_weight: bits in memory per element, scales and zero points included.
         bytes_before, bytes_after: bytes in memory.
         sqnr: signal to quantization noise in dB, 10 log10(sum x^2 / sum (x - q)^2); infinite
-            if there is no noise, None where nothing was compared.
+            without noise, None without a comparison.
         codes: how often codes fall into each of the equal bins over the format's range, of which
             there are 16 or fewer.
         warning: why its scales may be along the wrong axes: they take more than 2 bits per

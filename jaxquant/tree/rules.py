@@ -17,7 +17,7 @@ CONTRACTED = -2
 
 
 class Plan(NamedTuple):
-    """What a rule says of one leaf: how to quantize it, and along which axes."""
+    """How to quantize one leaf, and along which axes."""
 
     scheme: Scheme
     axis: Axes
@@ -37,7 +37,7 @@ class Rule:
         group_size: replaces the group size of the weights' config; None keeps it.
         where: (path, leaf) -> whether the rule applies to a matching leaf; None for all of them.
         required: whether it is an error if no leaf matches.
-        note: the reason that a report gives for leaves left in float; None names the pattern.
+        note: reason that reports give for leaves left in float; None for the pattern.
 
     Raises:
         ValueError: the pattern is not a str, its regular expression cannot be compiled, the scheme
@@ -87,7 +87,7 @@ class Rule:
         return self.pattern[len(_REGEX) :] if is_regex else fnmatch.translate(self.pattern)
 
     def matches(self, path: str, leaf: Any) -> bool:
-        """Whether the rule is about this leaf."""
+        """Whether the rule matches this leaf."""
         is_match = re.fullmatch(self._expression(), path) is not None
         return is_match and (self.where is None or self.where(path, leaf))
 
@@ -102,7 +102,7 @@ class Rule:
         return dataclasses.replace(scheme, weights=weights)
 
     def plan(self) -> Plan | None:
-        """How to quantize a leaf of a tree, and along which axes; None leaves it as it is."""
+        """How to quantize a leaf, and along which axes; None to leave it unchanged."""
         scheme = self.resolve()
         return scheme and Plan(scheme, CONTRACTED if self.axis is None else self.axis)
 
@@ -113,16 +113,16 @@ class DefaultRule(Rule):
 
 Rules = Scheme | ArrayConfig | Rule | Mapping[str, Any] | Sequence[Any]
 
-# A norm by any part of the path, but not by "normal" or "normalized"; a bias by its end.
+# Norms match any part of the path, except "normal" and "normalized"; biases match its end.
 _NORM = r"[^/.]*norm(?!al(?!i[sz]ation))[^/.]*|ln(_\w+|\d*|f)|rms(_\w+|\d*)"
 _NORM_OR_BIAS = rf"re:(?i)(.*[/.])?({_NORM})([/.].*)?|(.*[/._])?(bias(_\w+)?|beta|gamma|scale)"
-# Not the kernel of a product that embeds patches or frames.
+# Excludes kernels that embed patches or frames by a matrix multiplication.
 _EMBEDDING = r"re:(?i)(?!.*kernel$).*(embed|wte|wpe).*"
 _CONVOLUTION = r"re:(?i).*conv.*"
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
-    """Whether a leaf is floating and has two axes or more."""
+    """Whether a leaf is a floating-point array with two axes or more."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 1
 
 
@@ -149,7 +149,7 @@ def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = CONTRACTED) -> tupl
     (K, heads, size), need an explicit rule. Leaves that would not shrink stay in float.
 
     Args:
-        scheme: for all of them.
+        scheme: how to quantize all of them.
         axis: contracted axis of the matrices: -2 for kernels (K, N), as in JAX and Keras, -1 for
             (N, K), as in PyTorch.
 
@@ -177,7 +177,7 @@ def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = CONTRACTED) -> tupl
 
 
 def _default(pattern, scheme, axis, ndim=None):
-    """A rule for matrices that shrink by it, of any number of axes or this one."""
+    """A rule for matrices that would shrink, with `ndim` axes, or any number for None."""
     config = scheme.weights if isinstance(scheme, Scheme) else scheme
 
     def is_meant(path, leaf):
@@ -187,7 +187,7 @@ def _default(pattern, scheme, axis, ndim=None):
 
 
 def shrinks(leaf: Any, config: ArrayConfig, axis: Axes) -> bool:
-    """Whether a leaf takes fewer bits when it is quantized, or cannot be: that is an error."""
+    """Whether quantizing a leaf saves bits. True for invalid leaves, which raise later."""
     try:
         return bits_per_weight(leaf.shape, config, axis) < bits_of(leaf.dtype) or 0 in leaf.shape
     except ValueError:
@@ -195,7 +195,7 @@ def shrinks(leaf: Any, config: ArrayConfig, axis: Axes) -> bool:
 
 
 def as_rules(rules: Rules) -> tuple[Rule, ...]:
-    """Rules from what people write: a scheme, a rule, {pattern: scheme}, or a sequence of rules.
+    """Converts a scheme, a rule, {pattern: scheme} or a sequence of rules to a tuple of rules.
 
     Raises:
         ValueError: it is none of these, or empty, or an item is neither a Rule nor a
@@ -213,12 +213,12 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
         )
     found = tuple(_as_rule(item) for item in items)
     if not found:
-        raise ValueError(f"rules is empty; got {rules!r}. Give a Scheme, or one Rule or more.")
+        raise ValueError(f"rules must not be empty; got {rules!r}. Pass a Scheme or a Rule.")
     return found
 
 
 def _advice(value):
-    """What to write instead of the name of a preset."""
+    """Advice for users who pass the name of a preset instead of the preset."""
     is_name = isinstance(value, str) and value in SCHEMES
     return f"; write jaxquant.SCHEMES[{value!r}]" if is_name else ""
 
@@ -243,6 +243,6 @@ def match_rules(rules: tuple[Rule, ...], paths: list[str], leaves: list[Any]) ->
 
 
 def unused_rules(rules: tuple[Rule, ...], paths: list[str], leaves: list[Any]) -> list[Rule]:
-    """Required rules that match no leaf, whether or not an earlier rule took it."""
+    """Required rules that match no leaf, not even one that an earlier rule selects."""
     pairs = list(zip(paths, leaves, strict=True))
     return [r for r in rules if r.required and not any(r.matches(*pair) for pair in pairs)]

@@ -1,8 +1,8 @@
 """The safetensors container: a JSON header, then the bytes of the arrays.
 
-Read and written here rather than by the `safetensors` package, which opens a file by name each
-time, so that a file replaced meanwhile looks altered; writes metadata in random order; and cannot
-give NumPy the dtypes of 8 bits.
+This replaces the `safetensors` package, which opens the file by name for each array, so that a
+file replaced in the meantime looks altered; writes metadata in random order; and cannot return
+8-bit floating-point dtypes to NumPy.
 """
 
 import contextlib
@@ -41,13 +41,13 @@ _DTYPES: dict[str, Any] = {
     "F8_E8M0": jnp.float8_e8m0fnu,
 }
 _BITS = {name: 8 * np.dtype(dtype).itemsize for name, dtype in _DTYPES.items()}
-# Those that NumPy does not have in this packed form.
+# Dtypes that NumPy does not have in this packed form.
 _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _NAMES = {np.dtype(dtype).name: name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"
 # The longest header that safetensors reads.
 MAX_HEADER_BYTES = 100_000_000
-# What reading malformed JSON values raises.
+# The errors that malformed JSON values raise.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
@@ -153,7 +153,7 @@ def check_strings(metadata: Mapping[str, str]) -> None:
 
 
 def summary(error: BaseException) -> str:
-    """An error in at most a line."""
+    """The first line of an error, shortened."""
     text = f"{type(error).__name__}: {error}"
     return text if len(text) < 200 else f"{text[:200]}..."
 
@@ -161,7 +161,7 @@ def summary(error: BaseException) -> str:
 def write_tensors(
     file: BinaryIO, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes arrays and strings; equal ones as equal bytes, whatever their order.
+    """Writes arrays and strings. The bytes do not depend on their order.
 
     Args:
         file: open for writing.
@@ -169,7 +169,7 @@ def write_tensors(
         metadata: strings for the header.
 
     Raises:
-        ValueError: the header would be longer than what safetensors reads.
+        ValueError: the header would be longer than safetensors can read.
     """
     # The widest first, so that each array is aligned in the file, as safetensors requires.
     order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
@@ -236,14 +236,14 @@ def _entry(fields) -> Entry:
         raise ValueError(f"unknown dtype {dtype!r}")
     if not all(type(n) is int for n in (*shape, start, stop)):
         raise TypeError(f"sizes must be integers, got shape {shape}, offsets {start}, {stop}")
-    np.broadcast_to(np.uint8(0), shape)  # Raises for what cannot be a shape.
+    np.broadcast_to(np.uint8(0), shape)  # Raises unless it is a shape.
     if math.prod(shape) * _BITS[dtype] != 8 * (stop - start):
         raise ValueError(f"{dtype} of shape {shape} does not take {stop - start} bytes")
     return Entry(dtype, tuple(shape), start, stop)
 
 
 def _contiguous_bytes(entries) -> int:
-    """The bytes of all arrays, which follow one another without holes."""
+    """The bytes of all arrays, which must be contiguous."""
     end = 0
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
         if entry.start != end:

@@ -337,7 +337,7 @@ def test_power_of_two_scales_do_not_clip_integer_codes():
     [
         (jnp.ones(4), W8A8, "config must be an ArrayConfig; got Scheme.*pass s.weights"),
         (jnp.ones(4), INT8, r"got int8\. For a Scheme.*ArrayConfig\(format=f\)"),
-        ([1.0, 2.0], ArrayConfig(), "x must be a floating array; got list"),
+        ([1.0, 2.0], ArrayConfig(), "x must be a floating-point array; got list"),
         (
             quantize(jnp.ones(4), ArrayConfig()),
             ArrayConfig(),
@@ -416,7 +416,7 @@ def test_equal_configs_share_one_compilation():
 
 @pytest.mark.parametrize("function", [quantize, abs_max_quantize])
 def test_integer_input_raises(function):
-    message = r"x must be a floating array; got int32 of shape \(4, 2\)\. Use jnp\.asarray"
+    message = r"x must be a floating-point array; got int32 of shape \(4, 2\)\. Use jnp\.asarray"
     with pytest.raises(ValueError, match=message):
         function(jnp.ones((4, 2), jnp.int32), ArrayConfig())
 
@@ -484,7 +484,7 @@ def test_a_given_scale_must_divide_the_shape():
         quantize_with_scale(jnp.ones((4, 6)), jnp.ones((3, 1)), None, ArrayConfig())
     with pytest.raises(ValueError, match=r"got scale \(6,\) for x \(4, 6\)"):
         quantize_with_scale(jnp.ones((4, 6)), jnp.ones((6,)), None, ArrayConfig())
-    with pytest.raises(ValueError, match="x must be a floating array; got int32"):
+    with pytest.raises(ValueError, match="x must be a floating-point array; got int32"):
         quantize_with_scale(jnp.ones((4, 6), jnp.int32), jnp.ones(()), None, ArrayConfig())
 
 
@@ -562,5 +562,5 @@ def test_a_given_range_must_have_the_shape_of_the_scales():
     text = r"must be scalars or have the shape of the scales, \(1, 4\); got \(4,\) for x \(3, 4\)"
     with pytest.raises(ValueError, match=text):
         quantize_with_range(jnp.ones((3, 4)), jnp.zeros(()), jnp.ones(4), ArrayConfig())
-    with pytest.raises(ValueError, match="x must be a floating array; got int32"):
+    with pytest.raises(ValueError, match="x must be a floating-point array; got int32"):
         quantize_with_range(jnp.ones(4, jnp.int32), jnp.zeros(()), jnp.ones(()), ArrayConfig())

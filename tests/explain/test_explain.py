@@ -267,7 +267,7 @@ def test_a_function_without_quantized_products_has_no_rows_and_says_so():
     for function in (lambda x, q: x @ x.T, lambda x, q: take(q, jnp.arange(3), 0)):
         found = explain(function, X, SMALL)
         assert (list(found), len(found)) == ([], 0)
-        assert "This function has no quantized products." in str(found)
+        assert "This function does not contain quantized products." in str(found)
 
 
 def test_platforms_are_machines_and_others_are_errors():

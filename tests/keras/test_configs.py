@@ -371,7 +371,7 @@ class OwnRange(AbsMax):
             lambda: Float8QuantizationConfig(WRONG_FLAG),
             r"training must be True or False; got 'yes'",
         ),
-        (lambda: QuantizationConfig({}), r"rules is empty; got {}"),
+        (lambda: QuantizationConfig({}), r"rules must not be empty; got {}"),
         (
             lambda: QuantizationConfig("NF4A16"),
             r"got 'NF4A16'; write jaxquant\.SCHEMES\['NF4A16'\]",

@@ -118,7 +118,7 @@ def test_quantize_refuses_what_makes_no_sense():
     with pytest.raises(ValueError, match="must be built; got built=False"):
         quantize(keras.Sequential([keras.layers.Dense(2)]), "int8")
     once, _ = quantize(model, {"table/*": W8A8})
-    with pytest.raises(ValueError, match="table/embeddings is quantized already, to QTensor"):
+    with pytest.raises(ValueError, match="table/embeddings is already quantized, to QTensor"):
         quantize(once, "int8")
     twice, report = quantize(once, {"table/*": None, "*": NF4A16})
     assert schemes(report)["table/embeddings"] == "int8 per channel"

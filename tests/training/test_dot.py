@@ -421,7 +421,7 @@ ERRORS = {
     "integers": (lambda: product(jnp.ones((2, 4), int)), "lhs must be a floating.*int32 of shape"),
     "quantized": (
         lambda: product(y=quantize(jnp.ones((4, 3)), ArrayConfig())),
-        "rhs must be a floating array.*got QTensor",
+        "rhs must be a floating-point array.*got QTensor",
     ),
     "config": (lambda: product(config=INT8), "config must be a ProductConfig.*got int8"),
     "key": (lambda: product(config=INT8_TRAINING), "key must be a random key.*got None"),

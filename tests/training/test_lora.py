@@ -181,7 +181,7 @@ def test_training_starts_at_the_base(scheme, shape):
     np.testing.assert_array_equal(run(x, started), run(x, base))
     assert_equal_quantized(started["kernel"].base, base["kernel"])
     assert started["bias"] is params["bias"]
-    # Leaves that are quantized already are kept.
+    # Leaves that are already quantized are kept.
     again = lora_init(base, scheme, RANK, KEY)
     assert again["kernel"].base is base["kernel"]
     assert_equal_quantized(again, started)
@@ -523,7 +523,7 @@ LEAVES = {
         r"w: shares scales along axes \(0, 2\) of shape \(4, 6, 8\); adapters need adjacent",
     ),
     "NaN": ({"w": W.at[0, 0].set(jnp.nan)}, {"w": INT4_G32}, r"w: holds NaN or Inf"),
-    "integers": ({"w": jnp.ones((K, N), int)}, {"w": INT4_G32}, r"w: not a floating array"),
+    "integers": ({"w": jnp.ones((K, N), int)}, {"w": INT4_G32}, r"w: not a floating-point array"),
     "twice": ({"w": adapted(INT4_G32)}, {"w": INT4_G32}, r"w: already has adapters \(LowRank\(QTe"),
     "axis": ({"w": Q}, Rule("w", ArrayConfig(), axis=2), r"w: axis must lie in -2 \.\. 1"),
     "multiplier": ({"w": MULTIPLIED}, {"w": INT4_G32}, r"w: has inputs\.multiplier \(QTensor"),
@@ -555,7 +555,9 @@ def test_only_floating_arrays_can_be_trained():
         ("name", "'x' at 'name'"),
     ):
         mask = dict.fromkeys(params, False) | {name: True}
-        with pytest.raises(ValueError, match=rf"Only floating arrays.*selects .*{text}. Mark it"):
+        with pytest.raises(
+            ValueError, match=rf"Only floating-point arrays.*selects .*{text}. Mark it"
+        ):
             partition(params, mask)
 
 

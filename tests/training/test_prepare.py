@@ -176,10 +176,10 @@ def test_mismatched_trees_raise():
         (lambda: convert({}), "with paths none"),
         (
             lambda: prepare(prepared, rules),
-            r"a: prepared for training already \(Prepared\(int8 128x24, float32\)\); training",
+            r"a: already prepared for training \(Prepared\(int8 128x24, float32\)\); training",
         ),
-        (lambda: jq.tree.quantize(prepared, W8A8), "a: prepared for training already"),
-        (lambda: prepare(convert(prepared), rules), "a: quantized already"),
+        (lambda: jq.tree.quantize(prepared, W8A8), "a: already prepared for training"),
+        (lambda: prepare(convert(prepared), rules), "a: already quantized"),
         (lambda: prepare(params, {"c": W8A8}), "rule 'c' matches no leaf"),
         (
             lambda: prepare(params, {"b": W8A8}, learned),

@@ -245,7 +245,7 @@ def test_equal_configs_share_one_compilation():
 
 FLOATS = jnp.zeros(512)
 ERRORS = [
-    (jnp.zeros(3, int), {}, r"floating arrays; got int32 of shape \(3,\).*jax.lax.psum"),
+    (jnp.zeros(3, int), {}, r"floating-point arrays; got int32 of shape \(3,\).*jax.lax.psum"),
     ({"a": FLOATS}, {"error": {"b": FLOATS}}, r"error must be a tree like x, .*'a'.*got .*'b'"),
     (FLOATS, {"error": jnp.zeros(511)}, r"shapes \[\(512,\)\]; got .* of shapes \[\(511,\)\]"),
     (FLOATS, {"config": 8}, "config must be an ArrayConfig; got 8"),

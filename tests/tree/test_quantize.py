@@ -139,12 +139,12 @@ def test_one_error_lists_everything_wrong_before_anything_is_done():
         "c/kernel: group_size must divide axis 0; got group_size=128 for shape (96, 32). Pad the "
         "axis, or choose 96.",
         "d/kernel: axis must lie in -1 .. 0 for an array of 1 axes; got axis=-2.",
-        "e/kernel: not a floating array, got int64 of shape (2, 3); give it a rule with None",
-        "f/kernel: quantized already (QTensor(int8 64x32, scale (1, 32), float32)); dequantize it "
+        "e/kernel: not a floating-point array, got int64 of shape (2, 3); give it a rule with None",
+        "f/kernel: already quantized (QTensor(int8 64x32, scale (1, 32), float32)); dequantize it "
         "first, or give it a rule with None",
-        "g/kernel: not a floating array, got float of shape (); give it a rule with None",
-        "h/kernel: not a floating array, got ShapeDtypeStruct of shape (64, 32); give it a rule "
-        "with None",
+        "g/kernel: not a floating-point array, got float of shape (); give it a rule with None",
+        "h/kernel: not a floating-point array, got ShapeDtypeStruct of shape (64, 32); give it a "
+        "rule with None",
     ]
     assert title == "Nothing was quantized; fix these 9 problems:"
     assert calls == []

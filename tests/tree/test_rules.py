@@ -274,11 +274,11 @@ def test_a_scheme_or_config_alone_means_the_default_rules(scheme):
         ),
         (
             lambda: tree.quantize(parameters(), {}),
-            r"rules is empty; got \{\}. Give a Scheme",
+            r"rules must not be empty; got \{\}. Pass a Scheme",
         ),
         (
             lambda: tree.quantize(parameters(), []),
-            r"rules is empty; got \[\]. Give a Scheme",
+            r"rules must not be empty; got \[\]. Pass a Scheme",
         ),
         (
             lambda: tree.quantize(parameters(), ["*/kernel"]),

@@ -1,4 +1,4 @@
-"""Quantized layers in Keras files, and as stock Keras writes them."""
+"""Files of quantized layers, also in the format of stock Keras."""
 
 from .checksums import read_entries as read_entries
 from .checksums import write_checksums as write_checksums

@@ -1,6 +1,6 @@
 """Checksums of the entries of one layer in an HDF5 file.
 
-They are in an attribute of the layer's group: stock Keras reads the same entries as without it.
+They are stored in an attribute of the layer's group, which stock Keras ignores.
 """
 
 import json
@@ -22,7 +22,7 @@ def write_checksums(store: Any) -> None:
 
 
 def read_entries(name: str, store: Any) -> dict[str, np.ndarray]:
-    """Reads all entries of the layer `name`, before anything is done with one of them.
+    """Reads all entries of the layer `name` and verifies their checksums.
 
     Raises:
         ValueError: an entry does not have the checksum that the file states.
@@ -39,7 +39,7 @@ def read_entries(name: str, store: Any) -> dict[str, np.ndarray]:
 
 
 def _expected(name, store):
-    """The checksums in the file by entry; none in files of other versions, or of stock Keras."""
+    """The checksums in the file by entry; empty for other versions and stock Keras."""
     text = (compat.store_attributes(store) or {}).get(ATTRIBUTE, "{}")
     try:
         return dict(json.loads(text))

@@ -1,10 +1,10 @@
-"""The variables of a quantized layer in a Keras file, and back.
+"""Writes the variables of a quantized layer to a Keras file, and reads them.
 
 Entries are numbered: codes of the declared weights, the layer's other variables, then scales and
-zero points of each declared weight; in logical order of axes, so that files fit every platform.
-How they are quantized is written beside them, under `MARK`. Weights of the default int8 are
-written as stock Keras writes them, which has no such entry: scales are 127/max|x| without the
-axes they are shared along. (In float64, so that the step comes back bit by bit.)
+zero points of each declared weight. Axes are in logical order, so that files load on every
+platform. The entry `MARK` holds the quantization config. Layers with the default int8 config are
+written in the format of stock Keras, which does not have that entry and stores 127/max|x| without
+the axes that share a scale. (It is stored in float64, so that the step is restored exactly.)
 """
 
 import contextlib
@@ -27,7 +27,7 @@ MARK = "quantization"
 
 
 def is_quantized(store: Any) -> bool:
-    """Whether a store holds codes: ours by its mark, those of stock Keras by their dtype."""
+    """Whether a store holds codes, by its entry `MARK` or, from stock Keras, by the dtype."""
     keys = set(store.keys())
     return MARK in keys or ("0" in keys and np.asarray(store["0"]).dtype == np.int8)
 
@@ -54,10 +54,10 @@ def save(layer: Any, store: Any) -> None:
 
 
 def load(layer: Any, store: Any) -> None:
-    """Reads the variables of a quantized layer, and quantizes a float layer by them.
+    """Reads the variables of a quantized layer. A float layer becomes quantized.
 
     Raises:
-        ValueError: the entries are not those of this layer. It is left as it was.
+        ValueError: the entries do not fit this layer. The layer is unchanged.
     """
     entries = _numbered(layer, store)
     config = _config_in(layer, store)
@@ -96,11 +96,11 @@ def _load_codes(layer, entries, config, is_plain):
 
 
 def _load_training(layer, entries, config):
-    """Float weights, then the scales of float8 training."""
+    """Reads float weights, then the scales of float8 training."""
     if layer.stored_weights:
         raise ValueError(
-            f"The file holds layer {layer.name!r} as it trains in float8, in float weights; got a "
-            f"layer quantized by {layer.quantization_config}. Load it into a float layer."
+            f"The file holds float weights and float8 scales of layer {layer.name!r} in training; "
+            f"got a layer quantized by {layer.quantization_config}. Load it into a float layer."
         )
     is_new = not compat.has_quantized_variables(layer)
     wanted = [tuple(v.shape) for v in other_variables(layer, ())]
@@ -129,7 +129,7 @@ def _load_stock_int4(layer, entries):
 
 
 def _values_of(layer, variables, entries):
-    """The first entries, in the dtypes of variables that have their shapes."""
+    """The first entries, cast to the dtypes of the variables."""
     pairs = list(zip(variables, entries, strict=False))
     odd = [v.name for v, x in pairs if x.dtype.kind not in "biuf" and x.dtype != jnp.bfloat16]
     if odd:
@@ -146,10 +146,10 @@ def _assign(variables, values):
 
 
 def _holds_int4(layer, entries):
-    """Whether entries of stock Keras are its int4.
+    """Whether the entries are those of int4 in stock Keras.
 
     Raises:
-        ValueError: they are that of Keras before 3.14.
+        ValueError: they are those of int4 in Keras before 3.14.
     """
     if len(layer.declared_shapes) != 1:
         return False
@@ -175,13 +175,13 @@ def _part_shapes(layer, name, like, is_plain):
 
 
 def _numbered(layer, store):
-    """The numbered entries, of which there is one at least and none is missing."""
+    """The numbered entries: at least one, without gaps."""
     keys = set(store.keys()) - {MARK}
     names = [str(i) for i in range(len(keys))]
     if not keys or set(names) != keys:
         raise ValueError(
             f"A file of layer {layer.name!r} must have entries numbered from 0; got "
-            f"{sorted(keys)}. It is damaged, or of another layer."
+            f"{sorted(keys)}. It is damaged, or from another layer."
         )
     return [np.asarray(store[name]) for name in names]
 
@@ -212,13 +212,13 @@ def _tensor(layer, name, like, entries, is_plain):
     return _checked(layer, *_from_entries(entries, like))
 
 
-# Each by one compilation for what would be one per operation.
+# Jitted, so that each compiles once instead of once per operation.
 @jax.jit
 def _to_entries(q):
     return to_storage_arrays(q.reorder(None))
 
 
-# `like` counts by identity: `abstract_tensor` gives one object for equal arguments.
+# `like` is hashed by identity: `abstract_tensor` returns one object for equal arguments.
 @partial(jax.jit, static_argnames="like")
 def _from_entries(entries, like):
     return _ordered(from_storage_arrays(entries, in_logical_order(like)), like.order)
@@ -226,22 +226,22 @@ def _from_entries(entries, like):
 
 @partial(jax.jit, static_argnames="order")
 def _ordered(q, order):
-    """The tensor in an order of axes, and whether it stands for finite numbers."""
+    """The tensor in the given axis order, and whether all its values are finite."""
     return q.reorder(order), jnp.all(jnp.isfinite(q.dequantize()))
 
 
 def _checked(layer, q, is_finite):
-    """The QTensor, which stands for numbers."""
+    """Returns the QTensor if its values are finite, and raises otherwise."""
     if not is_finite:
         raise ValueError(
-            f"The file's codes and scales for layer {layer.name!r} must stand for finite numbers; "
+            f"The file's codes and scales for layer {layer.name!r} must decode to finite numbers; "
             f"got NaN or Inf in {q!r}. It is damaged: quantize the model again."
         )
     return q
 
 
 def other_variables(layer: Any, names: Any) -> list[keras.Variable]:
-    """The layer's own variables, trainable ones first, but for those of LoRA.
+    """The layer's own variables, trainable ones first, without those of LoRA.
 
     Args:
         layer: float or quantized.
@@ -249,7 +249,7 @@ def other_variables(layer: Any, names: Any) -> list[keras.Variable]:
     """
     held = [v for stored in layer.stored_weights.values() for v in stored.variables]
     held += [layer.float_weights[name] for name in names if name in layer.float_weights]
-    # A layer that is built quantized has those of hooks before the rest, and else after it.
+    # In a layer that is built quantized, variables of hooks come before the rest; otherwise after.
     by_hooks = layer.weight_state.hook_variables
     taken = {id(v) for v in (*held, *by_hooks)}
     others = [v for v in compat.own_variables(layer) if id(v) not in taken]
@@ -257,7 +257,7 @@ def other_variables(layer: Any, names: Any) -> list[keras.Variable]:
 
 
 def _config_in(layer, store):
-    """The config of a store, or None where it has none, as those of stock Keras."""
+    """The config in a store, or None if it has none, like stores of stock Keras."""
     if MARK not in set(store.keys()):
         return None
     data = np.asarray(store[MARK])
@@ -277,7 +277,7 @@ def _config_in(layer, store):
 
 
 def _is_plain(config):
-    """Whether a config is the default int8, which needs no words."""
+    """Whether a config is the default int8, which is not written to files."""
     default = Int8QuantizationConfig()
     return type(config) is Int8QuantizationConfig and config.get_config() == default.get_config()
 
@@ -292,14 +292,14 @@ def check_holds_floats(layer: Any, store: Any) -> None:
     if stock_entries.is_float8(shapes, len(other_variables(layer, ()))):
         raise ValueError(
             f"The file holds the scales of float8 training for layer {layer.name!r}, which is "
-            f"a float layer; got shapes {shapes}. Quantize it first, by "
+            f"a float layer; got shapes {shapes}. Quantize it first, with "
             "Float8QuantizationConfig(training=True), then load the file."
         )
 
 
 @contextlib.contextmanager
 def restored_on_error(variables: list[keras.Variable]) -> Iterator[None]:
-    """Gives variables back their values if an error is raised."""
+    """Restores the values of variables if an error is raised."""
     values = [v.value for v in variables]
     try:
         yield
@@ -310,5 +310,5 @@ def restored_on_error(variables: list[keras.Variable]) -> Iterator[None]:
 
 
 def _number(key):
-    """Entries in their order, and others after them."""
+    """Sort key: numbered entries in order, then all others."""
     return (0, int(key), key) if key.isdigit() else (1, 0, key)

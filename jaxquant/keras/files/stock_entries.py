@@ -1,4 +1,4 @@
-"""int4 weights as stock Keras 3.14 and later writes them, read into tensors of ours.
+"""Reads int4 weights in the file format of stock Keras 3.14 and later.
 
 Keras flattens a weight to a matrix, and packs two codes to a byte along its columns, the first in
 the low bits. Entries: packed codes; the layer's other variables; then for one scale per channel
@@ -33,19 +33,19 @@ class StockMatrix(NamedTuple):
 
     @property
     def packed(self) -> tuple[int, int]:
-        """Shape of the bytes."""
+        """Shape of the packed codes."""
         rows, columns = self.shape
         return rows, -(-columns // 2)
 
 
 class StockInt4(NamedTuple):
-    """What a file says of one weight, by element of its matrix.
+    """One weight of a file, with a scale and a zero point for each element of its matrix.
 
     Attributes:
         codes: (rows, columns), int8.
         scale: (rows, columns), float32, the step.
         zero: (rows, columns), int8; None for one scale per channel.
-        config: the config of ours with these groups.
+        config: the jaxquant config with these groups.
     """
 
     codes: np.ndarray
@@ -57,14 +57,14 @@ class StockInt4(NamedTuple):
 def is_int4(codes: np.ndarray, shape: tuple[int, ...], matrix: StockMatrix) -> bool:
     """Whether the first entry of a stock file holds int4 codes of a weight of this shape.
 
-    Codes of one column have the same shape packed and not. But packed they leave the high bits
-    empty, while of int8 codes one is 127 or -127.
+    Codes of a single column have the same shape packed and unpacked. But packed codes leave the
+    high bits zero, whereas at least one int8 code is 127 or -127.
     """
     return codes.shape == matrix.packed and (codes.shape != shape or has_low_bits_only(codes))
 
 
 def has_low_bits_only(codes: np.ndarray) -> bool:
-    """Whether bytes, not all zeros, have nothing in their high bits."""
+    """Whether the high bits of all bytes are zero, but not all bytes."""
     return bool(np.any(codes)) and not np.any(codes.view(np.uint8) >> 4)
 
 
@@ -74,14 +74,13 @@ def read_int4(
     """Reads one weight.
 
     Args:
-        where: what to call it in errors.
+        where: how errors refer to it.
         codes: the packed entry.
         rest: the entries after the layer's other variables.
         matrix: how it is flattened.
 
     Raises:
-        ValueError: the entries are not those of Keras, or name groups of another kind than
-            consecutive rows.
+        ValueError: the entries are not those of Keras, or groups are not consecutive rows.
     """
     rows = matrix.shape[matrix.axis]
     other = matrix.shape[1 - matrix.axis]
@@ -90,7 +89,7 @@ def read_int4(
     if size == 0 or not np.array_equal(group, np.arange(rows) // size):
         raise ValueError(
             f"{where} must have int4 groups of consecutive rows, in `g_idx` of {rows} elements; "
-            f"got shape {group.shape}, {group[:4]}... Quantize it again from floats."
+            f"got shape {group.shape}, {group[:4]}... Quantize it again from float weights."
         )
     groups = [other, other]
     groups[matrix.axis] = int(group[-1]) + 1
@@ -114,7 +113,7 @@ def as_tensor(where: str, held: StockInt4, shape: tuple[int, ...], like: QTensor
     """The weight of `shape` as a QTensor like `like`, which is in logical order.
 
     Raises:
-        ValueError: a group of ours spans several of Keras'.
+        ValueError: one group of `like` spans several groups of Keras.
     """
     widths = [(0, n - m) for n, m in zip(like.shape, shape, strict=True)]
     groups = tuple(like.scale.shape)

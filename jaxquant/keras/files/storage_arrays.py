@@ -1,4 +1,4 @@
-"""Arrays of any dtype in arrays of a dtype that Keras variables and HDF5 files can have.
+"""Stores arrays of any dtype in dtypes that Keras variables and HDF5 files support.
 
 Integers of at least one byte, and float16, float32 and float64, are stored as they are; other
 floating-point dtypes as integers of the same bits. Elements smaller than a byte are packed along
@@ -64,14 +64,14 @@ def from_storage_array(stored: jax.Array, like: jax.Array | jax.ShapeDtypeStruct
     bits = bits_of(like.dtype)
     if bits >= 8:
         return lax.bitcast_convert_type(stored, like.dtype)
-    # A bitcast leaves 4-bit codes packed, where shifts would write a byte for each.
+    # A bitcast keeps 4-bit codes packed, whereas shifts would write one byte per code.
     whole = _unpack_int4(stored, like) if bits == 4 else _unpack_int2(stored, like)
     return lax.slice_in_dim(whole, 0, like.shape[-1], axis=-1)
 
 
 def _unpack_int4(stored, like):
     # XLA on CPU (jaxlib 0.10.2) folds this bitcast of a constant, such as a weight that a jitted
-    # function closes over, to wrong codes; it folds nothing behind a barrier.
+    # function closes over, to wrong codes. A barrier prevents the folding.
     pairs = lax.bitcast_convert_type(lax.optimization_barrier(stored), like.dtype)
     return pairs.reshape(*stored.shape[:-1], 2 * stored.shape[-1])
 

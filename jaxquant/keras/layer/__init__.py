@@ -1,4 +1,4 @@
-"""What makes one Keras layer quantizable."""
+"""Mixins that make a Keras layer quantizable."""
 
 from .float8 import Float8TrainingMixin as Float8TrainingMixin
 from .kernel_layer import CHANNEL_AXIS as CHANNEL_AXIS

@@ -21,7 +21,7 @@ def alias(layer: Any, variable: keras.Variable, name: str) -> None:
 
 
 def check_reachable(layer: Any, name: str, variable: keras.Variable) -> None:
-    """Checks that the layer keeps a declared weight only in attributes of its own.
+    """Checks that the layer keeps a declared weight only in its own attributes.
 
     Raises:
         ValueError: it is in a container or in a sublayer, where its codes would be read as

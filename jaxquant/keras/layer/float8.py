@@ -1,4 +1,4 @@
-"""Training in 8-bit floats: e4m3 forward, e5m2 gradients, delayed scaling.
+"""Training in float8: e4m3 forward, e5m2 gradients, delayed scaling.
 
 The inputs, the kernel and the gradient of the outputs each have a scale, amax / (largest value of
 the format), and a history of amax, the largest magnitude in the last steps. Keras overwrites these
@@ -28,7 +28,7 @@ class Float8TrainingMixin(KernelLayerMixin):
     """
 
     def call(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass, with operands rounded to float8 while the layer trains in it."""
+        """The forward pass, with operands rounded to float8 during float8 training."""
         if not self.trains_in_float8:
             return super().call(inputs, *args, **kwargs)
         inputs = cast_operand(inputs, *self._scaling("inputs"))

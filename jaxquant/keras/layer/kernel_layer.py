@@ -22,7 +22,7 @@ class KernelLayerMixin(LoraMixin):
         raise NotImplementedError(f"{type(self).__name__} must define `product`.")
 
     def call(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass: Keras' own in float, on codes if the kernel is quantized."""
+        """The forward pass: that of Keras in float, or on codes if the kernel is quantized."""
         if not self.has_codes("kernel"):
             return super().call(inputs, *args, **kwargs)
         outputs = self.product(inputs, self.operand("kernel"))

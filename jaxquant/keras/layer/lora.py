@@ -16,7 +16,7 @@ from .mixin import QuantizableMixin
 
 
 class LoraMixin(QuantizableMixin):
-    """Adds `enable_lora` for the layer's first declared weight. Not while it trains in float8."""
+    """Adds `enable_lora` for the layer's first declared weight."""
 
     lora_enabled = False
 
@@ -35,11 +35,11 @@ class LoraMixin(QuantizableMixin):
             rank: length of the axis between `a` and `b`.
             lora_alpha: alpha; None for the rank, which makes the factor 1.
             a_initializer: a Keras initializer.
-            b_initializer: one for `b`; zeros leave the weight as it is until `b` is trained.
+            b_initializer: one for `b`; zeros keep the weight unchanged until `b` is trained.
 
         Raises:
-            ValueError: the layer is not built, has LoRA already, has a constraint on the weight,
-                or trains in float8; or the rank is not positive. The layer is unchanged.
+            ValueError: the layer is not built, already has LoRA, has a constraint on the weight, or
+                trains in float8; or the rank is not positive. The layer is unchanged.
         """
         name = next(iter(self.declared_weights))
         self._check_lora(name, rank)
@@ -86,14 +86,14 @@ class LoraMixin(QuantizableMixin):
         return keras.ops.cast(total, self.compute_dtype)
 
     def tensor_to_save(self, name: str) -> QTensor:
-        """The weight with its adapter, quantized again as it was."""
+        """The weight with its adapter merged, quantized again with the same config."""
         if not self._has_lora(name):
             return super().tensor_to_save(name)
         total = self.stored_weights[name].dequantize() + self.lora_delta(name)
         return self.quantized_values(name, total, self.quantization_config)
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads the weights, into which the adapter was merged, and clears the adapter."""
+        """Reads the weights, which include the merged adapter, and clears the adapter."""
         super().load_own_variables(store)
         if self.lora_enabled:
             # Only `b`: if both were zero, neither would get a gradient.

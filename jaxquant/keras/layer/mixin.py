@@ -1,4 +1,4 @@
-"""What makes a Keras layer quantizable: the hooks that Keras calls, from a declaration."""
+"""The mixin that makes a Keras layer quantizable, with the hooks that Keras calls."""
 
 import math
 from typing import Any, ClassVar
@@ -76,7 +76,7 @@ class QuantizableMixin(PolicyMixin):
 
     @property
     def float_weights(self) -> dict[str, Any]:
-        """Float variables of the declared weights by name; None for one that was left out."""
+        """Float variables of the declared weights by name; None for an omitted one."""
         return self.weight_state.float_weights
 
     @property
@@ -110,7 +110,7 @@ class QuantizableMixin(PolicyMixin):
     def operand(self, name: str) -> QTensor | jax.Array:
         """The weight as an operand: a QTensor, or an array where `has_codes` is False.
 
-        The QTensor's `inputs` say how the other operand is quantized.
+        The QTensor's `inputs` determine how the other operand is quantized.
         """
         if name in self.stored_weights:
             return self.stored_weights[name].operand(self.compute_dtype)
@@ -126,7 +126,7 @@ class QuantizableMixin(PolicyMixin):
         return self.quantization_config and self.quantization_config.activation_quantizer
 
     def __getattr__(self, name: str) -> Any:
-        """Reads a declared weight under another attribute that held its variable."""
+        """Reads a declared weight through another attribute that held its variable."""
         state = self.__dict__.get("weight_state")
         if state is not None and name in state.aliases:
             return getattr(self, state.aliases[name])
@@ -178,7 +178,7 @@ class QuantizableMixin(PolicyMixin):
     # Calling.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the layer, and notes the model that it is in."""
+        """Calls the layer, and records the model that contains it."""
         optimizer_slots.note_model(self.weight_state.models)
         return super().__call__(*args, **kwargs)
 
@@ -270,12 +270,12 @@ class QuantizableMixin(PolicyMixin):
         """Replaces float weights by quantized ones, all of them or none.
 
         Args:
-            config: what they were quantized by.
+            config: the config that they were quantized with.
             tensors: weights by name, in the shapes and orders that `config` gives them.
 
         Raises:
-            ValueError: the layer is already quantized, in another way; or it keeps the variable
-                of a weight where it would go on being read.
+            ValueError: the layer is already quantized in another way, or it keeps the variable of
+                a weight where it would still be read.
         """
         state = self.weight_state
         if state.stored_weights:
@@ -292,15 +292,15 @@ class QuantizableMixin(PolicyMixin):
         self.renew_optimizers()
 
     def switch_policy(self, config: SchemeConfig) -> None:
-        """Sets the policy of a config, once its variables are there."""
-        # Before the policy, whose setter would quantize again.
+        """Sets the policy of a config after its variables are created."""
+        # Before setting the policy, which would quantize again.
         compat.mark_quantized(self)
         if super().quantization_mode != config.mode:
             source = own_policy(self).name.rpartition("_from_")[-1]
             self.dtype_policy = keras.dtype_policies.get(f"{config.mode}_from_{source}")
 
     def renew_optimizers(self) -> None:
-        """Replaces optimizers of the layer's models, after variables came or went."""
+        """Replaces the optimizers of the layer's models after variables were added or removed."""
         optimizer_slots.renew_optimizers(self.weight_state.models)
 
     # Training in float8, for layers that support it.
@@ -312,7 +312,7 @@ class QuantizableMixin(PolicyMixin):
         return compat.has_quantized_variables(self) and config is not None and config.is_training
 
     def start_training(self, config: SchemeConfig) -> None:
-        """Hook: adds what training needs, all of it or nothing.
+        """Hook: adds the variables for training, all or none.
 
         Raises:
             NotImplementedError: the layer cannot be trained in this mode.
@@ -326,7 +326,7 @@ class QuantizableMixin(PolicyMixin):
         """Hook: raises the ValueError of `start_training`, and changes nothing."""
 
     def end_training(self) -> None:
-        """Hook: drops what `start_training` added."""
+        """Hook: removes the variables that `start_training` added."""
 
     def training_shapes(self) -> list[tuple[int, ...]]:
         """Hook: the shapes of the variables that `start_training` adds."""
@@ -343,7 +343,7 @@ class QuantizableMixin(PolicyMixin):
         files.write_checksums(store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads what `save_own_variables` wrote; a quantized file quantizes a float layer.
+        """Reads variables from `save_own_variables`. A quantized file quantizes a float layer.
 
         Raises:
             ValueError: the file is damaged, or of another layer, or holds floating-point weights
@@ -369,7 +369,7 @@ class QuantizableMixin(PolicyMixin):
         return tuple(n for a, n in enumerate(like.scale.shape) if a not in shared)
 
     def scale_to_stock(self, name: str, scale: np.ndarray, like: QTensor) -> np.ndarray:
-        """Hook: a scale laid out as stock Keras has it for int8."""
+        """Hook: converts a scale to the int8 layout of stock Keras."""
         return scale.reshape(self.stock_scale_shape(name, like))
 
     def scale_from_stock(self, name: str, scale: np.ndarray, like: QTensor) -> np.ndarray:

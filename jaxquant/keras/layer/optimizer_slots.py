@@ -1,4 +1,4 @@
-"""Optimizers of models whose layers gain and lose trainable variables."""
+"""Optimizers of models in which trainable variables are added or removed."""
 
 import functools
 from collections import Counter
@@ -12,7 +12,7 @@ from .. import compat
 
 
 def note_model(models: Any) -> None:
-    """Adds the model that is being called, if one is, to the models of a layer."""
+    """Adds the model that is being called, if any, to the models of a layer."""
     model = compat.running_layer()
     if isinstance(model, keras.Model) and model not in models:
         models.add(model)
@@ -33,7 +33,7 @@ def _has_slots(model):
 
 
 def _is_outdated(model):
-    """Whether the slots of the model's optimizer are not those of the variables it trains."""
+    """Whether the slots of the model's optimizer do not match its trainable variables."""
     return _has_slots(model) and not compat.has_slots_for(
         model.optimizer, model.trainable_variables
     )
@@ -45,7 +45,7 @@ def _renew_optimizer(model):
 
 
 def _renew_before_training(model):
-    """Renews the optimizer of a model, such as a loaded one, once it makes its train function.
+    """Replaces the optimizer of a model, such as a loaded one, when its train function is made.
 
     Keras calls a model symbolically before it trains, and no variable can be created then.
     """
@@ -63,7 +63,7 @@ def _renew_before_training(model):
 
 
 def successor(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """A new optimizer, not built, that continues where another one stopped.
+    """A new optimizer, not yet built, that continues from the state of another one.
 
     When it is built it copies the other's number of iterations, its learning rate, and its state
     of the variables that both optimize.

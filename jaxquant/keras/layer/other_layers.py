@@ -7,9 +7,9 @@ from ..configs import SchemeConfig
 
 
 def check_other_layers(layer: Any, config: SchemeConfig) -> None:
-    """Checks what `Model.quantize` does next, when it comes to the first quantizable layer.
+    """Checks the layers that `Model.quantize` quantizes next, at the first quantizable layer.
 
-    It quantizes layer by layer, and an error would leave those before it quantized.
+    Keras quantizes one layer at a time, and an error would leave earlier layers quantized.
 
     Raises:
         ValueError: another layer cannot be quantized: as its `quantize` would raise it.

@@ -1,10 +1,10 @@
-"""The dtype policy of a layer; a setter that fails leaves it unchanged."""
+"""The dtype policy of a layer. If setting it fails, it is unchanged."""
 
 from .. import compat
 
 
 class PolicyMixin(compat.KerasLayer):
-    """Comes before a Keras layer: its setter quantizes a built layer if the policy says so."""
+    """Comes before the Keras layer among the bases. A quantized policy quantizes a built layer."""
 
     @property
     def dtype_policy(self):

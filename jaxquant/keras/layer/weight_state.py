@@ -20,7 +20,7 @@ class LayerState:
 
     Attributes:
         layer: the layer.
-        float_weights: variables by name of weight; None for a weight that the layer left out.
+        float_weights: variables by weight name; None for a weight that the layer omits.
         stored_weights: quantized weights by name.
         aliases: declared weights by the other attributes under which the layer keeps them.
         hook_variables: variables that build hooks created beside codes and scales.
@@ -49,7 +49,7 @@ class LayerState:
         """The path of a weight, by which rules select it."""
         return f"{self.layer.path or self.layer.name}/{name}"
 
-    # What a config makes of a weight.
+    # Quantizing by a config.
 
     def plan(self, name: str, config: SchemeConfig) -> tuple[tuple[int, ...], Scheme] | None:
         """The axes that share a scale, and the scheme, of a weight; None if it stays in float."""
@@ -86,7 +86,7 @@ class LayerState:
         q, is_finite, noise = quantize_padded(values, array_config, axis, padded, order)
         if not is_finite:
             raise ValueError(f"{path} holds NaN or Inf; got shape {shape}. Fix it, then quantize.")
-        if not noise < 1:  # NaN, too.
+        if not noise < 1:  # Also true for NaN.
             raise ValueError(
                 f"Quantizing {path} would lose its values: the error has {noise:.3g} times their "
                 f"norm. Got {array_config}; choose another range or scale_dtype."
@@ -131,7 +131,7 @@ class LayerState:
             self.stored_weights[name].assign(q)
 
     def drop_floats(self, names: Iterable[str]) -> None:
-        """Forgets the float variables of weights that are quantized now."""
+        """Drops the float variables of weights that are now quantized."""
         with compat.unlocked(self.layer):
             for name in names:
                 variable = self.float_weights.pop(name)

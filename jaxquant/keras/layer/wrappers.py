@@ -1,4 +1,4 @@
-"""What surrounds a layer's `build` and `quantize`, those that Keras and subclasses define."""
+"""Wrappers of the `build` and `quantize` methods of Keras layers and subclasses."""
 
 import contextlib
 import functools
@@ -44,7 +44,7 @@ def build_in_float(layer: Any, build: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def quantize_with_config(layer: Any, quantize: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives Keras' `quantize` our default configs, the same in every version of Keras."""
+    """Passes the default configs of jaxquant to Keras' `quantize`, in every version of Keras."""
 
     @functools.wraps(quantize)
     def wrapped(mode=None, config=None, **kwargs):
@@ -65,7 +65,7 @@ def quantize_with_config(layer: Any, quantize: Callable[..., Any]) -> Callable[.
 
 @contextlib.contextmanager
 def _training_ends(layer, config) -> Iterator[None]:
-    """Lets a layer that trained in float8 be quantized: its weights are still float."""
+    """Allows quantizing a layer after float8 training: its weights are still float."""
     if not layer.trains_in_float8 or getattr(config, "is_training", False):
         yield
         return

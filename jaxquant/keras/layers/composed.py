@@ -1,4 +1,4 @@
-"""Layers made of other layers, which quantize once those are quantizable."""
+"""Layers made of other layers, which are quantized through their quantizable sublayers."""
 
 import inspect
 from typing import Any, ClassVar
@@ -20,12 +20,12 @@ class ComposedMixin(PolicyMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute; a sublayer of a stock class is replaced by a quantizable one."""
-        # Not for subclasses, which may compute something else.
+        # Subclasses are not replaced, because they may compute something else.
         ours = self.ours.get(type(value))
         super().__setattr__(name, value if ours is None else _made_again(value, ours))
 
     def quantize(self, mode: str | None = None, config: Any = None, type_check: bool = True):
-        """The layer has no weights of its own.
+        """Raises an error, because the layer itself does not have weights.
 
         Raises:
             NotImplementedError: always, before anything changes. It says what to quantize.
@@ -38,7 +38,7 @@ class ComposedMixin(PolicyMixin):
         )
 
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass under every policy: the sublayers are what is quantized."""
+        """The same forward pass under every policy, because only the sublayers are quantized."""
         return self.call(*args, **kwargs)
 
 

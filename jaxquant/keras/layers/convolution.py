@@ -136,7 +136,7 @@ class DepthwiseConvolutionMixin(KernelLayerMixin):
     kernel = QuantizedWeight(axis=_spatial)
 
     def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
-        """The convolution of each channel by itself."""
+        """The convolution of each channel on its own."""
         return _depthwise(self, inputs, kernel)
 
 

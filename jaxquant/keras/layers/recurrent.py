@@ -107,7 +107,7 @@ class GRUCell(CellMixin, keras.layers.GRUCell):
 
 
 class RecurrentMixin(ComposedMixin):
-    """A Keras recurrent layer that runs a cell of ours."""
+    """A Keras recurrent layer that runs a quantizable cell."""
 
     ours: ClassVar[dict[type, type]] = {
         keras.layers.SimpleRNNCell: SimpleRNNCell,

@@ -29,7 +29,7 @@ def convert(model: keras.Model, *, keep: Keep = ()) -> Any:
     Args:
         model: functional or Sequential, with nested models, shared layers and wrappers. A model
             of a custom class keeps that class if it inherits the constructor of keras.Model or
-            keras.Sequential, and else becomes one of these two.
+            keras.Sequential, and otherwise becomes one of these two.
         keep: names and classes of layers to copy as they are.
 
     Raises:
@@ -46,7 +46,7 @@ def convert(model: keras.Model, *, keep: Keep = ()) -> Any:
 
 
 def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -> Any:
-    """Copies a model of our layers into one of stock Keras layers, for use without jaxquant.
+    """Copies a model of jaxquant layers into one of stock Keras layers, for use without jaxquant.
 
     Float layers become stock float layers. 8-bit Dense, EinsumDense and Embedding layers, and
     4-bit ones from Keras 3.14 on, become layers quantized by Keras, with the same codes: outputs
@@ -82,7 +82,7 @@ def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -
 
 
 def converter(keep: Keep) -> ModelRewriter:
-    """The rewriter from stock layers to ours."""
+    """The rewriter from stock layers to quantizable ones."""
     return ModelRewriter(
         counterpart, _why_unsupported, keep=tuple(keep), always_keep=_SHARE_WEIGHTS
     )

@@ -45,7 +45,7 @@ def quantize(
 
     Raises:
         ValueError: lists all problems: what `convert` does not support; rules that match no
-            weight, or select none; weights that hold NaN or Inf, are quantized already, or cannot
+            weight, or select none; weights that hold NaN or Inf, are already quantized, or cannot
             be quantized in this way.
 
     Example:
@@ -138,7 +138,7 @@ def _mismatches(config, layers, chosen):
     unused = [r for r in rules if r.required and not any(r.matches(p, None) for p in paths)]
     problems = [f"rule {r.pattern!r} matches no quantizable weight" for r in unused]
     again = [
-        f"{_path(layer, name)} is quantized already, to {layer.quantized_weight(name)!r}; give "
+        f"{_path(layer, name)} is already quantized, to {layer.quantized_weight(name)!r}; give "
         "it a rule with None, or quantize the float model"
         for layer in layers
         for name in layer.stored_weights

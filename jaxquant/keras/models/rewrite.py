@@ -1,4 +1,4 @@
-"""Copies whole models layer by layer, and gives layers other classes."""
+"""Copies models layer by layer and replaces the classes of layers."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -198,7 +198,7 @@ def _has_graph(model):
 
 
 def _class_of_copy(model, stock):
-    """The model's class, or the stock one if it has a constructor of its own."""
+    """The model's class, or the stock one if the class defines its own constructor."""
     maker = next(cls for cls in type(model).__mro__ if "__init__" in vars(cls))
     return type(model) if is_stock(maker) else stock
 
@@ -249,7 +249,7 @@ def _identity(cls):
 
 
 def _set_trainable(old, new, copies):
-    """Says which layers are, outer ones first: Keras passes it on to those within."""
+    """Copies `trainable`, outer layers first, because Keras sets it on inner layers too."""
     if new.trainable != old.trainable:
         new.trainable = old.trainable
     for inner in compat.children(old):

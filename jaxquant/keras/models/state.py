@@ -1,4 +1,4 @@
-"""The state of a layer: its variables, and what Keras derives from them or keeps beside them."""
+"""Copies the state of layers: variables, and values that Keras keeps outside of them."""
 
 import tempfile
 from collections import defaultdict
@@ -50,11 +50,11 @@ def share_variables(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
 
 
 def copy_other_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """Copies what a stock layer holds beside its variables.
+    """Copies the state of a stock layer that is not in its variables.
 
-    Such are the vocabulary of a lookup layer, and the constants that `Normalization` computes from
-    its variables: Keras restores them in the hooks that load a file. The states of a stateful RNN
-    are variables that Keras neither tracks nor saves.
+    Examples are the vocabulary of a lookup layer and the constants that `Normalization` computes
+    from its variables. Keras restores them in the hooks that load a file. The states of a
+    stateful RNN are variables that Keras neither tracks nor saves.
     """
     if type(old) is type(new) and not isinstance(old, QuantizableMixin):
         _copy_by_saving(old, new)
