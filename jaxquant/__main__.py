@@ -1,4 +1,4 @@
-"""The command line: arguments to calls of the library, and results to text."""
+"""The command line interface."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ _EXAMPLES = """examples:
       --rule '*lm_head*=W8A16' --rule 're:.*gate.*=none'
   jaxquant inspect small.safetensors --plot small.png
 """
-# What a file remembers of the report, because the float weights are gone.
+# Metadata key of the SQNR, which cannot be computed later without the float weights.
 _SQNR = "jaxquant.sqnr"
 
 
@@ -53,18 +53,18 @@ def _parser():
 
 
 def _add_demo(commands):
-    text = "Quantize a real sentence encoder with several schemes and compare them."
+    text = "Quantize a pretrained sentence encoder with several schemes and compare them."
     parser = _add(commands, "demo", _demo, text)
     parser.add_argument("--encoder", type=Path, metavar="DIR", help="folder of a BERT encoder")
     parser.add_argument("--sentences", type=int, default=600, metavar="N", help="default: 600")
     parser.add_argument(
         "--only", action="append", choices=list(demo.SCHEMES), metavar="NAME",
-        help="one scheme of the table, repeatable; default: all",
+        help="run only this scheme; repeatable; default: all",
     )  # fmt: skip
 
 
 def _add_quantize(commands):
-    text = "Quantize the matrices of a safetensors file; norms and biases stay as they are."
+    text = "Quantize the matrices of a safetensors file; norms and biases stay in float."
     parser = _add(commands, "quantize", _quantize, text)
     parser.add_argument("source", metavar="IN.safetensors", type=Path)
     parser.add_argument("target", metavar="OUT.safetensors", type=Path)
@@ -72,21 +72,23 @@ def _add_quantize(commands):
     parser.add_argument("--scheme", type=_scheme, metavar="NAME", help=f"one of {names}")
     parser.add_argument(
         "--rule", type=_rule, action="append", default=[], metavar="PATTERN=NAME",
-        help="scheme for the tensors whose names match a glob, or re:REGEX; NAME may be none; "
-        "repeatable, the first that matches decides, before --scheme",
+        help="scheme of the tensors whose names match a glob or re:REGEX; none keeps them in "
+        "float; repeatable; the first match decides; rules take precedence over --scheme",
     )  # fmt: skip
     parser.add_argument(
         "--axis", type=int, default=-1,
-        help="contracted axis of the matrices: -1 for (out, in), as PyTorch writes them (the "
-        "default); -2 for (in, out), as JAX and Keras do",
+        help="contracted axis of the matrices: -1 (default) for (out, in), as in PyTorch; -2 for "
+        "(in, out), as in JAX and Keras",
     )  # fmt: skip
 
 
 def _add_inspect(commands):
-    text = "Show what a safetensors file holds, and how it is quantized."
+    text = "Show the tensors of a safetensors file and how they are quantized."
     parser = _add(commands, "inspect", _inspect, text)
     parser.add_argument("file", metavar="FILE", type=Path)
-    parser.add_argument("--plot", metavar="PNG", help="draw SQNR and codes into a picture")
+    parser.add_argument(
+        "--plot", metavar="PNG", help="write a picture of the SQNR and code histograms"
+    )
 
 
 def _add(commands, name, run, text):
@@ -163,7 +165,7 @@ def _inspect(options):
 
 
 def _stored_sqnr(path, metadata):
-    """SQNR by the path of a leaf, from when the file was quantized."""
+    """SQNR by path, as stored when the file was quantized."""
     text = metadata.get(_SQNR, "{}")
     try:
         return {name: float(value) for name, value in json.loads(text).items()}
@@ -175,7 +177,7 @@ def _print(table, values, options):
     if options.json:
         print(json.dumps(values))
     else:
-        # As wide as the table where the output is not a terminal, so that nothing is cut.
+        # Wide enough for all columns if the output is not a terminal.
         width = None if sys.stdout.isatty() else 160
         rich.console.Console(width=width).print(table)
 

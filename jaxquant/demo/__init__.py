@@ -1,4 +1,4 @@
-"""The main job on real input: a pretrained sentence encoder, quantized and compared."""
+"""The demo: quantizes a pretrained sentence encoder and compares schemes."""
 
 from .compare import SCHEMES as SCHEMES
 from .compare import Result as Result

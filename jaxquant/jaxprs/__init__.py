@@ -1,4 +1,4 @@
-"""Everything that reads JAX's internals, and nothing else."""
+"""The only package here that reads JAX's internals."""
 
 from . import chips as chips
 from .chips import by_generation as by_generation

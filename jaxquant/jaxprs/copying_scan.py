@@ -1,7 +1,7 @@
-"""`scan`s that get the slices of some arrays by a function, where a program is for one CPU.
+"""`scan`s that take slices of some arrays with a given function, in programs for one CPU.
 
 The loop is traced by `jax.lax.scan`, and its equation replaced by one of another primitive with
-the same parameters. That has a lowering of its own; its derivatives are those of the `scan`.
+the same parameters. That primitive has its own lowering; its derivatives are those of the `scan`.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Copier:
 
 
 def with_copied_slices(loop: Function, copier: Copier, *args: Any) -> Any:
-    """loop(*args), whose outermost `scan`s get their slices by the copier."""
+    """loop(*args), with the slices of its outermost `scan`s taken by the copier."""
     program, shapes = jax.make_jaxpr(loop, return_shape=True)(*args)
     out = _with_copier(program, copier)(*jax.tree.leaves(args))
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
@@ -57,7 +57,7 @@ def _plain(*args, copier, **params):
 
 
 def _by_copier(*args, copier, **params):
-    """The loop that `_plain` is, with copied slices."""
+    """The same loop as `_plain`, with copied slices."""
     num_consts, num_carried = scan_counts(params)
     carries = slice(num_consts, num_consts + num_carried)
     consts, init, xs = args[: carries.start], args[carries], args[carries.stop :]

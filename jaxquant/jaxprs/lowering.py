@@ -1,4 +1,4 @@
-"""Selection between computations when a program is lowered: only then its target is known."""
+"""Selection between computations at lowering, when the target of a program is known."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -148,8 +148,8 @@ def lowering_switch(branches: tuple[Function, ...], select: Select, *args: jax.A
 
     Args:
         branches: functions whose results have the same structure, shapes and dtypes.
-        select: from JAX's lowering context to the index of a branch; True is 1. It gets None where
-            nothing is lowered, because each operation runs by itself.
+        select: from JAX's lowering context to the index of a branch; True is 1. It gets None for
+            eager operations, which are not lowered.
         args: arrays.
     """
     structure = jax.tree.structure(jax.eval_shape(branches[-1], *args))

@@ -20,7 +20,7 @@ _is_marking = jax.make_user_context(default_value=False)
 
 
 def marking() -> contextlib.AbstractContextManager[None]:
-    """A context in which operations leave markers in what this thread traces."""
+    """A context in which operations add markers to the programs that this thread traces."""
     return _is_marking(True)
 
 

@@ -1,4 +1,4 @@
-"""What the parameters of JAX's primitives say, in each supported version of JAX."""
+"""Reads the parameters of JAX's primitives, in each supported version of JAX."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +24,8 @@ class Inner(NamedTuple):
 
     Attributes:
         jaxpr: the open jaxpr.
-        operands: for each input of the jaxpr, the operand of the equation that it is, or is a
-            slice of, or starts as; None where it is not known.
+        operands: for each input of the jaxpr, the equation's operand that it equals, is a slice
+            of, or starts from; None if unknown.
         times: how often it runs for one run of the equation; None if that is not known.
     """
 
@@ -126,13 +126,13 @@ def _read_cond(eqn):
 
 
 def _read_call(eqn):
-    """Of an equation that passes its operands to a jaxpr; of others operands are not known."""
+    """Of an equation that passes its operands to a jaxpr; otherwise the operands are unknown."""
     return [Inner(jaxpr, _passed(eqn, jaxpr), 1) for jaxpr in map(_open, _jaxprs(eqn.params))]
 
 
 def _jaxprs(params):
     yield from jaxprs_in_params(params)
-    # Primitives with types of their own, which `jax_custom_vjp3` and `jax_remat3` turn on.
+    # Primitives of separate types, enabled by `jax_custom_vjp3` and `jax_remat3`.
     high = params.get("_prim")
     traced = getattr(high, "traced", high)
     if hasattr(traced, "jaxpr"):

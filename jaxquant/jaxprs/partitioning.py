@@ -23,7 +23,7 @@ def spans_devices(program: ClosedJaxpr, args: Any) -> bool:
 def is_partitioned(site: Site) -> bool:
     """Whether XLA partitions an equation of a program that runs on several devices.
 
-    It does not inside of a `shard_map` over all axes of its mesh.
+    XLA does not partition inside a `shard_map` over all axes of its mesh.
     """
     maps = [eqn.params for eqn in site.within if eqn.primitive.name == "shard_map"]
     if not maps:

@@ -80,7 +80,7 @@ def without_names(out_sharding: OutSharding, names: set[str]) -> OutSharding:
 
 
 def is_sharded(x: jax.Array) -> bool:
-    """Whether an array is sharded along an explicit axis of a mesh, which its type says."""
+    """Whether the type of an array says that it is sharded along an explicit mesh axis."""
     return any(name is not None for name in jax.typeof(x).sharding.spec)
 
 
@@ -90,6 +90,6 @@ def varying_axes(x: jax.Array) -> frozenset:
 
 
 def vary_alike(arrays: list[jax.Array]) -> list[jax.Array]:
-    """The arrays, all varying along the same mesh axes, inside `shard_map`."""
+    """The arrays, made to vary along the same mesh axes, inside `shard_map`."""
     axes = frozenset[str]().union(*(varying_axes(x) for x in arrays))
     return [jax.lax.pcast(x, tuple(sorted(axes - varying_axes(x))), to="varying") for x in arrays]

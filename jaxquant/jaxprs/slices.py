@@ -1,6 +1,6 @@
-"""Which arrays of a program are slices of others with elements of less than a byte.
+"""Finds the arrays of a program that are slices of sub-byte arrays.
 
-XLA on CPU copies such elements one at a time: `jaxquant/ops/scan.py` has what that costs.
+XLA on CPU copies such elements one at a time: see `jaxquant/ops/scan.py` for the cost.
 """
 
 import math
@@ -30,8 +30,8 @@ def is_sliced(variables: Sequence[Var | Literal | None], sliced: frozenset[Var])
 def add_slices(eqn: JaxprEqn, sliced: frozenset[Var]) -> frozenset[Var]:
     """The slices known before an equation, with its results and the inputs of its inner jaxprs.
 
-    To be called on each equation in the order of `walk`. A jaxpr can be called again, with other
-    operands, so variables that are not slices this time are removed.
+    Call it on each equation in the order of `walk`. A jaxpr can be called several times with
+    different operands, so variables that are not slices in this call are removed.
     """
     known = dict.fromkeys(eqn.outvars, False) | dict.fromkeys(_slices_made_by(eqn, sliced), True)
     first = count_before_slices(eqn)
@@ -43,7 +43,7 @@ def add_slices(eqn: JaxprEqn, sliced: frozenset[Var]) -> frozenset[Var]:
 
 
 def _slices_made_by(eqn, sliced):
-    """Narrow results that are smaller than the largest narrow operand, or made of slices."""
+    """Narrow results that are smaller than the largest narrow operand, or computed from slices."""
     results = [v for v in eqn.outvars if is_narrow(v.aval)]
     if is_sliced(eqn.invars, sliced):
         return results

@@ -1,4 +1,4 @@
-"""A walk over a jaxpr and those inside of it, and a function of a jaxpr with other equations."""
+"""Walks over a jaxpr and its inner jaxprs, and replaces equations of a jaxpr."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ def walk(
     A jaxpr that is called twice is walked twice, with the same variables.
 
     Args:
-        program: what `jax.make_jaxpr` returns, or a jaxpr inside of an equation.
+        program: from `jax.make_jaxpr`, or a jaxpr inside an equation.
         platform: one that `jax.lax.platform_dependent` names, to walk only the branches that it
             runs; None for all branches.
         within, times: as in `Site`, of the program itself.

@@ -1,3 +1,3 @@
-"""Computations on raw arrays that decide speed, one formulation per file."""
+"""Performance-critical computations on raw arrays, one implementation per file."""
 
 from .integer_dot import integer_dot as integer_dot

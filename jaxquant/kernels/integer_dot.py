@@ -1,4 +1,4 @@
-"""The matrix multiplication of 8-bit codes, in the form for which XLA uses its fast CPU library."""
+"""The matrix multiplication of 8-bit codes, in the form that XLA's fast CPU library supports."""
 
 import jax
 import jax.numpy as jnp

@@ -97,7 +97,7 @@ def grouped_dot(
     """x @ ((w - zero) * scale).T, reading 4-bit weights and widening them in registers.
 
     Triton reads int4 arrays packed, two to a byte, only if slices of their last axis are static:
-    so steps along K get an axis of their own. (Repacking them as bytes outside the kernel would
+    so steps along K get their own axis. (Repacking them as bytes outside the kernel would
     cost a pass over the weights.)
 
     Args:
@@ -175,7 +175,7 @@ def scaled_dot(
         `dtype`, (M, N).
 
     Error: sums of int8 are exact if they fit in int32, and rounded once to float32; each scale
-        rounds once more, and so does `dtype`. Sums of float8_e4m3fn are float32; some tensor cores
+        and `dtype` add one rounding. Sums of float8_e4m3fn are float32; some tensor cores
         add 32 products less precisely. Others, such as an H200's through JAX 0.10, multiply these
         codes as float16, exactly and no faster.
     """

@@ -58,10 +58,10 @@ def grouped_dot(
 ) -> jax.Array:
     """row_scale * (x @ ((w - zero) * scale)), reading 4-bit weights and widening them in VMEM.
 
-    Up to half as many rows as a group has elements, the sum of each group is scaled; with more
-    rows the weights are, whose cost does not grow with the rows (v6e, 4096 x 4096, groups of 128:
-    scaling sums takes 4, 7 and 21 microseconds for 8, 64 and 256 rows, scaling weights 10, 11 and
-    14).
+    If there are at most half as many rows as elements per group, the sum of each group is scaled.
+    Otherwise the weights are scaled, at a cost that does not depend on the rows (v6e, 4096 x 4096,
+    groups of 128: scaling sums takes 4, 7 and 21 microseconds for 8, 64 and 256 rows, scaling
+    weights 10, 11 and 14).
 
     Args:
         x: floats, which are rounded to bfloat16, or int8, (M, K) with M > 0.

@@ -1,4 +1,4 @@
-"""Array operations that take arrays and QTensors, with the signatures of jnp and lax."""
+"""Operations on arrays and QTensors, with the signatures of jnp and lax."""
 
 from .conv import conv_general_dilated as conv_general_dilated
 from .dot import dot_general as dot_general

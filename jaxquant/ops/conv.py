@@ -30,7 +30,7 @@ from .operands import (
 
 @dataclasses.dataclass(frozen=True)
 class ConvSpec:
-    """The arguments of `conv_general_dilated`, hashable, with axes as they are stored."""
+    """The arguments of `conv_general_dilated`, hashable, in terms of stored axes."""
 
     dimension_numbers: lax.ConvDimensionNumbers
     options: tuple[tuple[str, Any], ...]
@@ -51,7 +51,7 @@ class ConvSpec:
         return (lhs_channels,), (rhs_channels,)
 
     def with_arrays(self) -> "ConvSpec":
-        """The spec itself: a convolution has no further arrays."""
+        """The spec itself: a convolution does not have other array arguments."""
         return self
 
     def length(self, lhs: Operand, rhs: Operand) -> int:
@@ -60,7 +60,7 @@ class ConvSpec:
         return math.prod(stored[a] for a in self.dimension_numbers.rhs_spec[1:])
 
     def rows(self, lhs: Operand, rhs: Operand) -> None:
-        """No matrix."""
+        """None: a convolution is not a product of rows and a matrix."""
 
     def run(self, lhs: jax.Array, rhs: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The convolution of plain arrays."""
@@ -94,19 +94,19 @@ def conv_general_dilated(
         out = conv(dequantize(lhs), dequantize(rhs))
 
     Symmetric integer codes, with one scale per example and one per output channel,
-    are convolved as integers: out = scale_l * scale_r * conv(c_l, c_r). A float operand that
-    meets a QTensor with `inputs` is first treated as these say, per example; their multiplier
-    has one factor per input channel.
+    are convolved as integers: out = scale_l * scale_r * conv(c_l, c_r). If a QTensor has
+    `inputs`, the float operand it is convolved with is quantized accordingly first, per example;
+    a multiplier has one factor per input channel.
 
     Args:
         lhs: images, rhs: kernels; float arrays or QTensors.
-        preferred_element_type: floating dtype of the result; None for what promotion gives.
+        preferred_element_type: floating dtype of the result; None for the promoted dtype.
         implementation: "integer" (by int8 codes), "images" (the same, in the form that is fast on
             CPU) or "dequantize", to force one; None to select automatically.
         Others: as for `jax.lax.conv_general_dilated`.
 
     Returns:
-        Array in the layout that `dimension_numbers` gives the result.
+        Array in the output layout of `dimension_numbers`.
 
     Raises:
         ValueError: `implementation` cannot run these operands, or a dtype is not floating-point.
@@ -161,7 +161,7 @@ def _conv(lhs, rhs, spec, implementation):
 
 def _dequantized(lhs, rhs, spec):
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
-    # The transpose rule of lax's convolution wants one dtype throughout.
+    # The transpose rule of lax's convolution requires equal dtypes.
     out = spec.run(as_array(lhs).astype(dtype), as_array(rhs).astype(dtype), None)
     return out.astype(spec.dtype)
 
@@ -185,7 +185,7 @@ def _why_integer_unsupported(lhs, rhs, spec):
     for x, axes in zip((lhs, rhs), spec.dimension_numbers, strict=False):
         why_not = why_unsupported_codes(x)
         if why_not is not None or x.zero_point is not None:
-            return why_not or "padding has no zero point"
+            return why_not or "padding does not have a zero point"
         if (
             x.scale.size not in (1, x.codes.shape[axes[0]])
             or x.scale.shape[axes[0]] != x.scale.size
@@ -198,7 +198,7 @@ def _why_integer_unsupported(lhs, rhs, spec):
 
 
 def _by_images(lhs, rhs, spec):
-    """`_integer` by the one form that XLA on CPU has a fast kernel for.
+    """`_integer` in the only form for which XLA on CPU has a fast kernel.
 
     That is int8 (B, H, W, C) by (H, W, I, O), without dilated images: twice as fast as float32,
     where others take 4 to 60 times as long (`python -m benchmarks.convolutions`). So axes are
@@ -217,7 +217,7 @@ def _by_images(lhs, rhs, spec):
         window = [(n - 1) * d + 1 for n, d in zip(kernel.shape, spacing, strict=False)]
         padding = lax.padtype_to_pads(images.shape[1:-1], window, strides, padding)
     if any(d != 1 for d in dilation):
-        # The padding too: XLA would merge what is left of it with this, and dilate again.
+        # Also pads here: XLA would merge separate padding with the dilation, and dilate again.
         images = lax.optimization_barrier(_padded(images, padding, dilation))
         padding = ((0, 0),) * len(ones)
     missing = max(2 - len(pixels), 0)
@@ -240,8 +240,8 @@ def _moved(x, axes):
     x = x.transpose(axes)
     if is_sharded(x):
         return x
-    # In one axis behind a barrier: XLA makes transposes part of a convolution, and that slow. An
-    # array that is sharded along two axes or a later one would be gathered to have one axis.
+    # Flattened behind a barrier: XLA would merge the transpose into a slow convolution. To flatten
+    # an array that is sharded along a later axis or several, XLA would gather it.
     return unless_partitioned(_behind_a_barrier, lambda x: x, x)
 
 
@@ -292,7 +292,7 @@ _TABLE = (
     Implementation(
         "images", _by_images, _why_images_unsupported, ("cpu",), is_integer=lambda *_: True
     ),
-    # XLA's GPU backend has no convolution of int8 to int32 (jax#7637).
+    # XLA's GPU backend lacks the convolution of int8 to int32 (jax#7637).
     Implementation(
         "integer", _integer, _why_integer_unsupported, ("tpu",), is_integer=lambda *_: True
     ),

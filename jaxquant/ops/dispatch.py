@@ -36,7 +36,7 @@ class Spec(Protocol):
         ...
 
     def with_arrays(self, *arrays: jax.Array | None) -> "Spec":
-        """The spec with further array arguments of the operation, if it has any."""
+        """The spec with other array arguments of the operation, if it has any."""
         ...
 
     def length(self, lhs: Any, rhs: Any) -> int:
@@ -53,7 +53,7 @@ class Implementation:
     """One way to compute an operation on quantized operands: a row of the operation's table.
 
     Attributes:
-        name: what `implementation=` forces.
+        name: the value of `implementation=` that forces it.
         run: (lhs, rhs, spec) -> result.
         why_unsupported: (lhs, rhs, spec) -> why it cannot compute these operands, or None.
         platforms: where it is selected automatically; None for everywhere.
@@ -77,7 +77,7 @@ class Implementation:
 
 Table = tuple[Implementation, ...]
 
-# Platforms with rows of their own, and their chips that have; all others share a choice.
+# Platforms and chips that have their own rows; all others share one choice.
 _PLATFORMS: dict[str, tuple[str, ...]] = {"cpu": (), "tpu": chips.TUNED, "cuda": ()}
 _OTHERS = "default"
 
@@ -92,7 +92,7 @@ def run(
 ) -> jax.Array:
     """Runs the first row that supports the operands, or the one that is named.
 
-    Operands are first treated as `inputs` say. The derivative is that of the last row on
+    First, `inputs` are applied to the operands. The derivative is that of the last row on
     dequantized operands (see `gradient`).
 
     Args:

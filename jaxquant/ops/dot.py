@@ -45,7 +45,7 @@ def matmul(
         Array of shape (..., M, N).
 
     Raises:
-        ValueError: an operand has no axis, lengths do not fit, or as for `dot_general`.
+        ValueError: an operand is a scalar, lengths do not fit, or as for `dot_general`.
 
     Gradients and error: those of `dot_general`.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.

@@ -25,7 +25,7 @@ class DotOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DotSpec:
-    """The arguments of `dot_general`, hashable, in terms of the arrays as they are stored.
+    """The arguments of `dot_general`, hashable, in terms of stored axes.
 
     Attributes:
         contract, batch: (axes of lhs, axes of rhs), from 0 up.
@@ -76,7 +76,7 @@ class DotSpec:
         return self.contract
 
     def with_arrays(self) -> "DotSpec":
-        """The spec itself: `dot_general` has no further arrays."""
+        """The spec itself: `dot_general` does not have other array arguments."""
         return self
 
     def length(self, lhs: Operand, rhs: Operand) -> int:

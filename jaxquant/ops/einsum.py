@@ -80,7 +80,7 @@ def einsum(
 
 
 def _parse(subscripts, operands):
-    """Labels of each operand and of the result. An ellipsis becomes labels of its own."""
+    """Labels of each operand and of the result. An ellipsis becomes labels too."""
     text = subscripts.replace(" ", "")
     inputs, arrow, output = text.partition("->")
     terms = inputs.split(",")

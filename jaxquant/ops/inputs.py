@@ -1,4 +1,4 @@
-"""How `inputs` treat the operand that meets a QTensor: multiplied, then quantized."""
+"""Applies the `inputs` of a QTensor to the other operand: multiplies, then quantizes it."""
 
 import dataclasses
 import math
@@ -46,12 +46,12 @@ def observe(
 def treat(
     lhs: Operand, rhs: Operand, contract: AxesOfBoth, channels: AxesOfBoth
 ) -> tuple[Operand, Operand]:
-    """The operands, each treated as the `inputs` of the other say.
+    """The operands, each after the `inputs` of the other were applied.
 
     Args:
         lhs, rhs: arrays and QTensors.
         contract: stored axes that are contracted, of both.
-        channels: those of them that a multiplier is for.
+        channels: those of them that a multiplier has factors for.
     """
     lhs_axes, rhs_axes = _axes(lhs, rhs, contract, channels)
     return _treated(lhs, rhs, *lhs_axes), _treated(rhs, lhs, *rhs_axes)
@@ -60,7 +60,7 @@ def treat(
 def treat_straight_through(
     lhs: Operand, rhs: Operand, contract: AxesOfBoth, channels: AxesOfBoth
 ) -> tuple[Operand, Operand]:
-    """`treat`, with dequantized values and the straight-through derivative of what is quantized."""
+    """`treat` that returns dequantized values with straight-through derivatives."""
     lhs_axes, rhs_axes = _axes(lhs, rhs, contract, channels)
     return _straight_through(lhs, rhs, *lhs_axes), _straight_through(rhs, lhs, *rhs_axes)
 
@@ -92,7 +92,7 @@ def quantize_rows_natively(x: jax.Array, config: ArrayConfig) -> QTensor:
 
 
 def _branches_at_once(x, config, axis):
-    """Functions that quantize in one pass, by platform, where they support the config and pay."""
+    """Functions that quantize in one pass, by platform, if they support the config and pay off."""
 
     def by_xla(x):
         return quantize(x, config, axis)
@@ -148,7 +148,7 @@ def _in_order_of(other, met, axes):
 
 
 def _inputs_for(x, other) -> Inputs | None:
-    """How `other` says to treat x, or None. A quantized x is left as it is."""
+    """The `inputs` of `other` that apply to x, or None. They do not apply to a quantized x."""
     inputs = other.inputs if isinstance(other, QTensor) else None
     if not isinstance(x, QTensor):
         return inputs

@@ -13,12 +13,12 @@ from .operands import Operand, is_quantized
 
 
 def hidden_labels(count: int) -> list[str]:
-    """Labels of axes that no letter names, counted from the end. These broadcast."""
+    """Labels of axes without a letter, counted from the end. These broadcast."""
     return [f"...{i}" for i in range(count, 0, -1)]
 
 
 def ordered(labels: Sequence[str], wanted: Iterable[str]) -> list[str]:
-    """The labels that are wanted, once each, in their order."""
+    """The wanted labels without repetitions, in order."""
     return [label for label in dict.fromkeys(labels) if label in wanted]
 
 
@@ -33,7 +33,7 @@ def pair_axes(
 
     Returns:
         The operands, without broadcast axes and summed over labels that no other has; the
-        dimension numbers; and the permutation that gives the result its output labels.
+        dimension numbers; and the permutation that brings the result to the output labels.
 
     Raises:
         ValueError: a label has two lengths, or an output label is not an operand's.
@@ -60,7 +60,7 @@ def pair_axes(
 
 
 def _broadcast_away(lhs, lhs_labels, rhs, rhs_labels):
-    """Drops axes of length 1 that meet a longer one; raises where other lengths meet."""
+    """Drops axes of length 1 that broadcast with a longer one; raises for other mismatches."""
     for label in [label for label in lhs_labels if label in rhs_labels]:
         left, right = lhs.shape[lhs_labels.index(label)], rhs.shape[rhs_labels.index(label)]
         if left == right:

@@ -23,8 +23,8 @@ def with_low_rank(
 
         out = dot(x, base) + (alpha / rank) * (x @ a) @ b
 
-    If the product contracts the axes of `b` rather than those of `a`, x meets `b` first, so
-    that what lies between them has `rank` columns.
+    If the product contracts the axes of `b` rather than those of `a`, x is multiplied with `b`
+    first, so that the intermediate result has `rank` columns.
 
     Raises:
         ValueError: both operands have a low-rank part.
@@ -35,7 +35,7 @@ def with_low_rank(
             "them, with jaxquant.training.merge."
         )
     bases = (lax.stop_gradient(x.base) if isinstance(x, LowRank) else x for x in (lhs, rhs))
-    # First, because it says what is wrong with the shapes.
+    # First, because it raises for shapes that do not match.
     out = dot(*bases, dimension_numbers, options)
     numbers = tuple(tuple(tuple(map(int, axes)) for axes in pair) for pair in dimension_numbers)
     return _add_low_rank(out, lhs, rhs, numbers, options.precision, options.out_sharding)
@@ -72,7 +72,7 @@ def _add_low_rank(out, lhs, rhs, numbers, precision, out_sharding):
 
 
 def _labels(lhs, rhs, numbers):
-    """One number per axis of the operands and of their product; axes that meet share theirs."""
+    """One number per axis of the operands and of their product; matching axes share a number."""
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers
     lhs_labels = list(range(lhs.ndim))
     rhs_labels = list(range(lhs.ndim, lhs.ndim + rhs.ndim))
@@ -96,7 +96,7 @@ def take_low_rank(
         axis, fill_value: as for `jaxquant.take`.
 
     Raises:
-        ValueError: not rows of a matrix are asked for.
+        ValueError: the request is not for rows of a matrix.
     """
     if a.ndim != 2 or axis not in (0, -2):
         raise ValueError(
@@ -104,7 +104,7 @@ def take_low_rank(
             f"{axis} of {a!r}. Merge it first, with jaxquant.training.merge."
         )
     rows = take(lax.stop_gradient(a.base), axis=0, fill_value=fill_value)
-    # What is filled, is filled in `rows`.
+    # `rows` already contains the filled values.
     narrow = take(a.a, axis=0, fill_value=0).astype(rows.dtype)
     low_rank = jnp.tensordot(narrow, a.b.astype(rows.dtype), 1)
     return rows + a.factor * low_rank

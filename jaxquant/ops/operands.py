@@ -1,4 +1,4 @@
-"""Operands of an operation: what they may be, and what is asked of them."""
+"""Operands of an operation: their types and checks."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +9,7 @@ import numpy as np
 from ..core import LowRank, QTensor, TrainedArray
 
 Operand = jax.Array | np.ndarray | QTensor
-# What an operation may be given as an operand.
+# The types that an operation accepts as an operand.
 OperandLike = Operand | TrainedArray | LowRank
 AxesOfBoth = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -56,12 +56,12 @@ def without_adapters(
 
 
 def as_array(x: Operand) -> jax.Array | np.ndarray:
-    """The operand as a float array with its axes as they are stored."""
+    """The operand as a float array in its stored axis order."""
     return x.decode() if isinstance(x, QTensor) else x
 
 
 def stored_axes(x: Operand, axes) -> tuple[int, ...]:
-    """Where logical axes of the operand lie, from 0 up."""
+    """The stored axes of the operand's logical axes, counted from 0."""
     return x.stored_axes(axes) if isinstance(x, QTensor) else tuple(a % x.ndim for a in axes)
 
 
@@ -79,7 +79,7 @@ def is_quantized(x: Operand | LowRank) -> bool:
 
 
 def result_dtype(lhs: Operand, rhs: Operand, preferred: jax.typing.DTypeLike | None):
-    """The dtype that `jnp` gives a product of the dequantized operands.
+    """The dtype of the product of the dequantized operands in `jnp`.
 
     Raises:
         ValueError: the preferred dtype is not a floating-point one.
@@ -97,7 +97,7 @@ def result_dtype(lhs: Operand, rhs: Operand, preferred: jax.typing.DTypeLike | N
 def why_unsupported_codes(x: Operand) -> str | None:
     """Why the operand does not have integer codes that int8 can hold, or None."""
     if not isinstance(x, QTensor):
-        return f"an operand of {x.dtype} has no codes"
+        return f"an operand of {x.dtype} does not have codes"
     if not x.format.rounds or jnp.iinfo(x.format.dtype).max > 127:
         return f"{x.format} codes are not integers within int8"
     return None

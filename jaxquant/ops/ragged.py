@@ -27,13 +27,13 @@ from .operands import (
 
 @dataclasses.dataclass(frozen=True)
 class RaggedSpec:
-    """The arguments of `ragged_dot`. Hashable while it holds no arrays.
+    """The arguments of `ragged_dot`. Hashable unless it holds arrays.
 
     Attributes:
         rhs_axes: where the (group, k, n) axes of rhs are stored.
         dtype: dtype of the result.
         precision: as for `jax.lax.ragged_dot`.
-        group_sizes, group_offset: the arrays, in the copy that the computation gets.
+        group_sizes, group_offset: the arrays, in the copy that is passed to the computation.
     """
 
     rhs_axes: tuple[int, ...]
@@ -68,7 +68,7 @@ class RaggedSpec:
         """One matrix per group of rows."""
 
     def run(self, lhs: jax.Array, rhs: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """The product of plain arrays, rhs as it is stored."""
+        """The product of plain arrays, with rhs in its stored axis order."""
         group, inner, _ = self.rhs_axes
         numbers = lax.RaggedDotDimensionNumbers(
             dot_dimension_numbers=(((1,), (inner,)), ((), ())),
@@ -100,7 +100,7 @@ def ragged_dot(
 
         out[i, n] = sum over k of lhs[i, k] * rhs[group of row i, k, n]
 
-    Symmetric integer codes, with no scale grouped along k, are multiplied as integers.
+    Symmetric integer codes are multiplied as integers unless scales are grouped along k.
     If a QTensor has `inputs`, the float operand it is multiplied with is quantized accordingly
     first.
 
@@ -109,7 +109,7 @@ def ragged_dot(
         group_sizes: (G,) integers: rows of lhs in each group, in order. Rows beyond
             their sum give zeros.
         precision, group_offset: as for `jax.lax.ragged_dot`.
-        preferred_element_type: floating dtype of the result; None for what promotion gives.
+        preferred_element_type: floating dtype of the result; None for the promoted dtype.
         implementation: "integer" or "dequantize", to force one; None to select automatically.
 
     Returns:
@@ -136,7 +136,7 @@ def ragged_dot(
             preferred_element_type,
             group_offset,
         )
-    # XLA's ragged products want the rows of the left operand first.
+    # XLA's ragged products require the rows of the left operand first.
     lhs = lhs.reorder(None) if isinstance(lhs, QTensor) else lhs
     spec = RaggedSpec(
         stored_axes(rhs, range(3)), result_dtype(lhs, rhs, preferred_element_type), precision
@@ -177,7 +177,7 @@ def _why_integer_unsupported(lhs, rhs, spec):
     for x, inner in ((lhs, 1), (rhs, spec.rhs_axes[1])):
         why_not = why_unsupported_codes(x)
         if why_not is not None or x.zero_point is not None:
-            return why_not or "ragged sums have no zero point"
+            return why_not or "ragged sums do not support zero points"
         if x.scale.shape[inner] > 1:
             return f"scales {x.scale.shape} change along the contracted axis"
     if lhs.scale.shape[0] not in (1, lhs.shape[0]):

@@ -1,4 +1,4 @@
-"""What was decided for an operation, for `explain` to read."""
+"""Records of the computation selected for an operation, which `explain` reads."""
 
 import dataclasses
 import math
@@ -11,13 +11,13 @@ from ..core import QTensor, describe, describe_inputs
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What runs on a platform.
+    """The computation selected for a platform.
 
     Attributes:
         platform: as `jax.lax.platform_dependent` names it; None for all that are not named.
         chip: a generation of TPUs; None for all that are not named.
-        is_partitioned: whether it runs where XLA partitions the program; else it runs in other
-            programs, and in partitioned ones if there is no choice for these.
+        is_partitioned: whether it runs in programs that XLA partitions; otherwise it runs in
+            other programs, and in partitioned ones without their own choice.
         implementation: name of the row.
         is_integer: whether it multiplies codes as integers.
         reads_packed: whether it reads sub-byte codes packed, without unpacking them first.
@@ -40,9 +40,9 @@ class OperandRecord:
     Attributes:
         shape: its logical axes.
         is_quantized: whether it is a QTensor.
-        weights, inputs: what it is in the words for either, such as "int8 per channel" and "int8";
-            of a float array its dtype.
-        dtype: of the floats that it is or stands for.
+        weights, inputs: its description as weights and as activations, such as "int8 per channel"
+            and "int8"; for a float array, its dtype.
+        dtype: of the float array, or of the dequantized one.
         bytes: in device memory, of codes, scales and zero points.
     """
 
@@ -56,17 +56,17 @@ class OperandRecord:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Record:
-    """A product as it was decided, before it was batched or repeated. Hashable.
+    """A product and its selected computations, before batching and loops. Hashable.
 
     Attributes:
         operation: name of the function of `jax.lax`.
-        lhs, rhs: the operands, inputs treated already.
+        lhs, rhs: the operands, after `inputs` were applied.
         shape: that of the result.
         result_bytes: bytes of the result.
         length: products that are added for one element of the result.
         rows: rows of inputs, where one matrix on the right multiplies them all; else None.
-        choices: one per platform that has rows of its own, and per chip that has, and one for all
-            others; a second one where XLA cannot partition the first.
+        choices: one for each platform and chip with its own rows, and one for all others; a second
+            one if XLA cannot partition the first.
         is_forced: whether `implementation=` named the row.
     """
 
@@ -87,7 +87,7 @@ class Record:
 
 
 def operand_record(x: jax.Array | np.ndarray | QTensor) -> OperandRecord:
-    """Describes an operand from what is static."""
+    """Describes an operand by its static properties."""
     dtype = str(np.dtype(x.dtype))
     if not isinstance(x, QTensor):
         return OperandRecord(x.shape, False, dtype, dtype, dtype, x.size * x.dtype.itemsize)

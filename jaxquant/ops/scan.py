@@ -1,7 +1,7 @@
-"""Loops over stacked layers that slice codes of less than a byte as fast as other arrays.
+"""Loops over stacked layers that slice sub-byte codes as fast as other arrays.
 
-XLA on CPU copies elements of less than a byte one at a time where it slices an array, and a loop
-slices its `xs`: eight layers of 2048 x 2048 4-bit weights take 150 ms, and 2.3 ms where a native
+When XLA on CPU slices an array, it copies sub-byte elements one at a time, and a loop slices its
+`xs`: eight layers of 2048 x 2048 4-bit weights take 150 ms, and 2.3 ms where a native
 kernel copies the bytes (`python -m benchmarks.loops` has the ratios).
 """
 

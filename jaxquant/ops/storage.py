@@ -1,4 +1,4 @@
-"""In which order the axes of a quantized array are best stored, per platform."""
+"""The fastest storage order of the axes of a quantized array, per platform."""
 
 from ..core import QTensor
 
@@ -17,13 +17,12 @@ def best_order(q: QTensor, platform: str) -> tuple[int, ...] | None:
     """The `order` in which products on the platform read a quantized array fastest.
 
     Args:
-        q: quantized along one axis, that which products contract: its scales tell which.
-            Arrays with scales along several axes or none, and convolution kernels among them,
-            keep their order.
+        q: quantized along one axis, the contracted one, which follows from its scales. Arrays with
+            scales along several axes or none, such as convolution kernels, keep their order.
         platform: "cpu", "gpu" or "tpu", as `jax.default_backend()` says.
 
     Raises:
-        ValueError: the platform is another one.
+        ValueError: the platform is unknown.
 
     Example:
         >>> w = jq.quantize(jnp.ones((8, 4)), jq.ArrayConfig(), axis=0)
@@ -43,5 +42,5 @@ def best_order(q: QTensor, platform: str) -> tuple[int, ...] | None:
         return q.order
     if last:
         return None if axis == -1 else (*range(axis + 1, 0), axis)
-    # Before the other one of the last two, which is where matrices have it.
+    # Second to last, where matrices (K, N) have it.
     return (-1, -2) if axis == -1 and q.ndim > 1 else None

@@ -34,7 +34,7 @@ def take(
         mode: "fill" (the default: `fill_value`, or NaN, for indices out of bounds; negative
             ones count from the end), "clip", "wrap" or "promise_in_bounds".
         unique_indices, indices_are_sorted: hints, as for `jax.numpy.take`.
-        fill_value: what "fill" fills with.
+        fill_value: value for indices out of bounds in mode "fill".
         out_sharding: sharding of the result over explicit axes of a mesh, as for
             `x.at[indices].get` in JAX. None if it follows from those of a and indices.
 
@@ -42,7 +42,7 @@ def take(
         Array in the dtype of a, with the shape of indices in place of axis.
 
     Raises:
-        ValueError: indices are not integers, the mode is unknown, axis is not there, or
+        ValueError: indices are not integers, the mode is unknown, axis is out of range, or
             out_sharding is not a sharding.
 
     Gradients: scales of 16 bits or more get theirs.
@@ -78,7 +78,7 @@ def take(
     if not -a.ndim <= axis < a.ndim:
         raise ValueError(f"axis must be an axis of shape {a.shape}; got {axis}.")
     if indices.dtype.itemsize < 4:
-        # int8 holds no length above 127, and arithmetic would wrap around.
+        # int8 cannot hold lengths above 127, and arithmetic would wrap around.
         indices = indices.astype(jnp.int32)
     fill_value = jnp.nan if fill_value is None else fill_value
     static = axis % a.ndim, mode or "fill", unique_indices, indices_are_sorted

@@ -85,7 +85,7 @@ def update_scaling(params: Any, gradients: Any) -> Any:
 
     Args:
         params: any pytree that contains `DelayedScaling`s, or one of them.
-        gradients: what `jax.grad` returns for it.
+        gradients: their gradients from `jax.grad`.
 
     Returns:
         params with the next state in place of each `DelayedScaling`; other leaves are unchanged.

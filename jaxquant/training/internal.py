@@ -1,4 +1,4 @@
-"""What the other folders of this package use of `training` beyond what users call. Not public."""
+"""Names of `training` that other folders of this package use but that are not public."""
 
 from .fake_cast import FORWARD as FORWARD
 from .fake_cast import cast_gradient as cast_gradient

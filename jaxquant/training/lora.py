@@ -40,7 +40,7 @@ def lora_init(
             updates, state = optimizer.update(gradient, state, trained)
             return optax.apply_updates(trained, updates), state
 
-        served = merge(combine(trained, frozen))
+        merged = merge(combine(trained, frozen))
 
     Args:
         params: any pytree of float arrays; QTensors quantized by the same rules are kept.

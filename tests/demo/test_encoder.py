@@ -134,8 +134,8 @@ def without_size(folder):
 @pytest.mark.parametrize(
     "change, text",
     [
-        (without_tensor, "copy does not hold a BERT encoder: its files have no 'encoder.layer.1."),
-        (without_size, "copy does not hold a BERT encoder: its files have no 'num_hidden_layers'"),
+        (without_tensor, "copy does not hold a BERT encoder: its files lack 'encoder.layer.1."),
+        (without_size, "copy does not hold a BERT encoder: its files lack 'num_hidden_layers'"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "is not a safetensors file"),
         (lambda f: (f / "config.json").write_text("{"), "Expecting property name"),
     ],

@@ -31,7 +31,7 @@ def test_sentences_are_the_same_each_time_and_spread_over_the_documentation():
 
 @pytest.mark.parametrize("count", [-1, 1_000_000])
 def test_more_sentences_than_there_are_are_refused(count):
-    text = rf"documentation has \d+ usable sentences; got count={count}. Ask for no more"
+    text = rf"documentation has \d+ usable sentences; got count={count}. Pass a smaller count"
     with pytest.raises(ValueError, match=text):
         demo.documentation_sentences(count)
 

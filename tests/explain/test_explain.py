@@ -173,7 +173,7 @@ def test_earlier_rows_of_the_platform_say_why_they_are_not_selected():
     assert row.not_selected == (
         ("native", "the right operand is not stored as a matrix whose last axis is contracted"),
         ("blocks", "the right operand is not stored with one free axis, first"),
-        ("integer", "an operand of float32 has no codes"),
+        ("integer", "an operand of float32 does not have codes"),
     )
     (row,) = explain(matmul, *arguments, platform="tpu")
     assert [name for name, _ in row.not_selected] == ["pallas", "integer", "scaled", "fused"]
@@ -188,7 +188,7 @@ def test_earlier_rows_of_the_platform_say_why_they_are_not_selected():
     assert row.not_selected[-2] == ("scaled", f"70 {words.format('more than 64')} v5e")
     (row,) = explain(matmul, *arguments, platform="gpu")
     assert [name for name, _ in row.not_selected] == ["triton", "integer"]
-    assert row.not_selected[-1][1] == "an operand of float32 has no codes"
+    assert row.not_selected[-1][1] == "an operand of float32 does not have codes"
     (row,) = explain(matmul, floats(5, K), stored(**G128), platform="gpu")
     assert row.not_selected[0] == ("triton", "not measured on a GPU yet")
 

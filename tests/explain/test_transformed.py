@@ -184,7 +184,7 @@ def test_the_table_shows_each_row_and_how_often_it_runs():
         "in a loop of unknown length",
         "5 copies by vmap",
         "dequantize, in floating point, as requested",
-        "not integer: an operand of float32 has no codes",
+        "not integer: an operand of float32 does not have codes",
         "not measured",
         "memory",
         f"{12 * ALL / 1e6:.3f}",

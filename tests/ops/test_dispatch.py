@@ -206,7 +206,7 @@ def test_blocks_reach_up_to_128_rows():
 
 
 NOT_AS_INTEGERS = {
-    "an operand of float32 has no codes": (normal(M, K), weight(ArrayConfig())),
+    "an operand of float32 does not have codes": (normal(M, K), weight(ArrayConfig())),
     "fp8_e4m3 codes are not integers within int8": (
         quantize(normal(M, K), ArrayConfig(), axis=1),
         weight(ArrayConfig(format=FP8_E4M3)),

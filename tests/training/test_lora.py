@@ -584,7 +584,7 @@ def test_operations_raise_for_unsupported_operands():
             jq.take(w, jnp.array([0]), axis)
     with pytest.raises(ValueError, match="rows of a matrix"):
         jq.take(adapted(INT4_G32, (2, K, N)), jnp.array([0]), 0)
-    with pytest.raises(ValueError, match=r"integer.* cannot run float32 .* has no codes"):
+    with pytest.raises(ValueError, match=r"integer.* cannot run float32 .* does not have codes"):
         matmul(W.T, w, implementation="integer")
     with pytest.raises(ValueError, match="implementation='integer' needs a QTensor"):
         matmul(W.T, W, implementation="integer")

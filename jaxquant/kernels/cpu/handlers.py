@@ -46,7 +46,7 @@ def quantize_rows(
     codes = jax.ShapeDtypeStruct(x.shape, jnp.int8)
     scale = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
     bounds = {"qmin": np.int64(qmin), "qmax": np.int64(qmax)}
-    # Rows are quantized one by one, however many axes they have.
+    # Rows are quantized one at a time, whatever the number of leading axes.
     one_call = "broadcast_all"
     result = codes, scale
     return _call("quantize_rows", result, instructions, x, vmap_method=one_call, **bounds)

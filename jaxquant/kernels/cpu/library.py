@@ -1,7 +1,7 @@
 """Loads the native kernels and registers them with XLA.
 
 They are compiled when the package is installed, if there is a C++ compiler. Without them, or on a
-processor with none of their instruction sets, `unavailable` says why, and XLA computes instead.
+processor without their instruction sets, `unavailable` says why, and XLA computes instead.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 @functools.cache
 def _loaded() -> tuple[str | None, tuple[str, ...]]:
-    """Loads the library: why that failed, and the instruction sets that this processor supports."""
+    """Loads the library. Returns why that failed, and the supported instruction sets."""
     files = [_FOLDER / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     path = next((p for p in files if p.exists()), None)
     if path is None:

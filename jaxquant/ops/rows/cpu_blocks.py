@@ -63,7 +63,7 @@ def run(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
 
 
 def why_unsupported(lhs: Operand, rhs: Operand, spec: DotSpec) -> str | None:
-    """Why these are not few rows times a large weight stored with its free axis first; or None."""
+    """Why these are not few rows times a large weight stored with its free axis first, or None."""
     if not isinstance(rhs, QTensor):
         return "the right operand is not quantized"
     if spec.batch[1] or spec.free(rhs, 1) != [0]:
@@ -84,7 +84,7 @@ def why_unsupported(lhs: Operand, rhs: Operand, spec: DotSpec) -> str | None:
 
 
 def _rows(q, start):
-    """`_BLOCK` rows of codes, and of whatever else changes along the first axis."""
+    """`_BLOCK` rows of codes, and of scales and zero points that vary along the first axis."""
     columns = q.codes.shape[0]
 
     def slice_rows(x):

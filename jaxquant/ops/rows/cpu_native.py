@@ -17,7 +17,7 @@ from ..operands import Operand, as_array, repeat_groups, why_unsupported_codes
 from . import integer
 from .kernel import kernel_or_xla, why_unsupported_float64, why_unsupported_matrix
 
-# Smaller weights were not measured, and are left to XLA.
+# Smaller weights were not measured; XLA computes them.
 _LEAST_SIZE = 2**15
 # Rows of activations up to which the kernels beat XLA, by bits of the weights and whether the
 # activations are codes, if there is a limit. Measured at 4096 x 4096 on 2 cores, as speeds in units
@@ -124,7 +124,7 @@ def _by_weights(lhs, rhs, spec):
 
 
 def _why_unsupported_size(lhs, rhs, by_codes):
-    """Why the kernels leave so many rows or so few weights to XLA, or None."""
+    """Why XLA is faster for so many rows or so few weights, or None."""
     if cpu.unavailable() is not None:
         return cpu.unavailable()
     if rhs.size < _LEAST_SIZE:
@@ -162,7 +162,7 @@ def _result(dtype):
 
 
 def _table(format: Format):
-    """What each pattern of 4 bits stands for before it is scaled."""
+    """The value of each 4-bit pattern before it is scaled."""
     bits = np.arange(16, dtype=np.uint8)
     if not jnp.issubdtype(format.dtype, jnp.integer):
         return bits.view(jnp.dtype(format.dtype)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The row that always works: dequantize both operands and multiply."""
+"""The row that supports all operands: dequantizes both and multiplies."""
 
 import jax
 import jax.numpy as jnp

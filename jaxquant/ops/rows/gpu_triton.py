@@ -22,7 +22,7 @@ from .kernel import (
     why_unsupported_matrix,
 )
 
-# What XLA on a GPU does with float32 unless it is asked for more: TF32.
+# The default float32 precision of XLA on GPUs: TF32.
 _TF32 = (None, lax.Precision.DEFAULT, "default", "fastest", "bfloat16", "tensorfloat32")
 _FLOATS = FloatSupport((jnp.float32, jnp.bfloat16, jnp.float16), _TF32)
 
@@ -108,7 +108,7 @@ def _scaled(lhs, rhs, dtype, interpret):
 def _why_unsupported_codes(lhs, rhs, precision):
     """Why `_scaled` does not multiply these operands, or None."""
     if not isinstance(lhs, QTensor):
-        return f"an operand of {lhs.dtype} has no codes to multiply with {rhs.format} codes"
+        return f"an operand of {lhs.dtype} does not have codes to multiply with {rhs.format} codes"
     kinds = {None if x.format.codebook is not None else x.codes.dtype for x in (lhs, rhs)}
     if len(kinds) > 1 or not kinds <= set(pallas_gpu.SUMS):
         names = " or both ".join(d.name for d in pallas_gpu.SUMS)

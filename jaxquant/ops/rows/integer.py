@@ -61,7 +61,7 @@ def is_supported(lhs: Operand, rhs: Operand, spec: DotSpec) -> bool:
 
 
 def is_of_8_bits(lhs: Operand, rhs: Any, spec: DotSpec) -> bool:
-    """Whether they can, and the weights on the right have codes of 8 bits."""
+    """Whether they can, and the weights on the right have 8-bit codes."""
     return rhs.format.bits == 8 and is_supported(lhs, rhs, spec)
 
 

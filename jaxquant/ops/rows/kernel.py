@@ -1,4 +1,4 @@
-"""What the rows that run kernels of this package have in common."""
+"""Shared code of the rows that run kernels of this package."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def kernel_or_xla(
     Args:
         lhs, rhs, spec: as for the row.
         kernel: (lhs, rhs, spec) -> result.
-        where: (here, elsewhere, *arrays) -> result, which decides as the program is lowered.
+        where: (here, elsewhere, *arrays) -> result, which selects when the program is lowered.
         fallback: rows of XLA, tried in order.
         platform: that of the kernel.
     """
@@ -63,7 +63,7 @@ def why_unsupported_matrix(lhs: Operand, rhs: Operand, spec: DotSpec, axis: int)
 
 
 def why_unsupported_float64(spec: DotSpec) -> str | None:
-    """Why kernels that compute in float32 do not give the result, or None."""
+    """Why kernels that compute in float32 cannot give the result, or None."""
     return "the result is float64" if spec.dtype == jnp.float64 else None
 
 

@@ -139,7 +139,7 @@ def test_products_of_float8_codes_match_numpy():
 
 
 UNSUPPORTED_CODES = {
-    "an operand of float32 has no codes to multiply with int8 codes": (None, PER_COLUMN, {}),
+    "an operand of float32 does not have codes to multiply with int8 codes": (None, PER_COLUMN, {}),
     "int8 by fp8_e4m3 codes are not both int8 or both float8_e4m3fn": (PER_ROW, FP8_COLUMNS, {}),
     "fp8_e5m2 by fp8_e5m2 codes are not both int8 or both float8_e4m3fn": (
         Case(ArrayConfig(format=FP8_E5M2), -1),
