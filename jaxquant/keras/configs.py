@@ -24,6 +24,10 @@ from .quantizers import AbsMaxQuantizer, as_array_config
 _register = keras.saving.register_keras_serializable(package="jaxquant")
 
 
+# In place of a quantizer.
+_DEFAULT = "default"
+
+
 def mode_of(format: Format) -> str:
     """The Keras mode for codes of a format."""
     if format.bits < 8:
@@ -91,7 +95,7 @@ class Int8QuantizationConfig(_OneRule):
 
     keras_mode = "int8"
 
-    def __init__(self, weight_quantizer: Any = None, activation_quantizer: Any = "default"):
+    def __init__(self, weight_quantizer: Any = None, activation_quantizer: Any = _DEFAULT):
         super().__init__(weight_quantizer, _or_default(activation_quantizer, AbsMaxQuantizer()))
         self.rule = Rule("*", self._scheme(W8A8, INT8, None))
 
@@ -122,7 +126,7 @@ class Int4QuantizationConfig(_OneRule):
     def __init__(
         self,
         weight_quantizer: Any = None,
-        activation_quantizer: Any = "default",
+        activation_quantizer: Any = _DEFAULT,
         block_size: int | None = 128,
     ):
         super().__init__(weight_quantizer, _or_default(activation_quantizer, None))
@@ -307,9 +311,9 @@ def _or_default(quantizer, default):
     """The quantizer, or the default for "default"."""
     if not isinstance(quantizer, str):
         return quantizer
-    if quantizer != "default":
+    if quantizer != _DEFAULT:
         raise ValueError(
-            f"activation_quantizer must be a quantizer, 'default' or None; got {quantizer!r}."
+            f"activation_quantizer must be a quantizer, {_DEFAULT!r} or None; got {quantizer!r}."
         )
     return default
 

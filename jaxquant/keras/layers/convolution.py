@@ -36,10 +36,17 @@ def _layout(layer, inputs, outputs):
 
 def _padding(layer: Any) -> Any:
     """The padding for `lax`: "causal" adds zeros before the first step only."""
-    if layer.padding != "causal":
-        return layer.padding
+    pad = _PADDINGS.get(layer.padding)
+    return layer.padding if pad is None else pad(layer)
+
+
+def _causal(layer: Any) -> tuple[tuple[int, int], ...]:
     sizes = zip(layer.kernel_size, layer.dilation_rate, strict=True)
     return tuple((dilation * (size - 1), 0) for size, dilation in sizes)
+
+
+# Paddings of Keras that `lax` does not have.
+_PADDINGS = {"causal": _causal}
 
 
 def _convolve(layer, inputs, kernel, groups):
