@@ -4,17 +4,19 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import rich.console
+import rich.table
 
 from . import demo, tree
 from .core import SCHEMES, Scheme
 from .tree.internal import check_target, progress_bar, read_tree
 from .version import __version__
 
+Commands = Any  # `argparse` does not export the type of `add_subparsers(...)`.
 _EXAMPLES = """examples:
   jaxquant demo
   jaxquant quantize model.safetensors small.safetensors --scheme W4A16
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxquant",
         description="Quantize arrays in JAX.",
@@ -52,7 +54,7 @@ def _parser():
     return parser
 
 
-def _add_demo(commands):
+def _add_demo(commands: Commands) -> None:
     text = "Quantize a pretrained sentence encoder with several schemes and compare them."
     parser = _add(commands, "demo", _demo, text)
     parser.add_argument("--encoder", type=Path, metavar="DIR", help="folder of a BERT encoder")
@@ -63,7 +65,7 @@ def _add_demo(commands):
     )  # fmt: skip
 
 
-def _add_quantize(commands):
+def _add_quantize(commands: Commands) -> None:
     text = "Quantize the matrices of a safetensors file; norms and biases stay in float."
     parser = _add(commands, "quantize", _quantize, text)
     parser.add_argument("source", metavar="IN.safetensors", type=Path)
@@ -82,7 +84,7 @@ def _add_quantize(commands):
     )  # fmt: skip
 
 
-def _add_inspect(commands):
+def _add_inspect(commands: Commands) -> None:
     text = "Show the tensors of a safetensors file and how they are quantized."
     parser = _add(commands, "inspect", _inspect, text)
     parser.add_argument("file", metavar="FILE", type=Path)
@@ -91,7 +93,9 @@ def _add_inspect(commands):
     )
 
 
-def _add(commands, name, run, text):
+def _add(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=text,
@@ -120,7 +124,7 @@ def _rule(text: str) -> tuple[str, Scheme | None]:
     return pattern, _scheme(name)
 
 
-def _demo(options):
+def _demo(options: argparse.Namespace) -> None:
     folder = options.encoder or demo.packaged_encoder()
     params, config = demo.load_encoder(folder)
     tokens = demo.tokenize(demo.documentation_sentences(options.sentences), folder)
@@ -131,7 +135,7 @@ def _demo(options):
     _print(demo.table(results), [dataclasses.asdict(r) for r in results], options)
 
 
-def _quantize(options):
+def _quantize(options: argparse.Namespace) -> None:
     rules: list[Any] = [
         tree.Rule(pattern, scheme, axis=options.axis) for pattern, scheme in options.rule
     ]
@@ -154,7 +158,7 @@ def _quantize(options):
     _print(report.table(), report.to_json(), options)
 
 
-def _inspect(options):
+def _inspect(options: argparse.Namespace) -> None:
     params, metadata = read_tree(options.file)
     known = _stored_sqnr(options.file, metadata)
     rows = tree.report(None, params).rows
@@ -164,7 +168,7 @@ def _inspect(options):
     _print(report.table(), report.to_json(), options)
 
 
-def _stored_sqnr(path, metadata):
+def _stored_sqnr(path: Path, metadata: dict[str, str]) -> dict[str, float]:
     """SQNR by path, as stored when the file was quantized."""
     text = metadata.get(_SQNR, "{}")
     try:
@@ -173,7 +177,7 @@ def _stored_sqnr(path, metadata):
         raise ValueError(f"{path}: its metadata {_SQNR!r} is malformed: {text[:80]!r}") from error
 
 
-def _print(table, values, options):
+def _print(table: rich.table.Table, values: Any, options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(values))
     else:

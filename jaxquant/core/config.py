@@ -135,7 +135,7 @@ class ArrayConfig:
         return self.scale_dtype or self.format.scale_dtype
 
 
-def _is_int(x):
+def _is_int(x: object) -> bool:
     """Whether x is an int but not a bool."""
     return isinstance(x, int) and not isinstance(x, bool)
 

@@ -26,7 +26,7 @@ def describe_inputs(q: QTensor) -> str:
     return _words(q, "")
 
 
-def _words(q, ungrouped):
+def _words(q: QTensor, ungrouped: str) -> str:
     counts = [q.scale.shape[a] for a in q.stored_axes(range(q.ndim))]
     blocks = [n // c for n, c in zip(q.shape, counts, strict=True) if 0 < c < n]
     is_grouped = any(1 < c < n for n, c in zip(q.shape, counts, strict=True))

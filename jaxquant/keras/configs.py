@@ -307,7 +307,7 @@ _STOCK = {
 }
 
 
-def _or_default(quantizer, default):
+def _or_default(quantizer: Any, default: Any) -> Any:
     """The quantizer, or the default for "default"."""
     if not isinstance(quantizer, str):
         return quantizer
@@ -318,7 +318,7 @@ def _or_default(quantizer, default):
     return default
 
 
-def _rule_to_json(rule):
+def _rule_to_json(rule: Rule) -> dict[str, Any]:
     scheme = rule.scheme
     if isinstance(scheme, ArrayConfig):
         scheme = Scheme(scheme)
@@ -329,7 +329,7 @@ def _rule_to_json(rule):
     return row
 
 
-def _rule_from_json(row):
+def _rule_from_json(row: dict[str, Any]) -> Rule:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
     scheme = fields["scheme"]
     if scheme is not None:

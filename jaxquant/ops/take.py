@@ -150,7 +150,7 @@ def _take(a, indices, fill_value, axis, mode, unique, is_sorted):
     return jnp.where(is_inside.reshape(mask_shape), out, fill)
 
 
-def _logical_permutation(a, axis, stored, added):
+def _logical_permutation(a: QTensor, axis: int, stored: int, added: int) -> tuple[int, ...]:
     """The permutation from stored to logical axes, after `added` axes replaced one."""
     place = []
     for logical, source in enumerate(a.stored_axes(range(a.ndim))):

@@ -153,10 +153,10 @@ def skip_scaling(transformation: AnyTransformation) -> AnyTransformation:
     return transformation._replace(init=init, update=update)
 
 
-def _without_scaling(tree):
+def _without_scaling(tree: Any) -> Any:
     """The tree with None, which is not a leaf, in place of each state."""
     return jax.tree.map(lambda x: None if _is_scaling(x) else x, tree, is_leaf=_is_scaling)
 
 
-def _is_scaling(x):
+def _is_scaling(x: object) -> bool:
     return isinstance(x, DelayedScaling)

@@ -198,11 +198,11 @@ def _restore(inner):
     return jax.tree.map(lambda x: x.dequantize() if _is_stored(x) else x, inner, is_leaf=_is_stored)
 
 
-def _is_stored(x):
+def _is_stored(x: object) -> bool:
     return isinstance(x, Blockwise)
 
 
-def _config_of(leaf, rule, min_size):
+def _config_of(leaf: Any, rule: Rule | None, min_size: int) -> ArrayConfig | None:
     """The config that a leaf is stored with, or None if it stays in float."""
     scheme = rule and rule.resolve()
     is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -253,9 +253,9 @@ def convert(prepared: Any) -> Any:
     )
 
 
-def _is_prepared(x):
+def _is_prepared(x: object) -> bool:
     return isinstance(x, Prepared)
 
 
-def _is_learned(x):
+def _is_learned(x: object) -> bool:
     return isinstance(x, LearnedStep | LearnedRange)

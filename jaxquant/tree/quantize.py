@@ -185,7 +185,9 @@ def _quantize_at_once(
     return quantize_array(x, config, axis).reorder(order)
 
 
-def _quantize_in_steps(x, config, axis, order):
+def _quantize_in_steps(
+    x: jax.Array, config: ArrayConfig, axis: Axes, order: tuple[int, ...] | None
+) -> QTensor:
     """The same for integer codes, in separate programs.
 
     In a single program, XLA's CPU backend computes one code at a time if it writes them in
@@ -196,7 +198,7 @@ def _quantize_in_steps(x, config, axis, order):
     return q if q.format == config.format else _with_format(q, config.format)
 
 
-def _in_bytes(config):
+def _in_bytes(config: ArrayConfig) -> ArrayConfig:
     """The config with sub-byte codes stored in whole bytes. Codes and scales are the same."""
     format = config.format
     if format.bits >= 8:
@@ -213,7 +215,13 @@ def _with_format(q: QTensor, format: Format) -> QTensor:
     return dataclasses.replace(q, codes=codes, zero_point=zero_point, format=format)
 
 
-def _check(rules: tuple[Rule, ...], paths, leaves, chosen, check):
+def _check(
+    rules: tuple[Rule, ...],
+    paths: list[str],
+    leaves: list[Any],
+    chosen: list[Plan | None],
+    check: Callable[..., str | None],
+) -> None:
     """Raises one error that lists everything wrong."""
     problems = [f"rule {r.pattern!r} matches no leaf" for r in unused_rules(rules, paths, leaves)]
     if not problems and all(plan is None for plan in chosen):
@@ -256,6 +264,6 @@ def why_unsupported(leaf: Any, plan: Plan) -> str | None:
 
 
 @jax.jit
-def _is_finite(x):
+def _is_finite(x: jax.Array) -> jax.Array:
     # Not tested with the maximum, because XLA's CPU backend drops NaN there.
     return jnp.all(jnp.isfinite(x))

@@ -116,7 +116,7 @@ def _leaves_before(params, paths):
     return leaves
 
 
-def _check_shapes(paths, before, after):
+def _check_shapes(paths: list[str], before: list[Any], after: list[Any]) -> None:
     for path, x, q in zip(paths, before, after, strict=True):
         if np.shape(x) != np.shape(q):
             raise ValueError(
@@ -142,7 +142,7 @@ def _row(path, x, q, rule, rules):
     )
 
 
-def _bytes(x):
+def _bytes(x: Any) -> int:
     if is_quantized(x):
         return x.nbytes
     return packed_bytes(x) if hasattr(x, "dtype") else np.asarray(x).nbytes

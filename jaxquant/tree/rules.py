@@ -82,7 +82,7 @@ class Rule:
         except ValueError as error:
             raise ValueError(f"Rule {self.pattern!r}: {error}") from error
 
-    def _expression(self):
+    def _expression(self) -> str:
         is_regex = self.pattern.startswith(_REGEX)
         return self.pattern[len(_REGEX) :] if is_regex else fnmatch.translate(self.pattern)
 
@@ -176,7 +176,9 @@ def default_rules(scheme: Scheme | ArrayConfig, axis: Axes = CONTRACTED) -> tupl
     )
 
 
-def _default(pattern, scheme, axis, ndim=None):
+def _default(
+    pattern: str, scheme: Scheme | ArrayConfig, axis: Axes, ndim: int | None = None
+) -> Rule:
     """A rule for matrices that would shrink, with `ndim` axes, or any number for None."""
     config = scheme.weights if isinstance(scheme, Scheme) else scheme
 
@@ -217,13 +219,13 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
     return found
 
 
-def _advice(value):
+def _advice(value: object) -> str:
     """Advice for users who pass the name of a preset instead of the preset."""
     is_name = isinstance(value, str) and value in SCHEMES
     return f"; write jaxquant.SCHEMES[{value!r}]" if is_name else ""
 
 
-def _as_rule(item):
+def _as_rule(item: object) -> Rule:
     if isinstance(item, Rule):
         return item
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):

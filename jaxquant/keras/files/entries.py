@@ -76,7 +76,9 @@ def load(layer: Any, store: Any) -> None:
     _load_codes(layer, entries, config or Int8QuantizationConfig(), config is None)
 
 
-def _load_codes(layer, entries, config, is_plain):
+def _load_codes(
+    layer: Any, entries: list[np.ndarray], config: SchemeConfig, is_plain: bool
+) -> None:
     likes = layer.likes(config)
     others = other_variables(layer, likes)
     parts = {name: _part_shapes(layer, name, like, is_plain) for name, like in likes.items()}
@@ -95,7 +97,7 @@ def _load_codes(layer, entries, config, is_plain):
     _assign(others, values)
 
 
-def _load_training(layer, entries, config):
+def _load_training(layer: Any, entries: list[np.ndarray], config: Any) -> None:
     """Reads float weights, then the scales of float8 training."""
     if layer.stored_weights:
         raise ValueError(
@@ -114,7 +116,7 @@ def _load_training(layer, entries, config):
     _assign(other_variables(layer, ()), [*floats, *scales])
 
 
-def _load_stock_int4(layer, entries):
+def _load_stock_int4(layer: Any, entries: list[np.ndarray]) -> None:
     ((name, shape),) = layer.declared_shapes.items()
     where = f"The stock file for {layer.name!r}"
     others = other_variables(layer, (name,))
@@ -145,7 +147,7 @@ def _assign(variables, values):
         variable.assign(value)
 
 
-def _holds_int4(layer, entries):
+def _holds_int4(layer: Any, entries: list[np.ndarray]) -> bool:
     """Whether the entries are those of int4 in stock Keras.
 
     Raises:
@@ -174,7 +176,7 @@ def _part_shapes(layer, name, like, is_plain):
     )
 
 
-def _numbered(layer, store):
+def _numbered(layer: Any, store: Any) -> list[np.ndarray]:
     """The numbered entries: at least one, without gaps."""
     keys = set(store.keys()) - {MARK}
     names = [str(i) for i in range(len(keys))]
@@ -256,7 +258,7 @@ def other_variables(layer: Any, names: Any) -> list[keras.Variable]:
     return [v for v in (*others, *by_hooks) if not v.name.startswith("lora_")]
 
 
-def _config_in(layer, store):
+def _config_in(layer: Any, store: Any) -> SchemeConfig | None:
     """The config in a store, or None if it has none, like stores of stock Keras."""
     if MARK not in set(store.keys()):
         return None
@@ -276,7 +278,7 @@ def _config_in(layer, store):
     return config
 
 
-def _is_plain(config):
+def _is_plain(config: Any) -> bool:
     """Whether a config is the default int8, which is not written to files."""
     default = Int8QuantizationConfig()
     return type(config) is Int8QuantizationConfig and config.get_config() == default.get_config()
@@ -309,6 +311,6 @@ def restored_on_error(variables: list[keras.Variable]) -> Iterator[None]:
         raise
 
 
-def _number(key):
+def _number(key: str) -> tuple[int, int, str]:
     """Sort key: numbered entries in order, then all others."""
     return (0, int(key), key) if key.isdigit() else (1, 0, key)

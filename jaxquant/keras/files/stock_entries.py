@@ -136,7 +136,7 @@ def as_tensor(where: str, held: StockInt4, shape: tuple[int, ...], like: QTensor
     return jax.tree.unflatten(treedef, typed)
 
 
-def _first_of(x, groups):
+def _first_of(x: np.ndarray, groups: tuple[int, ...]) -> np.ndarray:
     """The first element of each group."""
     return x[tuple(slice(None, None, b) for b in blocks_between(x.shape, groups))]
 

@@ -69,12 +69,12 @@ def from_storage_array(stored: jax.Array, like: jax.Array | jax.ShapeDtypeStruct
     return lax.slice_in_dim(whole, 0, like.shape[-1], axis=-1)
 
 
-def _unpack_int4(stored, like):
+def _unpack_int4(stored: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     # XLA on CPU (jaxlib 0.10.2) folds this bitcast of a constant, such as a weight that a jitted
     # function closes over, to wrong codes. A barrier prevents the folding.
     pairs = lax.bitcast_convert_type(lax.optimization_barrier(stored), like.dtype)
     return pairs.reshape(*stored.shape[:-1], 2 * stored.shape[-1])
 
 
-def _unpack_int2(stored, like):
+def _unpack_int2(stored: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     return unpack_int2(stored, like.shape[-1], axis=-1).astype(like.dtype)

@@ -100,13 +100,13 @@ class LoraMixin(QuantizableMixin):
             b = getattr(self, f"lora_{next(iter(self.declared_weights))}_b")
             b.assign(keras.ops.zeros(b.shape))
 
-    def _has_lora(self, name):
+    def _has_lora(self, name: str) -> bool:
         return self.lora_enabled and name == next(iter(self.declared_weights))
 
-    def _lora_regularizer(self, name):
+    def _lora_regularizer(self, name: str) -> Any:
         return getattr(self, f"{name}_regularizer", None)
 
-    def _check_lora(self, name, rank):
+    def _check_lora(self, name: str, rank: int) -> None:
         constraint = getattr(self, f"{name}_constraint", None)
         problems = [
             (not (isinstance(rank, int) and rank > 0), "rank must be a positive int"),

@@ -17,16 +17,16 @@ from ..layer import CHANNEL_AXIS, KernelLayerMixin, QuantizedWeight
 _register = keras.saving.register_keras_serializable(package="jaxquant")
 
 
-def _spatial(layer):
+def _spatial(layer: Any) -> tuple[int, ...]:
     return tuple(range(layer.rank))
 
 
-def _spatial_and_inputs(layer):
+def _spatial_and_inputs(layer: Any) -> tuple[int, ...]:
     """Axes of a kernel (spatial..., in, out) that a convolution contracts."""
     return tuple(range(layer.rank + 1))
 
 
-def _layout(layer, inputs, outputs):
+def _layout(layer: Any, inputs: int, outputs: int) -> lax.ConvDimensionNumbers:
     """Dimension numbers, for a kernel with these axes of input and output channels."""
     axes = list(range(layer.rank + 2))
     channels = axes.pop(CHANNEL_AXIS[layer.data_format])
@@ -49,7 +49,7 @@ def _causal(layer: Any) -> tuple[tuple[int, int], ...]:
 _PADDINGS = {"causal": _causal}
 
 
-def _convolve(layer, inputs, kernel, groups):
+def _convolve(layer: Any, inputs: jax.Array, kernel: QTensor | jax.Array, groups: int) -> jax.Array:
     """Convolution with a kernel (spatial..., in / groups, out)."""
     outputs = conv_general_dilated(
         inputs.astype(kernel.dtype),
@@ -85,7 +85,7 @@ def _flipped(kernel: QTensor | jax.Array, axes: Iterable[int]) -> QTensor | jax.
     return _with_parts(kernel, lambda x: jnp.flip(x, stored))
 
 
-def _depthwise(layer, inputs, kernel):
+def _depthwise(layer: Any, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
     """Convolution of each channel with its own kernels (spatial..., channels, multiplier)."""
     channels, multiplier = kernel.shape[-2:]
     kernel = kernel.reorder(None) if isinstance(kernel, QTensor) else kernel
