@@ -93,7 +93,7 @@ def layers_being_quantized() -> list[Any]:
 
 
 def check_quantize_arguments(layer: keras.layers.Layer, mode: str | None) -> None:
-    """Keras' own check before a layer is quantized: that it is built, and not quantized already.
+    """Keras' own check before a layer is quantized: that it is built, and not already quantized.
 
     Raises:
         ValueError: it is not, or the mode is unknown.
