@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -335,3 +336,21 @@ def test_a_report_leaves_both_trees_as_they_were():
     tree.report(params, quantized, RULES)
     for a, b in zip(jax.tree.leaves(copies), jax.tree.leaves((params, quantized)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_counting_the_codes_of_a_leaf_is_faster_than_numpy():
+    codes = np.random.default_rng(0).integers(-127, 128, (4096, 4096)).astype(np.int8)
+    q = quantize(jnp.ones((4, 4096)), ArrayConfig())
+    params = {"w": dataclasses.replace(q, codes=jnp.asarray(codes))}
+
+    def seconds(function):
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            function()
+            times.append(time.process_time() - start)
+        return min(times)
+
+    # XLA's scatter on CPU takes twice as long as `bincount`, and pairs of codes half as long.
+    counting = seconds(lambda: np.bincount(codes.reshape(-1).view(np.uint8)))
+    assert seconds(lambda: tree.report(None, params)) < 1.3 * counting
