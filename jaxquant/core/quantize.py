@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .blocks import Axes, Groups, blocks_between, check_axis, split_groups
 from .config import ArrayConfig
@@ -14,7 +15,7 @@ from .steps import encode, fit_range, fit_scale, fit_zero_point, group, is_finit
 
 
 def quantize(
-    x: jax.Array, config: ArrayConfig, axis: Axes = 0, key: jax.Array | None = None
+    x: jax.Array | np.ndarray, config: ArrayConfig, axis: Axes = 0, key: jax.Array | None = None
 ) -> QTensor:
     """Quantizes an array according to `config`.
 
@@ -81,9 +82,9 @@ def _quantize(x: jax.Array, config: ArrayConfig, axis: Axes, key: jax.Array | No
 
 
 def quantize_with_range(
-    x: jax.Array,
-    low: jax.Array,
-    high: jax.Array,
+    x: jax.Array | np.ndarray,
+    low: jax.Array | np.ndarray,
+    high: jax.Array | np.ndarray,
     config: ArrayConfig,
     axis: Axes = 0,
     key: jax.Array | None = None,
@@ -204,7 +205,7 @@ def quantize_with_scale(
     return encode(groups, jnp.where(is_valid, scale, jnp.nan), zero_point, config)
 
 
-def abs_max_quantize(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> QTensor:
+def abs_max_quantize(x: jax.Array | np.ndarray, config: ArrayConfig, axis: Axes = 0) -> QTensor:
     """Quantizes so that the largest magnitude of each group maps to the outermost code.
 
         scale = max|x| / min(-qmin, qmax)        codes = round(x / scale)
@@ -226,7 +227,7 @@ def abs_max_quantize(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> QTens
     return quantize(x, config, axis)
 
 
-def percentile_quantize(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> QTensor:
+def percentile_quantize(x: jax.Array | np.ndarray, config: ArrayConfig, axis: Axes = 0) -> QTensor:
     """Quantizes so that the p-th percentile of |x| in each group maps to the outermost code.
 
         scale = percentile(|x|, p) / min(-qmin, qmax)        codes = clip(round(x / scale))

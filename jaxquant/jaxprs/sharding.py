@@ -1,6 +1,7 @@
 """Shardings of arrays while they are traced."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -52,7 +53,7 @@ def run_with_out_sharding(
             f"out_sharding={out_sharding!r} needs a mesh. Pass a NamedSharding, or enter "
             "jax.set_mesh(mesh)."
         )
-    run = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_sharding)
+    run: Any = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_sharding)
     return run(*args)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,10 @@ def take(
         (2, 4)
     """
     (a,) = as_operands((a,), None)
-    hints = {"unique_indices": unique_indices, "indices_are_sorted": indices_are_sorted}
+    hints: dict[str, Any] = {
+        "unique_indices": unique_indices,
+        "indices_are_sorted": indices_are_sorted,
+    }
     if out_sharding is not None:
         run = partial(take, axis=axis, mode=mode, fill_value=fill_value, **hints)
         return _sharded(run, out_sharding, a, jnp.asarray(indices), axis)

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..core import (
     ArrayConfig,
@@ -84,7 +85,7 @@ class LearnedRange:
 
 
 def fake_quantize(
-    x: jax.Array,
+    x: jax.Array | np.ndarray,
     config: ArrayConfig,
     axis: Axes = 0,
     learned: LearnedStep | LearnedRange | None = None,
