@@ -42,9 +42,11 @@ from .core import quantize_with_range as quantize_with_range
 from .core import quantize_with_scale as quantize_with_scale
 from .core import unpack_int2 as unpack_int2
 from .core import unpack_int4 as unpack_int4
+from .explain import DequantizedRow as DequantizedRow
 from .explain import Explanation as Explanation
 from .explain import ExplanationRow as ExplanationRow
 from .explain import explain as explain
+from .lift import lift as lift
 from .ops import best_order as best_order
 from .ops import conv_general_dilated as conv_general_dilated
 from .ops import dot_general as dot_general

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ from ..jaxprs import (
     Site,
     add_slices,
     chips,
-    frames,
     is_partitioned,
     is_sliced,
     jit_name,
@@ -21,12 +19,13 @@ from ..jaxprs import (
     marking,
     name_stack,
     spans_devices,
+    user_line,
     walk,
 )
-from ..ops import Choice, Record, bytes_of, operations_of
+from ..ops import Choice, Dequantization, Record, bytes_of, operations_of
 from .machines import Machine, machine_for
 from .speeds import Measurement, measurement_for, speeds_near
-from .table import Explanation, ExplanationRow
+from .table import DequantizedRow, Explanation, ExplanationRow
 
 
 def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> Explanation:
@@ -36,7 +35,8 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
     `einsum`, `conv_general_dilated` or `ragged_dot` with a QTensor, also inside jit, loops, `vmap`,
     gradients and Keras layers. Rows do not include `take`, which does not multiply, or the float
     products that gradients consist of. Where XLA partitions the program among devices, by the
-    shardings of `args`, a mesh or the program itself, rows say what runs there.
+    shardings of `args`, a mesh or the program itself, rows say what runs there. In functions from
+    `jaxquant.lift`, rows name the parameter, and each place that dequantizes one is listed, too.
 
     Args:
         fn: a function of arrays and pytrees of arrays, jitted or not.
@@ -65,11 +65,13 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
     machine = machine_for(platform)
     chip = _chip(platform, machine)
     found = list(_products(fn, args, machine.lowering))
+    dequantized = [_dequantized_row(p) for p in found if isinstance(p.record, Dequantization)]
+    found = [p for p in found if isinstance(p.record, Record)]
     measured = [measurement_for(machine.name, product.record.lhs.dtype) for product in found]
     rows = [_row(product, machine, chip, m) for product, m in zip(found, measured, strict=True)]
     used = [m for row, m in zip(rows, measured, strict=True) if m is not None and row.speeds]
     distinct = [m for i, m in enumerate(used) if m not in used[:i]]
-    return Explanation(machine, tuple(distinct), tuple(rows))
+    return Explanation(machine, tuple(distinct), tuple(rows), tuple(dequantized))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +79,16 @@ class _Product:
     """A product that was found in a program.
 
     Attributes:
-        record: the computations selected for it.
+        record: the Record of a product, or a Dequantization.
+        parameter: path of the parameter in it, if a lifted function has it, else "".
         copies: copies that `vmap` made of the result, of lhs and of rhs.
         site: the location of its marker.
         is_sliced: whether an operand is a slice of codes of less than a byte.
         is_partitioned: whether XLA divides it among devices.
     """
 
-    record: Record
+    record: Any
+    parameter: str
     copies: tuple[int, int, int]
     site: Site
     is_sliced: bool
@@ -99,9 +103,15 @@ def _products(fn, args, platform) -> Iterator[_Product]:
     for site in walk(program, platform):
         eqn = site.eqn
         if eqn.primitive is marker_p:
-            record, copies = eqn.params["record"], eqn.params["copies"]
             is_divided = is_on_several and is_partitioned(site)
-            yield _Product(record, copies, site, is_sliced(eqn.invars, sliced), is_divided)
+            yield _Product(
+                record=eqn.params["record"],
+                parameter=eqn.params["parameter"],
+                copies=eqn.params["copies"],
+                site=site,
+                is_sliced=is_sliced(eqn.invars, sliced),
+                is_partitioned=is_divided,
+            )
         sliced = add_slices(eqn, sliced)
 
 
@@ -115,6 +125,7 @@ def _row(
     trips = 1 if product.site.times is None else product.site.times
     return ExplanationRow(
         path=_path(product.site),
+        parameter=product.parameter,
         line=_line(product.site),
         operation=record.operation,
         shapes=(record.lhs.shape, record.rhs.shape, record.shape),
@@ -130,6 +141,19 @@ def _row(
         bound="memory" if is_bound_by_memory else "arithmetic",
         speeds=speeds,
         warning=_warning(product, choice, machine, speeds, measurement),
+    )
+
+
+def _dequantized_row(product: _Product) -> DequantizedRow:
+    record = product.record
+    trips = 1 if product.site.times is None else product.site.times
+    return DequantizedRow(
+        parameter=record.path,
+        line=_line(product.site),
+        primitive=record.primitive,
+        why=record.why,
+        times=product.site.times,
+        bytes=trips * record.bytes,
     )
 
 
@@ -201,22 +225,10 @@ def _own_call(site):
     return next((eqn for eqn in inside_out if jit_name(eqn) is not None), outermost)
 
 
-# jaxquant itself, packages installed beside JAX, and Python's own modules.
-_LIBRARIES = tuple(
-    f"{folder}{os.sep}"
-    for folder in (
-        pathlib.Path(__file__).parents[1],
-        pathlib.Path(jax.__file__).parents[1],
-        pathlib.Path(os.__file__).parent,
-    )
-)
-
-
 def _line(site):
     """Where the innermost function that is not in a library called the operation.
 
     Lines inside of the operation are those of its first call, because it is traced only once.
     """
-    calls = frames(_own_call(site))
-    users = ((file, line) for file, line in calls if not file.startswith(_LIBRARIES))
-    return next((f"{os.path.basename(file)}:{line}" for file, line in users), "")
+    file, _, line = user_line(_own_call(site)).rpartition(":")
+    return f"{os.path.basename(file)}:{line}" if file else ""

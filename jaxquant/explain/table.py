@@ -19,6 +19,7 @@ class ExplanationRow:
     Attributes:
         path: names of `jax.named_scope` and of jitted functions around it, as in profiles; empty
             outside of all.
+        parameter: path of the quantized parameter, in functions from `jaxquant.lift`; else empty.
         line: file and line of the innermost call that is not in a library, such as "model.py:12";
             empty if all are.
         operation: name of the function of `jax.lax`.
@@ -47,6 +48,7 @@ class ExplanationRow:
     """
 
     path: str
+    parameter: str
     line: str
     operation: str
     shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -65,6 +67,33 @@ class ExplanationRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class DequantizedRow:
+    """A place where a function from `jaxquant.lift` dequantizes a parameter.
+
+    Attributes:
+        parameter: path of the parameter.
+        line: file and line of the innermost call that is not in a library; empty if all are.
+        primitive: the operation of JAX that needs a float array.
+        why: the reason.
+        times: how often loops of known length run it; None inside a `while_loop`.
+        bytes: of codes, scales and zero points, in all `times`; of one iteration if that is None.
+
+    Example:
+        >>> q = jq.quantize(jnp.ones((64, 8)), jq.ArrayConfig(), axis=0)
+        >>> (row,) = jq.explain(jq.lift(jnp.tanh), q).dequantized
+        >>> row.primitive, row.why
+        ('tanh', 'it has no form for quantized arrays')
+    """
+
+    parameter: str
+    line: str
+    primitive: str
+    why: str
+    times: int | None
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Explanation:
     """Rows in the order of the program. Iterate over it, print it, or use its `table()`.
 
@@ -72,6 +101,7 @@ class Explanation:
         machine: the machine whose rates were used.
         measurements: those of the machine that rows refer to.
         rows: one per quantized matrix multiplication or convolution.
+        dequantized: one per place where a function from `jaxquant.lift` dequantizes a parameter.
 
     Example:
         >>> q = jq.quantize(jnp.ones((64, 8)), jq.ArrayConfig(), axis=0)
@@ -83,6 +113,7 @@ class Explanation:
     machine: Machine
     measurements: tuple[Measurement, ...]
     rows: tuple[ExplanationRow, ...]
+    dequantized: tuple[DequantizedRow, ...] = ()
 
     def __iter__(self) -> Iterator[ExplanationRow]:
         return iter(self.rows)
@@ -91,7 +122,7 @@ class Explanation:
         return len(self.rows)
 
     def table(self) -> "rich.table.Table":
-        """The rows as a rich table; those with a warning are red."""
+        """The rows as a rich table; those with a warning and what is dequantized are red."""
         # rich is slow to import, and only tables need it.
         import rich.markup
         import rich.table
@@ -104,10 +135,12 @@ class Explanation:
         for row in self.rows:
             texts = map(rich.markup.escape, _texts(row))
             found.add_row(*texts, style="red" if row.warning else None)
+        for row in self.dequantized:
+            found.add_row(*map(rich.markup.escape, _dequantized_texts(row)), style="red")
         return found
 
     def _caption(self):
-        if not self.rows:
+        if not self.rows and not self.dequantized:
             return "This function does not contain quantized products."
         words = [
             "Bytes and operations are counts: operands and result once each.",
@@ -151,7 +184,7 @@ def speed_range(row: ExplanationRow) -> str:
 
 def _texts(row):
     return (
-        "\n".join(filter(None, (row.path, row.line))),
+        "\n".join(filter(None, (row.parameter, row.path, row.line))),
         "\n".join(_product(row)),
         "\n".join(_reasons(row)),
         f"{row.bytes / 1e6:.3f}",
@@ -161,13 +194,23 @@ def _texts(row):
     )
 
 
+def _dequantized_texts(row):
+    where = "\n".join(filter(None, (row.parameter, row.line)))
+    words = "\n".join(("dequantized", *_repeated(row.times)))
+    return where, words, f"{row.primitive}: {row.why}", f"{row.bytes / 1e6:.3f}", "", "", ""
+
+
 def _product(row):
     lhs, rhs, _ = ("x".join(map(str, shape)) or "scalar" for shape in row.shapes)
     words = [row.operation, f"{lhs} by {rhs}", " by ".join(row.formats)]
     words += [f"{row.copies} copies by vmap"] if row.copies > 1 else []
-    is_repeated = row.times is not None and row.times != 1
-    words += [f"{row.times} times in a loop"] if is_repeated else []
-    return words + ["in a loop of unknown length"] * (row.times is None)
+    return words + _repeated(row.times)
+
+
+def _repeated(times):
+    if times is None:
+        return ["in a loop of unknown length"]
+    return [f"{times} times in a loop"] if times != 1 else []
 
 
 def _reasons(row):

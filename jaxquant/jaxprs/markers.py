@@ -15,13 +15,24 @@ from jax.interpreters import ad, batching, mlir
 Stored = jax.Array | np.ndarray
 
 # Part of the key of JAX's caches: a function that was traced before is traced again within the
-# context, and its trace with markers is used nowhere else. The value is that of the thread.
-_is_marking = jax.make_user_context(default_value=False)
+# context, and its trace with markers is used nowhere else. The value is that of the thread: None
+# where nothing is marked, else the path of the parameter that an operation is about, or "".
+_marking = jax.make_user_context(default_value=None)
 
 
 def marking() -> contextlib.AbstractContextManager[None]:
     """A context in which operations add markers to the programs that this thread traces."""
-    return _is_marking(True)
+    return _marking("")
+
+
+def is_marking() -> bool:
+    """Whether operations leave markers now."""
+    return _marking.value is not None
+
+
+def naming(parameter: str) -> contextlib.AbstractContextManager[None]:
+    """A context in which markers, if there are any, say which parameter they are about."""
+    return contextlib.nullcontext() if _marking.value is None else _marking(parameter)
 
 
 def mark(
@@ -35,12 +46,14 @@ def mark(
             the copies of each are counted.
         make_record: returns the record; only called within `marking`.
     """
-    if not _is_marking.value:
+    parameter = _marking.value
+    if parameter is None:
         return out
-    return marker_p.bind(out, lhs, rhs, record=make_record(), copies=(1, 1, 1))
+    return marker_p.bind(out, lhs, rhs, record=make_record(), parameter=parameter, copies=(1, 1, 1))
 
 
-# Parameters: the record, and the copies of the result, of lhs and of rhs that `vmap` made.
+# Parameters: the record, the parameter that it is about, and the copies of the result, of lhs and
+# of rhs that `vmap` made.
 marker_p = Primitive("quantized_product")
 
 
@@ -54,11 +67,11 @@ def _(out, lhs, rhs, **parameters):
     return out
 
 
-def _batch(args, axes, record, copies):
+def _batch(args, axes, copies, **parameters):
     is_batched = [axis is not None for axis in axes]
     length = args[0].shape[axes[0]]
     copies = tuple(n * length if b else n for n, b in zip(copies, is_batched, strict=True))
-    return marker_p.bind(*args, record=record, copies=copies), axes[0]
+    return marker_p.bind(*args, copies=copies, **parameters), axes[0]
 
 
 batching.primitive_batchers[marker_p] = _batch

@@ -1,9 +1,12 @@
 """Reads the parameters of JAX's primitives, in each supported version of JAX."""
 
 import itertools
+import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.core
 from jax.extend.core import (
     ClosedJaxpr,
@@ -14,7 +17,17 @@ from jax.extend.core import (
     Var,
     jaxprs_in_params,
 )
-from jax.extend.core.primitives import cond_p, scan_p, while_p
+from jax.extend.core.primitives import broadcast_in_dim_p, cond_p, scan_p, while_p
+
+# jaxquant itself, packages installed beside JAX, and Python's own modules.
+_LIBRARIES = tuple(
+    f"{folder}{os.sep}"
+    for folder in (
+        pathlib.Path(__file__).parents[1],
+        pathlib.Path(jax.__file__).parents[1],
+        pathlib.Path(os.__file__).parent,
+    )
+)
 
 Params = Mapping[str, Any]
 
@@ -62,6 +75,37 @@ def scan_options(params: Params) -> dict[str, Any]:
     return {name: params[name] for name in ("length", "reverse", "unroll")}
 
 
+def while_counts(params: Params) -> tuple[int, int]:
+    """How many operands of a `while` are constants of its condition, and how many of its body."""
+    return params["cond_nconsts"], params["body_nconsts"]
+
+
+def remat_options(params: Params) -> dict[str, Any]:
+    """The parameters of a rematerialized call that are arguments of `jax.checkpoint`."""
+    return {"prevent_cse": params["prevent_cse"], "policy": params["policy"]}
+
+
+def shard_map_options(params: Params) -> dict[str, Any]:
+    """The parameters of a `shard_map` that are arguments of `jax.shard_map`, without specs."""
+    return {
+        "mesh": params["mesh"],
+        "axis_names": set(params["newly_manual_axes"]),
+        "check_vma": params["check_vma"],
+    }
+
+
+def has_shardings(params: Params) -> bool:
+    """Whether a jitted function says how its operands or results are sharded."""
+    found = (*params.get("in_shardings", ()), *params.get("out_shardings", ()))
+    return any(isinstance(s, jax.sharding.Sharding) for s in found)
+
+
+def broadcast_axes(eqn: JaxprEqn) -> tuple[int, ...] | None:
+    """For each axis of the operand of a broadcast, that of the result; None for other equations."""
+    is_broadcast = eqn.primitive is broadcast_in_dim_p
+    return eqn.params["broadcast_dimensions"] if is_broadcast else None
+
+
 def branch_for(params: Params, platform: str) -> int | None:
     """Place of the branch of a `cond` that a platform runs; None if a value decides.
 
@@ -89,6 +133,15 @@ def frames(eqn: JaxprEqn) -> list[tuple[str, int]]:
     traceback = eqn.source_info.traceback
     found = [] if traceback is None else traceback.frames
     return [(frame.file_name, frame.line_num) for frame in found]
+
+
+def user_line(eqn: JaxprEqn) -> str:
+    """ "file:line" of the innermost Python call outside of libraries that made an equation.
+
+    Empty if all are inside of libraries.
+    """
+    users = (f"{file}:{line}" for file, line in frames(eqn) if not file.startswith(_LIBRARIES))
+    return next(users, "")
 
 
 def is_tracer(x: Any) -> bool:

@@ -6,6 +6,7 @@ from .dot import matmul as matmul
 from .einsum import einsum as einsum
 from .ragged import ragged_dot as ragged_dot
 from .record import Choice as Choice
+from .record import Dequantization as Dequantization
 from .record import Record as Record
 from .record import bytes_of as bytes_of
 from .record import operations_of as operations_of

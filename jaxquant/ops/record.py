@@ -86,6 +86,23 @@ class Record:
         return f"Record({self.operation}, {' or '.join(names)})"
 
 
+@dataclasses.dataclass(frozen=True)
+class Dequantization:
+    """A parameter that a lifted function dequantizes. Hashable.
+
+    Attributes:
+        path: of the parameter.
+        primitive: the operation of JAX that needs a float array.
+        why: the reason.
+        bytes: of the codes, scales and zero points.
+    """
+
+    path: str
+    primitive: str
+    why: str
+    bytes: int
+
+
 def operand_record(x: jax.Array | np.ndarray | QTensor) -> OperandRecord:
     """Describes an operand by its static properties."""
     dtype = str(np.dtype(x.dtype))

@@ -1,0 +1,71 @@
+"""Quantized values inside of a lifted function."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from ..core import LowRank, QTensor, TrainedArray
+
+Quantized = QTensor | TrainedArray | LowRank
+
+
+class Unsupported(Exception):
+    """Says why an operation has no form for quantized operands, which are then dequantized."""
+
+
+@dataclasses.dataclass(eq=False)
+class Parameter:
+    """A quantized argument, or part of one, while a function is evaluated.
+
+    Attributes:
+        value: what stands for the array.
+        path: of the argument, as rules name it.
+        is_whole: whether it is the argument itself, not a part or another form of it.
+    """
+
+    value: Any
+    path: str
+    is_whole: bool = False
+    _forms: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def qtensor(self) -> QTensor:
+        """The QTensor that the value is, or is in this step of training.
+
+        Raises:
+            Unsupported: it has adapters.
+        """
+        if isinstance(self.value, LowRank):
+            raise Unsupported("adapters cannot follow it; merge them first")
+        if isinstance(self.value, QTensor):
+            return self.value
+        if "quantized" not in self._forms:
+            self._forms["quantized"] = self.value.quantize()
+        return self._forms["quantized"]
+
+    def dequantize(self) -> jax.Array:
+        """The array that the value stands for.
+
+        Raises:
+            ValueError: its activations have multipliers, without which it stands for another array.
+        """
+        value = self.value if isinstance(self.value, LowRank) else self.qtensor()
+        check_no_multiplier(value, self.path)
+        if "dequantized" not in self._forms:
+            self._forms["dequantized"] = value.dequantize()
+        return self._forms["dequantized"]
+
+    def derive(self, value: Quantized) -> "Parameter":
+        """Another form of the same argument."""
+        return Parameter(value, self.path)
+
+
+def check_no_multiplier(value: QTensor | LowRank, path: str) -> None:
+    """Raises ValueError if `inputs.multiplier` scales the activations of a value."""
+    inputs = value.base.inputs if isinstance(value, LowRank) else value.inputs
+    if inputs is not None and inputs.multiplier is not None:
+        raise ValueError(
+            f"{path} is multiplied with scaled activations (inputs.multiplier), so it can only be "
+            "an operand of a product, and not be dequantized or changed before; got an operation "
+            "that needs another form of it. Quantize it without a multiplier."
+        )

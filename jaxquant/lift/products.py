@@ -1,0 +1,138 @@
+"""Products, convolutions and lookups of a lifted function, by jaxquant's operations."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from ..core import LowRank
+from ..jaxprs import Params, before_transpose
+from ..ops import conv_general_dilated, dot_general, ragged_dot, take
+from .carriers import transpose
+from .parameter import Parameter, Unsupported
+
+Operands = Sequence[Any]
+
+
+def operand(x: Any) -> Any:
+    """What an operation of jaxquant gets for a value."""
+    return x.value if isinstance(x, Parameter) else x
+
+
+def dot_general_rule(params: Params, operands: Operands, implementation: str | None) -> Any:
+    """`lax.dot_general`."""
+    lhs, rhs = operands
+    if implementation is not None or isinstance(rhs, Parameter):
+        return dot_general(operand(lhs), operand(rhs), **params, implementation=implementation)
+    return _swapped_dot_general(params, operand(lhs), rhs, implementation)
+
+
+def _swapped_dot_general(params, lhs, rhs, implementation):
+    """The product with the operands swapped: kernels read quantized arrays on the right."""
+    ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch)) = params["dimension_numbers"]
+    numbers = (rhs_contract, lhs_contract), (rhs_batch, lhs_batch)
+    batch = len(lhs_batch)
+    lhs_free = lhs.ndim - batch - len(lhs_contract)
+    rhs_free = rhs.ndim - batch - len(rhs_contract)
+    axes = range(batch + lhs_free + rhs_free)
+    order = (*axes[:batch], *axes[batch + rhs_free :], *axes[batch : batch + rhs_free])
+    sharding = before_transpose(params["out_sharding"], order)
+    swapped = {**params, "dimension_numbers": numbers, "out_sharding": sharding}
+    return dot_general(rhs, lhs, **swapped, implementation=implementation).transpose(order)
+
+
+def convolution_rule(params: Params, operands: Operands, implementation: str | None) -> Any:
+    """`lax.conv_general_dilated`."""
+    lhs, rhs = (_without_adapters(x) for x in operands)
+    return conv_general_dilated(lhs, rhs, **params, implementation=implementation)
+
+
+def ragged_dot_rule(params: Params, operands: Operands, implementation: str | None) -> Any:
+    """`lax.ragged_dot_general`, of rows in groups with one matrix each."""
+    lhs, rhs, group_sizes = operands
+    numbers = params["ragged_dot_dimension_numbers"]
+    (lhs_inner, rhs_inner), batch = numbers.dot_dimension_numbers
+    groups = tuple(numbers.rhs_group_dimensions)
+    is_ragged_dot = tuple(numbers.lhs_ragged_dimensions) == (0,) and len(groups) == 1
+    if not is_ragged_dot or tuple(lhs_inner) != (1,) or len(rhs_inner) != 1 or any(batch):
+        raise Unsupported("only rows in groups are multiplied with one matrix per group")
+    if not isinstance(rhs, Parameter):
+        raise Unsupported("the ragged operand is quantized")
+    q = rhs.qtensor()
+    order = (groups[0], rhs_inner[0])
+    q = transpose(q, (*order, *(a for a in range(q.ndim) if a not in order)))
+    return ragged_dot(
+        operand(lhs),
+        q,
+        group_sizes,
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+        group_offset=params["group_offset"],
+        implementation=implementation,
+    )
+
+
+def _without_adapters(x):
+    value = operand(x)
+    if isinstance(value, LowRank):
+        raise Unsupported("convolutions do not support adapters")
+    return value
+
+
+def gather_rule(params: Params, operands: Operands, implementation: str | None) -> Any:
+    """`lax.gather` of whole slices along one axis: a lookup."""
+    table, starts = operands
+    if not isinstance(table, Parameter):
+        raise Unsupported("it gathers by quantized indices")
+    value, numbers = table.value, params["dimension_numbers"]
+    axis = _lookup_axis(value.shape, params)
+    index, mode = _lookup_index(starts, numbers.start_index_map, axis, value.shape[axis], params)
+    rows = take(
+        value,
+        index,
+        axis,
+        mode=mode,
+        unique_indices=params["unique_indices"],
+        indices_are_sorted=params["indices_are_sorted"],
+        fill_value=params["fill_value"],
+    )
+    # The axes of the indices first, then those of the table, of which one has length 1 or is gone.
+    rows = jnp.moveaxis(rows, range(axis, axis + index.ndim), range(index.ndim))
+    if axis not in numbers.collapsed_slice_dims:
+        rows = jnp.expand_dims(rows, index.ndim + axis)
+    batch = (a for a in range(rows.ndim) if a not in numbers.offset_dims)
+    return jnp.moveaxis(rows, range(rows.ndim), (*batch, *numbers.offset_dims))
+
+
+def _lookup_axis(shape, params):
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    partial = [a for a, n in enumerate(shape) if sizes[a] != n or a in numbers.collapsed_slice_dims]
+    if numbers.operand_batching_dims:
+        raise Unsupported("each index looks up in a table of its own")
+    if len(partial) != 1 or sizes[partial[0]] != 1:
+        raise Unsupported("it gathers parts that are not whole slices along one axis")
+    if partial[0] not in numbers.start_index_map:
+        raise Unsupported("no index selects along the axis that it gathers from")
+    return partial[0]
+
+
+def _lookup_index(starts, index_map, axis, length, params):
+    """Indices along one axis, and how `take` brings them into bounds."""
+    mode = params["mode"]
+    index = starts[..., index_map.index(axis)]
+    if mode == lax.GatherScatterMode.CLIP:
+        return index, "clip"
+    if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+        return index, "promise_in_bounds"
+    if mode != lax.GatherScatterMode.FILL_OR_DROP:
+        raise Unsupported(f"its indices are brought into bounds by {mode}")
+    if index.dtype.itemsize < 4:
+        index = index.astype(jnp.int32)
+    # `take` counts negative indices from the end. Along axes that are gathered whole, only 0 is in
+    # bounds.
+    is_inside = index >= 0
+    for place, other in enumerate(index_map):
+        if other != axis:
+            is_inside &= starts[..., place] == 0
+    return jnp.where(is_inside, index, jnp.asarray(length, index.dtype)), "fill"
