@@ -46,7 +46,10 @@ from .explain import DequantizedRow as DequantizedRow
 from .explain import Explanation as Explanation
 from .explain import ExplanationRow as ExplanationRow
 from .explain import explain as explain
+from .lift import Use as Use
+from .lift import Uses as Uses
 from .lift import lift as lift
+from .lift import uses as uses
 from .ops import best_order as best_order
 from .ops import conv_general_dilated as conv_general_dilated
 from .ops import dot_general as dot_general

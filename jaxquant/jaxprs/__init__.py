@@ -21,10 +21,13 @@ from .markers import mark as mark
 from .markers import marker_p as marker_p
 from .markers import marking as marking
 from .markers import naming as naming
+from .params import Literal as Literal
 from .params import Params as Params
 from .params import branch_for as branch_for
 from .params import broadcast_axes as broadcast_axes
+from .params import count_before_slices as count_before_slices
 from .params import has_shardings as has_shardings
+from .params import inner_jaxprs as inner_jaxprs
 from .params import is_tracer as is_tracer
 from .params import jit_name as jit_name
 from .params import name_stack as name_stack

@@ -4,15 +4,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import numpy as np
-
-from ..core import LowRank, QTensor, TrainedArray
-from ..jaxprs import is_tracer
 from ..tree.internal import leaves_with_paths
 from .interpreter import Options, as_array, evaluate
 from .parameter import Parameter
 from .primitives import RULES
+from .trace import is_input, is_quantized, trace_function
 
 
 def lift(
@@ -70,62 +66,17 @@ def lift(
     @functools.wraps(fn)
     def lifted(*args, **kwargs):
         paths, leaves, treedef = leaves_with_paths((args, kwargs))
-        places = [i for i, x in enumerate(leaves) if _is_input(x)]
+        places = [i for i, x in enumerate(leaves) if is_input(x)]
         trace = trace_function(fn, leaves, treedef, places)
-        names = argument_paths(paths, [_is_quantized(x) for x in leaves])
+        names = argument_paths(paths, [is_quantized(x) for x in leaves])
         values = [
-            Parameter(leaves[i], names[i], is_whole=True) if _is_quantized(leaves[i]) else leaves[i]
+            Parameter(leaves[i], names[i], is_whole=True) if is_quantized(leaves[i]) else leaves[i]
             for i in places
         ]
         out = evaluate(trace.program, values, options)
         return trace.result([_returned(x, options) for x in out])
 
     return lifted
-
-
-class Trace:
-    """A function's program, and the structure of what the function returns.
-
-    Attributes:
-        program: from the arguments that are arrays to the results that are.
-        result: from the program's results to what the function returns.
-    """
-
-    def __init__(self, program: Any, result: Callable[[list[Any]], Any]):
-        self.program = program
-        self.result = result
-
-
-def trace_function(fn: Callable[..., Any], leaves: list[Any], treedef: Any, places: list[int]):
-    """Traces fn(*args, **kwargs) with float arrays in place of quantized leaves.
-
-    Args:
-        fn: the function.
-        leaves, treedef: of (args, kwargs).
-        places: which leaves are arrays, or stand for some.
-    """
-    returned = []
-
-    def flat(*arrays):
-        filled = list(leaves)
-        for i, x in zip(places, arrays, strict=True):
-            filled[i] = x
-        args, kwargs = jax.tree.unflatten(treedef, filled)
-        out, structure = jax.tree.flatten(fn(*args, **kwargs), is_leaf=_is_quantized)
-        is_array = [_is_output(x) for x in out]
-        others = [None if b else x for x, b in zip(out, is_array, strict=True)]
-        returned[:] = [structure, is_array, others]
-        return [x for x, b in zip(out, is_array, strict=True) if b]
-
-    program = jax.make_jaxpr(flat)(*(_plain(leaves[i]) for i in places))
-    structure, is_array, others = returned
-
-    def result(values):
-        arrays = iter(values)
-        pairs = zip(others, is_array, strict=True)
-        return jax.tree.unflatten(structure, [next(arrays) if b else x for x, b in pairs])
-
-    return Trace(program, result)
 
 
 def argument_paths(paths: list[str], is_parameter: list[bool]) -> list[str]:
@@ -138,31 +89,6 @@ def argument_paths(paths: list[str], is_parameter: list[bool]) -> list[str]:
     if len(holders) > 1:
         return [path.partition("/")[2] for path in paths]
     return [p[2] if len(p) > 2 else p[1] for p in split]
-
-
-def _is_quantized(x):
-    return isinstance(x, QTensor | LowRank | TrainedArray)
-
-
-def _is_input(x):
-    """Whether a leaf is an array or stands for one; others are passed on as they are."""
-    is_numeric = isinstance(x, np.ndarray | np.generic) and x.dtype.kind not in "OSU"
-    return _is_quantized(x) or isinstance(x, jax.Array) or is_numeric or is_tracer(x)
-
-
-def _is_output(x):
-    return _is_input(x) or isinstance(x, bool | int | float | complex)
-
-
-def _plain(x):
-    """An array, or the abstract float array that a quantized one stands for."""
-    if not _is_quantized(x):
-        return x
-    return jax.eval_shape(_dequantize, x)
-
-
-def _dequantize(x):
-    return (x.quantize() if isinstance(x, TrainedArray) else x).dequantize()
 
 
 def _returned(x, options):

@@ -1,0 +1,289 @@
+"""The walk that finds how a program uses its parameters."""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+from ..jaxprs import Literal, count_before_slices, inner_jaxprs, user_line
+from .views import View
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One operation that a parameter is an operand of.
+
+    Attributes:
+        kind: "product", "convolution", "lookup", or "other".
+        primitive: name of JAX's primitive.
+        contracted: axes of the parameter that are summed over.
+        batched: axes along which each slice has its own operand, such as experts.
+        looked_up: axes that indices select from.
+        stacked: axes that a loop slices.
+        line: file and line of the innermost call that is not in a library; empty if all are.
+        activations: identifies the other operand; parameters with equal ones share activations.
+    """
+
+    kind: str
+    primitive: str
+    contracted: tuple[int, ...] = ()
+    batched: tuple[int, ...] = ()
+    looked_up: tuple[int, ...] = ()
+    stacked: tuple[int, ...] = ()
+    line: str = ""
+    activations: Hashable = None
+
+
+Found = list[tuple[str, Use]]
+# What is known of a variable: the views of parameters that it is, and what it is the same array as.
+Views = tuple[View, ...]
+
+
+class Walk:
+    """Collects the uses of parameters in a program.
+
+    Attributes:
+        found: (path, use) in the order of the program.
+    """
+
+    def __init__(self):
+        self.found: Found = []
+
+    def program(self, jaxpr: Any, views: Sequence[Views], names: Sequence[Hashable]) -> list[Views]:
+        """Walks a jaxpr; returns the views that its results are.
+
+        Args:
+            jaxpr: an open jaxpr.
+            views: those of each input.
+            names: identifies each input.
+        """
+        known = dict(zip(jaxpr.invars, views, strict=True))
+        same = dict(zip(jaxpr.invars, names, strict=True))
+        for eqn in jaxpr.eqns:
+            operands = [_lookup(known, v, ()) for v in eqn.invars]
+            labels = [_lookup(same, v, v) for v in eqn.invars]
+            if any(operands) or inner_jaxprs(eqn):
+                results = self.equation(eqn, operands, labels)
+                known.update((v, x) for v, x in zip(eqn.outvars, results, strict=True) if x)
+            if eqn.primitive.name in _SAME and len(eqn.invars) == 1:
+                shape = eqn.outvars[0].aval.shape
+                same[eqn.outvars[0]] = (eqn.primitive.name, shape, str(eqn.params), labels[0])
+        return [_lookup(known, v, ()) for v in jaxpr.outvars]
+
+    def equation(self, eqn: Any, operands: Sequence[Views], labels: Sequence[Any]) -> list[Views]:
+        """Walks one equation; returns the views that its results are."""
+        inner = inner_jaxprs(eqn)
+        if inner:
+            return self._inner(eqn, inner, operands, labels)
+        rule = _RULES.get(eqn.primitive.name, _other)
+        return rule(self, eqn, operands, labels)
+
+    def add(self, view: View, eqn: Any, kind: str, **facts: Any) -> None:
+        """Adds a use, unless a parameter was only broadcast into it."""
+        stacked = tuple(sorted(view.stacked))
+        name, line = eqn.primitive.name, user_line(eqn)
+        self.found.append((view.path, Use(kind, name, stacked=stacked, line=line, **facts)))
+
+    def _inner(self, eqn, inner, operands, labels):
+        known = dict(zip(map(id, eqn.invars), zip(operands, labels, strict=True), strict=True))
+        first_slice, results = count_before_slices(eqn), []
+        sliced = {id(v) for v in eqn.invars[first_slice:]}
+        for jaxpr, passed, _ in inner:
+            views, names = [], []
+            for v in passed:
+                found, name = ((), None) if v is None else known.get(id(v), ((), None))
+                is_slice = v is not None and id(v) in sliced
+                views.append(tuple(x.without_first() for x in found) if is_slice else found)
+                names.append(("slice", name) if is_slice else name if name is not None else v)
+            results.append(self.program(jaxpr, views, names))
+        is_call = len(inner) == 1 and first_slice == len(eqn.invars)
+        if is_call and len(results[0]) == len(eqn.outvars):
+            return results[0]
+        return [()] * len(eqn.outvars)
+
+
+def _lookup(found, atom, default):
+    """What is known of a variable; None for a literal's name, because it is not hashable."""
+    if isinstance(atom, Literal):
+        return default if default == () else None
+    return found.get(atom, default)
+
+
+def _other(walk, eqn, operands, labels):
+    for views in operands:
+        for view in views:
+            walk.add(view, eqn, "other")
+    return [()] * len(eqn.outvars)
+
+
+def _dot_general(walk, eqn, operands, labels):
+    contract, batch = eqn.params["dimension_numbers"]
+    for side, views in enumerate(operands):
+        for view in views:
+            walk.add(
+                view,
+                eqn,
+                "product",
+                contracted=view.named(contract[side]),
+                batched=view.named(batch[side]),
+                activations=labels[1 - side],
+            )
+    return [()]
+
+
+def _ragged_dot(walk, eqn, operands, labels):
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contract), _ = numbers.dot_dimension_numbers
+    for view in operands[1]:
+        batched = view.named(numbers.rhs_group_dimensions)
+        contracted = view.named(contract)
+        walk.add(
+            view, eqn, "product", contracted=contracted, batched=batched, activations=labels[0]
+        )
+    return _other(walk, eqn, [operands[0], (), *operands[2:]], labels)
+
+
+def _convolution(walk, eqn, operands, labels):
+    kernel = eqn.params["dimension_numbers"].rhs_spec
+    for view in operands[1]:
+        contracted = view.named(kernel[1:])
+        walk.add(view, eqn, "convolution", contracted=contracted, activations=labels[0])
+    return _other(walk, eqn, [operands[0], ()], labels)
+
+
+def _gather(walk, eqn, operands, labels):
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    shape = eqn.invars[0].aval.shape
+    for view in operands[0]:
+        axes = [a for a in numbers.start_index_map if sizes[a] != shape[a]]
+        if len(axes) == 1 and sizes[axes[0]] == 1:
+            walk.add(view, eqn, "lookup", looked_up=view.named(axes))
+        else:
+            walk.add(view, eqn, "other")
+    return _other(walk, eqn, [(), *operands[1:]], labels)
+
+
+def _shapes(eqn):
+    return eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+
+
+def _view_rule(change: Callable[[View, Any], View | None]):
+    """The rule of an operation on views: other uses where a view does not exist any more."""
+
+    def rule(walk, eqn, operands, labels):
+        changed = []
+        for view in operands[0]:
+            new = change(view, eqn)
+            if new is None:
+                walk.add(view, eqn, "other")
+            else:
+                changed.append(new)
+        _other(walk, eqn, [(), *operands[1:]], labels)
+        return [tuple(changed)] * len(eqn.outvars)
+
+    return rule
+
+
+def _joined(walk, eqn, operands, labels):
+    """All operands together are the result of a concatenation."""
+    before = [v.aval.shape for v in eqn.invars]
+    after = eqn.outvars[0].aval.shape
+    joined = []
+    for views, shape in zip(operands, before, strict=True):
+        if len(shape) != len(after):
+            axis = eqn.params["axis"]
+            places = [a for a in range(len(after)) if a != axis]
+            views = [view.broadcast(_with_one(after, axis), places) for view in views]
+        joined += views
+    return [tuple(joined)]
+
+
+def _with_one(shape, axis):
+    return (*shape[:axis], 1, *shape[axis + 1 :])
+
+
+def _scaled(walk, eqn, operands, labels):
+    """A product with a number, or with one per block: a scaled parameter."""
+    (lhs, rhs), results = operands, []
+    shape = eqn.outvars[0].aval.shape
+    for views, own, other in ((lhs, 0, 1), (rhs, 1, 0)):
+        is_kept = eqn.invars[own].aval.shape == shape and not operands[other]
+        is_scale = eqn.invars[other].aval.size < max(eqn.invars[own].aval.size, 2)
+        is_scale |= isinstance(labels[other], tuple) and labels[other][0] == "broadcast_in_dim"
+        for view in views:
+            if is_kept and is_scale and not view.is_broadcast and len(shape) > 1:
+                results.append(view)
+            else:
+                walk.add(view, eqn, "other")
+    return [tuple(results)]
+
+
+def _unstack(walk, eqn, operands, labels):
+    axis = eqn.params["axis"]
+    parts = []
+    for view in operands[0]:
+        stacked = view.stacked | set(view.named([axis]))
+        axes = (*view.axes[:axis], *view.axes[axis + 1 :])
+        parts.append(dataclasses.replace(view, axes=axes, stacked=stacked))
+    return [tuple(parts)] * len(eqn.outvars)
+
+
+def _each(walk, eqn, operands, labels):
+    return list(operands)
+
+
+def _slice(view, eqn):
+    return view.resize(*_shapes(eqn))
+
+
+_same_shape = _view_rule(lambda view, eqn: view)
+_reshape = _view_rule(lambda view, eqn: view.reshape(*_shapes(eqn)))
+_RULES: Mapping[str, Callable[..., list[Views]]] = {
+    "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot,
+    "conv_general_dilated": _convolution,
+    "gather": _gather,
+    "transpose": _view_rule(lambda view, eqn: view.transpose(eqn.params["permutation"])),
+    "reshape": _reshape,
+    "squeeze": _reshape,
+    "expand_dims": _reshape,
+    "broadcast_in_dim": _view_rule(
+        lambda view, eqn: view.broadcast(
+            eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
+        )
+    ),
+    "slice": _view_rule(_slice),
+    "dynamic_slice": _view_rule(_slice),
+    "split": lambda walk, eqn, operands, labels: [
+        tuple(v.resize(eqn.invars[0].aval.shape, out.aval.shape) for v in operands[0])
+        for out in eqn.outvars
+    ],
+    "unstack": _unstack,
+    "concatenate": _joined,
+    "stack": _joined,
+    "convert_element_type": _same_shape,
+    "mul": _scaled,
+    "div": _scaled,
+    "neg": _same_shape,
+    "copy": _same_shape,
+    "copy_p": _same_shape,
+    "stop_gradient": _same_shape,
+    "name": _same_shape,
+    "sharding_constraint": _same_shape,
+    "optimization_barrier": _each,
+}
+# Operations after which activations are the same activations to whatever is multiplied by them.
+_SAME = frozenset({"convert_element_type", "reshape", "squeeze", "broadcast_in_dim", "transpose"})
+_SAME |= {"copy", "stop_gradient", "name", "sharding_constraint"}
+
+
+def find_uses(program: Any, views: Sequence[View | None]) -> Found:
+    """How a program uses its parameters.
+
+    Args:
+        program: a jaxpr with its constants.
+        views: for each input, the whole parameter that it is, or None.
+    """
+    walk = Walk()
+    given = [() if view is None else (view,) for view in views]
+    walk.program(program.jaxpr, given, list(program.jaxpr.invars))
+    return walk.found

@@ -1,0 +1,83 @@
+"""The program of a function, whatever its arguments and results are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..core import LowRank, QTensor, TrainedArray
+from ..jaxprs import is_tracer
+
+
+class Trace:
+    """A function's program, and the structure of what the function returns.
+
+    Attributes:
+        program: from the arguments that are arrays to the results that are.
+        result: from the program's results to what the function returns.
+    """
+
+    def __init__(self, program: Any, result: Callable[[list[Any]], Any]):
+        self.program = program
+        self.result = result
+
+
+def trace_function(
+    fn: Callable[..., Any], leaves: list[Any], treedef: Any, places: list[int]
+) -> Trace:
+    """Traces fn(*args, **kwargs) with float arrays in place of quantized leaves.
+
+    Args:
+        fn: the function.
+        leaves, treedef: of (args, kwargs).
+        places: which leaves are arrays, or stand for some.
+    """
+    returned = []
+
+    def flat(*arrays):
+        filled = list(leaves)
+        for i, x in zip(places, arrays, strict=True):
+            filled[i] = x
+        args, kwargs = jax.tree.unflatten(treedef, filled)
+        out, structure = jax.tree.flatten(fn(*args, **kwargs), is_leaf=is_quantized)
+        is_array = [_is_output(x) for x in out]
+        others = [None if b else x for x, b in zip(out, is_array, strict=True)]
+        returned[:] = [structure, is_array, others]
+        return [x for x, b in zip(out, is_array, strict=True) if b]
+
+    program = jax.make_jaxpr(flat)(*(plain(leaves[i]) for i in places))
+    structure, is_array, others = returned
+
+    def result(values):
+        arrays = iter(values)
+        pairs = zip(others, is_array, strict=True)
+        return jax.tree.unflatten(structure, [next(arrays) if b else x for x, b in pairs])
+
+    return Trace(program, result)
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether a leaf stands for an array."""
+    return isinstance(x, QTensor | LowRank | TrainedArray)
+
+
+def is_input(x: Any) -> bool:
+    """Whether a leaf is an array or stands for one; others are passed on as they are."""
+    is_numeric = isinstance(x, np.ndarray | np.generic) and x.dtype.kind not in "OSU"
+    return is_quantized(x) or isinstance(x, jax.Array) or is_numeric or is_tracer(x)
+
+
+def _is_output(x):
+    return is_input(x) or isinstance(x, bool | int | float | complex)
+
+
+def plain(x: Any) -> Any:
+    """An array, or the abstract float array that a quantized one stands for."""
+    if not is_quantized(x):
+        return x
+    return jax.eval_shape(_dequantize, x)
+
+
+def _dequantize(x):
+    return (x.quantize() if isinstance(x, TrainedArray) else x).dequantize()

@@ -1,0 +1,260 @@
+"""`uses`: how a function uses its parameters, and the rules to quantize them that follow."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from ..core import ArrayConfig, Scheme
+from ..tree import Rule
+from ..tree.internal import leaves_with_paths
+from .find_uses import Use, find_uses
+from .trace import is_input, is_quantized, plain, trace_function
+from .views import view_of
+
+if TYPE_CHECKING:
+    import rich.table
+
+_QUANTIZED_USES = ("product", "convolution", "lookup")
+
+
+@dataclasses.dataclass(frozen=True)
+class Uses:
+    """How a function uses each of its parameters. Print it, or use `table()`.
+
+    Attributes:
+        shapes: the shape of each parameter, by path.
+        by_path: the uses of each parameter, in the order of the program; empty if the result does
+            not depend on it.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
+        >>> found = jq.uses(lambda p, x: x @ p["kernel"] + p["bias"], params, jnp.ones((2, 8)))
+        >>> found.contracted
+        {'kernel': (0,)}
+        >>> [use.primitive for use in found.by_path["bias"]]
+        ['add']
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    by_path: Mapping[str, tuple[Use, ...]]
+
+    @cached_property
+    def contracted(self) -> dict[str, tuple[int, ...]]:
+        """The axes along which elements of each matrix, kernel or table should share a scale.
+
+        Those that a product or convolution sums over. Of a table that is only looked up, the axes
+        of a row.
+        """
+        found = {path: self._axes(path) for path in self.by_path}
+        return {path: axes for path, axes in found.items() if axes}
+
+    def _axes(self, path):
+        uses = [use for use in self.by_path[path] if use.kind in _QUANTIZED_USES]
+        ndim = len(self.shapes[path])
+        summed = [use.contracted for use in uses if use.contracted]
+        apart = {a for use in uses for a in use.stacked}
+        if ndim - len(apart) < 2:
+            return ()
+        if summed:
+            return max(summed, key=lambda axes: (summed.count(axes), -summed.index(axes)))
+        rows = {a for use in uses for a in (*use.looked_up, *use.batched)}
+        return tuple(a for a in range(ndim) if a not in rows | apart) if uses else ()
+
+    def shared_activations(self) -> list[tuple[str, ...]]:
+        """Groups of parameters that are multiplied by the same activations, such as Q, K and V."""
+        groups: dict[Any, dict[str, None]] = {}
+        for path, uses in self.by_path.items():
+            for use in uses:
+                if use.activations is not None:
+                    groups.setdefault((use.activations, use.contracted), {})[path] = None
+        return [tuple(group) for group in groups.values() if len(group) > 1]
+
+    def rules(self, scheme: Scheme | ArrayConfig) -> tuple[Rule, ...]:
+        """Rules for `tree.quantize` with the axes that the function contracts.
+
+        Matrices, convolution kernels and tables are quantized; a group spans contracted elements
+        that lie next to each other, over several axes if need be. Other parameters stay in float,
+        and so do those that no group fits; a report gives the reason.
+
+        Args:
+            scheme: for all of them.
+
+        Returns:
+            One rule per parameter.
+
+        Raises:
+            ValueError: the function does not use any parameter in a product, convolution or
+                lookup, or the groups of the scheme fit none of them.
+
+        Example:
+            >>> params = {"out": jnp.ones((4, 8, 32)), "scale": jnp.ones(32)}
+            >>> def apply(params, x):
+            ...     return jnp.einsum("bhk,hkd->bd", x, params["out"]) * params["scale"]
+            >>> found = jq.uses(apply, params, jnp.ones((2, 4, 8)))
+            >>> jq.tree.quantize(params, found.rules(jq.W8A8))["out"].scale.shape
+            (1, 1, 32)
+        """
+        if not self.contracted:
+            raise ValueError(
+                "rules needs a parameter that is used in a product, convolution or lookup; got "
+                f"uses of {', '.join(self.by_path) or 'no parameter'}. Pass the parameters as the "
+                "second argument of uses, not closed over."
+            )
+        rules = tuple(self._rule(path, scheme) for path in self.by_path)
+        if all(rule.scheme is None for rule in rules):
+            notes = dict.fromkeys(rule.note for rule in rules)
+            raise ValueError(
+                f"rules needs a scheme that fits a parameter; got {scheme!r}, and "
+                f"{'; '.join(filter(None, notes))}. Choose a smaller group_size."
+            )
+        return rules
+
+    def _rule(self, path, scheme):
+        pattern = "re:" + re.escape(path)
+        axes, shape = self.contracted.get(path), self.shapes[path]
+        if axes is None:
+            names = dict.fromkeys(use.primitive for use in self.by_path[path])
+            note = f"used by {', '.join(names)}" if names else "not used"
+            return Rule(pattern, None, note=note)
+        weights = scheme.weights if isinstance(scheme, Scheme) else scheme
+        size = weights.group_size or weights.format.group_size
+        if size is None:
+            return Rule(pattern, scheme, axis=axes)
+        blocks = lay_group(size, axes, shape) if isinstance(size, int) else None
+        is_fixed = weights.format.group_size is not None
+        if blocks is None or (is_fixed and len(blocks) > 1):
+            lengths = " x ".join(str(shape[a]) for a in axes)
+            note = f"groups of {size} do not fit {lengths} contracted elements"
+            return Rule(pattern, None, note=note)
+        group = None if is_fixed else tuple(blocks.values())
+        axis = tuple(blocks)
+        if len(axis) == 1:
+            return Rule(pattern, scheme, axis=axis[0], group_size=group and group[0])
+        return Rule(pattern, scheme, axis=axis, group_size=group)
+
+    def table(self) -> "rich.table.Table":
+        """One row per parameter as a rich table."""
+        # rich is slow to import, and only tables need it.
+        import rich.markup
+        import rich.table
+
+        table = rich.table.Table(title="Uses of parameters")
+        for name in ("parameter", "shape", "used by", "share a scale along"):
+            table.add_column(name)
+        for path, uses in self.by_path.items():
+            shape = "x".join(map(str, self.shapes[path]))
+            words = "\n".join(dict.fromkeys(_words(use) for use in uses)) or "nothing"
+            axes = self.contracted.get(path)
+            cells = path, shape, words, "" if axes is None else ", ".join(map(str, axes))
+            table.add_row(*map(rich.markup.escape, cells))
+        return table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_path)
+
+    def __rich__(self) -> "rich.table.Table":
+        return self.table()
+
+    def __str__(self) -> str:
+        import rich.console
+
+        console = rich.console.Console(width=120)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def _words(use):
+    words = [use.primitive]
+    facts = ("contracted", "batched", "looked_up", "stacked")
+    for name in facts:
+        axes = getattr(use, name)
+        words += [f"{name.replace('_', ' ')} {', '.join(map(str, axes))}"] if axes else []
+    return "; ".join(words)
+
+
+def lay_group(size: int, axes: Sequence[int], shape: Sequence[int]) -> dict[int, int] | None:
+    """The block length along each axis of a group of `size` elements; None if none fits.
+
+    Args:
+        size: elements of a group.
+        axes: contracted axes, slow to fast.
+        shape: of the parameter.
+    """
+    blocks, left = {}, size
+    for a in reversed(axes):
+        common = math.gcd(left, shape[a])
+        if common not in (left, shape[a]):
+            return None
+        blocks[a] = common
+        left //= common
+        if left == 1:
+            return dict(sorted(blocks.items()))
+    return None
+
+
+def uses(fn: Callable[..., Any], params: Any, *args: Any) -> Uses:
+    """Finds how fn(params, *args) uses each parameter. Nothing is computed: fn is only traced.
+
+    The axes that it finds are exact for any model, in any framework: kernels of attention with
+    three axes, tied embeddings, layers stacked for `jax.lax.scan`, convolutions in any layout,
+    weights that are transposed or reshaped first.
+
+    Args:
+        fn: a function, such as `model.apply`.
+        params: any pytree of arrays, `jax.ShapeDtypeStruct`s or quantized arrays.
+        args: its other arguments.
+
+    Returns:
+        Uses; `tree.quantize(params, found.rules(scheme))` quantizes the parameters.
+
+    Raises:
+        ValueError: fn is not a function, or params does not contain an array.
+
+    Example:
+        >>> params = {"q": jnp.ones((8, 2, 4)), "k": jnp.ones((8, 2, 4)), "embed": jnp.ones((9, 8))}
+        >>> def apply(params, tokens):
+        ...     x = params["embed"][tokens]
+        ...     heads = [jnp.einsum("td,dhk->thk", x, params[name]) for name in "qk"]
+        ...     return jnp.einsum("thk,shk->hts", *heads) @ jnp.ones((3, 1))
+        >>> found = jq.uses(apply, params, jnp.array([1, 2, 3]))
+        >>> found.contracted
+        {'embed': (1,), 'k': (0,), 'q': (0,)}
+        >>> found.shared_activations()
+        [('k', 'q')]
+    """
+    if not callable(fn):
+        raise ValueError(
+            f"uses expects a function and its arguments, as in uses(model.apply, params, x); got "
+            f"{type(fn).__name__}."
+        )
+    paths, leaves, _ = leaves_with_paths(params)
+    if not any(map(_is_abstract_input, leaves)):
+        raise ValueError(
+            f"params must contain arrays; got {type(params).__name__} with leaves "
+            f"{', '.join(paths[:8]) or 'none'}."
+        )
+    _, every, treedef = leaves_with_paths(((params, *args), {}))
+    every = [plain(x) if is_quantized(x) else x for x in every]
+    places = [i for i, x in enumerate(every) if _is_abstract_input(x)]
+    program = trace_function(fn, every, treedef, places).program
+    floats = [
+        view_of(paths[i], every[i].shape)
+        if i < len(paths) and jax.numpy.issubdtype(every[i].dtype, jax.numpy.floating)
+        else None
+        for i in places
+    ]
+    found: dict[str, list[Use]] = {view.path: [] for view in floats if view is not None}
+    for path, use in find_uses(program, floats):
+        found[path].append(use)
+    shapes = {paths[i]: every[i].shape for i in places if i < len(paths)}
+    return Uses(shapes, {path: tuple(found[path]) for path in found})
+
+
+def _is_abstract_input(x):
+    return is_input(x) or isinstance(x, jax.ShapeDtypeStruct)
