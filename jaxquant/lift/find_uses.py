@@ -59,15 +59,15 @@ class Walk:
         known = dict(zip(jaxpr.invars, views, strict=True))
         same = dict(zip(jaxpr.invars, names, strict=True))
         for eqn in jaxpr.eqns:
-            operands = [_lookup(known, v, ()) for v in eqn.invars]
-            labels = [_lookup(same, v, v) for v in eqn.invars]
+            operands = [_views(known, v) for v in eqn.invars]
+            labels = [_name(same, v) for v in eqn.invars]
             if any(operands) or inner_jaxprs(eqn):
                 results = self.equation(eqn, operands, labels)
                 known.update((v, x) for v, x in zip(eqn.outvars, results, strict=True) if x)
             if eqn.primitive.name in _SAME and len(eqn.invars) == 1:
                 shape = eqn.outvars[0].aval.shape
                 same[eqn.outvars[0]] = (eqn.primitive.name, shape, str(eqn.params), labels[0])
-        return [_lookup(known, v, ()) for v in jaxpr.outvars]
+        return [_views(known, v) for v in jaxpr.outvars]
 
     def equation(self, eqn: Any, operands: Sequence[Views], labels: Sequence[Any]) -> list[Views]:
         """Walks one equation; returns the views that its results are."""
@@ -101,11 +101,12 @@ class Walk:
         return [()] * len(eqn.outvars)
 
 
-def _lookup(found, atom, default):
-    """What is known of a variable; None for a literal's name, because it is not hashable."""
-    if isinstance(atom, Literal):
-        return default if default == () else None
-    return found.get(atom, default)
+def _views(known, atom) -> Views:
+    return () if isinstance(atom, Literal) else known.get(atom, ())
+
+
+def _name(same, atom) -> Hashable:
+    return None if isinstance(atom, Literal) else same.get(atom, atom)
 
 
 def _other(walk, eqn, operands, labels):

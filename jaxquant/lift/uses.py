@@ -77,8 +77,8 @@ class Uses:
     def rules(self, scheme: Scheme | ArrayConfig) -> tuple[Rule, ...]:
         """Rules for `tree.quantize` with the axes that the function contracts.
 
-        Matrices, convolution kernels and tables are quantized; a group spans contracted elements
-        that lie next to each other, over several axes if need be. Other parameters stay in float,
+        Matrices, convolution kernels and tables are quantized. A group spans contracted elements
+        that lie next to each other, over several axes if need be, or else along one axis. Other parameters stay in float,
         and so do those that no group fits; a report gives the reason.
 
         Args:
@@ -190,12 +190,13 @@ def lay_group(size: int, axes: Sequence[int], shape: Sequence[int]) -> dict[int,
     for a in reversed(axes):
         common = math.gcd(left, shape[a])
         if common not in (left, shape[a]):
-            return None
+            break
         blocks[a] = common
         left //= common
         if left == 1:
             return dict(sorted(blocks.items()))
-    return None
+    # Elements that are not neighbours, such as the channels of one pixel of a kernel.
+    return next(({a: size} for a in axes if shape[a] % size == 0), None)
 
 
 def uses(fn: Callable[..., Any], params: Any, *args: Any) -> Uses:

@@ -1,0 +1,66 @@
+"""What a lifted function says where it cannot keep a parameter quantized."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxquant as jq
+
+from . import cases
+
+
+def test_a_value_that_is_no_function_is_named():
+    with pytest.raises(ValueError, match=r"lift expects a function, as in .*; got dict"):
+        jq.lift({"a": 1})
+
+
+def test_strict_names_the_parameter_the_operation_and_the_line():
+    params = {"layers": [{"kernel": cases.parameter("int8")}]}
+    lifted = jq.lift(lambda p: jnp.exp(p["layers"][0]["kernel"]), strict=True)
+    text = (
+        r"strict=True does not allow to dequantize a parameter; got layers/0/kernel in exp at "
+        r".*test_errors\.py:\d+: it has no form for quantized arrays\. Leave it in float"
+    )
+    with pytest.raises(ValueError, match=text):
+        lifted(params)
+
+
+def test_paths_name_the_argument_if_several_hold_parameters():
+    q = cases.parameter("int8")
+    with pytest.raises(ValueError, match="got 1/w in exp"):
+        jq.lift(lambda a, b: cases.rows() @ a["w"] + jnp.exp(b["w"]).sum(), strict=True)(
+            {"w": q}, {"w": q}
+        )
+
+
+def test_explain_lists_what_is_dequantized_and_why():
+    q = cases.parameter("int4 g32")
+
+    def apply(params):
+        return (
+            cases.rows() @ params["w"] + jnp.sum(jnp.tanh(params["w"])) + params["w"][3:67, :].sum()
+        )
+
+    found = jq.explain(jq.lift(apply), {"w": q})
+    (product,) = found
+    assert product.parameter == "w"
+    assert product.line.startswith("test_errors.py:")
+    reasons = {row.primitive: row for row in found.dequantized}
+    assert set(reasons) == {"tanh", "slice"}
+    assert "does not keep the blocks of 32 whole" in reasons["slice"].why
+    assert reasons["tanh"].parameter == "w"
+    assert reasons["tanh"].times == 1
+    assert reasons["tanh"].bytes == q.nbytes
+    assert "tanh: it has no form" in str(found)
+
+
+def test_a_multiplier_may_not_be_dropped():
+    q = cases.parameter("int8")
+    q = dataclasses.replace(q, inputs=jq.Inputs(multiplier=jnp.full(64, 2.0)))
+    product = jq.lift(lambda w: cases.rows() @ w)(q)
+    assert jnp.allclose(product, 2 * cases.rows() @ q.dequantize(), rtol=1e-4, atol=1e-3)
+    for fn in (jnp.exp, lambda w: cases.rows(32) @ w[32:]):
+        with pytest.raises(ValueError, match=r"is multiplied with scaled activations"):
+            jax.eval_shape(jq.lift(fn), q)

@@ -1,0 +1,180 @@
+"""`uses`: the axes that a function contracts, and the rules that follow."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import jaxquant as jq
+
+X = jnp.ones((2, 8))
+
+
+def contracted(fn, w, *args):
+    return jq.uses(lambda p, *args: fn(p["w"], *args), {"w": w}, *args).contracted.get("w")
+
+
+def scanned(w, x):
+    return lax.scan(lambda x, layer: (x @ layer, None), x, w)[0]
+
+
+def scanned_outside(w, x):
+    """The layers' axis is the second."""
+    return scanned(jnp.moveaxis(w, 1, 0), x)
+
+
+def convolved(layout):
+    numbers = ("NHC", layout, "NHC")
+    return lambda w: lax.conv_general_dilated(
+        jnp.ones((1, 9, 8)), w, (1,), "SAME", dimension_numbers=numbers
+    )
+
+
+AXES = {
+    "matrix": (lambda w: X @ w, (8, 4), (0,)),
+    "transposed matrix": (lambda w: X @ w.T, (4, 8), (1,)),
+    "kernel of attention": (lambda w: jnp.einsum("bd,dhk->bhk", X, w), (8, 2, 4), (0,)),
+    "output of attention": (
+        lambda w: jnp.einsum("hbk,hkd->bd", jnp.ones((2, 3, 4)), w),
+        (2, 4, 8),
+        (0, 1),
+    ),
+    "matrix as three axes": (
+        lambda w: jnp.einsum("hbk,hkd->bd", jnp.ones((2, 3, 4)), w.reshape(2, 4, 8)),
+        (8, 8),
+        (0,),
+    ),
+    "part of a fused matrix": (
+        lambda w: jnp.split(X @ w.reshape(8, 3, 4)[:, 1], 2)[0],
+        (8, 12),
+        (0,),
+    ),
+    "half of the rows": (lambda w: X @ w[8:], (16, 4), (0,)),
+    "experts": (lambda w: jnp.einsum("ebd,edf->ebf", jnp.ones((3, 2, 8)), w), (3, 8, 4), (1,)),
+    "ragged experts": (lambda w: lax.ragged_dot(X, w, jnp.array([1, 0, 1])), (3, 8, 4), (1,)),
+    "stacked layers": (lambda w: scanned(w, X), (3, 8, 8), (1,)),
+    "stacked along the second axis": (lambda w: scanned_outside(w, X), (8, 3, 8), (0,)),
+    "unstacked layers": (lambda w: X @ list(w)[1], (3, 8, 4), (1,)),
+    "convolution HIO": (convolved("HIO"), (3, 8, 4), (0, 1)),
+    "convolution OIH": (convolved("OIH"), (4, 8, 3), (1, 2)),
+    "table": (lambda w: w[jnp.array([1, 2])], (9, 8), (1,)),
+    "tied table": (lambda w: w[jnp.array([1, 2])] @ w.T, (9, 8), (1,)),
+    "scaled matrix": (lambda w: X @ (w * jnp.linspace(0, 1, 4)[None]), (8, 4), (0,)),
+    "inside of programs": (
+        jax.jit(jax.checkpoint(lambda w: lax.cond(X[0, 0] > 0, jnp.dot, jnp.dot, X, w))),
+        (8, 4),
+        (0,),
+    ),
+    "added": (lambda w: X + w, (2, 8), None),
+    "gain of a norm": (lambda w: (X * w[None]) @ jnp.ones((8, 8)), (8,), None),
+    "gain with an axis of length 1": (lambda w: (X * w) @ jnp.ones((8, 8)), (1, 8), None),
+    "not used": (lambda w: X, (8, 4), None),
+}
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_the_axes_that_are_summed_over_are_found(name):
+    fn, shape, axes = AXES[name]
+    assert contracted(fn, jax.ShapeDtypeStruct(shape, jnp.float32)) == axes
+
+
+def test_uses_say_what_each_parameter_is_for():
+    def apply(params, tokens):
+        x = params["embed"][tokens] + params["bias"][None]
+        return scanned(params["layers"], x) @ params["embed"].T
+
+    params = {"embed": jnp.ones((9, 8)), "bias": jnp.ones(8), "layers": jnp.ones((3, 8, 8))}
+    found = jq.uses(apply, params, jnp.array([1, 2]))
+
+    lookup, product = found.by_path["embed"]
+    assert (lookup.kind, lookup.looked_up) == ("lookup", (0,))
+    assert (product.kind, product.contracted) == ("product", (1,))
+    (layer,) = found.by_path["layers"]
+    assert (layer.stacked, layer.contracted) == ((0,), (1,))
+    assert layer.line.split("/")[-1].startswith("test_uses.py:")
+    assert list(found) == ["bias", "embed", "layers"]
+    assert "contracted 1; stacked 0" in str(found)
+
+
+def test_parameters_with_the_same_activations_are_named():
+    def apply(params, x):
+        q, k, v = (x.astype(jnp.bfloat16) @ params[n].astype(jnp.bfloat16) for n in "qkv")
+        return (q + k + v) @ params["out"].astype(jnp.bfloat16)
+
+    params = {n: jnp.ones((8, 8)) for n in ("q", "k", "v", "out")}
+    assert jq.uses(apply, params, X).shared_activations() == [("k", "q", "v")]
+
+
+GROUPS = {
+    "one axis": (32, (64, 4), lambda w: jnp.ones((2, 64)) @ w, (2, 4)),
+    "over two axes": (
+        32,
+        (12, 16, 8),
+        lambda w: jnp.einsum("hk,hkd->d", jnp.ones((12, 16)), w),
+        (6, 1, 8),
+    ),
+    "within the second": (
+        8,
+        (3, 16, 4),
+        lambda w: jnp.einsum("hk,hkd->d", jnp.ones((3, 16)), w),
+        (3, 2, 4),
+    ),
+    "channels of a kernel": (8, (4, 8, 3), convolved("OIH"), (4, 1, 3)),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_lie_along_contracted_axes(name):
+    size, shape, fn, counts = GROUPS[name]
+    params = {"w": jnp.ones(shape)}
+    rules = jq.uses(lambda p: fn(p["w"]), params).rules(
+        jq.ArrayConfig(format=jq.INT4, group_size=size)
+    )
+    q = jq.tree.quantize(params, rules)["w"]
+    stored = q.stored_axes(range(q.ndim))
+    assert tuple(q.scale.shape[a] for a in stored) == counts
+
+
+def test_parameters_that_no_group_fits_stay_in_float_and_a_report_says_why():
+    params = {"fits": jnp.ones((64, 4)), "odd": jnp.ones((20, 4)), "bias": jnp.ones((1, 4))}
+
+    def apply(params):
+        return (
+            jnp.ones((1, 64)) @ params["fits"] + jnp.ones((1, 20)) @ params["odd"] + params["bias"]
+        )
+
+    rules = jq.uses(apply, params).rules(jq.ArrayConfig(format=jq.INT4, group_size=32))
+    report = jq.tree.report(params, jq.tree.quantize(params, rules), rules)
+    reasons = {row.path: row.reason for row in report.rows}
+    assert reasons["odd"] == "groups of 32 do not fit 20 contracted elements"
+    assert reasons["bias"] == "used by add"
+    assert reasons["fits"] is None
+
+
+def test_names_with_special_characters_match_themselves_only():
+    params = {"a.b": jnp.ones((8, 4)), "a+b": jnp.ones((8, 4)), "axb": jnp.ones((2, 4))}
+    rules = jq.uses(
+        lambda p: X @ (p["a.b"] @ jnp.ones((4, 8)) @ p["a+b"]) + p["axb"], params
+    ).rules(jq.W8A16)
+    q = jq.tree.quantize(params, rules)
+    assert [jq.tree.is_quantized(q[n]) for n in params] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: jq.uses("x", {}), "uses expects a function .*; got str"),
+        (lambda: jq.uses(lambda p: p, {}), "params must contain arrays; got dict .*none"),
+        (
+            lambda: jq.uses(lambda p: p + 1, jnp.ones((2, 2))).rules(jq.W8A8),
+            "rules needs a parameter that is used in a product",
+        ),
+        (
+            lambda: jq.uses(lambda p: X @ p, jnp.ones((8, 4))).rules(jq.W4A16),
+            "groups of 128 do not fit 8 contracted elements. Choose a smaller group_size",
+        ),
+    ],
+)
+def test_mistakes_are_named(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
