@@ -43,6 +43,7 @@ MAX_BODY_LINES = 60
 LATE_IMPORTS = {
     "demo/text.py": "tokenizers is an optional package",
     "explain/table.py": "rich is slow to import, and only tables need it",
+    "lift/uses.py": "rich is slow to import, and only tables need it",
     "tree/plot.py": "matplotlib is an optional package, and slow to import",
     "tree/progress.py": "rich is slow to import, and only a progress bar needs it",
     "tree/report_table.py": "rich is slow to import, and only tables need it",

@@ -21,6 +21,12 @@ class Use:
         stacked: axes that a loop slices.
         line: file and line of the innermost call that is not in a library; empty if all are.
         activations: identifies the other operand; parameters with equal ones share activations.
+
+    Example:
+        >>> found = jq.uses(lambda w, x: x @ w.T, jnp.ones((4, 8)), jnp.ones((2, 8)))
+        >>> (use,) = found.by_path[""]
+        >>> use.kind, use.primitive, use.contracted
+        ('product', 'dot_general', (1,))
     """
 
     kind: str

@@ -11,7 +11,7 @@ import jax
 
 from ..core import ArrayConfig, Scheme
 from ..tree import Rule
-from ..tree.internal import leaves_with_paths
+from ..tree.internal import leaves_with_paths, to_text
 from .find_uses import Use, find_uses
 from .trace import is_input, is_quantized, plain, trace_function
 from .views import view_of
@@ -67,19 +67,20 @@ class Uses:
 
     def shared_activations(self) -> list[tuple[str, ...]]:
         """Groups of parameters that are multiplied by the same activations, such as Q, K and V."""
+        pairs = [(path, use) for path, uses in self.by_path.items() for use in uses]
         groups: dict[Any, dict[str, None]] = {}
-        for path, uses in self.by_path.items():
-            for use in uses:
-                if use.activations is not None:
-                    groups.setdefault((use.activations, use.contracted), {})[path] = None
+        for path, use in pairs:
+            if use.activations is not None:
+                groups.setdefault((use.activations, use.contracted), {})[path] = None
         return [tuple(group) for group in groups.values() if len(group) > 1]
 
     def rules(self, scheme: Scheme | ArrayConfig) -> tuple[Rule, ...]:
         """Rules for `tree.quantize` with the axes that the function contracts.
 
-        Matrices, convolution kernels and tables are quantized. A group spans contracted elements
-        that lie next to each other, over several axes if need be, or else along one axis. Other parameters stay in float,
-        and so do those that no group fits; a report gives the reason.
+        Matrices, kernels of convolutions and tables are quantized. A group spans contracted
+        elements that lie next to each other, over several axes if need be, or else along one axis.
+        Other parameters stay in float, and so do those that no group fits; a report gives the
+        reason.
 
         Args:
             scheme: for all of them.
@@ -161,12 +162,7 @@ class Uses:
         return self.table()
 
     def __str__(self) -> str:
-        import rich.console
-
-        console = rich.console.Console(width=120)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return to_text(self.table())
 
 
 def _words(use):

@@ -72,17 +72,16 @@ class View:
 
     def reshape(self, before: Sequence[int], after: Sequence[int]) -> "View | None":
         """With axes divided or joined; None if an axis of the parameter would be torn."""
-        axes: list[tuple[Piece, ...]] = [() for _ in after]
+        axes: dict[int, tuple[Piece, ...] | None] = {}
         for these, those in paired_axes(before, after):
             pieces = [p for a in these for p in self.axes[a] if p.length > 1]
-            for a in reversed(those):
-                taken = _take(pieces, after[a])
-                if taken is None:
-                    return None
-                axes[a] = taken
+            axes |= {a: _take(pieces, after[a]) for a in reversed(those)}
             if pieces:
                 return None
-        return dataclasses.replace(self, axes=tuple(axes))
+        found = [axes[a] for a in range(len(after))]
+        if None in found:
+            return None
+        return dataclasses.replace(self, axes=tuple(pieces or () for pieces in found))
 
 
 def view_of(path: str, shape: Sequence[int]) -> View:

@@ -9,6 +9,7 @@ from .quantize import quantize_leaf as quantize_leaf
 from .quantize import select as select
 from .quantize import stored_order as stored_order
 from .quantize import why_unsupported as why_unsupported
+from .report_table import to_text as to_text
 from .rules import Plan as Plan
 from .rules import as_rules as as_rules
 from .rules import is_matrix as is_matrix
