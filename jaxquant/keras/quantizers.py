@@ -17,6 +17,7 @@ from ..core import (
     check_axis,
     quantize,
     quantize_with_scale,
+    scale_values,
 )
 
 
@@ -80,7 +81,7 @@ class Quantizer(keras.quantizers.Quantizer):
         """
         config, axis = self.array_config(), self.axis if axis is None else _as_axes(axis)
         x = jnp.asarray(keras.ops.convert_to_tensor(x))
-        step = quantize(x, config, axis).scale
+        step = scale_values(quantize(x, config, axis).scale)
         # The scale of small values overflows float16.
         scale = jnp.minimum(1 / step, float(jnp.finfo(x.dtype).max)).astype(x.dtype)
         q = quantize_with_scale(x, 1 / scale.astype(step.dtype), None, config)

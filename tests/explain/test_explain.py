@@ -3,6 +3,7 @@
 import re
 import types
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -293,8 +294,9 @@ def test_the_default_is_the_device_of_this_process(monkeypatch):
 
 
 def test_anything_but_a_function_is_an_error():
+    array: Any = weight(ArrayConfig(), (64, 24))
     with pytest.raises(ValueError, match=r"explain expects a function .*; got QTensor\(int8"):
-        explain(weight(ArrayConfig(), (64, 24)))
+        explain(array)
 
 
 def test_records_are_short_where_programs_are_printed():

@@ -14,6 +14,7 @@ from jaxquant import (
     NVFP4,
     ArrayConfig,
     Inputs,
+    QTensor,
     conv_general_dilated,
     dot_general,
     einsum,
@@ -273,6 +274,7 @@ def test_of_nested_scales_only_the_wide_one_gets_a_gradient():
     q = weight(ArrayConfig(format=NVFP4))
     gradient = jax.grad(lambda q: loss(matmul, X, q))(q)
 
+    assert isinstance(q.scale, QTensor)
     np.testing.assert_array_equal(gradient.scale.codes.astype(np.float32), 0)
     np.testing.assert_array_equal(gradient.codes.astype(np.float32), 0)
     product = np.sum(np.asarray(matmul(X, q), np.float64) * COTANGENT)

@@ -44,7 +44,8 @@ def counts_of(case):
 
 def gradients(x, case, learned, cotangent, key=None):
     """Values, and the gradients of x and of the learned parameters."""
-    values, pullback = jax.vjp(lambda x, p: fake_quantize(x, *case, p, key), x, learned)
+    config, axis = case
+    values, pullback = jax.vjp(lambda x, p: fake_quantize(x, config, axis, p, key), x, learned)
     return values, *pullback(cotangent)
 
 
@@ -259,10 +260,12 @@ def test_no_gradient_flows_through_the_range_of_x():
     ],
 )
 def test_invalid_arguments_raise(case, learned, text):
+    config, axis = case
     with pytest.raises(ValueError, match=text):
-        fake_quantize(X, *case, learned)
+        fake_quantize(X, config, axis, learned)
 
 
 def test_a_key_in_place_of_the_axis_is_named():
+    key: Any = jax.random.key(0)
     with pytest.raises(ValueError, match=r"axis must be an int.*got an array.*by name: key=key"):
-        fake_quantize(X, ArrayConfig(), jax.random.key(0))
+        fake_quantize(X, ArrayConfig(), key)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,9 @@ def test_every_operation_passes_gradients_on(name):
 
     def surrogate(tree):
         """The same with float weights, in products of floats if inputs stay floats."""
-        values = {k: fake_quantize(p.weight, p.config, p.axis, p.learned) for k, p in tree.items()}
+        values: dict[str, Any] = {
+            k: fake_quantize(p.weight, p.config, p.axis, p.learned) for k, p in tree.items()
+        }
         served = convert(jax.lax.stop_gradient(tree))
         for name, p in tree.items():
             values[name] = _WithValues(served[name], values[name]) if p.inputs else values[name]

@@ -370,6 +370,6 @@ def test_stored_codes_scales_and_zeros_are_those_of_quantize(name):
         strict=True,
     ):
         assert (a is None) == (b is None)
-        if a is not None:
+        if a is not None and b is not None:
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)

@@ -292,6 +292,7 @@ def test_eager_operations_use_the_native_kernels():
 def test_exported_programs_do_without():
     q, x = stored("int4-g128"), jnp.asarray(normal(2, K))
     assert "jaxquant_dot" in jax.jit(matmul).lower(x, q).as_text()
+    assert W8A8.inputs is not None
     q = with_inputs(q, Inputs(W8A8.inputs))
     assert calls(matmul, x, q) == 1
     exported = jax.export.export(jax.jit(matmul))(x, q)
