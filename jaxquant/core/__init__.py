@@ -36,6 +36,9 @@ from .formats import Format as Format
 from .formats import bits_of as bits_of
 from .formats import power_codebook as power_codebook
 from .low_rank import LowRank as LowRank
+from .low_rank import add_low_rank as add_low_rank
+from .low_rank import low_rank_product as low_rank_product
+from .low_rank import low_rank_shapes as low_rank_shapes
 from .packing import pack_int2 as pack_int2
 from .packing import pack_int4 as pack_int4
 from .packing import unpack_int2 as unpack_int2

@@ -76,20 +76,49 @@ class LowRank(ArrayLike):
 
     def axes(self) -> tuple[list[int], list[int]]:
         """The array axis of each axis of `a` and of `b`; `ndim` stands for the rank axis."""
-        ndim, split = self.ndim, self.a.ndim - 1
-        stack = split + self.b.ndim - 1 - ndim
-        return [*range(split), ndim], [*range(stack), ndim, *range(split, ndim)]
+        return _axes(self.a, self.b, self.ndim)
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> "LowRank":
+        """Returns the same array with another dtype to dequantize to; `a` and `b` keep theirs."""
+        return dataclasses.replace(self, base=self.base.astype(dtype))
 
     def dequantize(self) -> jax.Array:
         """Returns base + (alpha / rank) * a @ b, computed in float32 (float64 if that is dtype)."""
         compute = jnp.float64 if self.dtype == jnp.float64 else jnp.float32
-        a_axes, b_axes = self.axes()
-        a, b = self.a.astype(compute), self.b.astype(compute)
-        out = list(range(self.ndim))
-        delta = jnp.einsum(a, a_axes, b, b_axes, out, precision=jax.lax.Precision.HIGHEST)
         base = jax.lax.stop_gradient(self.base).astype(compute).dequantize()
-        return (base + self.factor * delta).astype(self.dtype)
+        a, b = self.a.astype(compute), self.b.astype(compute)
+        return add_low_rank(base, a, b, self.alpha).astype(self.dtype)
 
     def __repr__(self) -> str:
         a, b = (getattr(x, "shape", x) for x in (self.a, self.b))
         return f"LowRank({self.base!r}, a {a}, b {b}, alpha {self.alpha})"
+
+
+def low_rank_shapes(
+    shape: tuple[int, ...], rank: int, stack: int = 0, split: int = -1
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of `a` and `b` for an array with `stack` stack axes, where `b` starts at `split`."""
+    return (*shape[:split], rank), (*shape[:stack], rank, *shape[split:])
+
+
+def low_rank_product(a: jax.Array, b: jax.Array, alpha: float, stack: int = 0) -> jax.Array:
+    """(alpha / rank) * a @ b, with `stack` stack axes, computed in the dtype of a and b."""
+    ndim = a.ndim + b.ndim - 2 - stack
+    a_axes, b_axes = _axes(a, b, ndim)
+    out = list(range(ndim))
+    product = jnp.einsum(a, a_axes, b, b_axes, out, precision=jax.lax.Precision.HIGHEST)
+    return alpha / a.shape[-1] * product
+
+
+def add_low_rank(values: jax.Array, a: jax.Array, b: jax.Array, alpha: float) -> jax.Array:
+    """values + (alpha / rank) * a @ b, in the wider dtype of the two terms."""
+    product = low_rank_product(a, b, alpha, a.ndim + b.ndim - 2 - values.ndim)
+    dtype = jnp.promote_types(values.dtype, product.dtype)
+    return values.astype(dtype) + product.astype(dtype)
+
+
+def _axes(a: jax.Array, b: jax.Array, ndim: int) -> tuple[list[int], list[int]]:
+    """The array axis of each axis of `a` and of `b`; `ndim` stands for the rank axis."""
+    split = a.ndim - 1
+    stack = split + b.ndim - 1 - ndim
+    return [*range(split), ndim], [*range(stack), ndim, *range(split, ndim)]

@@ -8,7 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..core import LowRank, QTensor, blocks_between, describe, quantize, shared_axes
+from ..core import (
+    LowRank,
+    QTensor,
+    blocks_between,
+    describe,
+    low_rank_shapes,
+    quantize,
+    shared_axes,
+)
 from ..tree import Rules, is_quantized
 from ..tree.internal import Plan, leaves_with_paths, quantize_leaf, select, why_unsupported
 
@@ -212,7 +220,7 @@ def merge(tree: Any) -> Any:
 def _merge(x):
     # Not rounded to bfloat16 in between.
     compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    total = dataclasses.replace(x, base=x.base.astype(compute)).dequantize()
+    total = x.astype(compute).dequantize()
     blocks = blocks_between(x.base.shape, x.base.reorder(None).scale.shape)
     axis = tuple(a for a, block in enumerate(blocks) if block > 1)
     config = x.config
@@ -288,7 +296,7 @@ def _why_unsupported_base(q, plan):
 def _adapters(shape, axes, rank, key, dtype):
     """Initial a and b: one normal, the other zeros."""
     stack, split = _split(axes, len(shape))
-    a_shape, b_shape = (*shape[:split], rank), (*shape[:stack], rank, *shape[split:])
+    a_shape, b_shape = low_rank_shapes(shape, rank, stack, split)
     meets_b = axes == (len(shape) - 1,)
     inputs = math.prod(shape[split:] if meets_b else shape[stack:split])
     drawn, zeros = (b_shape, a_shape) if meets_b else (a_shape, b_shape)

@@ -136,6 +136,17 @@ def test_adapter_learns_in_both_directions():
     np.testing.assert_allclose(difference, activations() @ delta.T, atol=1e-4)
 
 
+def test_adapter_is_added_without_dequantizing_the_table():
+    layer = make()
+    layer.quantize("int8")
+    layer.enable_lora(2)
+    lookup = jax.make_jaxpr(layer)(tokens())
+    projection = jax.make_jaxpr(lambda x: layer(x, reverse=True))(activations())
+    for program in (lookup, projection):
+        assert f"i8[{TOKENS},{WIDTH}]" in str(program)
+        assert f"f32[{TOKENS},{WIDTH}]" not in str(program)
+
+
 @TIES
 def test_quantized_layer_comes_back_from_a_file_and_is_an_embedding(is_tied, tmp_path):
     start = keras.Input((5,), dtype="int32")

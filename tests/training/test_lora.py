@@ -311,6 +311,14 @@ def test_products_compute_in_the_dtype_of_inputs_and_base(of_x, of_base, of_adap
     assert wide.dtype == jnp.float32
 
 
+def test_astype_changes_the_dtype_of_the_dequantized_array():
+    w = adapted(INT4_G32)
+    narrow = w.astype("bfloat16")
+    assert narrow.dtype == narrow.dequantize().dtype == jnp.bfloat16
+    assert narrow.a.dtype == narrow.b.dtype == jnp.float32
+    np.testing.assert_array_equal(narrow.dequantize(), w.dequantize().astype(jnp.bfloat16))
+
+
 def test_nan_in_a_row_spoils_this_row_and_no_other():
     w, x = adapted(INT4_INT8), np.array(normal(4, K, seed=3))
     x[1, 3], x[2, 5] = np.nan, np.inf

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import keras
 
-from ...core import QTensor
 from .lora import LoraMixin
 
 
@@ -17,7 +16,7 @@ class KernelLayerMixin(LoraMixin):
 
     data_format = "channels_last"
 
-    def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
+    def product(self, inputs: jax.Array, kernel: Any) -> jax.Array:
         """Hook: the layer's product, before bias and activation."""
         raise NotImplementedError(f"{type(self).__name__} must define `product`.")
 
@@ -25,14 +24,11 @@ class KernelLayerMixin(LoraMixin):
         """The forward pass: that of Keras in float, or on codes if the kernel is quantized."""
         if not self.has_codes("kernel"):
             return super().call(inputs, *args, **kwargs)
-        outputs = self.product(inputs, self.operand("kernel"))
-        if self.lora_enabled:
-            outputs = outputs + self.lora_product(inputs)
-        return self._finished(outputs)
+        return self._finished(self.adapted_product(inputs))
 
-    def lora_product(self, inputs: jax.Array) -> jax.Array:
-        """Hook: the product with the kernel's adapter."""
-        return self.product(inputs, self.lora_delta("kernel"))
+    def adapted_product(self, inputs: jax.Array) -> jax.Array:
+        """Hook: the product with the quantized kernel and its adapter, if it has one."""
+        return self.product(inputs, self.lora_operand("kernel"))
 
     def _finished(self, outputs):
         if self.bias is not None:

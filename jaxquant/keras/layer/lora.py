@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from ...core import QTensor
+from ...core import LowRank, QTensor, add_low_rank, low_rank_product, low_rank_shapes
 from .mixin import QuantizableMixin
 
 
@@ -43,24 +43,17 @@ class LoraMixin(QuantizableMixin):
         """
         name = next(iter(self.declared_weights))
         self._check_lora(name, rank)
-        shape = tuple(getattr(self, name).shape)
+        shapes = low_rank_shapes(tuple(getattr(self, name).shape), rank)
+        initializers = (a_initializer, b_initializer)
         with self.weight_state.all_or_nothing():
             # float32 under every policy: small updates must not underflow.
             options = {"dtype": "float32", "regularizer": self._lora_regularizer(name)}
-            a = self.add_weight(
-                name=f"lora_{name}_a",
-                shape=(*shape[:-1], rank),
-                initializer=a_initializer,
-                **options,
-            )
-            b = self.add_weight(
-                name=f"lora_{name}_b",
-                shape=(rank, shape[-1]),
-                initializer=b_initializer,
-                **options,
-            )
-            setattr(self, f"lora_{name}_a", a)
-            setattr(self, f"lora_{name}_b", b)
+            for part, shape, initializer in zip("ab", shapes, initializers, strict=True):
+                variable = f"lora_{name}_{part}"
+                created = self.add_weight(
+                    name=variable, shape=shape, initializer=initializer, **options
+                )
+                setattr(self, variable, created)
         if name in self.float_weights:
             self.float_weights[name].trainable = False
         self.lora_enabled = True
@@ -68,28 +61,34 @@ class LoraMixin(QuantizableMixin):
         self.lora_alpha = rank if lora_alpha is None else lora_alpha
         self.renew_optimizers()
 
+    def lora_operand(self, name: str) -> LowRank | QTensor | jax.Array:
+        """`operand(name)` of a quantized weight, as a `LowRank` if it has an adapter."""
+        base = self.operand(name)
+        if not self._has_lora(name):
+            return base
+        a, b = self._lora_factors(name)
+        plan = self.weight_state.plan(name, self.quantization_config)
+        assert isinstance(base, QTensor), "called without codes"
+        assert plan is not None, "called without codes"
+        return LowRank(base, a, b, alpha=self.lora_alpha, config=plan[1].weights)
+
     def lora_delta(self, name: str) -> jax.Array:
         """(alpha / rank) * a @ b, in the dtype of the running layer."""
-        a, b = self.lora_factors(name)
-        return a @ b
-
-    def lora_factors(self, name: str) -> tuple[jax.Array, jax.Array]:
-        """a, and (alpha / rank) * b, in the dtype of the running layer."""
-        a, b = (jnp.asarray(getattr(self, f"lora_{name}_{part}")) for part in "ab")
-        return a, (self.lora_alpha / self.lora_rank) * b
+        return low_rank_product(*self._lora_factors(name), self.lora_alpha)
 
     def adapted(self, name: str, value: Any) -> Any:
         """The weight with its adapter added."""
         if not self._has_lora(name):
             return value
-        total = keras.ops.add(value, self.lora_delta(name))
+        total = add_low_rank(jnp.asarray(value), *self._lora_factors(name), self.lora_alpha)
         return keras.ops.cast(total, self.compute_dtype)
 
     def tensor_to_save(self, name: str) -> QTensor:
         """The weight with its adapter merged, quantized again with the same config."""
         if not self._has_lora(name):
             return super().tensor_to_save(name)
-        total = self.stored_weights[name].dequantize() + self.lora_delta(name)
+        values = self.stored_weights[name].dequantize()
+        total = add_low_rank(values, *self._lora_factors(name), self.lora_alpha)
         return self.quantized_values(name, total, self.quantization_config)
 
     def load_own_variables(self, store: Any) -> None:
@@ -99,6 +98,11 @@ class LoraMixin(QuantizableMixin):
             # Only `b`: if both were zero, neither would get a gradient.
             b = getattr(self, f"lora_{next(iter(self.declared_weights))}_b")
             b.assign(keras.ops.zeros(b.shape))
+
+    def _lora_factors(self, name: str) -> tuple[jax.Array, jax.Array]:
+        """`a` and `b`, in the dtype of the running layer."""
+        a, b = (jnp.asarray(getattr(self, f"lora_{name}_{part}")) for part in "ab")
+        return a, b
 
     def _has_lora(self, name: str) -> bool:
         return self.lora_enabled and name == next(iter(self.declared_weights))

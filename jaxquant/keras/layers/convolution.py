@@ -99,7 +99,17 @@ def _depthwise(layer: Any, inputs: jax.Array, kernel: QTensor | jax.Array) -> ja
     return _convolve(layer, inputs, _with_parts(kernel, merge), groups=channels)
 
 
-class ConvolutionMixin(KernelLayerMixin):
+class _ConvolvingMixin(KernelLayerMixin):
+    """A convolution, with the product of the adapter's matrices as a second kernel."""
+
+    def adapted_product(self, inputs: jax.Array) -> jax.Array:
+        outputs = self.product(inputs, self.operand("kernel"))
+        if not self.lora_enabled:
+            return outputs
+        return outputs + self.product(inputs, self.lora_delta("kernel"))
+
+
+class ConvolutionMixin(_ConvolvingMixin):
     """A Keras convolution: images with K channels -> images with `filters` channels."""
 
     kernel = QuantizedWeight(axis=_spatial_and_inputs)
@@ -115,7 +125,7 @@ class ConvolutionMixin(KernelLayerMixin):
         return _convolve(self, inputs, kernel, self.groups)
 
 
-class ConvolutionTransposeMixin(KernelLayerMixin):
+class ConvolutionTransposeMixin(_ConvolvingMixin):
     """A Keras transposed convolution, with a kernel (spatial..., out, in)."""
 
     kernel = QuantizedWeight(axis=lambda layer: (*_spatial(layer), layer.rank + 1))
@@ -137,7 +147,7 @@ class ConvolutionTransposeMixin(KernelLayerMixin):
         return {**super().get_config(), "output_padding": self.output_padding}
 
 
-class DepthwiseConvolutionMixin(KernelLayerMixin):
+class DepthwiseConvolutionMixin(_ConvolvingMixin):
     """A Keras depthwise convolution: K channels -> K * `depth_multiplier` channels."""
 
     kernel = QuantizedWeight(axis=_spatial)

@@ -21,11 +21,6 @@ class Dense(Float8TrainingMixin, keras.layers.Dense):
         """inputs @ kernel."""
         return matmul(inputs, kernel)
 
-    def lora_product(self, inputs):
-        """inputs @ a @ b, without a matrix of the kernel's size."""
-        a, b = self.lora_factors("kernel")
-        return matmul(matmul(inputs, a), b)
-
 
 def _labels(layer):
     """Labels of the kernel's axes, and of the output's with a dot for each axis in "..."."""
@@ -87,11 +82,11 @@ class Embedding(LoraMixin, keras.layers.Embedding):
 
     def call(self, inputs):
         """Looks up rows of the table, and dequantizes those only."""
-        if self.lora_enabled or not self.has_codes("embeddings"):
+        if not self.has_codes("embeddings"):
             return super().call(inputs)
         is_whole = keras.backend.is_int_dtype(inputs.dtype)
         inputs = inputs if is_whole else inputs.astype("int32")
-        return take(self.operand("embeddings"), inputs, axis=0)
+        return take(self.lora_operand("embeddings"), inputs, axis=0)
 
 
 @_register
@@ -123,9 +118,7 @@ class ReversibleEmbedding(Embedding, keras.layers.ReversibleEmbedding):
             return super(Embedding, self).call(inputs, reverse=True)
         dtype = self.compute_dtype if self.reverse_dtype is None else self.reverse_dtype
         inputs = inputs.astype(dtype)
-        logits = einsum(equation, inputs, self.operand(name).astype(dtype))
-        if self.lora_enabled and self.tie_weights:
-            logits = logits + einsum(equation, inputs, self.lora_delta(name).astype(dtype))
+        logits = einsum(equation, inputs, self.lora_operand(name).astype(dtype))
         cap = self.logit_soft_cap
         return logits if cap is None else keras.ops.tanh(logits / cap) * cap
 
