@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture
 def model(tmp_path):
-    """A file as PyTorch would have written it: kernels are (out, in)."""
+    """A file as PyTorch writes it: kernels are (out, in)."""
     arrays = {
         "layers.0.gate.weight": normal(32, 256),
         "layers.0.up.weight": normal(64, 256, seed=1),
@@ -90,7 +90,7 @@ def test_json_is_the_report_and_nothing_else(model, run, tmp_path):
     assert values["total"]["bytes_after"] < values["total"]["bytes_before"] / 6
 
 
-def test_the_axis_is_that_of_the_matrices(model, run, tmp_path):
+def test_the_axis_option_applies_to_matrices(model, run, tmp_path):
     status, _, err = run(
         "quantize", model, tmp_path / "small", "--scheme", "W8A8", "--axis", "-2",
         "--rule", "lm_head*=W8A16",
@@ -102,7 +102,7 @@ def test_the_axis_is_that_of_the_matrices(model, run, tmp_path):
         assert [q.scale.shape[a] for a in q.stored_axes((0, 1))] == [1, width]
 
 
-def test_rules_come_before_the_scheme_and_the_first_decides(model, run, tmp_path):
+def test_rules_precede_the_scheme_and_the_first_match_applies(model, run, tmp_path):
     status, out, err = run(
         "quantize", model, tmp_path / "small", "--scheme", "W8A8", "--json",
         "--rule", "*gate*=none", "--rule", "re:.*(up|gate).*=W4A16", "--rule", "*up*=FP8",
@@ -114,7 +114,7 @@ def test_rules_come_before_the_scheme_and_the_first_decides(model, run, tmp_path
     assert rows["lm_head.weight"]["scheme"] == "int8 per channel, int8 inputs"
 
 
-def test_rules_alone_leave_all_else(model, run, tmp_path):
+def test_without_a_scheme_rules_leave_the_rest_in_float(model, run, tmp_path):
     assert run("quantize", model, tmp_path / "small", "--rule", "lm=head=W8A8")[0] == 2
     status, _, err = run("quantize", model, tmp_path / "small", "--rule", "lm_head.weight=W8A8")
     assert status == 0, err
@@ -136,7 +136,7 @@ def test_quantize_warns_where_the_axis_may_be_wrong(run, tmp_path, option, name)
     assert warnings["head"] is None
 
 
-def test_a_file_of_ours_may_be_quantized_further(run, tmp_path):
+def test_a_saved_tree_can_be_quantized_further(run, tmp_path):
     save(tmp_path / "a", parameters() | {"name": "text"})
     status, _, err = run("quantize", tmp_path / "a", tmp_path / "b", "--rule", "out/0=W8A8")
     assert status == 0, err
@@ -168,7 +168,7 @@ def test_input_and_output_must_be_two_files(model, run, tmp_path, monkeypatch, n
     assert (tmp_path / "link").is_symlink()
 
 
-def test_inspect_shows_what_was_kept_of_the_report(model, run, tmp_path):
+def test_inspect_shows_the_report_stored_in_the_file(model, run, tmp_path):
     _, report, _ = run("quantize", model, tmp_path / "small", "--scheme", "W8A8", "--json")
     status, out, err = run("inspect", tmp_path / "small", "--json")
     assert (status, err) == (0, "")
@@ -225,7 +225,7 @@ BAD = [
     (["quantize", "{model}", "{folder}/no/out", "--scheme", "W8A8"], "no is not a folder; create"),
     (["quantize", "{model}", "{folder}", "--scheme", "W8A8"], " is a folder; name a file, such"),
     (["quantize", "{model}", ".", "--scheme", "W8A8"], ": . is a folder; name a file, such as mo"),
-    # The place of the result is checked before the source is read.
+    # The output path is checked before the source is read.
     (["quantize", "{text}", "{folder}/no/out", "--scheme", "W8A8"], "no is not a folder; create"),
     (["quantize", "{text}", "{out}", "--scheme", "W8A8"], "is not a safetensors file: "),
     (["inspect", "{folder}/none"], "No such file or directory"),
@@ -252,7 +252,9 @@ BAD = [
 
 
 @pytest.mark.parametrize("arguments, text", BAD, ids=[" ".join(a) or "nothing" for a, _ in BAD])
-def test_errors_are_one_text_and_status_2(model, run, tmp_path, tiny, arguments, text):
+def test_errors_print_one_message_and_exit_with_status_2(
+    model, run, tmp_path, tiny, arguments, text
+):
     (tmp_path / "text").write_text("Once upon a time there was a file of text.\n")
     data = model.read_bytes()
     (tmp_path / "broken").write_bytes(data.replace(b'"F32"', b'"F33"'))
@@ -273,7 +275,7 @@ def test_errors_are_one_text_and_status_2(model, run, tmp_path, tiny, arguments,
     assert model.read_bytes() == data
 
 
-def test_a_full_disk_is_one_text_and_leaves_no_file(model, run, tmp_path):
+def test_a_full_disk_prints_one_message_and_leaves_no_file(model, run, tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
@@ -287,11 +289,11 @@ def test_a_full_disk_is_one_text_and_leaves_no_file(model, run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_an_unreadable_file_is_one_text(model, run, monkeypatch):
-    def refuse(*arguments, **options):
+def test_an_unreadable_file_prints_one_message(model, run, monkeypatch):
+    def deny(*arguments, **options):
         raise PermissionError(13, "Permission denied", str(model))
 
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("builtins.open", deny)
     status, out, err = run("inspect", model)
     assert (status, out) == (2, "")
     assert err == f"jaxquant inspect: [Errno 13] Permission denied: '{model}'\n"
@@ -304,7 +306,7 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def test_demo_compares_the_schemes_that_are_asked_for(run, tiny, monkeypatch):
+def test_demo_compares_the_requested_schemes(run, tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(
         demo, "documentation_sentences", lambda n: asked.append(n) or encoders.sentences(n)
@@ -344,7 +346,7 @@ def test_help_shows_examples(run, command):
         assert "--json" in out
 
 
-def test_version_is_that_of_the_package(run):
+def test_version_prints_the_version_of_the_package(run):
     assert run("--version") == (0, f"jaxquant {jaxquant.__version__}\n", "")
 
 
