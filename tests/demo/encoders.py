@@ -1,4 +1,4 @@
-"""A tiny BERT sentence encoder in a folder, and a slow NumPy version of the whole model."""
+"""A tiny BERT sentence encoder in a folder, and a NumPy version of the model."""
 
 import json
 import math
@@ -21,7 +21,7 @@ VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
 
 
 def write_encoder(folder, seed=0):
-    """Random weights, no bias zero and no scale one, and a tokenizer of whole words."""
+    """Random weights, with nonzero biases and scales other than one, and a word tokenizer."""
     random = np.random.default_rng(seed)
     arrays = {}
 
@@ -73,7 +73,7 @@ def sentences(count, seed=0):
 
 
 def embed(arrays, ids, mask):
-    """Sentence by sentence, and padding is not even computed. Float64."""
+    """Computes one sentence at a time in float64, without padding."""
     arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
     return np.stack([_embed_one(arrays, i[m > 0]) for i, m in zip(ids, mask, strict=True)])
 

@@ -16,7 +16,7 @@ SCHEMES = {"eight": W8A8, "two": ArrayConfig(format=INT2)}
 def encoder(tiny):
     folder, _ = tiny
     params, config = demo.load_encoder(folder)
-    # The last batch is filled up.
+    # The last batch is padded.
     return params, config, demo.tokenize(encoders.sentences(30), folder, length=16, batch_size=8)
 
 
@@ -27,7 +27,7 @@ def embed_all(params, config, tokens):
 
 
 def neighbours(vectors):
-    """Sets of the ten nearest others, one sentence at a time."""
+    """The ten nearest neighbours of each sentence, as sets."""
     sets = []
     for i, vector in enumerate(vectors):
         distances = np.linalg.norm(vectors - vector, axis=1)
@@ -73,7 +73,7 @@ def test_the_named_schemes_are_the_rows_of_the_table():
     assert len(set(demo.SCHEMES.values())) == len(demo.SCHEMES)
 
 
-def test_fewer_sentences_than_neighbours_are_refused(encoder, tiny):
+def test_fewer_sentences_than_neighbours_raise(encoder, tiny):
     params, config, _ = encoder
     for count in (0, 10):
         tokens = demo.tokenize(encoders.sentences(count), tiny[0], length=16)

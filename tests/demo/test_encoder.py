@@ -24,7 +24,7 @@ def cosines(a, b):
     return np.sum(np.asarray(a, np.float64) * np.asarray(b, np.float64), 1)
 
 
-def test_the_encoder_equals_the_slow_one(tiny):
+def test_the_encoder_equals_the_numpy_version(tiny):
     folder, arrays = tiny
     params, config = demo.load_encoder(folder)
     ids, mask = batch_of(folder)
@@ -33,7 +33,7 @@ def test_the_encoder_equals_the_slow_one(tiny):
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, encoders.embed(arrays, ids, mask), atol=2e-5)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
-    # Not all alike, or they would prove little.
+    # The embeddings must differ for this test to mean anything.
     assert np.abs(cosines(found[:1], found[1:])).max() < 0.99
 
 
@@ -53,7 +53,7 @@ def test_padding_does_not_change_results(tiny):
     ids, mask = batch_of(folder, length=16)
     short = demo.embed(params, config, ids, mask)
     longer_ids, longer_mask = batch_of(folder, length=encoders.POSITIONS)
-    # Whatever ids there are under the padding.
+    # The ids under the padding do not matter.
     other = np.where(longer_mask > 0, longer_ids, 7)
     np.testing.assert_array_equal(longer_mask.sum(1), mask.sum(1))
     np.testing.assert_allclose(demo.embed(params, config, other, longer_mask), short, atol=1e-5)
@@ -114,7 +114,7 @@ def test_a_quantized_encoder_runs_the_same_from_its_file(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
-def test_a_missing_file_is_named(tiny, tmp_path, missing):
+def test_the_error_names_a_missing_file(tiny, tmp_path, missing):
     shutil.copytree(tiny[0], tmp_path / "copy")
     (tmp_path / "copy" / missing).unlink()
     with pytest.raises(FileNotFoundError, match=missing):
@@ -140,7 +140,7 @@ def without_size(folder):
         (lambda f: (f / "config.json").write_text("{"), "Expecting property name"),
     ],
 )
-def test_another_kind_of_file_is_refused(tiny, tmp_path, change, text):
+def test_an_unsupported_file_raises(tiny, tmp_path, change, text):
     shutil.copytree(tiny[0], tmp_path / "copy")
     change(tmp_path / "copy")
     with pytest.raises(ValueError, match=text):
@@ -179,7 +179,7 @@ PAIRS = [
 ]
 
 
-def test_the_real_encoder_keeps_its_meaning_when_it_is_quantized(packaged):
+def test_quantizing_the_real_encoder_keeps_its_nearest_neighbours(packaged):
     params, config = demo.load_encoder(packaged)
     texts = [s for pair in PAIRS for s in pair] + demo.documentation_sentences(100)
     tokens = demo.tokenize(texts, packaged, length=24, batch_size=len(texts))

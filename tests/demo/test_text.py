@@ -30,13 +30,13 @@ def test_sentences_are_the_same_each_time_and_spread_over_the_documentation():
 
 
 @pytest.mark.parametrize("count", [-1, 1_000_000])
-def test_more_sentences_than_there_are_are_refused(count):
+def test_more_sentences_than_exist_raise(count):
     text = rf"documentation has \d+ usable sentences; got count={count}. Pass a smaller count"
     with pytest.raises(ValueError, match=text):
         demo.documentation_sentences(count)
 
 
-def test_all_sentences_there_are_can_be_had():
+def test_all_sentences_can_be_requested():
     with pytest.raises(ValueError, match="usable") as error:
         demo.documentation_sentences(10**9)
     count = int(re.findall(r"has (\d+) usable", str(error.value))[0])
@@ -73,7 +73,7 @@ def test_the_last_batch_is_filled_with_empty_sentences(tiny, count, batch_size, 
     assert len(texts) == count
 
 
-def test_a_folder_without_a_tokenizer_is_named(tiny, tmp_path):
+def test_the_error_names_a_folder_without_a_tokenizer(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         demo.tokenize(["the cat"], tmp_path)
     shutil.copytree(tiny[0], tmp_path / "copy")
