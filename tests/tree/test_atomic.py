@@ -1,4 +1,4 @@
-"""Saving replaces a file whole or not at all, and removes only what dead processes left."""
+"""Saving replaces a file completely or not at all, and removes only files of dead processes."""
 
 import os
 import resource
@@ -23,7 +23,7 @@ from .trees import assert_equal_trees, normal, parameters
 
 @pytest.mark.parametrize("is_relative", [True, False])
 @pytest.mark.parametrize("is_dangling", [True, False])
-def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path, is_relative, is_dangling):
+def test_saving_through_a_symbolic_link_writes_its_target(tmp_path, is_relative, is_dangling):
     (tmp_path / "data").mkdir()
     target, link = tmp_path / "data" / "real", tmp_path / "link"
     if not is_dangling:
@@ -38,13 +38,13 @@ def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path, is_relative, 
     assert {p.name for p in tmp_path.iterdir()} == {"data", "link"}
 
 
-def test_a_link_into_a_folder_that_is_not_there_is_named(tmp_path):
+def test_the_error_names_a_link_into_a_missing_folder(tmp_path):
     (tmp_path / "link").symlink_to("nowhere/real")
     with pytest.raises(FileNotFoundError, match=r"link is a link into .*nowhere, which is not a f"):
         save(tmp_path / "link", {"a": np.ones(3)})
 
 
-def test_a_loop_of_links_is_an_error(tmp_path):
+def test_a_loop_of_links_raises(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(OSError, match=r"Too many levels of symbolic links.*/a'"):
@@ -53,7 +53,7 @@ def test_a_loop_of_links_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["device", "fifo", "link to a device"])
-def test_devices_and_fifos_are_not_replaced(tmp_path, kind):
+def test_saving_does_not_replace_devices_and_fifos(tmp_path, kind):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("/dev/null")
     path = {"device": "/dev/null", "fifo": tmp_path / "fifo"}.get(kind, tmp_path / "link")
@@ -65,7 +65,7 @@ def test_devices_and_fifos_are_not_replaced(tmp_path, kind):
 
 
 @pytest.mark.parametrize("has_old", [True, False])
-def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path, has_old):
+def test_a_full_disk_raises_an_oserror_with_the_file_name(tmp_path, has_old):
     path = tmp_path / "a"
     if has_old:
         save(path, {"old": np.ones(3)})
@@ -80,21 +80,21 @@ def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path, has_old):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(tmp_path, monkeypatch):
+def test_a_folder_without_write_permission_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     with pytest.raises(PermissionError, match=f"^{tmp_path} cannot be written to; choose another"):
         check_target(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", ["n" * 250, "n" * 255, "é" * 127, "a[*]?b"])
-def test_a_name_may_be_as_long_as_names_can_be(tmp_path, name):
+def test_file_names_of_maximum_length_work(tmp_path, name):
     for value in (1, 2):
         save(tmp_path / name, {"a": value})
     assert load(tmp_path / name) == {"a": 2}
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-def test_what_a_killed_save_left_is_removed_by_the_next_of_that_file_alone(tmp_path):
+def test_the_next_save_of_a_file_removes_what_a_killed_save_left(tmp_path):
     script = (
         "import os, signal, sys\nimport numpy as np\nfrom jaxquant import save\n"
         "from jaxquant.tree import files\n"
@@ -112,7 +112,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next_of_that_file_alone(tmp_p
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
 
 
-def test_the_file_of_a_save_that_still_writes_is_left_to_it(tmp_path):
+def test_the_temporary_file_of_a_running_save_is_kept(tmp_path):
     path = tmp_path / "a"
     with replacing(path) as file:
         file.write(b"slow")
@@ -124,9 +124,7 @@ def test_the_file_of_a_save_that_still_writes_is_left_to_it(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["locked", "removed"])
-def test_a_new_file_that_another_process_takes_for_a_leftover_is_made_again(
-    tmp_path, monkeypatch, other
-):
+def test_a_new_file_removed_by_another_process_is_created_again(tmp_path, monkeypatch, other):
     lock, tries = atomic._lock, []
 
     def disturbed(descriptor, **options):
@@ -144,7 +142,7 @@ def test_a_new_file_that_another_process_takes_for_a_leftover_is_made_again(
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_where_files_cannot_be_locked_saving_works_and_leftovers_stay(tmp_path, monkeypatch):
+def test_saving_works_without_file_locks_and_keeps_leftovers(tmp_path, monkeypatch):
     def unsupported(descriptor, operation):
         raise OSError(95, "Operation not supported")
 
@@ -163,7 +161,7 @@ def test_a_private_file_stays_private_while_it_is_replaced(tmp_path):
     assert modes == [0o600, 0o600]
 
 
-def test_equal_trees_give_equal_bytes_whatever_the_order_of_their_dicts(tmp_path):
+def test_file_bytes_do_not_depend_on_dict_order(tmp_path):
     params = tree.quantize(parameters(), W8A8) | {"z": {3: 1, "x": [None], 1: (2.5, "text")}}
 
     def reverse(node):
@@ -176,14 +174,14 @@ def test_equal_trees_give_equal_bytes_whatever_the_order_of_their_dicts(tmp_path
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was(tmp_path):
+def test_replacing_a_file_does_not_affect_a_running_read(tmp_path):
     save(tmp_path / "a", {"a": normal(100), "b": np.zeros(1)})
     with open_tensors(tmp_path / "a") as file:
         save(tmp_path / "a", {"a": np.ones(3)})
         np.testing.assert_array_equal(file.read("a"), normal(100))
 
 
-def test_loading_beside_a_save_gives_one_of_both_trees(tmp_path):
+def test_loading_during_a_save_returns_the_old_or_the_new_tree(tmp_path):
     versions = [{"a": np.full(n, n, np.float32), "n": n} for n in (10, 1000, 3000)]
     save(tmp_path / "a", versions[0])
     is_done = threading.Event()
@@ -204,7 +202,7 @@ def test_loading_beside_a_save_gives_one_of_both_trees(tmp_path):
     assert loads > 10
 
 
-def test_too_many_leaves_for_a_header_are_an_error(tmp_path, monkeypatch):
+def test_too_many_leaves_for_a_header_raise(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxquant.tree.tensor_file.MAX_HEADER_BYTES", 2000)
     with pytest.raises(ValueError, match=r"its header takes \d+ bytes, and safetensors reads 2000"):
         save(tmp_path / "a", [np.ones(1)] * 100)
@@ -214,7 +212,7 @@ def test_too_many_leaves_for_a_header_are_an_error(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tree_nested_too_deeply_is_an_error(tmp_path):
+def test_a_tree_nested_too_deeply_raises(tmp_path):
     params = []
     params.append(params)
     with pytest.raises(ValueError, match=r"nested too deeply to save as .*/a; flatten it"):

@@ -46,7 +46,7 @@ from .trees import Dense, Module, State, assert_equal_trees, leaves_of, normal, 
 
 
 def every_format():
-    """One array in every format and of every kind, one of them stored in another order."""
+    """One array per format and kind, one of them stored in another order."""
     x = cases.gaussian()
     names = [*(f"{format}-row" for format in FORMATS), "int8-asym_tensor", "int2-asym_blocks"]
     names += ["int4-asym_nested_scales", "fp8_e4m3-bfloat16_scales"]
@@ -59,14 +59,14 @@ def every_format():
 
 
 def digest(params):
-    """One number for all bits of a tree and all its static fields."""
+    """A hash of all bits and static fields of a tree."""
     found = hashlib.sha256(repr(jax.tree.structure(params)).encode())
     for leaf in jax.tree.leaves(params):
         found.update(f"{leaf.dtype}{leaf.shape}".encode() + np.asarray(leaf).tobytes())
     return found.hexdigest()
 
 
-def test_every_format_comes_back_bit_for_bit_here_and_in_a_fresh_process(tmp_path):
+def test_every_format_round_trips_bit_for_bit_in_this_and_a_new_process(tmp_path):
     params, path = every_format(), tmp_path / "all.safetensors"
     save(path, params)
 
@@ -85,7 +85,7 @@ def test_every_format_comes_back_bit_for_bit_here_and_in_a_fresh_process(tmp_pat
     assert done.stdout.strip() == digest(params)
 
 
-def test_inputs_come_back_with_their_arrays_and_config(tmp_path):
+def test_inputs_round_trip_with_their_arrays_and_config(tmp_path):
     q = quantize(normal(64, 32), W8A8.weights)
     inputs = {
         "dynamic": Inputs(W8A8.inputs),
@@ -111,7 +111,7 @@ def test_quantized_trees_run_the_same_after_loading(tmp_path):
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"a": "1", "jaxquant": "x", "é\n\"'": "\u2028{}"}])
-def test_metadata_comes_back_without_the_tensors(tmp_path, metadata):
+def test_metadata_is_read_without_the_tensors(tmp_path, metadata):
     save(tmp_path / "a", parameters(), metadata)
     assert tree.read_metadata(tmp_path / "a") == (metadata or {})
     assert read_tree(tmp_path / "a")[1] == (metadata or {})
@@ -126,11 +126,11 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("build", CONTAINERS.values(), ids=CONTAINERS)
-def test_like_puts_custom_containers_back(tmp_path, build):
+def test_like_restores_custom_containers(tmp_path, build):
     params = build()
     save(tmp_path / "a", params)
     assert_equal_trees(load(tmp_path / "a", like=params), params)
-    # Dicts where the container's code is not at hand, with the same leaves at the same paths.
+    # Dicts if the container's class is unknown, with the same leaves at the same paths.
     plain = leaves_of(load(tmp_path / "a"))
     assert plain.keys() == leaves_of(params).keys()
     assert_equal_trees([plain[k] for k in leaves_of(params)], list(leaves_of(params).values()))
@@ -163,7 +163,7 @@ def test_like_may_be_abstract_and_unquantized(tmp_path):
         ),
     ],
 )
-def test_another_structure_is_refused(tmp_path, params, like, text):
+def test_another_structure_raises(tmp_path, params, like, text):
     save(tmp_path / "a", params)
     with pytest.raises(ValueError, match=text):
         load(tmp_path / "a", like=like)
@@ -190,7 +190,7 @@ def test_the_file_is_no_larger_than_the_stated_bytes_and_1_percent(tmp_path, sch
     [{"a": 1}, {1: "a"}, {"a": None}, {"a": {"b": "c"}}],
     ids=["int", "key", "none", "dict"],
 )
-def test_metadata_of_anything_but_strings_is_refused(tmp_path, metadata):
+def test_metadata_other_than_strings_raises(tmp_path, metadata):
     with pytest.raises(ValueError, match=r"metadata must map str to str; got \{.*Use json.dumps"):
         save(tmp_path / "a", parameters(), metadata)
     assert list(tmp_path.iterdir()) == []
@@ -201,7 +201,7 @@ def test_metadata_of_anything_but_strings_is_refused(tmp_path, metadata):
 
 @pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
 @pytest.mark.parametrize("has_old", [True, False])
-def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(
     tmp_path, monkeypatch, fails, has_old
 ):
     path = tmp_path / "a.safetensors"
@@ -222,7 +222,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_a_tree_that_cannot_be_saved_leaves_the_old_file(tmp_path):
+def test_a_tree_that_cannot_be_saved_keeps_the_old_file(tmp_path):
     save(tmp_path / "a", {"old": np.ones(3)})
     with pytest.raises(ValueError, match="bad: a leaf must be"):
         save(tmp_path / "a", {"good": np.ones(3), "bad": object()})
@@ -230,7 +230,7 @@ def test_a_tree_that_cannot_be_saved_leaves_the_old_file(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_data_reach_the_disk_before_the_name_and_the_name_after(tmp_path, monkeypatch):
+def test_data_are_synced_before_the_rename_and_the_folder_after_it(tmp_path, monkeypatch):
     calls = []
     is_folder = lambda f: stat.S_ISDIR(os.fstat(f if isinstance(f, int) else f.fileno()).st_mode)  # noqa: E731
     replace = os.replace
@@ -268,19 +268,19 @@ def test_a_loaded_tree_may_be_saved_over_its_own_file(tmp_path):
     assert_equal_trees(found, parameters())
 
 
-def test_a_folder_that_is_not_there_is_named_when_reading(tmp_path):
+def test_reading_from_a_missing_folder_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load(tmp_path / "nowhere" / "a")
 
 
-# What they do with a tree that cannot be saved tells that the place is checked before it.
+# Each gets a tree that cannot be saved, to test that the path is checked first.
 CHECKS = {"save": lambda path: save(path, {"a": object()}), "check_target": check_target}
 each_check = pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 
 
 @each_check
 @pytest.mark.parametrize("folder", ["nowhere", "no/where", "file"])
-def test_a_target_outside_of_any_folder_is_refused(tmp_path, check, folder):
+def test_a_target_in_a_missing_folder_raises(tmp_path, check, folder):
     (tmp_path / "file").touch()
     text = f"^{re.escape(str(tmp_path / folder))} is not a folder; create it first"
     with pytest.raises(FileNotFoundError, match=text):
@@ -290,7 +290,7 @@ def test_a_target_outside_of_any_folder_is_refused(tmp_path, check, folder):
 
 @each_check
 @pytest.mark.parametrize("name", ["inner", ".", ""])
-def test_a_target_that_is_a_folder_is_refused(tmp_path, monkeypatch, check, name):
+def test_a_target_that_is_a_folder_raises(tmp_path, monkeypatch, check, name):
     (tmp_path / "inner").mkdir()
     monkeypatch.chdir(tmp_path)
     text = f"^{re.escape(name)} is a folder; name a file, such as .*model.safetensors"
@@ -307,7 +307,7 @@ def test_a_target_may_be_new_or_a_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
 
 
-# Files that are not what they should be.
+# Damaged files and files of other kinds.
 
 READERS = {
     "load": load,
@@ -345,7 +345,7 @@ def with_header(header, data):
 
 
 def with_manifest(data, **changes):
-    """The file with entries of its manifest replaced, and the right checksum."""
+    """The file with some manifest entries replaced and a correct checksum."""
     header, rest = header_of(data)
     manifest = json.loads(header["__metadata__"]["jaxquant"])
     text = json.dumps({**manifest, **changes})
@@ -358,7 +358,7 @@ def with_manifest(data, **changes):
 
 @each_reader
 @pytest.mark.parametrize("missing", [1, 20, 40])
-def test_a_truncated_file_is_named_with_its_sizes(tmp_path, saved, read, missing):
+def test_the_error_for_a_truncated_file_gives_its_sizes(tmp_path, saved, read, missing):
     (tmp_path / "a").write_bytes(saved[:-missing])
     text = f"a is truncated: it has {len(saved) - missing} bytes, but its header says"
     with pytest.raises(ValueError, match=text):
@@ -373,7 +373,7 @@ def test_a_file_that_ends_within_its_header_is_truncated(tmp_path, saved, read):
 
 
 @each_reader
-def test_a_file_with_more_than_its_header_says_is_altered(tmp_path, saved, read):
+def test_a_file_longer_than_its_header_says_is_altered(tmp_path, saved, read):
     (tmp_path / "a").write_bytes(saved + b"more")
     with pytest.raises(ValueError, match=f"a is altered: it has {len(saved) + 4} bytes, but its"):
         read(tmp_path / "a")
@@ -396,7 +396,7 @@ FOREIGN = {
 
 @each_reader
 @pytest.mark.parametrize("write", FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_file_is_refused(tmp_path, read, write):
+def test_a_file_of_another_kind_raises(tmp_path, read, write):
     write(tmp_path / "a")
     size = os.path.getsize(tmp_path / "a")
     text = f"a is not a safetensors file: {size} bytes, and no header at the start. Choose another"
@@ -405,7 +405,7 @@ def test_a_foreign_file_is_refused(tmp_path, read, write):
 
 
 @pytest.mark.parametrize("read", [load, tree.read_metadata])
-def test_plain_safetensors_are_not_taken_for_a_saved_tree(tmp_path, read):
+def test_plain_safetensors_are_not_loaded_as_a_saved_tree(tmp_path, read):
     safetensors.numpy.save_file({"a": np.ones(3)}, tmp_path / "a")
     with pytest.raises(ValueError, match=r"was not written by jaxquant.save: .* Read it with "):
         read(tmp_path / "a")
@@ -417,7 +417,7 @@ def test_arrays_of_plain_safetensors_are_read_by_name(tmp_path):
     assert_equal_trees(read_arrays(tmp_path / "a"), arrays)
 
 
-def test_a_dtype_that_numpy_cannot_have_is_named(tmp_path):
+def test_the_error_names_a_dtype_that_numpy_lacks(tmp_path):
     entry = {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}
     (tmp_path / "a").write_bytes(with_header({"layer.weight": entry}, bytes(4)))
     with pytest.raises(ValueError, match=r"'layer.weight' has dtype F4, which .* Store it as bfl"):
@@ -433,7 +433,7 @@ def test_a_dtype_that_numpy_cannot_have_is_named(tmp_path):
         {"dtype": "F32", "data_offsets": [0, 16]},
     ],
 )
-def test_a_header_that_safetensors_refuses_is_altered(tmp_path, read, entry):
+def test_a_header_that_safetensors_cannot_read_is_altered(tmp_path, read, entry):
     (tmp_path / "a").write_bytes(with_header({"w": entry}, bytes(16)))
     with pytest.raises(
         ValueError, match=r"a was altered: its header is malformed, .*(F33|bytes|shape)"
@@ -463,7 +463,7 @@ def test_a_byte_flipped_in_the_data_names_the_tensor(tmp_path, saved):
 
 
 @pytest.mark.parametrize("read", [load, tree.read_metadata])
-def test_a_change_of_the_manifest_is_noticed(tmp_path, saved, read):
+def test_a_changed_manifest_is_detected(tmp_path, saved, read):
     header, data = header_of(saved)
     manifest = header["__metadata__"]["jaxquant"]
     header["__metadata__"]["jaxquant"] = manifest.replace('"k": "v"', '"k": "w"')
@@ -475,7 +475,7 @@ def test_a_change_of_the_manifest_is_noticed(tmp_path, saved, read):
 
 @pytest.mark.parametrize("read", [load, tree.read_metadata])
 @pytest.mark.parametrize("version", [2, 17])
-def test_a_newer_version_is_refused(tmp_path, saved, read, version):
+def test_a_newer_version_raises(tmp_path, saved, read, version):
     (tmp_path / "a").write_bytes(with_manifest(saved, version=version, tree="of another kind"))
     with pytest.raises(
         ValueError, match=f"a has version {version}; this jaxquant reads up to 1. U"
@@ -483,7 +483,7 @@ def test_a_newer_version_is_refused(tmp_path, saved, read, version):
         read(tmp_path / "a")
 
 
-def test_a_missing_tensor_is_named(tmp_path, saved):
+def test_the_error_names_a_missing_tensor(tmp_path, saved):
     header, _ = header_of(saved)
     metadata = header["__metadata__"]
     arrays = {k: v for k, v in raw_arrays(tmp_path, saved).items() if not k.startswith("w/")}
@@ -497,7 +497,7 @@ def raw_arrays(folder, data):
     return safetensors.numpy.load_file(folder / "raw")
 
 
-def test_a_tensor_of_another_shape_or_dtype_is_noticed(tmp_path, saved):
+def test_a_tensor_of_another_shape_or_dtype_is_detected(tmp_path, saved):
     metadata = header_of(saved)[0]["__metadata__"]
     for change in (lambda x: x.reshape(1, 3), lambda x: x.view(np.int32)):
         arrays = raw_arrays(tmp_path, saved)
@@ -509,7 +509,7 @@ def test_a_tensor_of_another_shape_or_dtype_is_noticed(tmp_path, saved):
 
 @hypothesis.settings(max_examples=300, deadline=None)
 @hypothesis.given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-def test_any_altered_byte_is_an_error_or_makes_no_difference(saved, place, flip):
+def test_any_altered_byte_raises_or_makes_no_difference(saved, place, flip):
     data = bytearray(saved)
     data[int(place * len(data))] ^= flip
     with tempfile.TemporaryDirectory() as folder:
@@ -524,7 +524,7 @@ def test_any_altered_byte_is_an_error_or_makes_no_difference(saved, place, flip)
 
 @hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(data=st.binary(max_size=200), length=st.integers(0, 200))
-def test_any_other_bytes_are_an_error(data, length):
+def test_arbitrary_bytes_raise(data, length):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a"
         path.write_bytes(struct.pack("<Q", length) + b"{" + data)
@@ -544,16 +544,16 @@ def test_plain_tools_can_read_the_file(tmp_path):
     assert manifest["metadata"] == {"note": "mine"}
 
 
-def test_reading_metadata_reads_no_tensor(tmp_path, saved):
+def test_reading_metadata_does_not_read_tensors(tmp_path, saved):
     (tmp_path / "a").write_bytes(saved[: -len(header_of(saved)[1])])
-    # As large as the header says, and empty: only the tensors are wrong.
+    # As large as the header says, but all zeros: only the tensors are wrong.
     os.truncate(tmp_path / "a", len(saved))
     assert tree.read_metadata(tmp_path / "a") == {"k": "v"}
     with pytest.raises(ValueError, match="was altered: tensor"):
         load(tmp_path / "a")
 
 
-def test_rules_apply_to_a_tree_that_was_loaded(tmp_path):
+def test_rules_apply_to_a_loaded_tree(tmp_path):
     save(tmp_path / "a", {"w": normal(64, 32), "v": normal(64, 32, seed=1)})
     first = tree.quantize(load(tmp_path / "a"), [Rule("w", W8A8)])
     save(tmp_path / "a", first)

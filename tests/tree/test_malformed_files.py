@@ -1,4 +1,4 @@
-"""Files with malformed headers, manifests and structures: one ValueError that names the file."""
+"""Malformed headers, manifests and structures raise one ValueError with the file name."""
 
 import base64
 import copy
@@ -23,7 +23,7 @@ READERS = {
     "read_tree": read_tree,
     "read_arrays": read_arrays,
 }
-# In the place of a JSON value.
+# Replacements for a JSON value.
 ODD = [None, True, 3, -1, 2**70, 1.5, "x", "\ud800", [], [[]], {}, {"a": 1}, ["x", 3], [1, 2]]
 
 
@@ -53,7 +53,7 @@ def parts_of(data):
 
 
 def joined(parts, data):
-    """The bytes of a file, with the checksums that its parts now have."""
+    """The bytes of a file, with recomputed checksums."""
     tree = base64.b64encode(zlib.compress(json.dumps(parts["contents"]).encode())).decode()
     manifest = parts["manifest"]
     text = json.dumps({**manifest, "tree": tree} if isinstance(manifest, dict) else manifest)
@@ -77,7 +77,7 @@ def places(value, path=()):
 
 
 def changed(value, path, change):
-    """A copy in which `change` was applied to the container and key of one place."""
+    """A copy with `change` applied to the container and key at one place."""
     root = {"": copy.deepcopy(value)}
     node, key = root, ""
     for step in path:
@@ -106,7 +106,7 @@ CHANGES = {"drop": drop, "repeat": repeat, **{json.dumps(v): replace_by(v) for v
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("part", ["header", "manifest", "contents"])
-def test_any_change_of_a_part_is_a_valueerror_that_names_the_file(tmp_path, saved, part, change):
+def test_any_change_of_a_part_raises_a_valueerror_with_the_file_name(tmp_path, saved, part, change):
     parts, data = parts_of(saved)
     path, errors = tmp_path / "file", []
     for place in places(parts[part]):
@@ -125,14 +125,14 @@ NESTED = {"lists": "[" * 200_000 + "]" * 200_000, "dicts": '{"a":' * 100_000 + "
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 @pytest.mark.parametrize("nested", NESTED.values(), ids=NESTED)
-def test_a_header_that_nests_deeply_is_malformed(tmp_path, read, nested):
+def test_a_deeply_nested_header_is_malformed(tmp_path, read, nested):
     (tmp_path / "a").write_bytes(container(f'{{"w":{nested}}}'))
     with pytest.raises(ValueError, match=r"a was altered: its header is malformed, RecursionError"):
         read(tmp_path / "a")
 
 
 @pytest.mark.parametrize("nested", NESTED.values(), ids=NESTED)
-def test_a_manifest_or_structure_that_nests_deeply_is_malformed(tmp_path, saved, nested):
+def test_a_deeply_nested_manifest_or_structure_is_malformed(tmp_path, saved, nested):
     parts, data = parts_of(saved)
     whole = joined(parts, data)
     metadata = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])["__metadata__"]
@@ -149,8 +149,8 @@ def test_a_manifest_or_structure_that_nests_deeply_is_malformed(tmp_path, saved,
 def test_a_tree_of_many_levels_is_malformed(tmp_path, saved):
     parts, data = parts_of(saved)
     node = ["value", 1]
-    # As many as JSON's parser accepts, and more than there may be calls to build the tree: since
-    # Python 3.12 the parser has a limit of its own, and a comprehension is not a call.
+    # As deep as the JSON parser accepts, and deeper than the recursion limit allows for building
+    # the tree: since Python 3.12 the parser has its own limit, and comprehensions are not calls.
     levels = 450 if sys.version_info < (3, 12) else 1200
     for _ in range(levels):
         node = ["list", [node]]
@@ -174,7 +174,7 @@ def test_a_tree_of_many_levels_is_malformed(tmp_path, saved):
         ("header", ["half", "shape"], [0, 2**80], "header is malformed, .*"),
     ],
 )
-def test_what_is_malformed_is_said(tmp_path, saved, part, place, value, text):
+def test_the_error_says_what_is_malformed(tmp_path, saved, part, place, value, text):
     parts, data = parts_of(saved)
     parts[part] = changed(parts[part], place, replace_by(value))
     (tmp_path / "a").write_bytes(joined(parts, data))
@@ -182,7 +182,7 @@ def test_what_is_malformed_is_said(tmp_path, saved, part, place, value, text):
         load(tmp_path / "a")
 
 
-def test_a_wrong_dtype_of_the_structure_is_malformed(tmp_path, saved):
+def test_a_structure_with_a_wrong_dtype_is_malformed(tmp_path, saved):
     parts, data = parts_of(saved)
     text = json.dumps(parts["contents"])
     assert '"float8_e5m2"' in text
@@ -211,7 +211,7 @@ def test_contents_that_cannot_be_decompressed_are_malformed(tmp_path, tree):
         load(tmp_path / "a")
 
 
-def test_no_more_is_decompressed_than_a_file_may_hold(tmp_path):
+def test_decompression_stops_at_the_size_limit(tmp_path):
     bomb = base64.b64encode(zlib.compress(b" " * 200_000_000, 1)).decode()
     text = json.dumps({"version": 1, "metadata": {}, "tree": bomb})
     metadata = {"jaxquant": text, "jaxquant.crc32": str(zlib.crc32(text.encode()))}
@@ -229,14 +229,14 @@ def test_a_tensor_is_read_once(tmp_path, saved):
 
 
 @pytest.mark.parametrize("length", [0, 2**20, 99_999_999, 10**8 + 1, 2**63, 2**64 - 1])
-def test_any_length_of_the_header_is_a_valueerror(tmp_path, saved, length):
+def test_any_wrong_header_length_raises_a_valueerror(tmp_path, saved, length):
     (tmp_path / "a").write_bytes(struct.pack("<Q", length) + saved[8:])
     for read in READERS.values():
         with pytest.raises(ValueError, match=r"a (is truncated|is not a safetensors|was altered)"):
             read(tmp_path / "a")
 
 
-def test_a_text_that_is_no_unicode_is_malformed(tmp_path):
+def test_text_that_is_not_unicode_is_malformed(tmp_path):
     (tmp_path / "a").write_bytes(container(b'{"\xff\xfe": {}}'))
     with pytest.raises(ValueError, match="a was altered: its header is malformed, UnicodeDecode"):
         load(tmp_path / "a")

@@ -17,11 +17,11 @@ from .trees import Dense, Module, State, assert_equal_trees, leaves_of, normal
 
 
 def round_trip(tree):
-    """Through JSON text and stored arrays. Returns the tree, and what was stored."""
+    """Encodes to JSON text and arrays, and decodes. Returns the tree and the encoder."""
     encoder = Encoder()
     text = json.dumps([encoder.encode(tree), encoder.statics])
     node, statics = json.loads(text)
-    # What is read from a file is laid out by rows, and nobody else's.
+    # Arrays read from a file are row-major and share no memory.
     stored = {k: np.array(v, order="C") for k, v in encoder.arrays.items()}
     return Decoder(statics, stored.__getitem__).decode(node), encoder
 
@@ -37,7 +37,7 @@ BITS = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
 
 
 def every_code(dtype, shape):
-    """An array whose elements run over all bit patterns, as far as it is long."""
+    """An array whose elements are successive bit patterns."""
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     bits = BITS.get(dtype.name, 8 * dtype.itemsize)
     bits = 1 if dtype.kind == "b" else bits
@@ -51,13 +51,13 @@ def every_code(dtype, shape):
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (7,), (3, 5), (2, 3, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_arrays_of_every_dtype_come_back_bit_for_bit(dtype, shape):
+def test_arrays_of_every_dtype_round_trip_bit_for_bit(dtype, shape):
     x = every_code(dtype, shape)
     found, encoder = round_trip({"x": x})
     assert found["x"].dtype == x.dtype
     assert np.asarray(found["x"]).tobytes() == x.tobytes()
     assert found["x"].shape == shape
-    # 64 bits would be cut by JAX; all else lies on the device.
+    # JAX would truncate 64 bits; all other arrays are on the device.
     is_wide = dtype in ("int64", "uint64", "float64", "complex128")
     assert isinstance(found["x"], np.ndarray if is_wide else jax.Array)
     per_element = BITS.get(dtype, 8 * x.dtype.itemsize)
@@ -65,7 +65,7 @@ def test_arrays_of_every_dtype_come_back_bit_for_bit(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4", "float8_e4m3fn"])
-def test_arrays_that_do_not_lie_by_rows_come_back(dtype):
+def test_arrays_not_in_row_major_order_round_trip(dtype):
     x = np.asarray(jnp.asarray(normal(6, 8)).astype(dtype))
     views = {
         "transposed": x.T,
@@ -79,7 +79,7 @@ def test_arrays_that_do_not_lie_by_rows_come_back(dtype):
         np.testing.assert_array_equal(np.asarray(found[name]), view)
 
 
-def test_arrays_of_the_other_byte_order_come_back():
+def test_arrays_of_the_other_byte_order_round_trip():
     x = normal(5).astype(">f4")
     found, encoder = round_trip({"x": x, "wide": x.astype(">f8")})
     assert encoder.arrays["x"].dtype == np.dtype("<f4")
@@ -106,7 +106,7 @@ def test_arrays_of_the_other_byte_order_come_back():
         "é\n\"'\\\u2028\ud800",
     ],
 )
-def test_values_come_back_with_their_type(value):
+def test_values_round_trip_with_their_type(value):
     found, encoder = round_trip([value])
     assert found == [value]
     assert type(found[0]) is type(value)
@@ -114,7 +114,7 @@ def test_values_come_back_with_their_type(value):
     assert encoder.arrays == {}
 
 
-def test_not_a_number_comes_back():
+def test_nan_round_trips():
     assert math.isnan(round_trip(math.nan)[0])
 
 
@@ -132,7 +132,7 @@ def test_not_a_number_comes_back():
     ],
     ids=str,
 )
-def test_containers_come_back_with_their_types_and_sorted_keys(tree):
+def test_containers_round_trip_with_their_types_and_sorted_keys(tree):
     found, _ = round_trip(tree)
     assert found == tree
     assert repr(found) == repr(tree)
@@ -153,7 +153,7 @@ trees = st.recursive(
 
 
 def as_lists(tree):
-    """Arrays as lists, so that trees compare; kinds of containers in their place."""
+    """A tree that can be compared: arrays as lists, containers with their kind."""
     if isinstance(tree, dict):
         return ("dict", {k: as_lists(v) for k, v in tree.items()})
     if isinstance(tree, list | tuple):
@@ -163,7 +163,7 @@ def as_lists(tree):
 
 @hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(tree=trees)
-def test_any_tree_comes_back(tree):
+def test_any_tree_round_trips(tree):
     found, encoder = round_trip(tree)
     assert as_lists(found) == as_lists(tree)
     assert "__metadata__" not in encoder.arrays
@@ -185,7 +185,7 @@ def test_other_containers_become_dicts_of_their_children():
     assert leaves_of(found).keys() == leaves_of(tree).keys()
 
 
-def test_leaves_of_equal_paths_are_kept_apart():
+def test_leaves_with_equal_paths_get_different_names():
     tree = {"a/b": np.ones(2), "a": {"b": np.zeros(2)}}
     found, encoder = round_trip(tree)
     assert_equal_trees(found, tree)
@@ -194,7 +194,7 @@ def test_leaves_of_equal_paths_are_kept_apart():
     assert (list(found), found[1], found["1"]) == ([1, "1"], 1, 0)
 
 
-def test_a_name_that_the_header_uses_is_left_to_it():
+def test_leaves_do_not_use_names_reserved_by_the_header():
     found, encoder = round_trip({"__metadata__": np.ones(2)})
     assert list(encoder.arrays) == ["__metadata__'"]
     assert list(found) == ["__metadata__"]
@@ -206,7 +206,7 @@ def test_a_lone_array_has_a_name():
     assert list(encoder.arrays) == ["array"]
 
 
-def test_static_parts_are_written_once_for_all_that_share_them():
+def test_shared_static_parts_are_written_once():
     q, other = (quantize(normal(8, 4), ArrayConfig(format=f)) for f in (INT4, NF4))
     tree = {"layers": [q] * 5, "other": other, "swapped": q.reorder((-1, -2))}
     found, encoder = round_trip(tree)
@@ -242,6 +242,6 @@ def test_static_parts_are_written_once_for_all_that_share_them():
     ],
     ids=lambda v: type(v).__name__,
 )
-def test_what_cannot_be_saved_is_named(tree, text):
+def test_the_error_names_what_cannot_be_saved(tree, text):
     with pytest.raises(ValueError, match=text):
         Encoder().encode(tree)

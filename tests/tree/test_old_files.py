@@ -1,4 +1,4 @@
-"""Files that the first version of the format wrote load bit for bit.
+"""Files written in version 1 of the format load bit for bit.
 
 `data/` holds what the code of November 2026 saved; the digests are of what it loaded from them.
 """
@@ -25,7 +25,7 @@ DIGESTS = {
 
 
 def leaves_of(params, path=""):
-    """Leaves by path, in an order of their own: keys may be both int and str."""
+    """Leaves by path, sorted by text: keys may be both int and str."""
     if isinstance(params, dict):
         for key in sorted(params, key=lambda k: (isinstance(k, str), k)):
             yield from leaves_of(params[key], f"{path}/{key!r}")
@@ -37,7 +37,7 @@ def leaves_of(params, path=""):
 
 
 def static_of(leaf):
-    """Static fields of a QTensor, those of its nested scales included."""
+    """Static fields of a QTensor, including those of its nested scales."""
     if isinstance(leaf, LowRank):
         return [leaf.alpha, leaf.config.format.name, leaf.config.group_size, *static_of(leaf.base)]
     if not isinstance(leaf, QTensor):
@@ -48,7 +48,7 @@ def static_of(leaf):
 
 
 def digest(params):
-    """One number for all paths, static fields, dtypes, shapes and bits."""
+    """A hash of all paths, static fields, dtypes, shapes and bits."""
     found = hashlib.sha256()
     for path, leaf in leaves_of(params):
         found.update(f"{path} {static_of(leaf)}".encode())
@@ -60,17 +60,17 @@ def digest(params):
 
 
 @pytest.mark.parametrize("name", DIGESTS)
-def test_a_file_of_the_first_version_loads_bit_for_bit(name):
+def test_a_file_of_version_1_loads_bit_for_bit(name):
     path = DATA / f"{name}.safetensors"
     assert digest(load(path)) == DIGESTS[name]
     assert tree.read_metadata(path) == {"note": name}
 
 
-def test_every_file_of_the_first_version_is_tested():
+def test_every_file_of_version_1_is_tested():
     assert {p.stem for p in DATA.glob("*.safetensors")} == set(DIGESTS)
 
 
-def test_what_an_old_file_says_of_activations_is_read():
+def test_the_inputs_of_an_old_file_are_read():
     found = load(DATA / "inputs.safetensors")
     assert found["dynamic"].inputs.config == W8A8.inputs
     assert float(found["static"].inputs.scale) == np.float32(0.1)

@@ -12,7 +12,7 @@ from .trees import normal, parameters
 image = pytest.importorskip("matplotlib.image", reason="pictures need jaxquant[plot]")
 
 
-def test_a_picture_is_written_and_is_not_blank(tmp_path):
+def test_plot_writes_a_picture_that_is_not_blank(tmp_path):
     params = parameters()
     rules = [Rule("*kernel", W4A16, group_size=32), *tree.default_rules(W8A8)]
     tree.report(params, tree.quantize(params, rules)).plot(str(tmp_path / "report.png"))
@@ -23,9 +23,9 @@ def test_a_picture_is_written_and_is_not_blank(tmp_path):
     assert (width, channels) == (1440, 4)
     assert height >= 420
     is_ink = (pixels[..., :3] < 0.5).any(-1)
-    # Something in each third of the width, and no more than a picture has.
+    # Each third of the width is drawn on, but not filled.
     assert all(0.005 < part.mean() < 0.8 for part in np.array_split(is_ink, 3, axis=1))
-    # The two schemes have two colours, which a picture without colour has not.
+    # The two schemes have different colours, so the picture is not grey.
     hues = pixels[..., 0] - pixels[..., 2]
     assert (hues > 0.5).any()
     assert (hues < -0.5).any()
@@ -42,7 +42,7 @@ def test_the_picture_names_leaves_and_schemes_and_the_noise(tmp_path):
     assert {f"{row.sqnr:.1f}" for row in report.rows if row.scheme} <= set(texts)
 
 
-def test_leaves_that_were_not_compared_say_so(tmp_path):
+def test_the_picture_says_which_leaves_were_not_compared(tmp_path):
     quantized = {"w": quantize(normal(64, 32), W8A8.weights)}
     tree.report(None, quantized).plot(str(tmp_path / "report.svg"))
     assert "<!-- not compared -->" in (tmp_path / "report.svg").read_text()
@@ -55,7 +55,7 @@ def test_the_picture_grows_with_the_leaves(tmp_path):
     assert image.imread(tmp_path / "40.png").shape[0] > image.imread(tmp_path / "2.png").shape[0]
 
 
-def test_there_is_no_picture_of_nothing(tmp_path):
+def test_an_empty_report_cannot_be_plotted(tmp_path):
     report = tree.report(None, {"a": jnp.ones(3), "b": jnp.ones(3)})
     with pytest.raises(ValueError, match="No leaf of 2 is quantized; there is nothing to draw"):
         report.plot(str(tmp_path / "report.png"))

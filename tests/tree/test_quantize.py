@@ -47,7 +47,7 @@ CONTAINERS = {
 
 @pytest.mark.parametrize("scheme", [W8A8, W4A16], ids=["W8A8", "W4A16"])
 @pytest.mark.parametrize("build", CONTAINERS.values(), ids=CONTAINERS)
-def test_every_pytree_keeps_its_structure_and_gets_quantized_arrays(build, scheme):
+def test_quantizing_a_pytree_keeps_its_structure(build, scheme):
     kernel, bias = jnp.asarray(normal(128, 32)), jnp.ones(32)
     params = build(kernel, bias)
 
@@ -74,7 +74,7 @@ def test_leaves_without_a_rule_are_the_same_objects_and_inputs_are_unchanged():
         assert (quantized[path] is leaf) == (path != "out/0")
 
 
-def test_matrices_that_would_not_shrink_are_left_by_the_default_rules_and_refused_by_others():
+def test_default_rules_skip_matrices_that_would_not_shrink_and_other_rules_raise():
     params = {"up": normal(64, 32), "time": normal(1, 32), "small": normal(2, 8).astype("float16")}
     quantized = tree.quantize(params, W8A16)
     rows = {r.path: r for r in tree.report(params, quantized, W8A16).rows}
@@ -99,7 +99,7 @@ def test_convolutions_share_scales_along_all_axes_but_the_output(axis, shared):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_floats_are_quantized_and_come_back_in_their_dtype(dtype):
+def test_16_bit_floats_are_quantized_and_dequantized_to_their_dtype(dtype):
     kernel = jnp.asarray(normal(64, 32)).astype(dtype)
     q = tree.quantize({"kernel": kernel}, W8A16)["kernel"]
     assert q.dequantize().dtype == dtype
@@ -112,7 +112,7 @@ def broken(bad, where=(5, 7)):
     return kernel
 
 
-def test_one_error_lists_everything_wrong_before_anything_is_done():
+def test_one_error_lists_all_problems_before_anything_changes():
     params = {
         "a": {"kernel": normal(64, 32)},
         "b": {"kernel": broken(np.nan)},
@@ -157,13 +157,13 @@ def test_one_error_lists_everything_wrong_before_anything_is_done():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @hypothesis.settings(max_examples=15, deadline=None)
 @hypothesis.given(where=st.tuples(st.integers(0, 63), st.integers(0, 95)))
-def test_nan_and_infinity_are_refused_wherever_they_are(dtype, bad, where):
+def test_nan_and_infinity_raise_anywhere_in_an_array(dtype, bad, where):
     kernel = jnp.asarray(broken(bad, where)).astype(dtype)
     with pytest.raises(ValueError, match=r"x/kernel: holds NaN or Inf, shape \(64, 96\); fix it"):
         tree.quantize({"x": {"kernel": kernel}}, W8A8)
 
 
-def test_what_a_rule_leaves_may_hold_anything():
+def test_unselected_leaves_may_hold_anything():
     params = {"a": broken(np.nan), "b": normal(64, 32), "c": "text", "d": None, "e": 3}
     params["f"] = quantize(normal(64, 32), W8A16.weights)
     quantized = tree.quantize(params, [Rule("[acdef]", None), Rule("*", W8A8)])
@@ -184,12 +184,12 @@ def test_what_a_rule_leaves_may_hold_anything():
         ),
     ],
 )
-def test_rules_that_select_nothing_are_refused(params, rules, text):
+def test_rules_that_select_nothing_raise(params, rules, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         tree.quantize(params, rules)
 
 
-def test_a_rule_whose_leaves_an_earlier_rule_took_has_matched():
+def test_a_rule_counts_as_matched_if_an_earlier_rule_selected_its_leaves():
     params = {"kernel": jnp.asarray(normal(64, 32))}
     quantized = tree.quantize(params, [Rule("kernel", W8A8), Rule("k*", W8A16)])
     assert quantized["kernel"].inputs is not None
@@ -197,7 +197,7 @@ def test_a_rule_whose_leaves_an_earlier_rule_took_has_matched():
     assert_equal_trees(optional, quantized)
 
 
-def test_progress_tells_of_each_leaf_after_it():
+def test_progress_is_called_after_each_leaf():
     calls = []
     tree.quantize(parameters(), W8A8, progress=lambda *call: calls.append(call))
     assert calls == [(1, 3, "embed/table"), (2, 3, "layers/up/kernel"), (3, 3, "out/0")]
@@ -213,7 +213,7 @@ def test_a_progress_bar_goes_to_standard_error(progress, shows, capsys, monkeypa
 
 
 KERNEL = (64, 32)
-# Scheme, contracted axis, platform, shape in which the codes are stored.
+# Scheme, contracted axis, platform, shape of the stored codes.
 ORDERS = [
     (W8A8, -2, "cpu", (32, 64)),
     (W8A8, -2, "gpu", (32, 64)),
@@ -228,7 +228,7 @@ ORDERS = [
 
 
 @pytest.mark.parametrize("scheme, axis, platform, stored", ORDERS)
-def test_weights_are_stored_as_the_platform_reads_them(scheme, axis, platform, stored):
+def test_weights_are_stored_in_the_order_that_suits_the_platform(scheme, axis, platform, stored):
     x = jnp.asarray(normal(*KERNEL))
     group_size = 16 if scheme is W4A16 else None
     rules = [Rule("*", scheme, axis=axis, group_size=group_size)]
@@ -248,7 +248,7 @@ def test_weights_are_stored_as_the_platform_reads_them(scheme, axis, platform, s
     np.testing.assert_array_equal(q.dequantize(), quantize(x, config.weights, axis).dequantize())
 
 
-def test_the_platform_is_by_default_the_one_in_use():
+def test_the_default_platform_is_the_current_one():
     q = tree.quantize(parameters(), W8A8)
     assert_equal_trees(q, tree.quantize(parameters(), W8A8, platform=jax.default_backend()))
     elsewhere = tree.quantize(parameters(), W8A8, platform="tpu")
@@ -265,7 +265,7 @@ def test_the_platform_is_by_default_the_one_in_use():
     ],
     ids=["quantize", "reorder"],
 )
-def test_an_unknown_platform_is_refused(run):
+def test_an_unknown_platform_raises(run):
     with pytest.raises(ValueError, match="platform must be cpu, gpu, tpu; got 'npu'"):
         run()
 
@@ -283,7 +283,7 @@ def test_quantize_works_under_jit_and_abstractly():
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def test_shapes_are_checked_under_jit_too_and_nan_marks_its_group_there():
+def test_under_jit_shapes_are_checked_and_groups_with_nan_become_nan():
     run = jax.jit(lambda p: tree.quantize(p, [Rule("w", ArrayConfig(group_size=16))]))
     with pytest.raises(ValueError, match="w: group_size must divide axis 0; got group_size=16"):
         run({"w": normal(20, 8)})
@@ -292,7 +292,7 @@ def test_shapes_are_checked_under_jit_too_and_nan_marks_its_group_there():
     np.testing.assert_array_equal(np.argwhere(np.isnan(values)), [(i, 7) for i in range(16)])
 
 
-def test_vmap_over_stacked_models_is_a_loop():
+def test_vmap_over_stacked_models_equals_a_loop():
     stack = {"w": jnp.asarray(normal(3, 64, 32))}
     rules = [Rule("w", W8A8)]
     q = jax.vmap(lambda p: tree.quantize(p, rules))(stack)
@@ -314,7 +314,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jaxquant import W8A8, tree
 
 def peak():
-    # ru_maxrss would start from that of the parent process.
+    # ru_maxrss would start at the value of the parent process.
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 def make(rows, count, n):
@@ -333,31 +333,31 @@ print(size, peak() - start)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_the_peak_of_memory_stays_under_three_times_the_float_weights():
+def test_peak_memory_stays_below_three_times_the_float_weights():
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
         [sys.executable, "-c", _PEAK], capture_output=True, text=True, env=environment, check=True
     )
     size, grown = map(int, done.stdout.split())
     assert size > 90e6
-    # The weights themselves count once; twice the compiled work and the results is not much.
+    # Once the weights, and at most twice that for temporaries and results.
     assert size < grown < 3 * size
 
 
-def test_a_quantized_leaf_is_a_pytree_of_its_own():
+def test_a_quantized_leaf_is_a_pytree():
     q = tree.quantize(parameters(), W8A8)["out"][0]
     assert isinstance(q, QTensor)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(q)} == {"int8", "float32"}
 
 
-def test_a_convolution_of_one_pixel_keeps_the_order_of_its_kernel():
+def test_a_1x1_convolution_kernel_is_not_reordered():
     kernel = jax.random.normal(jax.random.key(0), (1, 1, 64, 32))
     rule = Rule("*", W8A8, axis=(0, 1, 2))
     assert tree.quantize({"kernel": kernel}, rule, platform="cpu")["kernel"].order is None
 
 
 @pytest.mark.parametrize("name", ["W4A16_ASYM", "NF4A16", "FP8"])
-def test_stored_codes_scales_and_zeros_are_those_of_quantize(name):
+def test_stored_codes_scales_and_zero_points_equal_those_of_quantize(name):
     kernel = jnp.asarray(normal(128, 32) + np.float32(0.5))
     scheme = SCHEMES[name]
     found = tree.quantize({"kernel": kernel}, scheme, platform="cpu")["kernel"]

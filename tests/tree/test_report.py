@@ -87,7 +87,7 @@ def test_the_total_sums_the_rows():
     assert (total.path, total.sqnr, total.reason) == ("total", None, None)
 
 
-def test_a_report_of_nothing_has_a_total_of_nothing():
+def test_the_total_of_an_empty_report_is_zero():
     report = tree.report({}, {})
     assert report.rows == ()
     assert (report.total.bytes_after, report.total.bits_per_weight) == (0, 0)
@@ -97,7 +97,7 @@ def test_a_report_of_nothing_has_a_total_of_nothing():
 @pytest.mark.parametrize(
     "scheme", [W8A8, W4A16_ASYM, NVFP4A16], ids=["W8A8", "W4A16_ASYM", "NVFP4A16"]
 )
-def test_signal_to_noise_is_that_of_the_oracle(scheme):
+def test_signal_to_noise_equals_that_of_the_oracle(scheme):
     params = {"w": jnp.asarray(normal(256, 32)), "v": jnp.asarray(normal(2, 128, 8, seed=1))}
     quantized = tree.quantize(params, scheme)
     for path, row in rows_of(params, quantized).items():
@@ -151,20 +151,20 @@ def test_signal_to_noise_is_infinite_without_noise_and_absent_without_a_comparis
         (np.float32(2), "left as float32, 0 axes", 4),
     ],
 )
-def test_a_leaf_that_is_left_says_what_it_is(leaf, reason, bytes_before):
+def test_a_leaf_left_in_float_has_a_reason(leaf, reason, bytes_before):
     row = rows_of({"x": leaf}, {"x": leaf})["x"]
     assert row.reason == reason
     assert (row.bytes_before, row.bytes_after, row.codes) == (bytes_before, bytes_before, ())
 
 
-def test_default_rules_say_that_a_norm_was_left_for_its_name():
+def test_default_rules_give_the_name_as_reason_to_skip_a_norm():
     params = parameters()
     rows = rows_of(params, tree.quantize(params, W8A8), W8A8)
     assert rows["layers/norm/scale"].reason == "a norm or bias, by its name"
     assert rows["out/1"].reason == "no rule matches"
 
 
-def test_without_the_tree_before_bytes_are_those_of_the_dtype_it_had():
+def test_without_the_float_tree_bytes_before_are_those_of_its_dtype():
     x = jnp.asarray(normal(64, 32)).astype(jnp.bfloat16)
     row = rows_of(None, tree.quantize({"x": x}, W8A16))["x"]
     assert (row.bytes_before, row.bytes_after) == (64 * 32 * 2, 64 * 32 + 32 * 4)
@@ -224,7 +224,7 @@ def test_the_histogram_counts_codes_in_equal_bins_over_the_range_of_the_format(c
     assert list(found) == wanted.tolist()
 
 
-def test_codes_are_counted_once_each_in_any_number_in_any_dtype_and_on_any_devices():
+def test_codes_are_counted_exactly_for_any_size_dtype_and_devices():
     odd = quantize(normal(5, 7), ArrayConfig(format=INT8))
     wide = ArrayConfig(format=Format("int16", "int16", -32768, 32767))
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -324,12 +324,12 @@ def test_the_table_shows_every_row_and_the_total():
         ),
     ],
 )
-def test_trees_that_do_not_belong_together_are_refused(before, after, text):
+def test_trees_that_do_not_match_raise(before, after, text):
     with pytest.raises(ValueError, match=text):
         tree.report(before, after)
 
 
-def test_a_report_leaves_both_trees_as_they_were():
+def test_a_report_does_not_change_the_trees():
     params = parameters()
     quantized = tree.quantize(params, RULES)
     copies = jax.tree.map(np.array, (params, quantized))
@@ -351,6 +351,6 @@ def test_counting_the_codes_of_a_leaf_is_faster_than_numpy():
             times.append(time.process_time() - start)
         return min(times)
 
-    # XLA's scatter on CPU takes twice as long as `bincount`, and pairs of codes half as long.
+    # XLA's scatter on CPU is twice as slow as `bincount`; counting pairs of codes is twice as fast.
     counting = seconds(lambda: np.bincount(codes.reshape(-1).view(np.uint8)))
     assert seconds(lambda: tree.report(None, params)) < 1.3 * counting

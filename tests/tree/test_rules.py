@@ -72,7 +72,7 @@ def test_where_narrows_a_pattern():
         ("kernel", None, False),
     ],
 )
-def test_matrices_are_floating_and_have_two_axes_or_more(path, leaf, wanted):
+def test_matrices_are_floating_point_with_two_or_more_axes(path, leaf, wanted):
     assert bool(is_matrix(path, leaf)) is wanted
 
 
@@ -113,7 +113,7 @@ MATRIX, EMBEDDING, LEFT = -2, -1, None
         ("vector", (64,), LEFT),
     ],
 )
-def test_default_rules_pick_matrices_and_embeddings_and_leave_norms_and_biases(path, shape, axis):
+def test_default_rules_select_matrices_and_embeddings_but_not_norms_and_biases(path, shape, axis):
     params = {path: normal(*shape), "other": normal(64, 32)}
     rows = {r.path: r for r in tree.report(None, tree.quantize(params, W8A16)).rows}
     assert (rows[path].scheme is None) == (axis is LEFT)
@@ -124,14 +124,14 @@ def test_default_rules_pick_matrices_and_embeddings_and_leave_norms_and_biases(p
         assert [q.scale.shape[a] for a in q.stored_axes(range(q.ndim))] == wanted
 
 
-def test_default_rules_take_an_axis_for_matrices_and_not_for_embeddings():
+def test_the_axis_of_default_rules_applies_to_matrices_but_not_embeddings():
     params = {"kernel": normal(64, 32), "embed": normal(48, 64)}
     q = tree.quantize(params, tree.default_rules(W8A8, axis=-1))
     assert q["kernel"].scale.shape == (64, 1)
     assert q["embed"].scale.shape == (48, 1)
 
 
-def test_default_rules_give_embeddings_the_blocks_of_a_scheme_that_has_them():
+def test_default_rules_apply_block_shapes_to_embeddings():
     rules = tree.default_rules(ArrayConfig(group_size=(16, 32)), axis=(0, 1))
     table = normal(48, 64)
     q = tree.quantize({"embed": table, "kernel": normal(64, 32)}, rules)
@@ -157,7 +157,7 @@ def test_bits_per_weight_count_codes_scales_and_zero_points(config, bits):
     assert 8 * q.nbytes / q.size == bits
 
 
-def test_the_first_rule_that_matches_decides():
+def test_the_first_matching_rule_applies():
     rules = [Rule("out/0", None), Rule("out/*", W8A8, where=is_matrix), Rule("*kernel", W8A16)]
     rules.append(Rule("*", W4A16, where=lambda path, leaf: path.startswith("embed"), axis=-1))
     params = parameters()
@@ -204,7 +204,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("rules", [*FORMS.values()], ids=[*FORMS])
-def test_rules_may_be_a_dict_or_pairs_or_rules(rules):
+def test_rules_may_be_a_dict_pairs_or_rules(rules):
     params = parameters()
     params["layers"]["up"]["kernel"] = jnp.asarray(normal(2, 128, 128))
     q = leaves_of(tree.quantize(params, rules))
@@ -213,14 +213,14 @@ def test_rules_may_be_a_dict_or_pairs_or_rules(rules):
     assert q["out/0"].format.name == "int8"
 
 
-def test_a_rule_alone_is_a_sequence_of_one():
+def test_a_single_rule_needs_no_sequence():
     params = parameters()
     q = leaves_of(tree.quantize(params, Rule("out/0", W8A8)))
     assert {k for k, leaf in q.items() if leaf is not leaves_of(params)[k]} == {"out/0"}
 
 
 @pytest.mark.parametrize("scheme", [W8A8, FP8, W8A8.weights], ids=["W8A8", "FP8", "config"])
-def test_a_scheme_or_config_alone_means_the_default_rules(scheme):
+def test_a_single_scheme_or_config_means_the_default_rules(scheme):
     q = leaves_of(tree.quantize(parameters(), scheme))
     named = leaves_of(tree.quantize(parameters(), tree.default_rules(scheme)))
     quantized = {path for path, leaf in q.items() if hasattr(leaf, "codes")}
@@ -294,6 +294,6 @@ def test_a_scheme_or_config_alone_means_the_default_rules(scheme):
         ),
     ],
 )
-def test_what_is_no_rule_is_refused(build, text):
+def test_invalid_rules_raise(build, text):
     with pytest.raises(ValueError, match=text):
         build()

@@ -1,4 +1,4 @@
-"""Trees of parameters that the tests of this folder share, and what makes two of them equal."""
+"""Trees of parameters shared by the tests of this folder, and how to compare them."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Dense(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Module:
-    """As Equinox has them: arrays, other modules, and static fields."""
+    """A module as in Equinox: arrays, other modules and static fields."""
 
     kernel: Any
     bias: Any
@@ -26,7 +26,7 @@ class Module:
 
 
 class State:
-    """As Flax has them: a node of its own, with named children."""
+    """A node as in Flax: a custom pytree with named children."""
 
     def __init__(self, children):
         self.children = children
@@ -43,13 +43,13 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def normal(*shape, seed=0):
-    """Float32 numbers, no two rows alike in size."""
+    """float32 values whose rows have different magnitudes."""
     random = np.random.default_rng(seed)
     return (random.normal(size=shape) * random.uniform(0.5, 2, (*shape[:-1], 1))).astype(np.float32)
 
 
 def parameters():
-    """A model's tree: an embedding, two stacked layers, an output, and what is left alone."""
+    """A model's tree: an embedding, two stacked layers, an output, and unquantized leaves."""
     return {
         "embed": {"table": jnp.asarray(normal(48, 64))},
         "layers": {
@@ -72,7 +72,7 @@ def leaves_of(tree):
 
 
 def assert_equal_trees(found, wanted):
-    """Structure, static fields, and arrays bit for bit, NaN and negative zero included."""
+    """Compares structure, static fields and arrays bit for bit, including NaN and negative zero."""
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert np.shape(a) == np.shape(b)
