@@ -12,7 +12,7 @@ def keras_promotion():
 
 @pytest.fixture(autouse=True, scope="module")
 def _less_optimization(quick_compilation):
-    """What is computed is tested in tests/ops, compiled as users do; here most time is XLA's."""
+    """tests/ops tests results with full optimization; here XLA would take most of the time."""
     options = compiler.get_compile_options
 
     def without_fusion_emitters(*args, env_options_overrides=None, **kwargs):

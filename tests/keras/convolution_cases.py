@@ -51,6 +51,6 @@ CONVOLUTION = [
         depth_multiplier=2,
         data_format="channels_first",
     ),
-    # A small image: inputs are rounded twice, by the largest of each image.
+    # A small image: inputs are rounded twice, with a scale per image.
     case((4, 4, 33), layers.SeparableConv2D, 5, (3, 2), depth_multiplier=2),
 ]

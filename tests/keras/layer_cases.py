@@ -1,4 +1,4 @@
-"""Layers to be quantized: rows of the table-driven test. A new layer joins by one row."""
+"""Layers to quantize: rows of the table-driven test. A new layer needs one row."""
 
 import dataclasses
 from collections.abc import Callable

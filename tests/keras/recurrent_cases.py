@@ -1,4 +1,4 @@
-"""Rows of the table-driven test: recurrent layers, and tables that reverse."""
+"""Rows of the table-driven test: recurrent layers and reversible embeddings."""
 
 import jax
 import keras
@@ -12,7 +12,7 @@ BIASED = {"bias_initializer": "normal"}
 
 
 def products(jaxpr):
-    """Dtypes (left, right, result) of the products in a program and what it calls."""
+    """Dtypes (left, right, result) of the products in a program and the functions it calls."""
     found = set()
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -23,7 +23,7 @@ def products(jaxpr):
 
 
 def there_and_back(**arguments):
-    """A layer of tokens that looks them up in a table, and reverses it."""
+    """Looks tokens up in a table, and projects back to logits."""
 
     def build(**kw):
         inputs = keras.Input((6,), dtype="int32")

@@ -42,7 +42,7 @@ class InAList(Renamed):
 
 @_register
 class InASublayer(Renamed):
-    """Lends its kernel to a layer within."""
+    """Shares its kernel with an inner layer."""
 
     def build(self, input_shape):
         self.inner = keras.layers.Dense(7)

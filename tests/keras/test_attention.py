@@ -1,4 +1,4 @@
-"""Attention over quantized projections: what the table of all layers does not say."""
+"""Attention with quantized projections: what the table of all layers does not cover."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def make(kind, package=layers, **arguments):
 
 
 def gate(kind) -> dict[str, Any]:
-    """The gate's argument, where this Keras has it."""
+    """The argument for a gate, if this Keras version has it."""
     return {"use_gate": True} if "use_gate" in make(kind, keras.layers).get_config() else {}
 
 
@@ -49,7 +49,7 @@ def same_values(layer, stock):
 
 
 @each_kind
-def test_float_layer_is_the_stock_one(kind):
+def test_float_layer_equals_the_stock_layer(kind):
     keras.utils.set_random_seed(1)
     stock = make(kind, keras.layers, **gate(kind))
     keras.utils.set_random_seed(1)
@@ -66,7 +66,7 @@ def test_float_layer_is_the_stock_one(kind):
     assert all(isinstance(x, QuantizableMixin) for x in found)
 
 
-def test_projections_keep_what_has_no_config():
+def test_projections_keep_settings_that_are_not_in_the_config():
     class Halved(keras.constraints.Constraint):
         def __call__(self, w):
             return w / 2
@@ -80,7 +80,7 @@ def test_projections_keep_what_has_no_config():
 
 
 @each_kind
-def test_quantized_layer_is_the_stock_one_with_its_weights(kind):
+def test_quantized_layer_equals_the_stock_layer_with_dequantized_weights(kind):
     layer, stock = make(kind, **gate(kind)), make(kind, keras.layers, **gate(kind))
     for projection in projections(layer):
         projection.quantize(config=QuantizationConfig(W8A8.weights))
@@ -102,7 +102,7 @@ def model_of(kind, policy) -> Any:
     return keras.Model([query, value], layer(query, value, use_causal_mask=True))
 
 
-# The projections of both kinds are EinsumDense, which test_layers.py has in all combinations.
+# The projections of both kinds are EinsumDense, which test_layers.py tests in all combinations.
 @pytest.mark.parametrize(
     "kind, mode, policy",
     [
@@ -113,7 +113,7 @@ def model_of(kind, policy) -> Any:
         ("GroupQueryAttention", "nf4", "mixed_bfloat16"),
     ],
 )
-def test_model_is_near_the_float_one_and_comes_back_from_files(kind, mode, policy, tmp_path):
+def test_model_is_close_to_float_and_round_trips_through_files(kind, mode, policy, tmp_path):
     keras.utils.set_random_seed(0)
     model, x = model_of(kind, policy), inputs()[:2]
     config, bound = MODES[mode]
@@ -121,7 +121,7 @@ def test_model_is_near_the_float_one_and_comes_back_from_files(kind, mode, polic
     quantize(model, config)
     found = as_float(model(x))
 
-    # The errors of two products in a row, of the values and of the outputs, add in squares.
+    # The errors of two successive products, values and outputs, add in squares.
     assert 0 < relative_error(found, as_float(wanted)) <= 2**0.5 * bound
     model.save(tmp_path / "model.keras")
     loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
@@ -136,7 +136,7 @@ def as_float(x):
     return np.asarray(x, np.float32)
 
 
-def test_predict_is_the_call():
+def test_predict_equals_call():
     model, x = model_of("MultiHeadAttention", "float32"), inputs()[:2]
     model.quantize("int8")
 

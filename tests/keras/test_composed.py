@@ -1,4 +1,4 @@
-"""What is said and kept where a layer of layers is asked for what its layers do."""
+"""Layers made of layers: errors that name the sublayers and change nothing."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def attention() -> Any:
 
 
 @pytest.mark.parametrize("make, inner", [(lstm, "lstm_cell"), (attention, "query, key, value")])
-def test_quantize_says_what_to_quantize_instead(make, inner):
+def test_the_error_says_what_to_quantize_instead(make, inner):
     layer = make()
     text = f"has no weights except those of its sublayers; .* each of .*{inner}"
     with pytest.raises(NotImplementedError, match=text):
@@ -34,7 +34,7 @@ def set_policy(layer, policy):
 
 
 @pytest.mark.parametrize("make", [lstm, attention])
-def test_a_policy_that_cannot_be_taken_leaves_the_one_before(make):
+def test_an_unsupported_policy_raises_and_keeps_the_old_one(make):
     layer = make()
     with pytest.raises(NotImplementedError, match="has no weights except those"):
         set_policy(layer, "int8_from_float32")
@@ -60,7 +60,7 @@ def test_lora_of_rank_zero_raises_and_changes_nothing():
     layer.enable_lora(2)
 
 
-def test_a_loaded_model_fits_after_it_was_quantized_without_a_call(tmp_path):
+def test_a_loaded_model_trains_after_quantizing_without_a_call(tmp_path):
     inputs, targets = np.ones((8, 4), np.float32), np.ones((8, 3), np.float32)
     model = keras.Sequential([keras.Input((4,)), layers.Dense(5), layers.Dense(3)])
     model.compile("adam", "mse")

@@ -42,7 +42,7 @@ from jaxquant.keras.configs import as_config
 from .test_layers import relative_error
 
 INT4_RANGE: Any = {"value_range": (-8, 7)}
-# What each config is called, and the relative error that its numbers imply.
+# Name of each config, and the relative error that follows from its format.
 CONFIGS = {
     "int8": (lambda: Int8QuantizationConfig(), 0.015),
     "int8 quantizers": (
@@ -94,7 +94,7 @@ CONFIGS = {
     ),
     "per tensor": (lambda: QuantizationConfig(ArrayConfig(per_tensor=True)), 0.02),
 }
-# Files hold the same as those of another config, which other tests say survives serialization.
+# Files are the same as those of another config, whose serialization other tests cover.
 STORED_ALIKE = {
     "int8 weights only",
     "int4 per channel -1",
@@ -145,7 +145,7 @@ def test_configs_survive_serialization(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_dense_layer_runs_in_each_and_comes_back_from_its_file(name, tmp_path):
+def test_a_dense_layer_runs_with_each_config_and_round_trips_through_files(name, tmp_path):
     make_config, bound = CONFIGS[name]
     keras.utils.set_random_seed(0)
     dense = layers.Dense(33, bias_initializer="normal")
@@ -175,7 +175,7 @@ MIXED = {
 }
 
 
-def test_rules_go_by_path_and_the_first_that_matches_decides(tmp_path):
+def test_the_first_rule_that_matches_the_path_applies(tmp_path):
     model, inputs = make_model(), some_inputs()
     wanted = np.asarray(model(inputs))
     kernels = {layer.name: np.asarray(layer.kernel) for layer in model.layers}
@@ -223,7 +223,7 @@ def test_a_rule_may_name_the_axis():
 
 
 @pytest.mark.parametrize("block_size, groups", [(128, 1), (96, 1), (40, 3), (1, 96), (None, 1)])
-def test_block_sizes_are_the_lengths_of_groups(block_size, groups):
+def test_block_size_is_the_group_size(block_size, groups):
     layer: Any = layers.Dense(3)
     layer.build((None, 96))
     layer.quantize(config=Int4QuantizationConfig(block_size=block_size))
@@ -232,7 +232,7 @@ def test_block_sizes_are_the_lengths_of_groups(block_size, groups):
     assert (q.zero_point is None) == (block_size is None)
 
 
-def test_quantizers_reach_weights_and_inputs():
+def test_quantizers_apply_to_weights_and_inputs():
     config = Int4QuantizationConfig(
         AbsMaxQuantizer(value_range=(-5, 5)),
         PercentileQuantizer(99.0, value_range=(-50, 50)),
@@ -265,14 +265,14 @@ WRONG_FLAG: Any = "yes"
         ),
     ],
 )
-def test_stock_configs_mean_ours(given, wanted):
+def test_stock_configs_convert_to_jaxquant_configs(given, wanted):
     found = as_config(None, given)
     assert type(found) is type(wanted)
     assert found.get_config() == wanted.get_config()
     assert as_config(given.mode, None).mode == as_config(None, given.mode).mode == given.mode
 
 
-def test_a_stock_config_of_ones_own_means_ours_too():
+def test_a_subclass_of_a_stock_config_converts_too():
     class Restricted(stock.Int8QuantizationConfig):
         def __init__(self, limit):
             super().__init__(AbsMaxQuantizer(value_range=(-limit, limit)), None)
@@ -283,7 +283,7 @@ def test_a_stock_config_of_ones_own_means_ours_too():
     assert np.abs(np.asarray(layer.quantized_weight("kernel").codes)).max() == 30
 
 
-def test_the_mode_is_that_of_the_first_scheme():
+def test_the_mode_follows_from_the_first_scheme():
     modes = {W8A8: "int8", NF4A16: "int4", MXFP4A16: "int4", NVFP4A16: "int4", FP8: "float8"}
     assert {scheme: QuantizationConfig(scheme).mode for scheme in modes} == modes
     assert QuantizationConfig({"a": None, "b": W4A16, "c": W8A8}).mode == "int4"
@@ -399,7 +399,7 @@ def test_arguments_are_checked(make, wanted):
         make()
 
 
-def test_an_axis_that_does_not_exist_raises_before_anything_changes():
+def test_an_invalid_axis_raises_before_anything_changes():
     layer: Any = layers.Dense(3)
     layer.build((None, 8))
     with pytest.raises(ValueError, match=r"axis must lie in -2 \.\. 1 .*; got axis=\(5,\)"):

@@ -1,4 +1,4 @@
-"""Whole models from stock layers to ours, and back."""
+"""Converting whole models from stock layers to jaxquant layers, and back."""
 
 import functools
 import re
@@ -29,7 +29,7 @@ HAS_BLOCKS = "block_size" in keras.quantizers.Int4QuantizationConfig().get_confi
 
 @functools.cache
 def whole_model() -> Any:
-    """Everything that a functional model may have in it; many weights have one shape, for speed."""
+    """A functional model with every kind of structure; many weights share one shape, for speed."""
     x = keras.Input((3, 8), name="x")
     t = keras.Input((3,), dtype="int32", name="t")
     shared = keras.layers.Dense(8, activation="relu", name="shared")
@@ -56,7 +56,7 @@ def whole_inputs():
 
 
 def outputs(model, inputs):
-    """All outputs by one compilation."""
+    """All outputs, compiled once."""
     return jax.jit(lambda x: model(x))(inputs)
 
 
@@ -68,7 +68,7 @@ def classes(model):
     return {x.name: type(x) for x in sublayers(model) if x.variables}
 
 
-def test_convert_keeps_everything_but_the_classes_and_to_stock_undoes_it():
+def test_convert_changes_only_the_classes_and_to_stock_undoes_it():
     model, inputs = whole_model(), whole_inputs()
     model.get_layer("inner").get_layer("conv").trainable = False
     model.get_layer("both").forward_layer.trainable = False
@@ -90,13 +90,13 @@ def test_convert_keeps_everything_but_the_classes_and_to_stock_undoes_it():
     assert found["cell"] is layers.GRUCell
     back = to_stock(copy)
     assert classes(back) == classes(model)
-    # With dropout, so that seeds count too.
+    # With dropout, so that seeds matter too.
     wanted = model(inputs, training=True)
     assert_equal(copy(inputs, training=True), wanted)
     assert_equal(back(inputs, training=True), wanted)
 
 
-def test_convert_gives_the_copy_arrays_of_its_own():
+def test_convert_copies_the_arrays():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     copy = convert(model)
     before = model.get_weights()
@@ -106,7 +106,7 @@ def test_convert_gives_the_copy_arrays_of_its_own():
     assert_equal(model.get_weights(), before)
 
 
-def test_convert_passes_through_what_is_ours():
+def test_convert_keeps_jaxquant_layers():
     model: Any = keras.Sequential([keras.Input((8,)), layers.Dense(5, name="a")])
     model.quantize("int8")
     copy = convert(keras.Sequential([model, keras.layers.Dense(2)]))
@@ -135,7 +135,7 @@ class TinyModel(keras.Model):
         super().__init__(start, keras.layers.Dense(2)(start))
 
 
-def test_convert_keeps_the_class_where_it_can():
+def test_convert_keeps_the_model_class_where_possible():
     start = keras.Input((4,))
     model = Trainer(start, keras.layers.Dense(2)(start))
     assert type(convert(model)) is Trainer
@@ -199,7 +199,7 @@ class Scale(QuantizableMixin, keras.layers.Layer):
         return inputs * self.kernel
 
 
-def test_convert_lists_every_layer_that_it_cannot_take():
+def test_convert_lists_every_unsupported_layer():
     quantized = keras.layers.Dense(4, name="stock")
     quantized.build((None, 4))
     quantized.quantize("int8")
@@ -222,7 +222,7 @@ def test_convert_lists_every_layer_that_it_cannot_take():
         convert(Subclassed())
 
 
-def test_convert_keeps_what_it_is_told_to():
+def test_convert_keeps_the_layers_named_by_keep():
     parts = [Own(name="own"), Block(name="block"), keras.layers.Dense(3, name="head")]
     model = keras.Sequential([keras.Input((4,)), *parts, keras.layers.Dense(2)])
     copy = convert(model, keep=["own", Block, "head"])
@@ -245,7 +245,7 @@ STOCK_MODES = {
     "int4 block 32": Int4QuantizationConfig(block_size=32),
     "int4 symmetric groups": QuantizationConfig({"*": W4A16}),
 }
-# Modes whose codes and scales have another form for each kind of layer; the others vary these.
+# Modes that differ in the layout of codes and scales per kind of layer; others vary these.
 SHAPES = ("int8", "int4", "int4 block 32")
 
 
@@ -263,7 +263,7 @@ def stock_model():
         {
             "dense": keras.layers.Dense(7, bias_initializer="normal")(x),
             "table": keras.layers.Embedding(11, 50)(t),
-            # EinsumDense of both directions.
+            # EinsumDense in both directions.
             "attention": keras.layers.MultiHeadAttention(2, 7, bias_initializer="normal")(x, x),
         },
     )
@@ -290,7 +290,7 @@ def test_to_stock_gives_the_same_codes(mode):
         assert error < 1e-5 * np.linalg.norm(wanted[name]), name
 
 
-def test_to_stock_says_what_stock_keras_does_not_have():
+def test_to_stock_lists_what_stock_keras_lacks():
     original, inputs = whole_model(), whole_inputs()
     model = convert(original)
     model.quantize(config=QuantizationConfig({"attention/*": None, "table/*": None, "*": W8A8}))
@@ -321,7 +321,7 @@ def test_to_stock_says_what_stock_keras_does_not_have():
         ),
     ],
 )
-def test_to_stock_refuses_modes_that_stock_layers_lack(config, words):
+def test_to_stock_raises_for_modes_that_stock_layers_lack(config, words):
     model: Any = keras.Sequential([keras.Input((8,)), layers.Dense(5)])
     model.quantize(config=config)
     with pytest.raises(ValueError, match=words):
@@ -330,7 +330,7 @@ def test_to_stock_refuses_modes_that_stock_layers_lack(config, words):
     np.testing.assert_array_equal(floats.kernel, model.layers[0].kernel)
 
 
-def test_to_stock_refuses_layers_of_ones_own():
+def test_to_stock_raises_for_custom_layers():
     model = keras.Sequential([keras.Input((8,)), Scale(name="scale")])
     with pytest.raises(ValueError, match="Scale is a quantizable layer that Keras does not have"):
         to_stock(model, dequantize=True)

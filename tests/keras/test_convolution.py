@@ -1,4 +1,4 @@
-"""Convolutions: the same numbers as Keras', from codes."""
+"""Convolutions on codes give the results of Keras."""
 
 import itertools
 import re
@@ -56,7 +56,7 @@ def stock_of(layer):
 
 
 def assert_like_stock(layer, inputs, config: Any = WEIGHTS_ONLY):
-    """In float bit by bit, and from codes up to the order of sums."""
+    """Equal bit for bit in float, and up to the order of summation on codes."""
     np.testing.assert_array_equal(layer(inputs), stock_of(layer)(inputs))
     layer.quantize(config=config)
     assert relative_error(layer(inputs), stock_of(layer)(inputs)) < 1e-5
@@ -64,7 +64,7 @@ def assert_like_stock(layer, inputs, config: Any = WEIGHTS_ONLY):
 
 @pytest.mark.parametrize(("data_format", "step"), FORMATS_AND_STEPS, ids=str)
 @pytest.mark.parametrize("padding", [*PADDINGS, "causal"])
-def test_convolution_is_that_of_the_dequantized_kernel(padding, data_format, step):
+def test_convolution_equals_that_of_the_dequantized_kernel(padding, data_format, step):
     shape = (9, 6) if data_format == "channels_last" else (6, 9)
     layer = layers.Conv1D(4, 3, padding=padding, data_format=data_format, groups=2, **step)
     assert_like_stock(built(layer, shape), images(shape))
@@ -72,7 +72,7 @@ def test_convolution_is_that_of_the_dequantized_kernel(padding, data_format, ste
 
 @pytest.mark.parametrize(("data_format", "step"), FORMATS_AND_STEPS, ids=str)
 @pytest.mark.parametrize("kind", ["DepthwiseConv2D", "SeparableConv2D"])
-def test_depthwise_is_that_of_the_dequantized_kernel(kind, data_format, step):
+def test_depthwise_equals_that_of_the_dequantized_kernel(kind, data_format, step):
     shape = (7, 9, 5) if data_format == "channels_last" else (5, 7, 9)
     options = {"data_format": data_format, "depth_multiplier": 2, "padding": "same", **step}
     filters = {"SeparableConv2D": {"filters": 4}}.get(kind, {})
@@ -80,17 +80,17 @@ def test_depthwise_is_that_of_the_dequantized_kernel(kind, data_format, step):
     assert_like_stock(built(layer, shape), images(shape))
 
 
-# (strides, dilation, output padding): the latter is less than the strides.
+# (strides, dilation, output padding); output padding is less than the strides.
 UPSAMPLING = [(1, 1, 0), (2, 1, None), (2, 1, 1), (3, 1, 0), (1, 2, None), (1, 3, 0)]
 
 
 @pytest.mark.parametrize(
     ("padding", "step"),
-    # One with each padding, and the others with either.
+    # The first with each padding, the others with one of them.
     [("valid", (2, 1, 1)), *zip(itertools.cycle(reversed(PADDINGS)), UPSAMPLING, strict=False)],
     ids=str,
 )
-def test_transpose_is_that_of_the_dequantized_kernel(padding, step):
+def test_transpose_equals_that_of_the_dequantized_kernel(padding, step):
     strides, dilation, output_padding = step
     data_format = FORMATS[strides % 2]
     shape = (4, 5, 3) if data_format == "channels_last" else (3, 4, 5)
@@ -107,7 +107,7 @@ def test_transpose_is_that_of_the_dequantized_kernel(padding, step):
 
 
 @pytest.mark.parametrize("kind", ["Conv3D", "Conv3DTranspose", "Conv1DTranspose"])
-def test_other_ranks_are_those_of_the_dequantized_kernel(kind):
+def test_other_ranks_equal_those_of_the_dequantized_kernel(kind):
     rank = int(kind[4])
     shape = (*(5, 6, 4)[:rank], 3)
     layer = getattr(layers, kind)(4, (2, 3, 1)[:rank], strides=(1, 2, 3)[:rank], padding="same")
@@ -119,7 +119,7 @@ def kernel_scheme(scheme, axis):
 
 
 PER_CHANNEL = Scheme(ArrayConfig(format=INT8))
-# Scales that channels or multipliers share, grouped ones, and scales with scales.
+# Scales shared by channels or multipliers, grouped scales, and nested scales.
 DEPTHWISE = {
     "grouped": Int4QuantizationConfig(block_size=4),
     "padded": Int4QuantizationConfig(block_size=3),
@@ -132,26 +132,26 @@ DEPTHWISE = {
 
 
 @pytest.mark.parametrize("name", DEPTHWISE)
-def test_depthwise_takes_scales_of_any_shape(name):
+def test_depthwise_supports_scales_of_any_shape(name):
     layer = built(layers.DepthwiseConv1D(16, depth_multiplier=3), (20, 4))
     assert_like_stock(layer, images((20, 4)), DEPTHWISE[name])
 
 
 @pytest.mark.parametrize("kind", ["Conv2D", "Conv2DTranspose"])
 @pytest.mark.parametrize(("block_size", "kernel_size"), [(2, 3), (11, 1), (4, 3)])
-def test_blocks_of_kernels_that_are_flipped_or_padded(kind, block_size, kernel_size):
+def test_flipped_and_padded_kernels_with_blocks(kind, block_size, kernel_size):
     layer = built(getattr(layers, kind)(3, kernel_size), (5, 4, 66))
     assert_like_stock(layer, images((5, 4, 66)), Int4QuantizationConfig(block_size=block_size))
 
 
-def test_whole_numbers_are_images_too():
+def test_integer_images_are_supported():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 6, 5, 3)).astype(np.uint8)
     layer = built(layers.Conv2D(4, 3), (6, 5, 3))
     assert_like_stock(layer, pixels)
 
 
 def convolutions(layer, inputs, platform):
-    """What each convolution of the compiled layer takes and gives: ["i8", "i8", "i32"]."""
+    """Operand and result dtypes of each convolution in the compiled layer: ["i8", "i8", "i32"]."""
     traced = jax.jit(lambda x: layer(x)).trace(inputs)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
@@ -164,14 +164,14 @@ def test_int8_accumulates_in_int32(case):
     layer.quantize("int8")
     wanted = [["i8", "i8", "i32"]] * len(layer.declared_weights)
     assert convolutions(layer, images(case.input_shape), "tpu") == wanted
-    # On CPU where XLA does so fast: channels last, one or two axes, not transposed.
+    # On CPU where XLA is fast: channels last, one or two axes, not transposed.
     is_fast = layer.rank < 3 and "first" not in layer.data_format
     if is_fast and "Transpose" not in case.name:
         assert convolutions(layer, images(case.input_shape), "cpu") == wanted
 
 
 @each([case for case in CONVOLUTION if "Separable" not in case.name])
-def test_int8_rounds_the_inputs_by_the_largest_of_each_image(case):
+def test_int8_scales_are_per_image(case):
     inputs = images(case.input_shape)
     inputs[1] *= 100
     layer = built(case.make(), case.input_shape)
@@ -181,7 +181,7 @@ def test_int8_rounds_the_inputs_by_the_largest_of_each_image(case):
 
 
 @each([case for case in CONVOLUTION if "2D" in case.name])
-def test_lora_adds_to_the_codes(case):
+def test_lora_adds_to_the_quantized_convolution(case):
     layer = built(case.make(), case.input_shape)
     layer.quantize(config=WEIGHTS_ONLY)
     inputs = images(case.input_shape)
@@ -225,7 +225,7 @@ def test_a_file_keeps_the_output_padding(tmp_path):
     np.testing.assert_array_equal(loaded(inputs), model(inputs))
 
 
-def test_an_image_smaller_than_the_kernel_is_an_error():
+def test_an_image_smaller_than_the_kernel_raises():
     layer = built(layers.Conv2D(4, 3), (None, None, 3))
     layer.quantize("int8")
     with pytest.raises(ValueError, match="images at least as large as its kernel; got shape"):

@@ -1,4 +1,4 @@
-"""Damaged weight files: no wrong value is loaded, and a call that fails changes nothing."""
+"""Damaged weight files: no wrong value is loaded, and a failed call changes nothing."""
 
 import functools
 import io
@@ -44,12 +44,12 @@ def saved(tmp_path_factory):
 
 @functools.cache
 def target(is_quantized):
-    """A model to load into; a test that succeeds in it gets another one."""
+    """A model to load into; it is replaced after a successful load."""
     return model_of(1, is_quantized)
 
 
 def state_of(model):
-    """By layer: its policy, and names and values of its variables, in their order."""
+    """By layer: its policy, and the names and values of its variables in order."""
     return {
         layer.name: (
             layer.dtype_policy.name,
@@ -61,7 +61,7 @@ def state_of(model):
 
 
 def load(function, model, path):
-    """Whether that worked."""
+    """Whether the call succeeded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy warns of some damaged values.
         try:
@@ -117,7 +117,7 @@ DAMAGES: dict[str, Any] = {
     "no layer": remove_layer,
     "layers swapped": swap,
 }
-# Damages that say nothing of the values in `norm`, a stock layer without checksums.
+# Damage that does not affect the values of `norm`, a stock layer without checksums.
 UNSEEN_IN_STOCK = ("another dtype", "NaN", "an altered byte")
 
 
@@ -142,7 +142,7 @@ def test_load_weights_of_a_damaged_file_changes_nothing(damage, is_quantized, sa
 
 
 @pytest.mark.parametrize("is_quantized", [False, True], ids=["float", "quantized"])
-def test_no_layer_is_half_loaded_by_keras(is_quantized, saved, tmp_path):
+def test_keras_loads_no_layer_partially(is_quantized, saved, tmp_path):
     path = tmp_path / "model.weights.h5"
     for damage in ("no entry", "another shape", "text", "an altered byte"):
         model = model_of(1, is_quantized)
@@ -156,7 +156,7 @@ def test_no_layer_is_half_loaded_by_keras(is_quantized, saved, tmp_path):
 
 
 @pytest.mark.parametrize("is_quantized", [False, True], ids=["float", "quantized"])
-def test_no_altered_byte_of_a_layer_of_ours_is_loaded_in_silence(is_quantized, saved, tmp_path):
+def test_no_altered_byte_of_a_quantizable_layer_is_loaded_silently(is_quantized, saved, tmp_path):
     path, model = tmp_path / "model.weights.h5", target(is_quantized)
     before, content = state_of(model), saved[0].read_bytes()
     rng, loaded = np.random.default_rng(0), 0

@@ -1,4 +1,4 @@
-"""What stock Keras 3.15 gets wrong when it quantizes, and what ours gives instead.
+"""Defects of quantization in stock Keras 3.15 that jaxquant layers do not have.
 
 One test per defect, except for two that tests of other files have:
 
@@ -37,7 +37,7 @@ def dense_with(kernel, **arguments) -> Any:
 
 
 @pytest.mark.parametrize("mean", [10, 100])
-def test_default_int4_of_groups_that_do_not_straddle_zero(mean):
+def test_default_int4_is_accurate_for_groups_that_do_not_straddle_zero(mean):
     kernel = np.random.default_rng(0).normal(size=(256, 64)) + mean
     layer, inputs = dense_with(kernel.astype(np.float32)), np.abs(some_inputs(8, 256))
     layer.quantize("int4")
@@ -46,7 +46,7 @@ def test_default_int4_of_groups_that_do_not_straddle_zero(mean):
 
 
 @pytest.mark.parametrize("block_size, bound", [(4, 0.07), (1, 0.01)])
-def test_int4_of_small_blocks_is_better_and_not_worse(block_size, bound):
+def test_int4_error_shrinks_with_the_block_size(block_size, bound):
     keras.utils.set_random_seed(0)
     layer: Any = layers.Dense(9)
     layer.build((None, 40))
@@ -98,7 +98,7 @@ class RaisesLate(layers.Dense):
         raise RuntimeError("too late")
 
 
-def test_a_quantize_that_raises_leaves_the_layer_float():
+def test_a_failed_quantize_leaves_the_layer_in_float():
     keras.utils.set_random_seed(0)
     layer: Any = RaisesLate(9)
     layer.build((None, 40))
@@ -153,7 +153,7 @@ def test_small_weights_keep_their_relative_precision(size, mode, bound):
 
 @pytest.mark.parametrize("policy", ["float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("mode, bound", [("int8", 0.01), ("int4", 0.15), ("float8", 0.05)])
-def test_scales_do_not_suffer_from_the_policy(policy, mode, bound):
+def test_scales_stay_accurate_under_every_policy(policy, mode, bound):
     kernel = some_inputs(40, 9) * 1e-3
     layer = dense_with(kernel, dtype=policy)
     if layer.compute_dtype == "float16" and mode == "int8":
@@ -168,7 +168,7 @@ def test_scales_do_not_suffer_from_the_policy(policy, mode, bound):
 
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_finite_are_refused_by_name(mode, value):
+def test_the_error_for_non_finite_weights_names_them(mode, value):
     kernel = some_inputs(40, 9)
     kernel[3, 4] = value
     layer = dense_with(kernel, name="broken")
@@ -179,7 +179,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(mode, value):
 
 
 @pytest.mark.parametrize("size", [1e-3, 1, 1e4])
-def test_float8_needs_no_calibration_and_takes_one_byte(size):
+def test_float8_needs_no_calibration_and_stores_one_byte_per_weight(size):
     layer, inputs = dense_with(some_inputs(40, 9)), some_inputs(8, 40) * np.float32(size)
     wanted = np.asarray(layer(inputs))
     layer.quantize("float8")
@@ -218,7 +218,7 @@ def test_subclasses_of_dense_are_quantized():
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
-def test_simple_scale_reloaded_is_not_quantized_again(mode, tmp_path):
+def test_a_reloaded_simple_scale_is_not_quantized_again(mode, tmp_path):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((6,)), SimpleScale()])
     inputs = some_inputs(3, 6)
@@ -227,7 +227,7 @@ def test_simple_scale_reloaded_is_not_quantized_again(mode, tmp_path):
     loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
     with pytest.raises(ValueError, match="already quantized"):
         loaded.layers[0].quantize(mode)
-    # Nor does the setter of the policy, which would call `quantize`.
+    # Setting the policy must not quantize either.
     loaded.layers[0].dtype_policy = loaded.layers[0].dtype_policy
     np.testing.assert_array_equal(loaded(inputs), model(inputs))
 
@@ -248,8 +248,8 @@ def test_a_quantized_weights_file_in_a_float_model(make, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [AbsMaxQuantizer, keras.quantizers.AbsMaxQuantizer])
-def test_the_guides_configs_as_they_are_printed(kind):
-    # No block_size, which stock Keras has refused since it became 128.
+def test_configs_printed_in_the_guides_work(kind):
+    # No block_size, which stock Keras rejects since its default became 128.
     weights = kind(value_range=(-8, 7), output_dtype="int8", axis=0)
     config = Int4QuantizationConfig(weight_quantizer=weights, activation_quantizer=None)
     layer = dense_with(some_inputs(40, 9))
@@ -260,7 +260,7 @@ def test_the_guides_configs_as_they_are_printed(kind):
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
-def test_a_model_with_nan_in_one_kernel_is_not_half_quantized(mode):
+def test_a_model_with_nan_in_one_kernel_is_not_partially_quantized(mode):
     parts: list[Any] = [layers.Dense(4, name=name) for name in ("first", "second", "third")]
     model: Any = keras.Sequential([keras.Input((6,)), *parts])
     kernel = np.array(parts[1].kernel)
@@ -269,6 +269,6 @@ def test_a_model_with_nan_in_one_kernel_is_not_half_quantized(mode):
     with pytest.raises(ValueError, match="second/kernel holds NaN or Inf"):
         model.quantize(mode)
     assert [x.quantization_mode for x in parts] == [None, None, None]
-    # The filters of Keras leave out the layer, which is not checked then.
+    # A layer excluded by Keras' filters is not checked.
     model.quantize(mode, filters="first|third")
     assert [x.quantization_mode for x in parts] == [mode, None, mode]

@@ -1,4 +1,4 @@
-"""Tables that reverse: what the table of all layers does not say."""
+"""Reversible embeddings: what the table of all layers does not cover."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def activations():
 
 
 def with_weights_of(layer, **arguments):
-    """A stock layer with the weights that a layer's codes stand for."""
+    """A stock layer with the dequantized weights of a layer."""
     stock = make(keras.layers, **arguments)
     reverse = [] if layer.tie_weights else [layer.reverse_embeddings]
     stock.set_weights([layer.embeddings, *reverse])
@@ -39,7 +39,7 @@ def with_weights_of(layer, **arguments):
 
 
 @TIES
-def test_float_layer_is_the_stock_one(is_tied):
+def test_float_layer_equals_the_stock_layer(is_tied):
     stock = make(keras.layers, tie_weights=is_tied, logit_soft_cap=0.5)
     ours = make(tie_weights=is_tied, logit_soft_cap=0.5)
     ours.set_weights(stock.get_weights())
@@ -53,7 +53,7 @@ def test_float_layer_is_the_stock_one(is_tied):
 
 @TIES
 @pytest.mark.parametrize("scheme", [W8A8.weights, W4A16], ids=["int8", "int4 groups"])
-def test_quantized_layer_is_the_stock_one_with_its_weights(scheme, is_tied):
+def test_quantized_layer_equals_the_stock_layer_with_dequantized_weights(scheme, is_tied):
     arguments = {"tie_weights": is_tied, "logit_soft_cap": 0.1}
     layer = make(**arguments)
     layer.quantize(config=QuantizationConfig(scheme))
@@ -84,7 +84,7 @@ def test_tied_weight_is_stored_once():
 
 
 @TIES
-def test_groups_that_need_padding_project_too(is_tied):
+def test_padded_groups_can_be_projected(is_tied):
     layer = make(tie_weights=is_tied)
     layer.quantize(config=Int4QuantizationConfig(block_size=16))
 
@@ -95,7 +95,7 @@ def test_groups_that_need_padding_project_too(is_tied):
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-def test_reverse_dtype_is_that_of_the_logits(policy):
+def test_logits_have_the_reverse_dtype(policy):
     plain, wide = (make(dtype=policy, reverse_dtype=dtype) for dtype in (None, "float32"))
     for layer in (plain, wide):
         layer.quantize("int8")
@@ -107,7 +107,7 @@ def test_reverse_dtype_is_that_of_the_logits(policy):
 
 
 @pytest.mark.parametrize("mode", [None, "int8"])
-def test_mask_is_that_of_the_tokens(mode):
+def test_outputs_have_the_mask_of_the_tokens(mode):
     layer = make(mask_zero=True)
     if mode is not None:
         layer.quantize(mode)
@@ -148,7 +148,7 @@ def test_adapter_is_added_without_dequantizing_the_table():
 
 
 @TIES
-def test_quantized_layer_comes_back_from_a_file_and_is_an_embedding(is_tied, tmp_path):
+def test_quantized_layer_round_trips_through_a_file_and_is_an_embedding(is_tied, tmp_path):
     start = keras.Input((5,), dtype="int32")
     table = layers.ReversibleEmbedding(TOKENS, WIDTH, tie_weights=is_tied)
     model = keras.Model(start, table(table(start), reverse=True))

@@ -1,4 +1,4 @@
-"""Weight files: to stock Keras and back, and what is refused."""
+"""Weight files: interchange with stock Keras, and files that cannot be loaded."""
 
 import json
 from typing import Any
@@ -20,7 +20,7 @@ from jaxquant.keras import (
 )
 from jaxquant.keras.files import MARK
 
-# Keras before 3.14 has no blocks, and packs int4 along the other axis, but in tables.
+# Keras before 3.14 does not have blocks, and packs int4 along the other axis except in tables.
 HAS_BLOCKS = "block_size" in keras.quantizers.Int4QuantizationConfig().get_config()
 
 
@@ -41,8 +41,8 @@ CASES: dict[str, Any] = {
     "few free axes": (einsum("abcd,bcde->ae", (6,)), (3, 4, 5)),
     "table": (lambda kind: kind.Embedding(11, 20), (6,)),
 }
-# Of each layer, the sizes of int4 blocks that say something new: all rows, whole blocks, a
-# smaller last block, and more than there are rows.
+# For each layer, int4 block sizes that differ in kind: all rows, whole blocks, a smaller last
+# block, and more than the number of rows.
 BLOCK_SIZES = {
     "dense": (-1, 3, 64),
     "one column": (3,),
@@ -53,7 +53,7 @@ BLOCK_SIZES = {
     "few free axes": (64,),
     "table": (3,),
 }
-# Keras' groups run along rows of a matrix that it reshapes the kernel to: not always ours.
+# Keras reshapes the kernel to a matrix and groups along its rows: sometimes other groups.
 UNLIKE_OURS = {
     "contracted last": (-1, 3),
     "batch axis": (-1, 8),
@@ -78,7 +78,7 @@ def inputs_of(case):
 
 
 def call(model, inputs):
-    """The outputs, by one compilation."""
+    """The outputs, compiled once."""
     return jax.jit(lambda x: model(x))(inputs)
 
 
@@ -88,7 +88,7 @@ def near(found, wanted):
 
 
 def quantize_stock(model, mode, **config: Any):
-    """Quantizes the one layer; a model warns of its input."""
+    """Quantizes the only layer, because a model would warn about its input."""
     configs: Any = {"int4": keras.quantizers.Int4QuantizationConfig}
     if config:
         model.layers[-1].quantize(config=configs[mode](activation_quantizer=None, **config))
@@ -97,7 +97,7 @@ def quantize_stock(model, mode, **config: Any):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_int8_files_go_to_stock_keras_and_back(case, tmp_path):
+def test_int8_files_interchange_with_stock_keras(case, tmp_path):
     path, inputs = tmp_path / "model.weights.h5", inputs_of(case)
     stock, ours, again = (model_of(case, kind) for kind in (keras.layers, layers, keras.layers))
     quantize_stock(stock, "int8")
@@ -114,7 +114,7 @@ def test_int8_files_go_to_stock_keras_and_back(case, tmp_path):
         np.testing.assert_allclose(found, wanted, rtol=3e-7)
 
 
-def test_an_elided_axis_is_one_long_in_the_scale_of_an_int8_file():
+def test_an_elided_axis_has_length_one_in_the_scale_of_an_int8_file():
     layer: Any = layers.EinsumDense("...x,xyz->...zy", (3, 4))
     layer.build((None, 5, 20))
     layer.quantize("int8")
@@ -148,7 +148,7 @@ def check_stock_int4(case, block_size, path):
 if HAS_BLOCKS:
 
     @pytest.mark.parametrize("case, block_size", rows(UNLIKE_OURS))
-    def test_int4_files_of_stock_keras_may_have_groups_unlike_ours(case, block_size, tmp_path):
+    def test_int4_files_of_stock_keras_with_other_groups_are_read(case, block_size, tmp_path):
         with pytest.raises(ValueError, match=r"no groups of shape .* can represent them"):
             check_stock_int4(case, block_size, tmp_path / "model.weights.h5")
 
@@ -156,7 +156,7 @@ if HAS_BLOCKS:
     def test_int4_files_of_stock_keras_are_read(case, block_size, tmp_path):
         config = check_stock_int4(case, block_size, tmp_path / "model.weights.h5")
         assert isinstance(config, Int4QuantizationConfig)
-        # A file does not say by how much a block is larger than the axis.
+        # A file does not record how much larger than the axis a block is.
         rows = {"one row": 1, "two contracted": 32, "few free axes": 60}.get(case, 20)
         assert config.block_size == (None if block_size == -1 else min(block_size, rows))
 
@@ -166,13 +166,13 @@ else:
         assert check_stock_int4("table", None, tmp_path / "model.weights.h5").block_size is None
 
     @pytest.mark.parametrize("case", [c for c in CASES if c not in ("one column", "table")])
-    def test_int4_files_of_stock_keras_before_3_14_are_refused(case, tmp_path):
+    def test_int4_files_of_stock_keras_before_3_14_raise(case, tmp_path):
         with pytest.raises(ValueError, match=r"The int4 of Keras before 3\.14"):
             check_stock_int4(case, None, tmp_path / "model.weights.h5")
 
 
 def stock_int4(rows, columns, size, rng):
-    """Entries as stock Keras 3.15 writes them for a Dense layer, and the weight they stand for."""
+    """Entries as stock Keras 3.15 writes them for a Dense layer, and the weight they represent."""
     groups = -(-rows // size)
     codes = rng.integers(-8, 8, (rows, columns)).astype(np.int8)
     scale = rng.uniform(0.5, 2, (groups, columns)).astype(np.float32)
@@ -195,7 +195,7 @@ def dense(units=7, rows=20, mode=None) -> Any:
 
 
 @pytest.mark.parametrize("size", [8, 3, 20])
-def test_int4_entries_stand_for_the_weight_that_the_format_says(size):
+def test_int4_entries_decode_to_the_documented_weight(size):
     store, weight = stock_int4(20, 7, size, np.random.default_rng(0))
     layer = dense()
     layer.load_own_variables(store)
@@ -206,7 +206,7 @@ def test_int4_entries_stand_for_the_weight_that_the_format_says(size):
     assert near(layer.kernel, weight)
 
 
-def test_files_keep_a_weight_that_the_rules_leave_in_float():
+def test_files_keep_weights_left_in_float_by_the_rules():
     store: Any = {}
     layer: Any = Both()
     layer.build((None, 20))
@@ -230,7 +230,7 @@ class Both(QuantizableMixin, keras.layers.Layer):
 
 
 def entries_of(mode):
-    """What a layer like `dense()` but for its values writes."""
+    """The file of a layer like `dense()` with other values."""
     store = {}
     dense(mode=mode).save_own_variables(store)
     return store
@@ -274,7 +274,7 @@ REFUSED: dict[str, Any] = {
 
 @pytest.mark.parametrize("mode", [None, "int8"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_other_files_are_refused_and_leave_the_layer(name, mode):
+def test_other_files_raise_and_keep_the_layer_unchanged(name, mode):
     make, text = REFUSED[name]
     layer, inputs = dense(mode=mode), inputs_of("dense")
     before, policy = np.asarray(layer(inputs)), layer.dtype_policy.name
@@ -287,7 +287,7 @@ def test_other_files_are_refused_and_leave_the_layer(name, mode):
 @pytest.mark.parametrize(
     ("held", "wanted"), [("int4", "int8"), ("int8", "float8"), ("float8", "int8"), (None, "int8")]
 )
-def test_a_quantized_layer_takes_no_file_of_another_kind(held, wanted):
+def test_a_quantized_layer_does_not_load_a_file_of_another_kind(held, wanted):
     layer, inputs = dense(mode=wanted), inputs_of("dense")
     before = np.asarray(layer(inputs))
     with pytest.raises(ValueError, match=r"in another way|other variables"):
@@ -295,7 +295,7 @@ def test_a_quantized_layer_takes_no_file_of_another_kind(held, wanted):
     np.testing.assert_array_equal(layer(inputs), before)
 
 
-def test_a_truncated_file_is_refused(tmp_path):
+def test_a_truncated_file_raises(tmp_path):
     path, inputs = tmp_path / "model.weights.h5", inputs_of("dense")
     model, fresh = model_of("dense", layers), model_of("dense", layers)
     model.layers[-1].quantize("int8")

@@ -25,7 +25,7 @@ def layer_of(kind, **kwargs) -> Any:
 
 @pytest.mark.parametrize("size", [1e-3, 1e4])
 @pytest.mark.parametrize("kind", ["Dense", "EinsumDense"])
-def test_a_layer_is_right_before_it_has_seen_data(kind, size):
+def test_a_layer_is_accurate_before_its_first_batch(kind, size):
     layer = layer_of(kind)
     inputs = size * np.random.default_rng(0).normal(size=(6, 20)).astype(np.float32)
     wanted = np.asarray(layer(inputs))
@@ -62,7 +62,7 @@ def classifier(policy, config=None) -> Any:
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-def test_digits_train_to_the_float_loss_and_come_back_from_files(policy, tmp_path):
+def test_training_on_digits_reaches_the_float_loss_and_round_trips_through_files(policy, tmp_path):
     inputs, labels = digits()
     plain, model = classifier(policy), classifier(policy, TRAINING)
     options = {"epochs": 4, "batch_size": 64, "shuffle": False, "verbose": 0}
@@ -93,7 +93,7 @@ def test_digits_train_to_the_float_loss_and_come_back_from_files(policy, tmp_pat
     assert np.isfinite(loaded.fit(inputs, labels, verbose=0).history["loss"][0])
 
 
-def test_after_training_weights_go_to_one_byte():
+def test_weights_can_be_stored_in_one_byte_after_training():
     layer = layer_of("Dense")
     inputs = np.random.default_rng(0).normal(size=(6, 20)).astype(np.float32)
     wanted = np.asarray(layer(inputs))
@@ -116,7 +116,7 @@ def test_after_training_weights_go_to_one_byte():
         layer.quantize("int8")
 
 
-def test_another_mode_may_follow_training():
+def test_another_mode_can_follow_training():
     layer = layer_of("EinsumDense", dtype="mixed_bfloat16")
     layer.quantize(config=TRAINING)
     layer.quantize("int8")
@@ -124,7 +124,7 @@ def test_another_mode_may_follow_training():
     assert layer.quantized_weight("kernel").codes.dtype == jnp.int8
 
 
-def test_what_cannot_train_says_so():
+def test_layers_that_cannot_train_in_float8_raise():
     table: Any = layers.Embedding(9, 4)
     table.build((None, 3))
     with pytest.raises(NotImplementedError, match="cannot train in float8"):

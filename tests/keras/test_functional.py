@@ -21,8 +21,8 @@ from jaxquant.keras import (
     quantize,
 )
 
-# Each kind of layer and each format in every policy, though not in each other: `functional` sees
-# variables and formats alone.
+# Each kind of layer and each format in every policy, but not all combinations: `functional`
+# depends only on variables and formats.
 RULES = {
     "float32": [
         ("dense/*", W8A8),
@@ -60,7 +60,7 @@ def assert_close(found, wanted, step=2e-6):
 
 
 @pytest.mark.parametrize("policy", RULES)
-def test_apply_gives_the_outputs_of_the_model(policy, tmp_path):
+def test_apply_returns_the_outputs_of_the_model(policy, tmp_path):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -99,9 +99,9 @@ def test_params_hold_tensors_in_the_dtypes_of_their_formats():
     assert params["m"]["a"]["bias"].dtype == jnp.float32
 
 
-def test_apply_reads_params_alone_and_leaves_the_model():
+def test_apply_reads_only_params_and_does_not_change_the_model():
     model, *_ = small()
-    # Its own params, which are given away below.
+    # Separate params, because they are donated below.
     apply, params = functional(model)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.float32)
     wanted, weights = np.asarray(apply(params, x)), model.get_weights()
@@ -109,14 +109,14 @@ def test_apply_reads_params_alone_and_leaves_the_model():
         variable.assign(np.zeros(variable.shape, variable.dtype))
     np.testing.assert_array_equal(jax.jit(apply)(params, x), wanted)
     model.set_weights(weights)
-    # A model's own training donates its arrays, and here params are given away.
+    # Training donates the model's arrays, and here params are donated.
     with pytest.warns(UserWarning, match="donated buffers were not usable"):
         jax.jit(apply, donate_argnums=0)(params, x)
     np.testing.assert_array_equal(model(x), wanted)
 
 
-def test_apply_computes_as_the_product_of_the_tensor_does():
-    """No code is packed, unpacked or moved on the way to the product."""
+def test_apply_computes_on_codes_like_matmul():
+    """Codes are not packed, unpacked or moved before the product."""
     _, apply, params = small()
     x = jnp.ones((3, 64))
     layer = params["m"]["a"]
@@ -150,7 +150,7 @@ def test_apply_under_vmap_and_grad():
     )
 
 
-def test_apply_in_threads_and_within_itself():
+def test_apply_in_threads_and_nested():
     model, apply, params = small()
     x = jnp.ones((3, 64))
     doubled = jax.tree.map(lambda a: 2 * a if a.dtype == jnp.float32 else a, params)
@@ -158,7 +158,7 @@ def test_apply_in_threads_and_within_itself():
     outputs = {}
 
     def run(i):
-        # What conftest.py sets holds for one thread.
+        # The settings of conftest.py are per thread.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             outputs[i] = [apply((params, doubled)[i % 2], x) for _ in range(10)]
 
@@ -174,7 +174,7 @@ def test_apply_in_threads_and_within_itself():
     np.testing.assert_array_equal(model(x), wanted[0])
 
 
-def test_apply_refuses_other_params():
+def test_apply_raises_for_other_params():
     _, apply, params = small()
     x = jnp.ones((3, 64))
     with pytest.raises(ValueError, match="got 1 leaves for 2, which differ at m/a/bias"):
@@ -193,7 +193,7 @@ def test_apply_refuses_other_params():
         apply(params, jnp.ones((1, 4)))
 
 
-def test_layers_of_the_same_path_have_places_of_their_own():
+def test_layers_with_the_same_path_get_separate_params():
     parts = [keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="a")], name="in")]
     start = keras.Input((4,))
     again = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="a")], name="in")

@@ -1,4 +1,4 @@
-"""The examples of Keras' two guides on quantization, on our classes.
+"""The examples of Keras' two guides on quantization, with jaxquant's classes.
 
 "Customizing Quantization with QuantizationConfig" and "Writing quantization-compatible layers".
 Changed are only what no JAX array has (`.numpy()`), and codes: `layer.kernel` is the weight that
@@ -73,7 +73,7 @@ def test_the_restricted_range_holds_for_weights_and_activations(kind, config, tm
     assert ops.all(ops.less_equal(codes, 100)), "Kernel values are not <= 100"
     assert ops.all(ops.greater_equal(codes, -100)), "Kernel values are not >= -100"
     assert ops.max(ops.abs(codes)) == 100
-    # The inputs too: the layer computes what these codes of theirs give.
+    # The activations too: the layer's output equals that of their codes.
     step = np.abs(x).max(axis=1, keepdims=True) / 100
     rounded = np.clip(np.round(x / step), -100, 100) * step
     expected = np.maximum(rounded @ np.asarray(layer.kernel), 0)
@@ -94,7 +94,7 @@ def test_int4_weights_only(kind, tmp_path):
     model.quantize(config=custom_int4_config)
 
     layer = model.layers[0]
-    # Two codes to a byte, in int8.
+    # Two codes per int8 byte.
     assert (layer.weights[1].dtype, layer.weights[1].shape) == ("int8", (32, 5))
     assert layer.inputs_quantizer is None
     assert np.abs(codes_of(layer)).max() == 7
@@ -109,7 +109,7 @@ EPSILON = backend.epsilon()
 
 @keras.saving.register_keras_serializable(package="test_guides")
 class PercentileQuantizer(keras.quantizers.Quantizer):
-    """Quantizes x using the percentile-based scale. As the guide has it."""
+    """Quantizes x using the percentile-based scale. Copied from the guide."""
 
     def __init__(
         self,
@@ -208,7 +208,7 @@ class SimpleScale(QuantizableMixin, keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="test_guides")
 class HandWrittenScale(keras.layers.Layer):
-    """The same with every hook written out, against the pure functions."""
+    """The same with every hook written out, using the pure functions."""
 
     def build(self, input_shape):
         (input_dim,) = input_shape[1:]
@@ -223,7 +223,7 @@ class HandWrittenScale(keras.layers.Layer):
         return ops.multiply(inputs, self._kernel)
 
     def compute_output_shape(self, input_shape):
-        # By `call`, Keras would multiply with the packed kernel.
+        # With `call`, Keras would multiply with the packed kernel.
         return input_shape
 
     def quantize(self, mode, **kwargs):
@@ -303,7 +303,7 @@ def test_simple_scale_quantizes_saves_and_loads(name, mode, width, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCALES)
-def test_both_scales_give_the_same(name):
+def test_both_versions_of_the_layer_agree(name):
     layer, x = SCALES[name](), np.random.default_rng(0).random((2, 4)).astype("float32")
     layer.build((None, 4))
     values = np.asarray([0.5, -1.0, 0.25, 0.125], np.float32)
@@ -316,7 +316,7 @@ def test_both_scales_give_the_same(name):
     np.testing.assert_allclose(layer(x), expected, rtol=1e-6)
 
 
-# The practical tips at its end.
+# The practical tips at the end of the guide.
 
 
 def quantized_dense(mode="int8", width=10, units=3, config: Any = None) -> Any:
@@ -346,7 +346,7 @@ def test_tip_no_float_kernel_is_allocated_on_reload(mode, monkeypatch):
 def test_tip_metadata_of_the_packed_axis_and_length():
     layer = quantized_dense("int4", width=9, units=5)
     stored = layer.stored_weights["kernel"]
-    # Along the last stored axis, which is logical axis 0 here; nine codes in five bytes.
+    # Along the last stored axis, here logical axis 0: nine codes in five bytes.
     assert stored.codes.shape == (5, 5)
     assert stored.like.codes.shape == (5, 9)
     assert stored.like.order == (-1, -2)
@@ -356,7 +356,7 @@ def test_tip_metadata_of_the_packed_axis_and_length():
     np.testing.assert_array_equal(stored.codes, packed)
 
 
-def test_tip_descaling_with_both_scales():
+def test_tip_dequantizing_with_both_scales():
     layer = quantized_dense("int8", width=64)
     x = np.random.default_rng(0).normal(size=(2, 5, 64)) * [[[1]], [[90]]]
     x = x.astype(np.float32)
@@ -385,7 +385,7 @@ def test_tip_the_flag_is_set_before_the_policy(mode):
     layer.build((None, 10))
     layer.quantize(mode)
     assert seen == [(True, f"{mode}_from_float32")]
-    # Only where the policy is a float one: a reloaded layer has the quantized one already.
+    # Only if the policy is a float policy: a reloaded layer already has the quantized policy.
     Watched.from_config(layer.get_config()).build((None, 10))
     assert len(seen) == 1
 

@@ -25,7 +25,7 @@ def adapted(layer) -> Any:
 
 @keras.saving.register_keras_serializable()
 class Vocabulary(stock.Layer):
-    """Keeps a table in a file of its own, as the lookup layers of Keras do."""
+    """Keeps a table in a separate file, like Keras' lookup layers."""
 
     table = np.zeros(11, np.float32)
 
@@ -41,7 +41,7 @@ class Vocabulary(stock.Layer):
 
 @keras.saving.register_keras_serializable()
 class Derived(stock.Layer):
-    """Computes with a constant that it derives from a variable whenever that is loaded."""
+    """Computes with a constant that is derived from a variable after each load."""
 
     factor = 1.0
 
@@ -133,7 +133,7 @@ def model_of(case) -> Any:
 
 
 def calls(model, inputs, training):
-    """Outputs of two calls: state that the first one leaves is seen by the second."""
+    """Outputs of two calls: the second depends on the state that the first leaves."""
     return [np.asarray(model(inputs, training=training)) for _ in range(2)]
 
 
@@ -166,7 +166,7 @@ def test_copies_of_a_model_have_the_state_of_its_layers(case, tmp_path):
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_copies_share_no_state_with_the_model():
+def test_copies_do_not_share_state_with_the_model():
     model = model_of("LSTM")
     inputs = np.ones((2, *STEPS), np.float32)
     first = convert(model)(inputs)
@@ -176,7 +176,7 @@ def test_copies_share_no_state_with_the_model():
     np.testing.assert_array_equal(model(inputs), first)
 
 
-def test_the_kernel_that_a_wrapper_shares_is_left_in_float(tmp_path):
+def test_a_kernel_shared_by_a_wrapper_stays_in_float(tmp_path):
     start = keras.Input((6,))
     wrapper = stock.SpectralNormalization(stock.Dense(5, name="inner"), name="norm")
     model = keras.Model(start, stock.Dense(2, name="head")(wrapper(start)))

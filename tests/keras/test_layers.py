@@ -1,4 +1,4 @@
-"""Every layer, in every mode and policy: error, files, and `predict`. One table."""
+"""Every layer in every mode and policy, from one table: error, files and `predict`."""
 
 import functools
 from typing import Any
@@ -16,7 +16,7 @@ from .layer_cases import CORE
 from .recurrent_cases import RECURRENT
 
 CASES = CORE + CONVOLUTION + RECURRENT
-# What the numbers imply for Gaussian weights: half a step against the root mean square.
+# Errors expected for Gaussian weights: half a step relative to the root mean square.
 MODES = {
     "int8": ("int8", 0.012),
     "int4 per channel": (Int4QuantizationConfig(block_size=None), 0.16),
@@ -25,9 +25,9 @@ MODES = {
     "float8": ("float8", 0.07),
     "nf4": (QuantizationConfig(NF4A16), 0.15),
 }
-# Those that differ from the other modes only in the products of matrices.
+# Modes that differ from others only in matrix multiplications.
 OF_MATRICES = ("int4 block 128", "nf4")
-# Those that a narrow dtype of computation concerns as it does others.
+# Modes for which a 16-bit compute dtype is no special case.
 IN_FLOAT32 = ("int4 per channel", "int4 block 128")
 ROWS = [
     (case, mode, policy)
@@ -36,7 +36,7 @@ ROWS = [
     for policy in ("float32", "mixed_bfloat16")
     if (mode not in OF_MATRICES or case in CORE) and (mode not in IN_FLOAT32 or policy == "float32")
 ]
-# The modes whose weights are also read into a float model: of each kind of file, one.
+# Modes whose weights are also loaded into a float model: one for each kind of file.
 FILES = ["int8", "int4 block 32", "nf4"]
 
 
@@ -47,7 +47,7 @@ def relative_error(found, wanted):
 
 @functools.cache
 def float_layer(case, policy):
-    """The inputs of a case, its weights and its outputs, in float."""
+    """The inputs, weights and outputs of a case, in float."""
     keras.utils.set_random_seed(0)
     inputs = case.inputs(np.random.default_rng(0), (2, *case.input_shape))
     model = build(case, policy, inputs.dtype.name)
@@ -73,7 +73,7 @@ def assert_same_weights(model, wanted):
 @pytest.mark.parametrize(
     ("case", "mode", "policy"), ROWS, ids=lambda x: x if isinstance(x, str) else x.name
 )
-def test_layer_is_near_the_float_one_and_comes_back_from_files(case, mode, policy, tmp_path):
+def test_layer_is_close_to_float_and_round_trips_through_files(case, mode, policy, tmp_path):
     inputs, weights, wanted = float_layer(case, policy)
     config, bound = MODES[mode]
     model = build(case, policy, inputs.dtype.name)
@@ -85,7 +85,7 @@ def test_layer_is_near_the_float_one_and_comes_back_from_files(case, mode, polic
     model.save(tmp_path / "model.keras")
     loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
     assert_same_weights(loaded, model)
-    # XLA fuses more under predict: products and sums of floats round once less.
+    # XLA fuses more in predict, which saves a rounding of products and sums.
     step = 2e-6 if policy == "float32" else 1e-2
     predicted = np.asarray(loaded.predict(inputs, verbose=0), np.float32)
     assert relative_error(predicted, found) <= step

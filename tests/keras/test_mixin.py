@@ -45,7 +45,7 @@ def dense(policy=None, **arguments):
 
 
 def state(layer):
-    """All that a failing call must leave: outputs, variables, policy, attributes, files."""
+    """What a failing call must not change: outputs, variables, policy, attributes, files."""
     store: dict[str, Any] = {}
     layer.save_own_variables(store)
     return {
@@ -60,7 +60,7 @@ def state(layer):
     }
 
 
-# Failing leaves the layer as it was.
+# Failures change nothing.
 
 
 class RaisesHalfWay(layers.Dense):
@@ -116,7 +116,7 @@ FAILURES = {
         ValueError,
         r"BuildsNothing\._int8_build must create the variables of 'kernel'; got \[\]",
     ),
-    # Keras' Model.quantize would take an AttributeError for a layer without `quantize`.
+    # Keras' Model.quantize takes an AttributeError to mean that the layer lacks `quantize`.
     "missing name": (
         lambda: built(MissesAName(5)),
         "int8",
@@ -150,7 +150,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_quantize_that_fails_leaves_the_layer_as_it_was(name):
+def test_a_failed_quantize_does_not_change_the_layer(name):
     make, mode, kind, message = FAILURES[name]
     layer = make()
     before = state(layer)
@@ -165,7 +165,7 @@ def test_a_quantize_that_fails_leaves_the_layer_as_it_was(name):
     [lambda: with_kernel(replaced(np.nan)), lambda: built(RaisesHalfWay(5))],
     ids=["NaN", "half way"],
 )
-def test_a_policy_that_cannot_be_is_not_set(layer):
+def test_an_invalid_policy_is_not_set(layer):
     layer = layer()
     before = state(layer)
     with pytest.raises((ValueError, RuntimeError), match=r"holds NaN|half way"):
@@ -178,14 +178,14 @@ def test_a_policy_that_cannot_be_is_not_set(layer):
         assert layer.quantization_mode == "int8"
 
 
-def test_an_attribute_error_reaches_the_one_who_calls_model_quantize():
+def test_model_quantize_does_not_hide_attribute_errors_of_a_layer():
     model = keras.Sequential([keras.Input((24,)), MissesAName(5)])
     with pytest.raises(RuntimeError, match="no attribute 'missing'"):
         model.quantize("int8")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_quantizing_twice_is_an_error(mode):
+def test_quantizing_twice_raises(mode):
     layer = dense()
     layer.quantize(mode)
     before = state(layer)
@@ -195,12 +195,12 @@ def test_quantizing_twice_is_an_error(mode):
     assert state(layer) == before
 
 
-def test_a_layer_must_be_built_first():
+def test_quantizing_an_unbuilt_layer_raises():
     with pytest.raises(ValueError, match="Cannot quantize a layer that isn't yet built"):
         layers.Dense(3).quantize("int8")
 
 
-def test_a_layer_without_declared_weights_says_what_to_write():
+def test_the_error_for_a_layer_without_declared_weights_says_what_to_write():
     class Plain(QuantizableMixin, keras.layers.Layer):
         pass
 
@@ -209,7 +209,7 @@ def test_a_layer_without_declared_weights_says_what_to_write():
         layer.quantize("int8")
 
 
-def test_configs_of_another_kind_raise_by_name():
+def test_unsupported_configs_raise():
     class Foreign(keras.quantizers.QuantizationConfig):
         @property
         def mode(self):
@@ -284,7 +284,7 @@ def test_several_weights_are_built_by_name():
     layer.quantize("int8")
     assert seen == [("first", (24, 6)), ("second", (6, 3))]
     assert relative_error(layer(INPUTS), wanted) < 0.02
-    # One of them alone.
+    # Only one of them.
     layer = built(Two())
     layer.quantize(config=QuantizationConfig({"*second": NF4A16}))
     assert [v.name for v in layer.trainable_weights] == ["first"]
@@ -337,7 +337,7 @@ if hasattr(keras.dtype_policies, "Int4DTypePolicy"):
 
 
 @pytest.mark.parametrize("mode, policy, groups", POLICIES)
-def test_a_quantized_policy_may_be_given_at_construction_or_later(mode, policy, groups):
+def test_a_quantized_policy_can_be_set_at_construction_or_later(mode, policy, groups):
     layer = dense(policy)
     assert layer.quantization_config.mode == layer.quantization_mode == mode
     assert layer.quantized_weight("kernel").reorder(None).scale.shape == (groups, 5)
@@ -359,7 +359,7 @@ def test_a_policy_of_another_method_raises():
     assert state(layer) == before
 
 
-def test_policies_from_a_map_are_quantized_by_path(tmp_path):
+def test_policies_from_a_map_apply_by_path(tmp_path):
     policies = keras.dtype_policies.DTypePolicyMap(default_policy="float32")
     policies["second"] = keras.dtype_policies.DTypePolicy("mixed_bfloat16")
     inputs = keras.Input((24,))
@@ -379,7 +379,7 @@ def test_policies_from_a_map_are_quantized_by_path(tmp_path):
 
 @_register
 class AutoConfig(QuantizableMixin, keras.layers.Layer):
-    """Has arguments and no get_config: Keras makes it up."""
+    """Has arguments but no get_config: Keras generates one."""
 
     kernel = QuantizedWeight(axis=0)
 
@@ -396,7 +396,7 @@ class AutoConfig(QuantizableMixin, keras.layers.Layer):
 
 @_register
 class OwnConfig(AutoConfig):
-    """A subclass of a subclass, with a get_config of its own."""
+    """A subclass of a subclass, with its own get_config."""
 
     def get_config(self):
         return {**super().get_config(), "factor": self.factor, "shift": self.shift}
@@ -428,7 +428,7 @@ AUTHORS: dict[str, Any] = {
     ("name", "mode"),
     [(name, mode) for name in AUTHORS for mode in ("int8", None)] + [("auto", "int4")],
 )
-def test_layers_of_authors_come_back_with_their_arguments(name, mode, tmp_path):
+def test_custom_layers_round_trip_with_their_arguments(name, mode, tmp_path):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((24,)), AUTHORS[name]()])
     wanted = np.asarray(model(INPUTS))
@@ -450,7 +450,7 @@ def test_layers_of_authors_come_back_with_their_arguments(name, mode, tmp_path):
     ],
     ids=["int8", "int4", "nf4"],
 )
-def test_the_config_comes_back_by_from_config(config):
+def test_from_config_restores_the_quantization_config(config):
     layer = dense()
     layer.quantize(config=config)
     arguments = layer.get_config()
@@ -567,7 +567,7 @@ def test_a_file_that_does_not_fit_raises_and_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", ["no scale", "cut", "one more"])
-def test_a_broken_quantized_file_leaves_a_float_layer_float(name):
+def test_a_damaged_quantized_file_leaves_a_float_layer_in_float(name):
     layer = dense()
     before = state(layer)
     make, message = WRONG_FILES[name]
@@ -601,7 +601,7 @@ def wrapped_model():
     ("make", "mode"),
     [(shared_model, "int4"), (nested_model, "int8"), (wrapped_model, "float8")],
 )
-def test_models_of_all_kinds_are_quantized_once_and_come_back(make, mode, tmp_path):
+def test_models_of_all_kinds_are_quantized_once_and_round_trip(make, mode, tmp_path):
     keras.utils.set_random_seed(0)
     model = make()
     wanted = np.asarray(model(INPUTS))

@@ -1,4 +1,4 @@
-"""Whole models, quantized in one step."""
+"""Quantizing whole models in one call."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from jaxquant.keras import Int8QuantizationConfig, functional, layers, quantize
 
 @functools.cache
 def small_model() -> Any:
-    """Not for tests that change it."""
+    """Shared: tests must not change it."""
     start = keras.Input((6,), dtype="int32")
     x = keras.layers.Embedding(20, 40, name="table")(start)
     x = keras.layers.LayerNormalization(name="norm")(x)
@@ -37,7 +37,7 @@ def relative_error(found, wanted):
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-def test_quantize_reports_every_weight_and_leaves_the_model():
+def test_quantize_reports_every_weight_and_does_not_change_the_model():
     model = small_model()
     before, wanted = model.get_weights(), np.asarray(model(tokens()))
     seen = []
@@ -90,13 +90,13 @@ def test_quantize_reports_padded_groups_in_the_shape_of_the_weight():
         (keras.quantizers.Int8QuantizationConfig(), "int8 per channel, int8 inputs"),
     ],
 )
-def test_quantize_takes_every_kind_of_rules(rules, scheme):
+def test_quantize_supports_every_kind_of_rules(rules, scheme):
     model = keras.Sequential([keras.Input((128,)), keras.layers.Dense(5, name="a")])
     _, report = quantize(model, rules)
     assert report.rows[0].scheme == scheme
 
 
-def test_quantize_lists_all_that_is_wrong_and_changes_nothing():
+def test_quantize_lists_all_problems_and_changes_nothing():
     model: Any = keras.models.clone_model(small_model())
     for name in ("hidden", "head"):
         kernel = np.array(model.get_layer(name).kernel)
@@ -109,7 +109,7 @@ def test_quantize_lists_all_that_is_wrong_and_changes_nothing():
     assert type(model.get_layer("head")) is keras.layers.Dense
 
 
-def test_quantize_refuses_what_makes_no_sense():
+def test_quantize_raises_for_invalid_arguments():
     model = small_model()
     with pytest.raises(ValueError, match="the rules select no weight; quantizable are table/emb"):
         quantize(model, {"*": None})
@@ -126,7 +126,7 @@ def test_quantize_refuses_what_makes_no_sense():
     assert once.get_layer("head").quantization_mode is None
 
 
-def test_quantize_keeps_what_it_is_told_to():
+def test_quantize_keeps_the_layers_named_by_keep():
     quantized, report = quantize(small_model(), "int8", keep=["head", keras.layers.Embedding])
     found = schemes(report)
     assert (found["head/kernel"], found["table/embeddings"]) == ("kept", "kept")
@@ -149,7 +149,7 @@ def test_quantize_shows_a_progress_bar(capsys, monkeypatch):
     assert "head/kernel" in capsys.readouterr().err
 
 
-def test_fit_quantize_fit_asks_for_compile_and_loses_nothing():
+def test_fit_after_quantize_needs_compile_and_keeps_the_weights():
     model: Any = keras.models.clone_model(small_model())
     x, y = tokens(), np.random.default_rng(1).normal(size=(4, 6, 3))
     model.compile("sgd", loss="mse")
@@ -167,13 +167,13 @@ def test_fit_quantize_fit_asks_for_compile_and_loses_nothing():
     quantized.fit(x, y, verbose=0)
     np.testing.assert_array_equal(dense.quantized_weight("kernel").codes, codes)
     assert not np.array_equal(dense.bias, bias)
-    # Neither model's training took arrays from the other.
+    # Training one model did not donate arrays of the other.
     for now, then in zip(model.get_weights(), floats, strict=True):
         np.testing.assert_array_equal(now, then)
     model.fit(x, y, verbose=0)
 
 
-def test_products_of_layers_are_explained_by_the_names_of_the_layers():
+def test_explain_names_the_layer_of_each_product():
     quantized, _ = quantize(small_model(), {"hidden/*": W4A16_ASYM, "head/*": W8A8})
     apply, params = functional(quantized)
     for rows in (explain(quantized, tokens()), explain(apply, params, tokens())):
@@ -189,7 +189,7 @@ def test_products_of_layers_are_explained_by_the_names_of_the_layers():
     assert not explain(small_model(), tokens()).rows
 
 
-def test_another_backend_is_refused_when_it_is_imported():
+def test_importing_with_another_backend_raises():
     run = subprocess.run(
         [sys.executable, "-c", "import jaxquant.keras"],
         env=os.environ | {"KERAS_BACKEND": "numpy"},

@@ -1,4 +1,4 @@
-"""Keras quantizers: ours in stock layers, and those of others in ours."""
+"""Keras quantizers: jaxquant's in stock layers, and stock and custom ones in jaxquant's layers."""
 
 import itertools
 from typing import Any
@@ -27,7 +27,7 @@ _register = keras.saving.register_keras_serializable(package="test_quantizers")
 
 @_register
 class MinMSEQuantizer(Quantizer):
-    """One's own, from a range."""
+    """A custom quantizer with a range."""
 
     @property
     def range(self):
@@ -36,7 +36,7 @@ class MinMSEQuantizer(Quantizer):
 
 @_register
 class HalfQuantizer(keras.quantizers.Quantizer):
-    """Someone else's: the outermost code stands for half of the largest magnitude."""
+    """A custom quantizer whose largest code represents half of the largest magnitude."""
 
     def __init__(self, share=0.5, value_range=(-127, 127), output_dtype="int8"):
         super().__init__(output_dtype)
@@ -94,7 +94,7 @@ CALLS += [("own", "float32", axis) for axis in (-1, (0, 1), None)]
 
 
 @pytest.mark.parametrize(("name", "dtype", "axis"), CALLS)
-def test_codes_are_those_of_the_scale_that_is_returned(name, dtype, axis):
+def test_codes_are_rounded_with_the_returned_scale(name, dtype, axis):
     x = jnp.asarray(draw(40, 6).astype(dtype))
     quantizer = OURS[name](axis=0, value_range=(-100, 100))
     codes, scale = quantizer(x) if axis is None else quantizer(x, axis=axis)
@@ -109,14 +109,14 @@ def test_codes_are_those_of_the_scale_that_is_returned(name, dtype, axis):
     np.testing.assert_allclose(np.asarray(scale, np.float64) * step, 1, rtol=5e-3)
 
 
-def test_a_scale_that_float16_cannot_hold_is_cut_and_not_lost():
+def test_a_scale_too_large_for_float16_is_clipped():
     x = jnp.asarray((draw(40, 6) * 3e-4).astype(np.float16))
     codes, scale = AbsMaxQuantizer(axis=0)(x)
     assert relative_error(np.asarray(codes, np.float64) / np.asarray(scale, np.float64), x) < 0.03
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_they_come_back_from_their_configs(name):
+def test_quantizers_round_trip_through_their_configs(name):
     quantizer = OURS[name](axis=(0, 1), value_range=(-8, 7), output_dtype="int8")
     for saved in (
         type(quantizer).from_config(quantizer.get_config()),
@@ -132,7 +132,7 @@ def test_they_come_back_from_their_configs(name):
     [*itertools.product(OURS, ["float32"]), ("own", "mixed_bfloat16")],
 )
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_ours_drive_stock_layers(name, policy, mode, tmp_path):
+def test_jaxquant_quantizers_work_in_stock_layers(name, policy, mode, tmp_path):
     value_range = (-100, 100) if mode == "int8" else (-8, 7)
     weights = OURS[name](axis=0, value_range=value_range)
     stock: Any = keras.quantizers
@@ -162,14 +162,14 @@ def test_ours_drive_stock_layers(name, policy, mode, tmp_path):
 
 
 def per_channel():
-    """The argument that asks stock int4 for it: before Keras 3.14 there is nothing else."""
+    """The argument for stock int4 per channel, which is the only choice before Keras 3.14."""
     names = keras.quantizers.Int4QuantizationConfig.__init__.__code__.co_varnames
     return {"block_size": None} if "block_size" in names else {}
 
 
 @pytest.mark.parametrize("name", [*OURS, "foreign", "stock"])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_all_of_them_drive_our_layers(name, mode, tmp_path):
+def test_all_quantizers_work_in_jaxquant_layers(name, mode, tmp_path):
     value_range = (-100, 100) if mode == "int8" else (-7, 7)
     makers = {**OURS, "foreign": HalfQuantizer}
     if name == "stock":
@@ -204,7 +204,7 @@ def test_all_of_them_drive_our_layers(name, mode, tmp_path):
     assert type(loaded.layers[0].inputs_quantizer) is type(inputs_quantizer)
 
 
-def test_ours_and_stock_give_the_same_codes_in_our_layers():
+def test_jaxquant_and_stock_quantizers_give_the_same_codes():
     kernel = draw(64, 9)
     found = []
     for make in (AbsMaxQuantizer, keras.quantizers.AbsMaxQuantizer):
@@ -214,7 +214,7 @@ def test_ours_and_stock_give_the_same_codes_in_our_layers():
     np.testing.assert_array_equal(*found)
 
 
-def test_the_range_of_a_foreign_quantizer_holds_inside_jit():
+def test_the_range_of_a_custom_quantizer_works_inside_jit():
     config = ArrayConfig(range=QuantizerRange(HalfQuantizer(), 127))
     x = jnp.asarray(draw(40, 6))
     q = jax.jit(quantize)(x, config)
@@ -239,7 +239,7 @@ def test_a_quantizer_without_axes_raises():
 
 
 @pytest.mark.parametrize("wrong", [AbsMax(), 8, AbsMaxQuantizer, lambda x: x, INT8])
-def test_what_is_not_a_quantizer_raises(wrong):
+def test_objects_that_are_not_quantizers_raise(wrong):
     wanted = r"A quantizer must be a keras\.quantizers\.Quantizer; got "
     with pytest.raises(ValueError, match=wanted):
         Int8QuantizationConfig(weight_quantizer=wrong)

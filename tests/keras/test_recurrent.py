@@ -1,4 +1,4 @@
-"""Recurrent layers and their wrappers: what the table of all layers does not say."""
+"""Recurrent layers and their wrappers: what the table of all layers does not cover."""
 
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ def built(layer):
 
 
 def quantized(kind, **arguments):
-    """A quantized layer, and a stock one with the weights that its codes stand for."""
+    """A quantized layer, and a stock layer with its dequantized weights."""
     layer = built(make(kind, **arguments))
     layer.cell.quantize(config=QuantizationConfig(W8A8.weights))
     cell, stock = layer.cell, built(make(kind, keras.layers, **arguments))
@@ -52,7 +52,7 @@ def assert_close(found, wanted):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_float_layer_is_the_stock_one(kind):
+def test_float_layer_equals_the_stock_layer(kind):
     keras.utils.set_random_seed(1)
     stock = make(kind, keras.layers, return_sequences=True, dropout=0.5, recurrent_dropout=0.3)
     later = keras.layers.Dense(2)
@@ -60,7 +60,7 @@ def test_float_layer_is_the_stock_one(kind):
     ours = make(kind, return_sequences=True, dropout=0.5, recurrent_dropout=0.3)
     ours_later = keras.layers.Dense(2)
     x = sequences()
-    # The same initial values and masks: making the cell again draws no random number.
+    # The same initial values and masks: rebuilding the cell does not draw random numbers.
     np.testing.assert_array_equal(ours(x, training=True), stock(x, training=True))
     np.testing.assert_array_equal(later(x), ours_later(x))
 
@@ -71,7 +71,7 @@ def test_float_layer_is_the_stock_one(kind):
     assert [id(layer) for layer in found] == [id(ours.cell)]
 
 
-def test_cell_keeps_the_arguments_that_have_no_config():
+def test_cell_keeps_arguments_that_are_not_in_the_config():
     def activation(x):
         return keras.ops.tanh(2 * x)
 
@@ -87,7 +87,7 @@ def test_cell_keeps_the_arguments_that_have_no_config():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantized_layer_is_the_stock_one_with_its_weights(kind):
+def test_quantized_layer_equals_the_stock_layer_with_dequantized_weights(kind):
     options = {"return_sequences": True, "return_state": True, "go_backwards": True}
     layer, stock = quantized(kind, **options)
     mask = np.arange(STEPS) < np.asarray([[2], [4], [3]])
@@ -100,7 +100,7 @@ def test_quantized_layer_is_the_stock_one_with_its_weights(kind):
 
 
 @pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU"])
-def test_cell_takes_states_as_the_stock_cell(kind):
+def test_cell_accepts_states_like_the_stock_cell(kind):
     layer, stock = quantized(kind)
     x, state = sequences()[:, 0], np.full((3, UNITS), 0.5, np.float32)
     states = [state] * len(stock.state_size)
@@ -110,7 +110,7 @@ def test_cell_takes_states_as_the_stock_cell(kind):
         assert_close(layer.cell(x, state), stock.cell(x, state))
 
 
-def test_unrolled_stateful_and_dropout_layers_go_on_as_stock_ones():
+def test_unrolled_stateful_and_dropout_layers_match_the_stock_ones():
     layer, stock = quantized("LSTM", stateful=True, unroll=True)
     for _ in range(2):
         assert_close(layer(sequences()), stock(sequences()))
@@ -142,7 +142,7 @@ def test_one_kernel_can_stay_in_float():
     assert 0 < error < 0.01
 
 
-def test_layer_with_a_quantized_policy_runs():
+def test_a_layer_with_a_quantized_policy_runs():
     layer = built(layers.LSTM(UNITS, dtype="int8_from_float32"))
 
     assert set(layer.cell.stored_weights) == {"kernel", "recurrent_kernel"}
@@ -160,7 +160,7 @@ def wrapped() -> Any:
     )
 
 
-def test_wrappers_and_stacks_quantize_and_come_back_from_files(tmp_path):
+def test_wrappers_and_stacks_quantize_and_round_trip_through_files(tmp_path):
     model = wrapped()
     wanted = model(sequences())
     model.quantize("int8")
@@ -188,7 +188,7 @@ def test_float_files_interchange_with_stock_layers(tmp_path):
     np.testing.assert_array_equal(ours(sequences()), stock(sequences()))
 
 
-def test_cell_without_a_step_says_so():
+def test_cell_without_a_step_raises():
     class Cell(layers.LSTMCell.__mro__[1], keras.layers.LSTMCell):
         pass
 

@@ -1,4 +1,4 @@
-"""Files that were saved by an earlier version, at commit c7fce14, still load."""
+"""Files saved by an earlier version, at commit c7fce14, still load."""
 
 import pathlib
 import zipfile
@@ -51,7 +51,7 @@ def check_outputs(model, kind, folder):
     with np.load(folder / "outputs.npz") as outputs:
         wanted = outputs[kind]
     tokens = np.arange(12).reshape(2, 6) * 5 % 11
-    # Up to what another platform rounds differently.
+    # Up to rounding differences between platforms.
     np.testing.assert_allclose(model(tokens), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 

@@ -1,4 +1,4 @@
-"""Arrays stored in dtypes that Keras variables and HDF5 files can have."""
+"""Arrays stored in dtypes that Keras variables and HDF5 files support."""
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ DTYPES = [
     "float32",
 ]
 SHAPES = [(), (7,), (3, 2, 6), (0, 5)]
-# What Keras variables and HDF5 files hold on every backend.
+# Dtypes that Keras variables and HDF5 files support on every backend.
 HELD = {"int8", "uint8", "uint16", "float16", "float32"}
 
 
 def bits_in(x):
-    """The elements as integers, by NumPy: ml_dtypes keep one of 4 bits to a byte."""
+    """The elements as integers, in NumPy: ml_dtypes stores one 4-bit element per byte."""
     x = np.asarray(x)
     if x.dtype.name in {"int4", "int2", "uint4", "uint2"}:
         return x.astype(np.int8)
@@ -38,7 +38,7 @@ def bits_in(x):
 
 
 def with_every_bit(dtype, shape):
-    """An array of random bits, NaN and infinities among them."""
+    """An array of random bits, including NaN and infinities."""
     rng = np.random.default_rng(0)
     if dtype in {"int4", "int2", "uint4", "uint2"}:
         info = jnp.iinfo(dtype)
@@ -51,7 +51,7 @@ def with_every_bit(dtype, shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_bit_comes_back(dtype, shape):
+def test_every_bit_round_trips(dtype, shape):
     if shape == () and bits_of(dtype) < 8:
         shape = (1, 1)  # Packed along the last axis, so there must be one.
     x = with_every_bit(dtype, shape)

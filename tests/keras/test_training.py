@@ -1,4 +1,4 @@
-"""Training around quantization: optimizers that outlive variables, and LoRA."""
+"""Training before and after quantization: optimizers of replaced variables, and LoRA."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def fit(model, epochs=2):
 
 
 @pytest.mark.parametrize("mode", ["int8", "float8"])
-def test_training_goes_on_after_quantizing(mode):
+def test_training_continues_after_quantizing(mode):
     model = model_of(keras.optimizers.SGD(0.03, momentum=0.9))
     fit(model)
     inputs, _ = data()
@@ -54,7 +54,7 @@ def test_training_goes_on_after_quantizing(mode):
     assert np.any(np.asarray(dense.bias) != bias)
 
 
-def test_training_goes_on_in_float8_and_back():
+def test_training_continues_in_float8_and_back():
     model = model_of()
     losses = fit(model)
     for layer in model.layers[1:]:
@@ -99,7 +99,7 @@ def test_lora_trains_and_is_merged_into_files(mode, tmp_path):
     found = loaded.predict(inputs, verbose=0)
     bound = {None: 1e-5, "int8": 0.02, "int4": 0.16}[mode]
     assert np.linalg.norm(found - wanted) <= bound * np.linalg.norm(wanted)
-    # The adapter starts again, with zeros in one factor only, so that it can train.
+    # The adapter restarts with zeros in one factor only, so that it can train.
     assert not np.any(loaded.layers[1].lora_kernel_b)
     again = fit(loaded, 8)
     assert again[-1] < again[0]
@@ -125,7 +125,7 @@ def test_lora_on_a_table(mode):
     assert np.linalg.norm(table.embeddings - values) <= bound * np.linalg.norm(values)
 
 
-def test_the_low_rank_path_is_the_product_with_the_sum():
+def test_the_low_rank_path_equals_the_product_with_the_sum():
     layer: Any = layers.Dense(7, use_bias=False)
     layer.build((None, 20))
     layer.quantize("float8")
@@ -146,7 +146,7 @@ def added_kernel(layer):
     return 5 / 3 * np.asarray(layer.lora_kernel_a) @ np.asarray(layer.lora_kernel_b)
 
 
-def test_lora_that_cannot_be_says_why():
+def test_enable_lora_raises_where_it_is_not_supported():
     layer: Any = layers.Dense(3)
     with pytest.raises(ValueError, match="the layer is not built"):
         layer.enable_lora(2)

@@ -1,4 +1,4 @@
-"""How a weight is cut into groups, and the declaration of weights."""
+"""Splitting a weight into groups, and the declaration of weights."""
 
 import dataclasses
 import math
@@ -46,14 +46,14 @@ def test_groups_fit_in_the_block_size_and_tile_the_padded_shape(case, block_size
     ]
     assert shape[last] <= padded[last] < shape[last] + blocks[last]
     assert padded[last] == shape[last] or blocks[last] == block_size
-    # As large as can be, without cutting an axis before the last one's is whole.
+    # As large as possible, without splitting an axis before the last axis is whole.
     others = [a % len(shape) for a in axes[:-1]]
     assert blocks[last] == shape[last] or all(blocks[a] == 1 for a in others)
 
 
 @settings(max_examples=50, deadline=None)
 @given(shapes_and_axes(), st.sampled_from(PRESCRIBED))
-def test_formats_with_groups_of_their_own_keep_them(case, format):
+def test_formats_keep_their_own_group_size(case, format):
     (shape, axes), config = case, ArrayConfig(format=format)
     fitted, fitted_axis, padded = fit_groups(shape, axes, config)
     blocks = block_shape(padded, fitted, fitted_axis)
@@ -82,7 +82,7 @@ def test_one_scale_per_tensor_needs_no_axes():
     assert fit_groups((3, 5), (0,), config) == (config, (0,), (3, 5))
 
 
-# Padded by more and by less than half a group, not padded, and shorter than a group.
+# Padding of more and of less than half a group, no padding, and shorter than a group.
 @pytest.mark.parametrize(
     ("length", "columns", "block_size", "axis"),
     [(37, 3, 8, 0), (9, 4, 5, 1), (12, 2, 4, 1), (7, 3, 50, 0), (5, 1, 1, 0)],
@@ -95,7 +95,7 @@ def test_padding_changes_no_value(length, columns, block_size, axis):
     q, is_finite, noise = quantize_padded(jnp.asarray(x), config, axes, padded, None)
     found = np.asarray(q.dequantize())[: x.shape[0], : x.shape[1]]
 
-    # Group by group, each quantized alone.
+    # Each group quantized separately.
     wanted, size = np.empty_like(x), block_shape(padded, config, axes)[axis]
     for start in range(0, length, size):
         part = np.s_[start : start + size] if axis == 0 else np.s_[:, start : start + size]
@@ -108,7 +108,7 @@ def test_padding_changes_no_value(length, columns, block_size, axis):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_noise_is_right_where_squares_are_no_floats(size):
+def test_noise_is_accurate_where_squares_overflow_or_underflow(size):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 4)) * size, jnp.float32)
     _, is_finite, noise = quantize_padded(x, ArrayConfig(format=INT4), 0, x.shape, None)
     assert is_finite
@@ -122,7 +122,7 @@ def test_empty_and_zero_weights_have_no_noise():
         assert noise == 0
 
 
-def test_a_weight_is_read_only_when_it_is_there():
+def test_reading_a_weight_before_it_is_created_raises():
     layer = layers.Dense(3)
     with pytest.raises(AttributeError, match=r"Dense has no 'kernel' yet; got .*built=False"):
         _ = layer.kernel
@@ -131,7 +131,7 @@ def test_a_weight_is_read_only_when_it_is_there():
         layer.quantized_weight("kernel")
 
 
-def test_a_weight_must_be_created_under_its_own_name():
+def test_a_weight_must_be_created_under_its_declared_name():
     class Misnamed(QuantizableMixin, keras.layers.Layer):
         kernel = QuantizedWeight(axis=0)
 
@@ -142,7 +142,7 @@ def test_a_weight_must_be_created_under_its_own_name():
         Misnamed().build((None, 4))
 
 
-def test_codes_of_every_layout_are_the_weight_and_are_never_trainable():
+def test_codes_of_every_layout_dequantize_to_the_weight_and_are_not_trainable():
     layer: keras.layers.Layer = layers.Dense(5)
     layer.build((None, 40))
     kernel = np.asarray(layer.kernel)
