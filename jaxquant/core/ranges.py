@@ -164,9 +164,9 @@ def _percentile(x, p, axes):
     next_up = jnp.min(x, axes, keepdims=True, initial=jnp.inf, where=x > below)
     above = jnp.where(at_most > rank + 1, below, next_up)
     fraction = position - rank
-    # Nothing is above the largest element, and inf * 0 must not become NaN. Halved, so that a gap
-    # wider than the largest finite float does not overflow.
-    return below if fraction == 0 else below + (above / 2 - below / 2) * (2 * fraction)
+    # Nothing is above the largest element, and inf * 0 must not become NaN. No difference, because
+    # a gap may be wider than the largest finite float.
+    return below if fraction == 0 else below * (1 - fraction) + above * fraction
 
 
 def _order_statistic(x, rank, axes):
