@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -202,19 +203,7 @@ class QTensor(ArrayLike):
         """`dequantize` with the axes in storage order. Codes get no gradient."""
         if self.values is not None:
             return self.values
-        scale = scale_values(self.scale)
-        scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
-        blocks = blocks_between(self.codes.shape, scale.shape)
-        # JAX would differentiate floating-point codes.
-        codes, _ = split(jax.lax.stop_gradient(self.codes), blocks)
-        zero_point = self.zero_point
-        if zero_point is not None:
-            zero_point = to_blocks(zero_point, blocks)
-        values = affine.decode(codes, to_blocks(scale, blocks), zero_point, self.format)
-        # A value that rounding moved above the largest finite number is that number, not Inf.
-        largest = float(min(jnp.finfo(self.dtype).max, jnp.finfo(values.dtype).max))
-        values = jnp.clip(values, -largest, largest)
-        return values.reshape(self.codes.shape).astype(self.dtype)
+        return _decode(dataclasses.replace(self, inputs=None))
 
     def __repr__(self) -> str:
         if not hasattr(self.codes, "shape"):
@@ -222,6 +211,24 @@ class QTensor(ArrayLike):
             return f"QTensor({self.format}, codes={self.codes!r}, scale={self.scale!r})"
         shape = "x".join(map(str, self.shape))
         return f"QTensor({self.format} {shape}, scale {self.scale.shape}, {self.dtype})"
+
+
+@partial(jax.jit, inline=True)
+def _decode(q):
+    """`q.decode()` of a QTensor without `values`. One program when it runs eagerly."""
+    scale = scale_values(q.scale)
+    scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
+    blocks = blocks_between(q.codes.shape, scale.shape)
+    # JAX would differentiate floating-point codes.
+    codes, _ = split(jax.lax.stop_gradient(q.codes), blocks)
+    zero_point = q.zero_point
+    if zero_point is not None:
+        zero_point = to_blocks(zero_point, blocks)
+    values = affine.decode(codes, to_blocks(scale, blocks), zero_point, q.format)
+    # A value that rounding moved above the largest finite number is that number, not Inf.
+    largest = float(min(jnp.finfo(q.dtype).max, jnp.finfo(values.dtype).max))
+    values = jnp.clip(values, -largest, largest)
+    return values.reshape(q.codes.shape).astype(q.dtype)
 
 
 class TrainedArray(abc.ABC):
