@@ -1,6 +1,6 @@
 """The cases that the whole suite uses. A number format joins them by its row in `FORMATS`."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,16 +74,31 @@ ASYMMETRIC = {
     "asym_bfloat16_scales": {"scale_dtype": "bfloat16"},
     "asym_nested_scales": {"group_size": 32, "scale_dtype": "float8_e4m3fn"},
 }
-# Formats that differ from another only in their range take these of its variants alone.
-ALIKE = (INT8, INT2, E5M2)
-SHORT = ("row", "percentile", "g64", "tensor", "blocks", "value_range")
-SHORT += ("asym_row", "asym_g32", "asym_tensor", "asym_blocks")
+# Formats share most of their code. Each of these is tested with the variants that its own part of
+# the code meets; a format without a row here is tested with all.
+SHORT = ("row", "asym_row", "asym_g32", "asym_blocks", "value_range")
+INTEGERS = ("row", "percentile", "min_mse", "bfloat16_scales", "g128", "tensor", "blocks")
+INTEGERS += ("g32_float16_scales", "g32_e8m0_scales", "g32_nested_scales", "value_range")
+INTEGERS += tuple(name for name in ASYMMETRIC if name != "asym_g64")
+FLOATS = ("row", "percentile", "min_mse", "bfloat16_scales", "blocks")
+FLOATS += ("g32_float16_scales", "g32_e8m0_scales", "g32_nested_scales")
+VARIANTS_OF = {
+    INT4: INTEGERS,
+    INT8: ("row", "percentile", "asym_row", "asym_tensor", "value_range"),
+    INT2: ("row", "value_range", "asym_row", "asym_blocks"),
+    E4M3: FLOATS,
+    E5M2: ("row", "g64"),
+    NF4: ("row", "min_mse", "bfloat16_scales", "g64", "tensor", "g32_nested_scales"),
+    MXFP8: ("row", "percentile", "nested_scales"),
+    MXFP4: ("row", "min_mse", "bfloat16_scales"),
+    NVFP4: ("row", "percentile", "min_mse"),
+}
 # Variants of groups that formats with a codebook leave to INT4.
 GROUPED_BY_INT4 = ("g128", "blocks", "g32_float16_scales", "g32_e8m0_scales")
 
 
-def cases_of(format, is_alike=False):
-    """The cases of one number format, by name; few if it differs from another in its range."""
+def cases_of(format, names=None):
+    """The cases of one number format, by name: those of some variants, or of all for None."""
     variants = dict(VARIANTS)
     if format.group_size is None:
         variants |= GROUPED
@@ -92,15 +107,13 @@ def cases_of(format, is_alike=False):
         variants["value_range"] = {"value_range": (-1, 1)}
     if format.codebook is not None:
         variants = {name: v for name, v in variants.items() if name not in GROUPED_BY_INT4}
-    if is_alike:
-        variants = {name: variants[name] for name in SHORT if name in variants}
     return {
-        f"{format}-{name}": along(**{"format": format, "axis": 1, **variant})
-        for name, variant in variants.items()
+        f"{format}-{name}": along(**{"format": format, "axis": 1, **variants[name]})
+        for name in names or variants
     }
 
 
-CASES = {name: c for f in FORMATS.values() for name, c in cases_of(f, is_alike=f in ALIKE).items()}
+CASES = {n: c for f in FORMATS.values() for n, c in cases_of(f, VARIANTS_OF.get(f)).items()}
 CASES |= {
     "int8-value_range": along(1, value_range=(-100, 90)),
     "int8-asym_value_range": along(1, value_range=(3, 100), symmetric=False),
@@ -125,31 +138,20 @@ FEW = {
     )
 }
 
-MSE: dict[str, Any] = {"range": MinMSE()}
-ASYM: dict[str, Any] = {"symmetric": False}
-# Least signal to noise of Gaussian weights of 64 x 4096 with scales along axis 1, in dB.
-FLOORS = [
-    (ArrayConfig(format=INT8, per_tensor=True), 37.0),
-    (ArrayConfig(format=INT8), 40.0),
-    (ArrayConfig(format=INT8, group_size=128), 42.5),
-    (ArrayConfig(format=INT4), 15.0),
-    (ArrayConfig(format=INT4, group_size=128), 18.0),
-    (ArrayConfig(format=INT4, group_size=64), 18.8),
-    (ArrayConfig(format=INT4, group_size=32), 19.7),
-    (ArrayConfig(format=INT4, group_size=128, **MSE), 19.4),
-    (ArrayConfig(format=INT4, group_size=128, **ASYM), 19.4),
-    (ArrayConfig(format=INT4, group_size=64, **ASYM), 20.3),
-    (ArrayConfig(format=INT4, group_size=32, **ASYM), 21.3),
-    (ArrayConfig(format=NF4, group_size=64), 20.2),
-    (ArrayConfig(format=NF4, group_size=128), 19.9),
-    (ArrayConfig(format=E4M3), 31.0),
-    (ArrayConfig(format=E5M2), 25.0),
-    (ArrayConfig(format=MXFP8), 30.0),
-    (ArrayConfig(format=MXFP4), 18.2),
-    (ArrayConfig(format=NVFP4), 19.9),
-    (ArrayConfig(format=INT2, group_size=64, **ASYM), 6.2),
-    (ArrayConfig(format=INT2, group_size=32, **ASYM), 7.2),
-]
+# Least signal to noise of Gaussian weights, in dB.
+FLOORS = {
+    "int8-row": 43.0,
+    "int4-g128": 18.4,
+    "int4-min_mse": 19.5,
+    "int4-asym_g32": 21.7,
+    "int2-asym_blocks": 3.9,
+    "nf4-g64": 20.5,
+    "fp8_e4m3-row": 31.4,
+    "fp8_e5m2-row": 25.5,
+    "mxfp8-row": 30.2,
+    "mxfp4-row": 18.6,
+    "nvfp4-row": 20.3,
+}
 
 
 def gaussian(shape=SHAPE, seed=0):

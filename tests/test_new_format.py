@@ -11,7 +11,7 @@ INT6 = Format("int6", "int8", -31, 31)
 SQUARES = tuple(float(np.sign(i) * i * i) for i in range(-128, 128))
 SQUARES8 = Format("squares8", "uint8", -16129.0, 16129.0, codebook=SQUARES)
 
-CASES = cases.cases_of(INT6, is_alike=True) | cases.cases_of(SQUARES8)
+CASES = cases.cases_of(INT6, cases.SHORT) | cases.cases_of(SQUARES8)
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 

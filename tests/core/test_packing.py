@@ -16,7 +16,7 @@ PAIRS = {
 }
 each_pair = pytest.mark.parametrize("pack, unpack, oracle, bits", PAIRS.values(), ids=PAIRS)
 # Lengths around whole bytes, in rank 1 to 3; few, because each compiles.
-SHAPES = [(1,), (2,), (5,), (8,), (3, 4), (7, 2), (1, 3, 5), (2, 6, 3), (0, 3)]
+SHAPES = [(1,), (5,), (8,), (7, 2), (2, 6, 3)]
 
 
 def codes_for(shape, bits, is_signed, seed=0):
@@ -26,10 +26,10 @@ def codes_for(shape, bits, is_signed, seed=0):
 
 
 @each_pair
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_packing_is_bit_exact_for_every_length_and_axis(pack, unpack, oracle, bits, data):
-    shape = data.draw(st.sampled_from([s for s in SHAPES if all(s)]))
+    shape = data.draw(st.sampled_from(SHAPES))
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
     is_signed, seed = data.draw(st.booleans()), data.draw(st.integers(0, 10**6))
     codes = codes_for(shape, bits, is_signed, seed)
@@ -77,8 +77,9 @@ def test_packing_runs_under_vmap_and_eval_shape(pack, unpack, oracle, bits):
     assert shape.shape == packed.shape
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8"])
-@pytest.mark.parametrize("shape, axis", [((5,), 0), ((5, 3), 0), ((5, 3), -1), ((2, 3, 5), 1)])
+@pytest.mark.parametrize(
+    "shape, axis, dtype", [((5,), 0, "int8"), ((5, 3), -1, "uint8"), ((2, 3, 5), 1, "int8")]
+)
 def test_bytes_are_those_of_keras(shape, axis, dtype):
     codes = codes_for(shape, 4, dtype == "int8")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

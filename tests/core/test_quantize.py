@@ -12,6 +12,7 @@ from jaxquant import (
     NF4,
     NVFP4,
     W8A8,
+    AbsMax,
     ArrayConfig,
     MinMSE,
     Percentile,
@@ -58,7 +59,7 @@ def test_zeros_come_back_exactly_and_empty_groups_have_scale_1(case):
     checks.check_zeros_are_exact(case, cases.gaussian())
 
 
-@each_case
+@few_cases
 def test_inputs_are_unchanged(case):
     x = jnp.asarray(cases.gaussian())
     before = np.array(x)
@@ -66,7 +67,7 @@ def test_inputs_are_unchanged(case):
     np.testing.assert_array_equal(x, before)
 
 
-EAGER = ["int8-row", "int4-percentile", "int2-asym_blocks", "nvfp4-row"]
+EAGER = ["int2-asym_blocks", "nvfp4-row"]
 
 
 @pytest.mark.parametrize("name", EAGER)
@@ -74,36 +75,31 @@ def test_jit_and_eager_agree_and_eval_shape_predicts_the_result(name):
     checks.check_jit_and_eager_agree(cases.FEW[name], cases.gaussian())
 
 
-@few_cases
-def test_vmap_is_a_loop(case):
-    checks.check_vmap_is_a_loop(case, cases.gaussian((3, *cases.SHAPE)))
+VMAPPED = ["int4-percentile", "int4-asym_nested_scales", "int2-asym_blocks", "nvfp4-row"]
 
 
-# Where noise is low, that of rounding to bfloat16 would show.
-QUIET = [(config, floor, "bfloat16") for config, floor in cases.FLOORS if floor > 20]
+@pytest.mark.parametrize("name", [*VMAPPED, "nf4-g32_nested_scales"])
+def test_vmap_is_a_loop(name):
+    checks.check_vmap_is_a_loop(cases.FEW[name], cases.gaussian((3, *cases.SHAPE)))
 
 
-@pytest.mark.parametrize(
-    "config, floor, dtype", [(*row, "float32") for row in cases.FLOORS] + QUIET, ids=str
-)
-def test_signal_to_noise_is_above_the_floor(config, floor, dtype):
-    x = np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32)
-    x = jnp.asarray(x).astype(dtype)
+@pytest.mark.parametrize("name", cases.FLOORS)
+def test_signal_to_noise_is_above_the_floor(name):
+    x = np.random.default_rng(0).normal(size=cases.SHAPE).astype(np.float32)
+    # Where noise is low, that of rounding to bfloat16 would show.
+    for dtype in ["float32", "bfloat16"][: 1 + (name == "int8-row")]:
+        q = quantize(x.astype(dtype), *cases.CASES[name])
 
-    q = quantize(x, config, axis=1)
-
-    assert q.dequantize().dtype == dtype
-    values = np.asarray(q.astype("float32").dequantize())
-    assert oracles.sqnr(x, values) > floor
+        assert q.dequantize().dtype == dtype
+        values = np.asarray(q.astype("float32").dequantize())
+        assert oracles.sqnr(x.astype(dtype), values) > cases.FLOORS[name]
 
 
 def test_min_mse_is_above_abs_max_in_signal_to_noise():
-    x = np.random.default_rng(0).normal(size=(64, 1024)).astype(np.float32)
-    for format in (INT4, INT2):
-        plain = ArrayConfig(format=format, group_size=128)
-        best = ArrayConfig(format=format, group_size=128, range=MinMSE())
-        gain = oracles.sqnr(x, quantize(x, best, axis=1).dequantize())
-        assert gain > oracles.sqnr(x, quantize(x, plain, axis=1).dequantize()) + 0.5
+    x = np.random.default_rng(0).normal(size=cases.SHAPE).astype(np.float32)
+    configs = ArrayConfig(format=INT4), ArrayConfig(format=INT4, range=MinMSE())
+    plain, best = (oracles.sqnr(x, quantize(x, c, axis=1).dequantize()) for c in configs)
+    assert best > plain + 0.5
 
 
 @pytest.mark.parametrize("magnitude", [1e-10, 1e-30, 1e30])
@@ -143,8 +139,10 @@ def test_values_near_the_largest_float_do_not_overflow(format, symmetric):
         with pytest.raises(ValueError, match="symmetric=False needs a format with integer codes"):
             ArrayConfig(format=format, symmetric=symmetric)
         return
-    x = np.linspace(-3e38, 3e38, 64, dtype=np.float32)[None]
+    x = np.tile(np.linspace(-3e38, 3e38, 64, dtype=np.float32), (4, 1))
     for range in (ArrayConfig().range, Percentile(99)):
+        if range == Percentile(99) and format not in (INT4, NF4, NVFP4):
+            continue
         config = ArrayConfig(format=format, symmetric=symmetric, range=range)
         values = np.asarray(quantize(x, config, axis=1).dequantize())
         assert np.isfinite(values).all()
@@ -152,25 +150,33 @@ def test_values_near_the_largest_float_do_not_overflow(format, symmetric):
             assert oracles.sqnr(x / 1e38, values / 1e38) > 15
 
 
-NEAR_THE_LARGEST = ["int8-row", "int8-asym_row", "int4-min_mse", "int4-asym_min_mse"]
-NEAR_THE_LARGEST += ["int4-bfloat16_scales", "int4-asym_bfloat16_scales", "int4-asym_nested_scales"]
-NEAR_THE_LARGEST += ["int4-g32_e8m0_scales", "fp8_e4m3-row", "fp8_e5m2-row", "mxfp8-row"]
-NEAR_THE_LARGEST += ["mxfp4-row", "nvfp4-row", "nf4-bfloat16_scales"]
+NEAR_THE_LARGEST = ["int8-asym_row", "int4-min_mse", "int4-bfloat16_scales", "int4-asym_min_mse"]
+NEAR_THE_LARGEST += ["int4-asym_bfloat16_scales", "int4-g32_e8m0_scales", "fp8_e4m3-row"]
+NEAR_THE_LARGEST += ["mxfp8-row", "nf4-bfloat16_scales"]
+NEAR_THE_LARGEST = [(name, "float32") for name in NEAR_THE_LARGEST] + [
+    ("int8-row", "bfloat16"),
+    ("int4-asym_nested_scales", "bfloat16"),
+    ("fp8_e5m2-g64", "bfloat16"),
+    ("mxfp4-row", "bfloat16"),
+    ("int8-asym_tensor", "float16"),
+    ("int4-asym_min_mse", "float16"),
+    ("nf4-g32_nested_scales", "float16"),
+    ("nvfp4-row", "float16"),
+]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("name", NEAR_THE_LARGEST)
+@pytest.mark.parametrize("name, dtype", NEAR_THE_LARGEST)
 def test_finite_values_near_the_largest_come_back_finite(name, dtype):
     largest = float(jnp.finfo(dtype).max)
     random = np.random.default_rng(0)
     x = random.uniform(-1, 1, cases.SHAPE)
     x[1::4], x[2::4] = np.abs(x[1::4]), -np.abs(x[2::4])
     x[:, ::16] = np.sign(x[:, ::16])
-    x = jnp.asarray((x * largest).astype(np.float32)).astype(dtype)
-    assert jnp.isfinite(x).all()
+    x = jnp.asarray((x * largest).astype(np.float32).astype(dtype))
+    assert np.isfinite(np.asarray(x)).all()
     values = quantize(x, *cases.CASES[name]).dequantize()
     assert values.dtype == dtype
-    assert jnp.isfinite(values).all()
+    assert np.isfinite(np.asarray(values)).all()
 
 
 def test_a_scale_whose_reciprocal_is_subnormal_is_not_divided_by():
@@ -187,18 +193,18 @@ def test_percentile_between_far_elements_does_not_overflow():
 
 @each_format
 def test_negative_zero_is_zero(format):
-    x = np.array([[-0.0, 1, -0.0, -1] * 8, [-0.0] * 32], np.float32)
+    x = np.array([[-0.0, 1, -0.0, -1] * 16, *[[-0.0] * 64] * 3], np.float32)
     values = np.asarray(quantize(x, ArrayConfig(format=format), axis=1).dequantize())
     np.testing.assert_array_equal(values[x == 0], 0)
 
 
 @each_format
 def test_subnormal_groups_come_back_as_zeros_and_subnormal_elements_as_zero(format):
-    x = np.full((2, 32), 1e-41, np.float32)
+    x = np.full((4, 64), 1e-41, np.float32)
     x[1, 0] = 1
     values = np.asarray(quantize(x, ArrayConfig(format=format), axis=1).dequantize())
-    np.testing.assert_array_equal(values[0], 0)
-    np.testing.assert_array_equal(values[1], np.eye(32)[0] * values[1, 0])
+    np.testing.assert_array_equal(values[[0, 2, 3]], 0)
+    np.testing.assert_array_equal(values[1], np.eye(64)[0] * values[1, 0])
     np.testing.assert_allclose(values[1, 0], 1, rtol=0.34)
 
 
@@ -216,16 +222,14 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("symmetric, range", [(True, ArrayConfig().range), (False, Percentile(90))])
 @pytest.mark.parametrize("shape, axis", SHAPES, ids=str)
-def test_any_rank_any_odd_size_and_any_axis(shape, axis, range, symmetric):
+def test_any_rank_any_odd_size_and_any_axis(shape, axis):
     x = np.random.default_rng(3).normal(size=shape).astype(np.float32)
-    config = ArrayConfig(format=INT4, range=range, symmetric=symmetric)
+    config = ArrayConfig(format=INT4, range=Percentile(90), symmetric=False)
     checks.check_matches_the_oracle(cases.Case(config, axis), x)
 
 
-@pytest.mark.parametrize("group_size", [1, 2, 3, 6])
-@pytest.mark.parametrize("axis", [1, -2, (1, 2), (-2, 0)], ids=str)
+@pytest.mark.parametrize("axis, group_size", [(1, 1), (-2, 3), ((1, 2), 2), ((-2, 0), 6)], ids=str)
 def test_groups_along_inner_axes(axis, group_size):
     x = np.random.default_rng(4).normal(size=(6, 12, 6)).astype(np.float32)
     config = ArrayConfig(format=INT8, group_size=group_size, symmetric=False)
@@ -240,17 +244,18 @@ def test_groups_of_one_size_per_axis_may_leave_an_axis_whole():
 
 
 EMPTY = [((0, 8), 0), ((0, 8), 1), ((8, 0), 0), ((8, 0), 1), ((8, 0), (0, 1)), ((0,), 0)]
-RANGES = [ArrayConfig().range, Percentile(99), MinMSE()]
+EMPTY = [(shape, axis, ArrayConfig(symmetric=False)) for shape, axis in EMPTY] + [
+    (shape, 0, ArrayConfig(range=range, symmetric=symmetric))
+    for shape in [(0, 8), (8, 0)]
+    for range, symmetric in [(Percentile(99), False), (MinMSE(), True), (AbsMax(), True)]
+]
 
 
-@pytest.mark.parametrize("range", RANGES, ids=str)
-@pytest.mark.parametrize("shape, axis", EMPTY, ids=str)
-def test_arrays_without_elements(shape, axis, range):
-    for symmetric in (True, False):
-        config = ArrayConfig(range=range, symmetric=symmetric)
-        q = quantize(np.zeros(shape, np.float32), config, axis)
-        assert q.shape == q.dequantize().shape == shape
-        assert len(q.scale.shape) == len(shape)
+@pytest.mark.parametrize("shape, axis, config", EMPTY, ids=str)
+def test_arrays_without_elements(shape, axis, config):
+    q = quantize(np.zeros(shape, np.float32), config, axis)
+    assert q.shape == q.dequantize().shape == shape
+    assert len(q.scale.shape) == len(shape)
 
 
 @pytest.mark.parametrize("format", [MXFP4, NVFP4], ids=str)
@@ -260,17 +265,22 @@ def test_arrays_without_elements_in_formats_with_groups(format):
         assert q.dequantize().shape == shape
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@few_cases
-def test_narrow_floats_are_computed_in_float32(case, dtype):
-    x = jnp.asarray(cases.gaussian()).astype(dtype)
+NARROW = [(name, dtype) for name, dtype in NEAR_THE_LARGEST if dtype != "float32"]
+
+
+@pytest.mark.parametrize("name, dtype", NARROW)
+def test_narrow_floats_are_computed_in_float32(name, dtype):
+    case, x = cases.CASES[name], cases.gaussian().astype(dtype)
     q = quantize(x, *case)
     wide = quantize(x.astype("float32"), *case)
     checks.assert_equal_quantized(q, wide.astype(dtype))
     assert q.dequantize().dtype == dtype
 
 
-@pytest.mark.parametrize("name", [*cases.FEW, "int4-min_mse", "fp8_e4m3-g32_float16_scales"])
+WIDE = ["int8-asym_tensor", "int4-percentile", "int4-min_mse", "nf4-g32_nested_scales"]
+
+
+@pytest.mark.parametrize("name", [*WIDE, "fp8_e4m3-g32_float16_scales", "mxfp4-row"])
 def test_float64_stays_float64(name):
     with jax.enable_x64(True):
         x = cases.gaussian().astype(np.float64)
@@ -289,7 +299,7 @@ def test_float64_scales_keep_precision_that_float32_would_lose():
 
 
 def test_codes_are_rounded_with_the_scale_that_is_stored():
-    x = np.random.default_rng(0).normal(size=(256, 4096)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=cases.SHAPE).astype(np.float32)
     q = quantize(x, ArrayConfig(scale_dtype="bfloat16"), axis=1)
     scale = np.asarray(q.scale).astype(np.float32)
     assert q.scale.dtype == "bfloat16"
@@ -324,7 +334,7 @@ def test_min_mse_gains_as_much_at_any_magnitude(magnitude):
 
 def test_power_of_two_scales_do_not_clip_integer_codes():
     x = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
-    for format in (INT8, INT4, NF4):
+    for format in (INT4, NF4):
         config = ArrayConfig(format=format, scale_dtype="float8_e8m0fnu")
         q = quantize(x, config, axis=1)
         largest = np.asarray(q.scale, np.float32) * min(-format.qmin, format.qmax)
@@ -436,8 +446,10 @@ def test_named_quantizers_are_quantize_for_their_range(function, config, other):
         function(x, ArrayConfig(range=other), axis=1)
 
 
-@pytest.mark.parametrize("shape", [(), (1, 1), (64, 1), (64, 8), (4, 8), (1, 256)], ids=str)
-@pytest.mark.parametrize("has_zero_point", [False, True])
+GIVEN = [((), True), ((1, 1), False), ((64, 1), True), ((64, 8), False), ((4, 8), True)]
+
+
+@pytest.mark.parametrize("shape, has_zero_point", [*GIVEN, ((1, 256), True)], ids=str)
 def test_a_given_scale_is_used_as_it_is(shape, has_zero_point):
     x, random = cases.gaussian(), np.random.default_rng(5)
     scale = (random.random(shape) + 0.1).astype(np.float32)
@@ -457,9 +469,9 @@ def test_a_given_scale_is_used_as_it_is(shape, has_zero_point):
     np.testing.assert_allclose(q.dequantize(), (checks.codes_of(q) - zero) * whole, rtol=1e-6)
 
 
-@few_cases
-def test_quantizing_with_its_own_scale_changes_nothing(case):
-    x = cases.gaussian()
+@pytest.mark.parametrize("name", ["int4-asym_min_mse", "int2-asym_blocks", "nf4-g64", "nvfp4-row"])
+def test_quantizing_with_its_own_scale_changes_nothing(name):
+    case, x = cases.CASES[name], cases.gaussian()
     q = quantize(x, *case)
     scale = checks.scale_of(q).astype(np.float32)
     again = quantize_with_scale(x, scale, q.zero_point, case.config)
@@ -489,13 +501,10 @@ def test_a_given_scale_must_divide_the_shape():
 
 
 SPANS = {
-    "int8-row": (64, 1),
-    "int4-asym_g64": (64, 4),
+    "int4-asym_g32": (64, 8),
     "int2-asym_blocks": (4, 4),
-    "int8-tensor": (1, 1),
     "fp8_e4m3-g32_e8m0_scales": (64, 8),
     "nf4-g32_nested_scales": (64, 8),
-    "nvfp4-row": (64, 16),
     "mxfp4-row": (64, 8),
     "int8-asym_value_range": (64, 1),
 }

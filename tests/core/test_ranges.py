@@ -36,8 +36,7 @@ def range_of(range, x, symmetric, axes=(1,)):
     return range(x, axes, symmetric, no_error)
 
 
-PERCENTILES = [(101, p) for p in (50.1, 75, 90, 99, 99.9, 99.99, 100)]
-PERCENTILES += [(count, p) for count in (1, 2, 3, 10, 1000) for p in (50.1, 99, 100)]
+PERCENTILES = [(101, 50.1), (101, 75), (101, 99.99), (101, 100), (1, 99), (2, 50.1), (1000, 99)]
 
 
 @pytest.mark.parametrize("count, p", PERCENTILES)
@@ -63,13 +62,13 @@ def test_percentile_orders_floats_of_every_size_and_sign(dtype):
         info = np.finfo(dtype)
         x = [-info.max, -1, -1e-30, -info.tiny, -0.0, 0.0, info.tiny, 1e-30, 1, 2, info.max]
         x = np.random.default_rng(0).permutation(np.array(x, dtype))[None]
-        for p in (60.0, 70.0, 80.0, 90.0, 100.0):
+        for p in (60.0, 100.0):
             _, high = range_of(Percentile(p), x, symmetric=False)
             assert high == max(np.percentile(x, p), 0)
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), p=st.sampled_from([60, 97.5, 99.9]))
+@given(seed=st.integers(0, 2**32 - 1), p=st.sampled_from([60, 97.5]))
 def test_percentile_of_any_data_is_that_of_numpy(seed, p):
     random = np.random.default_rng(seed)
     x = (random.normal(size=(3, 37)) * np.exp2(random.integers(-40, 40, (3, 37)))).astype("f4")
@@ -90,8 +89,7 @@ def test_percentile_spans_several_axes_at_once(symmetric):
         np.testing.assert_allclose((low[0, i, 0], high[0, i, 0]), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("format", [INT8, INT4, INT2], ids=str)
+@pytest.mark.parametrize("format, symmetric", [(INT8, True), (INT4, False)], ids=str)
 def test_percentile_100_is_abs_max_bit_for_bit(format, symmetric):
     x = cases.gaussian()
     config = ArrayConfig(format=format, symmetric=symmetric, range=Percentile(100))
@@ -114,14 +112,9 @@ def test_elements_beyond_the_percentile_are_clipped_to_it():
 
 
 MSE_CASES = [
-    along(1, format=INT8),
     along(1, format=INT4),
-    along(1, format=INT4, group_size=32),
-    along(1, format=INT4, per_tensor=True),
-    along(1, format=INT4, scale_dtype="bfloat16"),
-    along(1, format=INT2, symmetric=False),
-    along((0, 1), format=INT4, group_size=(16, 64), symmetric=False),
-    along(1, format=NF4, group_size=64),
+    along(1, format=INT4, group_size=64, symmetric=False),
+    along(1, format=NF4),
     along(1, format=FP8_E4M3),
     along(1, format=MXFP4),
 ]
@@ -145,9 +138,6 @@ def test_min_mse_is_never_worse_than_abs_max_in_any_group(config, axis):
 
 NESTED = [
     along(1, format=NVFP4),
-    along(1, format=INT8, scale_dtype="float8_e4m3fn"),
-    along(1, format=INT8, group_size=32, symmetric=False, scale_dtype="float8_e4m3fn"),
-    along(1, format=INT4, group_size=32, scale_dtype="float8_e4m3fn"),
     along(-1, format=INT4, group_size=32, symmetric=False, scale_dtype="float8_e4m3fn"),
     along((0, 1), format=INT4, group_size=16, scale_dtype="float8_e4m3fn"),
 ]
@@ -201,7 +191,7 @@ def test_min_mse_searches_each_end_of_an_asymmetric_range_finely(end):
     assert found.sum() <= 1.0002 * best.sum()
 
 
-@pytest.mark.parametrize("format", [INT4, INT2, NF4], ids=str)
+@pytest.mark.parametrize("format", [INT2, NF4], ids=str)
 def test_min_mse_comes_near_to_the_best_of_all_ratios(format):
     x = np.random.default_rng(0).standard_t(3, (12, 96)).astype(np.float32)
     config = ArrayConfig(format=format, range=MinMSE())
