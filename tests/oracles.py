@@ -48,6 +48,12 @@ def repeat_groups(scale, shape):
 
 def blocks(shape, config, axis: Any):
     """Scale counts, and a list of (index of the scale, slices of its elements)."""
+    counts = scale_counts(shape, config, axis)
+    return counts, blocks_of(shape, counts)
+
+
+def scale_counts(shape, config, axis: Any):
+    """How many scales lie along each axis."""
     named = axis if isinstance(axis, tuple) else (axis,)
     is_all = config.per_tensor or axis is None
     axes = list(range(len(shape))) if is_all else [a % len(shape) for a in named]
@@ -56,8 +62,7 @@ def blocks(shape, config, axis: Any):
     lengths = [1] * len(shape)
     for axis, size in zip(axes, sizes, strict=True):
         lengths[axis] = size or shape[axis]
-    counts = [n // g for n, g in zip(shape, lengths, strict=True)]
-    return counts, blocks_of(shape, counts)
+    return [n // g for n, g in zip(shape, lengths, strict=True)]
 
 
 def blocks_of(shape, counts):
@@ -154,10 +159,8 @@ def quantize(x, config, axis, range_of):
 
 
 def encode_all(x, scale, zero_point, config):
-    codes = np.zeros(x.shape)
-    for index, where in blocks_of(x.shape, scale.shape):
-        codes[where] = encode(x[where], scale[index], zero_point[index], config)
-    return codes
+    scale, zero_point = (repeat_groups(a, x.shape) for a in (scale, zero_point))
+    return encode(x, scale, zero_point, config)
 
 
 def best_squared_error(group, config, ratios):
@@ -205,6 +208,30 @@ def straight_through(x, scale, zero_point, config):
 
 def sum_blocks(x, counts):
     """Sums over the elements that share a scale, of which there are so many along each axis."""
+    return reduce_blocks(np.add, x, counts)
+
+
+def reduce_blocks(ufunc, x, counts):
+    """Reduces over the elements that share a scale."""
     for axis, count in enumerate(counts):
-        x = np.add.reduceat(x, np.arange(count) * (x.shape[axis] // count), axis)
+        x = ufunc.reduceat(x, np.arange(count) * (x.shape[axis] // count), axis)
     return x
+
+
+def abs_max_quantize(x, config, axis):
+    """`quantize` with `abs_max_range`, of all groups at once."""
+    counts, x = scale_counts(x.shape, config, axis), x.astype(np.float64)
+    if config.symmetric:
+        high = reduce_blocks(np.maximum, np.abs(x), counts)
+        low = -high
+    else:
+        low = np.minimum(reduce_blocks(np.minimum, x, counts), 0)
+        high = np.maximum(reduce_blocks(np.maximum, x, counts), 0)
+    scale = np.vectorize(lambda a, b: ideal_scale(a, b, config), otypes=[float])(low, high)
+    scale_dtype = config.scale_dtype or config.format.scale_dtype
+    scale = stored_scale(scale, scale_dtype, scale.max())
+    qmin, qmax = bounds(config)
+    zero_point = np.zeros(counts)
+    if not config.symmetric:
+        zero_point = np.clip(np.round(qmin - low / scale), qmin, qmax)
+    return encode_all(x, scale, zero_point, config), scale, zero_point

@@ -57,7 +57,7 @@ def test_products_are_those_of_numpy_int64():
 
 
 def test_products_of_any_small_size_are_exact():
-    sizes = list(itertools.product((1, 2, 3), (0, 1, 2, 17, 40), (1, 2, 3)))
+    sizes = list(itertools.product((1, 2), (0, 1, 2, 17, 40), (1, 2)))
     operands = [(codes((m, k), 0), codes((k, n), 1)) for m, k, n in sizes]
     products = jax.jit(lambda pairs: [integer_dot(x, y, MATRICES) for x, y in pairs])
     for size, pair, got in zip(sizes, operands, products(operands), strict=True):

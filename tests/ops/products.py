@@ -1,9 +1,11 @@
 """Operands of products, and slow float64 references for what the library makes of them."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +16,7 @@ from jaxquant import (
     INT4,
     INT8,
     MXFP8,
+    AbsMax,
     ArrayConfig,
     QTensor,
     quantize,
@@ -64,16 +67,47 @@ def normal(*shape: int, seed=0, center=0.3, dtype: Any = np.float32) -> np.ndarr
 
 def weight(case, shape=(K, N), seed=1):
     """An array quantized by a Case, or by a config along axis 0."""
-    return quantize(normal(*shape, seed=seed), *as_case(case))
+    return jax.tree.map(jnp.asarray, _weight(as_case(case), tuple(shape), seed))
+
+
+@functools.cache
+def _weight(case, shape, seed):
+    return _quantized(normal(*shape, seed=seed), *case)
+
+
+def quantized(x, config, axis: Any = 0) -> QTensor:
+    """What `quantize` returns, up to the last bit of scales.
+
+    NumPy computes it, because `quantize` is compiled for each config and shape.
+    """
+    if x.size == 0:
+        return quantize(x, config, axis)
+    return jax.tree.map(jnp.asarray, _quantized(x, config, axis))
+
+
+def _quantized(x, config, axis) -> QTensor:
+    assert isinstance(config.range, AbsMax), config
+    format, scale_dtype = config.format, config.scale_dtype or config.format.scale_dtype
+    dtype = x.dtype if x.dtype == np.float64 else np.dtype(np.float32)
+    codes, scale, zero = oracles.abs_max_quantize(np.asarray(x).astype(dtype), config, axis)
+    if scale_dtype == FP8_E4M3.dtype:
+        assert x.ndim <= 2, "one outer scale per matrix"
+        top = np.float32(scale.max() / 448).reshape((1,) * x.ndim)
+        fine = (scale / top).astype(jnp.dtype(scale_dtype))
+        stored = QTensor(fine, top, format=FP8_E4M3, dtype=np.dtype(dtype))
+    else:
+        stored = scale.astype(jnp.dtype(scale_dtype))
+    zero = None if config.symmetric else zero.astype(jnp.dtype(format.dtype))
+    codes = codes.astype(jnp.dtype(format.dtype))
+    return QTensor(codes, stored, zero, format=format, dtype=np.dtype(x.dtype))
 
 
 def with_unit_scale(codes, zero_point=None):
     """A QTensor that stands for its int8 codes, less the zero point."""
     ones = (1,) * codes.ndim
-    zero_point = None if zero_point is None else jnp.full(ones, zero_point, jnp.int8)
-    return QTensor(
-        jnp.asarray(codes), jnp.ones(ones), zero_point, format=INT8, dtype=np.dtype(np.float32)
-    )
+    zero_point = None if zero_point is None else jnp.asarray(np.full(ones, zero_point, np.int8))
+    scale = jnp.asarray(np.ones(ones, np.float32))
+    return QTensor(jnp.asarray(codes), scale, zero_point, format=INT8, dtype=np.dtype(np.float32))
 
 
 def spec_of_rows(axis: int, precision: Any = None, dtype: Any = np.float32) -> DotSpec:

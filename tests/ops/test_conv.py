@@ -10,7 +10,7 @@ import pytest
 from jaxquant import FP8_E4M3, INT4, NF4, ArrayConfig, Inputs, conv_general_dilated, quantize
 
 from ..cases import Case
-from .products import assert_close, conv, normal, values, with_inputs
+from .products import assert_close, conv, normal, quantized, values, with_inputs
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 # Name: (strides, padding, options).
@@ -43,7 +43,12 @@ IMAGE = normal(2, 6, 7, 4)
 
 
 def kernel(case, depth=4):
-    return quantize(normal(3, 2, depth, 6, seed=1), *case)
+    is_nested = case.config.scale_dtype is not None
+    return (quantize if is_nested else quantized)(normal(3, 2, depth, 6, seed=1), *case)
+
+
+def image(kind):
+    return IMAGE if IMAGES[kind] is None else quantized(IMAGE, *IMAGES[kind])
 
 
 def assert_conv(got, x, q, strides, padding, groups=1, tolerance=2e-6, **dilations):
@@ -58,8 +63,7 @@ def test_every_mixture_of_formats_and_orders_matches_loops(name):
     q = kernel(KERNELS[name])
 
     @jax.jit
-    def products(image, q):
-        images = {n: image if c is None else quantize(image, *c) for n, c in IMAGES.items()}
+    def products(images, q):
         run = partial(
             conv_general_dilated,
             window_strides=strides,
@@ -67,35 +71,38 @@ def test_every_mixture_of_formats_and_orders_matches_loops(name):
             dimension_numbers=NHWC,
         )
         stored = [q.reorder(order) for order in ORDERS]
-        return images, {n: [run(x, w) for w in stored] for n, x in images.items()}
+        return {n: [run(x, w) for w in stored] for n, x in images.items()}
 
-    images, results = products(IMAGE, q)
+    kinds = IMAGES if name in ("int8", "int8-asym", "int4-g2") else ("float", "int8")
+    images = {kind: image(kind) for kind in kinds}
+    results = products(images, q)
     for kind, x in images.items():
         for got in results[kind]:
             assert_conv(got, x, q, strides, padding)
 
 
-@pytest.mark.parametrize("image", ["float", "int8"])
+@pytest.mark.parametrize("kind", ["float", "int8"])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_every_window_matches_loops(window, image):
+def test_every_window_matches_loops(window, kind):
     strides, padding, options = WINDOWS[window]
     groups = options.get("feature_group_count", 1)
     q = kernel(KERNELS["int8"], 4 // groups)
-    x = IMAGE if IMAGES[image] is None else quantize(IMAGE, *IMAGES[image])
+    x = image(kind)
 
-    got = conv_general_dilated(x, q, strides, padding, dimension_numbers=NHWC, **options)
+    run = partial(conv_general_dilated, window_strides=strides, padding=padding, **options)
+    got = jax.jit(partial(run, dimension_numbers=NHWC))(x, q)
 
     dilations = {k: v for k, v in options.items() if "dilation" in k}
     assert_conv(got, x, q, strides, padding, groups, **dilations)
 
 
 def test_layouts_named_paddings_and_orders_of_either_side_change_nothing():
-    q, x = kernel(KERNELS["int8"]), quantize(IMAGE, *IMAGES["int8"])
+    q, x = kernel(KERNELS["int8"]), image("int8")
     want = conv_general_dilated(x, q, [1, 1], [(1, 1), (0, 1)], dimension_numbers=NHWC)
     assert_conv(want, x, q, (1, 1), ((1, 1), (0, 1)))
 
     # Channels first, as the default has it.
-    first = quantize(IMAGE.transpose(0, 3, 1, 2), ArrayConfig(), axis=(1, 2, 3))
+    first = quantized(IMAGE.transpose(0, 3, 1, 2), ArrayConfig(), axis=(1, 2, 3))
     turned = quantize(
         normal(3, 2, 4, 6, seed=1).transpose(3, 2, 0, 1), ArrayConfig(), axis=(1, 2, 3)
     )
@@ -108,7 +115,7 @@ def test_int8_convolutions_are_exact():
     codes = np.random.default_rng(0).choice([-127, -1, 0, 127], (2, 6, 7, 4)).astype(np.float32)
     kernel = np.random.default_rng(1).choice([-127, 0, 1, 127], (3, 2, 4, 6)).astype(np.float32)
     codes[:, 0, 0] = kernel[0, 0, 0] = 127
-    x, q = quantize(codes, *IMAGES["int8"]), quantize(kernel, *KERNELS["int8"])
+    x, q = quantized(codes, *IMAGES["int8"]), quantized(kernel, *KERNELS["int8"])
 
     got = conv_general_dilated(x, q, (1, 1), "VALID", dimension_numbers=NHWC)
 
@@ -118,17 +125,18 @@ def test_int8_convolutions_are_exact():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_inputs_are_quantized_per_example_with_one_factor_per_channel(symmetric):
     config = ArrayConfig(symmetric=symmetric)
-    factors = jnp.asarray([1.0, 2.0, 0.5, 3.0])
-    image = jnp.asarray(IMAGE)
+    factors = np.array([1.0, 2.0, 0.5, 3.0], np.float32)
 
-    for multiplier, x in ((None, image), (factors, image * factors.reshape(1, 1, 1, 4))):
-        for order in ORDERS:
-            q = with_inputs(kernel(KERNELS["int8"]), Inputs(config, multiplier=multiplier))
-            got = conv_general_dilated(
-                image, q.reorder(order), (1, 1), "VALID", dimension_numbers=NHWC
-            )
-            met = quantize(x, ArrayConfig(symmetric=symmetric), axis=(1, 2, 3))
-            assert_conv(got, met, q, (1, 1), ((0, 0), (0, 0)))
+    @partial(jax.jit, static_argnames="order")
+    def run(x, q, order):
+        q = q.reorder(order)
+        return conv_general_dilated(x, q, (1, 1), "VALID", dimension_numbers=NHWC)
+
+    for multiplier, order in ((None, ORDERS[0]), (factors, ORDERS[1])):
+        q = with_inputs(kernel(KERNELS["int8"]), Inputs(config, multiplier=multiplier))
+        x = IMAGE if multiplier is None else IMAGE * factors
+        met = quantize(x, config, axis=(1, 2, 3))
+        assert_conv(run(IMAGE, q, order), met, q, (1, 1), ((0, 0), (0, 0)))
 
 
 def convolutions(x, q, platform):
@@ -152,7 +160,7 @@ def convolutions(x, q, platform):
 def test_codes_are_convolved_as_integers_where_the_platform_can(platform, wanted):
     q = kernel(KERNELS["int8"])
     dynamic = with_inputs(q, Inputs(ArrayConfig()))
-    assert convolutions(quantize(IMAGE, *IMAGES["int8"]), q, platform) == [wanted]
+    assert convolutions(image("int8"), q, platform) == [wanted]
     assert convolutions(IMAGE, dynamic, platform) == [wanted]
 
 
@@ -174,39 +182,53 @@ SPECIAL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("special", SPECIAL)
-@pytest.mark.parametrize("images, kernels", LAYOUTS)
+# Each layout with two of them, and each of them with several ranks.
+SPECIAL_LAYOUTS = [
+    (*layout, name)
+    for i, layout in enumerate(LAYOUTS)
+    for name in (list(SPECIAL) * 2)[i % 4 : i % 4 + 4 : 2]
+]
+
+
+@pytest.mark.parametrize("images, kernels, special", SPECIAL_LAYOUTS)
 def test_images_equal_the_integers_of_xla_in_every_layout(images, kernels, special):
     sizes = {"N": 2, "C": 6, "D": 5, "H": 7, "W": 6, "I": 3, "O": 4}
     rank, windows = len(images) - 2, {"D": 2, "H": 3, "W": 2}
     shapes = [sizes[a] for a in images], [(windows | {"I": 3, "O": 4})[a] for a in kernels]
     shared = [a for a in range(rank + 2) if images[a] != "N"]
-    x = quantize(normal(*shapes[0]), ArrayConfig(), axis=tuple(shared))
+    x = quantized(normal(*shapes[0]), ArrayConfig(), axis=tuple(shared))
     shared = [a for a in range(rank + 2) if kernels[a] != "O"]
-    q = quantize(normal(*shapes[1], seed=1), ArrayConfig(), axis=tuple(shared))
+    q = quantized(normal(*shapes[1], seed=1), ArrayConfig(), axis=tuple(shared))
     padding, dilated, spacing = (y[:rank] if isinstance(y, tuple) else y for y in SPECIAL[special])
-    run = partial(
-        conv_general_dilated,
-        x,
-        q,
-        (2, 1, 2)[:rank],
-        padding,
-        dilated,
-        spacing,
-        dimension_numbers=(images, kernels, images),
-        feature_group_count=2,
-    )
-    got = run(implementation="images")
-    np.testing.assert_array_equal(got, run(implementation="integer"))
-    if special == "SAME":
-        np.testing.assert_array_equal(got, run())
+    names = ("images", "integer", None) if special == "SAME" else ("images", "integer")
+
+    @jax.jit
+    def run(x, q):
+        return [
+            conv_general_dilated(
+                x,
+                q,
+                (2, 1, 2)[:rank],
+                padding,
+                dilated,
+                spacing,
+                dimension_numbers=(images, kernels, images),
+                feature_group_count=2,
+                implementation=implementation,
+            )
+            for implementation in names
+        ]
+
+    got, *others = run(x, q)
+    for other in others:
+        np.testing.assert_array_equal(got, other)
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 7, 4), (2, 1, 7, 4)], ids=["no image", "no row left"])
 @pytest.mark.parametrize("rank", [2, 3])
 def test_empty_results_have_the_shape_of_the_float_ones(shape, rank):
     shape, letters = (*shape[:2], *(4,) * (rank - 2), *shape[2:]), "DHW"[-rank:]
-    q = quantize(normal(3, *(2,) * (rank - 1), 4, 6), ArrayConfig(), axis=tuple(range(rank + 1)))
+    q = quantized(normal(3, *(2,) * (rank - 1), 4, 6), ArrayConfig(), axis=tuple(range(rank + 1)))
     numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
     run = partial(
         conv_general_dilated,
@@ -216,11 +238,12 @@ def test_empty_results_have_the_shape_of_the_float_ones(shape, rank):
         dimension_numbers=numbers,
     )
     q = with_inputs(q, Inputs(ArrayConfig()))
-    assert run(rhs=q).shape == run(rhs=q.dequantize()).shape
+    shapes = [jax.eval_shape(lambda w=w: run(rhs=w)).shape for w in (q, q.dequantize())]
+    assert shapes[0] == shapes[1] == run(rhs=q).shape
 
 
 def test_images_with_out_sharding_raise():
-    x, q = quantize(IMAGE, *IMAGES["int8"]), kernel(KERNELS["int8"])
+    x, q = image("int8"), kernel(KERNELS["int8"])
     sharding = jax.NamedSharding(jax.make_mesh((1,), ("x",)), jax.P())
     run = partial(conv_general_dilated, x, q, (1, 1), "SAME", dimension_numbers=NHWC)
     with pytest.raises(ValueError, match="sharding of a result is for one convolution"):
@@ -229,8 +252,8 @@ def test_images_with_out_sharding_raise():
 
 def test_images_of_one_pixel_have_no_spatial_axes():
     x, q = (
-        quantize(normal(3, 4), ArrayConfig(), axis=1),
-        quantize(normal(5, 4), ArrayConfig(), axis=1),
+        quantized(normal(3, 4), ArrayConfig(), axis=1),
+        quantized(normal(5, 4), ArrayConfig(), axis=1),
     )
     run = partial(conv_general_dilated, x, q, (), "VALID")
     np.testing.assert_array_equal(run(implementation="images"), run(implementation="integer"))
@@ -247,8 +270,8 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("message", UNSUPPORTED)
 def test_unsupported_integer_raises_with_the_reason(message):
-    image, name = UNSUPPORTED[message]
-    x = IMAGE if IMAGES[image] is None else quantize(IMAGE, *IMAGES[image])
+    kind, name = UNSUPPORTED[message]
+    x = image(kind)
     with pytest.raises(ValueError, match=message.removeprefix("int8 ")):
         conv_general_dilated(
             x,
@@ -265,23 +288,23 @@ def test_scales_of_another_axis_of_the_same_length_raise():
         conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=NHWC
     )
     # As many rows as examples, and as many input channels as output channels.
-    x = quantize(normal(6, 6, 7, 4), ArrayConfig(), axis=(0, 2, 3))
-    q = quantize(normal(3, 2, 4, 4, seed=1), ArrayConfig(), axis=(0, 1, 3))
-    images = quantize(normal(6, 6, 7, 4), *IMAGES["int8"])
+    x = quantized(normal(6, 6, 7, 4), ArrayConfig(), axis=(0, 2, 3))
+    q = quantized(normal(3, 2, 4, 4, seed=1), ArrayConfig(), axis=(0, 1, 3))
+    images = quantized(normal(6, 6, 7, 4), *IMAGES["int8"])
     for lhs, rhs in ((x, kernel(KERNELS["int8"])), (images, q)):
         with pytest.raises(ValueError, match="change within an example or an output channel"):
             run(lhs, rhs, implementation="integer")
 
 
 def test_long_sums_and_batch_groups_are_not_convolved_as_integers():
-    long = quantize(np.ones((1, 1, 1, 131072), np.float32), ArrayConfig(), axis=3)
-    tall = quantize(np.ones((1, 1, 131072, 1), np.float32), ArrayConfig(), axis=2)
+    long = quantized(np.ones((1, 1, 1, 131072), np.float32), ArrayConfig(), axis=3)
+    tall = quantized(np.ones((1, 1, 131072, 1), np.float32), ArrayConfig(), axis=2)
     run = partial(
         conv_general_dilated, window_strides=(1, 1), padding="VALID", dimension_numbers=NHWC
     )
     with pytest.raises(ValueError, match="sums of 131072 codes may leave int32"):
         run(long, tall, implementation="integer")
-    x, q = quantize(IMAGE, *IMAGES["int8"]), kernel(KERNELS["int8"])
+    x, q = image("int8"), kernel(KERNELS["int8"])
     with pytest.raises(ValueError, match="batch groups mix the scales of examples"):
         run(x, q, batch_group_count=2, implementation="integer")
     got = run(x, q, batch_group_count=2)
@@ -290,7 +313,7 @@ def test_long_sums_and_batch_groups_are_not_convolved_as_integers():
 
 
 def test_both_implementations_give_the_same_numbers_and_dtypes():
-    x, q = quantize(IMAGE, *IMAGES["int8"]), kernel(KERNELS["int8"])
+    x, q = image("int8"), kernel(KERNELS["int8"])
     for implementation in ("images", "integer", "dequantize", None):
         got = conv_general_dilated(
             x,

@@ -7,7 +7,7 @@ import pytest
 
 from jaxquant import INT4, ArrayConfig, Inputs, einsum, matmul, quantize
 
-from .products import assert_product, normal, values, weight, with_inputs
+from .products import assert_product, normal, quantized, values, weight, with_inputs
 
 # (subscripts, shape of the float operand, of the weight, axes that the weight contracts).
 EQUATIONS = {
@@ -39,18 +39,20 @@ EQUATIONS = {
 def test_einsum_matches_numpy(case):
     equation, x_shape, w_shape, axis = EQUATIONS[case]
     x, w = normal(*x_shape), normal(*w_shape, seed=1)
-    q = quantize(w, ArrayConfig(symmetric=False), axis=axis)
+    q = quantized(w, ArrayConfig(symmetric=False), axis=axis)
     stored = q.reorder(tuple(range(-q.ndim, 0))[::-1])
     # NumPy does not sum the axes under an ellipsis, as jnp does.
     oracle = equation.replace("...k,kn->n", "abk,kn->n")
 
-    got = jax.jit(partial(einsum, equation))(x, stored)
-
-    assert_product(got, oracle, x, q)
     left, right, *output = equation.replace(" ", "").replace("->", ",").split(",")
-    if output:
-        swapped = jax.jit(partial(einsum, f"{right},{left}->{output[0]}"))(stored, x)
-        assert_product(swapped, oracle, x, q)
+
+    @jax.jit
+    def both_ways(x, q):
+        swapped = [einsum(f"{right},{left}->{labels}", q, x) for labels in output]
+        return [einsum(equation, x, q), *swapped]
+
+    for got in both_ways(x, stored):
+        assert_product(got, oracle, x, q)
 
 
 def test_several_operands_are_contracted_from_left_to_right():
@@ -104,12 +106,13 @@ SHAPES = [
 def test_matmul_matches_numpy_for_every_rank(a_shape, b_shape):
     a, b = normal(*a_shape), normal(*b_shape, seed=1)
     a_axis, b_axis = -1, -2 if b.ndim > 1 else 0
-    left, right = quantize(a, ArrayConfig(), axis=a_axis), quantize(b, ArrayConfig(), axis=b_axis)
+    left, right = quantized(a, ArrayConfig(), a_axis), quantized(b, ArrayConfig(), b_axis)
     if a.ndim > 1 and b.ndim > 1:
         left, right = left.reorder((-1, -2)), right.reorder((-1, -2))
 
-    for x, y in ((a, right), (left, b), (left, right)):
-        got = jax.jit(matmul)(x, y)
+    pairs = ((a, right), (left, b), (left, right))
+    products = jax.jit(lambda pairs: [matmul(x, y) for x, y in pairs])
+    for got, (x, y) in zip(products(pairs), pairs, strict=True):
         arrays = [values(v) for v in (x, y)]
         want, size = np.matmul(*arrays), np.matmul(*map(np.abs, arrays))
         assert got.shape == want.shape
@@ -119,18 +122,18 @@ def test_matmul_matches_numpy_for_every_rank(a_shape, b_shape):
 @pytest.mark.parametrize("order", [None, (-1, -2), (-1, -3, -2)])
 def test_a_broadcast_axis_keeps_the_inputs_of_the_weight(order):
     x, w = normal(3, 5, 8), normal(1, 8, 6, seed=1)
-    q = with_inputs(quantize(w, ArrayConfig(), axis=1), Inputs(ArrayConfig()))
+    q = with_inputs(quantized(w, ArrayConfig(), axis=1), Inputs(ArrayConfig()))
 
     got = matmul(x, q.reorder(order))
 
-    inputs = quantize(x, ArrayConfig(), axis=-1)
+    inputs = quantized(x, ArrayConfig(), axis=-1)
     assert_product(got, "bmk,zkn->bmn", inputs, q)
 
 
 @pytest.mark.parametrize("run", [partial(einsum, "mk,kn->mn"), matmul], ids=["einsum", "matmul"])
 @pytest.mark.parametrize("implementation", ["integer", "dequantize"])
 def test_every_option_reaches_dot_general(implementation, run):
-    x, q = quantize(normal(5, 8), ArrayConfig(), axis=1), weight(ArrayConfig(), (8, 6))
+    x, q = quantized(normal(5, 8), ArrayConfig(), axis=1), weight(ArrayConfig(), (8, 6))
 
     got = run(x, q, implementation=implementation, preferred_element_type=jnp.bfloat16)
     assert got.dtype == jnp.bfloat16

@@ -25,13 +25,13 @@ from jaxquant import (
 
 from .. import oracles
 from .products import (
-    FEW,
     WEIGHTS,
     K,
     M,
     N,
     assert_product,
     normal,
+    quantized,
     values,
     weight,
     with_inputs,
@@ -110,28 +110,31 @@ def test_a_quantized_operand_is_left_as_it_is():
     assert_product(matmul(x, q), "mk,kn->mn", x, q)
 
 
-@pytest.mark.parametrize("order", [None, (-2, -1, -3), (-1, -2)])
-@pytest.mark.parametrize("equation", ["bthk,hkd->btd", "btkh,hkd->btd"])
+@pytest.mark.parametrize(
+    "equation, order", [("bthk,hkd->btd", (-2, -1, -3)), ("btkh,hkd->btd", (-1, -2))]
+)
 def test_a_multiplier_has_the_axes_of_the_weight(equation, order):
     # Square heads, so that a swap cannot be seen from the shape.
     x, w = jnp.asarray(normal(2, 3, 4, 4)), normal(4, 4, 6, seed=1)
     factors = jnp.asarray(normal(4, 4, seed=2))
-    q = quantize(w, ArrayConfig(), axis=(0, 1)).reorder(order)
+    q = quantized(w, ArrayConfig(), axis=(0, 1)).reorder(order)
     labels = equation.split(",")[0]
 
-    got = einsum(equation, x, with_inputs(q, Inputs(multiplier=factors)))
-    assert_product(got, equation.replace(",", ",hk,"), x, factors, q)
+    @jax.jit
+    def products(x, factors, q):
+        given = Inputs(multiplier=factors), Inputs(ArrayConfig(), multiplier=factors)
+        met = jnp.einsum(f"{labels},hk->{labels}", x, factors)
+        outs = [einsum(equation, x, with_inputs(q, inputs)) for inputs in given]
+        return outs, quantize(met, ArrayConfig(), axis=(2, 3))
 
-    config = ArrayConfig()
-    quantized = einsum(equation, x, with_inputs(q, Inputs(config, multiplier=factors)))
-    met = jnp.einsum(f"{labels},hk->{labels}", x, factors)
-    met = quantize(met, ArrayConfig(), axis=(2, 3))
-    assert_product(quantized, equation, met, q)
+    (in_float, in_codes), met = products(x, factors, q)
+    assert_product(in_float, equation.replace(",", ",hk,"), x, factors, q)
+    assert_product(in_codes, equation, met, q)
 
 
 def test_one_scale_serves_all_contracted_axes_of_a_row():
     x, w = jnp.asarray(normal(2, 3, 4, 8)), normal(4, 8, 6, seed=1)
-    q = with_inputs(quantize(w, ArrayConfig(), axis=(0, 1)), Inputs(ArrayConfig()))
+    q = with_inputs(quantized(w, ArrayConfig(), axis=(0, 1)), Inputs(ArrayConfig()))
     got = einsum("bthk,hkd->btd", x, q)
     assert_product(got, "bthk,hkd->btd", quantize(x, ArrayConfig(), axis=(2, 3)), q)
 
@@ -154,20 +157,21 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("name", SPOILED)
-@pytest.mark.parametrize("weights", ["int8", "int4-g32"])
-def test_nan_or_inf_in_a_row_spoils_this_row_and_no_other(name, weights):
+def test_nan_or_inf_in_a_row_spoils_this_row_and_no_other(name):
+    weights = "int4-g32" if name in ("per token", "mxfp8") else "int8"
     q = with_inputs(weight(WEIGHTS[weights]), SPOILED[name])
     x = np.array(X)
     x[1, 3], x[3, K - 1] = np.nan, np.inf
 
-    got = np.asarray(jax.jit(matmul)(x, q))
+    product = jax.jit(matmul)
+    got = np.asarray(product(x, q))
 
     is_spoiled = ~np.isfinite(got)
     np.testing.assert_array_equal(is_spoiled.any(1), [False, True, False, True, False])
     assert is_spoiled[1].all()
     # In a float product Inf times a code of zero is NaN, and times another is Inf.
     assert np.isnan(got[3]).all() or SPOILED[name] is None
-    np.testing.assert_array_equal(got[::2], np.asarray(jax.jit(matmul)(X, q))[::2])
+    np.testing.assert_array_equal(got[::2], np.asarray(product(X, q))[::2])
 
 
 COTANGENT = normal(M, N, seed=3)
@@ -187,8 +191,15 @@ def clip_limit(name):
     return np.repeat(464 * np.asarray(met.scale, np.float32), 32, 1) if is_mxfp8 else np.inf
 
 
-@pytest.mark.parametrize("name", ["nothing", "per token", "asymmetric", "static", "mxfp8"])
-@pytest.mark.parametrize("weights", FEW)
+# Each kind of inputs and each kind of weight once.
+WITH_GRADIENTS = [
+    ("int8", name) for name in ("nothing", "per token", "asymmetric", "static", "mxfp8")
+]
+WITH_GRADIENTS += [("int8-asym", "per token"), ("int8-blocks", "static"), ("nf4", "nothing")]
+WITH_GRADIENTS += [("int4-asym-g32", "asymmetric"), ("fp8_e4m3", "mxfp8"), ("nvfp4", "static")]
+
+
+@pytest.mark.parametrize("weights, name", WITH_GRADIENTS)
 def test_a_float_operand_gets_the_gradient_of_the_product_where_it_is_not_clipped(weights, name):
     q = with_inputs(weight(WEIGHTS[weights]).reorder((-1, -2)), TREATMENTS[name][0])
     got = jax.jit(jax.grad(partial(loss, matmul)))(X, q)
@@ -225,14 +236,16 @@ def test_gradients_pass_through_the_multiplier_and_reach_it(name):
     def product(x, multiplier):
         return matmul(x, with_inputs(q, Inputs(inputs.config, multiplier=multiplier)))
 
-    of_x, of_multiplier = jax.grad(partial(loss, product), (0, 1))(X, MULTIPLIER)
+    of_x, of_multiplier = jax.jit(jax.grad(partial(loss, product), (0, 1)))(X, MULTIPLIER)
 
     assert_product(of_x, "mn,kn,k->mk", COTANGENT, q, MULTIPLIER)
     assert_product(of_multiplier, "mn,kn,mk->k", COTANGENT, q, X, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("order", [None, (-1, -2)])
-@pytest.mark.parametrize("name", ["int8", "int8-asym", "int8-blocks", "int4-asym-g32", "fp8_e4m3"])
+SCALED = [("int8", None), ("int8-asym", (-1, -2)), ("int8-blocks", (-1, -2)), ("fp8_e4m3", None)]
+
+
+@pytest.mark.parametrize("name, order", [*SCALED, ("int4-asym-g32", (-1, -2))])
 def test_scales_get_their_gradient(name, order):
     q = weight(WEIGHTS[name]).reorder(order)
 
@@ -242,7 +255,7 @@ def test_scales_get_their_gradient(name, order):
     bare = values(
         q.__class__(
             q.codes,
-            jnp.ones_like(q.scale),
+            np.ones(q.scale.shape, np.float32),
             q.zero_point,
             format=q.format,
             dtype=q.dtype,
@@ -252,39 +265,40 @@ def test_scales_get_their_gradient(name, order):
     of_weight = np.asarray(X, np.float64).T @ COTANGENT * bare
     counts = q.reorder(None).scale.shape
     want = oracles.sum_blocks(of_weight, counts)
-    of_scale = np.asarray(got.scale if order is None else got.scale.T)
+    of_scale = np.asarray(got.scale) if order is None else np.asarray(got.scale).T
     np.testing.assert_allclose(of_scale, want, rtol=1e-4, atol=1e-3 * np.abs(want).max())
 
 
 def test_both_scales_get_their_gradient_and_no_code_does():
-    x = quantize(X, ArrayConfig(format=FP8_E4M3), axis=1)
+    x = quantized(X, ArrayConfig(format=FP8_E4M3), axis=1)
     q = weight(ArrayConfig(format=FP8_E4M3))
 
-    of_x, of_q = jax.grad(partial(loss, matmul), (0, 1))(x, q)
+    of_x, of_q = jax.jit(jax.grad(partial(loss, matmul), (0, 1)))(x, q)
 
     product = np.asarray(matmul(x, q), np.float64) * COTANGENT
-    np.testing.assert_allclose(of_x.scale * x.scale, product.sum(1, keepdims=True), rtol=1e-3)
-    np.testing.assert_allclose(of_q.scale * q.scale, product.sum(0, keepdims=True), rtol=1e-3)
-    for gradient in (of_x, of_q):
+    for gradient, operand, axis in ((of_x, x, 1), (of_q, q, 0)):
+        got = np.asarray(gradient.scale) * np.asarray(operand.scale)
+        np.testing.assert_allclose(got, product.sum(axis, keepdims=True), rtol=1e-3)
         assert gradient.codes.dtype == jnp.float8_e4m3fn
-        np.testing.assert_array_equal(gradient.codes.astype(np.float32), 0)
+        np.testing.assert_array_equal(np.asarray(gradient.codes).astype(np.float32), 0)
 
 
 def test_of_nested_scales_only_the_wide_one_gets_a_gradient():
     q = weight(ArrayConfig(format=NVFP4))
-    gradient = jax.grad(lambda q: loss(matmul, X, q))(q)
+    gradient = jax.jit(jax.grad(lambda q: loss(matmul, X, q)))(q)
 
     assert isinstance(q.scale, QTensor)
-    np.testing.assert_array_equal(gradient.scale.codes.astype(np.float32), 0)
-    np.testing.assert_array_equal(gradient.codes.astype(np.float32), 0)
+    for codes in (gradient.scale.codes, gradient.codes):
+        np.testing.assert_array_equal(np.asarray(codes).astype(np.float32), 0)
     product = np.sum(np.asarray(matmul(X, q), np.float64) * COTANGENT)
-    np.testing.assert_allclose(np.sum(gradient.scale.scale * q.scale.scale), product, rtol=1e-4)
+    got = np.sum(np.asarray(gradient.scale.scale) * np.asarray(q.scale.scale))
+    np.testing.assert_allclose(got, product, rtol=1e-4)
 
 
 def test_a_sum_without_a_product_gives_no_gradient_to_codes():
     q = weight(ArrayConfig(format=FP8_E4M3))
-    gradient = jax.grad(lambda q: jnp.sum(einsum("kn->n", q)))(q)
-    np.testing.assert_array_equal(gradient.codes.astype(np.float32), 0)
+    gradient = jax.jit(jax.grad(lambda q: jnp.sum(einsum("kn->n", q))))(q)
+    np.testing.assert_array_equal(np.asarray(gradient.codes).astype(np.float32), 0)
     want = np.asarray(q.codes, np.float64).sum(0, keepdims=True)
     np.testing.assert_allclose(gradient.scale, want, rtol=1e-5, atol=1e-2)
 
@@ -294,10 +308,11 @@ def test_forward_derivatives_are_those_of_the_float_product(name):
     inputs, _ = TREATMENTS[name]
     q, tangent = with_inputs(weight(WEIGHTS["int8"]), inputs), jnp.asarray(normal(M, K, seed=5))
 
-    out, derivative = jax.jvp(lambda x: matmul(x, q), (X,), (tangent,))
+    product = jax.jit(matmul)
+    out, derivative = jax.jvp(lambda x: product(x, q), (X,), (tangent,))
 
     factors = MULTIPLIER if name == "multiplier" else np.ones(K)
-    np.testing.assert_array_equal(out, matmul(X, q))
+    np.testing.assert_array_equal(out, product(X, q))
     assert_product(derivative, "mk,k,kn->mn", tangent, factors, q)
 
 
@@ -309,33 +324,36 @@ def test_gradients_are_the_same_in_every_transformation():
 
     want = np.asarray(COTANGENT, np.float64) @ values(q).T
     rematerialized = jax.checkpoint(lambda x: matmul(x, q))
-    results = {
-        "jit": jax.jit(of_row)(X, COTANGENT),
-        "vmap": jax.vmap(of_row)(X, jnp.asarray(COTANGENT)),
-        "scan": jax.lax.scan(
-            lambda _, pair: (None, of_row(*pair)), None, (X, jnp.asarray(COTANGENT))
-        )[1],
-        "remat": jax.grad(partial(loss, rematerialized))(X),
-        "reverse of scan": jax.grad(
-            lambda x: jnp.sum(
-                jax.lax.scan(lambda _, row: (None, matmul(row, q)), None, x)[1] * COTANGENT
-            )
-        )(X),
-    }
-    for name, got in results.items():
+
+    @jax.jit
+    def transformed(x, cotangent):
+        return {
+            "jit": of_row(x, cotangent),
+            "vmap": jax.vmap(of_row)(x, cotangent),
+            "scan": jax.lax.scan(lambda _, pair: (None, of_row(*pair)), None, (x, cotangent))[1],
+            "remat": jax.grad(partial(loss, rematerialized))(x),
+            "reverse of scan": jax.grad(
+                lambda x: jnp.sum(
+                    jax.lax.scan(lambda _, row: (None, matmul(row, q)), None, x)[1] * cotangent
+                )
+            )(x),
+        }
+
+    for name, got in transformed(X, COTANGENT).items():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3, err_msg=name)
 
 
 def test_second_derivatives_exist():
     q = weight(WEIGHTS["int8"])
-    hessian = jax.hessian(lambda x: jnp.sum(matmul(x, q) ** 2))(X[0])
+    hessian = jax.jit(jax.hessian(lambda x: jnp.sum(matmul(x, q) ** 2)))(np.asarray(X)[0])
     np.testing.assert_allclose(hessian, 2 * values(q) @ values(q).T, rtol=1e-4, atol=1e-3)
 
 
 def test_gradients_keep_the_dtype_of_the_operand():
     q = with_inputs(weight(WEIGHTS["int8"]).astype(jnp.bfloat16), Inputs(ArrayConfig()))
     x = X.astype(jnp.bfloat16)
-    gradient = jax.grad(lambda x: jnp.sum(matmul(x, q, preferred_element_type=jnp.float32)))(x)
+    product = partial(matmul, preferred_element_type=jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(product(x, q))))(x)
     assert gradient.dtype == jnp.bfloat16
     assert_product(gradient, "mn,kn->mk", np.ones((M, N)), q, tolerance=2.0**-7)
 
@@ -343,14 +361,15 @@ def test_gradients_keep_the_dtype_of_the_operand():
 @pytest.mark.parametrize("name", ["nothing", "per token"])
 def test_convolutions_get_the_gradient_of_the_float_convolution(name):
     image, axes = jnp.asarray(normal(2, 5, 6, 4)), (0, 1, 2)
-    q = with_inputs(quantize(normal(3, 3, 4, 6, seed=1), ArrayConfig(), axes), TREATMENTS[name][0])
+    q = quantized(normal(3, 3, 4, 6, seed=1), ArrayConfig(), axes)
+    q = with_inputs(q, TREATMENTS[name][0])
 
     def convolve(x, w):
         out = conv_general_dilated(x, w, (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return jnp.sum(out * normal(*out.shape, seed=2))
 
     got = jax.jit(jax.grad(convolve))(image, q)
-    want = jax.grad(convolve)(image, q.dequantize())
+    want = jax.jit(jax.grad(convolve))(image, q.dequantize())
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
 

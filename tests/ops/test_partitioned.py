@@ -39,7 +39,11 @@ def weight_of(scheme, seed=0):
     return tree.quantize(w, [Rule("w", SCHEMES[scheme])], platform="cpu")["w"]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+# The weights of these lie as those of others do: codes with scales per column or per group.
+ALIKE = ("W8A16", "W4A16", "MXFP8A8", "MXFP4A16")
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ALIKE])
 def test_sharded_weights_stay_where_they_are(scheme):
     q, x = weight_of(scheme), jnp.asarray(normal(ROWS, K))
     parts = [sharded(q, axis) for axis in (0, 1)]

@@ -11,11 +11,11 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxquant import INT2, INT4, NF4, NVFP4, ArrayConfig, QTensor, explain, matmul, quantize, scan
+from jaxquant import INT2, INT4, NF4, NVFP4, ArrayConfig, QTensor, explain, matmul, scan
 from jaxquant.jaxprs.copying_scan import _compiled
 from jaxquant.kernels import cpu
 
-from .products import assert_product, normal
+from .products import assert_product, normal, quantized
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -34,9 +34,9 @@ CONFIGS = {
 def stack(config, shape=(K, N)):
     """Layers that differ, stored column by column."""
     layers = [
-        quantize(normal(*shape, seed=i), config, axis=-2).reorder((-1, -2)) for i in range(LAYERS)
+        quantized(normal(*shape, seed=i), config, axis=-2).reorder((-1, -2)) for i in range(LAYERS)
     ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *layers)
 
 
 def shape_of(config):
@@ -150,7 +150,7 @@ def twice(q, axis):
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_transformations_equal_those_of_the_plain_scan(name):
     run = TRANSFORMED[name]
-    got, want = (jax.jit(partial(run, s))(X, SQUARE) for s in (scan, lax.scan))
+    got, want = jax.jit(lambda x, q: [run(s, x, q) for s in (scan, lax.scan)])(X, SQUARE)
     assert_same(got, want)
     if cpu.unavailable() is None:
         # A gradient is that of the plain scan, which keeps no second stack of codes.

@@ -24,11 +24,20 @@ from jaxquant import (
     take,
 )
 
-from .products import WEIGHTS, K, M, assert_product, normal, values, weight, with_inputs
+from .products import (
+    WEIGHTS,
+    K,
+    M,
+    assert_product,
+    normal,
+    quantized,
+    values,
+    weight,
+    with_inputs,
+)
 
 LAYERS, WIDTH = 3, 32
 STACKS = {
-    "int8": (ArrayConfig(), None, None),
     "int8, inputs": (ArrayConfig(), (-1, -2), Inputs(ArrayConfig())),
     "int4-g16": (ArrayConfig(format=INT4, group_size=16, symmetric=False), (-1, -2), None),
     "nvfp4, inputs": (ArrayConfig(format=NVFP4), None, Inputs(ArrayConfig(format=NVFP4))),
@@ -39,8 +48,8 @@ STACKS = {
 def stack_of_layers(name):
     config, order, inputs = STACKS[name]
     weights = normal(LAYERS, WIDTH, WIDTH, center=0) / WIDTH
-    layers = [with_inputs(quantize(w, config).reorder(order), inputs) for w in weights]
-    return layers, jax.tree.map(lambda *a: jnp.stack(a), *layers)
+    layers = [with_inputs(quantized(w, config).reorder(order), inputs) for w in weights]
+    return layers, jax.tree.map(lambda *a: np.stack(a), *layers)
 
 
 @pytest.mark.parametrize("name", STACKS)
@@ -63,11 +72,14 @@ def test_a_scan_over_stacked_layers_equals_the_loop(name):
         return x
 
     def with_gradient(f):
-        return jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.square(f(x)))))(x)
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.square(f(x))))
 
-    want, want_gradient = with_gradient(in_a_loop)
-    for f in (in_a_scan, in_a_checkpointed_scan):
-        got, gradient = with_gradient(f)
+    @jax.jit
+    def all_of_them(x):
+        return [with_gradient(f)(x) for f in (in_a_loop, in_a_scan, in_a_checkpointed_scan)]
+
+    (want, want_gradient), *others = all_of_them(x)
+    for got, gradient in others:
         np.testing.assert_allclose(got, want, rtol=1e-5)
         np.testing.assert_allclose(gradient, want_gradient, rtol=1e-4, atol=1e-5)
 
@@ -75,12 +87,12 @@ def test_a_scan_over_stacked_layers_equals_the_loop(name):
 @pytest.mark.parametrize("name", ["int8, inputs", "int4-g16"])
 def test_vmap_over_weights_activations_or_both_equals_the_loop(name):
     layers, stack = stack_of_layers(name)
-    x = jnp.asarray(normal(LAYERS, M, WIDTH))
+    x, product = normal(LAYERS, M, WIDTH), jax.jit(matmul)
     for axes in ((None, 0), (0, None), (0, 0)):
         a, b = (x if axes[0] == 0 else x[0]), (stack if axes[1] == 0 else layers[0])
         got = jax.jit(jax.vmap(matmul, in_axes=axes))(a, b)
         want = [
-            matmul(x[i if axes[0] == 0 else 0], layers[i if axes[1] == 0 else 0])
+            product(x[i if axes[0] == 0 else 0], layers[i if axes[1] == 0 else 0])
             for i in range(LAYERS)
         ]
         np.testing.assert_allclose(got, np.stack(want), rtol=1e-5, atol=1e-5)
@@ -123,13 +135,16 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
-@pytest.mark.parametrize("name", SHARDED)
+PLACED = [("int8", "columns"), ("int8", "contracted"), ("int4-g4", "rows"), ("int4-g4", "both")]
+PLACED += [("int4-g4", "contracted"), ("fp8", "both")]
+
+
+@pytest.mark.parametrize("name, sharding", PLACED)
 def test_products_of_parts_on_eight_devices_match_numpy(name, sharding):
     of_x, of_weight, of_result, summed = SHARDINGS[sharding]
     weights, inputs = SHARDED[name]
     q, x = weight(weights), jnp.asarray(normal(8, K))
-    x = x if inputs is None else quantize(x, inputs, axis=1)
+    x = x if inputs is None else quantized(x, inputs, axis=1)
 
     @jax.jit
     @partial(
@@ -145,8 +160,7 @@ def test_products_of_parts_on_eight_devices_match_numpy(name, sharding):
     assert_product(product(x, q), "mk,kn->mn", x, q)
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name, sharding", PLACED)
 def test_the_compiler_divides_products_of_sharded_arrays(name, sharding):
     of_x, of_weight, _, _ = SHARDINGS[sharding]
     weights, inputs = SHARDED[name]
@@ -160,7 +174,7 @@ def test_the_compiler_divides_products_of_sharded_arrays(name, sharding):
             tree,
         )
 
-    met = x if inputs is None else quantize(x, inputs, axis=1)
+    met = x if inputs is None else quantized(x, inputs, axis=1)
     got = jax.jit(matmul)(place(x, of_x), place(q, of_weight))
     assert_product(got, "mk,kn->mn", met, q)
 
@@ -199,7 +213,7 @@ def test_the_result_lies_where_out_sharding_says(name):
             assert_product(out, f"mk,kn->{labels}", x, q)
 
 
-@pytest.mark.parametrize("output", ["bmn", "nbm", "mnb", "mbn"])
+@pytest.mark.parametrize("output", ["nbm", "mnb"])
 @pytest.mark.parametrize("implementation", ["integer", "dequantize"])
 def test_out_sharding_names_the_axes_of_the_result_however_they_are_turned(output, implementation):
     with jax.set_mesh(mesh(4, 2, explicit=True)):
@@ -247,7 +261,7 @@ def test_wide_weights_in_parts_need_no_out_sharding():
 
 def test_convolutions_keep_the_sharding_of_their_images():
     dims = ("NHWC", "HWIO", "NHWC")
-    q = quantize(normal(3, 3, 4, 6), ArrayConfig(), axis=(0, 1, 2))
+    q = quantized(normal(3, 3, 4, 6), ArrayConfig(), axis=(0, 1, 2))
     with jax.set_mesh(mesh(4, 2, explicit=True)):
         image = jax.device_put(normal(8, 5, 6, 4), P("a"))
         images = quantize(image, ArrayConfig(), axis=(1, 2, 3))
@@ -263,13 +277,13 @@ def test_convolutions_keep_the_sharding_of_their_images():
 def parameters():
     orders = {"attention": (-2, -1, -3), "up": (-1, -2)}
     params = {
-        "embedding": quantize(normal(40, K), ArrayConfig(format=INT4), axis=1),
-        "attention": quantize(normal(K, 4, 6, center=0), ArrayConfig()),
-        "up": quantize(
+        "embedding": quantized(normal(40, K), ArrayConfig(format=INT4), axis=1),
+        "attention": quantized(normal(K, 4, 6, center=0), ArrayConfig()),
+        "up": quantized(
             normal(24, 512, center=0), ArrayConfig(format=INT4, group_size=8, symmetric=False)
         ),
         "down": with_inputs(
-            quantize(normal(512, 8, center=0), ArrayConfig(format=NVFP4)),
+            quantized(normal(512, 8, center=0), ArrayConfig(format=NVFP4)),
             Inputs(ArrayConfig(format=FP8_E4M3), multiplier=jnp.linspace(0.5, 2, 512)),
         ),
         "bias": jnp.linspace(-1, 1, 8),
@@ -316,7 +330,7 @@ def test_float_and_quantized_runs_of_one_function_never_change_each_other():
         np.testing.assert_allclose(run(plain, x), want_float, rtol=1e-4, atol=1e-3)
         assert_product(run(params, x), "mk,kn->mn", met, params["down"])
     assert len(traces) == 2 + 2, "jitted once for each, and run eagerly once for each"
-    assert model(params, tokens).shape == (7, 8)
+    assert jax.eval_shape(model, params, tokens).shape == (7, 8)
 
 
 def test_equal_weights_in_all_that_is_static_share_one_compilation():

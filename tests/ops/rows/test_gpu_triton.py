@@ -28,7 +28,7 @@ from jaxquant.ops.rows import gpu_triton
 
 from ...cases import Case
 from ...triton import lowered_for_gpu, mesh_of_gpus
-from ..products import assert_product, normal, spec_of_rows, weight
+from ..products import assert_product, normal, quantized, spec_of_rows, weight
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -59,7 +59,7 @@ def stored(config: Any = G128, order=(-1, -2), seed=1):
 def test_products_of_operands_as_they_are_stored_match_numpy(name):
     q, config = stored(RIGHT[name]), LEFT[name]
     floats = normal(2, 3, K)
-    x = jnp.asarray(floats, name) if config is None else quantize(floats, config, axis=-1)
+    x = jnp.asarray(floats, name) if config is None else quantized(floats, config, axis=-1)
     assert_product(product(x, q, dtype=jnp.float32), "abk,kn->abn", x, q)
     narrow = jax.eval_shape(partial(product, dtype=jnp.bfloat16), x, q)
     assert (narrow.shape, narrow.dtype) == ((2, 3, N), jnp.bfloat16)
@@ -127,14 +127,14 @@ CODES = {
 @pytest.mark.parametrize("name", CODES)
 def test_products_of_int8_codes_have_the_bits_of_the_integer_row(name):
     left, right = CODES[name]
-    q, x = stored(right), quantize(normal(3, 4, K, seed=2), *left)
+    q, x = stored(right), quantized(normal(3, 4, K, seed=2), *left)
     got = product(x, q, dtype=name)
     by_xla = partial(matmul, implementation="integer", preferred_element_type=name)
     np.testing.assert_array_equal(got, jax.jit(by_xla)(x, q), strict=True)
 
 
 def test_products_of_float8_codes_match_numpy():
-    q, x = stored(FP8_COLUMNS), quantize(normal(2, 3, K), *FP8_ROWS)
+    q, x = stored(FP8_COLUMNS), quantized(normal(2, 3, K), *FP8_ROWS)
     assert_product(product(x, q, dtype=jnp.float32), "abk,kn->abn", x, q)
 
 
@@ -169,7 +169,7 @@ UNSUPPORTED_CODES = {
 def test_unsupported_codes_raise_with_the_reason(reason):
     left, right, options = UNSUPPORTED_CODES[reason]
     x = jnp.asarray(normal(3, K))
-    x = x if left is None else quantize(x, *left)
+    x = x if left is None else quantized(x, *left)
     with pytest.raises(ValueError, match=f"implementation='triton' cannot run .*{reason}"):
         forced(x, stored(right), **options)
 
@@ -188,7 +188,7 @@ def test_sums_that_may_overflow_int32_raise():
 def test_without_triton_nothing_is_taken(monkeypatch):
     monkeypatch.setattr(pallas_gpu, "triton", None)
     x = jnp.zeros((2, K))
-    for left, right in ((x, stored()), (quantize(x, *PER_ROW), stored(PER_COLUMN))):
+    for left, right in ((x, stored()), (quantized(x, *PER_ROW), stored(PER_COLUMN))):
         assert (
             gpu_triton.why_unsupported(left, right, spec_of_rows(1))
             == "this JAX does not include Triton"
@@ -196,7 +196,7 @@ def test_without_triton_nothing_is_taken(monkeypatch):
 
 
 def test_integer_codes_ignore_precision():
-    x, q = quantize(normal(3, K), *PER_ROW), stored(PER_COLUMN)
+    x, q = quantized(normal(3, K), *PER_ROW), stored(PER_COLUMN)
     with jax.default_matmul_precision("float32"):
         assert gpu_triton.why_unsupported(x, q, spec_of_rows(1, "highest")) is None
 
@@ -264,7 +264,7 @@ def test_programs_for_several_platforms_or_devices_do_without():
 
 def test_gradients_and_batches_of_codes_run_the_kernel_once():
     q = stored(PER_COLUMN).astype(jnp.bfloat16)
-    x = quantize(jnp.ones((16, K), jnp.bfloat16), *PER_ROW)
+    x = quantized(jnp.ones((16, K), jnp.bfloat16), *PER_ROW)
     text = text_of(forced, x, q)
     assert text.count("gpu.triton") == 1
     # The result is written in its dtype, and nothing wider.
@@ -282,11 +282,11 @@ def test_gradients_and_batches_of_codes_run_the_kernel_once():
 
 def test_explain_says_what_the_kernel_multiplies():
     x, q = jnp.ones((16, K)), stored(PER_COLUMN)
-    (row,) = explain(matmul, quantize(x, *PER_ROW), q, platform="gpu")
+    (row,) = explain(matmul, quantized(x, *PER_ROW), q, platform="gpu")
     assert (row.implementation, row.is_integer) == ("integer", True)
     assert row.not_selected == (("triton", "not measured on a GPU yet"),)
-    (row,) = explain(forced, quantize(x, *PER_ROW), q, platform="gpu")
+    (row,) = explain(forced, quantized(x, *PER_ROW), q, platform="gpu")
     assert (row.implementation, row.is_integer) == ("triton", True)
     for left, right in ((PER_ROW, G128), (FP8_ROWS, FP8_COLUMNS)):
-        (row,) = explain(forced, quantize(x, *left), stored(right), platform="gpu")
+        (row,) = explain(forced, quantized(x, *left), stored(right), platform="gpu")
         assert not row.is_integer

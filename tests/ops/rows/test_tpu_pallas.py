@@ -25,7 +25,7 @@ from jaxquant.ops import inputs
 from jaxquant.ops.rows import tpu_pallas
 
 from ...cases import Case
-from ..products import assert_product, normal, spec_of_rows, weight, with_inputs
+from ..products import assert_product, normal, quantized, spec_of_rows, weight, with_inputs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -48,7 +48,7 @@ product = jax.jit(partial(tpu_pallas.run, interpret=True), static_argnames="dtyp
 def test_products_of_operands_as_they_are_stored_match_numpy(name):
     q, x = weight(RIGHT[name], (K, N)), jnp.asarray(normal(2, 3, K), jnp.bfloat16)
     if LEFT[name] is not None:
-        x = quantize(x.astype(jnp.float32), LEFT[name], axis=-1)
+        x = quantized(x.astype(jnp.float32), LEFT[name], axis=-1)
     # Values, not codes, are rounded to bfloat16.
     tolerance = 2.0**-8 if name == "int8 asymmetric" else 2e-6
     got = product(x, q, dtype=jnp.float32)
@@ -73,7 +73,7 @@ def test_fractions_of_zero_points_are_kept(name, zero, tolerance):
 
 
 def test_one_scale_for_all_rows_and_results_of_16_bits():
-    q, x = weight(G128, (K, N)), quantize(normal(2, 3, K), ArrayConfig(per_tensor=True))
+    q, x = weight(G128, (K, N)), quantized(normal(2, 3, K), ArrayConfig(per_tensor=True))
     for dtype, tolerance in ((jnp.float32, 2e-6), (jnp.bfloat16, 2.0**-8)):
         got = product(x, q, dtype=dtype)
         assert got.dtype == dtype

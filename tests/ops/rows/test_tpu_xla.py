@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import FP8_E4M3, NF4, ArrayConfig, dot_general, matmul, quantize
+from jaxquant import FP8_E4M3, NF4, ArrayConfig, dot_general, matmul
 from jaxquant.jaxprs import by_generation, chips, tpu_generation
 from jaxquant.ops.rows import tpu_pallas, tpu_xla
 
 from ...cases import Case
-from ..products import INPUTS, WEIGHTS, K, M, N, assert_product, normal, weight
+from ..products import INPUTS, WEIGHTS, K, M, N, assert_product, normal, quantized, weight
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-ROWS = quantize(normal(M, K), INPUTS["int8"], axis=-1)
+ROWS = quantized(normal(M, K), INPUTS["int8"], axis=-1)
 WAITING = {
     "int8": WEIGHTS["int8"],
     "int8-tensor": WEIGHTS["int8-tensor"],
@@ -31,7 +31,7 @@ NOT_WAITING = ("int8-asym", "int4-asym-g32", "nf4", "mxfp8")
 
 @pytest.mark.parametrize("kind", ["float", "int8", "fp8", "int8-asym", "mxfp8"])
 def test_codes_that_are_scaled_after_the_product_match_numpy(kind):
-    x = normal(M, K) if kind == "float" else quantize(normal(M, K), INPUTS[kind], axis=-1)
+    x = normal(M, K) if kind == "float" else quantized(normal(M, K), INPUTS[kind], axis=-1)
     weights = {name: weight(config) for name, config in WAITING.items()}
 
     @jax.jit
@@ -69,7 +69,7 @@ def test_codes_of_more_than_8_bits_do_not_wait():
 
 def test_float8_codes_reach_the_product_as_they_are():
     x, q = (
-        quantize(normal(M, K), ArrayConfig(format=FP8_E4M3), axis=-1),
+        quantized(normal(M, K), ArrayConfig(format=FP8_E4M3), axis=-1),
         weight(WEIGHTS["fp8_e4m3"]),
     )
     traced = jax.jit(matmul).trace(x, q)
@@ -105,7 +105,7 @@ def test_a_forced_fusion_changes_only_subnormal_values():
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_only_a_float_array_by_grouped_scales_is_fused(kind):
-    x = quantize(normal(M, K), INPUTS[kind], axis=-1)
+    x = quantized(normal(M, K), INPUTS[kind], axis=-1)
     for lhs, rhs in ((x, weight(WEIGHTS["int4-g32"])), (normal(M, K), weight(WEIGHTS["int8"]))):
         with pytest.raises(ValueError, match="it is for grouped scales by a float array"):
             matmul(lhs, rhs, implementation="fused")
