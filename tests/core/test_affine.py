@@ -28,3 +28,10 @@ def test_asymmetric_values_at_a_tie_between_zero_point_and_code_stay_within_half
     q = quantize(x, config, axis=1)
     np.testing.assert_array_equal(q.scale, 1)
     assert np.all(np.abs(q.dequantize() - x) <= 0.5)
+
+
+def test_ties_are_rounded_to_even():
+    x = np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0]], np.float32)
+    q = quantize(x, ArrayConfig(), axis=1)
+    np.testing.assert_array_equal(q.scale, 1)
+    np.testing.assert_array_equal(q.codes, [[127, 0, 2, 2, 0, -2, -2, 0]])
