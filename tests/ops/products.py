@@ -89,17 +89,19 @@ def _quantized(x, config, axis) -> QTensor:
     assert isinstance(config.range, AbsMax), config
     format, scale_dtype = config.format, config.scale_dtype or config.format.scale_dtype
     dtype = x.dtype if x.dtype == np.float64 else np.dtype(np.float32)
+    codes: Any
+    stored: Any
     codes, scale, zero = oracles.abs_max_quantize(np.asarray(x).astype(dtype), config, axis)
     if scale_dtype == FP8_E4M3.dtype:
         assert x.ndim <= 2, "one outer scale per matrix"
         top = np.float32(scale.max() / 448).reshape((1,) * x.ndim)
-        fine = (scale / top).astype(jnp.dtype(scale_dtype))
+        fine: Any = (scale / top).astype(jnp.dtype(scale_dtype))
         stored = QTensor(fine, top, format=FP8_E4M3, dtype=np.dtype(dtype))
     else:
         stored = scale.astype(jnp.dtype(scale_dtype))
-    zero = None if config.symmetric else zero.astype(jnp.dtype(format.dtype))
+    zero_point: Any = None if config.symmetric else zero.astype(jnp.dtype(format.dtype))
     codes = codes.astype(jnp.dtype(format.dtype))
-    return QTensor(codes, stored, zero, format=format, dtype=np.dtype(x.dtype))
+    return QTensor(codes, stored, zero_point, format=format, dtype=np.dtype(x.dtype))
 
 
 def with_unit_scale(codes, zero_point=None):

@@ -47,7 +47,7 @@ def kernel(case, depth=4):
     return (quantize if is_nested else quantized)(normal(3, 2, depth, 6, seed=1), *case)
 
 
-def image(kind):
+def image(kind) -> Any:
     return IMAGE if IMAGES[kind] is None else quantized(IMAGE, *IMAGES[kind])
 
 
@@ -125,7 +125,7 @@ def test_int8_convolutions_are_exact():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_inputs_are_quantized_per_example_with_one_factor_per_channel(symmetric):
     config = ArrayConfig(symmetric=symmetric)
-    factors = np.array([1.0, 2.0, 0.5, 3.0], np.float32)
+    factors = jnp.asarray([1.0, 2.0, 0.5, 3.0])
 
     @partial(jax.jit, static_argnames="order")
     def run(x, q, order):
@@ -134,7 +134,7 @@ def test_inputs_are_quantized_per_example_with_one_factor_per_channel(symmetric)
 
     for multiplier, order in ((None, ORDERS[0]), (factors, ORDERS[1])):
         q = with_inputs(kernel(KERNELS["int8"]), Inputs(config, multiplier=multiplier))
-        x = IMAGE if multiplier is None else IMAGE * factors
+        x = IMAGE if multiplier is None else IMAGE * np.asarray(factors)
         met = quantize(x, config, axis=(1, 2, 3))
         assert_conv(run(IMAGE, q, order), met, q, (1, 1), ((0, 0), (0, 0)))
 

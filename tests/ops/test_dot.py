@@ -3,6 +3,7 @@ import functools
 import itertools
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ TURNED = ("float", "int8", "int8-asym")
 
 
 @functools.cache
-def inputs():
+def inputs() -> dict[str, Any]:
     x = normal(M, K)
     return {n: x if c is None else quantized(x, c, axis=-1) for n, c in INPUTS.items()}
 
