@@ -23,23 +23,32 @@ _TRANSPOSED = {
 }
 
 
-def doubt(path: str, q: QTensor | LowRank, is_default: bool) -> str | None:
+def doubt(
+    path: str, q: QTensor | LowRank, is_default: bool, contracted: tuple[int, ...] | None = None
+) -> str | None:
     """Why the scales of a leaf may lie along the wrong axes, or None.
 
     Args:
         path: of the leaf.
         q: the quantized leaf.
         is_default: whether a default rule chose the axis, rather than the user.
+        contracted: the axes that a function contracts; None if they are not known.
     """
     q = q.base if isinstance(q, LowRank) else q
     bits = 8 * q.nbytes / max(math.prod(q.shape), 1) - q.format.bits
+    counts = [q.scale.shape[a] for a in q.stored_axes(range(q.ndim))]
+    along = [a for a, (n, c) in enumerate(zip(q.shape, counts, strict=True)) if c < n]
+    if contracted is not None:
+        if set(along) <= set(contracted):
+            return None
+        axes = contracted[0] if len(contracted) == 1 else contracted
+        found = ", ".join(map(str, along))
+        return f"scales are shared along axis {found}, the function contracts {axes}: axis={axes}"
     if bits > _MAX_SCALE_BITS:
         return f"scales take {bits:.1f} bits per weight; give a rule with all contracted axes"
-    counts = [q.scale.shape[a] for a in q.stored_axes(range(q.ndim))]
-    shared = [a - q.ndim for a, (n, c) in enumerate(zip(q.shape, counts, strict=True)) if c < n]
-    if not is_default or shared not in ([-2], [-1]):
+    if not is_default or along not in ([q.ndim - 2], [q.ndim - 1]):
         return None
-    transposed, advice = _TRANSPOSED[shared[0]]
+    transposed, advice = _TRANSPOSED[along[0] - q.ndim]
     if transposed.fullmatch(path):
         return advice
     if q.ndim > 2 and not _STACK.search(path) and not _CONVOLUTION.search(path):

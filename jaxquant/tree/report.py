@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -71,7 +72,13 @@ class Report:
 _BYTES = ("bytes_before", "bytes_after")
 
 
-def report(params: Any, quantized: Any, rules: Rules | None = None) -> Report:
+def report(
+    params: Any,
+    quantized: Any,
+    rules: Rules | None = None,
+    *,
+    contracted: Mapping[str, tuple[int, ...]] | None = None,
+) -> Report:
     """Compares a tree with its quantized form, leaf by leaf.
 
     Args:
@@ -80,6 +87,8 @@ def report(params: Any, quantized: Any, rules: Rules | None = None) -> Report:
             with `training.convert` first.
         rules: the rules passed to `tree.quantize`, so that the report can name the rule that
             left a leaf in float. With None, reasons come from the leaf alone.
+        contracted: the axes that a function contracts, by path: `jaxquant.uses(...).contracted`.
+            Rows of leaves whose scales are shared along other axes get a warning.
 
     Returns:
         Report with one row per leaf.
@@ -102,7 +111,10 @@ def report(params: Any, quantized: Any, rules: Rules | None = None) -> Report:
         [None] * len(paths) if rules is None else match_rules(as_rules(rules), paths, originals)
     )
     items = zip(paths, before, after, chosen, strict=True)
-    return Report(tuple(_row(path, x, q, rule, rules) for path, x, q, rule in items))
+    known = contracted or {}
+    return Report(
+        tuple(_row(path, x, q, rule, rules, known.get(path)) for path, x, q, rule in items)
+    )
 
 
 def _leaves_before(params, paths):
@@ -125,7 +137,7 @@ def _check_shapes(paths: list[str], before: list[Any], after: list[Any]) -> None
             )
 
 
-def _row(path, x, q, rule, rules):
+def _row(path, x, q, rule, rules, contracted):
     shape = tuple(np.shape(q))
     after = _bytes(q)
     bits = 8 * after / max(math.prod(shape), 1)
@@ -136,7 +148,7 @@ def _row(path, x, q, rule, rules):
     sqnr = None if x is None or is_quantized(x) else _sqnr(x, q)
     if x is None:
         before = packed_bytes(jax.ShapeDtypeStruct(shape, q.dtype))
-    warning = doubt(path, q, isinstance(rule, DefaultRule))
+    warning = doubt(path, q, isinstance(rule, DefaultRule), contracted)
     return ReportRow(
         path, shape, describe(q), None, bits, before, after, sqnr, _histogram(q), warning
     )

@@ -19,7 +19,8 @@ class ReportRow:
         codes: how often codes fall into each of the equal bins over the format's range, of which
             there are 16 or fewer.
         warning: why its scales may be along the wrong axes: they take more than 2 bits per
-            weight, or a default rule had to guess the contracted axis. None if neither.
+            weight, a default rule had to guess the contracted axis, or a function contracts other
+            axes. None if none of these.
 
     Example:
         >>> params = {"kernel": jnp.ones((32, 16))}

@@ -151,6 +151,26 @@ def test_parameters_that_no_group_fits_stay_in_float_and_a_report_says_why():
     assert reasons["fits"] is None
 
 
+def test_a_report_warns_of_rules_along_axes_that_the_function_does_not_contract():
+    params = {"kernel": jnp.ones((64, 2, 32)), "out": jnp.ones((2, 32, 64))}
+
+    def apply(params):
+        heads = jnp.einsum("bd,dhk->bhk", jnp.ones((2, 64)), params["kernel"])
+        return jnp.einsum("bhk,hkd->bd", heads, params["out"])
+
+    found = jq.uses(apply, params)
+    right = jq.tree.quantize(params, found.rules(jq.W8A16))
+    rows = jq.tree.report(params, right, contracted=found.contracted).rows
+    assert [row.warning for row in rows] == [None, None]
+
+    wrong = jq.tree.quantize(params, jq.Rule("*", jq.W8A16, axis=-1))
+    rows = jq.tree.report(params, wrong, contracted=found.contracted).rows
+    assert [row.warning for row in rows] == [
+        "scales are shared along axis 2, the function contracts 0: axis=0",
+        "scales are shared along axis 2, the function contracts (0, 1): axis=(0, 1)",
+    ]
+
+
 def test_names_with_special_characters_match_themselves_only():
     params = {"a.b": jnp.ones((8, 4)), "a+b": jnp.ones((8, 4)), "axb": jnp.ones((2, 4))}
     rules = jq.uses(
