@@ -87,16 +87,20 @@ def gather_rule(params: Params, operands: Operands, implementation: str | None) 
         raise Unsupported("it gathers by quantized indices")
     value, numbers = table.value, params["dimension_numbers"]
     axis = _lookup_axis(value.shape, params)
-    index, mode = _lookup_index(starts, numbers.start_index_map, axis, value.shape[axis], params)
+    index = starts[..., numbers.start_index_map.index(axis)]
     rows = take(
         value,
         index,
         axis,
-        mode=mode,
+        mode=_MODES[params["mode"]],
         unique_indices=params["unique_indices"],
         indices_are_sorted=params["indices_are_sorted"],
-        fill_value=params["fill_value"],
     )
+    if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        is_inside = _is_inside(starts, numbers.start_index_map, axis, value.shape[axis])
+        lengths = (*(1,) * axis, *index.shape, *(1,) * (value.ndim - axis - 1))
+        fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
+        rows = jnp.where(is_inside.reshape(lengths), rows, jnp.asarray(fill, rows.dtype))
     # The axes of the indices first, then those of the table, of which one has length 1 or is gone.
     rows = jnp.moveaxis(rows, range(axis, axis + index.ndim), range(index.ndim))
     if axis not in numbers.collapsed_slice_dims:
@@ -108,6 +112,8 @@ def gather_rule(params: Params, operands: Operands, implementation: str | None) 
 def _lookup_axis(shape, params):
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     partial = [a for a, n in enumerate(shape) if sizes[a] != n or a in numbers.collapsed_slice_dims]
+    if params["mode"] not in _MODES:
+        raise Unsupported(f"its indices are brought into bounds by {params['mode']}")
     if numbers.operand_batching_dims:
         raise Unsupported("each index looks up in a table of its own")
     if len(partial) != 1 or sizes[partial[0]] != 1:
@@ -117,22 +123,19 @@ def _lookup_axis(shape, params):
     return partial[0]
 
 
-def _lookup_index(starts, index_map, axis, length, params):
-    """Indices along one axis, and how `take` brings them into bounds."""
-    mode = params["mode"]
+def _is_inside(starts, index_map, axis, length):
+    """Whether indices are in bounds; along axes that are gathered whole, only 0 is."""
     index = starts[..., index_map.index(axis)]
-    if mode == lax.GatherScatterMode.CLIP:
-        return index, "clip"
-    if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
-        return index, "promise_in_bounds"
-    if mode != lax.GatherScatterMode.FILL_OR_DROP:
-        raise Unsupported(f"its indices are brought into bounds by {mode}")
-    if index.dtype.itemsize < 4:
-        index = index.astype(jnp.int32)
-    # `take` counts negative indices from the end. Along axes that are gathered whole, only 0 is in
-    # bounds.
-    is_inside = index >= 0
+    is_inside = (index >= 0) & (index < length)
     for place, other in enumerate(index_map):
         if other != axis:
             is_inside &= starts[..., place] == 0
-    return jnp.where(is_inside, index, jnp.asarray(length, index.dtype)), "fill"
+    return is_inside
+
+
+# How `take` brings indices into bounds; what is outside is filled afterwards.
+_MODES = {
+    lax.GatherScatterMode.CLIP: "clip",
+    lax.GatherScatterMode.PROMISE_IN_BOUNDS: "promise_in_bounds",
+    lax.GatherScatterMode.FILL_OR_DROP: "clip",
+}

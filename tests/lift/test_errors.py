@@ -13,7 +13,7 @@ from . import cases
 
 def test_a_value_that_is_no_function_is_named():
     with pytest.raises(ValueError, match=r"lift expects a function, as in .*; got dict"):
-        jq.lift({"a": 1})
+        jq.lift({"a": 1})  # pyright: ignore[reportArgumentType]
 
 
 def test_strict_names_the_parameter_the_operation_and_the_line():

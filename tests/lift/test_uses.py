@@ -183,7 +183,10 @@ def test_names_with_special_characters_match_themselves_only():
 @pytest.mark.parametrize(
     "call, text",
     [
-        (lambda: jq.uses("x", {}), "uses expects a function .*; got str"),
+        (
+            lambda: jq.uses("x", {}),  # pyright: ignore[reportArgumentType]
+            "uses expects a function .*; got str",
+        ),
         (lambda: jq.uses(lambda p: p, {}), "params must contain arrays; got dict .*none"),
         (
             lambda: jq.uses(lambda p: p + 1, jnp.ones((2, 2))).rules(jq.W8A8),
