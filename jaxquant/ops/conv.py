@@ -62,7 +62,7 @@ class ConvSpec:
     def rows(self, lhs: Operand, rhs: Operand) -> None:
         """None: a convolution is not a product of rows and a matrix."""
 
-    def run(self, lhs: jax.Array, rhs: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    def run(self, lhs: Any, rhs: Any, dtype: jax.typing.DTypeLike | None) -> jax.Array:
         """The convolution of plain arrays."""
         return lax.conv_general_dilated(
             lhs,
@@ -148,30 +148,30 @@ def conv_general_dilated(
     return _conv(lhs, rhs, spec, implementation)
 
 
-def _hashable(x):
+def _hashable(x: Any) -> Any:
     if x is None or isinstance(x, str):
         return x
     return tuple(tuple(map(int, p)) if np.ndim(p) else int(p) for p in x)
 
 
 @partial(jax.jit, static_argnames=("spec", "implementation"))
-def _conv(lhs, rhs, spec, implementation):
+def _conv(lhs: Operand, rhs: Operand, spec: ConvSpec, implementation: str | None) -> jax.Array:
     return dispatch.run(_TABLE, lhs, rhs, spec, implementation)
 
 
-def _dequantized(lhs, rhs, spec):
+def _dequantized(lhs: Operand, rhs: Operand, spec: ConvSpec) -> jax.Array:
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     # The transpose rule of lax's convolution requires equal dtypes.
     out = spec.run(as_array(lhs).astype(dtype), as_array(rhs).astype(dtype), None)
     return out.astype(spec.dtype)
 
 
-def _integer(lhs, rhs, spec):
+def _integer(lhs: QTensor, rhs: QTensor, spec: ConvSpec) -> jax.Array:
     acc = spec.run(lhs.codes.astype(jnp.int8), rhs.codes.astype(jnp.int8), jnp.int32)
     return _scaled(acc, lhs, rhs, spec)
 
 
-def _scaled(acc, lhs, rhs, spec):
+def _scaled(acc: jax.Array, lhs: QTensor, rhs: QTensor, spec: ConvSpec) -> jax.Array:
     """Sums of codes, in units of the result."""
     compute = jnp.float64 if spec.dtype == jnp.float64 else jnp.float32
     out = acc.astype(compute)
@@ -181,7 +181,7 @@ def _scaled(acc, lhs, rhs, spec):
     return out.astype(spec.dtype)
 
 
-def _why_integer_unsupported(lhs, rhs, spec):
+def _why_integer_unsupported(lhs: Any, rhs: Any, spec: ConvSpec) -> str | None:
     for x, axes in zip((lhs, rhs), spec.dimension_numbers, strict=False):
         why_not = why_unsupported_codes(x)
         if why_not is not None or x.zero_point is not None:
@@ -197,7 +197,7 @@ def _why_integer_unsupported(lhs, rhs, spec):
     return why_unsupported_length(length, lhs, rhs)
 
 
-def _by_images(lhs, rhs, spec):
+def _by_images(lhs: QTensor, rhs: QTensor, spec: ConvSpec) -> jax.Array:
     """`_integer` in the only form for which XLA on CPU has a fast kernel.
 
     That is int8 (B, H, W, C) by (H, W, I, O), without dilated images: twice as fast as float32,
@@ -232,7 +232,7 @@ def _by_images(lhs, rhs, spec):
     return _scaled(_moved(acc, order), lhs, rhs, spec)
 
 
-def _moved(x, axes):
+def _moved(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     """The array, as integers that XLA convolves, with its axes in another order."""
     x = x if x.dtype == jnp.int32 else x.astype(jnp.int8)
     if tuple(axes) == tuple(range(x.ndim)):
@@ -245,17 +245,26 @@ def _moved(x, axes):
     return unless_partitioned(_behind_a_barrier, lambda x: x, x)
 
 
-def _behind_a_barrier(x):
+def _behind_a_barrier(x: jax.Array) -> jax.Array:
     return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
 
 
-def _padded(images, padding, dilation):
+def _padded(
+    images: jax.Array, padding: Sequence[tuple[int, int]], dilation: Sequence[int]
+) -> jax.Array:
     """The images (B, spatial..., C) with zeros around, and between their pixels."""
     widths = [(*pair, d - 1) for pair, d in zip(padding, dilation, strict=True)]
     return lax.pad(images, np.int8(0), [(0, 0, 0), *widths, (0, 0, 0)])
 
 
-def _in_slices(images, kernel, strides, padding, spacing, groups):
+def _in_slices(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    spacing: Sequence[int],
+    groups: int,
+) -> jax.Array:
     """(B, spatial..., C) by (spatial..., I, O) to int32, over two spatial axes or more."""
     if len(strides) == 2:
         return lax.conv_general_dilated(
@@ -282,7 +291,7 @@ def _in_slices(images, kernel, strides, padding, spacing, groups):
     return total.reshape(len(images), length, *total.shape[1:])
 
 
-def _why_images_unsupported(lhs, rhs, spec):
+def _why_images_unsupported(lhs: Operand, rhs: Operand, spec: ConvSpec) -> str | None:
     if dict(spec.options)["out_sharding"] is not None:
         return "the sharding of a result is for one convolution"
     return _why_integer_unsupported(lhs, rhs, spec)

@@ -1,15 +1,16 @@
 """Selects the row of a table that computes an operation, by operands and platform, and runs it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
+import numpy as np
 from jax import lax
 
 from ..core import QTensor
-from ..jaxprs import chips, is_sharded, mark
+from ..jaxprs import Function, chips, is_sharded, mark
 from . import record
 from .gradient import tangent_of
 from .inputs import observe, treat, treat_straight_through
@@ -20,10 +21,7 @@ from .record import Choice, Record
 class Spec(Protocol):
     """The arguments of an operation other than its operands, in terms of stored axes."""
 
-    @property
-    def operation(self) -> str:
-        """Name of the function of `jax.lax`."""
-        ...
+    operation: ClassVar[str]  # Name of the function of `jax.lax`.
 
     @property
     def contract(self) -> AxesOfBoth:
@@ -35,8 +33,9 @@ class Spec(Protocol):
         """Those of them that a multiplier of `inputs` is for."""
         ...
 
-    def with_arrays(self, *arrays: jax.Array | None) -> "Spec":
-        """The spec with other array arguments of the operation, if it has any."""
+    @property
+    def with_arrays(self) -> Callable[..., "Spec"]:
+        """Method: the spec with other array arguments of the operation, if it has any."""
         ...
 
     def length(self, lhs: Any, rhs: Any) -> int:
@@ -76,6 +75,11 @@ class Implementation:
 
 
 Table = tuple[Implementation, ...]
+# (name, why it was passed over) of the rows before the one that is selected.
+NotSelected = tuple[tuple[str, str], ...]
+# The selected row by the chips of a platform; None for all that are not named.
+Rows = dict[str | None, tuple[Implementation, NotSelected]]
+Selected = dict[str, Rows]
 
 # Platforms and chips that have their own rows; all others share one choice.
 _PLATFORMS: dict[str, tuple[str, ...]] = {"cpu": (), "tpu": chips.TUNED, "cuda": ()}
@@ -111,11 +115,19 @@ def run(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def _run(lhs, rhs, arrays, table, spec, implementation):
+def _run(
+    lhs: Operand,
+    rhs: Operand,
+    arrays: tuple[jax.Array | None, ...],
+    table: Table,
+    spec: Spec,
+    implementation: str | None,
+) -> jax.Array:
     spec = spec.with_arrays(*arrays)
     lhs, rhs = _without_values(lhs), _without_values(rhs)
     lhs, rhs = treat(lhs, rhs, spec.contract, spec.channels)
     platforms = (*_PLATFORMS, _OTHERS)
+    selected: Selected
     if implementation is None:
         selected = {p: select_rows(table, lhs, rhs, spec, p) for p in platforms}
     else:
@@ -130,8 +142,10 @@ def _run(lhs, rhs, arrays, table, spec, implementation):
 
 
 @partial(_run.defjvp, symbolic_zeros=True)
-def _(table, spec, implementation, primals, tangents):
-    def reference(lhs, rhs, arrays):
+def _(
+    table: Table, spec: Spec, implementation: str | None, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    def reference(lhs: Operand, rhs: Operand, arrays: tuple[jax.Array | None, ...]) -> jax.Array:
         lhs, rhs = treat_straight_through(lhs, rhs, spec.contract, spec.channels)
         return table[-1].run(as_array(lhs), as_array(rhs), spec.with_arrays(*arrays))
 
@@ -144,9 +158,7 @@ def run_on(table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str) -
     return _on_chips(select_rows(table, lhs, rhs, spec, platform), lhs, rhs, spec)
 
 
-def select_rows(
-    table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str
-) -> dict[str | None, tuple[Implementation, tuple[tuple[str, str], ...]]]:
+def select_rows(table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str) -> Rows:
     """`select_row` by the chips of a platform; None for all that are not named."""
     # A row selected at lowering is traced outside of a mesh with explicit axes.
     is_explicit = any(is_sharded(x) for x in jax.tree.leaves((lhs, rhs)))
@@ -156,7 +168,7 @@ def select_rows(
 
 def select_row(
     table: Table, lhs: Operand, rhs: Operand, spec: Any, platform: str, chip: str | None = None
-) -> tuple[Implementation, tuple[tuple[str, str], ...]]:
+) -> tuple[Implementation, NotSelected]:
     """The first row for a platform that supports the operands; the last row always does.
 
     Returns:
@@ -173,19 +185,19 @@ def select_row(
     return table[-1], tuple(not_selected)
 
 
-def _is_tapped(x):
+def _is_tapped(x: Operand) -> bool:
     return isinstance(x, QTensor) and x.inputs is not None and x.inputs.tap is not None
 
 
-def _without_values(x):
+def _without_values(x: Operand) -> Operand:
     return dataclasses.replace(x, values=None) if isinstance(x, QTensor) else x
 
 
-def _stored(x):
+def _stored(x: Operand) -> jax.Array | np.ndarray:
     return x.codes if isinstance(x, QTensor) else x
 
 
-def _on_platforms(selected, lhs, rhs, spec):
+def _on_platforms(selected: Selected, lhs: Operand, rhs: Operand, spec: Spec) -> jax.Array:
     """Runs the row of the platform that the program is lowered for."""
     ((default, _),) = selected[_OTHERS].values()
     # A platform with the same row as all others needs no branch, which would be traced again.
@@ -193,29 +205,31 @@ def _on_platforms(selected, lhs, rhs, spec):
     if not own:
         return default.run(lhs, rhs, spec)
 
-    def runner(rows):
+    def runner(rows: Rows) -> Function:
         return lambda lhs, rhs: _on_chips(rows, lhs, rhs, spec)
 
     branches = {p: runner(rows) for p, rows in own.items()}
     return lax.platform_dependent(lhs, rhs, **branches, default=runner(selected[_OTHERS]))
 
 
-def _on_chips(rows, lhs, rhs, spec):
+def _on_chips(rows: Rows, lhs: Operand, rhs: Operand, spec: Any) -> jax.Array:
     """Runs the row of the chip that the program is compiled for."""
     default, _ = rows[None]
-    own = {chip: row for chip, (row, _) in rows.items() if row != default}
+    own = {chip: row for chip, (row, _) in rows.items() if chip and row != default}
     if not own:
         return default.run(lhs, rhs, spec)
     leaves, treedef = jax.tree.flatten((lhs, rhs))
 
-    def runner(row):
+    def runner(row: Implementation) -> Function:
         return lambda *leaves: row.run(*jax.tree.unflatten(treedef, leaves), spec)
 
     branches = {chip: runner(row) for chip, row in own.items()}
     return chips.by_generation(branches, runner(default), *leaves)
 
 
-def _record(lhs, rhs, spec, out, selected, is_forced):
+def _record(
+    lhs: Operand, rhs: Operand, spec: Spec, out: jax.Array, selected: Selected, is_forced: bool
+) -> Record:
     return Record(
         operation=spec.operation,
         lhs=record.operand_record(lhs),
@@ -229,7 +243,7 @@ def _record(lhs, rhs, spec, out, selected, is_forced):
     )
 
 
-def _choices(selected, lhs, rhs, spec):
+def _choices(selected: Selected, lhs: Operand, rhs: Operand, spec: Spec) -> Iterator[Choice]:
     for platform, rows in selected.items():
         for chip, (row, not_selected) in rows.items():
             yield _choice(row, not_selected, lhs, rhs, spec, platform, chip, False)
@@ -242,7 +256,16 @@ def _choices(selected, lhs, rhs, spec):
             yield _choice(row, not_selected, lhs, rhs, spec, platform, chip, True)
 
 
-def _choice(row, not_selected, lhs, rhs, spec, platform, chip, is_partitioned):
+def _choice(
+    row: Implementation,
+    not_selected: NotSelected,
+    lhs: Operand,
+    rhs: Operand,
+    spec: Spec,
+    platform: str,
+    chip: str | None,
+    is_partitioned: bool,
+) -> Choice:
     return Choice(
         platform=platform if platform in _PLATFORMS else None,
         chip=chip,
@@ -254,7 +277,7 @@ def _choice(row, not_selected, lhs, rhs, spec, platform, chip, is_partitioned):
     )
 
 
-def _forced(table, lhs, rhs, spec, name):
+def _forced(table: Table, lhs: Operand, rhs: Operand, spec: Spec, name: str) -> Implementation:
     rows = {row.name: row for row in table}
     if name not in rows:
         raise ValueError(
@@ -275,5 +298,5 @@ def _forced(table, lhs, rhs, spec, name):
     return rows[name]
 
 
-def _describe(x):
+def _describe(x: Operand) -> str:
     return repr(x) if isinstance(x, QTensor) else f"{x.dtype} {x.shape}"

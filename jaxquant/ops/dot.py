@@ -167,7 +167,9 @@ def dot_by_labels(
     return out if order == tuple(range(out.ndim)) else out.transpose(order)
 
 
-def _batched_matmul(lhs, rhs, options):
+def _batched_matmul(
+    lhs: Operand | LowRank, rhs: Operand | LowRank, options: DotOptions
+) -> jax.Array:
     """`matmul` whose leading axes broadcast."""
     lhs_labels = [*hidden_labels(lhs.ndim - 2), *["m", "k"][-lhs.ndim :]]
     rhs_labels = [*hidden_labels(rhs.ndim - 2), *["k", "n"][: rhs.ndim]]
@@ -177,7 +179,9 @@ def _batched_matmul(lhs, rhs, options):
 
 
 @partial(jax.jit, static_argnames=("spec", "implementation"))
-def _dot_general(lhs, rhs, spec, implementation):
+def _dot_general(
+    lhs: Operand, rhs: Operand, spec: DotSpec, implementation: str | None
+) -> jax.Array:
     return dispatch.run(_TABLE, lhs, rhs, spec, implementation)
 
 

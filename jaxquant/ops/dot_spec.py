@@ -93,11 +93,13 @@ class DotSpec:
         return [a for a in range(x.ndim) if a not in self.contract[side] + self.batch[side]]
 
 
-def _stored_shape(x):
+def _stored_shape(x: Operand) -> tuple[int, ...]:
     return x.codes.shape if isinstance(x, QTensor) else x.shape
 
 
-def _permutation(lhs, rhs, dimension_numbers):
+def _permutation(
+    lhs: Operand, rhs: Operand, dimension_numbers: lax.DotDimensionNumbers
+) -> tuple[int, ...]:
     """Where the axes of the result lie in the product of the stored arrays."""
     contract, batch = dimension_numbers
     order = list(range(len(batch[0])))

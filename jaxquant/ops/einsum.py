@@ -1,6 +1,7 @@
 """`einsum` on quantized operands: parses the subscripts and contracts pairs of operands."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -79,7 +80,7 @@ def einsum(
     return dot_by_labels(result, result_labels, operands[-1], labels[-1], out_labels, options)
 
 
-def _parse(subscripts, operands):
+def _parse(subscripts: str, operands: Sequence[Any]) -> tuple[list[list[str]], list[str]]:
     """Labels of each operand and of the result. An ellipsis becomes labels too."""
     text = subscripts.replace(" ", "")
     inputs, arrow, output = text.partition("->")
@@ -99,7 +100,7 @@ def _parse(subscripts, operands):
     return labels, hidden_labels(dots) + letters
 
 
-def _expand(term, ndim, subscripts):
+def _expand(term: str, ndim: int, subscripts: str) -> list[str]:
     """One label per axis; an axis under an ellipsis is "...i", counted from its end."""
     before, dots, after = term.partition("...")
     hidden = ndim - len(before) - len(after)

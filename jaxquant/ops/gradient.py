@@ -43,7 +43,7 @@ def tangent_of(
     return jax.jvp(of_active, *at)[1]
 
 
-def _carries_gradient(tangent):
+def _carries_gradient(tangent: Any) -> bool:
     """Whether it is that of values or scales, and not zero or that of codes."""
     if isinstance(tangent, jax.custom_derivatives.SymbolicZero):
         return False

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,19 +92,19 @@ def quantize_rows_natively(x: jax.Array, config: ArrayConfig) -> QTensor:
     return QTensor(codes, scale, format=config.format, dtype=x.dtype)
 
 
-def _branches_at_once(x, config, axis):
+def _branches_at_once(x: jax.Array, config: ArrayConfig, axis: Axes) -> dict[str, Function]:
     """Functions that quantize in one pass, by platform, if they support the config and pay off."""
 
-    def by_xla(x):
+    def by_xla(x: jax.Array) -> QTensor:
         return quantize(x, config, axis)
 
-    def at_once(x):
+    def at_once(x: jax.Array) -> QTensor:
         return on_one_tpu(lambda x: quantize_rows(x, config), by_xla, x)
 
-    def on_cpu(x):
+    def on_cpu(x: jax.Array) -> QTensor:
         return on_one_cpu(lambda x: quantize_rows_natively(x, config), by_xla, x)
 
-    def on_tpu(x):
+    def on_tpu(x: jax.Array) -> QTensor:
         return by_generation(dict.fromkeys(chips, at_once), by_xla, x)
 
     if not _is_of_rows(x, config, axis):
@@ -118,7 +119,7 @@ def _branches_at_once(x, config, axis):
     return branches
 
 
-def _is_of_rows(x, config, axis):
+def _is_of_rows(x: jax.Array, config: ArrayConfig, axis: Axes) -> bool:
     """Whether the config asks for 8-bit codes with one float32 scale per row."""
     if not isinstance(x, jax.Array) or x.dtype not in _FLOATS or is_sharded(x):
         return False
@@ -130,7 +131,9 @@ def _is_of_rows(x, config, axis):
     return is_plain and has_float32 and block_shape(x.shape, config, axis) == per_row
 
 
-def _axes(lhs, rhs, contract, channels):
+def _axes(
+    lhs: Operand, rhs: Operand, contract: AxesOfBoth, channels: AxesOfBoth
+) -> tuple[AxesOfBoth, AxesOfBoth]:
     """(contracted axes, channels) of each operand, channels in the order of the other's."""
     lhs_channels, rhs_channels = channels
     return (
@@ -139,7 +142,7 @@ def _axes(lhs, rhs, contract, channels):
     )
 
 
-def _in_order_of(other, met, axes):
+def _in_order_of(other: Operand, met: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     """`axes` in the order of the logical axes of `other` that they meet, stored at `met`."""
     if not isinstance(other, QTensor):
         return axes
@@ -147,7 +150,7 @@ def _in_order_of(other, met, axes):
     return tuple(axis for _, axis in sorted(zip([logical[a] for a in met], axes, strict=True)))
 
 
-def _inputs_for(x, other) -> Inputs | None:
+def _inputs_for(x: Operand, other: Operand) -> Inputs | None:
     """The `inputs` of `other` that apply to x, or None. They do not apply to a quantized x."""
     inputs = other.inputs if isinstance(other, QTensor) else None
     if not isinstance(x, QTensor):
@@ -160,7 +163,7 @@ def _inputs_for(x, other) -> Inputs | None:
     return None
 
 
-def _observed(other, x, channels):
+def _observed(other: Any, x: Operand, channels: tuple[int, ...]) -> Operand:
     """`other` without its tap, after the tap was called with x."""
     inputs = _inputs_for(x, other)
     if inputs is None or inputs.tap is None:
@@ -169,14 +172,18 @@ def _observed(other, x, channels):
     return dataclasses.replace(other, inputs=dataclasses.replace(inputs, tap=None))
 
 
-def _treated(x, other, shared, channels):
+def _treated(
+    x: Operand, other: Operand, shared: tuple[int, ...], channels: tuple[int, ...]
+) -> Operand:
     inputs = _inputs_for(x, other)
     if inputs is None:
         return x
     return _quantized(_multiply(x, other, channels), other, shared, channels)
 
 
-def _straight_through(x, other, shared, channels):
+def _straight_through(
+    x: Operand, other: Operand, shared: tuple[int, ...], channels: tuple[int, ...]
+) -> Operand:
     """`_treated`, with the values of the quantized operand and the derivative of x."""
     inputs = _inputs_for(x, other)
     if inputs is None:
@@ -185,11 +192,12 @@ def _straight_through(x, other, shared, channels):
     if inputs.config is None:
         return x
     q = _quantized(lax.stop_gradient(x), other, shared, channels)
+    assert isinstance(q, QTensor), "there is a config"
     parameters = inputs.scale, inputs.zero_point
     return straight_through(x, q, inputs.config, *parameters, margin=inputs.scale is None)
 
 
-def _multiply(x, other, axes):
+def _multiply(x: Any, other: Any, axes: tuple[int, ...]) -> jax.Array:
     """x * multiplier, which has one factor per element of `axes`, in that order."""
     inputs = other.inputs
     # Masks and one-hot rows may be integers.
@@ -208,7 +216,9 @@ def _multiply(x, other, axes):
     return x * ascending.reshape(shape).astype(x.dtype)
 
 
-def _quantized(x, other, shared, channels):
+def _quantized(
+    x: jax.Array, other: Any, shared: tuple[int, ...], channels: tuple[int, ...]
+) -> Operand:
     inputs, config = other.inputs, other.inputs.config
     if config is None:
         return x
@@ -220,7 +230,7 @@ def _quantized(x, other, shared, channels):
         raise ValueError(f"The inputs of {other!r} cannot be quantized: {error}") from error
 
 
-def _shared_axis(config, shared, channels):
+def _shared_axis(config: ArrayConfig, shared: tuple[int, ...], channels: tuple[int, ...]) -> Axes:
     """Along all contracted axes, or in groups along the last of the channels."""
     is_grouped = config.group_size is not None or config.format.group_size is not None
     axes = (max(channels),) if is_grouped and channels else tuple(sorted(shared))

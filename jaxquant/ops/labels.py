@@ -59,7 +59,12 @@ def pair_axes(
     return lhs, rhs, (contract, batch_axes), order
 
 
-def _broadcast_away(lhs, lhs_labels, rhs, rhs_labels):
+def _broadcast_away(
+    lhs: Operand | LowRank,
+    lhs_labels: Sequence[str],
+    rhs: Operand | LowRank,
+    rhs_labels: Sequence[str],
+) -> tuple[Any, Sequence[str], Any, Sequence[str]]:
     """Drops axes of length 1 that broadcast with a longer one; raises for other mismatches."""
     for label in [label for label in lhs_labels if label in rhs_labels]:
         left, right = lhs.shape[lhs_labels.index(label)], rhs.shape[rhs_labels.index(label)]
@@ -77,9 +82,9 @@ def _broadcast_away(lhs, lhs_labels, rhs, rhs_labels):
     return lhs, lhs_labels, rhs, rhs_labels
 
 
-def _squeeze(x, labels, label):
+def _squeeze(x: Any, labels: Sequence[str], label: str) -> tuple[Any, Sequence[str]]:
     axis = labels.index(label)
-    rest = labels[:axis] + labels[axis + 1 :]
+    rest = [*labels[:axis], *labels[axis + 1 :]]
     if isinstance(x, LowRank):
         base, _ = _squeeze(x.base, labels, label)
         a, b = (
@@ -95,7 +100,7 @@ def _squeeze(x, labels, label):
     return x.squeeze(axis), rest
 
 
-def _sum_to(x, labels, keep):
+def _sum_to(x: Any, labels: Sequence[str], keep: Sequence[str]) -> Any:
     """Takes diagonals of repeated labels and sums over those not in `keep`."""
     if list(labels) == list(keep):
         return x

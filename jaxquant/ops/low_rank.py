@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ..core import LowRank, QTensor
+from ..jaxprs import OutSharding
 from .dot_spec import DotOptions
 from .operands import Operand
 
@@ -42,7 +44,14 @@ def with_low_rank(
 
 
 @partial(jax.jit, static_argnames=("numbers", "precision", "out_sharding"))
-def _add_low_rank(out, lhs, rhs, numbers, precision, out_sharding):
+def _add_low_rank(
+    out: jax.Array,
+    lhs: Any,
+    rhs: Any,
+    numbers: lax.DotDimensionNumbers,
+    precision: lax.PrecisionLike,
+    out_sharding: OutSharding,
+) -> jax.Array:
     lhs_labels, rhs_labels, out_labels = _labels(lhs, rhs, numbers)
     x, x_labels, w, w_labels = lhs, lhs_labels, rhs, rhs_labels
     if isinstance(lhs, LowRank):
@@ -71,7 +80,9 @@ def _add_low_rank(out, lhs, rhs, numbers, precision, out_sharding):
     return out + w.factor * low_rank
 
 
-def _labels(lhs, rhs, numbers):
+def _labels(
+    lhs: Any, rhs: Any, numbers: lax.DotDimensionNumbers
+) -> tuple[list[int], list[int], list[int]]:
     """One number per axis of the operands and of their product; matching axes share a number."""
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers
     lhs_labels = list(range(lhs.ndim))

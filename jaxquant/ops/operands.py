@@ -60,7 +60,7 @@ def as_array(x: Operand) -> jax.Array | np.ndarray:
     return x.decode() if isinstance(x, QTensor) else x
 
 
-def stored_axes(x: Operand, axes) -> tuple[int, ...]:
+def stored_axes(x: Operand, axes: Iterable[int]) -> tuple[int, ...]:
     """The stored axes of the operand's logical axes, counted from 0."""
     return x.stored_axes(axes) if isinstance(x, QTensor) else tuple(a % x.ndim for a in axes)
 
@@ -78,7 +78,7 @@ def is_quantized(x: Operand | LowRank) -> bool:
     return isinstance(x, QTensor | LowRank)
 
 
-def result_dtype(lhs: Operand, rhs: Operand, preferred: jax.typing.DTypeLike | None):
+def result_dtype(lhs: Operand, rhs: Operand, preferred: jax.typing.DTypeLike | None) -> np.dtype:
     """The dtype of the product of the dequantized operands in `jnp`.
 
     Raises:
@@ -109,7 +109,7 @@ def why_unsupported_length(length: int, lhs: QTensor, rhs: QTensor) -> str | Non
     return None if largest < 2**31 else f"sums of {length} codes may leave int32"
 
 
-def _largest(x):
+def _largest(x: QTensor) -> int:
     """The largest magnitude of code less zero point: 128 for int8, 255 with a zero point."""
     info = jnp.iinfo(x.format.dtype)
     return max(-info.min, info.max) if x.zero_point is None else info.max - info.min

@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class RaggedSpec:
     def rows(self, lhs: Operand, rhs: Operand) -> None:
         """One matrix per group of rows."""
 
-    def run(self, lhs: jax.Array, rhs: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    def run(self, lhs: Any, rhs: Any, dtype: jax.typing.DTypeLike | None) -> jax.Array:
         """The product of plain arrays, with rhs in its stored axis order."""
         group, inner, _ = self.rhs_axes
         numbers = lax.RaggedDotDimensionNumbers(
@@ -145,22 +145,30 @@ def ragged_dot(
 
 
 @partial(jax.jit, static_argnames=("spec", "implementation"))
-def _ragged_dot(lhs, rhs, group_sizes, group_offset, spec, implementation):
+def _ragged_dot(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    group_offset: jax.Array | None,
+    spec: RaggedSpec,
+    implementation: str | None,
+) -> jax.Array:
     return dispatch.run(_TABLE, lhs, rhs, spec, implementation, group_sizes, group_offset)
 
 
-def _dequantized(lhs, rhs, spec):
+def _dequantized(lhs: Operand, rhs: Operand, spec: RaggedSpec) -> jax.Array:
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     return spec.run(as_array(lhs).astype(dtype), as_array(rhs).astype(dtype), spec.dtype)
 
 
-def _integer(lhs, rhs, spec):
+def _integer(lhs: QTensor, rhs: QTensor, spec: RaggedSpec) -> jax.Array:
     acc = spec.run(lhs.codes.astype(jnp.int8), rhs.codes.astype(jnp.int8), jnp.int32)
     compute = jnp.float64 if spec.dtype == jnp.float64 else jnp.float32
     group, _, column = spec.rhs_axes
     scale = scale_values(rhs.scale).astype(compute)
     scale = scale.transpose(group, column, 3 - group - column).squeeze(-1)
-    ends = jnp.cumsum(jnp.asarray(spec.group_sizes))
+    sizes = jnp.asarray(spec.group_sizes)
+    ends = jnp.cumsum(sizes)
     rows = jnp.arange(lhs.shape[0], dtype=ends.dtype)
     if scale.shape[0] > 1:
         groups = jnp.searchsorted(ends, rows, side="right")
@@ -170,10 +178,10 @@ def _integer(lhs, rhs, spec):
     scale = jnp.repeat(scale, columns // scale.shape[1], 1) if scale.shape[1] > 1 else scale
     out = acc.astype(compute) * scale_values(lhs.scale).astype(compute) * scale
     # Rows beyond the last group are zeros, also where a scale is NaN.
-    return jnp.where(rows[:, None] < jnp.sum(spec.group_sizes), out, 0).astype(spec.dtype)
+    return jnp.where(rows[:, None] < jnp.sum(sizes), out, 0).astype(spec.dtype)
 
 
-def _why_integer_unsupported(lhs, rhs, spec):
+def _why_integer_unsupported(lhs: Any, rhs: Any, spec: RaggedSpec) -> str | None:
     for x, inner in ((lhs, 1), (rhs, spec.rhs_axes[1])):
         why_not = why_unsupported_codes(x)
         if why_not is not None or x.zero_point is not None:

@@ -58,7 +58,7 @@ def scan(
         Array([[2., 2., 2., 2.]], dtype=float32)
     """
 
-    def loop(init, xs):
+    def loop(init: Any, xs: Any) -> Any:
         return lax.scan(f, init, xs, length, reverse, unroll)
 
     if cpu.unavailable() is not None or not any(map(_is_copied, jax.tree.leaves(xs))):
@@ -66,7 +66,7 @@ def scan(
     return with_copied_slices(loop, _COPIER, init, xs)
 
 
-def _is_copied(x):
+def _is_copied(x: Any) -> bool:
     """Whether an array has elements of less than a byte, and slices of whole bytes."""
     if not is_narrow(x) or math.prod(x.shape) == 0:
         return False

@@ -1,6 +1,7 @@
 """Rows of a quantized array, such as the embeddings of tokens."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from ..core import LowRank, QTensor
 from ..jaxprs import OutSharding, names_along, run_with_out_sharding, without_names
 from .low_rank import take_low_rank
-from .operands import OperandLike, as_operands, stored_axes
+from .operands import Operand, OperandLike, as_operands, stored_axes
 
 
 def take(
@@ -89,7 +90,13 @@ def take(
     return _take(a, indices, fill_value, *static)
 
 
-def _sharded(run, out_sharding, a, indices, axis):
+def _sharded(
+    run: Callable[..., jax.Array],
+    out_sharding: OutSharding,
+    a: Any,
+    indices: jax.Array,
+    axis: int | None,
+) -> jax.Array:
     """`run(a, indices)` with `out_sharding`.
 
     XLA (jax 0.10.2, 0.12.0) returns wrong values if a mesh axis that splits the axis of the lookup
@@ -100,7 +107,7 @@ def _sharded(run, out_sharding, a, indices, axis):
     return out if first == out_sharding else jax.sharding.reshard(out, out_sharding)
 
 
-def _names_along(a, axis):
+def _names_along(a: Operand | LowRank, axis: int | None) -> set[str]:
     """The mesh axes that split an axis of an operand."""
     if isinstance(a, LowRank):
         return _names_along(a.base, axis) | _names_along(a.a, axis)
@@ -108,7 +115,7 @@ def _names_along(a, axis):
     return set[str]().union(*(names_along(x, stored) for x in jax.tree.leaves(a)))
 
 
-def _from_start(indices, length):
+def _from_start(indices: jax.Array, length: int) -> jax.Array:
     """Negative indices count from the end."""
     return jnp.where(indices < 0, indices + length, indices)
 
@@ -123,12 +130,20 @@ _MODES = {
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def _take(a, indices, fill_value, axis, mode, unique, is_sorted):
+def _take(
+    a: QTensor,
+    indices: jax.Array,
+    fill_value: jax.typing.ArrayLike,
+    axis: int,
+    mode: str,
+    unique: bool,
+    is_sorted: bool,
+) -> jax.Array:
     length, (stored,) = a.shape[axis], a.stored_axes([axis])
     bound, fills = _MODES[mode]
     bounded = bound(indices, length)
 
-    def gather(x):
+    def gather(x: jax.Array) -> jax.Array:
         before, count, after = x.shape[:stored], x.shape[stored], x.shape[stored + 1 :]
         if count == 1:
             return x.reshape(*before, *(1,) * indices.ndim, *after)

@@ -52,7 +52,7 @@ def run(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
     # The last block overlaps the one before it where 256 does not divide.
     starts = np.minimum(np.arange(0, columns, _BLOCK), columns - _BLOCK)
 
-    def one_block(_, start):
+    def one_block(_: None, start: jax.Array) -> tuple[None, jax.Array]:
         return None, multiply(_rows(rhs, start))
 
     _, out = lax.scan(one_block, None, jnp.asarray(starts))
@@ -83,11 +83,11 @@ def why_unsupported(lhs: Operand, rhs: Operand, spec: DotSpec) -> str | None:
     return "products of 8-bit codes need no blocks" if is_fast else None
 
 
-def _rows(q, start):
+def _rows(q: QTensor, start: jax.Array) -> QTensor:
     """`_BLOCK` rows of codes, and of scales and zero points that vary along the first axis."""
     columns = q.codes.shape[0]
 
-    def slice_rows(x):
+    def slice_rows(x: jax.Array) -> jax.Array:
         if x.shape[0] == 1:
             return x
         block = columns // x.shape[0]

@@ -96,16 +96,16 @@ def multiplies_codes(lhs: Operand, rhs: QTensor) -> bool:
     return is_integer and is_signed and lhs.scale.shape[-1] == 1
 
 
-def _is_integer(lhs, rhs, spec):
+def _is_integer(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
     return integer.is_of_8_bits(lhs, rhs, spec) or multiplies_codes(lhs, rhs)
 
 
-def _int8_dot(lhs, rhs, *_):
+def _int8_dot(lhs: jax.Array, rhs: jax.Array, *_: Any) -> jax.Array:
     """`integer_dot` by the native kernel: (..., K) by (N, K), in int32."""
     return cpu.int8_dot(_rows(lhs), rhs).reshape(*lhs.shape[:-1], rhs.shape[0])
 
 
-def _by_weights(lhs, rhs, spec):
+def _by_weights(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
     """(..., K) by 4-bit or 8-bit weights (N, K), in float32 or already in the result's dtype."""
     columns = partial(repeat_groups, shape=rhs.codes.shape, axes=[0])
     scale = columns(scale_values(rhs.scale))
@@ -123,7 +123,7 @@ def _by_weights(lhs, rhs, spec):
     return out.reshape(*x.shape[:-1], rhs.codes.shape[0])
 
 
-def _why_unsupported_size(lhs, rhs, by_codes):
+def _why_unsupported_size(lhs: Operand, rhs: QTensor, by_codes: bool) -> str | None:
     """Why XLA is faster for so many rows or so few weights, or None."""
     if cpu.unavailable() is not None:
         return cpu.unavailable()
@@ -137,7 +137,7 @@ def _why_unsupported_size(lhs, rhs, by_codes):
     return None
 
 
-def _why_unsupported_weights(rhs):
+def _why_unsupported_weights(rhs: QTensor) -> str | None:
     """Why `_by_weights` does not multiply by these weights, or None."""
     groups = rhs.scale.shape[1]
     if rhs.format.bits == 4:
@@ -149,19 +149,19 @@ def _why_unsupported_weights(rhs):
     return None
 
 
-def _rows(x):
+def _rows(x: jax.Array | np.ndarray) -> jax.Array:
     return jnp.asarray(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _per_row(scale, shape):
+def _per_row(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(scale, (*shape[:-1], 1)).reshape(-1)
 
 
-def _result(dtype):
+def _result(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
     return dtype if dtype in _RESULTS else jnp.float32
 
 
-def _table(format: Format):
+def _table(format: Format) -> np.ndarray:
     """The value of each 4-bit pattern before it is scaled."""
     bits = np.arange(16, dtype=np.uint8)
     if not jnp.issubdtype(format.dtype, jnp.integer):

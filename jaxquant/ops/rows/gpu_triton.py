@@ -1,6 +1,7 @@
 """The row that runs the Pallas kernels for GPUs, compiled by Triton."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,11 +66,11 @@ def why_unsupported(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
     return why_not or pallas_gpu.why_unsupported_groups(rhs.codes.shape[1], rhs.scale.shape[1])
 
 
-def _kernel(lhs, rhs, spec):
+def _kernel(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
     return to_logical_order(run(lhs, rhs, spec.dtype), spec)
 
 
-def _grouped(lhs, rhs, interpret):
+def _grouped(lhs: Operand, rhs: QTensor, interpret: bool) -> jax.Array:
     """By 4-bit weights, in float32."""
     x, scale = codes_and_scale(lhs)
     rows = x.reshape(-1, x.shape[-1])
@@ -86,7 +87,7 @@ def _grouped(lhs, rhs, interpret):
     return out if scale is None else out * scale
 
 
-def _scaled(lhs, rhs, dtype, interpret):
+def _scaled(lhs: Any, rhs: QTensor, dtype: jax.typing.DTypeLike, interpret: bool) -> jax.Array:
     """Codes by codes of 8 bits, in `dtype` if the kernel writes it."""
     *rows, length = lhs.codes.shape
     scales = [
@@ -105,7 +106,7 @@ def _scaled(lhs, rhs, dtype, interpret):
     return out.reshape(*rows, rhs.codes.shape[0])
 
 
-def _why_unsupported_codes(lhs, rhs, precision):
+def _why_unsupported_codes(lhs: Operand, rhs: QTensor, precision: lax.PrecisionLike) -> str | None:
     """Why `_scaled` does not multiply these operands, or None."""
     if not isinstance(lhs, QTensor):
         return f"an operand of {lhs.dtype} does not have codes to multiply with {rhs.format} codes"

@@ -65,7 +65,7 @@ def is_of_8_bits(lhs: Operand, rhs: Any, spec: DotSpec) -> bool:
     return rhs.format.bits == 8 and is_supported(lhs, rhs, spec)
 
 
-def _zero_point_terms(lhs, rhs, spec):
+def _zero_point_terms(lhs: QTensor, rhs: QTensor, spec: DotSpec) -> jax.Array:
     """-z_l sum c_r - z_r sum (c_l - z_l): sums of rows and columns, not a second product."""
     view = partial(in_result, operands=(lhs, rhs), spec=spec)
     lhs_sum, rhs_sum = (

@@ -75,11 +75,11 @@ def why_unsupported(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
     return why_not or pallas_tpu.why_unsupported_groups(rhs.codes.shape[0], rhs.scale.shape[0])
 
 
-def _kernel(lhs, rhs, spec):
+def _kernel(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
     return to_logical_order(run(lhs, rhs, spec.dtype), spec)
 
 
-def _why_slower(lhs, rhs, spec, chip):
+def _why_slower(lhs: Operand, rhs: QTensor, spec: DotSpec, chip: str | None) -> str | None:
     if integer.is_supported(lhs, rhs, spec):
         return "XLA multiplies codes with one scale per column as integers"
     if chip not in _MOST_ROWS:

@@ -78,12 +78,12 @@ def times_one(x: jax.Array) -> jax.Array:
     return x * lax.optimization_barrier(jnp.ones((1,) * x.ndim, x.dtype))
 
 
-def _why_scaled_unsupported(lhs, rhs, spec):
+def _why_scaled_unsupported(lhs: Operand, rhs: Operand, spec: DotSpec) -> str | None:
     is_scaled = [scales_result(*pair) for pair in zip((lhs, rhs), spec.contract, strict=True)]
     return None if any(is_scaled) else "no operand has codes that can be scaled after the product"
 
 
-def _why_scaled_slower(lhs, rhs, spec, chip):
+def _why_scaled_slower(lhs: Operand, rhs: Operand, spec: DotSpec, chip: str | None) -> str | None:
     rows = None if isinstance(lhs, QTensor) else spec.rows(lhs, rhs)
     least, most = _SCALED_ROWS.get(chip, (0, math.inf))
     if rows is None or least <= rows <= most:
@@ -92,13 +92,13 @@ def _why_scaled_slower(lhs, rhs, spec, chip):
     return f"{rows} rows, {side}, are faster dequantized on {chip}"
 
 
-def _fused(lhs, rhs, spec):
+def _fused(lhs: Operand, rhs: Operand, spec: DotSpec) -> jax.Array:
     """Dequantizes one operand while the other is multiplied with it."""
     lhs, rhs = (x if isinstance(x, QTensor) else force_fusion(jnp.asarray(x)) for x in (lhs, rhs))
     return dequantize.run(lhs, rhs, spec)
 
 
-def _why_fused_unsupported(lhs, rhs, spec):
+def _why_fused_unsupported(lhs: Operand, rhs: Operand, spec: DotSpec) -> str | None:
     is_array = [not isinstance(x, QTensor) for x in (lhs, rhs)]
     is_grouped = any(
         isinstance(x, QTensor) and any(x.scale.shape[a] > 1 for a in axes)
