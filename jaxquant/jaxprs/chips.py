@@ -50,7 +50,7 @@ def by_generation(branches: Mapping[str, Function], default: Function, *args: An
     """
     names = (*branches, None)
 
-    def select(context):
+    def select(context: Any) -> int:
         chip = generation() if context is None else target(context.module_context)
         return names.index(chip if chip in branches else None)
 

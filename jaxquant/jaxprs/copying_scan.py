@@ -41,8 +41,8 @@ def with_copied_slices(loop: Function, copier: Copier, *args: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
 
-def _with_copier(program, copier):
-    def replace(eqn):
+def _with_copier(program: Any, copier: Copier) -> Function:
+    def replace(eqn: Any) -> Any:
         slices = eqn.invars[count_before_slices(eqn) :]
         if has_references(eqn) or not any(copier.copies(v.aval) for v in slices):
             return eqn
@@ -52,18 +52,18 @@ def _with_copier(program, copier):
     return with_replaced(program, replace)
 
 
-def _plain(*args, copier, **params):
+def _plain(*args: Any, copier: Copier, **params: Any) -> list[Any]:
     return scan_p.bind(*args, **params)
 
 
-def _by_copier(*args, copier, **params):
+def _by_copier(*args: Any, copier: Copier, **params: Any) -> list[Any]:
     """The same loop as `_plain`, with copied slices."""
     num_consts, num_carried = scan_counts(params)
     carries = slice(num_consts, num_consts + num_carried)
     consts, init, xs = args[: carries.start], args[carries], args[carries.stop :]
     step = jaxpr_as_fun(params["jaxpr"])
 
-    def body(carry, slices):
+    def body(carry: Any, slices: Any) -> tuple[Any, Any]:
         index, parts = slices
         copied = {i: copier.take_slice(x, index) for i, x in enumerate(xs) if i not in parts}
         parts = parts | copied
@@ -81,30 +81,32 @@ _copying_scan.multiple_results = True
 
 
 @_copying_scan.def_effectful_abstract_eval
-def _(*avals, copier, **params):
+def _(*avals: Any, copier: Copier, **params: Any) -> Any:
     return scan_p.abstract_eval(*avals, **params)
 
 
 @_copying_scan.def_impl
-def _(*args, **params):
+def _(*args: Any, **params: Any) -> Any:
     return _compiled(**params)(*args)
 
 
 @functools.lru_cache(maxsize=128)
-def _compiled(**params):
+def _compiled(**params: Any) -> Function:
     """The loop with these parameters, compiled, for calls outside of `jit`."""
     return jax.jit(functools.partial(_copying_scan.bind, **params))
 
 
-def _jvp(primals, tangents, copier, **params):
+def _jvp(primals: Any, tangents: Any, copier: Copier, **params: Any) -> Any:
     return ad.primitive_jvps[scan_p](primals, tangents, **params)
 
 
-def _transpose(cotangents, *args, **params):
+def _transpose(cotangents: Any, *args: Any, **params: Any) -> list[jax.Array | None]:
     return transpose_of(functools.partial(_plain, **params), cotangents, args)
 
 
-def _batch(axis, args, dims, copier, **params):
+def _batch(
+    axis: Any, args: Any, dims: Any, copier: Copier, **params: Any
+) -> tuple[list[Any], list[Any]]:
     out_dims = []
 
     def batched(*args):
@@ -114,7 +116,7 @@ def _batch(axis, args, dims, copier, **params):
     return _with_copier(jax.make_jaxpr(batched)(*args), copier)(*args), out_dims
 
 
-def _lower(context, *args, **params):
+def _lower(context: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
     way = _by_copier if is_for_one_cpu(context) else _plain
     return mlir.lower_fun(way, multiple_results=True)(context, *args, **params)
 

@@ -69,28 +69,28 @@ def is_for_one_cpu(context: mlir.LoweringRuleContext) -> bool:
     return _platforms(context) == ("cpu",) and not _excludes_cpu_kernels(context)
 
 
-def _is_exported(context):
+def _is_exported(context: mlir.LoweringRuleContext) -> bool:
     return context.module_context.lowering_parameters.for_export
 
 
-def _is_partitioned_program(context):
+def _is_partitioned_program(context: mlir.LoweringRuleContext) -> bool:
     return _is_partitioned(context.module_context.axis_context)
 
 
-def _excludes_cpu_kernels(context):
+def _excludes_cpu_kernels(context: mlir.LoweringRuleContext) -> bool:
     return _is_exported(context) or _is_partitioned_program(context)
 
 
-def _excludes_tpu_kernels(context):
+def _excludes_tpu_kernels(context: mlir.LoweringRuleContext) -> bool:
     return _excludes_kernels(context, "tpu", "'pallas' needs a TPU")
 
 
-def _excludes_gpu_kernels(context):
+def _excludes_gpu_kernels(context: mlir.LoweringRuleContext) -> bool:
     is_excluded = _excludes_kernels(context, "cuda", "'triton' needs a GPU with CUDA")
     return is_excluded or _is_exported(context)
 
 
-def _excludes_kernels(context, platform, need):
+def _excludes_kernels(context: mlir.LoweringRuleContext, platform: str, need: str) -> bool:
     platforms = _platforms(context)
     if platform not in platforms:
         raise ValueError(
@@ -100,11 +100,11 @@ def _excludes_kernels(context, platform, need):
     return len(platforms) > 1 or _is_partitioned_program(context)
 
 
-def _platforms(context):
+def _platforms(context: mlir.LoweringRuleContext) -> tuple[str, ...]:
     return tuple(context.platforms or context.module_context.platforms)
 
 
-def _is_partitioned(axes):
+def _is_partitioned(axes: Any) -> bool:
     """Whether XLA partitions the program: outside `shard_map`, or along axes not manual in it."""
     if not hasattr(axes, "mesh"):
         return axes.num_devices > 1
@@ -112,8 +112,13 @@ def _is_partitioned(axes):
     return manual != frozenset(axes.mesh.axis_names)
 
 
-def _switch(here, elsewhere, goes_elsewhere, args):
-    def select(context):
+def _switch(
+    here: Function,
+    elsewhere: Function,
+    goes_elsewhere: Callable[[mlir.LoweringRuleContext], bool],
+    args: Sequence[Any],
+) -> Any:
+    def select(context: mlir.LoweringRuleContext | None) -> bool:
         return context is not None and goes_elsewhere(context)
 
     return lowering_switch((here, elsewhere), select, *args)
@@ -157,7 +162,7 @@ def lowering_switch(branches: tuple[Function, ...], select: Select, *args: jax.A
     return jax.tree.unflatten(structure, _switch_p.bind(*args, branches=flat, select=select))
 
 
-def _flat(function):
+def _flat(function: Function) -> Function:
     return lambda *args: jax.tree.leaves(function(*args))
 
 
@@ -166,27 +171,33 @@ _switch_p.multiple_results = True
 
 
 @_switch_p.def_abstract_eval
-def _(*avals, branches, select):
+def _(*avals: Any, branches: tuple[Function, ...], select: Select) -> list[Any]:
     return [out.update(weak_type=False) for out in jax.make_jaxpr(branches[-1])(*avals).out_avals]
 
 
 @_switch_p.def_impl
-def _(*args, branches, select):
+def _(*args: Any, branches: tuple[Function, ...], select: Select) -> list[Any]:
     return branches[select(None)](*args)
 
 
-def _batch(args, axes, branches, select):
+def _batch(
+    args: Any, axes: Any, branches: tuple[Function, ...], select: Select
+) -> tuple[list[Any], list[int]]:
     batched = tuple(jax.vmap(branch, axes) for branch in branches)
     out = _switch_p.bind(*args, branches=batched, select=select)
     return out, [0] * len(out)
 
 
-def _transpose(cotangents, *args, branches, select):
+def _transpose(
+    cotangents: Any, *args: Any, branches: tuple[Function, ...], select: Select
+) -> list[jax.Array | None]:
     """The transpose of the last branch, because kernels do not have one."""
     return transpose_of(branches[-1], cotangents, args)
 
 
-def _lower(context, *args, branches, select):
+def _lower(
+    context: mlir.LoweringRuleContext, *args: Any, branches: tuple[Function, ...], select: Select
+) -> Any:
     branch = branches[select(context)]
     return mlir.lower_fun(branch, multiple_results=True)(context, *args)
 

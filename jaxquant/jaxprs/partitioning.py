@@ -33,7 +33,7 @@ def is_partitioned(site: Site) -> bool:
     return not manual.issuperset(mesh.axis_names)
 
 
-def _device_count(place):
+def _device_count(place: Any) -> int:
     """Of a sharding or a mesh; 1 for anything else, such as a sharding that JAX will choose."""
     if isinstance(place, jax.sharding.Sharding):
         return place.num_devices

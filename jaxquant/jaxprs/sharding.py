@@ -72,7 +72,7 @@ def without_names(out_sharding: OutSharding, names: set[str]) -> OutSharding:
     if not isinstance(out_sharding, jax.P):
         return out_sharding
 
-    def keep(entry):
+    def keep(entry: Any) -> Any:
         if isinstance(entry, tuple):
             return tuple(name for name in entry if name not in names)
         return None if entry in names else entry

@@ -42,7 +42,7 @@ def add_slices(eqn: JaxprEqn, sliced: frozenset[Var]) -> frozenset[Var]:
     return (sliced - known.keys()) | {v for v, is_slice in known.items() if is_slice}
 
 
-def _slices_made_by(eqn, sliced):
+def _slices_made_by(eqn: JaxprEqn, sliced: frozenset[Var]) -> list[Var]:
     """Narrow results that are smaller than the largest narrow operand, or computed from slices."""
     results = [v for v in eqn.outvars if is_narrow(v.aval)]
     if is_sliced(eqn.invars, sliced):
@@ -51,5 +51,5 @@ def _slices_made_by(eqn, sliced):
     return [v for v in results if _size(v) < largest]
 
 
-def _size(variable):
+def _size(variable: Any) -> int:
     return math.prod(variable.aval.shape)

@@ -1,5 +1,8 @@
 """The matrix multiplication of 8-bit codes, in the form that XLA's fast CPU library supports."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -39,7 +42,12 @@ def integer_dot(
     )
 
 
-def _dot(lhs, rhs, dimension_numbers, out_sharding=None):
+def _dot(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: lax.DotDimensionNumbers,
+    out_sharding: Any = None,
+) -> jax.Array:
     return lax.dot_general(
         lhs,
         rhs,
@@ -49,7 +57,9 @@ def _dot(lhs, rhs, dimension_numbers, out_sharding=None):
     )
 
 
-def _padded_dot(lhs, rhs, dimension_numbers):
+def _padded_dot(
+    lhs: jax.Array, rhs: jax.Array, dimension_numbers: lax.DotDimensionNumbers
+) -> jax.Array:
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     lhs_free = _free(lhs, lhs_contract, lhs_batch)
     rhs_free = _free(rhs, rhs_contract, rhs_batch)
@@ -75,11 +85,11 @@ def _padded_dot(lhs, rhs, dimension_numbers):
     return out
 
 
-def _free(x, contract, batch):
+def _free(x: jax.Array, contract: Sequence[int], batch: Sequence[int]) -> list[int]:
     return [a for a in range(x.ndim) if a not in contract and a not in batch]
 
 
-def _pad_row(x, free):
+def _pad_row(x: jax.Array, free: list[int]) -> tuple[jax.Array, bool | None]:
     """Pads an operand with one row to two. Also returns whether it had an axis for rows.
 
     None in its place means that nothing was padded.
@@ -95,6 +105,6 @@ def _pad_row(x, free):
     return jnp.pad(x, widths), has_axis
 
 
-def _drop(out, axis, has_axis):
+def _drop(out: jax.Array, axis: int, has_axis: bool) -> jax.Array:
     first = lax.slice_in_dim(out, 0, 1, axis=axis)
     return first if has_axis else first.squeeze(axis)

@@ -8,6 +8,7 @@ lowers such a kernel; they run only where `implementation="triton"` asks for the
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -187,7 +188,7 @@ def scaled_dot(
     rounds = pl.cdiv(row_tiles, _TILES_TOGETHER)
     together = pl.cdiv(row_tiles, rounds)
 
-    def row(r, j, first):
+    def row(r: Any, j: Any, first: Any) -> Any:
         return first * together + r
 
     return pl.pallas_call(
@@ -209,7 +210,17 @@ def scaled_dot(
     )(x, w, row_scale, column_scale)
 
 
-def _scaled_tile(x_ref, w_ref, row_scale_ref, column_scale_ref, out_ref, *, row, shape, step):
+def _scaled_tile(
+    x_ref: Any,
+    w_ref: Any,
+    row_scale_ref: Any,
+    column_scale_ref: Any,
+    out_ref: Any,
+    *,
+    row: Callable[..., Any],
+    shape: tuple[int, int],
+    step: int,
+) -> None:
     """One tile of the scaled result. Elements outside the result are not stored."""
     tile, length = out_ref.shape, x_ref.shape[1]
     place = row(*(pl.program_id(a) for a in range(3))), pl.program_id(1)
@@ -218,7 +229,7 @@ def _scaled_tile(x_ref, w_ref, row_scale_ref, column_scale_ref, out_ref, *, row,
         for p, t, n in zip(place, tile, shape, strict=True)
     )
 
-    def add_step(number, total):
+    def add_step(number: Any, total: jax.Array) -> jax.Array:
         first = number * step
         codes = pl.ds(first, step)
         has_code = (first + jnp.arange(step, dtype=jnp.int32) < length)[None, :]
@@ -238,7 +249,14 @@ def _scaled_tile(x_ref, w_ref, row_scale_ref, column_scale_ref, out_ref, *, row,
     triton.store(out_ref, out.astype(out_ref.dtype), mask=has_row[:, None] & has_column[None, :])
 
 
-def _sum_of_steps(x_ref, w_ref, *refs, shape, steps, steps_of_group):
+def _sum_of_steps(
+    x_ref: Any,
+    w_ref: Any,
+    *refs: Any,
+    shape: tuple[int, int],
+    steps: np.int32,
+    steps_of_group: np.int32,
+) -> None:
     """One tile of the result, summed over `steps` of K. Elements outside it are not stored."""
     *parameters, out_ref = refs
     tile = out_ref.shape
@@ -247,7 +265,7 @@ def _sum_of_steps(x_ref, w_ref, *refs, shape, steps, steps_of_group):
     )
     first = pl.program_id(2) * steps
 
-    def add_step(number, total):
+    def add_step(number: Any, total: jax.Array) -> jax.Array:
         k = first + number
         # Neither is negative.
         group = lax.div(k, steps_of_group)

@@ -7,7 +7,8 @@ clock rate, as printed by `benchmarks/pallas_tpu.py`.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,9 @@ _MOST_GROUPS = 1024
 _MOST_GROUPS_OF_TILE = 64
 # Bytes of a tile of rows that `quantize_rows` reads.
 _ROW_BYTES = 2 * 2**20
+
+# (slice of K, codes minus zero point, row of scales) of one group.
+Piece = tuple[slice, jax.Array, jax.Array]
 
 
 def why_unsupported_groups(length: int, groups: int) -> str | None:
@@ -160,26 +164,28 @@ def quantize_rows(
     )(x)
 
 
-def _accumulate(x_ref, w_ref, *refs, kernel, size, has_rows):
+def _accumulate(
+    x_ref: Any, w_ref: Any, *refs: Any, kernel: Callable[..., jax.Array], size: int, has_rows: bool
+) -> None:
     """Adds the product of two tiles to the sum of earlier tiles along K."""
     row_scale, refs = (refs[0], refs[1:]) if has_rows else (None, refs)
     *parameters, out_ref, sum_ref = refs
     k, last = pl.program_id(2), pl.num_programs(2) - 1
 
     @pl.when(k == 0)
-    def _():
+    def _() -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     sum_ref[...] += kernel(x_ref, _pieces(w_ref, parameters, k, size))
 
     @pl.when(k == last)
-    def _():
+    def _() -> None:
         total = sum_ref[...] if row_scale is None else sum_ref[...] * row_scale[...]
         out_ref[...] = total.astype(out_ref.dtype)
 
 
-def _pieces(w_ref, parameters, k, size) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
-    """(slice of K, codes minus zero point, row of scales) of each group in the tile."""
+def _pieces(w_ref: Any, parameters: Sequence[Any], k: Any, size: int) -> Iterator[Piece]:
+    """The pieces of a tile, one per group."""
     length = w_ref.shape[0]
     step = min(size, length)
     for start in range(0, length, step):
@@ -190,26 +196,26 @@ def _pieces(w_ref, parameters, k, size) -> Iterator[tuple[slice, jax.Array, jax.
         yield slice(start, start + step), codes - zero[0] if zero else codes, scale
 
 
-def _scale_sums(x_ref, pieces):
+def _scale_sums(x_ref: Any, pieces: Iterable[Piece]) -> jax.Array:
     """Scales the product of each group, a (rows, columns) array."""
     return functools.reduce(
         jnp.add, (_dot(x_ref[:, part], codes) * scale for part, codes, scale in pieces)
     )
 
 
-def _scale_weights(x_ref, pieces):
+def _scale_weights(x_ref: Any, pieces: Iterable[Piece]) -> jax.Array:
     """Scales the weights and multiplies all groups of the tile at once."""
     weights = [(codes * scale).astype(jnp.bfloat16) for _, codes, scale in pieces]
     return _dot(x_ref[...], jnp.concatenate(weights))
 
 
-def _dot(x, w):
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     # 8-bit codes are exact in bfloat16.
     x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
     return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
 
-def _quantize_tile(x_ref, codes_ref, scale_ref, *, qmin, qmax):
+def _quantize_tile(x_ref: Any, codes_ref: Any, scale_ref: Any, *, qmin: float, qmax: float) -> None:
     x = x_ref[...].astype(jnp.float32)
     magnitude = jnp.abs(x)
     # Comparisons with NaN are false, so NaN becomes Inf as well, and the maximum keeps it.
@@ -242,12 +248,21 @@ def _tile_length(length: int, size: int, wanted: int) -> int | None:
     return min(tiles, key=lambda t: max(t / wanted, wanted / t), default=None)
 
 
-def _result(shape, dtype, like):
+def _result(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array
+) -> jax.ShapeDtypeStruct:
     """A result that varies across devices as `like` does inside `shard_map`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
-def _cost_of_dot(grid, x, w, scale, parameters, dtype):
+def _cost_of_dot(
+    grid: tuple[int, ...],
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    parameters: int,
+    dtype: jax.typing.DTypeLike,
+) -> pl.CostEstimate:
     """Memory traffic: x once per tile of columns, w and its scales once per tile of rows."""
     rows, (length, columns) = x.shape[0], w.shape
     per_row_tile = length * columns // 2 + parameters * 4 * scale.size

@@ -5,6 +5,7 @@ Each uses the best instruction set of this processor, or the one that is named.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -147,14 +148,16 @@ def take_slice(stack: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
     assert count > 0, f"axis {axis} of {stack.shape} is empty"
 
     @jax.custom_batching.custom_vmap
-    def copy(stack, index):
+    def copy(stack: jax.Array, index: jax.Array) -> jax.Array:
         result = jax.ShapeDtypeStruct((*outer, *inner), stack.dtype)
         sizes = {"outer": math.prod(outer), "count": count, "bytes": bits // 8}
         call = jax.ffi.ffi_call("jaxquant_slice", result)
         return call(stack, index, **{name: np.int64(size) for name, size in sizes.items()})
 
     @copy.def_vmap
-    def _(length, is_batched, stack, index):
+    def _(
+        length: int, is_batched: Any, stack: jax.Array, index: jax.Array
+    ) -> tuple[jax.Array, bool]:
         if is_batched[1]:
             axes = [0 if b else None for b in is_batched]
             plain = functools.partial(lax.dynamic_index_in_dim, axis=axis, keepdims=False)
@@ -164,20 +167,27 @@ def take_slice(stack: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
     return copy(stack, index)
 
 
-def _float(x):
+def _float(x: jax.Array) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
 
 
-def _floats(scale, zero):
+def _floats(scale: jax.Array, zero: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     none = jnp.zeros((0, scale.shape[1]), jnp.float32)
     return _float(scale), none if zero is None else _float(zero)
 
 
-def _result(x, w, dtype):
+def _result(x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype)
 
 
-def _call(name, result, instructions, *args, vmap_method="sequential", **attributes):
+def _call(
+    name: str,
+    result: Any,
+    instructions: str | None,
+    *args: jax.Array,
+    vmap_method: str = "sequential",
+    **attributes: Any,
+) -> Any:
     assert unavailable() is None, unavailable()
     instructions = instructions or instruction_sets()[0]
     assert instructions in instruction_sets(), instructions
