@@ -48,7 +48,7 @@ class Encoder:
             QTensors share one.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
         self.statics: list[Any] = []
 
@@ -69,10 +69,10 @@ class Encoder:
             return self._encode_array(tree, path)
         return self._encode_container(tree, path)
 
-    def _encode_dict(self, items, path):
+    def _encode_dict(self, items: dict[Any, Any], path: str) -> list[Any]:
         return ["dict", [[k, self.encode(v, _join(path, k))] for k, v in items.items()]]
 
-    def _encode_qtensor(self, q, path):
+    def _encode_qtensor(self, q: QTensor, path: str) -> list[Any]:
         inputs = q.inputs
         fields = {"codes": q.codes, "scale": q.scale, "zero_point": q.zero_point}
         parts = {k: self.encode(v, _join(path, k)) for k, v in fields.items() if v is not None}
@@ -83,7 +83,7 @@ class Encoder:
             parts["inputs"] = [config, self.encode(known, _join(path, "inputs"))]
         return ["qtensor", [self._static(static_to_json(q)), parts]]
 
-    def _encode_low_rank(self, x, path):
+    def _encode_low_rank(self, x: LowRank, path: str) -> list[Any]:
         static = self._static({"alpha": x.alpha, "config": config_to_json(x.config)})
         fields = {"base": x.base, "a": x.a, "b": x.b}
         return [
@@ -91,13 +91,13 @@ class Encoder:
             [static, {k: self.encode(v, _join(path, k)) for k, v in fields.items()}],
         ]
 
-    def _static(self, value):
+    def _static(self, value: Any) -> int:
         value = json.loads(json.dumps(value))
         if value not in self.statics:
             self.statics.append(value)
         return self.statics.index(value)
 
-    def _encode_array(self, array, path):
+    def _encode_array(self, array: Any, path: str) -> list[Any]:
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             raise ValueError(
                 f"{path}: a key array cannot be saved, got {array.dtype}. Save "
@@ -116,7 +116,7 @@ class Encoder:
         is_plain = stored.dtype.name == array.dtype.name
         return ["array", [name] if is_plain else [name, array.dtype.name, list(array.shape)]]
 
-    def _encode_container(self, tree, path):
+    def _encode_container(self, tree: Any, path: str) -> list[Any]:
         """A node of another kind, as a dict of its children."""
         found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
         if len(found) == 1 and not found[0][0]:
@@ -136,7 +136,7 @@ class Decoder:
         read: returns the stored array with a name.
     """
 
-    def __init__(self, statics: list[Any], read: Callable[[str], np.ndarray]):
+    def __init__(self, statics: list[Any], read: Callable[[str], np.ndarray]) -> None:
         self.statics = statics
         self.read = read
 
@@ -145,21 +145,21 @@ class Decoder:
         kind, content = node
         return _DECODERS[kind](self, content)
 
-    def _dict(self, content):
+    def _dict(self, content: Any) -> dict[Any, Any]:
         return {k: self.decode(v) for k, v in content}
 
-    def _list(self, content):
+    def _list(self, content: Any) -> list[Any]:
         return [self.decode(v) for v in content]
 
-    def _tuple(self, content):
+    def _tuple(self, content: Any) -> tuple[Any, ...]:
         return tuple(self._list(content))
 
-    def _value(self, content):
+    def _value(self, content: Any) -> Any:
         if not (content is None or isinstance(content, bool | int | float | str)):
             raise TypeError(f"a value must be a number, a string or None, got {content!r}")
         return content
 
-    def _array(self, content):
+    def _array(self, content: Any) -> jax.Array | np.ndarray:
         name, *original = content
         stored = self.read(name)
         if not original:
@@ -167,7 +167,7 @@ class Decoder:
         dtype, shape = original
         return _from_stored(stored, jnp.dtype(dtype), tuple(shape))
 
-    def _qtensor(self, content):
+    def _qtensor(self, content: Any) -> QTensor:
         static, parts = content
         inputs = parts.pop("inputs", None)
         arrays = {k: self.decode(v) for k, v in parts.items()}
@@ -177,7 +177,7 @@ class Decoder:
             arrays["inputs"] = Inputs(config, **self.decode(node))
         return QTensor(**arrays, **static_from_json(self.statics[static]))
 
-    def _low_rank(self, content):
+    def _low_rank(self, content: Any) -> LowRank:
         static, parts = content
         row = self.statics[static]
         # Its axes, which were written once, are those of the base.
@@ -197,7 +197,7 @@ _DECODERS = {
 }
 
 
-def _keys(tree, path):
+def _keys(tree: dict[Any, Any], path: str) -> list[Any]:
     """Keys of a dict, sorted. JAX also ignores the insertion order of dicts."""
     for key in tree:
         if not isinstance(key, str | int):
@@ -207,11 +207,11 @@ def _keys(tree, path):
     return sorted(tree, key=lambda key: (isinstance(key, str), key))
 
 
-def _join(path, key):
+def _join(path: str, key: Any) -> str:
     return f"{path}/{key}" if path else str(key)
 
 
-def _to_stored(array) -> np.ndarray:
+def _to_stored(array: Any) -> np.ndarray:
     """The bytes of arrays whose dtype safetensors lacks, with sub-byte codes packed."""
     if array.dtype.name in _NATIVE:
         # safetensors writes memory in its current layout.
@@ -224,7 +224,9 @@ def _to_stored(array) -> np.ndarray:
     return np.asarray(_PACKING[bits][0](codes))
 
 
-def _from_stored(stored, dtype, shape):
+def _from_stored(
+    stored: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]
+) -> jax.Array | np.ndarray:
     """Undoes `_to_stored`."""
     bits = bits_of(dtype)
     if bits not in _PACKING:
@@ -234,14 +236,14 @@ def _from_stored(stored, dtype, shape):
 
 # In one program: separate steps took 2.5 times as long to read 4-bit codes.
 @partial(jax.jit, static_argnames=("dtype", "shape"))
-def _unpacked(stored, dtype, shape):
+def _unpacked(stored: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> jax.Array:
     bits = bits_of(dtype)
     codes = _PACKING[bits][1](stored, math.prod(shape))
     codes = codes.astype(jnp.dtype(f"uint{bits}"))
     return jax.lax.bitcast_convert_type(codes, dtype).reshape(shape)
 
 
-def _on_device(array):
+def _on_device(array: np.ndarray) -> jax.Array | np.ndarray:
     """Puts x on the default device, unless JAX would truncate it from 64 bits to 32."""
     is_whole = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
     return jnp.asarray(array) if is_whole else array

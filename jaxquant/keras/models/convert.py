@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import keras
 import numpy as np
 
-from ...core import INT4, INT8, AbsMax, blocks_between
+from ...core import INT4, INT8, AbsMax, QTensor, blocks_between, scale_values
 from .. import compat, layers
 from ..files import other_variables, repeat_groups
 from ..layer import QuantizableMixin
@@ -73,7 +74,7 @@ def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -
     wrappers = [x for x in compat.sublayers(model) if isinstance(x, keras.layers.TimeDistributed)]
     form = functools.partial(_stock_form, wrapped={id(x.layer) for x in wrappers})
 
-    def why_unsupported(layer):
+    def why_unsupported(layer: Any) -> str | None:
         found = None if dequantize else form(layer)
         return _why_no_stock_class(layer) or (found if isinstance(found, str) else None)
 
@@ -101,7 +102,7 @@ def stock_class(cls: type) -> type | None:
     return getattr(keras.layers, cls.__name__) if is_ours else None
 
 
-def _why_unsupported(layer):
+def _why_unsupported(layer: Any) -> str | None:
     """Why a layer cannot be part of a converted model, or None."""
     cls = type(layer)
     if isinstance(layer, QuantizableMixin):
@@ -124,7 +125,7 @@ def _why_unsupported(layer):
 # Stock forms of quantizable layers.
 
 
-def _why_no_stock_class(layer):
+def _why_no_stock_class(layer: Any) -> str | None:
     """Why a quantizable layer has no stock counterpart, or None."""
     if not isinstance(layer, QuantizableMixin) or stock_class(type(layer)) is not None:
         return None
@@ -134,7 +135,7 @@ def _why_no_stock_class(layer):
     )
 
 
-def _in_float(config):
+def _in_float(config: Any) -> Any:
     """A config without quantization, also in the configs of inner layers."""
     if isinstance(config, list | tuple):
         return type(config)([_in_float(x) for x in config])
@@ -148,7 +149,7 @@ def _in_float(config):
     return {key: _in_float(x) for key, x in config.items() if key != "quantization_config"}
 
 
-def _fill_stock(form, old, new):
+def _fill_stock(form: Callable[[Any], Any], old: Any, new: Any) -> None:
     """Copies a layer's own weights to its stock copy, as codes or in float."""
     found = form(old)
     if found is None:
@@ -161,7 +162,7 @@ def _fill_stock(form, old, new):
         new.load_own_variables({str(i): x for i, x in enumerate(entries)})
 
 
-def _dequantize(old, new):
+def _dequantize(old: Any, new: Any) -> None:
     values = {v.name: v.value for v in compat.own_variables(old)}
     values |= {name: old.stored_weights[name].dequantize() for name in old.stored_weights}
     for variable in compat.own_variables(new):
@@ -178,7 +179,7 @@ class _StockForm(NamedTuple):
     rest: list[Any]
 
 
-def _stock_form(layer, wrapped) -> _StockForm | str | None:
+def _stock_form(layer: Any, wrapped: set[int]) -> _StockForm | str | None:
     """The stock form of the layer's quantized weight, or why none exists; None for float layers."""
     if not isinstance(layer, QuantizableMixin) or not layer.stored_weights:
         return None
@@ -193,7 +194,7 @@ def _stock_form(layer, wrapped) -> _StockForm | str | None:
     return found if is_form else f"{type(layer).__name__} with {q!r}: {found}; {advice}"
 
 
-def _int8_form(layer, name, q):
+def _int8_form(layer: Any, name: str, q: QTensor) -> _StockForm | str:
     shared = {a % q.ndim for a in layer.declared_weights[name].axes(layer)}
     quantizer = _stock_inputs(q)
     if any(q.scale.shape[a] > 1 for a in shared) or q.zero_point is not None:
@@ -201,14 +202,14 @@ def _int8_form(layer, name, q):
     if isinstance(quantizer, str):
         return quantizer
     full = [1 if a in shared else n for a, n in enumerate(q.shape)]
-    q = dataclasses.replace(q, scale=jnp.broadcast_to(q.scale, full))
+    q = dataclasses.replace(q, scale=jnp.broadcast_to(scale_values(q.scale), full))
     scale = layer.scale_to_stock(name, 1 / np.asarray(q.scale, np.float64), q)
     make_config: Any = keras.quantizers.Int8QuantizationConfig
     config = make_config(activation_quantizer=quantizer)
     return _StockForm(config, q.codes, [scale])
 
 
-def _int4_form(layer, name, q):
+def _int4_form(layer: Any, name: str, q: QTensor) -> _StockForm | str:
     make_config: Any = keras.quantizers.Int4QuantizationConfig
     if "block_size" not in inspect.signature(make_config).parameters:
         return f"stock int4 of Keras {keras.__version__} packs another axis; update to 3.14"
@@ -239,13 +240,14 @@ def _int4_form(layer, name, q):
     return _StockForm(make_config(block_size=size), packed, rest)
 
 
-def _stock_inputs(q):
+def _stock_inputs(q: QTensor) -> Any:
     """The stock quantizer of the activations, or why there is none; None for float activations."""
-    config = q.inputs and q.inputs.config
-    if config is None:
+    inputs = q.inputs
+    if inputs is None or inputs.config is None:
         return None
+    config = inputs.config
     is_plain = config.format == INT8 and config.range == AbsMax() and config.symmetric
-    is_calibrated = q.inputs.scale is not None or q.inputs.multiplier is not None
+    is_calibrated = inputs.scale is not None or inputs.multiplier is not None
     if not is_plain or is_calibrated or config.group_size is not None or config.per_tensor:
         return f"stock layers quantize activations to int8 by abs-max only, not by {config}"
     low, high = config.value_range or (-127, 127)

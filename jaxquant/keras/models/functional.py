@@ -78,7 +78,7 @@ def functional(model: keras.Model) -> tuple[Callable[..., Any], Params]:
     return apply, params
 
 
-def _places(model) -> dict[tuple[str, ...], StoredWeight | keras.Variable]:
+def _places(model: keras.Model) -> dict[tuple[str, ...], StoredWeight | keras.Variable]:
     """Stored weights and the other variables, by the parts of their paths."""
     places: dict[tuple[str, ...], Any] = {}
     taken = set()
@@ -96,7 +96,7 @@ def _places(model) -> dict[tuple[str, ...], StoredWeight | keras.Variable]:
     return places
 
 
-def _free(key, taken):
+def _free(key: tuple[str, ...], taken: set[tuple[str, ...]]) -> tuple[str, ...]:
     """The key, numbered if it is taken: layers of nested models may have the same path."""
     number, free = 0, key
     while free in taken:
@@ -105,11 +105,13 @@ def _free(key, taken):
     return free
 
 
-def _identity(model):
+def _identity(model: keras.Model) -> list[int]:
     return [id(v) for layer in compat.sublayers(model) for v in compat.own_variables(layer)]
 
 
-def _checked(params, places):
+def _checked(
+    params: Params, places: Mapping[tuple[str, ...], StoredWeight | keras.Variable]
+) -> dict[tuple[str, ...], Any]:
     """The leaves of params by path, once their kinds and shapes are checked."""
     found = dict(_leaves(params))
     odd = ["/".join(key) for key in found.keys() ^ places.keys()]
@@ -127,7 +129,7 @@ def _checked(params, places):
     return found
 
 
-def _leaves(params, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+def _leaves(params: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
     if not isinstance(params, Mapping):
         return [(path, params)]
     return [leaf for key, inner in params.items() for leaf in _leaves(inner, (*path, key))]

@@ -51,11 +51,11 @@ def load_weights(model: keras.Model, path: str | os.PathLike[str], **kwargs: Any
         raise
 
 
-def _copies(layer):
+def _copies(layer: keras.layers.Layer) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The attributes of a layer and of the state of its weights, each with a copy of them."""
     holders = [layer, *filter(None, [vars(layer).get("weight_state")])]
     return [(vars(x), {k: _copied(v) for k, v in vars(x).items()}) for x in holders]
 
 
-def _copied(value):
+def _copied(value: Any) -> Any:
     return dict(value) if type(value) is dict else value

@@ -4,15 +4,16 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import keras
 
 from ...core import ArrayConfig, Scheme
-from ...tree import Progress, Report, Rules, report
+from ...tree import Progress, Report, ReportRow, Rules, report
 from ...tree.internal import progress_bar
 from .. import compat
 from ..configs import QuantizationConfig, SchemeConfig, as_config
-from ..layer import QuantizableMixin
+from ..layer import QuantizableMixin, StoredWeight
 from .convert import converter
 from .rewrite import Keep, raise_problems
 from .state import share_variables
@@ -78,7 +79,9 @@ def quantize(
     return copy, Report(tuple(rows))
 
 
-def _quantize(chosen, config, progress):
+def _quantize(
+    chosen: list[tuple[Any, list[str]]], config: SchemeConfig, progress: Progress | bool | None
+) -> tuple[list[ReportRow], list[str]]:
     """Quantizes the chosen weights of each layer; returns their rows, and the problems."""
     rows, problems, done = [], [], 0
     total = sum(len(names) for _, names in chosen)
@@ -94,7 +97,7 @@ def _quantize(chosen, config, progress):
     return rows, problems
 
 
-def _quantize_layer(layer, names, config):
+def _quantize_layer(layer: Any, names: list[str], config: SchemeConfig) -> list[ReportRow]:
     """Quantizes weights of one layer; returns the rows of all that are quantized now."""
     before = {name: layer.float_weights[name].value for name in names}
     if names:
@@ -103,7 +106,7 @@ def _quantize_layer(layer, names, config):
     return [_quantized(_path(layer, n), before.get(n), weight) for n, weight in stored]
 
 
-def _config_of(rules):
+def _config_of(rules: Any) -> SchemeConfig:
     is_config = isinstance(rules, keras.quantizers.QuantizationConfig)
     if is_config or isinstance(rules, str):
         config = as_config(None, rules)
@@ -116,22 +119,24 @@ def _config_of(rules):
     return QuantizationConfig(rules)
 
 
-def _path(layer, name):
+def _path(layer: Any, name: str) -> str:
     return f"{layer.path or layer.name}/{name}"
 
 
-def _scheme(layer, name, config) -> Scheme | ArrayConfig | None:
+def _scheme(layer: Any, name: str, config: SchemeConfig) -> Scheme | ArrayConfig | None:
     rule = config.rule_for(_path(layer, name))
     return rule and rule.scheme
 
 
-def _chosen(layer, config):
+def _chosen(layer: Any, config: SchemeConfig) -> list[str]:
     """Names of the float weights that a config selects."""
     names = [n for n in layer.declared_shapes if n not in layer.stored_weights]
     return [n for n in names if _scheme(layer, n, config) is not None]
 
 
-def _mismatches(config, layers, chosen):
+def _mismatches(
+    config: SchemeConfig, layers: list[Any], chosen: list[tuple[Any, list[str]]]
+) -> list[str]:
     """Problems that can be found without the values of the weights."""
     paths = [_path(layer, name) for layer in layers for name in layer.declared_shapes]
     rules = config.rules if isinstance(config, QuantizationConfig) else ()
@@ -152,7 +157,7 @@ def _mismatches(config, layers, chosen):
     return problems + again
 
 
-def _rows_left(layer, config, why_kept):
+def _rows_left(layer: Any, config: SchemeConfig, why_kept: str | None) -> list[ReportRow]:
     """A row for each of the layer's own weights that is not quantized."""
     is_quantizable = isinstance(layer, QuantizableMixin)
     stored = layer.stored_weights.values() if is_quantizable else ()
@@ -174,7 +179,7 @@ def _rows_left(layer, config, why_kept):
     return rows
 
 
-def _reason(layer, name, config):
+def _reason(layer: Any, name: str, config: SchemeConfig) -> str:
     rule = config.rule_for(_path(layer, name))
     if rule is None:
         return "no rule matches"
@@ -182,7 +187,7 @@ def _reason(layer, name, config):
     return stays if rule.scheme is not None else rule.note or f"left by rule {rule.pattern!r}"
 
 
-def _quantized(path, before, stored):
+def _quantized(path: str, before: jax.Array | None, stored: StoredWeight) -> ReportRow:
     q = stored.tensor()
     if before is None:
         row = report(None, {path: q}).rows[0]
@@ -197,7 +202,7 @@ def _quantized(path, before, stored):
     )
 
 
-def _own(copy, model):
+def _own(copy: keras.Model, model: keras.Model) -> None:
     """Copies the arrays that both models hold: training one model donates its arrays."""
     shared = {id(v.value) for v in model.variables}
     for variable in copy.variables:

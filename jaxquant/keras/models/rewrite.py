@@ -82,7 +82,7 @@ class ModelRewriter:
 
     # First: can every layer be copied?
 
-    def _check(self, model, layers):
+    def _check(self, model: Any, layers: list[Any]) -> None:
         rewritten = _unique(x for x, why_kept in self.walk(model) if why_kept is None)
         found = [(x, why) for x in rewritten if (why := self._why_unsupported(x))]
         known = {id(x) for x, _ in found}
@@ -94,7 +94,7 @@ class ModelRewriter:
         problems += [f"keep: no layer is {x!r}" for x in self.keep if x not in present]
         raise_problems(model, problems)
 
-    def _why_unsupported(self, layer):
+    def _why_unsupported(self, layer: Any) -> str | None:
         if isinstance(layer, keras.Model) and not _has_graph(layer):
             return (
                 f"{type(layer).__name__} is a subclassed model, which creates its layers in code; "
@@ -102,7 +102,7 @@ class ModelRewriter:
             )
         return self.why_unsupported(layer)
 
-    def _make(self, layer):
+    def _make(self, layer: Any) -> str | None:
         """Makes the copy of a layer, not yet built, or returns why it cannot be made."""
         classes = {type(x) for x in compat.sublayers(layer)}
         custom = {cls.__name__: cls for cls in classes if not is_stock(cls)}
@@ -124,7 +124,7 @@ class ModelRewriter:
             new.function = old.function
         return None
 
-    def _why_not_replaced(self, layer):
+    def _why_not_replaced(self, layer: Any) -> str | None:
         """Why layers that a custom layer creates cannot be replaced, or None."""
         cls = type(layer)
         if self.why_kept(cls, layer.name) or is_stock(cls) or self.replace(cls) is not None:
@@ -158,52 +158,52 @@ class ModelRewriter:
 
     # Then the graph.
 
-    def _copy(self, layer):
+    def _copy(self, layer: Any) -> Any:
         if id(layer) not in self.copies:
             is_sequential = isinstance(layer, keras.Sequential)
             build = self._sequential if is_sequential else self._functional
             self.copies[id(layer)] = build(layer)
         return self.copies[id(layer)]
 
-    def _sequential(self, model):
+    def _sequential(self, model: Any) -> Any:
         copies = [self._copy(layer) for layer in model.layers]
         cls = _class_of_copy(model, keras.Sequential)
         return cls([*_starts(model), *copies], name=model.name)
 
-    def _functional(self, model):
+    def _functional(self, model: Any) -> Any:
         # Keras would compile the copy of a compiled model.
         cls = _class_of_copy(model, keras.Model)
         shell = cls(model.input, model.output, name=model.name)
         starts = keras.tree.map_structure(_start, model.input)
         return keras.models.clone_model(shell, starts, clone_function=self._copy_operation)
 
-    def _copy_operation(self, operation):
+    def _copy_operation(self, operation: Any) -> Any:
         if isinstance(operation, keras.layers.Layer):
             return self._copy(operation)
         return type(operation).from_config(operation.get_config())
 
-    def _pairs(self, layer):
+    def _pairs(self, layer: Any) -> list[tuple[Any, Any]]:
         copy = self.copies[id(layer)]
         if layer.built and not copy.built:
             copy.build_from_config(layer.get_build_config())
         return matched(compat.sublayers(layer), compat.sublayers(copy))
 
 
-def _unique(items):
+def _unique(items: Iterable[Any]) -> Iterable[Any]:
     return {id(x): x for x in items}.values()
 
 
-def _has_graph(model):
+def _has_graph(model: Any) -> bool:
     return isinstance(model, keras.Sequential) or compat.is_functional(model)
 
 
-def _class_of_copy(model, stock):
+def _class_of_copy(model: Any, stock: type) -> type:
     """The model's class, or the stock one if the class defines its own constructor."""
     maker = next(cls for cls in type(model).__mro__ if "__init__" in vars(cls))
     return type(model) if is_stock(maker) else stock
 
 
-def _graph_layers(model) -> Iterator[Any]:
+def _graph_layers(model: Any) -> Iterator[Any]:
     """Layers of the graph, those of nested models in their place."""
     for layer in model.layers if _has_graph(model) else []:
         if isinstance(layer, keras.Model):
@@ -212,13 +212,13 @@ def _graph_layers(model) -> Iterator[Any]:
             yield layer
 
 
-def _start(tensor):
+def _start(tensor: Any) -> Any:
     """A new input like one of a model."""
     layer = compat.origin(tensor)
     return keras.layers.InputLayer.from_config(layer.get_config()).output
 
 
-def _starts(model):
+def _starts(model: Any) -> list[Any]:
     """The input of a Sequential model that knows it."""
     try:
         return [_start(x) for x in model.inputs]
@@ -226,11 +226,11 @@ def _starts(model):
         return []
 
 
-def _lambdas(layer):
+def _lambdas(layer: Any) -> list[Any]:
     return [x for x in compat.sublayers(layer) if isinstance(x, keras.layers.Lambda)]
 
 
-def _class_in(config):
+def _class_in(config: dict[str, Any]) -> Any:
     """The class of a layer that a config is the serialization of, or None."""
     name = config.get("class_name")
     if not isinstance(name, str):
@@ -240,7 +240,7 @@ def _class_in(config):
     return getattr(keras.layers, name, None) if is_stock_layer else registered
 
 
-def _identity(cls):
+def _identity(cls) -> dict[str, Any]:
     """How a serialized layer names its class."""
     if is_stock(cls):
         return {"module": "keras.layers", "class_name": cls.__name__, "registered_name": None}
@@ -248,7 +248,7 @@ def _identity(cls):
     return {"module": cls.__module__, "class_name": cls.__name__, "registered_name": registered}
 
 
-def _set_trainable(old, new, copies):
+def _set_trainable(old: Any, new: Any, copies: Mapping[int, Any]) -> None:
     """Copies `trainable`, outer layers first, because Keras sets it on inner layers too."""
     if new.trainable != old.trainable:
         new.trainable = old.trainable

@@ -62,7 +62,7 @@ def copy_other_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
         target.assign(jnp.copy(source.value))
 
 
-def _copy_by_saving(old, new):
+def _copy_by_saving(old: Any, new: Any) -> None:
     if type(new).load_own_variables is not keras.layers.Layer.load_own_variables:
         store: dict[str, Any] = {}
         old.save_own_variables(store)
@@ -74,5 +74,5 @@ def _copy_by_saving(old, new):
             new.load_assets(folder)
 
 
-def _rnn_states(layer):
+def _rnn_states(layer: keras.layers.Layer) -> list[Any]:
     return keras.tree.flatten(getattr(layer, "states", None) or ())
