@@ -14,6 +14,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 import jax
 import pytest
+from jax._src import compiler  # There is no public way to compile quickly.
 
 from benchmarks import tpu_compiler
 
@@ -54,6 +55,42 @@ def quick_compilation():
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
+
+
+# Folders and modules that test what is done with arrays, not how they are computed; and modules of
+# these folders that test the latter, as test_prepare.py does, or for which LLVM rejects a cast of
+# packed 4-bit floats.
+QUICK = {"benchmarks", "calibration", "demo", "keras", "training", "tree"}
+QUICK |= {"test_command_line.py", "test_docstrings.py", "test_documents.py"}
+AS_USERS_COMPILE = ("test_fake_cast.py", "test_prepare.py", "test_psum.py")
+_is_quick = False
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_folders(request):
+    """Compiles without XLA's fusion emitters, which take half the time, and as above.
+
+    Nothing is compiled in one way and used in the other: sums would differ in the last bit.
+    """
+    global _is_quick
+    path, options = request.path, compiler.get_compile_options
+    is_quick = not QUICK.isdisjoint((path.parent.name, path.name))
+    is_quick = is_quick and path.name not in AS_USERS_COMPILE
+    if is_quick != _is_quick:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", is_quick)
+    _is_quick = is_quick
+    gc.collect()
+    gc.freeze()
+
+    def without_fusion_emitters(*args, env_options_overrides=None, **kwargs):
+        overrides = {**(env_options_overrides or {}), "xla_cpu_use_fusion_emitters": False}
+        return options(*args, env_options_overrides=overrides, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if is_quick:
+            patch.setattr(compiler, "get_compile_options", without_fusion_emitters)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ OPTIONAL = ["keras", "optax", "matplotlib", "rich", "safetensors", "tokenizers"]
 # Parts of JAX without a promise of stability: one folder names them, and these tests.
 INTERNALS = ("jax._src", "jax.core", "jax.extend", "jax.interpreters")
 READS_INTERNALS = {
-    "tests/keras/conftest.py": "JAX has no public way to compile a whole process quickly",
+    "tests/conftest.py": "JAX has no public way to compile a whole process quickly",
 }
 # Names that several files may have, because they hold the same concept for different layers.
 SHARED_NAMES = {

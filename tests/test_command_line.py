@@ -18,8 +18,6 @@ from jaxquant.tree.internal import read_arrays
 from .demo import encoders
 from .tree.trees import normal, parameters
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def model(tmp_path):

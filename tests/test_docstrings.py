@@ -7,7 +7,6 @@ from jaxquant import training, tree
 
 from .docstrings import public, run_examples
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CASES = public(jq)
 for module in (tree, training):
     short = module.__name__.rsplit(".", 1)[1]

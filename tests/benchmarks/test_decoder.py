@@ -12,7 +12,6 @@ from benchmarks.products import of_xla
 
 from .slow_transformer import attend, normalize
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = DecoderConfig(layers=2, width=32, heads=4, vocabulary=37, length=14)
 HEADS = 4
 

@@ -16,8 +16,6 @@ from benchmarks.products import SCHEMES, of_xla, ours
 
 Row = collections.namedtuple("Row", "warning")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_without_a_gpu_the_suite_says_so(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--suite", "gpu"])

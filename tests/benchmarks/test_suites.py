@@ -20,8 +20,6 @@ from jaxquant import demo
 
 from ..demo import encoders
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_contenders_agree_with_float32_and_groups_reject_odd_shapes(monkeypatch):
     monkeypatch.setattr(cpu, "OUT_OF_CACHE", 1)

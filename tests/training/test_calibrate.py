@@ -23,8 +23,6 @@ from jaxquant import (
 )
 from jaxquant.training import Prepared, RunningAbsMax, calibrate, convert, prepare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LAYERS, WIDTH, OUT = 3, 16, 10
 STATIC = Scheme(W8A8.weights, ArrayConfig(per_tensor=True))
 RANDOM = np.random.default_rng(0)

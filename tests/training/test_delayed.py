@@ -13,7 +13,6 @@ from jaxquant import training
 from jaxquant.training import FP8_TRAINING, DelayedScaling
 from jaxquant.training.amax import amax_of, push_amax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 NAMES = ("lhs", "rhs", "gradient")
 SHAPES = [(5, 6), (6, 4), (5, 4)]
 

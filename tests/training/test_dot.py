@@ -31,7 +31,6 @@ from jaxquant.training import (
 
 from .. import oracles
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
 FLOAT = ProductConfig()
 INT8_NEAREST = dataclasses.replace(INT8_TRAINING, rounds_stochastically=False)

@@ -37,8 +37,6 @@ from .. import oracles
 from ..checks import assert_equal_quantized, scale_of
 from ..ops.products import assert_close, normal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RANK, ALPHA = 3, 2.0
 K, N = 64, 24
 INT4_G32 = Scheme(ArrayConfig(format=INT4, group_size=32))

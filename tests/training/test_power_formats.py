@@ -9,8 +9,6 @@ from jaxquant.training.power_formats import GRADIENT_8, POSITIVE_4, POSITIVE_8, 
 
 from .. import cases, checks, oracles
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FORMATS = {f.name: f for f in (GRADIENT_8, SIGNED_8, SIGNED_4, POSITIVE_8, POSITIVE_4)}
 each_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 

@@ -32,8 +32,6 @@ from .prepared import (
     weights,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_passes_gradients_on(name):
