@@ -1,6 +1,7 @@
 import jax
+import numpy as np
 import pytest
-from jax._src import compiler  # There is no public way to compile quickly.
+from keras.src.backend.jax import numpy, random  # Public functions compile for each shape.
 
 
 @pytest.fixture(autouse=True)
@@ -11,14 +12,35 @@ def keras_promotion():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _less_optimization(quick_compilation):
-    """tests/ops tests results with full optimization; here XLA would take most of the time."""
-    options = compiler.get_compile_options
+def _initial_values_from_numpy():
+    """XLA compiles them for each shape, random numbers for 0.3 s each."""
 
-    def without_fusion_emitters(*args, env_options_overrides=None, **kwargs):
-        overrides = {**(env_options_overrides or {}), "xla_cpu_use_fusion_emitters": False}
-        return options(*args, env_options_overrides=overrides, **kwargs)
+    def drawn(draw, original):
+        def run(shape, *args, seed=None, **kwargs):
+            seed = random.jax_draw_seed(seed)
+            try:
+                rng = np.random.default_rng(np.asarray(seed))
+            except jax.errors.TracerArrayConversionError:  # Inside of jit.
+                return original(shape, *args, seed=seed, **kwargs)
+            return draw(rng, shape, *args, **kwargs)
+
+        return run
+
+    def normal(rng, shape, mean=0.0, stddev=1.0, dtype=None):
+        return jax.numpy.asarray(rng.normal(mean, stddev, shape).astype(dtype or "float32"))
+
+    def uniform(rng, shape, minval=0.0, maxval=1.0, dtype=None):
+        return jax.numpy.asarray(rng.uniform(minval, maxval, shape).astype(dtype or "float32"))
+
+    def full(value):
+        return lambda shape, dtype=None: jax.numpy.asarray(
+            np.full(shape, value, dtype or "float32")
+        )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", without_fusion_emitters)
+        for draw in (normal, uniform):
+            name = draw.__name__
+            patch.setattr(random, name, drawn(draw, getattr(random, name)))
+        patch.setattr(numpy, "zeros", full(0))
+        patch.setattr(numpy, "ones", full(1))
         yield
