@@ -9,7 +9,7 @@ import pytest
 from jaxquant import W8A8
 from jaxquant.keras import QuantizableMixin, QuantizationConfig, layers
 
-from .test_layers import MODES, quantize, relative_error
+from .test_layers import MODES, assert_same, quantize, relative_error
 
 BATCH, QUERIES, KEYS, FEATURES = 2, 3, 5, 12
 KINDS = {
@@ -102,15 +102,13 @@ def model_of(kind, policy) -> Any:
     return keras.Model([query, value], layer(query, value, use_causal_mask=True))
 
 
-# The projections of both kinds are EinsumDense, which test_layers.py tests in all combinations.
+# The projections of both kinds are EinsumDense, which test_layers.py has in all modes.
 @pytest.mark.parametrize(
     "kind, mode, policy",
     [
         ("MultiHeadAttention", "int8", "float32"),
-        ("MultiHeadAttention", "int4 block 32", "mixed_bfloat16"),
-        ("GroupQueryAttention", "int8", "mixed_bfloat16"),
-        ("GroupQueryAttention", "int4 per channel", "float32"),
-        ("GroupQueryAttention", "nf4", "mixed_bfloat16"),
+        ("MultiHeadAttention", "nf4", "mixed_bfloat16"),
+        ("GroupQueryAttention", "int4 block 32", "mixed_bfloat16"),
     ],
 )
 def test_model_is_close_to_float_and_round_trips_through_files(kind, mode, policy, tmp_path):
@@ -125,22 +123,17 @@ def test_model_is_close_to_float_and_round_trips_through_files(kind, mode, polic
     assert 0 < relative_error(found, as_float(wanted)) <= 2**0.5 * bound
     model.save(tmp_path / "model.keras")
     loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(as_float(loaded(x)), found)
+    assert_same(loaded, model)
+    predicted = as_float(loaded.predict(x, verbose=0))
+    assert relative_error(predicted, found) <= (2e-6 if policy == "float32" else 1e-2)
     model.save_weights(tmp_path / "model.weights.h5")
     fresh = model_of(kind, policy)
     fresh.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_array_equal(as_float(fresh(x)), found)
+    assert_same(fresh, model)
 
 
 def as_float(x):
     return np.asarray(x, np.float32)
-
-
-def test_predict_equals_call():
-    model, x = model_of("MultiHeadAttention", "float32"), inputs()[:2]
-    model.quantize("int8")
-
-    np.testing.assert_allclose(model.predict(x, verbose=0), model(x), atol=2e-6)
 
 
 @each_kind
