@@ -55,8 +55,9 @@ def saved_and_loaded(model, path) -> Any:
     return keras.saving.load_model(path / "model.keras")
 
 
-@pytest.mark.parametrize("kind", QUANTIZERS)
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    ("kind", "config"), [("ours", CONFIGS[0]), ("ours", CONFIGS[1]), ("stock", CONFIGS[1])]
+)
 def test_the_restricted_range_holds_for_weights_and_activations(kind, config, tmp_path):
     AbsMaxQuantizer, model = QUANTIZERS[kind], get_model()
     x = inputs_for(model)
@@ -82,9 +83,8 @@ def test_the_restricted_range_holds_for_weights_and_activations(kind, config, tm
     np.testing.assert_array_equal(saved_and_loaded(model, tmp_path)(x), model(x))
 
 
-@pytest.mark.parametrize("kind", QUANTIZERS)
-def test_int4_weights_only(kind, tmp_path):
-    AbsMaxQuantizer, model = QUANTIZERS[kind], get_model()
+def test_int4_weights_only(tmp_path):
+    AbsMaxQuantizer, model = QUANTIZERS["stock"], get_model()
     x = inputs_for(model)
     wanted = np.asarray(model(x))
     custom_int4_config = Int4QuantizationConfig(
@@ -152,9 +152,8 @@ class PercentileQuantizer(keras.quantizers.Quantizer):
         }
 
 
-@pytest.mark.parametrize("AbsMaxQuantizer", QUANTIZERS.values(), ids=QUANTIZERS)
-def test_a_custom_quantizer_for_activations(AbsMaxQuantizer, tmp_path):
-    model = get_model()
+def test_a_custom_quantizer_for_activations(tmp_path):
+    AbsMaxQuantizer, model = QUANTIZERS["ours"], get_model()
     x = inputs_for(model)
     wanted = np.asarray(model(x))
     custom_int8_config = Int8QuantizationConfig(
@@ -283,12 +282,17 @@ SCALES: dict[str, Any] = {"mixin": SimpleScale, "by hand": HandWrittenScale}
 BOUNDS = {"int8": 0.01, "int4": 0.15, "float8": 0.05}
 
 
-def modes_of(name):
-    return BOUNDS if name == "mixin" else ["int8", "int4"]
-
-
-@pytest.mark.parametrize("name, mode", [(n, mode) for n in SCALES for mode in modes_of(n)])
-@pytest.mark.parametrize("width", [4, 7])
+@pytest.mark.parametrize(
+    ("name", "mode", "width"),
+    [
+        ("mixin", "int8", 7),
+        ("mixin", "int4", 4),
+        ("mixin", "int4", 7),
+        ("mixin", "float8", 4),
+        ("by hand", "int8", 4),
+        ("by hand", "int4", 7),
+    ],
+)
 def test_simple_scale_quantizes_saves_and_loads(name, mode, width, tmp_path):
     keras.utils.set_random_seed(1)
     x = np.random.default_rng(0).random((2, width)).astype("float32")

