@@ -22,10 +22,9 @@ from jaxquant.training import Prepared, init_learned, prepare
 
 from .slow_transformer import attend, normalize
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = BytesConfig(layers=1, width=32, hidden=128, heads=2, seen=3, length=11)
-PRODUCTS = ("int8", "float8", "float8, delayed scaling")
-SUMS = ("8-bit, error feedback", "4-bit")
+PRODUCTS = ("int8", "float8, delayed scaling")
+SUMS = ("8-bit, error feedback",)
 SLOPES = (1 / 16, 1 / 256)
 
 
@@ -246,7 +245,6 @@ def test_the_other_parts_print_their_tables(tiny, tmp_path, monkeypatch, capsys)
     assert all(r["steps_per_second"] > 0 and r["speed"] > 0 for r in by_product.values())
     losses = {name: r["loss"] for name, r in by_product.items()}
     assert list(losses.values()).count(losses["float32"]) == 1, losses
-    assert losses["float8"] != losses["float8, delayed scaling"]
     assert by_state["float32"]["loss"] == by_product["float32"]["loss"]
     assert 1 > by_state["8-bit"]["share"] > by_state["4-bit"]["share"]
     losses = {name: r["loss"] for name, r in by_adapters.items()}
@@ -256,7 +254,7 @@ def test_the_other_parts_print_their_tables(tiny, tmp_path, monkeypatch, capsys)
     assert by_adapters[qlora.QLORA]["bytes"] < by_adapters[qlora.FULL]["bytes"]
     losses = {name: r["loss"] for name, r in by_sum.items()}
     assert list(losses) == ["float32", *SUMS]
-    assert len(set(losses.values())) == 3
+    assert len(set(losses.values())) == 2
     printed = capsys.readouterr().out
     columns = ("steps per second", "kB of state", "share of the gain", "validation loss")
     assert all(column in printed for column in columns)

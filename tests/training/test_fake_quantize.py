@@ -14,7 +14,6 @@ from jaxquant.training import LearnedRange, LearnedStep, fake_quantize
 from .. import cases, checks, oracles
 
 # test_prepare.py tests, for all schemes, that values are equal under all optimizations.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SHAPE = (6, 32)
 GROUPED = cases.along(1, format=INT4, group_size=8)
@@ -49,8 +48,11 @@ def gradients(x, case, learned, cotangent, key=None):
     return values, *pullback(cotangent)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", cases.FEW)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "float32") for name in cases.FEW]
+    + [(name, "bfloat16") for name in ("int8-row", "int4-asym_min_mse", "mxfp4-row")],
+)
 def test_values_equal_quantize_and_the_gradient_is_one_up_to_half_a_step_beyond_the_range(
     name, dtype
 ):

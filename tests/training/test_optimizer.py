@@ -27,7 +27,6 @@ STATES = {"8": STATE_8_BIT, "4": STATE_4_BIT}
 FORMATS = {"8": (SIGNED_8, POSITIVE_8, 256), "4": (SIGNED_4, POSITIVE_4, 128)}
 each_state = pytest.mark.parametrize("bits", STATES)
 SHAPES = {"rows": (16, 512), "odd": (700, 6), "bias": (10,), "none": (0, 512)}
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)
@@ -188,8 +187,6 @@ TRANSFORMATIONS = {
     "inside_masked": lambda q: optax.masked(q(MOMENTUM), MASK),
     "multi": lambda q: q(optax.multi_transform({"nu": ADAMW, "v": optax.lion(0.1)}, halves)),
     "steps": lambda q: q(multi_steps(MOMENTUM).gradient_transformation()),
-    "inside_steps": lambda q: multi_steps(q(MOMENTUM)).gradient_transformation(),
-    "lion": lambda q: q(optax.lion(1e-3)),
     "finite": lambda q: q(optax.apply_if_finite(MOMENTUM, 2)),
     "extra_arguments": lambda q: q(optax.chain(MOMENTUM, optax.contrib.reduce_on_plateau())),
 }
