@@ -507,7 +507,7 @@ def test_a_tensor_of_another_shape_or_dtype_is_detected(tmp_path, saved):
             load(tmp_path / "a")
 
 
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=150, deadline=None)
 @hypothesis.given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_any_altered_byte_raises_or_makes_no_difference(saved, place, flip):
     data = bytearray(saved)

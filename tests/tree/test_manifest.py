@@ -49,8 +49,12 @@ def every_code(dtype, shape):
     return codes.astype(f"u{dtype.itemsize}").view(dtype).reshape(shape)
 
 
-@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (7,), (3, 5), (2, 3, 4)])
-@pytest.mark.parametrize("dtype", DTYPES)
+# Every shape in a dtype of 32, of 8 and of 4 bits, and every dtype in a shape of odd length.
+SHAPES = [(), (0, 3), (1,), (3, 5), (2, 3, 4)]
+OF_SHAPES = [(d, shape) for d in ("float32", "float8_e4m3fn", "int4") for shape in SHAPES]
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [*((d, (7,)) for d in DTYPES), *OF_SHAPES], ids=str)
 def test_arrays_of_every_dtype_round_trip_bit_for_bit(dtype, shape):
     x = every_code(dtype, shape)
     found, encoder = round_trip({"x": x})
@@ -161,7 +165,7 @@ def as_lists(tree):
     return np.asarray(tree).tolist() if hasattr(tree, "dtype") else (type(tree), tree)
 
 
-@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(tree=trees)
 def test_any_tree_round_trips(tree):
     found, encoder = round_trip(tree)
