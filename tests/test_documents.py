@@ -1,11 +1,13 @@
 """README and docs say what is so: code runs, commands and links exist, tables are as printed."""
 
 import contextlib
+import functools
 import inspect
 import io
 import pathlib
 import re
 import shlex
+import tempfile
 import tomllib
 
 import jax
@@ -18,37 +20,42 @@ from jaxquant import __main__ as command_line
 from jaxquant import demo, training, tree
 from jaxquant.core import packed_bytes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 
 
-@each_document
-def test_code_blocks_run_one_after_the_other(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@functools.cache
+def printed_by(path):
+    """What the code blocks of a document print, run one after the other."""
     blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
     names = {"__name__": "document"}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for block in blocks:
-            exec(compile(block, str(path), "exec"), names)
-
-
-def test_readme_shows_what_its_code_prints(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    block = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert block is not None
-    printed = io.StringIO()
+    outputs = []
     with (
-        contextlib.redirect_stdout(printed),
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
-        exec(compile(block[1], str(README), "exec"), {"__name__": "document"})
+        for block in blocks:
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                exec(compile(block, str(path), "exec"), names)
+            outputs.append(output.getvalue())
+    return outputs
+
+
+@each_document
+def test_code_blocks_run_one_after_the_other(path):
+    printed_by(path)
+
+
+def test_readme_shows_what_its_code_prints():
+    block = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert block is not None
     shown = re.findall(r"print\(.*\)  # ([^:\n]*)", block[1])
     assert len(shown) == 2
-    assert printed.getvalue().splitlines() == shown
+    assert printed_by(README)[0].splitlines() == shown
 
 
 @each_document
