@@ -40,7 +40,7 @@ def run(capsys):
     def run(*arguments):
         try:
             status = main([str(a) for a in arguments])
-        except SystemExit as error:  # argparse ends so.
+        except SystemExit as error:  # argparse exits this way.
             status = error.code
         written = capsys.readouterr()
         return status, written.out, written.err
@@ -313,7 +313,7 @@ def test_demo_compares_the_requested_schemes(run, tiny, monkeypatch):
     drawn = []
 
     def update(bar, task, *, completed, description, total=None):
-        if total:  # Else it is the bar over the leaves of one tree.
+        if total:  # Otherwise it is the bar for the leaves of one tree.
             drawn.append((completed, total, description))
 
     monkeypatch.setattr(rich.progress.Progress, "update", update)

@@ -63,7 +63,7 @@ def state_of(model):
 def load(function, model, path):
     """Whether the call succeeded."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy warns of some damaged values.
+        warnings.simplefilter("ignore")  # NumPy warns about some damaged values.
         try:
             function(model, path)
         except Exception:

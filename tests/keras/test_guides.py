@@ -180,7 +180,7 @@ def test_a_custom_quantizer_for_weights_too(tmp_path):
     )
     wanted, scale = PercentileQuantizer(percentile=90)(kernel, axis=0)
     codes = codes_of(model.layers[0])
-    assert np.mean(np.abs(codes) == 127) > 0.1  # Clipped, as percentiles do.
+    assert np.mean(np.abs(codes) == 127) > 0.1  # A percentile range clips values.
     assert np.abs(codes - np.asarray(wanted, np.int32)).max() <= 1
     q = model.layers[0].quantized_weight("kernel").reorder(None)
     np.testing.assert_allclose(1 / q.scale, np.asarray(scale), rtol=1e-5)

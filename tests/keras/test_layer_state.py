@@ -136,9 +136,9 @@ def test_copies_of_a_model_have_the_state_of_its_layers(case, tmp_path):
     inputs = np.random.default_rng(0).uniform(0, 1, (2, *shape)).astype(np.float32)
     inputs *= 10 if case in ("CategoryEncoding", "Vocabulary") else 1
     for variable in model.weights:
-        if case != "Derived" and "Normalization" not in case:  # They have derived their constants.
+        if case != "Derived" and "Normalization" not in case:  # These have derived constants.
             variable.assign(np.asarray(variable) + 0.1)
-    calls(model, inputs, training=True)  # So that seeds, statistics and states are not the first.
+    calls(model, inputs, training=True)  # Changes seeds, statistics and states.
 
     keep = [Derived] if case == "Derived" else []
     ours, (quantized, _) = convert(model, keep=keep), quantize(model, "int8", keep=keep)

@@ -454,7 +454,7 @@ def test_from_config_restores_the_quantization_config(config):
     layer.quantize(config=config)
     arguments = layer.get_config()
     again = layers.Dense.from_config(arguments)
-    assert "quantization_config" in arguments  # Still: from_config changes no argument.
+    assert "quantization_config" in arguments  # from_config does not change its argument.
     assert again.quantization_config.get_config() == layer.quantization_config.get_config()
     built(again)
     assert again.quantized_weight("kernel").format == layer.quantized_weight("kernel").format

@@ -61,7 +61,7 @@ def test_models_saved_by_earlier_versions_give_the_same_outputs(kind, folder):
     check_outputs(model, kind, folder)
     config, wanted = model.get_layer("dense").quantization_config, CONFIGS[kind]
     assert type(config) is type(wanted)
-    if kind != "preset":  # A layer of such a model has only the rules of its own weights.
+    if kind != "preset":  # With a preset, each layer keeps only the rules of its own weights.
         assert config.get_config() == wanted.get_config()
 
 

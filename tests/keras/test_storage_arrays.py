@@ -58,7 +58,7 @@ OF_SHAPES = [(d, shape) for d in ("bfloat16", "float8_e4m3fn", "int4") for shape
 )
 def test_every_bit_round_trips(dtype, shape):
     if shape == () and bits_of(dtype) < 8:
-        shape = (1, 1)  # Packed along the last axis, so there must be one.
+        shape = (1, 1)  # Packed along the last axis, so one is needed.
     x = with_every_bit(dtype, shape)
     stored = to_storage_array(x)
 

@@ -37,7 +37,7 @@ def last_axis(shape, axes):
 def test_groups_fit_in_the_block_size_and_tile_the_padded_shape(case, block_size):
     (shape, axes), config = case, ArrayConfig(format=INT4, group_size=block_size)
     fitted, fitted_axis, padded = fit_groups(shape, axes, config)
-    blocks = block_shape(padded, fitted, fitted_axis)  # Raises unless the groups tile.
+    blocks = block_shape(padded, fitted, fitted_axis)  # Raises unless the groups tile the shape.
 
     assert math.prod(blocks) <= block_size
     last = last_axis(shape, axes)

@@ -210,7 +210,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def fail(*arguments, **options):
-        if fails == "write":  # Half of it is there already.
+        if fails == "write":  # Half of the file was written.
             arguments[0].write(b"half")
         raise OSError("disk full")
 

@@ -242,7 +242,7 @@ def test_weights_are_stored_in_the_order_that_suits_the_platform(scheme, axis, p
     elsewhere = tree.quantize({"w": x}, rules, platform="cpu" if platform == "tpu" else "tpu")
     moved = tree.reorder(elsewhere, platform)["w"]
     assert moved.order == best_order(elsewhere["w"], platform)
-    if platform != "tpu" or scheme is W4A16:  # A TPU reads W8A8 equally fast in any order.
+    if platform != "tpu" or scheme is W4A16:  # For W8A8 on TPU every order is equally fast.
         assert_equal_trees(moved, q)
     np.testing.assert_array_equal(moved.dequantize(), q.dequantize())
     config = rules[0].resolve()
