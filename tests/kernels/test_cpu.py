@@ -322,8 +322,8 @@ def test_nan_and_inf_scales_stay_in_their_column(rows, instructions):
 @pytest.mark.parametrize("x, w", [(-128, -128), (-128, 127), (127, -128)])
 def test_the_longest_sums_stay_within_int32(rows, x, w, instructions):
     length = 131071
-    codes = (jnp.asarray(np.full((n, length), c, np.int8)) for n, c in ((rows, x), (5, w)))
-    np.testing.assert_array_equal(cpu.int8_dot(*codes, instructions), length * x * w)
+    left, right = (jnp.asarray(np.full((n, length), c, np.int8)) for n, c in ((rows, x), (5, w)))
+    np.testing.assert_array_equal(cpu.int8_dot(left, right, instructions), length * x * w)
 
 
 @needs_native

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 class Spec(int):
     """The arguments of an operation: a number; the row "small" supports up to 3."""
 
-    operation = "dot_general"
+    operation: ClassVar[str] = "dot_general"
     contract = channels = ((1,), (1,))
 
     def with_arrays(self):
