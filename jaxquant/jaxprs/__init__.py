@@ -8,6 +8,7 @@ from .copying_scan import with_copied_slices as with_copied_slices
 from .evaluate import Environment as Environment
 from .evaluate import closed as closed
 from .evaluate import context_of as context_of
+from .evaluate import live_equations as live_equations
 from .lowering import Function as Function
 from .lowering import is_for_one_cpu as is_for_one_cpu
 from .lowering import on_one_cpu as on_one_cpu

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 
 def closed(program: Any) -> ClosedJaxpr:
@@ -14,9 +14,8 @@ def closed(program: Any) -> ClosedJaxpr:
     return program if hasattr(program, "jaxpr") else ClosedJaxpr(program, ())
 
 
-def live_equations(program: ClosedJaxpr) -> list[JaxprEqn]:
+def live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
     """The equations whose results are used or that have effects, in order."""
-    jaxpr = program.jaxpr
     used = {v for v in jaxpr.outvars if isinstance(v, Var)}
     found = []
     for eqn in reversed(jaxpr.eqns):
@@ -49,7 +48,7 @@ class Environment:
 
     def __init__(self, program: ClosedJaxpr, values: Sequence[Any]):
         self.jaxpr = program.jaxpr
-        self.equations = live_equations(program)
+        self.equations = live_equations(self.jaxpr)
         variables = [*self.jaxpr.constvars, *self.jaxpr.invars]
         self._values = dict(zip(variables, [*program.consts, *values], strict=True))
         self._makers = {}

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from ..jaxprs import Literal, count_before_slices, inner_jaxprs, user_line
+from ..jaxprs import Literal, count_before_slices, inner_jaxprs, live_equations, user_line
 from .views import View
 
 
@@ -64,7 +64,7 @@ class Walk:
         """
         known = dict(zip(jaxpr.invars, views, strict=True))
         same = dict(zip(jaxpr.invars, names, strict=True))
-        for eqn in jaxpr.eqns:
+        for eqn in live_equations(jaxpr):
             operands = [_views(known, v) for v in eqn.invars]
             labels = [_name(same, v) for v in eqn.invars]
             if any(operands) or inner_jaxprs(eqn):

@@ -68,6 +68,7 @@ AXES = {
     "added": (lambda w: X + w, (2, 8), None),
     "gain of a norm": (lambda w: (X * w[None]) @ jnp.ones((8, 8)), (8,), None),
     "gain with an axis of length 1": (lambda w: (X * w) @ jnp.ones((8, 8)), (1, 8), None),
+    "result not used": (lambda w: (X @ w, X)[1], (8, 4), None),
     "not used": (lambda w: X, (8, 4), None),
 }
 
