@@ -19,6 +19,7 @@ from ..jaxprs import (
     marking,
     name_stack,
     spans_devices,
+    split_arrays,
     user_line,
     walk,
 )
@@ -40,7 +41,8 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> 
 
     Args:
         fn: a function of arrays and pytrees of arrays, jitted or not.
-        args: its arguments, or `jax.ShapeDtypeStruct`s in place of arrays.
+        args: its arguments, or `jax.ShapeDtypeStruct`s in place of arrays. Leaves that are not
+            arrays, such as the functions in a model that is a pytree, are passed on as they are.
         platform: "cpu", "tpu" or "gpu", or a machine: "v5e", "v6e", "h200". None for the default
             device. The machine need not be present.
 
@@ -97,8 +99,9 @@ class _Product:
 
 def _products(fn, args, platform) -> Iterator[_Product]:
     """The products of a function on a platform, in order."""
+    arrays, whole = split_arrays(args)
     with marking():
-        program = jax.make_jaxpr(fn)(*args)
+        program = jax.make_jaxpr(lambda arrays: fn(*whole(arrays)))(arrays)
     sliced, is_on_several = frozenset(), spans_devices(program, args)
     for site in walk(program, platform):
         eqn = site.eqn

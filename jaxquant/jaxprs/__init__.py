@@ -36,6 +36,7 @@ from .params import remat_options as remat_options
 from .params import scan_counts as scan_counts
 from .params import scan_options as scan_options
 from .params import shard_map_options as shard_map_options
+from .params import split_arrays as split_arrays
 from .params import user_line as user_line
 from .params import while_counts as while_counts
 from .partitioning import is_partitioned as is_partitioned

@@ -207,3 +207,24 @@ READERS: dict[Primitive, Callable[[JaxprEqn], list[Inner]]] = {
     while_p: _read_while,
     cond_p: _read_cond,
 }
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of a tree that JAX can trace, and a function that puts others in their place.
+
+    Others are the functions and names among the leaves of a model that is a pytree.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    is_array = [_is_traceable(x) for x in leaves]
+
+    def whole(arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        pairs = zip(leaves, is_array, strict=True)
+        return jax.tree.unflatten(treedef, [next(given) if b else x for x, b in pairs])
+
+    return [x for x, b in zip(leaves, is_array, strict=True) if b], whole
+
+
+def _is_traceable(x):
+    is_array = hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type)
+    return is_array or isinstance(x, bool | int | float | complex)

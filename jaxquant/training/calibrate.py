@@ -11,6 +11,7 @@ import numpy as np
 
 from ..calibration import Observer, PercentileHistogram
 from ..core import Inputs, QTensor, quantize_with_range, scale_values
+from ..jaxprs import split_arrays
 from ..tree import Progress, Rules
 from ..tree import quantize as quantize_tree
 from ..tree.internal import leaves_with_paths, progress_bar
@@ -74,11 +75,12 @@ def calibrate(
     first = PercentileHistogram.init() if observer is None else observer
     waiting, seen = [], {}
     tapped = [_tapped(x, path, waiting) if _has_inputs(x) else x for path, x in leaves.items()]
-    run, tapped = jax.jit(apply), jax.tree.unflatten(treedef, tapped)
+    arrays, whole = split_arrays(jax.tree.unflatten(treedef, tapped))
+    run = jax.jit(lambda arrays, batch: apply(whole(arrays), batch))
     total = len(batches) if isinstance(batches, Sized) else None
     with progress_bar(progress, total, "Calibrating") as report:
         for done, batch in enumerate(batches, 1):
-            jax.block_until_ready(run(tapped, batch))
+            jax.block_until_ready(run(arrays, batch))
             jax.effects_barrier()
             while waiting:
                 path, number, x = waiting.pop(0)

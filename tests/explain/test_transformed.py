@@ -202,3 +202,13 @@ def test_products_can_still_be_transposed(config):
     q, cotangent = weight(config, (64, 24)), jnp.asarray(normal(5, 24))
     (got,) = jax.linear_transpose(lambda x: matmul(x, q), X)(cotangent)
     np.testing.assert_allclose(got, cotangent @ q.dequantize().T, rtol=1e-4)
+
+
+def test_a_model_may_hold_functions_and_names_among_its_leaves():
+    model = {"activation": jax.nn.gelu, "name": "head", "kernel": stored((64, 24))}
+
+    def apply(model, x):
+        return model["activation"](matmul(x, model["kernel"]))
+
+    (row,) = explain(apply, model, X)
+    assert row.operation == "dot_general"

@@ -228,3 +228,16 @@ def test_an_unused_slice_raises():
 
     with pytest.raises(ValueError, match=r"every slice must be used; got no data for 2 of 3"):
         calibrate(first, PARAMS, BATCHES, STATIC)
+
+
+def test_a_model_may_hold_functions_and_names_among_its_leaves():
+    params = {"kernel": PARAMS["out"]["kernel"]}
+    model = {**params, "activation": jax.nn.gelu, "name": "head"}
+
+    def product(model, x):
+        return matmul(x, model["kernel"])
+
+    got = calibrate(product, model, BATCHES, STATIC)
+    want = calibrate(product, params, BATCHES, STATIC)
+    assert got["activation"] is jax.nn.gelu
+    assert got["kernel"].inputs.scale == want["kernel"].inputs.scale
