@@ -12,6 +12,7 @@ from ..core import LowRank, QTensor
 from ..jaxprs import (
     closed,
     has_shardings,
+    passed_on,
     remat_options,
     scan_counts,
     scan_options,
@@ -86,47 +87,69 @@ def remat_rule(equation: Equation, operands: Values) -> list[Any]:
     """`jax.checkpoint`."""
     bodies, values = _opened(operands)
     program = _program(equation.params)
+    passed = _passed(passed_on(program), operands)
 
     def body(*values):
         out = evaluate(program, bodies(values), equation.options)
-        return as_arrays(out, equation, "its result")
+        return as_arrays(_without(passed, out), equation, "its result")
 
-    return jax.checkpoint(body, **remat_options(equation.params))(*values)
+    return _with(passed, jax.checkpoint(body, **remat_options(equation.params))(*values))
+
+
+def _passed(places: Sequence[int | None], operands: Values) -> dict[int, Parameter]:
+    """The results of a program that are its operands and quantized, by place."""
+    sources = {i: operands[p] for i, p in enumerate(places) if p is not None}
+    return {i: x for i, x in sources.items() if isinstance(x, Parameter)}
+
+
+def _without(passed, values):
+    return [None if i in passed else x for i, x in enumerate(values)]
+
+
+def _with(passed, values):
+    return [passed.get(i, x) for i, x in enumerate(values)]
 
 
 def scan_rule(equation: Equation, operands: Values) -> list[Any]:
     """`lax.scan`: stacked parameters are sliced, others stay as they are outside of the loop."""
-    params, program = equation.params, _program(equation.params)
+    params, program, options = equation.params, _program(equation.params), equation.options
     num_consts, num_carried = scan_counts(params)
     consts, rest = operands[:num_consts], operands[num_consts:]
     init, xs = list(rest[:num_carried]), rest[num_carried:]
-    inputs = program.jaxpr.invars[num_consts:]
-    passed = _passed_on(init, inputs, program.jaxpr.outvars)
-    init = [
-        None if i in passed else as_array(x, equation.eqn, "a loop carries it", equation.options)
-        for i, x in enumerate(init)
-    ]
+    places = passed_on(program)
+    # All slices of xs that are outputs are xs; what is carried has to stay in its place.
+    kept = _passed_in_place(places[:num_carried], init, num_consts)
+    first = num_consts + num_carried
+    stacked = [p if p is not None and p >= first else None for p in places[num_carried:]]
+    passed = _passed(stacked, operands)
+    init = _carried(equation, kept, init)
     bodies, sliced = _opened(xs)
     sliced = [unstackable(x) for x in sliced]
 
     def body(carry, slices):
-        carried = [passed.get(i, x) for i, x in enumerate(carry)]
-        values = [*map(_reopened, consts), *map(_reopened, carried), *bodies(slices)]
-        out = evaluate(program, values, equation.options)
-        carry = [None if i in passed else x for i, x in enumerate(out[:num_carried])]
-        outputs = as_arrays(out[num_carried:], equation, "an output of a loop")
-        return as_arrays(carry, equation, "what a loop carries"), outputs
+        carried = map(_reopened, _with(kept, carry))
+        out = evaluate(program, [*map(_reopened, consts), *carried, *bodies(slices)], options)
+        carry, outputs = _without(kept, out[:num_carried]), _without(passed, out[num_carried:])
+        return _carried(equation, {}, carry), as_arrays(outputs, equation, "an output of a loop")
 
     carry, outputs = scan(body, init, sliced, **scan_options(params))
-    carry = [passed.get(i, x) for i, x in enumerate(carry)]
-    return [*carry, *outputs]
+    return [*_with(kept, carry), *_with(passed, outputs)]
 
 
-def _passed_on(init, inputs, outputs):
-    """The Parameters among the carried values that the body returns as it got them, by place."""
-    return {
-        i: x for i, x in enumerate(init) if isinstance(x, Parameter) and inputs[i] is outputs[i]
-    }
+def _passed_in_place(places, init, first):
+    """The Parameters among the carried values that the body returns as it got them, by place.
+
+    Args:
+        places: for each of them the input that the body returns, or None.
+        init: the values.
+        first: number of the first one among the inputs.
+    """
+    return _passed([i if p == first + i else None for i, p in enumerate(places)], init)
+
+
+def _carried(equation, kept, values):
+    """Values that a loop carries, as arrays; those that it keeps are left out."""
+    return as_arrays(_without(kept, values), equation, "what a loop carries")
 
 
 def _reopened(x):
@@ -176,47 +199,43 @@ def while_rule(equation: Equation, operands: Values) -> list[Any]:
     first, second = while_counts(params)
     cond_consts, body_consts = operands[:first], operands[first : first + second]
     init = list(operands[first + second :])
-    passed = _passed_on(init, body.jaxpr.invars[second:], body.jaxpr.outvars)
-    init = [
-        None if i in passed else as_array(x, equation.eqn, "a loop carries it", options)
-        for i, x in enumerate(init)
-    ]
+    kept = _passed_in_place(passed_on(body), init, second)
+    init = _carried(equation, kept, init)
 
     def opened(consts, carry):
-        carried = [passed.get(i, x) for i, x in enumerate(carry)]
-        return [*map(_reopened, consts), *map(_reopened, carried)]
+        return [*map(_reopened, consts), *map(_reopened, _with(kept, carry))]
 
     def goes_on(carry):
         return evaluate(condition, opened(cond_consts, carry), options)[0]
 
     def step(carry):
         out = evaluate(body, opened(body_consts, carry), options)
-        kept = [None if i in passed else x for i, x in enumerate(out)]
-        return as_arrays(kept, equation, "what a loop carries")
+        return _carried(equation, kept, out)
 
-    carry = lax.while_loop(goes_on, step, init)
-    return [passed.get(i, x) for i, x in enumerate(carry)]
+    return _with(kept, lax.while_loop(goes_on, step, init))
 
 
 def cond_rule(equation: Equation, operands: Values) -> list[Any]:
     """`lax.cond`, `lax.switch` and `lax.platform_dependent`."""
     params, (index, *values) = equation.params, operands
+    places = zip(*map(passed_on, params["branches"]), strict=True)
+    passed = _passed([p[0] if len(set(p)) == 1 else None for p in places], values)
     bodies, values = _opened(values)
 
     def branch(program):
         def run(*values):
             out = evaluate(closed(program), bodies(values), equation.options)
-            return as_arrays(out, equation, "the result of a branch")
+            return as_arrays(_without(passed, out), equation, "the result of a branch")
 
         return run
 
     branches = [branch(program) for program in params["branches"]]
     platforms = params.get("branches_platforms")
     if platforms is None:
-        return lax.switch(index, branches, *values)
+        return _with(passed, lax.switch(index, branches, *values))
     named = {name: b for names, b in zip(platforms, branches, strict=True) for name in names or ()}
     default = next((b for names, b in zip(platforms, branches, strict=True) if not names), None)
-    return lax.platform_dependent(*values, default=default, **named)
+    return _with(passed, lax.platform_dependent(*values, default=default, **named))
 
 
 def shard_map_rule(equation: Equation, operands: Values) -> list[Any]:
