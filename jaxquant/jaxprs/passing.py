@@ -5,18 +5,6 @@ from typing import Any
 from .evaluate import closed
 from .params import Literal, scan_counts
 
-# Primitives that run one program once, on their operands, and the parameter that holds it.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
-
 
 def passed_on(program: Any) -> list[int | None]:
     """For each result of a program the number of the input that it is, or None.
@@ -30,22 +18,26 @@ def passed_on(program: Any) -> list[int | None]:
     jaxpr = closed(program).jaxpr
     sources = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
-        for result, place in zip(eqn.outvars, _passed_on_by(eqn), strict=True):
+        for result, place in zip(eqn.outvars, _places(eqn), strict=True):
             operand = None if place is None else eqn.invars[place]
             if _is_variable(operand) and operand in sources:
                 sources[result] = sources[operand]
     return [sources.get(v) if _is_variable(v) else None for v in jaxpr.outvars]
 
 
-def _passed_on_by(eqn):
-    name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
-    if name == "scan":
-        return _passed_on_by_scan(eqn)
-    program = eqn.params.get(_CALLS.get(name))
-    return nothing if program is None else passed_on(program)
+def _places(eqn):
+    """For each result of an equation the number of the operand that it is, or None."""
+    rule = _RULES.get(eqn.primitive.name)
+    return [None] * len(eqn.outvars) if rule is None else rule(eqn)
 
 
-def _passed_on_by_scan(eqn):
+def _call(eqn):
+    """Of a primitive that runs a program once, on its operands."""
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    return passed_on(next(eqn.params[name] for name in names if name in eqn.params))
+
+
+def _scan(eqn):
     num_consts, num_carried = scan_counts(eqn.params)
     first = num_consts + num_carried
     places = passed_on(eqn.params["jaxpr"])
@@ -56,3 +48,16 @@ def _passed_on_by_scan(eqn):
 
 def _is_variable(atom):
     return atom is not None and not isinstance(atom, Literal)
+
+
+_RULES = {
+    "jit": _call,
+    "pjit": _call,
+    "closed_call": _call,
+    "core_call": _call,
+    "remat2": _call,
+    "checkpoint": _call,
+    "custom_jvp_call": _call,
+    "custom_vjp_call": _call,
+    "scan": _scan,
+}

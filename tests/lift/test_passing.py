@@ -40,12 +40,11 @@ def carried(w):
 
 
 def looped(w):
-    def step(i, carry):
-        return jax.checkpoint(lambda x, w: (layer(x, w), w))(*carry)
+    def step(carry):
+        i, x, w = carry
+        return i + 1, *jax.checkpoint(lambda x, w: (layer(x, w), w))(x, w)
 
-    return lax.while_loop(
-        lambda c: c[0] < 2, lambda c: (c[0] + 1, *step(*c[:1], c[1:])), (0, X, w)
-    )[1:]
+    return lax.while_loop(lambda carry: carry[0] < 2, step, (0, X, w))[1:]
 
 
 def nested(w):
