@@ -84,7 +84,7 @@ class Equation:
 
 
 def as_array(x: Any, eqn: Any, why: str, options: Options) -> Any:
-    """A value as an array; a Parameter is dequantized, and a record says so.
+    """A value as an array; a Parameter is dequantized, and a record says so unless it is a row.
 
     Args:
         x: an array or a Parameter.
@@ -97,6 +97,8 @@ def as_array(x: Any, eqn: Any, why: str, options: Options) -> Any:
     """
     if not isinstance(x, Parameter):
         return x
+    if x.is_row:
+        return x.dequantize()
     primitive = "return" if eqn is None else eqn.primitive.name
     if options.strict:
         place = "the end" if eqn is None else user_line(eqn) or "an unknown line"

@@ -22,11 +22,13 @@ class Parameter:
         value: what stands for the array.
         path: of the argument, as rules name it.
         is_whole: whether it is the argument itself, not a part or another form of it.
+        is_row: whether it is one row of a table, which is dequantized as rows that `take` selects.
     """
 
     value: Any
     path: str
     is_whole: bool = False
+    is_row: bool = False
     _forms: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def qtensor(self) -> QTensor:
@@ -57,7 +59,7 @@ class Parameter:
 
     def derive(self, value: Quantized) -> "Parameter":
         """Another form of the same argument."""
-        return Parameter(value, self.path)
+        return Parameter(value, self.path, is_row=self.is_row)
 
 
 def check_no_multiplier(value: QTensor | LowRank, path: str) -> None:

@@ -79,6 +79,16 @@ def _dynamic_slice(q, params, equation, *starts):
     return carriers.dynamic_slice(q, starts[: q.ndim], params["slice_sizes"])
 
 
+def _dynamic_slice_rule(equation, operands):
+    """`lax.dynamic_slice`; one row of a table is a lookup, as is `jnp.take` of a scalar index."""
+    (x,) = _carrier(_dynamic_slice)(equation, operands)
+    (shape,) = equation.shapes
+    x.is_row = x.is_row or (
+        len(shape) == 2 and 1 in shape and x.value.shape != operands[0].value.shape
+    )
+    return [x]
+
+
 def _convert_element_type(q, params, equation):
     if not jnp.issubdtype(params["new_dtype"], jnp.floating):
         raise Unsupported(f"it casts to {params['new_dtype']}, which is not a floating-point dtype")
@@ -214,7 +224,7 @@ RULES: Mapping[str, Rule] = {
     "expand_dims": _with_adapters("reshape", _carrier(_to_shape)),
     "broadcast_in_dim": _carrier(_broadcast_in_dim),
     "slice": _carrier(_slice),
-    "dynamic_slice": _carrier(_dynamic_slice),
+    "dynamic_slice": _dynamic_slice_rule,
     "split": _split_rule,
     "unstack": _unstack_rule,
     "concatenate": _concatenate_rule,
