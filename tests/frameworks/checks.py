@@ -1,0 +1,92 @@
+"""What has to hold for any model that runs lifted."""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxquant as jq
+from jaxquant.tree.internal import leaves_with_paths
+
+
+def _with_groups(scheme):
+    weights = dataclasses.replace(scheme.weights, group_size=32)
+    return dataclasses.replace(scheme, weights=weights)
+
+
+# Each with the largest relative error of the outputs of random models of a few layers.
+SCHEMES = {
+    "W8A8": (jq.W8A8, 0.04),
+    "W4A16": (_with_groups(jq.W4A16), 0.4),
+    "NF4": (_with_groups(jq.NF4A16), 0.4),
+}
+STATIC = jq.Scheme(jq.ArrayConfig(), jq.ArrayConfig(per_tensor=True))
+INT2 = jq.Scheme(jq.ArrayConfig(format=jq.INT2, group_size=16))
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def tokens(count=128, shape=(2, 8)):
+    return jnp.asarray(np.random.default_rng(0).integers(1, count, shape), jnp.int32)
+
+
+def distance(found: Any, expected: Any) -> float:
+    """Relative distance of all floating outputs."""
+
+    def joined(tree):
+        leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in leaves])
+
+    found, expected = joined(found), joined(expected)
+    return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
+
+
+def quantized_paths(tree: Any) -> set[str]:
+    paths, leaves, _ = leaves_with_paths(tree)
+    return {p for p, x in zip(paths, leaves, strict=True) if isinstance(x, jq.QTensor)}
+
+
+def check_schemes(
+    apply: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    matrices: int,
+    looked_up: Collection[str] = (),
+    no_groups: Collection[str] = (),
+) -> None:
+    """Quantizes each matrix of a model in each scheme, and compares the lifted model with it.
+
+    Args:
+        apply: of (params, *args), unchanged.
+        params: arrays.
+        args: other arguments.
+        matrices: how many matrices, kernels and tables the model has.
+        looked_up: paths of tables that are not multiplied.
+        no_groups: paths of kernels without a whole group of 32.
+    """
+    uses = jq.uses(apply, params, *args)
+    run, lifted = jax.jit(apply), jq.lift(apply)
+    exact = run(params, *args)
+    for name, (scheme, bound) in SCHEMES.items():
+        quantized = jq.tree.quantize(params, uses.rules(scheme))
+        left = set(no_groups) if scheme.weights.group_size else set()
+        assert quantized_paths(quantized) == set(uses.contracted) - left, name
+        assert len(uses.contracted) == matrices
+
+        explanation = jq.explain(lifted, quantized, *args)
+        assert not explanation.dequantized, name
+        products = {row.parameter for row in explanation}
+        assert products == quantized_paths(quantized) - set(looked_up), name
+
+        found = jax.jit(lifted)(quantized, *args)
+        assert jax.tree.structure(found) == jax.tree.structure(exact)
+        error = distance(found, exact)
+        assert 0 < error < bound, (name, error)
+        if scheme.inputs is None:
+            expected = run(jq.tree.dequantize(quantized), *args)
+            assert distance(found, expected) < 1e-5, name
