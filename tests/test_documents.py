@@ -22,8 +22,16 @@ from jaxquant.core import packed_bytes
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# What pages about other libraries need, by the name of the page.
+LIBRARIES = {
+    "howto/equinox.md": "equinox",
+    "howto/flax-linen.md": "flax",
+    "howto/flax-nnx.md": "flax",
+    "howto/haiku.md": "haiku",
+    "howto/keras.md": "keras_hub",
+}
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 
 
 @functools.cache
@@ -47,6 +55,9 @@ def printed_by(path):
 
 @each_document
 def test_code_blocks_run_one_after_the_other(path):
+    library = LIBRARIES.get(f"{path.parent.name}/{path.name}")
+    if library is not None:
+        pytest.importorskip(library, reason="pip install -e '.[frameworks]'")
     printed_by(path)
 
 
