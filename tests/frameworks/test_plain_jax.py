@@ -117,7 +117,7 @@ def generate(params, prompts, length):
         k, v = (jnp.einsum("bd,hdk->bhk", rms(x), params["kv"][i]) for i in (0, 1))
         cache = cache.at[:, :, place].set(jnp.stack([k, v]))
         q = jnp.einsum("bd,hdk->bhk", rms(x), params["q"])
-        mixed = attend(q[:, None], *cache, jnp.arange(length) <= place)[:, 0]
+        mixed = attend(q[:, None], cache[0], cache[1], jnp.arange(length) <= place)[:, 0]
         x = jnp.einsum("bhk,hkd->bd", mixed, params["out"])
         x = x + jnp.tanh(rms(x) @ params["gate"][0]) @ params["down"]
         found = jnp.where(place + 1 < given, tokens[:, place + 1], jnp.argmax(logits(x), axis=-1))
