@@ -71,7 +71,7 @@ class Walk:
                 results = self.equation(eqn, operands, labels)
                 known.update((v, x) for v, x in zip(eqn.outvars, results, strict=True) if x)
             if eqn.primitive.name in _SAME and len(eqn.invars) == 1:
-                shape = eqn.outvars[0].aval.shape
+                shape: Any = getattr(eqn.outvars[0].aval, "shape", None)
                 same[eqn.outvars[0]] = (eqn.primitive.name, shape, str(eqn.params), labels[0])
         return [_views(known, v) for v in jaxpr.outvars]
 
