@@ -164,9 +164,14 @@ def _percentile(x, p, axes):
     next_up = jnp.min(x, axes, keepdims=True, initial=jnp.inf, where=x > below)
     above = jnp.where(at_most > rank + 1, below, next_up)
     fraction = position - rank
-    # Nothing is above the largest element, and inf * 0 must not become NaN. No difference, because
-    # a gap may be wider than the largest finite float.
-    return below if fraction == 0 else below * (1 - fraction) + above * fraction
+    if fraction == 0:
+        # Nothing is above the largest element, and inf * 0 must not become NaN.
+        return below
+    gap = above - below
+    # One multiplication and one addition, which compilers contract in one way only: scales have the
+    # same bits in every program. A gap may be wider than the largest finite float.
+    wide = below * (1 - fraction) + above * fraction
+    return jnp.where(jnp.isinf(gap), wide, below + gap * fraction)
 
 
 def _order_statistic(x, rank, axes):

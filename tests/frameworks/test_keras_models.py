@@ -78,6 +78,7 @@ def test_a_backbone(name):
 
 
 def test_stock_layers():
+    keras.utils.set_random_seed(0)
     layers, inputs = keras.layers, keras.Input((8, 64))
     x = layers.MultiHeadAttention(4, 16)(inputs, inputs)
     x = layers.GroupQueryAttention(16, 4, 2)(x, x)
