@@ -69,6 +69,7 @@ ANY_GROUPS = {
     "convert_element_type": lambda w: rows().astype(jnp.bfloat16) @ w.astype(jnp.bfloat16),
     "gather": lambda w: jnp.take(w, INDEX, axis=0, mode="clip"),
     "gather of columns": lambda w: jnp.take(w, INDEX, axis=1, fill_value=0.0),
+    "gather with a fill value": lambda w: jnp.take(w, INDEX + 60, axis=0, fill_value=7.0),
     "gather with negative indices": lambda w: w[jnp.array([-1, 2, 70])],
     "gather of rows of indices": lambda w: w.at[INDEX.reshape(2, 2)].get(mode="fill"),
     "gather under vmap": lambda w: jax.vmap(lambda i: w[i])(INDEX),
@@ -96,6 +97,9 @@ ANY_GROUPS = {
     ),
     "platform_dependent": lambda w: lax.platform_dependent(
         w, cpu=lambda w: rows() @ w, default=lambda w: 2 * (rows() @ w)
+    ),
+    "platform_dependent by default": lambda w: lax.platform_dependent(
+        w, tpu=lambda w: 2 * (rows() @ w), default=lambda w: rows() @ w
     ),
     "while": looped,
     "scan": scanned,

@@ -65,3 +65,8 @@ def _ends(shape):
 )
 def test_axes_are_paired_in_the_shortest_runs(source, target, runs):
     assert [(tuple(a), tuple(b)) for a, b in paired_axes(source, target)] == runs
+
+
+@pytest.mark.parametrize("blocks, expected", [((1, 1), (1, 1)), ((6, 4), (4, 6)), ((6, 1), None)])
+def test_one_block_and_one_per_element_fit_any_shape(blocks, expected):
+    assert reshaped_blocks((6, 4), blocks, (4, 6)) == expected

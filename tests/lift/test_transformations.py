@@ -53,6 +53,20 @@ def test_it_computes_what_the_operations_compute(params, x):
     np.testing.assert_allclose(found, jax.jit(by_hand)(params, x), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("labels", ["kn,bk->nb", "kn,bk->bn", "hkn,hbk->hnb", "hkn,bhk->bhn"])
+def test_a_parameter_on_the_left_is_multiplied_on_the_right(labels):
+    shapes = {"k": 64, "n": 96, "b": 3, "h": 2}
+    (left, right), random = labels.split("->")[0].split(","), np.random.default_rng(0)
+    w, x = (
+        jnp.asarray(random.normal(size=[shapes[c] for c in part]), jnp.float32)
+        for part in (left, right)
+    )
+    q = jq.quantize(w, jq.ArrayConfig(), axis=left.index("k"))
+    found = jax.jit(jq.lift(functools.partial(jnp.einsum, labels)))(q, x)
+    expected = jnp.einsum(labels, q.dequantize(), x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_a_function_without_quantized_arguments_is_itself(x):
     found = jax.jit(jq.lift(model))(floats(), x)
     np.testing.assert_array_equal(found, jax.jit(model)(floats(), x))
