@@ -186,3 +186,15 @@ def test_a_checkpoint_keeps_its_policy_and_a_switch_its_branches():
     assert [p["policy"] for p in params if "policy" in p] == [policy]
     platforms = [p["branches_platforms"] for p in params if p.get("branches_platforms")]
     assert (("cpu",), ("tpu",), None) in platforms
+
+
+def test_axes_that_are_stored_swapped_are_joined_in_their_logical_order():
+    q = cases.parameter("int8 per tensor", is_swapped=True)
+    expected = q.dequantize().reshape(-1)
+    assert equal_or_unsupported(lambda: carriers.reshape(q, (expected.size,)), expected)
+
+
+def test_axes_in_their_order_are_not_stored_in_another():
+    q = cases.parameter("int8")
+    assert carriers.transpose(q, (0, 1)).order is None
+    assert carriers.transpose(carriers.transpose(q, (1, 0)), (1, 0)).order is None
