@@ -6,7 +6,6 @@ from .chips import tpu_generation as tpu_generation
 from .copying_scan import Copier as Copier
 from .copying_scan import with_copied_slices as with_copied_slices
 from .evaluate import Environment as Environment
-from .evaluate import closed as closed
 from .evaluate import context_of as context_of
 from .evaluate import live_equations as live_equations
 from .lowering import Function as Function
@@ -26,6 +25,8 @@ from .params import Literal as Literal
 from .params import Params as Params
 from .params import branch_for as branch_for
 from .params import broadcast_axes as broadcast_axes
+from .params import called_program as called_program
+from .params import closed as closed
 from .params import count_before_slices as count_before_slices
 from .params import has_shardings as has_shardings
 from .params import inner_jaxprs as inner_jaxprs

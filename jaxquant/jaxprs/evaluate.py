@@ -9,11 +9,6 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 
-def closed(program: Any) -> ClosedJaxpr:
-    """The program with its constants; an open jaxpr of an equation does not have any."""
-    return program if hasattr(program, "jaxpr") else ClosedJaxpr(program, ())
-
-
 def live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
     """The equations whose results are used or that have effects, in order."""
     used = {v for v in jaxpr.outvars if isinstance(v, Var)}

@@ -75,6 +75,16 @@ def scan_options(params: Params) -> dict[str, Any]:
     return {name: params[name] for name in ("length", "reverse", "unroll")}
 
 
+def called_program(params: Params) -> ClosedJaxpr:
+    """The program that a call, a checkpoint, a `scan` or a `shard_map` runs on its operands."""
+    return closed(next(params[name] for name in _PROGRAMS if name in params))
+
+
+def closed(program: Any) -> ClosedJaxpr:
+    """The program with its constants; an open jaxpr of an equation does not have any."""
+    return program if hasattr(program, "jaxpr") else ClosedJaxpr(program, ())
+
+
 def while_counts(params: Params) -> tuple[int, int]:
     """How many operands of a `while` are constants of its condition, and how many of its body."""
     return params["cond_nconsts"], params["body_nconsts"]
@@ -201,6 +211,8 @@ def _open(jaxpr):
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
+# The parameters that hold the program of a primitive that has one.
+_PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 # Of primitives that do not pass all their operands to a jaxpr that they run once.
 READERS: dict[Primitive, Callable[[JaxprEqn], list[Inner]]] = {
     scan_p: _read_scan,

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from .evaluate import closed
-from .params import Literal, scan_counts
+from .params import Literal, called_program, closed, scan_counts
 
 
 def passed_on(program: Any) -> list[int | None]:
@@ -33,14 +32,13 @@ def _places(eqn):
 
 def _call(eqn):
     """Of a primitive that runs a program once, on its operands."""
-    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-    return passed_on(next(eqn.params[name] for name in names if name in eqn.params))
+    return passed_on(called_program(eqn.params))
 
 
 def _scan(eqn):
     num_consts, num_carried = scan_counts(eqn.params)
     first = num_consts + num_carried
-    places = passed_on(eqn.params["jaxpr"])
+    places = passed_on(called_program(eqn.params))
     carried = [p if p == num_consts + i else None for i, p in enumerate(places[:num_carried])]
     outputs = [None if p is None or p < first else p for p in places[num_carried:]]
     return [*carried, *outputs]

@@ -1,8 +1,8 @@
 """Evaluation of a program some of whose values are quantized.
 
 Equations without a quantized operand are evaluated as they are. Others are evaluated by the rule
-of their primitive, which gets Parameters where these operands are. Where there is no rule, or it
-raises Unsupported, the operands are dequantized.
+of their primitive, which gets these operands as Parameters. Where there is no rule, or it raises
+Unsupported, the operands are dequantized.
 """
 
 import dataclasses
@@ -12,6 +12,21 @@ from typing import Any
 from ..jaxprs import Environment, closed, context_of, is_marking, mark, naming, user_line
 from ..ops import Dequantization
 from .parameter import Parameter, Unsupported
+
+
+class WouldDequantizeError(ValueError):
+    """A parameter would be dequantized, although that is not allowed.
+
+    Attributes:
+        place: which one, where, and why.
+    """
+
+    def __init__(self, place: str):
+        super().__init__(
+            f"strict=True does not allow to dequantize a parameter; got {place}. Leave it in "
+            "float, or use strict=False."
+        )
+        self.place = place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +53,7 @@ def evaluate(program: Any, values: Sequence[Any], options: Options) -> list[Any]
         options: as above.
 
     Raises:
-        ValueError: something would be dequantized, although `options.strict`.
+        WouldDequantizeError: a parameter would be dequantized, and `options.strict`.
     """
     environment = Environment(closed(program), values)
     for eqn in environment.equations:
@@ -93,7 +108,7 @@ def as_array(x: Any, eqn: Any, why: str, options: Options) -> Any:
         options: as for `evaluate`.
 
     Raises:
-        ValueError: x is a Parameter, and `options.strict`.
+        WouldDequantizeError: x is a Parameter, and `options.strict`.
     """
     if not isinstance(x, Parameter):
         return x
@@ -101,11 +116,8 @@ def as_array(x: Any, eqn: Any, why: str, options: Options) -> Any:
         return x.dequantize()
     primitive = "return" if eqn is None else eqn.primitive.name
     if options.strict:
-        place = "the end" if eqn is None else user_line(eqn) or "an unknown line"
-        raise ValueError(
-            f"strict=True does not allow to dequantize a parameter; got {x.path} in {primitive} "
-            f"at {place}: {why}. Leave it in float, or use strict=False."
-        )
+        line = "the end" if eqn is None else user_line(eqn) or "an unknown line"
+        raise WouldDequantizeError(f"{x.path} in {primitive} at {line}: {why}")
     array = x.dequantize()
     if not is_marking():
         return array

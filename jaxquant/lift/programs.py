@@ -10,6 +10,7 @@ from jax import lax
 
 from ..core import LowRank, QTensor
 from ..jaxprs import (
+    called_program,
     closed,
     has_shardings,
     passed_on,
@@ -21,7 +22,7 @@ from ..jaxprs import (
 )
 from ..ops import scan
 from .carriers import repeat_blocks
-from .interpreter import Equation, as_array, evaluate
+from .interpreter import Equation, WouldDequantizeError, as_array, evaluate
 from .parameter import Parameter, Unsupported
 from .specs import specs
 
@@ -32,9 +33,9 @@ def call_rule(equation: Equation, operands: Values) -> list[Any]:
     """A jitted function, or another call that runs a program once: evaluated in place."""
     params = equation.params
     if has_shardings(params):
-        raise Unsupported("it is jitted with shardings of its own")
+        raise Unsupported("its jit specifies shardings")
     with jax.named_scope(params.get("name", equation.eqn.primitive.name)):
-        return evaluate(_program(params), operands, equation.options)
+        return evaluate(called_program(params), operands, equation.options)
 
 
 def custom_rule(equation: Equation, operands: Values) -> list[Any]:
@@ -42,7 +43,7 @@ def custom_rule(equation: Equation, operands: Values) -> list[Any]:
 
     Otherwise the operands are dequantized, and the function keeps its derivative.
     """
-    program, options = _program(equation.params), equation.options
+    program, options = called_program(equation.params), equation.options
     strict = dataclasses.replace(options, strict=True)
     bodies, values = _opened(operands)
 
@@ -51,16 +52,9 @@ def custom_rule(equation: Equation, operands: Values) -> list[Any]:
 
     try:
         jax.eval_shape(attempt, values)
-    except ValueError as error:
-        raise Unsupported(f"it has its own derivative, and inside of it: {error}") from error
+    except WouldDequantizeError as error:
+        raise Unsupported(f"it has its own derivative, and dequantizes {error.place}") from error
     return evaluate(program, operands, options)
-
-
-def _program(params):
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if name in params:
-            return closed(params[name])
-    raise Unsupported("its program is not known")
 
 
 def as_arrays(values: Values, equation: Equation, what: str) -> list[Any]:
@@ -86,7 +80,7 @@ def _opened(operands: Values):
 def remat_rule(equation: Equation, operands: Values) -> list[Any]:
     """`jax.checkpoint`."""
     bodies, values = _opened(operands)
-    program = _program(equation.params)
+    program = called_program(equation.params)
     passed = _passed(passed_on(program), operands)
 
     def body(*values):
@@ -112,7 +106,7 @@ def _with(passed, values):
 
 def scan_rule(equation: Equation, operands: Values) -> list[Any]:
     """`lax.scan`: stacked parameters are sliced, others stay as they are outside of the loop."""
-    params, program, options = equation.params, _program(equation.params), equation.options
+    params, program, options = equation.params, called_program(equation.params), equation.options
     num_consts, num_carried = scan_counts(params)
     consts, rest = operands[:num_consts], operands[num_consts:]
     init, xs = list(rest[:num_carried]), rest[num_carried:]
@@ -164,16 +158,17 @@ def unstackable(x: Any) -> Any:
     if not isinstance(x, QTensor):
         return x
     q = x.reorder(None) if x.stored_axes([0]) != (0,) else x
-    scale = unstackable(q.scale) if isinstance(q.scale, QTensor) else q.scale
-    zero_point = q.zero_point
     length = q.codes.shape[0]
-    scale = repeat_blocks(scale, 0, length // max(scale.shape[0], 1))
-    if isinstance(scale, QTensor):
-        scale = unstackable(scale)
-    if zero_point is not None:
-        zero_point = repeat_blocks(zero_point, 0, length // max(zero_point.shape[0], 1))
-    inputs = q.inputs and _stacked_inputs(q.inputs, length)
-    return dataclasses.replace(q, scale=scale, zero_point=zero_point, inputs=inputs)
+
+    def one_per_layer(x):
+        return None if x is None else repeat_blocks(x, 0, length // max(x.shape[0], 1))
+
+    return dataclasses.replace(
+        q,
+        scale=unstackable(one_per_layer(q.scale)),
+        zero_point=one_per_layer(q.zero_point),
+        inputs=q.inputs and _stacked_inputs(q.inputs, length),
+    )
 
 
 def _stacked_inputs(inputs, length):
@@ -240,7 +235,7 @@ def cond_rule(equation: Equation, operands: Values) -> list[Any]:
 
 def shard_map_rule(equation: Equation, operands: Values) -> list[Any]:
     """`jax.shard_map`: codes are divided as the array is, scales where they can be."""
-    params, program = equation.params, _program(equation.params)
+    params, program = equation.params, called_program(equation.params)
     bodies, _ = _opened(operands)
     given = zip(operands, params["in_specs"], strict=True)
     pairs = [specs(x, spec, params["mesh"]) for x, spec in given]

@@ -219,3 +219,43 @@ def test_other_equations_run_in_the_place_of_those_of_a_program():
     assert names == ["cos", "mul"]
     assert [eqn.primitive.name for eqn in program.jaxpr.eqns] == ["sin", "mul"]
     assert len(changed.consts) == len(program.consts)
+
+
+def test_options_of_programs_are_arguments_of_the_functions_that_make_them():
+    policy = jax.checkpoint_policies.dots_saveable
+    eqn = equation(jax.checkpoint(jnp.sin, policy=policy, prevent_cse=False), X, name="remat2")
+    assert params.remat_options(eqn.params) == {"policy": policy, "prevent_cse": False}
+
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mapped = jax.shard_map(
+        jnp.sin, mesh=mesh, in_specs=jax.P("a"), out_specs=jax.P("a"), axis_names={"a"}
+    )
+    eqn = equation(jax.jit(mapped), X, name="jit")
+    (eqn,) = (e for e in params.called_program(eqn.params).jaxpr.eqns if "mesh" in e.params)
+    options = params.shard_map_options(eqn.params)
+    assert options["axis_names"] == {"a"}
+    assert options["mesh"].axis_names == ("a", "b")
+    assert options["check_vma"]
+
+
+def test_constants_of_a_while_are_counted_by_where_they_are_used():
+    limit, step = X.sum(), X[0]
+    eqn = equation(
+        lambda x, n, s: lax.while_loop(lambda c: c.sum() < n, lambda c: c + s, x),
+        X[0], limit, step, name="while",
+    )  # fmt: skip
+    assert params.while_counts(eqn.params) == (1, 1)
+
+
+def test_jitted_functions_with_shardings_are_told_apart():
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P())
+    for options, expected in (({}, False), ({"out_shardings": sharding}, True)):
+        eqn = equation(jax.jit(jnp.sin, **options), X, name="jit")
+        assert params.has_shardings(eqn.params) is expected
+
+
+def test_broadcasts_say_where_their_axes_went():
+    eqn = equation(lambda x: lax.broadcast_in_dim(x, (2, 4, 3), (1, 2)), X, name="broadcast_in_dim")
+    assert params.broadcast_axes(eqn) == (1, 2)
+    assert params.broadcast_axes(equation(jnp.sin, X, name="sin")) is None
