@@ -206,7 +206,7 @@ def _check_alike(first: QTensor, other: QTensor) -> None:
     if len(set(facts)) > 1 or jax.tree.structure(first.inputs) != jax.tree.structure(other.inputs):
         raise Unsupported("its operands are not quantized alike")
     if jax.tree.leaves(first.inputs):
-        raise Unsupported("its operands have calibrated activations of their own")
+        raise Unsupported("each of its operands has its own calibrated activations")
 
 
 def _concatenate_stored(operands, axis):

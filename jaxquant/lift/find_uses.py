@@ -40,7 +40,7 @@ class Use:
 
 
 Found = list[tuple[str, Use]]
-# What is known of a variable: the views of parameters that it is, and what it is the same array as.
+# The parameters that a variable is a view of; several if they were joined.
 Views = tuple[View, ...]
 
 
@@ -84,7 +84,7 @@ class Walk:
         return rule(self, eqn, operands, labels)
 
     def add(self, view: View, eqn: Any, kind: str, **facts: Any) -> None:
-        """Adds a use, unless a parameter was only broadcast into it."""
+        """Adds a use of the parameter that a view shows."""
         stacked = tuple(sorted(view.stacked))
         name, line = eqn.primitive.name, user_line(eqn)
         self.found.append((view.path, Use(kind, name, stacked=stacked, line=line, **facts)))
@@ -98,7 +98,7 @@ class Walk:
             for v in passed:
                 found, name = ((), None) if v is None else known.get(id(v), ((), None))
                 is_slice = v is not None and id(v) in sliced
-                views.append(tuple(x.without_first() for x in found) if is_slice else found)
+                views.append(tuple(x.without(0) for x in found) if is_slice else found)
                 names.append(("slice", name) if is_slice else name if name is not None else v)
             results.append(self.program(jaxpr, views, names))
         is_call = len(inner) == 1 and first_slice == len(eqn.invars)
@@ -225,13 +225,8 @@ def _scaled(walk, eqn, operands, labels):
 
 
 def _unstack(walk, eqn, operands, labels):
-    axis = eqn.params["axis"]
-    parts = []
-    for view in operands[0]:
-        stacked = view.stacked | set(view.named([axis]))
-        axes = (*view.axes[:axis], *view.axes[axis + 1 :])
-        parts.append(dataclasses.replace(view, axes=axes, stacked=stacked))
-    return [tuple(parts)] * len(eqn.outvars)
+    parts = tuple(view.without(eqn.params["axis"]) for view in operands[0])
+    return [parts] * len(eqn.outvars)
 
 
 def _each(walk, eqn, operands, labels):

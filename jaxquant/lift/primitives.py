@@ -1,5 +1,6 @@
 """What a lifted function does with quantized operands, by the name of JAX's primitive."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from ..jaxprs import Params, broadcast_axes
 from . import adapters, carriers, products, programs
 from .interpreter import Equation
 from .parameter import Parameter, Unsupported
+from .specs import specs
 
 Rule = Callable[[Equation, Sequence[Any]], Sequence[Any]]
 
@@ -95,39 +97,46 @@ def _convert_element_type(q, params, equation):
     return q.astype(params["new_dtype"])
 
 
+def _parts(x: Parameter, axis: int, lengths: Sequence[int]) -> list[QTensor]:
+    """A quantized array cut along an axis into parts of these lengths."""
+    q, ends = x.qtensor(), list(itertools.accumulate(lengths))
+    starts, limits = [0] * q.ndim, list(q.shape)
+    out = []
+    for length, end in zip(lengths, ends, strict=True):
+        starts[axis], limits[axis] = end - length, end
+        out.append(carriers.slice(q, starts, limits, None))
+    return out
+
+
 def _split_rule(equation, operands):
     """`lax.split`."""
     (x,), axis = operands, equation.params["axis"]
-    q, out, start = x.qtensor(), [], 0
-    for shape in equation.shapes:
-        starts, limits = [0] * q.ndim, list(q.shape)
-        starts[axis], limits[axis] = start, start + shape[axis]
-        out.append(x.derive(carriers.slice(q, starts, limits, None)))
-        start += shape[axis]
-    return out
+    parts = _parts(x, axis, [shape[axis] for shape in equation.shapes])
+    return [x.derive(part) for part in parts]
 
 
 def _unstack_rule(equation, operands):
     """`lax.unstack`."""
-    (x,), axis = operands, equation.params["axis"]
-    q, out = x.qtensor(), []
-    for i, shape in enumerate(equation.shapes):
-        starts, limits = [0] * q.ndim, list(q.shape)
-        starts[axis], limits[axis] = i, i + 1
-        out.append(x.derive(carriers.reshape(carriers.slice(q, starts, limits, None), shape)))
-    return out
+    (x,), shapes = operands, equation.shapes
+    parts = _parts(x, equation.params["axis"], [1] * len(shapes))
+    pairs = zip(parts, shapes, strict=True)
+    return [x.derive(carriers.reshape(part, shape)) for part, shape in pairs]
 
 
-def _qtensors(operands):
+def _joined(operands, axis, shape=None):
+    """Quantized arrays, reshaped if there is a shape, joined along an axis."""
     if not all(isinstance(x, Parameter) for x in operands):
         raise Unsupported("it joins quantized arrays with others")
-    return [x.qtensor() for x in operands]
+    parts = [
+        x.qtensor() if shape is None else carriers.reshape(x.qtensor(), shape) for x in operands
+    ]
+    paths = dict.fromkeys(x.path for x in operands)
+    return [Parameter(carriers.concatenate(parts, axis), " + ".join(paths))]
 
 
 def _concatenate_rule(equation, operands):
     """`lax.concatenate`."""
-    joined = carriers.concatenate(_qtensors(operands), equation.params["dimension"])
-    return [operands[0].derive(joined)]
+    return _joined(operands, equation.params["dimension"])
 
 
 def _stack_rule(equation, operands):
@@ -135,8 +144,7 @@ def _stack_rule(equation, operands):
     axis = equation.params["axis"]
     shape = list(equation.shapes[0])
     shape[axis] = 1
-    parts = [carriers.reshape(q, shape) for q in _qtensors(operands)]
-    return [operands[0].derive(carriers.concatenate(parts, axis))]
+    return _joined(operands, axis, shape)
 
 
 def _scaling_rule(operation, equation, operands):
@@ -203,14 +211,9 @@ def _sharding_rule(equation, operands):
         raise Unsupported("its sharding does not name axes of a mesh")
     if equation.params.get("unconstrained_dims"):
         raise Unsupported("it leaves some axes unconstrained")
-    q, specs = programs.specs(x, sharding.spec, sharding.mesh)
-    shardings = jax.tree.map(sharding_with(sharding), specs)
+    q, of_arrays = specs(x, sharding.spec, sharding.mesh)
+    shardings = jax.tree.map(lambda spec: sharding.update(spec=spec), of_arrays)
     return [x.derive(jax.lax.with_sharding_constraint(q, shardings))]
-
-
-def sharding_with(sharding: jax.sharding.NamedSharding) -> Callable[[jax.P], Any]:
-    """From a spec to a sharding on the same mesh."""
-    return lambda spec: sharding.update(spec=spec)
 
 
 RULES: Mapping[str, Rule] = {

@@ -115,7 +115,7 @@ def _lookup_axis(shape, params):
     if params["mode"] not in _MODES:
         raise Unsupported(f"its indices are brought into bounds by {params['mode']}")
     if numbers.operand_batching_dims:
-        raise Unsupported("each index looks up in a table of its own")
+        raise Unsupported("it gathers from a batch of tables")
     if len(partial) != 1 or sizes[partial[0]] != 1:
         raise Unsupported("it gathers parts that are not whole slices along one axis")
     if partial[0] not in numbers.start_index_map:

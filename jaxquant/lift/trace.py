@@ -1,7 +1,7 @@
 """The program of a function, whatever its arguments and results are."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from ..core import LowRank, QTensor, TrainedArray
 from ..jaxprs import is_tracer
 
 
-class Trace:
+class Trace(NamedTuple):
     """A function's program, and the structure of what the function returns.
 
     Attributes:
@@ -18,9 +18,8 @@ class Trace:
         result: from the program's results to what the function returns.
     """
 
-    def __init__(self, program: Any, result: Callable[[list[Any]], Any]):
-        self.program = program
-        self.result = result
+    program: Any
+    result: Callable[[list[Any]], Any]
 
 
 def trace_function(

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from ..core import ArrayConfig, Scheme
 from ..tree import Rule
@@ -242,7 +243,7 @@ def uses(fn: Callable[..., Any], params: Any, *args: Any) -> Uses:
     program = trace_function(fn, every, treedef, places).program
     floats = [
         view_of(paths[i], every[i].shape)
-        if i < len(paths) and jax.numpy.issubdtype(every[i].dtype, jax.numpy.floating)
+        if i < len(paths) and jnp.issubdtype(every[i].dtype, jnp.floating)
         else None
         for i in places
     ]

@@ -55,10 +55,11 @@ class View:
         )
         return dataclasses.replace(self, axes=axes)
 
-    def without_first(self) -> "View":
-        """One slice of a loop over the first axis."""
-        stacked = self.stacked | {piece.axis for piece in self.axes[0]}
-        return dataclasses.replace(self, axes=self.axes[1:], stacked=stacked)
+    def without(self, axis: int) -> "View":
+        """One slice along an axis, as a loop over layers gets it."""
+        stacked = self.stacked | {piece.axis for piece in self.axes[axis]}
+        axes = (*self.axes[:axis], *self.axes[axis + 1 :])
+        return dataclasses.replace(self, axes=axes, stacked=stacked)
 
     def broadcast(self, shape: Sequence[int], targets: Sequence[int]) -> "View":
         """With axes in new places, and new axes between them."""
