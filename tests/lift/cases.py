@@ -12,8 +12,12 @@ ROWS, K, N = 3, 64, 96
 INDEX = jnp.array([5, 0, 63, 7])
 
 
+def normal(*shape, seed=7):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
 def rows(length=K):
-    return jnp.asarray(np.random.default_rng(7).normal(size=(ROWS, length)), jnp.float32)
+    return normal(ROWS, length)
 
 
 def stacked_rows(w):

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxquant as jq
@@ -25,6 +26,34 @@ def test_strict_names_the_parameter_the_operation_and_the_line():
     )
     with pytest.raises(ValueError, match=text):
         lifted(params)
+
+
+def test_a_function_with_its_own_derivative_dequantizes_as_a_whole_and_says_why():
+    @jax.custom_jvp
+    def fn(w):
+        return jnp.exp(w)
+
+    fn.defjvps(lambda t, out, w: 3 * t)
+    q = cases.parameter("int8")
+    (row,) = jq.explain(jq.lift(fn), q).dequantized
+    assert row.primitive == "custom_jvp_call"
+    assert row.why.startswith("it has its own derivative, and dequantizes 0 in exp at ")
+    # The derivative is that of the function, not that of its parts.
+    gradient = jax.grad(lambda scale: jq.lift(fn)(dataclasses.replace(q, scale=scale)).sum())(
+        q.scale
+    )
+    codes = np.asarray(q.codes, np.float32)
+    np.testing.assert_allclose(gradient, 3 * codes.sum(0, keepdims=True), rtol=1e-4)
+
+
+def test_parameters_that_are_joined_are_named_together():
+    params = {"gate": cases.parameter("int4 g32"), "up": cases.parameter("int4 g32")}
+
+    def apply(p):
+        return cases.rows() @ jnp.concatenate([p["gate"], p["up"]], axis=1)
+
+    (row,) = jq.explain(jq.lift(apply), params)
+    assert row.parameter == "gate + up"
 
 
 def test_paths_name_the_argument_if_several_hold_parameters():

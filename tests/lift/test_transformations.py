@@ -1,5 +1,6 @@
 """Lifted functions under, over and beside JAX's transformations."""
 
+import dataclasses
 import functools
 import threading
 
@@ -10,6 +11,7 @@ import pytest
 from jax import lax
 
 import jaxquant as jq
+from jaxquant.jaxprs import walk
 
 from . import cases
 
@@ -104,13 +106,25 @@ def test_prepared_parameters_get_the_gradients_of_the_operations(x):
 
 def test_adapters_get_the_gradients_of_the_operations(x):
     adapted = jq.training.lora_init(floats(), RULES, 4, key=jax.random.key(0))
+    # One of both is zero at first, and so is the gradient of the other one.
+    adapted |= {
+        name: dataclasses.replace(
+            adapted[name],
+            a=cases.normal(*adapted[name].a.shape),
+            b=cases.normal(*adapted[name].b.shape),
+        )
+        for name in ("first", "table")
+    }
 
     def gradient(fn):
         return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(fn(p, x))), allow_int=True))(adapted)
 
     found, expected = gradient(jq.lift(model)), gradient(by_hand)
     for name in ("first", "table"):
-        np.testing.assert_allclose(found[name].b, expected[name].b, rtol=1e-4, atol=1e-3)
+        for part in ("a", "b"):
+            a, b = (getattr(tree[name], part) for tree in (found, expected))
+            assert float(jnp.abs(b).max()) > 0.1
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_vmap_of_a_lifted_function_is_a_loop(params):
@@ -272,3 +286,7 @@ def test_sharding_constraints_reach_codes_and_scales():
 
     found = jax.jit(jq.lift(apply, strict=True))(q, x)
     np.testing.assert_allclose(found, x @ q.dequantize(), rtol=1e-4, atol=1e-3)
+    program = jax.make_jaxpr(jq.lift(apply))(q, x)
+    constrained = [s.eqn for s in walk(program) if s.eqn.primitive.name == "sharding_constraint"]
+    specs = {eqn.invars[0].aval.shape: eqn.params["sharding"].spec for eqn in constrained}
+    assert specs == {(64, 96): jax.P("a", "b"), (2, 96): jax.P("a", "b")}
