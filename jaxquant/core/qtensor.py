@@ -90,7 +90,7 @@ class ArrayLike(abc.ABC):
 
 _INSTEAD = (
     "Multiply with jq.matmul or jq.einsum, look up rows with jq.take, or convert it to a float "
-    "array with q.dequantize()."
+    "array with q.dequantize(). jq.lift(fn) accepts it as an argument of any function of arrays."
 )
 
 

@@ -7,6 +7,7 @@ from .copying_scan import Copier as Copier
 from .copying_scan import with_copied_slices as with_copied_slices
 from .evaluate import Environment as Environment
 from .evaluate import context_of as context_of
+from .evaluate import current_line as current_line
 from .evaluate import live_equations as live_equations
 from .lowering import Function as Function
 from .lowering import is_for_one_cpu as is_for_one_cpu

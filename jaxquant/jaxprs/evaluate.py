@@ -8,6 +8,8 @@ from typing import Any
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
+from .params import line_of, user_line
+
 
 def live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
     """The equations whose results are used or that have effects, in order."""
@@ -22,13 +24,23 @@ def live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
 
 @contextlib.contextmanager
 def context_of(eqn: JaxprEqn) -> Iterator[None]:
-    """A context in which operations get the source line, scopes and settings of an equation."""
-    scopes = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    """A context in which operations get the source line, scopes and settings of an equation.
+
+    The line is that of the equation around it if all of its calls are inside of libraries.
+    """
+    made, around = eqn.source_info, source_info_util.current()
+    traceback = (made if user_line(eqn) else around).traceback
+    scopes = source_info_util.current_name_stack() + made.name_stack
     with (
-        source_info_util.user_context(eqn.source_info.traceback, name_stack=scopes),
+        source_info_util.user_context(traceback, name_stack=scopes),
         eqn.ctx.manager,
     ):
         yield
+
+
+def current_line() -> str:
+    """ "file:line" of the user's call that operations get now; empty if there is none."""
+    return line_of(source_info_util.current().traceback)
 
 
 class Environment:

@@ -138,20 +138,19 @@ def name_stack(eqn: JaxprEqn) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def frames(eqn: JaxprEqn) -> list[tuple[str, int]]:
-    """(file, line) of the Python calls that made an equation, the innermost first."""
-    traceback = eqn.source_info.traceback
-    found = [] if traceback is None else traceback.frames
-    return [(frame.file_name, frame.line_num) for frame in found]
-
-
 def user_line(eqn: JaxprEqn) -> str:
     """ "file:line" of the innermost Python call outside of libraries that made an equation.
 
     Empty if all are inside of libraries.
     """
-    users = (f"{file}:{line}" for file, line in frames(eqn) if not file.startswith(_LIBRARIES))
-    return next(users, "")
+    return line_of(eqn.source_info.traceback)
+
+
+def line_of(traceback: Any) -> str:
+    """`user_line` of JAX's traceback, which may be None."""
+    found = [] if traceback is None else traceback.frames
+    lines = (f"{f.file_name}:{f.line_num}" for f in found if not f.file_name.startswith(_LIBRARIES))
+    return next(lines, "")
 
 
 def is_tracer(x: Any) -> bool:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..jaxprs import Environment, closed, context_of, is_marking, mark, naming, user_line
+from ..jaxprs import Environment, closed, context_of, current_line, is_marking, mark, naming
 from ..ops import Dequantization
 from .parameter import Parameter, Unsupported
 
@@ -116,7 +116,7 @@ def as_array(x: Any, eqn: Any, why: str, options: Options) -> Any:
         return x.dequantize()
     primitive = "return" if eqn is None else eqn.primitive.name
     if options.strict:
-        line = "the end" if eqn is None else user_line(eqn) or "an unknown line"
+        line = "the end" if eqn is None else current_line() or "an unknown line"
         raise WouldDequantizeError(f"{x.path} in {primitive} at {line}: {why}")
     array = x.dequantize()
     if not is_marking():

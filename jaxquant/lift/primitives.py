@@ -156,7 +156,7 @@ def _scaling_rule(operation, equation, operands):
     else:
         place = 1
     if not isinstance(x, Parameter) or isinstance(factor, Parameter):
-        raise Unsupported("both operands are quantized, or only the divisor is")
+        raise Unsupported("it multiplies two quantized arrays, or divides by one")
     q = x.qtensor()
     if equation.shapes[0] != q.shape:
         raise Unsupported("it broadcasts the quantized array")

@@ -1,6 +1,7 @@
 """`uses`: how a function uses its parameters, and the rules to quantize them that follow."""
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,8 +91,9 @@ class Uses:
             One rule per parameter.
 
         Raises:
-            ValueError: the function does not use any parameter in a product, convolution or
-                lookup, or the groups of the scheme fit none of them.
+            ValueError: scheme is neither a Scheme nor an ArrayConfig; the function does not use
+                any parameter in a product, convolution or lookup; or the groups of the scheme fit
+                none of them.
 
         Example:
             >>> params = {"out": jnp.ones((4, 8, 32)), "scale": jnp.ones(32)}
@@ -101,6 +103,10 @@ class Uses:
             >>> jq.tree.quantize(params, found.rules(jq.W8A8))["out"].scale.shape
             (1, 1, 32)
         """
+        if not isinstance(scheme, Scheme | ArrayConfig):
+            raise ValueError(
+                f"rules expects a Scheme or an ArrayConfig, such as jq.W8A8; got {scheme!r}."
+            )
         if not self.contracted:
             raise ValueError(
                 "rules needs a parameter that is used in a product, convolution or lookup; got "
@@ -109,10 +115,10 @@ class Uses:
             )
         rules = tuple(self._rule(path, scheme) for path in self.by_path)
         if all(rule.scheme is None for rule in rules):
-            notes = dict.fromkeys(rule.note for rule in rules)
+            notes = dict.fromkeys(str(self._rule(path, scheme).note) for path in self.contracted)
             raise ValueError(
-                f"rules needs a scheme that fits a parameter; got {scheme!r}, and "
-                f"{'; '.join(filter(None, notes))}. Choose a smaller group_size."
+                f"rules needs a scheme that fits a parameter; got {scheme!r}: {', '.join(notes)}. "
+                "Choose another group_size."
             )
         return rules
 
@@ -132,6 +138,10 @@ class Uses:
         if blocks is None or (is_fixed and len(blocks) > 1):
             lengths = " x ".join(str(shape[a]) for a in axes)
             note = f"groups of {size} do not fit {lengths} contracted elements"
+            smaller = (
+                None if is_fixed or not isinstance(size, int) else _smaller_size(size, axes, shape)
+            )
+            note += "" if smaller is None else f"; groups of {smaller} do"
             return Rule(pattern, None, note=note)
         group = None if is_fixed else tuple(blocks.values())
         axis = tuple(blocks)
@@ -194,6 +204,12 @@ def lay_group(size: int, axes: Sequence[int], shape: Sequence[int]) -> dict[int,
             return dict(sorted(blocks.items()))
     # Elements that are not neighbours, such as the channels of one pixel of a kernel.
     return next(({a: size} for a in axes if shape[a] % size == 0), None)
+
+
+def _smaller_size(size, axes, shape):
+    """The largest half, quarter or eighth and so on of a group size that fits; None below 8."""
+    sizes = itertools.takewhile(lambda n: n >= 8, (size >> i for i in itertools.count(1)))
+    return next((n for n in sizes if lay_group(n, axes, shape) is not None), None)
 
 
 def uses(fn: Callable[..., Any], params: Any, *args: Any) -> Uses:

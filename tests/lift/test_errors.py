@@ -56,6 +56,13 @@ def test_parameters_that_are_joined_are_named_together():
     assert row.parameter == "gate + up"
 
 
+def test_a_line_inside_of_a_library_is_that_of_the_call_of_the_library():
+    lifted = jq.lift(lambda w: jnp.linalg.norm(w), strict=True)
+    for fn in (lifted, jax.jit(lifted)):
+        with pytest.raises(ValueError, match=r"got 0 in mul at .*test_errors\.py:\d+: it mult"):
+            fn(cases.parameter("int8"))
+
+
 def test_paths_name_the_argument_if_several_hold_parameters():
     q = cases.parameter("int8")
     with pytest.raises(ValueError, match="got 1/w in exp"):

@@ -288,5 +288,6 @@ def test_sharding_constraints_reach_codes_and_scales():
     np.testing.assert_allclose(found, x @ q.dequantize(), rtol=1e-4, atol=1e-3)
     program = jax.make_jaxpr(jq.lift(apply))(q, x)
     constrained = [s.eqn for s in walk(program) if s.eqn.primitive.name == "sharding_constraint"]
-    specs = {eqn.invars[0].aval.shape: eqn.params["sharding"].spec for eqn in constrained}
+    shapes = [getattr(eqn.invars[0].aval, "shape", None) for eqn in constrained]
+    specs = {n: eqn.params["sharding"].spec for n, eqn in zip(shapes, constrained, strict=True)}
     assert specs == {(64, 96): jax.P("a", "b"), (2, 96): jax.P("a", "b")}

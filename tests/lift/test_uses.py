@@ -137,17 +137,17 @@ def test_groups_lie_along_contracted_axes(name):
 
 
 def test_parameters_that_no_group_fits_stay_in_float_and_a_report_says_why():
-    params = {"fits": jnp.ones((64, 4)), "odd": jnp.ones((20, 4)), "bias": jnp.ones((1, 4))}
+    lengths = {"fits": 64, "odd": 20, "wide": 48}
+    params = {name: jnp.ones((n, 4)) for name, n in lengths.items()} | {"bias": jnp.ones((1, 4))}
 
     def apply(params):
-        return (
-            jnp.ones((1, 64)) @ params["fits"] + jnp.ones((1, 20)) @ params["odd"] + params["bias"]
-        )
+        return sum(jnp.ones((1, n)) @ params[name] for name, n in lengths.items()) + params["bias"]
 
     rules = jq.uses(apply, params).rules(jq.ArrayConfig(format=jq.INT4, group_size=32))
     report = jq.tree.report(params, jq.tree.quantize(params, rules), rules)
     reasons = {row.path: row.reason for row in report.rows}
     assert reasons["odd"] == "groups of 32 do not fit 20 contracted elements"
+    assert reasons["wide"] == "groups of 32 do not fit 48 contracted elements; groups of 16 do"
     assert reasons["bias"] == "used by add"
     assert reasons["fits"] is None
 
@@ -195,7 +195,11 @@ def test_names_with_special_characters_match_themselves_only():
         ),
         (
             lambda: jq.uses(lambda p: X @ p, jnp.ones((8, 4))).rules(jq.W4A16),
-            "groups of 128 do not fit 8 contracted elements. Choose a smaller group_size",
+            r"groups of 128 do not fit 8 contracted elements; groups of 8 do\. Choose another",
+        ),
+        (
+            lambda: jq.uses(lambda p: X @ p, jnp.ones((8, 4))).rules("W8A8"),  # pyright: ignore[reportArgumentType]
+            "rules expects a Scheme or an ArrayConfig, such as jq.W8A8; got 'W8A8'",
         ),
     ],
 )
