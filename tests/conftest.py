@@ -1,3 +1,4 @@
+import functools
 import gc
 import importlib.util
 import os
@@ -66,9 +67,20 @@ AS_USERS_COMPILE = ("test_fake_cast.py", "test_prepare.py", "test_psum.py")
 _is_quick = False
 
 
+@functools.cache
+def _without_fusion_emitters():
+    """The option that turns XLA's fusion emitters off, for jaxlib before 0.12, which needs them."""
+    options: dict = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError:  # No such option.
+        return {}
+    return options
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _quick_folders(request):
-    """Compiles without XLA's fusion emitters, which take half the time, and as above.
+    """Compiles without XLA's fusion emitters, which take half the time, where it can, and as above.
 
     Nothing is compiled in one way and used in the other: sums would differ in the last bit.
     """
@@ -83,8 +95,10 @@ def _quick_folders(request):
     gc.collect()
     gc.freeze()
 
+    off = _without_fusion_emitters()  # Compiles itself, so not with the patch.
+
     def without_fusion_emitters(*args, env_options_overrides=None, **kwargs):
-        overrides = {**(env_options_overrides or {}), "xla_cpu_use_fusion_emitters": False}
+        overrides = {**(env_options_overrides or {}), **off}
         return options(*args, env_options_overrides=overrides, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
