@@ -27,6 +27,7 @@ from .params import Params as Params
 from .params import branch_for as branch_for
 from .params import broadcast_axes as broadcast_axes
 from .params import called_program as called_program
+from .params import checkpoint_name_of as checkpoint_name_of
 from .params import closed as closed
 from .params import count_before_slices as count_before_slices
 from .params import has_shardings as has_shardings

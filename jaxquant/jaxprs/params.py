@@ -75,8 +75,13 @@ def scan_options(params: Params) -> dict[str, Any]:
     return {name: params[name] for name in ("length", "reverse", "unroll")}
 
 
-def called_program(params: Params) -> ClosedJaxpr:
-    """The program that a call, a checkpoint, a `scan` or a `shard_map` runs on its operands."""
+def called_program(params: Params) -> ClosedJaxpr | None:
+    """The program that a call, a checkpoint, a `scan` or a `shard_map` runs on its operands.
+
+    None for an operation of a type of its own (`jax.experimental.hijax`) that is not a program.
+    """
+    if "_prim" in params:
+        return _program_of_type(params["_prim"])
     return closed(next(params[name] for name in _PROGRAMS if name in params))
 
 
@@ -90,9 +95,15 @@ def while_counts(params: Params) -> tuple[int, int]:
     return params["cond_nconsts"], params["body_nconsts"]
 
 
-def remat_options(params: Params) -> dict[str, Any]:
-    """The parameters of a rematerialized call that are arguments of `jax.checkpoint`."""
-    return {"prevent_cse": params["prevent_cse"], "policy": params["policy"]}
+def remat_options(params: Params) -> dict[str, Any] | None:
+    """The parameters of a rematerialized call that are arguments of `jax.checkpoint`.
+
+    None for an operation of a type of its own that is another one.
+    """
+    found = vars(params["_prim"]) if "_prim" in params else params
+    if "policy" not in found:
+        return None
+    return {"prevent_cse": found.get("prevent_cse", True), "policy": found["policy"]}
 
 
 def shard_map_options(params: Params) -> dict[str, Any]:
@@ -126,6 +137,12 @@ def branch_for(params: Params, platform: str) -> int | None:
         return None
     is_listed = [names is not None and platform in names for names in platforms]
     return is_listed.index(True) if any(is_listed) else platforms.index(None)
+
+
+def checkpoint_name_of(params: Params) -> str | None:
+    """The name that an operation of a type of its own gives to an array; None for other ones."""
+    high = params["_prim"]
+    return high.name if type(high).__name__ == "CheckpointName" else None
 
 
 def jit_name(eqn: JaxprEqn) -> str | None:
@@ -194,11 +211,31 @@ def _read_call(eqn):
 
 def _jaxprs(params):
     yield from jaxprs_in_params(params)
-    # Primitives of separate types, enabled by `jax_custom_vjp3` and `jax_remat3`.
-    high = params.get("_prim")
-    traced = getattr(high, "traced", high)
-    if hasattr(traced, "jaxpr"):
-        yield traced.jaxpr
+    program = called_program(params) if "_prim" in params else None
+    if program is not None:
+        yield program
+
+
+def _program_of_type(high):
+    """The program of an operation of `jax.experimental.hijax`, on arrays; None if it has none.
+
+    `jax_custom_vjp3`, `jax_custom_jvp3` and `jax_remat3` make such operations.
+    """
+    avals = high.in_avals_flat
+    # The jaxpr of another operation may be only a part of it, such as the body of a loop.
+    holder = high if hasattr(high, "policy") else getattr(high, "traced", None)
+    if holder is not None and len(holder.jaxpr.in_avals) == len(avals):
+        return closed(holder.jaxpr)
+    if not all(isinstance(aval, jax.core.ShapedArray) for aval in avals):
+        return None
+
+    def expanded(*operands):
+        return jax.tree.leaves(high.expand(*jax.tree.unflatten(high.in_tree, operands)))
+
+    try:
+        return jax.make_jaxpr(expanded)(*avals)
+    except NotImplementedError:  # It is lowered in another way.
+        return None
 
 
 def _passed(eqn, jaxpr):

@@ -32,7 +32,8 @@ def _places(eqn):
 
 def _call(eqn):
     """Of a primitive that runs a program once, on its operands."""
-    return passed_on(called_program(eqn.params))
+    program = called_program(eqn.params)
+    return [None] * len(eqn.outvars) if program is None else passed_on(program)
 
 
 def _scan(eqn):
@@ -57,5 +58,6 @@ _RULES = {
     "checkpoint": _call,
     "custom_jvp_call": _call,
     "custom_vjp_call": _call,
+    "call_hi_primitive": _call,
     "scan": _scan,
 }

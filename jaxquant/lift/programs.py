@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from ..core import LowRank, QTensor
 from ..jaxprs import (
     called_program,
+    checkpoint_name_of,
     closed,
     has_shardings,
     passed_on,
@@ -57,6 +59,19 @@ def custom_rule(equation: Equation, operands: Values) -> list[Any]:
     return evaluate(program, operands, options)
 
 
+def typed_rule(equation: Equation, operands: Values) -> list[Any]:
+    """An operation of a type of its own, as `jax_custom_vjp3` and `jax_remat3` make them."""
+    params = equation.params
+    name = checkpoint_name_of(params)
+    if name is not None:
+        value = jax.tree.map(lambda x: checkpoint_name(x, name), operands[0].value)
+        return [operands[0].derive(value)]
+    if called_program(params) is None:
+        raise Unsupported("it has no form for quantized arrays")
+    rule = custom_rule if remat_options(params) is None else remat_rule
+    return rule(equation, operands)
+
+
 def as_arrays(values: Values, equation: Equation, what: str) -> list[Any]:
     """Values that leave a program, as arrays."""
     return [as_array(x, equation.eqn, f"{what} is an array", equation.options) for x in values]
@@ -87,7 +102,7 @@ def remat_rule(equation: Equation, operands: Values) -> list[Any]:
         out = evaluate(program, bodies(values), equation.options)
         return as_arrays(_without(passed, out), equation, "its result")
 
-    return _with(passed, jax.checkpoint(body, **remat_options(equation.params))(*values))
+    return _with(passed, jax.checkpoint(body, **remat_options(equation.params) or {})(*values))
 
 
 def _passed(places: Sequence[int | None], operands: Values) -> dict[int, Parameter]:
