@@ -142,7 +142,7 @@ def branch_for(params: Params, platform: str) -> int | None:
 def checkpoint_name_of(params: Params) -> str | None:
     """The name that an operation of a type of its own gives to an array; None for other ones."""
     high = params["_prim"]
-    return high.name if type(high).__name__ == "CheckpointName" else None
+    return high.name if type(high).__name__ in _NAMING else None
 
 
 def jit_name(eqn: JaxprEqn) -> str | None:
@@ -249,6 +249,8 @@ def _open(jaxpr):
 
 # The parameters that hold the program of a primitive that has one.
 _PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+# Types of operations that only name an array.
+_NAMING = frozenset({"CheckpointName"})
 # Of primitives that do not pass all their operands to a jaxpr that they run once.
 READERS: dict[Primitive, Callable[[JaxprEqn], list[Inner]]] = {
     scan_p: _read_scan,
