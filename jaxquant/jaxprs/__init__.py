@@ -26,11 +26,11 @@ from .params import Literal as Literal
 from .params import Params as Params
 from .params import branch_for as branch_for
 from .params import broadcast_axes as broadcast_axes
+from .params import call_shardings as call_shardings
 from .params import called_program as called_program
 from .params import checkpoint_name_of as checkpoint_name_of
 from .params import closed as closed
 from .params import count_before_slices as count_before_slices
-from .params import has_shardings as has_shardings
 from .params import inner_jaxprs as inner_jaxprs
 from .params import is_tracer as is_tracer
 from .params import jit_name as jit_name

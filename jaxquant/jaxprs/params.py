@@ -115,10 +115,13 @@ def shard_map_options(params: Params) -> dict[str, Any]:
     }
 
 
-def has_shardings(params: Params) -> bool:
-    """Whether a jitted function says how its operands or results are sharded."""
-    found = (*params.get("in_shardings", ()), *params.get("out_shardings", ()))
-    return any(isinstance(s, jax.sharding.Sharding) for s in found)
+def call_shardings(eqn: JaxprEqn) -> tuple[list[jax.sharding.Sharding | None], ...]:
+    """How a jitted function says that its operands and results are sharded; None: not at all."""
+    places = (("in_shardings", eqn.invars), ("out_shardings", eqn.outvars))
+    found = (eqn.params.get(name, [None] * len(atoms)) for name, atoms in places)
+    return tuple(
+        [s if isinstance(s, jax.sharding.Sharding) else None for s in those] for those in found
+    )
 
 
 def broadcast_axes(eqn: JaxprEqn) -> tuple[int, ...] | None:

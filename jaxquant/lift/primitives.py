@@ -14,7 +14,7 @@ from ..jaxprs import Params, broadcast_axes
 from . import adapters, carriers, products, programs
 from .interpreter import Equation
 from .parameter import Parameter, Unsupported
-from .specs import specs
+from .specs import constrained
 
 Rule = Callable[[Equation, Sequence[Any]], Sequence[Any]]
 
@@ -206,14 +206,9 @@ def _identity_rule(equation, operands):
 
 def _sharding_rule(equation, operands):
     """`lax.with_sharding_constraint`."""
-    (x,), sharding = operands, equation.params["sharding"]
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        raise Unsupported("its sharding does not name axes of a mesh")
     if equation.params.get("unconstrained_dims"):
         raise Unsupported("it leaves some axes unconstrained")
-    q, of_arrays = specs(x, sharding.spec, sharding.mesh)
-    shardings = jax.tree.map(lambda spec: sharding.update(spec=spec), of_arrays)
-    return [x.derive(jax.lax.with_sharding_constraint(q, shardings))]
+    return [constrained(operands[0], equation.params["sharding"])]
 
 
 RULES: Mapping[str, Rule] = {

@@ -11,10 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..core import LowRank, QTensor
 from ..jaxprs import (
+    call_shardings,
     called_program,
     checkpoint_name_of,
     closed,
-    has_shardings,
     passed_on,
     remat_options,
     scan_counts,
@@ -26,18 +26,21 @@ from ..ops import scan
 from .carriers import repeat_blocks
 from .interpreter import Equation, WouldDequantizeError, as_array, evaluate
 from .parameter import Parameter, Unsupported
-from .specs import specs
+from .specs import constrained, specs
 
 Values = Sequence[Any]
 
 
 def call_rule(equation: Equation, operands: Values) -> list[Any]:
-    """A jitted function, or another call that runs a program once: evaluated in place."""
-    params = equation.params
-    if has_shardings(params):
-        raise Unsupported("its jit specifies shardings")
+    """A jitted function, or another call that runs a program once: evaluated in place.
+
+    The shardings of a jitted function become constraints.
+    """
+    params, (before, after) = equation.params, call_shardings(equation.eqn)
     with jax.named_scope(params.get("name", equation.eqn.primitive.name)):
-        return evaluate(called_program(params), operands, equation.options)
+        operands = [constrained(x, s) for x, s in zip(operands, before, strict=True)]
+        out = evaluate(called_program(params), operands, equation.options)
+        return [constrained(x, s) for x, s in zip(out, after, strict=True)]
 
 
 def custom_rule(equation: Equation, operands: Values) -> list[Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from ..core import QTensor
+from ..core import LowRank, QTensor
 from .carriers import repeat_blocks
 from .parameter import Parameter, Unsupported
 
@@ -32,6 +32,30 @@ def specs(x: Any, spec: jax.P, mesh: Any) -> tuple[Any, Any]:
     stored = jax.P(*(names.get(a) for a in range(q.ndim)))
     q = _divisible(q, stored, mesh)
     return q, _specs(q, stored)
+
+
+def constrained(x: Any, sharding: jax.sharding.Sharding | None) -> Any:
+    """A value with a sharding along the automatic axes of a mesh; types name the explicit ones.
+
+    That of a Parameter becomes one of each of its arrays; adapters are left to XLA.
+    """
+    is_named = isinstance(sharding, jax.sharding.NamedSharding)
+    if sharding is None or (is_named and sharding.mesh.are_all_axes_explicit):
+        return x
+    if is_named and sharding.mesh.explicit_axes:
+        raise Unsupported("its mesh has both automatic and explicit axes")
+    if not isinstance(x, Parameter):
+        return jax.lax.with_sharding_constraint(x, sharding)
+    if not is_named:
+        raise Unsupported("its sharding does not name axes of a mesh")
+    if isinstance(x.value, LowRank):
+        base = constrained(Parameter(x.value.base, x.path), sharding).value
+        return dataclasses.replace(x, value=dataclasses.replace(x.value, base=base), _forms={})
+    q, of_arrays = specs(x, sharding.spec, sharding.mesh)
+    shardings = jax.tree.map(lambda spec: sharding.update(spec=spec), of_arrays)
+    value = jax.lax.with_sharding_constraint(q, shardings)
+    is_whole = x.is_whole and isinstance(x.value, QTensor)
+    return dataclasses.replace(x, value=value, is_whole=is_whole, _forms={})
 
 
 def _divisible(q, spec, mesh):
