@@ -1,4 +1,3 @@
-import functools
 import gc
 import importlib.util
 import os
@@ -28,6 +27,31 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 IS_OPTIMIZED = os.environ["XLA_FLAGS"].count("xla_backend_optimization_level") > 1
 
 
+def _turn_fusion_emitters_off():
+    """Compiles without XLA's fusion emitters, which take two thirds of the time.
+
+    But not for 4-bit floats, which XLA rounds wrongly without them, and not for jaxlib from 0.12,
+    which always has them. `.ci/run` compares what they compute with NumPy and with eager calls.
+    """
+    off: dict = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options=off)
+    except jax.errors.JaxRuntimeError:  # No such option.
+        return
+    compile_and_load = compiler.backend_compile_and_load
+
+    def compile_without(backend, module, devices, options, host_callbacks):
+        if backend.platform == "cpu" and "f4E2M1FN" not in str(module):
+            options.env_option_overrides = [*options.env_option_overrides, *off.items()]
+        return compile_and_load(backend, module, devices, options, host_callbacks)
+
+    compiler.backend_compile_and_load = compile_without
+
+
+if not IS_OPTIMIZED:
+    _turn_fusion_emitters_off()
+
+
 def pytest_collection_modifyitems(items):
     """Brings tests of one config together, so that one worker alone compiles what they share."""
     rows = {name: place for place, name in enumerate(cases.CASES)}
@@ -39,15 +63,26 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For tests of what is done with arrays, not of how they are computed.
+# Folders and modules that test what is done with arrays, not how they are computed. These are
+# compiled without optimization even where `.ci/run` asks for it.
+QUICK = {"benchmarks", "calibration", "demo", "keras", "tree"}
+QUICK |= {"test_command_line.py", "test_docstrings.py", "test_documents.py"}
 
-    With full optimization, nothing is compiled in one way and used in the other: sums would differ
-    in the last bit.
-    """
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_folders(request):
+    if not QUICK.isdisjoint((request.path.parent.name, request.path.name)):
+        request.getfixturevalue("quick_compilation")
     gc.collect()
     gc.freeze()  # Keras collects garbage whenever a variable goes, and would look at all again.
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules like those of `QUICK`.
+
+    Nothing is compiled in one way and used in the other: sums would differ in the last bit.
+    """
     if not IS_OPTIMIZED:
         yield
         return
@@ -56,55 +91,6 @@ def quick_compilation():
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
-
-
-# Folders and modules that test what is done with arrays, not how they are computed; and modules of
-# these folders that test the latter, as test_prepare.py does, or for which LLVM rejects a cast of
-# packed 4-bit floats.
-QUICK = {"benchmarks", "calibration", "demo", "keras", "training", "tree"}
-QUICK |= {"test_command_line.py", "test_docstrings.py", "test_documents.py"}
-AS_USERS_COMPILE = ("test_fake_cast.py", "test_prepare.py", "test_psum.py")
-_is_quick = False
-
-
-@functools.cache
-def _without_fusion_emitters():
-    """The option that turns XLA's fusion emitters off, for jaxlib before 0.12, which needs them."""
-    options: dict = {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: 0).lower().compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError:  # No such option.
-        return {}
-    return options
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_folders(request):
-    """Compiles without XLA's fusion emitters, which take half the time, where it can, and as above.
-
-    Nothing is compiled in one way and used in the other: sums would differ in the last bit.
-    """
-    global _is_quick
-    path, options = request.path, compiler.get_compile_options
-    is_quick = not QUICK.isdisjoint((path.parent.name, path.name))
-    is_quick = is_quick and path.name not in AS_USERS_COMPILE
-    if is_quick != _is_quick:
-        jax.clear_caches()
-        jax.config.update("jax_disable_most_optimizations", is_quick)
-    _is_quick = is_quick
-    gc.collect()
-    gc.freeze()
-
-    off = _without_fusion_emitters()  # Compiles itself, so not with the patch.
-
-    def without_fusion_emitters(*args, env_options_overrides=None, **kwargs):
-        overrides = {**(env_options_overrides or {}), **off}
-        return options(*args, env_options_overrides=overrides, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        if is_quick:
-            patch.setattr(compiler, "get_compile_options", without_fusion_emitters)
-        yield
 
 
 @pytest.fixture(scope="session")
