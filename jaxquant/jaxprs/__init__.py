@@ -28,6 +28,7 @@ from .params import branch_for as branch_for
 from .params import broadcast_axes as broadcast_axes
 from .params import call_shardings as call_shardings
 from .params import called_program as called_program
+from .params import carried_operands as carried_operands
 from .params import checkpoint_name_of as checkpoint_name_of
 from .params import closed as closed
 from .params import count_before_slices as count_before_slices

@@ -70,15 +70,26 @@ def scan_counts(params: Params) -> tuple[int, int]:
     return params["num_consts"], params["num_carry"]
 
 
+def carried_operands(eqn: JaxprEqn) -> range:
+    """The places of the operands that a loop starts from, in the order of its first results."""
+    if eqn.primitive is scan_p:
+        constants, carried = scan_counts(eqn.params)
+        return range(constants, constants + carried)
+    if eqn.primitive is while_p:
+        return range(sum(while_counts(eqn.params)), len(eqn.invars))
+    return range(0)
+
+
 def scan_options(params: Params) -> dict[str, Any]:
     """The parameters of a `scan` that are arguments of `jax.lax.scan`."""
     return {name: params[name] for name in ("length", "reverse", "unroll")}
 
 
-def called_program(params: Params) -> ClosedJaxpr | None:
+def called_program(params: Params) -> Any:
     """The program that a call, a checkpoint, a `scan` or a `shard_map` runs on its operands.
 
-    None for an operation of a type of its own (`jax.experimental.hijax`) that is not a program.
+    A jaxpr with its constants; None for an operation of a type of its own
+    (`jax.experimental.hijax`) that does not have one.
     """
     if "_prim" in params:
         return _program_of_type(params["_prim"])

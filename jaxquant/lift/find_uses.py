@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from ..jaxprs import Literal, count_before_slices, inner_jaxprs, live_equations, user_line
+from .data_flow import after_steps, are_in, dependent_variables, inner_flags
 from .views import View
 
 
@@ -20,6 +21,7 @@ class Use:
         looked_up: axes that indices select from.
         stacked: axes that a loop slices.
         line: file and line of the innermost call that is not in a library; empty if all are.
+        is_joined: whether several contracted axes are one axis of an operand, after a reshape.
         activations: identifies the other operand; parameters with equal ones share activations.
 
     Example:
@@ -36,6 +38,7 @@ class Use:
     looked_up: tuple[int, ...] = ()
     stacked: tuple[int, ...] = ()
     line: str = ""
+    is_joined: bool = False
     activations: Hashable = None
 
 
@@ -53,20 +56,30 @@ class Walk:
 
     def __init__(self):
         self.found: Found = []
+        self._data = set()
 
-    def program(self, jaxpr: Any, views: Sequence[Views], names: Sequence[Hashable]) -> list[Views]:
+    def program(
+        self,
+        jaxpr: Any,
+        views: Sequence[Views],
+        names: Sequence[Hashable],
+        is_data: Sequence[bool],
+    ) -> list[Views]:
         """Walks a jaxpr; returns the views that its results are.
 
         Args:
             jaxpr: an open jaxpr.
             views: those of each input.
             names: identifies each input.
+            is_data: whether each input depends on an argument.
         """
+        data = dependent_variables(jaxpr, is_data)
         known = dict(zip(jaxpr.invars, views, strict=True))
         same = dict(zip(jaxpr.invars, names, strict=True))
         for eqn in live_equations(jaxpr):
             operands = [_views(known, v) for v in eqn.invars]
             labels = [_name(same, v) for v in eqn.invars]
+            self._data = data
             if any(operands) or inner_jaxprs(eqn):
                 results = self.equation(eqn, operands, labels)
                 known.update((v, x) for v, x in zip(eqn.outvars, results, strict=True) if x)
@@ -89,18 +102,24 @@ class Walk:
         name, line = eqn.primitive.name, user_line(eqn)
         self.found.append((view.path, Use(kind, name, stacked=stacked, line=line, **facts)))
 
+    def are_data(self, atoms: Sequence[Any]) -> list[bool]:
+        """Whether each operand of the equation that is walked depends on an argument."""
+        return are_in(self._data, atoms)
+
     def _inner(self, eqn, inner, operands, labels):
+        flags = after_steps(eqn, self.are_data(eqn.invars))
         known = dict(zip(map(id, eqn.invars), zip(operands, labels, strict=True), strict=True))
         first_slice, results = count_before_slices(eqn), []
         sliced = {id(v) for v in eqn.invars[first_slice:]}
-        for jaxpr, passed, _ in inner:
+        for each in inner:
             views, names = [], []
-            for v in passed:
+            for v in each.operands:
                 found, name = ((), None) if v is None else known.get(id(v), ((), None))
                 is_slice = v is not None and id(v) in sliced
                 views.append(tuple(x.without(0) for x in found) if is_slice else found)
                 names.append(("slice", name) if is_slice else name if name is not None else v)
-            results.append(self.program(jaxpr, views, names))
+            is_data = inner_flags(eqn, each, flags)
+            results.append(self.program(each.jaxpr, views, names, is_data))
         is_call = len(inner) == 1 and first_slice == len(eqn.invars)
         if is_call and len(results[0]) == len(eqn.outvars):
             return results[0]
@@ -122,6 +141,11 @@ def _other(walk, eqn, operands, labels):
     return [()] * len(eqn.outvars)
 
 
+def _contracted(view, axes):
+    is_joined = any(len(view.named([a])) > 1 for a in axes)
+    return {"contracted": view.named(axes), "is_joined": is_joined}
+
+
 def _dot_general(walk, eqn, operands, labels):
     contract, batch = eqn.params["dimension_numbers"]
     for side, views in enumerate(operands):
@@ -130,7 +154,7 @@ def _dot_general(walk, eqn, operands, labels):
                 view,
                 eqn,
                 "product",
-                contracted=view.named(contract[side]),
+                **_contracted(view, contract[side]),
                 batched=view.named(batch[side]),
                 activations=labels[1 - side],
             )
@@ -142,18 +166,16 @@ def _ragged_dot(walk, eqn, operands, labels):
     (_, contract), _ = numbers.dot_dimension_numbers
     for view in operands[1]:
         batched = view.named(numbers.rhs_group_dimensions)
-        contracted = view.named(contract)
-        walk.add(
-            view, eqn, "product", contracted=contracted, batched=batched, activations=labels[0]
-        )
+        facts = _contracted(view, contract)
+        walk.add(view, eqn, "product", **facts, batched=batched, activations=labels[0])
     return _other(walk, eqn, [operands[0], (), *operands[2:]], labels)
 
 
 def _convolution(walk, eqn, operands, labels):
     kernel = eqn.params["dimension_numbers"].rhs_spec
     for view in operands[1]:
-        contracted = view.named(kernel[1:])
-        walk.add(view, eqn, "convolution", contracted=contracted, activations=labels[0])
+        facts = _contracted(view, kernel[1:])
+        walk.add(view, eqn, "convolution", **facts, activations=labels[0])
     return _other(walk, eqn, [operands[0], ()], labels)
 
 
@@ -166,6 +188,18 @@ def _gather(walk, eqn, operands, labels):
             walk.add(view, eqn, "lookup", looked_up=view.named(axes))
         else:
             walk.add(view, eqn, "other")
+    return _other(walk, eqn, [(), *operands[1:]], labels)
+
+
+def _dynamic_slice(walk, eqn, operands, labels):
+    """One row of a table, at an index that depends on an argument; or a part of an array."""
+    shape, sizes = _shapes(eqn)
+    cut = [a for a in range(len(shape)) if sizes[a] != shape[a]]
+    is_row = len(shape) == 2 and len(cut) == 1 and sizes[cut[0]] == 1
+    if not is_row or not any(walk.are_data(eqn.invars[1 + cut[0] : 2 + cut[0]])):
+        return _sliced(walk, eqn, operands, labels)
+    for view in operands[0]:
+        walk.add(view, eqn, "lookup", looked_up=view.named(cut))
     return _other(walk, eqn, [(), *operands[1:]], labels)
 
 
@@ -233,10 +267,7 @@ def _each(walk, eqn, operands, labels):
     return list(operands)
 
 
-def _slice(view, eqn):
-    return view.resize(*_shapes(eqn))
-
-
+_sliced = _view_rule(lambda view, eqn: view.resize(*_shapes(eqn)))
 _same_shape = _view_rule(lambda view, eqn: view)
 _reshape = _view_rule(lambda view, eqn: view.reshape(*_shapes(eqn)))
 _RULES: Mapping[str, Callable[..., list[Views]]] = {
@@ -253,8 +284,8 @@ _RULES: Mapping[str, Callable[..., list[Views]]] = {
             eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
         )
     ),
-    "slice": _view_rule(_slice),
-    "dynamic_slice": _view_rule(_slice),
+    "slice": _sliced,
+    "dynamic_slice": _dynamic_slice,
     "split": lambda walk, eqn, operands, labels: [
         tuple(v.resize(eqn.invars[0].aval.shape, out.aval.shape) for v in operands[0])
         for out in eqn.outvars
@@ -287,5 +318,6 @@ def find_uses(program: Any, views: Sequence[View | None]) -> Found:
     """
     walk = Walk()
     given = [() if view is None else (view,) for view in views]
-    walk.program(program.jaxpr, given, list(program.jaxpr.invars))
+    inputs = list(program.jaxpr.invars)
+    walk.program(program.jaxpr, given, inputs, [True] * len(inputs))
     return walk.found

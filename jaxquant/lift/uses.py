@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -80,9 +80,10 @@ class Uses:
         """Rules for `tree.quantize` with the axes that the function contracts.
 
         Matrices, kernels of convolutions and tables are quantized. A group spans contracted
-        elements that lie next to each other, over several axes if need be, or else along one axis.
-        Other parameters stay in float, and so do those that no group fits; a report gives the
-        reason.
+        elements that lie next to each other, over several axes if need be, or else along one axis,
+        or else a box, such as 4 x 8 pixels of a kernel (8, 8, 3, N) for groups of 32. Where the
+        function joins the contracted axes first, only neighbours form groups. Other parameters
+        stay in float, and so do those that no group fits; a report gives the reason.
 
         Args:
             scheme: for all of them.
@@ -133,14 +134,14 @@ class Uses:
         size = weights.group_size or weights.format.group_size
         if size is None:
             return Rule(pattern, scheme, axis=axes)
-        blocks = lay_group(size, axes, shape) if isinstance(size, int) else None
+        is_joined = any(use.is_joined for use in self.by_path[path])
+        lay = partial(lay_group, axes=axes, shape=shape, is_joined=is_joined)
+        blocks = lay(size) if isinstance(size, int) else None
         is_fixed = weights.format.group_size is not None
         if blocks is None or (is_fixed and len(blocks) > 1):
             lengths = " x ".join(str(shape[a]) for a in axes)
             note = f"groups of {size} do not fit {lengths} contracted elements"
-            smaller = (
-                None if is_fixed or not isinstance(size, int) else _smaller_size(size, axes, shape)
-            )
+            smaller = None if is_fixed or not isinstance(size, int) else _smaller_size(size, lay)
             note += "" if smaller is None else f"; groups of {smaller} do"
             return Rule(pattern, None, note=note)
         group = None if is_fixed else tuple(blocks.values())
@@ -185,31 +186,48 @@ def _words(use):
     return "; ".join(words)
 
 
-def lay_group(size: int, axes: Sequence[int], shape: Sequence[int]) -> dict[int, int] | None:
+def lay_group(
+    size: int, axes: Sequence[int], shape: Sequence[int], is_joined: bool
+) -> dict[int, int] | None:
     """The block length along each axis of a group of `size` elements; None if none fits.
 
     Args:
         size: elements of a group.
         axes: contracted axes, slow to fast.
         shape: of the parameter.
+        is_joined: whether only neighbours form groups that lie along one axis after the function
+            joins the axes.
     """
-    blocks, left = {}, size
+    neighbours, left = {}, size
     for a in reversed(axes):
         common = math.gcd(left, shape[a])
         if common not in (left, shape[a]):
             break
-        blocks[a] = common
+        neighbours[a] = common
         left //= common
         if left == 1:
-            return dict(sorted(blocks.items()))
-    # Elements that are not neighbours, such as the channels of one pixel of a kernel.
-    return next(({a: size} for a in axes if shape[a] % size == 0), None)
+            return dict(sorted(neighbours.items()))
+    if is_joined:
+        return None
+    # Elements that are not neighbours: the channels of one pixel of a kernel, or else boxes.
+    whole = next(({a: size} for a in axes if shape[a] % size == 0), None)
+    return whole or _lay_box(size, axes, shape)
 
 
-def _smaller_size(size, axes, shape):
+def _lay_box(size, axes, shape):
+    """As long as possible along the fastest axes."""
+    blocks, left = {}, size
+    for a in reversed(axes):
+        blocks[a] = math.gcd(left, shape[a])
+        left //= blocks[a]
+    box = {a: n for a, n in sorted(blocks.items()) if n > 1}
+    return box if left == 1 else None
+
+
+def _smaller_size(size, lay):
     """The largest half, quarter or eighth and so on of a group size that fits; None below 8."""
     sizes = itertools.takewhile(lambda n: n >= 8, (size >> i for i in itertools.count(1)))
-    return next((n for n in sizes if lay_group(n, axes, shape) is not None), None)
+    return next((n for n in sizes if lay(n) is not None), None)
 
 
 def uses(fn: Callable[..., Any], params: Any, *args: Any) -> Uses:

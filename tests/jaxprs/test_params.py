@@ -245,12 +245,22 @@ def test_constants_of_a_while_are_counted_by_where_they_are_used():
     assert params.while_counts(eqn.params) == (1, 1)
 
 
-def test_jitted_functions_with_shardings_are_told_apart():
+def test_a_call_has_one_sharding_or_none_for_each_operand_and_result():
     mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P())
-    for out_shardings, expected in ((None, False), (sharding, True)):
-        eqn = equation(jax.jit(jnp.sin, out_shardings=out_shardings), X, name="jit")
-        assert params.has_shardings(eqn.params) is expected
+    fn = jax.jit(jnp.add, in_shardings=(sharding, None))
+    assert params.call_shardings(equation(fn, X, X, name="jit")) == ([sharding, None], [None])
+    fn = jax.jit(jnp.sin, out_shardings=sharding)
+    assert params.call_shardings(equation(fn, X, name="jit")) == ([None], [sharding])
+    assert params.call_shardings(equation(jnp.sin, X, name="sin")) == ([None], [None])
+
+
+def test_what_a_loop_starts_from_is_found_among_its_operands():
+    fn = lambda x, y, z: lax.scan(lambda c, z: (c + y, z), x, z)  # noqa: E731
+    assert params.carried_operands(equation(fn, X[0], X[0], X, name="scan")) == range(1, 2)
+    fn = lambda x, y, n: lax.while_loop(lambda c: c.sum() < n, lambda c: c + y, x)  # noqa: E731
+    assert params.carried_operands(equation(fn, X, X, X.sum(), name="while")) == range(2, 3)
+    assert not params.carried_operands(equation(jnp.sin, X, name="sin"))
 
 
 def test_broadcasts_say_where_their_axes_went():

@@ -35,7 +35,7 @@ def sharded_call(mesh, axes=("a", "b")):
 def constraints(program):
     """The shape and spec of each array of a program that is constrained."""
     found = [s.eqn for s in walk(program) if s.eqn.primitive.name == "sharding_constraint"]
-    shapes = [getattr(eqn.invars[0].aval, "shape", None) for eqn in found]
+    shapes = [getattr(eqn.invars[0].aval, "shape", ()) for eqn in found]
     return [(n, eqn.params["sharding"].spec) for n, eqn in zip(shapes, found, strict=True)]
 
 

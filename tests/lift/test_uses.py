@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -21,6 +22,12 @@ def scanned(w, x):
 def scanned_outside(w, x):
     """The layers' axis is the second."""
     return scanned(jnp.moveaxis(w, 1, 0), x)
+
+
+def patches(w):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    image = jnp.ones((1, 16, 16, 3))
+    return lax.conv_general_dilated(image, w, (8, 8), "VALID", dimension_numbers=numbers)
 
 
 def convolved(layout):
@@ -79,6 +86,45 @@ def test_the_axes_that_are_summed_over_are_found(name):
     assert contracted(fn, jax.ShapeDtypeStruct(shape, jnp.float32)) == axes
 
 
+def generated(w):
+    """Each token is the best one after the last one."""
+
+    def step(carry):
+        i, token, last = carry
+        row = jnp.tanh(w[token])
+        return i + 1, jnp.argmax(row), last + row
+
+    return lax.while_loop(lambda carry: carry[0] < 3, step, (0, 0, jnp.zeros(8)))[2]
+
+
+def by_layer(w, n):
+    return lax.fori_loop(0, n, lambda i, x: jnp.tanh(x + w[i]), jnp.zeros(8))
+
+
+ROWS = {
+    "argument": (lambda w, n: w[n] + 1.0, (1,)),
+    "part of an argument": (lambda w, n: jnp.tanh(lax.dynamic_slice_in_dim(w, n + 2, 1)), (1,)),
+    "column": (lambda w, n: jnp.tanh(w[:, n]), (0,)),
+    "token": (lambda w, n: generated(w), (1,)),
+    "branch": (lambda w, n: jnp.tanh(w[lax.cond(n > 0, lambda: 1, lambda: 2)]), (1,)),
+    "token in a branch": (lambda w, n: lax.cond(n > 0, generated, generated, w), (1,)),
+    "counter": (lambda w, n: by_layer(w, 3), None),
+    "counter up to an argument": (by_layer, None),
+    "counted": (
+        lambda w, n: lax.scan(lambda x, i: (x + w[i], None), w[0], jnp.arange(3))[0],
+        None,
+    ),
+    "two rows": (lambda w, n: jnp.tanh(lax.dynamic_slice_in_dim(w, n, 2)), None),
+    "matrix of a stack": (lambda w, n: jnp.tanh(w.reshape(3, 3, 8)[n]), None),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_is_looked_up_where_its_index_depends_on_an_argument(name):
+    fn, axes = ROWS[name]
+    assert contracted(fn, jnp.ones((9, 8)), jnp.int32(3)) == axes
+
+
 def test_uses_say_what_each_parameter_is_for():
     def apply(params, tokens):
         x = params["embed"][tokens] + params["bias"][None]
@@ -121,6 +167,8 @@ GROUPS = {
         (3, 2, 4),
     ),
     "channels of a kernel": (8, (4, 8, 3), convolved("OIH"), (4, 1, 3)),
+    "boxes of pixels": (32, (8, 8, 3, 4), patches, (2, 1, 3, 4)),
+    "boxes over channels": (16, (6, 8, 6), convolved("HIO"), (3, 1, 6)),
 }
 
 
@@ -134,6 +182,29 @@ def test_groups_lie_along_contracted_axes(name):
     q = jq.tree.quantize(params, rules)["w"]
     stored = q.stored_axes(range(q.ndim))
     assert tuple(q.scale.shape[a] for a in stored) == counts
+    # Nothing on the way to the product needs other groups.
+    jax.eval_shape(jq.lift(fn, strict=True), q)
+
+
+def test_a_convolution_with_boxes_equals_that_of_the_dequantized_kernel():
+    kernel = jnp.sin(jnp.arange(768.0)).reshape(8, 8, 3, 4)
+    rules = jq.uses(patches, kernel).rules(jq.ArrayConfig(format=jq.INT4, group_size=32))
+    q = jq.tree.quantize(kernel, rules)
+    np.testing.assert_allclose(jq.lift(patches)(q), patches(q.dequantize()), rtol=1e-5, atol=1e-5)
+
+
+def test_axes_that_are_joined_before_the_product_have_groups_of_neighbours_only():
+    shapes = {"box": (8, 8, 3, 4), "middle": (2, 32, 3, 4), "whole": (3, 32, 4)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+
+    def apply(params):
+        return sum(jnp.ones((1, w[..., 0].size)) @ w.reshape(-1, 4) for w in params.values())
+
+    rules = jq.uses(apply, params).rules(jq.ArrayConfig(format=jq.INT4, group_size=32))
+    q = jq.tree.quantize(params, rules)
+    assert [jq.tree.is_quantized(q[name]) for name in shapes] == [False, False, True]
+    assert not jq.explain(jq.lift(apply), q).dequantized
+    assert rules[0].note == "groups of 32 do not fit 8 x 8 x 3 contracted elements"
 
 
 def test_parameters_that_no_group_fits_stay_in_float_and_a_report_says_why():
