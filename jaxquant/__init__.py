@@ -2,6 +2,7 @@
 
 from . import training as training
 from . import tree as tree
+from .core import FILE_FORMATS as FILE_FORMATS
 from .core import FORMATS as FORMATS
 from .core import FP8 as FP8
 from .core import FP8_E4M3 as FP8_E4M3

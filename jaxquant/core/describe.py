@@ -32,4 +32,5 @@ def _words(q: QTensor, ungrouped: str) -> str:
     is_grouped = any(1 < c < n for n, c in zip(q.shape, counts, strict=True))
     kind = "g" + "x".join(map(str, blocks)) if is_grouped else ungrouped
     asymmetric = "asymmetric" if q.zero_point is not None else ""
-    return " ".join(filter(None, (str(q.format), kind, asymmetric)))
+    offset = "with offset" if q.offset is not None else ""
+    return " ".join(filter(None, (str(q.format), kind, asymmetric, offset)))

@@ -159,3 +159,25 @@ MXFP4 = Format("mxfp4", "float4_e2m1fn", -6.0, 6.0, group_size=32, scale_dtype="
 NVFP4 = Format("nvfp4", "float4_e2m1fn", -6.0, 6.0, group_size=16, scale_dtype="float8_e4m3fn")
 
 FORMATS = {f.name: f for f in (INT8, INT4, INT2, FP8_E4M3, FP8_E5M2, NF4, MXFP8, MXFP4, NVFP4)}
+
+# Codes of files that others quantized. Those of 3, 5 and 6 bits take 4 or 8 bits each in memory.
+INT3 = Format("int3", "int4", -4, 3)
+INT5 = Format("int5", "int8", -16, 15)
+INT6 = Format("int6", "int8", -32, 31)
+UINT2 = Format("uint2", "uint2", 0, 3)
+UINT3 = Format("uint3", "uint4", 0, 7)
+UINT4 = Format("uint4", "uint4", 0, 15)
+UINT5 = Format("uint5", "uint8", 0, 31)
+UINT6 = Format("uint6", "uint8", 0, 63)
+UINT8 = Format("uint8", "uint8", 0, 255)
+# The values of ggml's IQ4_NL and IQ4_XS, from ggml-common.h.
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_NL = Format("iq4_nl", "uint4", -127.0, 113.0, codebook=tuple(map(float, _IQ4_NL)))
+# The values of 4-bit floats in bitsandbytes: 0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1 and negatives.
+_BNB_FP4 = tuple(n / 192 for n in (0, 1, 32, 48, 64, 96, 128, 192))
+BNB_FP4 = Format(
+    "bnb_fp4", "uint4", -1.0, 1.0, codebook=(*(-v for v in _BNB_FP4[:0:-1]), *_BNB_FP4)
+)
+
+_OF_FILES = (INT3, INT5, INT6, UINT2, UINT3, UINT4, UINT5, UINT6, UINT8, IQ4_NL, BNB_FP4)
+FILE_FORMATS = {f.name: f for f in _OF_FILES}

@@ -22,13 +22,15 @@ from .formats import Format, bits_of
 class Inputs:
     """How activations are quantized before they are multiplied with a QTensor. A pytree.
 
-        x  ->  x * multiplier  ->  quantized with `config`, and with `scale` if it is given
+        x  ->  x[..., permutation]  ->  x * multiplier  ->  quantized with `config` (and `scale`)
 
     Invariants (not checked, because JAX rebuilds pytrees with tracers as fields):
 
     - `scale` and `zero_point` are scalars, and are used only if `config` is given;
     - `zero_point` is None if `scale` is None or `config` is symmetric;
-    - `multiplier` has one element per contracted channel of the QTensor.
+    - `multiplier` has one element per contracted channel of the QTensor;
+    - `permutation` is given only for a QTensor that is contracted along one axis, and is a
+      permutation of the indices of that axis.
 
     Attributes:
         config: how to quantize the activations, with scales shared along the contracted axes;
@@ -39,6 +41,9 @@ class Inputs:
         multiplier: one factor per contracted channel (1/s in SmoothQuant and AWQ). Its shape is
             that of the contracted axes of the QTensor, in their order; for a convolution, one
             factor per input channel. None for no multiplier.
+        permutation: reorders the contracted channels of the activations, int32 (K,): the QTensor
+            holds row `permutation[k]` of a kernel (K, N) as its row k, so that rows of the same
+            group are neighbours ("act-order" in GPTQ). None for no permutation.
         tap: function that observes the activations before they are quantized; None for none.
 
     Example:
@@ -53,7 +58,13 @@ class Inputs:
     scale: jax.Array | None = None
     zero_point: jax.Array | None = None
     multiplier: jax.Array | None = None
+    permutation: jax.Array | None = None
     tap: Any = None
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether the QTensor stands for another array than its dequantized values."""
+        return self.multiplier is not None or self.permutation is not None
 
 
 class ArrayLike(abc.ABC):
@@ -97,15 +108,16 @@ _INSTEAD = (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QTensor(ArrayLike):
-    """A quantized array: x ~ (codes - zero_point) * scale. A pytree.
+    """A quantized array: x ~ (codes - zero_point) * scale + offset. A pytree.
 
     Invariants (not checked, because JAX rebuilds pytrees with tracers and placeholders as
     fields):
 
     - `codes` has the dtype of `format`, and its trailing axes are stored in the order `order`;
-    - `scale` and `zero_point` have the rank and the axis order of `codes`, and one element per
-      block of codes: the length of each axis divides that of `codes`;
-    - `scale` is an array or, if scales are quantized too, a QTensor;
+    - `scale`, `zero_point` and `offset` have the rank and the axis order of `codes`, and one
+      element per block of codes: the length of each axis divides that of `codes`;
+    - `zero_point` and `offset` have the shape of `scale`, or one element for all codes;
+    - `scale` and `offset` are arrays or, if they are quantized too, QTensors;
     - a block that contained NaN or Inf has a NaN scale;
     - `values` is None or has the shape of `codes` and equals the decoded codes.
 
@@ -113,6 +125,8 @@ class QTensor(ArrayLike):
         codes: the stored codes.
         scale: quantization step, in units of x per code.
         zero_point: the code of 0.0, in units of codes; None if it is zero.
+        offset: what is added to each element, in units of x; None for zero. Files of GGUF and MLX
+            have it; `quantize` does not make it.
         inputs: how activations are quantized before they are multiplied with this array; None
             leaves them in float.
         values: in training, the decoded codes, which receive the gradients (see `TrainedArray`);
@@ -134,6 +148,7 @@ class QTensor(ArrayLike):
     codes: jax.Array
     scale: "jax.Array | QTensor"
     zero_point: jax.Array | None = None
+    offset: "jax.Array | QTensor | None" = None
     inputs: Inputs | None = None
     values: jax.Array | None = None
     format: Format = dataclasses.field(kw_only=True, metadata={"static": True})
@@ -184,19 +199,23 @@ class QTensor(ArrayLike):
 
     def _move_axes(self, permutation):
         """Transposes all stored arrays; the caller has set `order`."""
-        scale, zero_point = self.scale, self.zero_point
+
+        def moved(x):
+            if isinstance(x, QTensor):
+                return x._move_axes(permutation)
+            return None if x is None else x.transpose(permutation)
+
         return dataclasses.replace(
             self,
-            codes=self.codes.transpose(permutation),
-            scale=scale._move_axes(permutation)
-            if isinstance(scale, QTensor)
-            else scale.transpose(permutation),
-            zero_point=None if zero_point is None else zero_point.transpose(permutation),
-            values=None if self.values is None else self.values.transpose(permutation),
+            codes=moved(self.codes),
+            scale=moved(self.scale),
+            zero_point=moved(self.zero_point),
+            offset=moved(self.offset),
+            values=moved(self.values),
         )
 
     def dequantize(self) -> jax.Array:
-        """Returns (codes - zero_point) * scale in the shape and dtype of the array."""
+        """Returns (codes - zero_point) * scale + offset in the shape and dtype of the array."""
         return self.decode().transpose(self.stored_axes(range(self.ndim)))
 
     def decode(self) -> jax.Array:
@@ -221,10 +240,16 @@ def _decode(q):
     blocks = blocks_between(q.codes.shape, scale.shape)
     # JAX would differentiate floating-point codes.
     codes, _ = split(jax.lax.stop_gradient(q.codes), blocks)
-    zero_point = q.zero_point
-    if zero_point is not None:
-        zero_point = to_blocks(zero_point, blocks)
-    values = affine.decode(codes, to_blocks(scale, blocks), zero_point, q.format)
+
+    def per_block(x):
+        if x is None:
+            return None
+        return x.reshape((1,) * codes.ndim) if x.size == 1 else to_blocks(x, blocks)
+
+    values = affine.decode(codes, per_block(scale), per_block(q.zero_point), q.format)
+    if q.offset is not None:
+        offset = scale_values(q.offset).astype(values.dtype)
+        values = values + per_block(jnp.where(jnp.isinf(offset), jnp.nan, offset))
     # A value that rounding moved above the largest finite number is that number, not Inf.
     largest = float(min(jnp.finfo(q.dtype).max, jnp.finfo(values.dtype).max))
     values = jnp.clip(values, -largest, largest)
@@ -248,7 +273,7 @@ class TrainedArray(abc.ABC):
 
 
 def dequantize(x: QTensor) -> jax.Array:
-    """Dequantizes: (codes - zero_point) * scale. The function form of `x.dequantize()`.
+    """Dequantizes: (codes - zero_point) * scale + offset. The function form of `x.dequantize()`.
 
     Example:
         >>> q = jq.quantize(jnp.array([-127.0, 3.2, 5.9]), jq.ArrayConfig(format=jq.INT8))
@@ -259,7 +284,7 @@ def dequantize(x: QTensor) -> jax.Array:
 
 
 def scale_values(scale: jax.Array | QTensor) -> jax.Array:
-    """The scales as a float64 array if they are stored in float64, and float32 otherwise.
+    """Scales (or offsets) in float64 if they are stored in float64, and in float32 otherwise.
 
     Scales of 16 bits or more get a gradient; narrower dtypes cannot represent gradients.
     """

@@ -36,14 +36,16 @@ def transpose(q: QTensor, permutation: Sequence[int]) -> QTensor:
 
 def _one_contracted(q):
     """q, if no multiplier depends on the order of its axes."""
-    if q.inputs is not None and q.inputs.multiplier is not None and q.inputs.multiplier.ndim > 1:
+    multiplier = None if q.inputs is None else q.inputs.multiplier
+    if multiplier is not None and multiplier.ndim > 1:
         raise Unsupported("inputs.multiplier has several axes, whose order would change")
     return q
 
 
-def _without_multiplier(q):
-    if q.inputs is not None and q.inputs.multiplier is not None:
-        raise Unsupported("inputs.multiplier would have to follow it")
+def _with_channels(q):
+    """q, if nothing in `inputs` depends on the places of its contracted channels."""
+    if q.inputs is not None and q.inputs.changes_weight:
+        raise Unsupported("inputs.multiplier or inputs.permutation would have to follow it")
     return q
 
 
@@ -53,7 +55,7 @@ def reshape(q: QTensor, shape: Sequence[int]) -> QTensor:
         return q
     if 0 in q.shape:
         raise Unsupported("the array is empty")
-    q = _without_multiplier(q)
+    q = _with_channels(q)
     runs = paired_axes(q.shape, shape)
     if any(_is_torn(q.stored_axes(run)) for run, _ in runs):
         q = q.reorder(None)
@@ -89,12 +91,13 @@ def _blocks(shape, counts):
 
 
 def _replace(q, of_codes, of_blocks):
-    """q with other codes and values, and other scales and zero points."""
+    """q with other codes and values, and other scales, zero points and offsets."""
     return dataclasses.replace(
         q,
         codes=of_codes(q.codes),
         scale=of_blocks(q.scale),
         zero_point=None if q.zero_point is None else of_blocks(q.zero_point),
+        offset=None if q.offset is None else of_blocks(q.offset),
         values=None if q.values is None else of_codes(q.values),
     )
 
@@ -118,7 +121,7 @@ def slice(
     strides = [1] * q.ndim if strides is None else strides
     for a, cut in enumerate(zip(starts, limits, strides, strict=True)):
         if cut != (0, q.shape[a], 1):
-            q = _slice_stored(_without_multiplier(q), q.stored_axes([a])[0], *cut)
+            q = _slice_stored(_with_channels(q), q.stored_axes([a])[0], *cut)
     return q
 
 
@@ -169,7 +172,7 @@ def dynamic_slice(q: QTensor, starts: Sequence[jax.Array], sizes: Sequence[int])
         if size == q.shape[a]:
             continue
         (axis,) = q.stored_axes([a])
-        q = _dynamic_slice_stored(_without_multiplier(q), axis, start, size)
+        q = _dynamic_slice_stored(_with_channels(q), axis, start, size)
     return q
 
 
@@ -202,8 +205,8 @@ def concatenate(operands: Sequence[QTensor], axis: int) -> QTensor:
 
 
 def _check_alike(first: QTensor, other: QTensor) -> None:
-    facts = ((q.format, q.dtype, q.zero_point is None, q.values is None) for q in (first, other))
-    if len(set(facts)) > 1 or jax.tree.structure(first.inputs) != jax.tree.structure(other.inputs):
+    kinds = (jax.tree.structure(dataclasses.replace(q, inputs=None)) for q in (first, other))
+    if len(set(kinds)) > 1 or jax.tree.structure(first.inputs) != jax.tree.structure(other.inputs):
         raise Unsupported("its operands are not quantized alike")
     if jax.tree.leaves(first.inputs):
         raise Unsupported("each of its operands has its own calibrated activations")
@@ -238,6 +241,7 @@ def _concatenate_stored(operands, axis):
         codes=joined(lambda q: q.codes),
         scale=of_blocks(lambda q: q.scale),
         zero_point=None if first.zero_point is None else of_blocks(lambda q: q.zero_point),
+        offset=None if first.offset is None else of_blocks(lambda q: q.offset),
         values=None if first.values is None else joined(lambda q: q.values),
     )
 
@@ -258,17 +262,22 @@ def multiply(
         places = q.stored_axes(range(q.ndim))
         factor = factor.transpose([places.index(a) for a in range(q.ndim)])
         q = _with_block_per_factor(q, factor.shape)
-    scale = scale_values(q.scale)
-    scale = operation(scale, jnp.broadcast_to(factor.astype(scale.dtype), scale.shape))
-    values = q.values
-    if values is not None:
-        whole = jnp.broadcast_to(factor.astype(values.dtype), values.shape)
-        values = operation(values, whole)
-    return dataclasses.replace(q, scale=scale, values=values)
+
+    def scaled(x):
+        return (
+            None if x is None else operation(x, jnp.broadcast_to(factor.astype(x.dtype), x.shape))
+        )
+
+    return dataclasses.replace(
+        q,
+        scale=scaled(scale_values(q.scale)),
+        offset=None if q.offset is None else scaled(scale_values(q.offset)),
+        values=scaled(q.values),
+    )
 
 
 def _with_block_per_factor(q, lengths):
-    """q with scales and zero points repeated along axes whose blocks a factor tells apart."""
+    """q with scales, zero points and offsets repeated along axes whose blocks a factor tells apart."""
     times = [
         length // count if n > 1 else 1
         for n, length, count in zip(lengths, q.codes.shape, q.scale.shape, strict=True)
@@ -282,5 +291,7 @@ def _with_block_per_factor(q, lengths):
             x = repeat_blocks(x, axis, n)
         return x
 
-    zero_point = None if q.zero_point is None else repeat(q.zero_point)
-    return dataclasses.replace(q, scale=repeat(q.scale), zero_point=zero_point)
+    rest = {k: getattr(q, k) for k in ("zero_point", "offset") if getattr(q, k) is not None}
+    return dataclasses.replace(
+        q, scale=repeat(q.scale), **{name: repeat(x) for name, x in rest.items()}
+    )

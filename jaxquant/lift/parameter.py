@@ -49,10 +49,10 @@ class Parameter:
         """The array that the value stands for.
 
         Raises:
-            ValueError: its activations have multipliers, without which it stands for another array.
+            ValueError: its activations have multipliers or a permutation, without which it stands for another array.
         """
         value = self.value if isinstance(self.value, LowRank) else self.qtensor()
-        check_no_multiplier(value, self.path)
+        check_no_changes(value, self.path)
         if "dequantized" not in self._forms:
             self._forms["dequantized"] = value.dequantize()
         return self._forms["dequantized"]
@@ -62,12 +62,15 @@ class Parameter:
         return Parameter(value, self.path, is_row=self.is_row)
 
 
-def check_no_multiplier(value: QTensor | LowRank, path: str) -> None:
-    """Raises ValueError if `inputs.multiplier` scales the activations of a value."""
+def check_no_changes(value: QTensor | LowRank, path: str) -> None:
+    """Raises ValueError if a value stands for another array than its dequantized values."""
     inputs = value.base.inputs if isinstance(value, LowRank) else value.inputs
-    if inputs is not None and inputs.multiplier is not None:
+    if inputs is not None and inputs.changes_weight:
+        kind, name = "scaled", "multiplier"
+        if inputs.permutation is not None:
+            kind, name = "permuted", "permutation"
         raise ValueError(
-            f"{path} is multiplied with scaled activations (inputs.multiplier), so it can only be "
-            "an operand of a product, and not be dequantized or changed before; got an operation "
-            "that needs another form of it. Quantize it without a multiplier."
+            f"{path} is multiplied with {kind} activations (inputs.{name}), so it can only be an "
+            "operand of a product, and not be dequantized or changed before; got an operation "
+            f"that needs another form of it. Quantize it without a {name}."
         )

@@ -185,6 +185,7 @@ def unstackable(x: Any) -> Any:
         q,
         scale=unstackable(one_per_layer(q.scale)),
         zero_point=one_per_layer(q.zero_point),
+        offset=unstackable(one_per_layer(q.offset)),
         inputs=q.inputs and _stacked_inputs(q.inputs, length),
     )
 
@@ -202,6 +203,7 @@ def _stacked_inputs(inputs, length):
         scale=repeat(inputs.scale, 0),
         zero_point=repeat(inputs.zero_point, 0),
         multiplier=repeat(inputs.multiplier, 1),
+        permutation=repeat(inputs.permutation, 1),
     )
 
 

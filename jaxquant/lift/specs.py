@@ -26,8 +26,8 @@ def specs(x: Any, spec: jax.P, mesh: Any) -> tuple[Any, Any]:
     if not isinstance(x, Parameter):
         return x, spec
     q = x.qtensor()
-    if q.inputs is not None and q.inputs.multiplier is not None:
-        raise Unsupported("inputs.multiplier would have to be divided, too")
+    if q.inputs is not None and q.inputs.changes_weight:
+        raise Unsupported("inputs.multiplier or inputs.permutation would have to be divided, too")
     names = dict(zip(q.stored_axes(range(len(spec))), spec, strict=True))
     stored = jax.P(*(names.get(a) for a in range(q.ndim)))
     q = _divisible(q, stored, mesh)
@@ -75,7 +75,8 @@ def _divisible(q, spec, mesh):
             x = repeat_blocks(x, axis, times)
         return _divisible(x, spec, mesh) if isinstance(x, QTensor) else x
 
-    return dataclasses.replace(q, scale=divide(q.scale), zero_point=divide(q.zero_point))
+    parts = {name: divide(getattr(q, name)) for name in ("scale", "zero_point", "offset")}
+    return dataclasses.replace(q, **parts)
 
 
 def _devices(name, mesh):
@@ -97,6 +98,7 @@ def _specs(q: QTensor, spec: jax.P) -> Any:
         codes=spec,
         scale=of(q.scale),
         zero_point=of(q.zero_point),
+        offset=of(q.offset),
         values=None if q.values is None else spec,
         inputs=inputs,
     )

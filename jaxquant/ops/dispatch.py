@@ -60,6 +60,7 @@ class Implementation:
             supported, or None; chip is a TPU generation in `chips.TUNED`, or None for all others.
         is_integer: (lhs, rhs, spec) -> whether it multiplies codes as integers.
         reads_packed: whether it reads sub-byte codes packed, without unpacking them first.
+        adds_offsets: whether it supports operands with an offset.
         fallback: rows that it tries instead, in order, where XLA partitions the program; empty if
             XLA can partition this row.
     """
@@ -71,6 +72,7 @@ class Implementation:
     why_slower: Callable[..., str | None] = lambda *_: None
     is_integer: Callable[..., bool] = lambda lhs, rhs, spec: False
     reads_packed: bool = False
+    adds_offsets: bool = False
     fallback: "Table" = ()
 
 

@@ -18,6 +18,7 @@ from . import dispatch
 from .dot_spec import DotOptions, DotSpec
 from .labels import hidden_labels, pair_axes
 from .low_rank import with_low_rank
+from .offset import adding_offsets
 from .operands import Operand, OperandLike, as_operands, is_quantized
 from .rows import cpu_blocks, cpu_native, dequantize, gpu_triton, integer, tpu_pallas, tpu_xla
 
@@ -188,9 +189,7 @@ def _dot_general(
 # Rows that XLA can partition among devices.
 _PARTITIONED = (integer.ROW, tpu_xla.SCALED, tpu_xla.FUSED, dequantize.ROW)
 _BY_XLA = (cpu_blocks.row(_PARTITIONED), *_PARTITIONED)
-_TABLE = (
-    cpu_native.row(_BY_XLA),
-    tpu_pallas.row(_BY_XLA),
-    gpu_triton.row(_BY_XLA),
-    *_BY_XLA,
+_TABLE = tuple(
+    row if row.adds_offsets else adding_offsets(row)
+    for row in (cpu_native.row(_BY_XLA), tpu_pallas.row(_BY_XLA), gpu_triton.row(_BY_XLA), *_BY_XLA)
 )

@@ -155,10 +155,11 @@ def _inputs_for(x: Operand, other: Operand) -> Inputs | None:
     inputs = other.inputs if isinstance(other, QTensor) else None
     if not isinstance(x, QTensor):
         return inputs
-    if inputs is not None and inputs.multiplier is not None:
+    if inputs is not None and inputs.changes_weight:
+        name = "multiplier" if inputs.permutation is None else "permutation"
         raise ValueError(
-            f"A quantized operand cannot be multiplied by inputs.multiplier; got {x!r}. Multiply "
-            "it before you quantize it, and drop the multiplier."
+            f"inputs.{name} cannot be applied to an operand that is quantized already; got {x!r}. "
+            f"Apply it before you quantize the operand, and drop the {name}."
         )
     return None
 
@@ -168,7 +169,7 @@ def _observed(other: Any, x: Operand, channels: tuple[int, ...]) -> Operand:
     inputs = _inputs_for(x, other)
     if inputs is None or inputs.tap is None:
         return other
-    inputs.tap(_multiply(x, other, channels))
+    inputs.tap(_prepared(x, other, channels))
     return dataclasses.replace(other, inputs=dataclasses.replace(inputs, tap=None))
 
 
@@ -178,7 +179,7 @@ def _treated(
     inputs = _inputs_for(x, other)
     if inputs is None:
         return x
-    return _quantized(_multiply(x, other, channels), other, shared, channels)
+    return _quantized(_prepared(x, other, channels), other, shared, channels)
 
 
 def _straight_through(
@@ -188,7 +189,7 @@ def _straight_through(
     inputs = _inputs_for(x, other)
     if inputs is None:
         return x
-    x = _multiply(x, other, channels)
+    x = _prepared(x, other, channels)
     if inputs.config is None:
         return x
     q = _quantized(lax.stop_gradient(x), other, shared, channels)
@@ -197,11 +198,19 @@ def _straight_through(
     return straight_through(x, q, inputs.config, *parameters, margin=inputs.scale is None)
 
 
-def _multiply(x: Any, other: Any, axes: tuple[int, ...]) -> jax.Array:
-    """x * multiplier, which has one factor per element of `axes`, in that order."""
+def _prepared(x: Any, other: Any, axes: tuple[int, ...]) -> jax.Array:
+    """x with its channels permuted and multiplied; they lie along `axes`, in that order."""
     inputs = other.inputs
     # Masks and one-hot rows may be integers.
     x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(other.dtype)
+    if inputs.permutation is not None:
+        if len(axes) != 1 or inputs.permutation.shape != (x.shape[axes[0]],):
+            raise ValueError(
+                "inputs.permutation is for a QTensor that is contracted along one axis, and must "
+                f"have its length; got {inputs.permutation.shape} for axes {axes} of an operand "
+                f"of shape {x.shape}."
+            )
+        x = jnp.take(x, inputs.permutation, axes[0], unique_indices=True)
     if inputs.multiplier is None:
         return x
     lengths = tuple(x.shape[a] for a in axes)

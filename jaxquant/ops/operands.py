@@ -100,7 +100,7 @@ def why_unsupported_codes(x: Operand) -> str | None:
         return f"an operand of {x.dtype} does not have codes"
     if not x.format.rounds or jnp.iinfo(x.format.dtype).max > 127:
         return f"{x.format} codes are not integers within int8"
-    return None
+    return None if x.offset is None else "an offset is added to the codes"
 
 
 def why_unsupported_length(length: int, lhs: QTensor, rhs: QTensor) -> str | None:

@@ -136,7 +136,9 @@ def _tapped(weight, path, waiting):
     def take(numbers, x):
         waiting.append((path, np.asarray(numbers), np.asarray(x)))
 
-    inputs = Inputs(multiplier=weight.inputs.multiplier, tap=_Tap(numbers, take))
+    inputs = dataclasses.replace(
+        weight.inputs, config=None, scale=None, zero_point=None, tap=_Tap(numbers, take)
+    )
     return dataclasses.replace(weight, inputs=inputs)
 
 

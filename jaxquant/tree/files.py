@@ -32,7 +32,7 @@ from .tensor_file import (
     write_tensors,
 )
 
-VERSION = 1
+VERSION = 2
 _MANIFEST, _CHECKSUM = "jaxquant", "jaxquant.crc32"
 # Limit of a decompressed manifest: a small file could decompress to a thousand times its size.
 _MAX_CONTENT_BYTES = MAX_HEADER_BYTES
@@ -79,7 +79,9 @@ def save(path: str | os.PathLike, tree: Any, metadata: Mapping[str, str] | None 
         "tensors": {name: _checksum(array) for name, array in encoder.arrays.items()},
     }
     metadata = dict(sorted(metadata.items()))
-    text = json.dumps({"version": VERSION, "metadata": metadata, "tree": _compress(contents)})
+    text = json.dumps(
+        {"version": encoder.version, "metadata": metadata, "tree": _compress(contents)}
+    )
     header = {_MANIFEST: text, _CHECKSUM: str(zlib.crc32(text.encode()))}
     with replacing(path) as file:
         write_tensors(file, encoder.arrays, header)

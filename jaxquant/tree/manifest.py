@@ -43,12 +43,15 @@ class Encoder:
     """Collects the arrays and the static parts of a tree while it writes the structure.
 
     Attributes:
+        version: the oldest version of files that holds the tree. 2 if a QTensor has an offset or a
+            permutation, which jaxquant 0.1 cannot read.
         arrays: NumPy array per name, in the form in which it is stored.
         statics: JSON values of the static parts that nodes refer to, by their position: many
             QTensors share one.
     """
 
     def __init__(self) -> None:
+        self.version = 1
         self.arrays: dict[str, np.ndarray] = {}
         self.statics: list[Any] = []
 
@@ -74,10 +77,13 @@ class Encoder:
 
     def _encode_qtensor(self, q: QTensor, path: str) -> list[Any]:
         inputs = q.inputs
-        fields = {"codes": q.codes, "scale": q.scale, "zero_point": q.zero_point}
+        if q.offset is not None or (inputs is not None and inputs.permutation is not None):
+            self.version = 2
+        fields = {k: getattr(q, k) for k in ("codes", "scale", "zero_point", "offset")}
         parts = {k: self.encode(v, _join(path, k)) for k, v in fields.items() if v is not None}
         if inputs is not None:
-            arrays = {k: getattr(inputs, k) for k in ("scale", "zero_point", "multiplier")}
+            names = ("scale", "zero_point", "multiplier", "permutation")
+            arrays = {k: getattr(inputs, k) for k in names}
             known = {k: v for k, v in arrays.items() if v is not None}
             config = None if inputs.config is None else self._static(config_to_json(inputs.config))
             parts["inputs"] = [config, self.encode(known, _join(path, "inputs"))]

@@ -72,12 +72,11 @@ def _convolve(layer: Any, inputs: jax.Array, kernel: QTensor | jax.Array, groups
 def _with_parts(
     kernel: QTensor | jax.Array, function: Callable[[jax.Array], jax.Array]
 ) -> QTensor | jax.Array:
-    """The kernel with `function` applied to its codes, scale and zero point."""
+    """The kernel with `function` applied to its codes, scale, zero point and offset."""
     if not isinstance(kernel, QTensor):
         return function(kernel)
-    parts = kernel.codes, kernel.scale, kernel.zero_point
-    codes, scale, zero_point = jax.tree.map(function, parts)
-    return dataclasses.replace(kernel, codes=codes, scale=scale, zero_point=zero_point)
+    parts = jax.tree.map(function, dataclasses.replace(kernel, inputs=None, values=None))
+    return dataclasses.replace(parts, inputs=kernel.inputs, values=kernel.values)
 
 
 def _flipped(kernel: QTensor | jax.Array, axes: Iterable[int]) -> QTensor | jax.Array:

@@ -185,7 +185,8 @@ def _stock_form(layer: Any, wrapped: set[int]) -> _StockForm | str | None:
         return None
     name, *others = layer.stored_weights
     q = layer.tensor_to_save(name).reorder(None)
-    form = _FORMS.get(q.format) if type(layer) in _WITH_FORMS and not others else None
+    is_known = type(layer) in _WITH_FORMS and not others and q.offset is None
+    form = _FORMS.get(q.format) if is_known else None
     found = form(layer, name, q) if form else "Keras does not have the mode for this layer"
     if id(layer) in wrapped:
         found = "stock TimeDistributed uses the codes of its layer as weights"
@@ -247,7 +248,7 @@ def _stock_inputs(q: QTensor) -> Any:
         return None
     config = inputs.config
     is_plain = config.format == INT8 and config.range == AbsMax() and config.symmetric
-    is_calibrated = inputs.scale is not None or inputs.multiplier is not None
+    is_calibrated = inputs.scale is not None or inputs.changes_weight
     if not is_plain or is_calibrated or config.group_size is not None or config.per_tensor:
         return f"stock layers quantize activations to int8 by abs-max only, not by {config}"
     low, high = config.value_range or (-127, 127)

@@ -37,6 +37,7 @@ def row(fallback: Table) -> Implementation:
         why_unsupported,
         ("cpu",),
         is_integer=integer.is_supported,
+        adds_offsets=True,
         fallback=fallback,
     )
 

@@ -23,4 +23,4 @@ def run(lhs: Operand, rhs: Operand, spec: DotSpec) -> jax.Array:
     return to_logical_order(out, spec)
 
 
-ROW = Implementation("dequantize", run, lambda lhs, rhs, spec: None)
+ROW = Implementation("dequantize", run, lambda lhs, rhs, spec: None, adds_offsets=True)

@@ -1,0 +1,93 @@
+"""Arrays in files, which are read slice by slice when they are needed."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An array in a file. It stands in the place of an array in a QTensor: a leaf.
+
+    Attributes:
+        shape: of the array.
+        dtype: of the array, perhaps one that JAX adds to NumPy, such as uint4.
+        reader: returns a copy of the part that an index selects: one slice per axis, each with
+            start and stop within the shape, and step 1.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    reader: Callable[[Index], np.ndarray]
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def read(self, index: Sequence[slice] | None = None) -> np.ndarray:
+        """A copy of the part that the slices select, of step 1; the whole array for None."""
+        given = (slice(None),) * self.ndim if index is None else index
+        bounds = (s.indices(n)[:2] for s, n in zip(given, self.shape, strict=True))
+        return self.reader(tuple(slice(start, max(start, stop)) for start, stop in bounds))
+
+    def put(self, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+        """The array on devices. Each process reads the slices of its own devices, one at a time."""
+        if sharding is None:
+            return jnp.asarray(self.read())
+        last: list[tuple[Index, np.ndarray]] = []
+
+        def read(index: Index | None) -> np.ndarray:
+            index = index or ()
+            # Devices that hold copies of one slice are asked for one after another.
+            if not last or last[0][0] != index:
+                last[:] = [(index, self.read(index))]
+            return last[0][1]
+
+        return jax.make_array_from_callback(self.shape, sharding, read, dtype=self.dtype)
+
+
+def concatenate(sources: Sequence[Source], axis: int) -> Source:
+    """The arrays joined along an axis; each part of the result is read from the files it lies in."""
+    first = sources[0]
+    ends = np.cumsum([s.shape[axis] for s in sources]).tolist()
+    shape = (*first.shape[:axis], ends[-1], *first.shape[axis + 1 :])
+
+    def reader(index: Index) -> np.ndarray:
+        start, stop = index[axis].start, index[axis].stop
+        parts = []
+        for source, end in zip(sources, ends, strict=True):
+            begin = end - source.shape[axis]
+            inside = slice(max(start, begin) - begin, min(stop, end) - begin)
+            if inside.start < inside.stop:
+                parts += [source.read((*index[:axis], inside, *index[axis + 1 :]))]
+        if not parts:
+            return np.zeros([s.stop - s.start for s in index], first.dtype)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+
+    return Source(shape, first.dtype, reader)
+
+
+def stack(sources: Sequence[Source]) -> Source:
+    """The arrays along a new first axis, such as the layers of a model for `jq.scan`."""
+    first = sources[0]
+
+    def reader(index: Index) -> np.ndarray:
+        chosen, *rest = index
+        parts = [s.read(rest) for s in sources[chosen]]
+        return (
+            np.stack(parts) if parts else np.zeros([s.stop - s.start for s in index], first.dtype)
+        )
+
+    return Source((len(sources), *first.shape), first.dtype, reader)
