@@ -19,12 +19,16 @@ def sqnr(x, y) -> float:
 
 
 def dequantize(q) -> np.ndarray:
-    """(codes - zero_point) * scale in float64 and in logical axes, from the stored fields."""
+    """(codes - zero_point) * scale + offset in float64 and logical axes, from the stored fields."""
     values = code_values(q.codes, q.format)
     scale = dequantize(q.scale) if hasattr(q.scale, "codes") else np.asarray(q.scale, np.float64)
     if q.zero_point is not None:
         values = values - repeat_groups(np.asarray(q.zero_point).astype(np.float64), values.shape)
     values = values * repeat_groups(scale, values.shape)
+    if q.offset is not None:
+        nested = hasattr(q.offset, "codes")
+        offset = dequantize(q.offset) if nested else np.asarray(q.offset, np.float64)
+        values = values + repeat_groups(offset, values.shape)
     order = q.order or ()
     first = values.ndim - len(order)
     logical = [*range(first), *(values.ndim + axis for axis in order)]

@@ -59,7 +59,7 @@ class Source:
 
 
 def concatenate(sources: Sequence[Source], axis: int) -> Source:
-    """The arrays joined along an axis; each part of the result is read from the files it lies in."""
+    """The arrays joined along an axis. Only the parts that lie in a slice are read for it."""
     first = sources[0]
     ends = np.cumsum([s.shape[axis] for s in sources]).tolist()
     shape = (*first.shape[:axis], ends[-1], *first.shape[axis + 1 :])

@@ -242,11 +242,10 @@ def _decode(q):
     codes, _ = split(jax.lax.stop_gradient(q.codes), blocks)
 
     def per_block(x):
-        if x is None:
-            return None
         return x.reshape((1,) * codes.ndim) if x.size == 1 else to_blocks(x, blocks)
 
-    values = affine.decode(codes, per_block(scale), per_block(q.zero_point), q.format)
+    zero_point = None if q.zero_point is None else per_block(q.zero_point)
+    values = affine.decode(codes, per_block(scale), zero_point, q.format)
     if q.offset is not None:
         offset = scale_values(q.offset).astype(values.dtype)
         values = values + per_block(jnp.where(jnp.isinf(offset), jnp.nan, offset))

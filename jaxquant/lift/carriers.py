@@ -277,7 +277,7 @@ def multiply(
 
 
 def _with_block_per_factor(q, lengths):
-    """q with scales, zero points and offsets repeated along axes whose blocks a factor tells apart."""
+    """q with what it has per block repeated along axes whose blocks a factor tells apart."""
     times = [
         length // count if n > 1 else 1
         for n, length, count in zip(lengths, q.codes.shape, q.scale.shape, strict=True)

@@ -49,7 +49,8 @@ class Parameter:
         """The array that the value stands for.
 
         Raises:
-            ValueError: its activations have multipliers or a permutation, without which it stands for another array.
+            ValueError: its activations have multipliers or a permutation, without which it stands
+                for another array.
         """
         value = self.value if isinstance(self.value, LowRank) else self.qtensor()
         check_no_changes(value, self.path)

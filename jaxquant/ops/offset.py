@@ -49,7 +49,7 @@ def _run(run: Callable[..., jax.Array], lhs: Operand, rhs: Operand, spec: DotSpe
     if not terms:
         return run(lhs, rhs, spec)
     # Rounded to 16 bits once, after the sum.
-    compute = jnp.promote_types(spec.dtype, jnp.float32)
+    compute = np.dtype(jnp.float64 if spec.dtype == jnp.float64 else jnp.float32)
     out = run(*bare, dataclasses.replace(spec, dtype=compute))
     return (out + sum(terms)).astype(spec.dtype)
 
@@ -63,7 +63,7 @@ def _strip(x: Operand) -> Operand:
 def _sums(x: Any, side: int, other: Any, spec: DotSpec) -> jax.Array:
     """Sums of x over the contracted elements that meet one offset of the other operand."""
     values = jnp.asarray(as_array(x))
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    values = values.astype(jnp.float64 if values.dtype == jnp.float64 else jnp.float32)
     counts = list(values.shape)
     for axis, met in zip(spec.contract[side], spec.contract[1 - side], strict=True):
         counts[axis] = other.offset.shape[met]
@@ -78,11 +78,13 @@ def _offset(x: Any, side: int, spec: DotSpec) -> jax.Array:
 
 
 def _product(operands: tuple[jax.Array, jax.Array], spec: DotSpec) -> jax.Array:
+    left, right = operands
+    compute = jnp.promote_types(left.dtype, right.dtype)
     out = lax.dot_general(
-        *operands,
+        left.astype(compute),
+        right.astype(compute),
         (spec.contract, spec.batch),
         precision=spec.precision,
-        preferred_element_type=np.result_type(*(x.dtype for x in operands)),
         out_sharding=spec.out_sharding,
     )
     return to_logical_order(out, spec)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..calibration import Observer, PercentileHistogram
-from ..core import Inputs, QTensor, quantize_with_range, scale_values
+from ..core import QTensor, quantize_with_range, scale_values
 from ..jaxprs import split_arrays
 from ..tree import Progress, Rules
 from ..tree import quantize as quantize_tree

@@ -1,5 +1,7 @@
 """Functions of a parameter, each of which meets one rule of `lift`, and how it is quantized."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxquant import INT4, INT8, MXFP4, NF4, NVFP4, ArrayConfig, quantize
+from jaxquant.core import scale_values
 
 ROWS, K, N = 3, 64, 96
 INDEX = jnp.array([5, 0, 63, 7])
@@ -154,4 +157,6 @@ def parameter(name, is_swapped=False):
     config, axis = QUANTIZED[name]
     x = np.random.default_rng(3).normal(size=(K, N)).astype(np.float32)
     q = quantize(x, config, axis)
+    if not config.symmetric:
+        q = dataclasses.replace(q, offset=0.3 * scale_values(q.scale))
     return q.reorder((-1, -2)) if is_swapped else q
