@@ -2,14 +2,21 @@
 
 from typing import Any
 
-from .params import Literal, called_program, closed, scan_counts
+from .params import (
+    Literal,
+    called_program,
+    carried_operands,
+    closed,
+    scan_counts,
+    while_counts,
+)
 
 
 def passed_on(program: Any) -> list[int | None]:
     """For each result of a program the number of the input that it is, or None.
 
-    Looks into calls, checkpoints and scans. An output of a scan that consists of all slices of an
-    input is that input.
+    Looks into calls, checkpoints, loops and branches. An output of a scan that consists of all
+    slices of an input is that input.
 
     Args:
         program: a jaxpr, with its constants or without any.
@@ -45,6 +52,28 @@ def _scan(eqn):
     return [*carried, *outputs]
 
 
+def _while(eqn):
+    carried = carried_operands(eqn)
+    _, num_consts = while_counts(eqn.params)
+    places = passed_on(eqn.params["body_jaxpr"])
+    return [
+        c if p == num_consts + i else None
+        for i, (c, p) in enumerate(zip(carried, places, strict=True))
+    ]
+
+
+def _cond(eqn):
+    branches = map(passed_on, eqn.params["branches"])
+    every = [dict.fromkeys(places) for places in zip(*branches, strict=True)]
+    same = [next(iter(places)) if len(places) == 1 else None for places in every]
+    # The first operand selects the branch.
+    return [None if p is None else p + 1 for p in same]
+
+
+def _same(eqn):
+    return range(len(eqn.outvars))
+
+
 def _is_variable(atom):
     return atom is not None and not isinstance(atom, Literal)
 
@@ -60,4 +89,11 @@ _RULES = {
     "custom_vjp_call": _call,
     "call_hi_primitive": _call,
     "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "copy": _same,
+    "copy_p": _same,
+    "name": _same,
+    "optimization_barrier": _same,
+    "sharding_constraint": _same,
 }

@@ -204,6 +204,11 @@ def _identity_rule(equation, operands):
     return [operands[0]]
 
 
+def _write_rule(equation, operands):
+    """`lax.dynamic_update_slice` and `lax.scatter`, as caches are written."""
+    raise Unsupported("no scheme says how to quantize the values that are written into it")
+
+
 def _sharding_rule(equation, operands):
     """`lax.with_sharding_constraint`."""
     if equation.params.get("unconstrained_dims"):
@@ -223,6 +228,8 @@ RULES: Mapping[str, Rule] = {
     "broadcast_in_dim": _carrier(_broadcast_in_dim),
     "slice": _carrier(_slice),
     "dynamic_slice": _dynamic_slice_rule,
+    "dynamic_update_slice": _write_rule,
+    "scatter": _write_rule,
     "split": _split_rule,
     "unstack": _unstack_rule,
     "concatenate": _concatenate_rule,

@@ -53,7 +53,9 @@ def custom_rule(equation: Equation, operands: Values) -> list[Any]:
     bodies, values = _opened(operands)
 
     def attempt(values):
-        return as_arrays(evaluate(program, bodies(values), strict), equation, "its result")
+        return as_arrays(
+            evaluate(program, bodies(values), strict), equation, "its result is an array"
+        )
 
     try:
         jax.eval_shape(attempt, values)
@@ -75,9 +77,9 @@ def typed_rule(equation: Equation, operands: Values) -> list[Any]:
     return rule(equation, operands)
 
 
-def as_arrays(values: Values, equation: Equation, what: str) -> list[Any]:
-    """Values that leave a program, as arrays."""
-    return [as_array(x, equation.eqn, f"{what} is an array", equation.options) for x in values]
+def as_arrays(values: Values, equation: Equation, why: str) -> list[Any]:
+    """Values that leave a program, as arrays; `why` says for what reason they have to be."""
+    return [as_array(x, equation.eqn, why, equation.options) for x in values]
 
 
 def _opened(operands: Values):
@@ -103,7 +105,7 @@ def remat_rule(equation: Equation, operands: Values) -> list[Any]:
 
     def body(*values):
         out = evaluate(program, bodies(values), equation.options)
-        return as_arrays(_without(passed, out), equation, "its result")
+        return as_arrays(_without(passed, out), equation, "its result is an array")
 
     return _with(passed, jax.checkpoint(body, **remat_options(equation.params) or {})(*values))
 
@@ -141,8 +143,9 @@ def scan_rule(equation: Equation, operands: Values) -> list[Any]:
     def body(carry, slices):
         carried = map(_reopened, _with(kept, carry))
         out = evaluate(program, [*map(_reopened, consts), *carried, *bodies(slices)], options)
-        carry, outputs = _without(kept, out[:num_carried]), _without(passed, out[num_carried:])
-        return _carried(equation, {}, carry), as_arrays(outputs, equation, "an output of a loop")
+        carry = _carried_on(equation, kept, out[:num_carried])
+        outputs = _without(passed, out[num_carried:])
+        return carry, as_arrays(outputs, equation, "an output of a loop is an array")
 
     carry, outputs = scan(body, init, sliced, **scan_options(params))
     return [*_with(kept, carry), *_with(passed, outputs)]
@@ -160,8 +163,15 @@ def _passed_in_place(places, init, first):
 
 
 def _carried(equation, kept, values):
-    """Values that a loop carries, as arrays; those that it keeps are left out."""
-    return as_arrays(_without(kept, values), equation, "what a loop carries")
+    """Values that a loop starts from, as arrays; those that it keeps are left out."""
+    why = "the loop carries it, and returns another array in its place"
+    return as_arrays(_without(kept, values), equation, why)
+
+
+def _carried_on(equation, kept, values):
+    """Values after a step of a loop, as arrays; those that it keeps are left out."""
+    why = "the loop returns it in place of an array that it carries"
+    return as_arrays(_without(kept, values), equation, why)
 
 
 def _reopened(x):
@@ -225,7 +235,7 @@ def while_rule(equation: Equation, operands: Values) -> list[Any]:
 
     def step(carry):
         out = evaluate(body, opened(body_consts, carry), options)
-        return _carried(equation, kept, out)
+        return _carried_on(equation, kept, out)
 
     return _with(kept, lax.while_loop(goes_on, step, init))
 
@@ -240,7 +250,7 @@ def cond_rule(equation: Equation, operands: Values) -> list[Any]:
     def branch(program):
         def run(*values):
             out = evaluate(closed(program), bodies(values), equation.options)
-            return as_arrays(_without(passed, out), equation, "the result of a branch")
+            return as_arrays(_without(passed, out), equation, "the result of a branch is an array")
 
         return run
 
@@ -262,7 +272,7 @@ def shard_map_rule(equation: Equation, operands: Values) -> list[Any]:
 
     def body(*values):
         out = evaluate(program, bodies(values), equation.options)
-        return as_arrays(out, equation, "its result")
+        return as_arrays(out, equation, "its result is an array")
 
     return jax.shard_map(
         body,

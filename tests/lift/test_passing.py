@@ -1,10 +1,13 @@
 """Parameters that a program passes on as it got them, as frameworks pass state, stay quantized."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxquant as jq
 from jaxquant.jaxprs import passed_on
@@ -82,6 +85,93 @@ def test_a_parameter_that_is_passed_on_stays_quantized(name, quantized):
     expected = X @ expected[1].reshape(q.shape)
     bound = 1e-4 if q.inputs is None else 0.02
     assert jnp.linalg.norm(product - expected) < bound * jnp.linalg.norm(expected)
+
+
+def in_a_branch_of_a_loop(w):
+    def step(i, carry):
+        return lax.cond(carry[0][0, 0] > 9, lambda carry: carry, lambda c: (layer(*c), c[1]), carry)
+
+    return lax.fori_loop(0, 2, step, (X, w))
+
+
+def in_a_loop_in_a_loop(w):
+    step = lambda carry: (layer(*carry), carry[1])  # noqa: E731
+    inner = lambda i, carry: lax.while_loop(lambda c: c[0][0, 0] < 9, step, carry)  # noqa: E731
+    return lax.fori_loop(0, X[0, 0].astype(int), inner, (X, w))
+
+
+def copied(w):
+    def step(carry, _):
+        x, w = lax.optimization_barrier(carry)
+        return (layer(x, w), jnp.copy(checkpoint_name(w, "w"))), None
+
+    return lax.scan(step, (X, w), length=2)[0]
+
+
+def constrained(w):
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P("a"))
+    step = lambda i, w: lax.with_sharding_constraint(w, sharding)  # noqa: E731
+    return X, lax.fori_loop(0, 2, step, w)
+
+
+@pytest.mark.parametrize("fn", [in_a_branch_of_a_loop, in_a_loop_in_a_loop, copied, constrained])
+def test_what_a_loop_carries_unchanged_stays_quantized_and_is_returned(fn):
+    q = cases.parameter("int4 g32")
+    _, same = jax.eval_shape(jq.lift(fn, strict=True), q)
+    assert jax.tree.structure(same) == jax.tree.structure(q)
+
+
+def written(loop, cache, rows):
+    """A cache that each step reads and writes one row of."""
+
+    def step(i, carry):
+        cache, total = carry
+        cache = lax.dynamic_update_slice(cache, rows, (i, 0))
+        return cache, total + (rows @ cache.T).sum()
+
+    return loop(step, (cache, jnp.zeros(())))
+
+
+LOOPS = {
+    "scan": lambda step, carry: lax.scan(lambda c, i: (step(i, c), None), carry, jnp.arange(2))[0],
+    "while": lambda step, carry: lax.fori_loop(0, jnp.int32(2), step, carry),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_cache_that_a_loop_writes_is_dequantized_and_the_reason_is_given(name):
+    cache, rows = cases.parameter("int8"), cases.rows(96)
+    fn = functools.partial(written, LOOPS[name])
+    found = jax.jit(jq.lift(fn))(cache, rows)
+    expected = jax.jit(fn)(cache.dequantize(), rows)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), found, expected)
+
+    why = "the loop carries it, and returns another array in its place"
+    (row,) = jq.explain(jq.lift(fn), cache, rows).dequantized
+    assert (row.primitive, row.why, row.times) == (name, why, 1)
+    with pytest.raises(ValueError, match=f"got 0 in {name} at .*test_passing.py:.*: {why}"):
+        jax.eval_shape(jq.lift(fn, strict=True), cache, rows)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda cache, rows: lax.dynamic_update_slice(cache, rows, (3, 0)),
+        lambda cache, rows: cache.at[jnp.array([3, 1, 2])].set(rows),
+    ],
+)
+def test_a_written_cache_says_that_no_scheme_is_known(write):
+    with pytest.raises(ValueError, match=r"got 0 in .*: no scheme says how to quantize the values"):
+        jax.eval_shape(jq.lift(write, strict=True), cases.parameter("int8"), cases.rows(96))
+
+
+def test_an_array_that_a_loop_replaces_by_a_parameter_is_one():
+    def fn(w):
+        return lax.fori_loop(0, 2, lambda i, x: w, jnp.zeros(w.shape))
+
+    with pytest.raises(ValueError, match="the loop returns it in place of an array that it carr"):
+        jax.eval_shape(jq.lift(fn, strict=True), cases.parameter("int8"))
 
 
 def test_what_changes_place_in_a_loop_is_dequantized():
