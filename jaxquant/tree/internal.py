@@ -15,3 +15,4 @@ from .rules import as_rules as as_rules
 from .rules import is_matrix as is_matrix
 from .rules import match_rules as match_rules
 from .rules import unused_rules as unused_rules
+from .tensor_file import check_regular as check_regular

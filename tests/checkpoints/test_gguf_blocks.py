@@ -1,0 +1,153 @@
+"""Every type of ggml, against the values that ggml's own decoder gives."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import checkpoints
+from jaxquant.checkpoints.gguf import open_gguf
+from jaxquant.checkpoints.gguf.block_table import BLOCK_TYPES
+from jaxquant.checkpoints.gguf.block_type import bit_places
+
+from .ggml import NAMES
+from .gguf_files import blocks as golden_tensor
+from .gguf_files import gguf, golden
+
+QUANTIZED = [t.name for t in BLOCK_TYPES.values() if t.format is not None]
+each_type = pytest.mark.parametrize("name", QUANTIZED)
+# ggml gives 0.0 where the codes of these give -0.0.
+NEGATIVE_ZEROS = ("MXFP4", "NVFP4", "TQ2_0", "Q2_0")
+# Types that may hold bits that decoding ignores, or that do not arrange bits only.
+NOT_BITS = ("NVFP4", "TQ1_0")
+
+
+def is_source(x):
+    return isinstance(x, checkpoints.Source)
+
+
+def put(value):
+    return jax.tree.map(lambda s: s.put(), value, is_leaf=is_source)
+
+
+def opened(tmp_path, name, rows=2) -> tuple[Any, Any]:
+    tensor, values = golden_tensor("w", name, rows)
+    path = tmp_path / f"{name}.gguf"
+    path.write_bytes(gguf([], [tensor]))
+    return open_gguf(path)["w"], values
+
+
+def assert_same_bits(actual, wanted, ignore_sign_of_zero=False):
+    actual = np.asarray(actual)
+    if ignore_sign_of_zero:
+        actual, wanted = (np.where(x == 0, np.float32(0), x) for x in (actual, wanted))
+    assert actual.dtype == wanted.dtype == np.float32
+    np.testing.assert_array_equal(actual.view(np.uint32), wanted.view(np.uint32))
+
+
+def test_the_golden_file_has_every_type():
+    assert set(QUANTIZED) <= set(NAMES.values())
+    assert all(NAMES[t.number] == t.name for t in BLOCK_TYPES.values() if t.format)
+
+
+@each_type
+def test_values_equal_those_of_ggml_bit_for_bit(tmp_path, name):
+    stored, values = opened(tmp_path, name)
+    assert (stored.name, stored.kind, stored.shape) == ("w", name, values.shape)
+    assert stored.nbytes == golden(name)[1].size
+    q = put(stored.value)
+    ignore = name in NEGATIVE_ZEROS
+    assert_same_bits(q.dequantize(), values, ignore)
+    assert_same_bits(jax.jit(lambda q: q.dequantize())(q), values, ignore)
+
+
+@each_type
+def test_the_arrays_have_the_dtypes_that_their_formats_say(tmp_path, name):
+    q = opened(tmp_path, name)[0].value
+    for part in (q, q.scale, q.offset):
+        if hasattr(part, "format"):
+            assert part.codes.dtype == jnp.dtype(part.format.dtype)
+            codes = part.codes.read()
+            book = part.format.codebook
+            values = np.asarray(book)[codes.astype(int)] if book else codes.astype(np.float32)
+            assert part.format.codebook or values.min() >= min(part.format.qmin, -128)
+            assert values.max() <= part.format.qmax
+
+
+@each_type
+def test_slices_equal_slices_of_the_whole(tmp_path, name):
+    value = opened(tmp_path, name, rows=4)[0].value
+    for source in jax.tree.leaves(value, is_leaf=is_source):
+        whole = source.read()
+        assert whole.shape == source.shape
+        rng = np.random.default_rng(0)
+        for _ in range(8):
+            starts, stops = np.sort([rng.integers(0, n + 1, 2) for n in whole.shape]).T
+            index = tuple(slice(a, b) for a, b in zip(starts, stops, strict=True))
+            part = source.read(index)
+            assert part.dtype == source.dtype
+            assert part.tobytes() == whole[index].tobytes()
+
+
+def test_slices_decode_only_the_blocks_that_cover_them(tmp_path, monkeypatch):
+    stored, values = opened(tmp_path, "Q4_0")
+    seen = []
+    leaf = type(BLOCK_TYPES[2].codes)
+    decode = leaf.decode
+    monkeypatch.setattr(leaf, "decode", lambda self, b: seen.append(b.shape) or decode(self, b))
+    stored.value.codes.read((slice(1, 2), slice(40, 65)))
+    assert seen == [(2, 18)]
+    assert values.shape == (2, 256)
+
+
+def test_arrays_read_are_copies(tmp_path):
+    stored, _values = opened(tmp_path, "Q8_0")
+    for source in jax.tree.leaves(stored.value, is_leaf=is_source):
+        assert source.read().flags.writeable
+        assert source.read().base is None or source.read().base.flags.writeable
+
+
+@pytest.mark.parametrize("name", [n for n in QUANTIZED if n not in NOT_BITS])
+def test_every_bit_of_a_block_is_one_bit_of_one_array(name):
+    (type,) = (t for t in BLOCK_TYPES.values() if t.name == name)
+    fields = np.concatenate(bit_places(type), -1)
+    assert fields.shape[0] == 8 * type.nbytes
+    is_one_bit = (fields & (fields - 1) == 0) & (fields > 0)
+    assert (is_one_bit.sum(-1) == 1).all()
+    assert ((fields > 0).sum(-1) == 1).all()
+    assert (type.codes.count, type.codes.decode(np.zeros((3, type.nbytes), np.uint8)).shape) == (
+        type.elements,
+        (3, type.elements),
+    )
+
+
+PLAIN = [
+    (0, np.float32),
+    (1, np.float16),
+    (30, jnp.bfloat16),
+    (28, np.float64),
+    (24, np.int8),
+    (25, np.int16),
+    (26, np.int32),
+    (27, np.int64),
+]
+
+
+@pytest.mark.parametrize("number, dtype", PLAIN, ids=lambda p: getattr(p, "__name__", str(p)))
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4, 5)], ids=str)
+def test_plain_arrays_are_read_as_they_are(tmp_path, number, dtype, shape):
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape))
+    content = np.random.default_rng(0).integers(0, 100, size).astype(dtype).reshape(shape)
+    path = tmp_path / "a.gguf"
+    path.write_bytes(gguf([], [("x", shape, number, content.tobytes())]))
+    stored: Any = open_gguf(path)["x"]
+    assert stored.is_exact
+    read = stored.value.read()
+    assert (read.shape, read.dtype) == (shape, dtype)
+    assert read.tobytes() == content.tobytes()
+    if shape == (3, 4, 5):
+        index = (slice(1, 3), slice(0, 2), slice(2, 4))
+        np.testing.assert_array_equal(stored.value.read(index), content[index])
