@@ -235,7 +235,7 @@ _TYPES = (
     ),
     BlockType(35, "TQ2_0", 256, 66, INT2, _codes(INT2, 256, _tq2_0, **_NEGATED), _half(64, _SIGN)),
     BlockType(39, "MXFP4", 32, 17, MXFP4, _codes(MXFP4, 32, _q4(1)), _MX_SCALE, note=_MX_NOTE),
-    BlockType(40, "NVFP4", 64, 36, NVFP4, _codes(NVFP4, 64, _nvfp4), _NV_SCALE),
+    BlockType(40, "NVFP4", 64, 36, NVFP4, _codes(NVFP4, 64, _nvfp4), _NV_SCALE, has_factor=True),
     BlockType(41, "Q1_0", 128, 18, INT2, _codes(INT2, 128, _bits, 1), _half(0)),
     BlockType(42, "Q2_0", 64, 18, INT2, _codes(INT2, 64, _pairs, **_NEGATED), _half(0, _SIGN)),
 )

@@ -81,6 +81,7 @@ class BlockType:
         codes: the codes, or the elements of a plain array.
         scale, offset: of the codes, as in a QTensor.
         note: what is not exact; empty if everything is.
+        has_factor: whether another tensor may hold a factor of the scales.
         pack: makes blocks from the fields of `leaves`, where bits are not only arranged.
     """
 
@@ -93,6 +94,7 @@ class BlockType:
     scale: Leaf | Nested | None = None
     offset: Leaf | Nested | None = None
     note: str = ""
+    has_factor: bool = False
     pack: Callable[[Sequence[np.ndarray]], np.ndarray] | None = None
 
     @property

@@ -8,15 +8,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ...core import Format, QTensor
+from ...core import FP8_E4M3, Format, QTensor
 from ..checkpoint import Checkpoint
 from ..source import Index, Source
 from ..stored import Stored
 from .block_type import BlockType, Leaf, Nested
 from .container import TensorInfo, read_containers
+from .names import NAMES, Renamed
+
+_FACTOR_NOTE = "the factor of the tensor is rounded with each scale, by at most one float32 ulp"
+_SHIFT_NOTE = "the file stores norms plus {}, which is subtracted"
 
 
-def open_gguf(path: str | os.PathLike) -> Checkpoint:
+def open_gguf(path: str | os.PathLike, names: str = "stored") -> Checkpoint:
     """Opens a GGUF file. Only its header is read; arrays are mapped.
 
     Weights are (N, K) with groups along the last axis, and decode to the float32 values that ggml's
@@ -24,15 +28,114 @@ def open_gguf(path: str | os.PathLike) -> Checkpoint:
 
     Args:
         path: of the file, or of one of its shards, which are opened as one.
+        names: "stored" for tensors as they are in the file, or "huggingface" for tensors as a model
+            of Hugging Face has them: renamed, the rows of query and key projections in their
+            original order, and the weights of Gemma's norms without the one that GGUF adds. Tensors
+            without a counterpart, such as stacked experts, keep their names.
 
     Raises:
         OSError: a file is missing or cannot be read.
-        ValueError: a file is malformed or of a kind that is not supported; the error names the file
-            and the field.
+        ValueError: a file is malformed or of a kind that is not supported (the error names the file
+            and the field), or the architecture has no table of names.
     """
+    if names not in NAMES:
+        raise ValueError(f"names must be one of {', '.join(map(repr, NAMES))}; got {names!r}.")
     containers = read_containers(path)
-    tensors = {t.name: _stored(t) for c in containers for t in c.tensors}
-    return Checkpoint(Path(path), "gguf", tensors, containers[0].metadata)
+    metadata = containers[0].metadata
+    rename = NAMES[names](path, metadata)
+    infos = {t.name: t for c in containers for t in c.tensors}
+    factors = {name: _factor(info, infos) for name, info in infos.items()}
+    used = {factor.name for factor in factors.values() if factor is not None}
+    tensors: dict[str, Stored] = {}
+    for name, info in infos.items():
+        if name in used:
+            continue
+        renamed = rename(name, info.shape)
+        if renamed.name in tensors:
+            raise ValueError(
+                f"{path}: name of tensor: {name!r} and another tensor are both {renamed.name!r} in "
+                "Hugging Face's names. Open it with names='stored'."
+            )
+        tensors[renamed.name] = _stored(info, renamed, factors[name], path)
+    return Checkpoint(Path(path), "gguf", tensors, metadata)
+
+
+def _factor(tensor: TensorInfo, infos: dict[str, TensorInfo]) -> TensorInfo | None:
+    """The tensor that multiplies the scales of another."""
+    if not tensor.type.has_factor:
+        return None
+    names = (f"{tensor.name.removesuffix('.weight')}.scale", f"{tensor.name}.scale")
+    return next((infos[name] for name in names if name in infos), None)
+
+
+def _stored(tensor: TensorInfo, renamed: Renamed, factor: TensorInfo | None, path: Any) -> Stored:
+    type, shape = tensor.type, tensor.shape
+    notes = [type.note]
+    if type.format is None:
+        value = Plain(type.codes, tensor.raw, shape, renamed.rows, renamed.shift).source()
+    else:
+        raw = tensor.raw.reshape(*shape[:-1], shape[-1] // type.elements, type.nbytes)
+        scales = None if factor is None else _factors(factor, tensor, path)
+        value = Blocks(type, raw, renamed.rows).value(scales)
+    notes += [_FACTOR_NOTE] if factor is not None else []
+    notes += [_SHIFT_NOTE.format(renamed.shift)] if renamed.shift else []
+    nbytes = tensor.raw.size + (0 if factor is None else factor.raw.size)
+    return Stored(renamed.name, type.name, value, nbytes, "; ".join(n for n in notes if n))
+
+
+def _factors(factor: TensorInfo, tensor: TensorInfo, path: Any) -> Source:
+    """One number for the tensor, or one per index of its first axis (per expert)."""
+    ndim = len(tensor.shape)
+    count = factor.raw.size // factor.type.nbytes
+    is_shared = count == 1
+    if factor.type.codes.dtype != np.float32 or not (
+        is_shared or factor.shape == tensor.shape[:-2]
+    ):
+        raise ValueError(
+            f"{path}: shape of {factor.name!r}: must be one F32 number, or one per matrix of "
+            f"{tensor.name!r}, {tensor.shape}; got {factor.type} {factor.shape}. The file is "
+            "damaged; copy it again."
+        )
+    shape = (1,) * ndim if is_shared else (*factor.shape, 1, 1)
+    return Plain(factor.type.codes, factor.raw, shape).source()
+
+
+def _select(raw: np.ndarray, rows: np.ndarray | None, index: Index) -> np.ndarray:
+    """`raw[index]`, with the first axis in the order of `rows`."""
+    if rows is None:
+        return raw[index]
+    return raw[rows[index[0]]][(slice(None), *index[1:])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """An array of numbers in a mapped file.
+
+    Attributes:
+        leaf: the numbers.
+        raw: their bytes, uint8 (nbytes,).
+        shape: of the array.
+        rows: the row of the file that each index along the first axis selects; None for the same.
+        shift: what the file adds to each number.
+    """
+
+    leaf: Leaf
+    raw: np.ndarray
+    shape: tuple[int, ...]
+    rows: np.ndarray | None = None
+    shift: int = 0
+
+    def source(self) -> Source:
+        """The array."""
+        raw = self.raw.reshape(*self.shape, self.leaf.dtype.itemsize)
+
+        def reader(index: Index) -> np.ndarray:
+            selected = _select(raw, self.rows, index)
+            values = self.leaf.decode(selected.reshape(-1, raw.shape[-1]))
+            values = values.reshape(selected.shape[:-1])
+            return values - self.leaf.dtype.type(self.shift) if self.shift else values
+
+        return Source(self.shape, self.leaf.dtype, reader)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +159,7 @@ class Blocks:
         def reader(index: Index) -> np.ndarray:
             *outer, inner = index
             first, last = inner.start // leaf.count, -(-inner.stop // leaf.count)
-            raw = self._select(outer)[..., first:last, :]
+            raw = _select(self.raw, self.rows, (*outer, slice(first, last)))
             shape = (*raw.shape[:-2], raw.shape[-2] * leaf.count)
             decoded = leaf.decode(raw.reshape(-1, raw.shape[-1])).reshape(shape)
             cut = slice(inner.start - first * leaf.count, inner.stop - first * leaf.count)
@@ -64,16 +167,12 @@ class Blocks:
 
         return Source((*lead, blocks * leaf.count), leaf.dtype, reader)
 
-    def _select(self, outer):
-        if self.rows is None or not outer:
-            return self.raw[tuple(outer)]
-        return self.raw[self.rows[outer[0]]][(slice(None), *outer[1:])]
-
-    def value(self) -> Source | QTensor:
+    def value(self, factor: Source | None = None) -> QTensor:
         """The tensor, with a Source in place of each array."""
-        if self.type.format is None:
-            return self.source(self.type.codes)
+        assert self.type.format is not None
         scale, offset = self._part(self.type.scale), self._part(self.type.offset)
+        if factor is not None:
+            scale = _qtensor(scale, factor, None, FP8_E4M3)
         return _qtensor(self.source(self.type.codes), scale, offset, self.type.format)
 
     def _part(self, part: Leaf | Nested | None) -> Any:
@@ -85,12 +184,3 @@ class Blocks:
 def _qtensor(codes: Any, scale: Any, offset: Any, format: Format) -> QTensor:
     """A QTensor of Sources."""
     return QTensor(codes, scale, offset=offset, format=format, dtype=jnp.dtype("float32"))
-
-
-def _stored(tensor: TensorInfo) -> Stored:
-    type, shape = tensor.type, tensor.shape or (1,)
-    raw = tensor.raw.reshape(*shape[:-1], shape[-1] // type.elements, type.nbytes)
-    value = Blocks(type, raw).value()
-    if not tensor.shape:
-        value = Source((), type.codes.dtype, lambda _: type.codes.decode(raw).reshape(()))
-    return Stored(tensor.name, type.name, value, tensor.raw.size, type.note)
