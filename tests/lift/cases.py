@@ -12,11 +12,11 @@ from jaxquant import INT4, INT8, MXFP4, NF4, NVFP4, ArrayConfig, quantize
 from jaxquant.core import scale_values
 
 ROWS, K, N = 3, 64, 96
-INDEX = jnp.array([5, 0, 63, 7])
+INDEX = jnp.asarray(np.array([5, 0, 63, 7], np.int32))
 
 
 def normal(*shape, seed=7):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def rows(length=K):

@@ -31,7 +31,7 @@ def by_hand(params, x):
 def floats():
     random = np.random.default_rng(0)
     shapes = {"first": (64, 96), "gain": (1, 96), "table": (40, 64)}
-    return {n: jnp.asarray(random.normal(size=s), jnp.float32) for n, s in shapes.items()}
+    return {n: jnp.asarray(random.normal(size=s).astype(np.float32)) for n, s in shapes.items()}
 
 
 RULES = (
@@ -60,7 +60,7 @@ def test_a_parameter_on_the_left_is_multiplied_on_the_right(labels):
     shapes = {"k": 64, "n": 96, "b": 3, "h": 2}
     (left, right), random = labels.split("->")[0].split(","), np.random.default_rng(0)
     w, x = (
-        jnp.asarray(random.normal(size=[shapes[c] for c in part]), jnp.float32)
+        jnp.asarray(random.normal(size=[shapes[c] for c in part]).astype(np.float32))
         for part in (left, right)
     )
     q = jq.quantize(w, jq.ArrayConfig(), axis=left.index("k"))
