@@ -64,6 +64,8 @@ SHARED_NAMES = {
     "low_rank.py": "an array with adapters, and operations on it",
     "quantize.py": "an array, a tree and a Keras model, quantized",
 }
+# Name of methods that return an error whose text shows what was got.
+SHOWING = "invalid"
 # Exceptions that are caught within the library, and say why another way is chosen.
 REASONS = ("Unsupported",)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -234,11 +236,21 @@ def test_every_error_shows_what_was_got(path):
     for node in nodes_of(path, ast.Raise):
         if isinstance(node.exc, ast.Call) and getattr(node.exc.func, "id", "") in REASONS:
             continue
+        if isinstance(node.exc, ast.Call) and getattr(node.exc.func, "attr", "") == SHOWING:
+            continue
         is_reraised = node.exc is None or isinstance(node.exc, ast.Name)
         shows = node.exc is not None and any(
             isinstance(n, ast.FormattedValue) for n in ast.walk(node.exc)
         )
         assert shows or is_reraised, f"{path}:{node.lineno}: the message shows no value"
+
+
+def test_methods_that_make_errors_show_what_was_got():
+    functions = [f for path in MODULES for f in nodes_of(path, ast.FunctionDef)]
+    methods = [f for f in functions if f.name == SHOWING]
+    assert methods
+    for method in methods:
+        assert any(isinstance(node, ast.FormattedValue) for node in ast.walk(method)), method.name
 
 
 def front_doors():

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # NumPy's dtype of each dtype of safetensors.
-_DTYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
     "U8": np.uint8,
     "I8": np.int8,
@@ -40,10 +40,10 @@ _DTYPES: dict[str, Any] = {
     "F8_E5M2": jnp.float8_e5m2,
     "F8_E8M0": jnp.float8_e8m0fnu,
 }
-_BITS = {name: 8 * np.dtype(dtype).itemsize for name, dtype in _DTYPES.items()}
+_BITS = {name: 8 * np.dtype(dtype).itemsize for name, dtype in DTYPES.items()}
 # Dtypes that NumPy does not have in this packed form.
 _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-_NAMES = {np.dtype(dtype).name: name for name, dtype in _DTYPES.items()}
+_NAMES = {np.dtype(dtype).name: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
 # The longest header that safetensors reads.
 MAX_HEADER_BYTES = 100_000_000
@@ -85,7 +85,7 @@ class TensorFile:
             ValueError: NumPy does not have its dtype.
         """
         entry = self.entries[name]
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise ValueError(
                 f"{self.path}: tensor {name!r} has dtype {entry.dtype}, which NumPy does not have. "
                 "Store it as bfloat16 or float32."
@@ -95,7 +95,7 @@ class TensorFile:
         count = self.file.readinto(array.data)
         if count != array.size:
             raise ValueError(f"{self.path} was truncated while {name!r} was read. Copy it again.")
-        return array.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+        return array.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 @contextlib.contextmanager
@@ -201,8 +201,8 @@ def _read_header(file, path) -> tuple[int, dict[str, Any]]:
     is_container = length <= MAX_HEADER_BYTES and text.startswith(b"{")
     if not is_container and b'"weight_map"' in start + text[:65536]:
         raise ValueError(
-            f"{path} is the index of a checkpoint of several files, which cannot be read yet. "
-            "Name one of the .safetensors files that it lists."
+            f"{path} is the index of a checkpoint of several files, "
+            "which jaxquant.checkpoints.open reads. Name one of its .safetensors files here."
         )
     if not is_container:
         raise ValueError(

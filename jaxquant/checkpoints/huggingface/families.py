@@ -1,0 +1,116 @@
+"""Opens a folder: chooses the reader of its quantization, and leaves other tensors plain."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ..checkpoint import Checkpoint
+from ..stored import Stored
+from . import compressed
+from .fields import Fields
+from .folder import Folder, open_files
+from .mapped import Tensor
+from .module import Pool
+
+Reader = Callable[[Pool, Fields], list[Stored]]
+
+# Readers by the name that config.json gives in quant_method.
+READERS: dict[str, Reader] = {
+    "compressed-tensors": compressed.read,
+}
+_OTHER = "Choose the same model in another format, such as compressed-tensors, AWQ or GGUF"
+# Methods that are recognised and not supported, and what to do instead.
+REFUSED = {
+    "aqlm": _OTHER,
+    "vptq": _OTHER,
+    "quip": _OTHER,
+    "exl2": _OTHER,
+    "spqr": _OTHER,
+    "higgs": _OTHER,
+    "fp_quant": _OTHER,
+    "eetq": _OTHER,
+    "marlin": _OTHER,
+    "hqq": "Dequantize it with the package hqq and save the model in bfloat16",
+    "quanto": "Dequantize it with optimum-quanto and save the model in bfloat16",
+    "torchao": "Save it as compressed-tensors, or dequantized in bfloat16",
+    "bitnet": "Choose the bfloat16 weights of the model",
+    "quark": "Export it from AMD Quark in the format of compressed-tensors",
+    "auto-round": "Export it from AutoRound in the format auto_gptq or auto_awq",
+}
+# Parts of quantized weights. One that no reader has taken lacks the rest.
+_PARTS = (
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_zero_point",
+    ".weight_g_idx",
+    ".weight_shape",
+    ".weight_global_scale",
+)
+
+
+def open_folder(path: str | os.PathLike) -> Checkpoint:
+    """Opens a folder of safetensors files, their index, or one such file. Reads headers only.
+
+    The configuration in config.json says how weights are quantized. Small tensors that say how
+    others are stored, such as shapes and orders of groups, are read too.
+
+    Args:
+        path: folder, model.safetensors.index.json, or .safetensors file.
+
+    Returns:
+        Weights as quantized arrays under the names that they have in the unquantized model, and
+        all other tensors under their own names.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: a file is malformed, or the format of the quantization is not supported.
+    """
+    folder = open_files(Path(path))
+    pool = Pool(folder)
+    method, fields = _quantization(folder)
+    found = [] if fields is None else _reader(method, fields)(pool, fields)
+    stored = {item.name: item for item in found}
+    for name, tensor in pool.rest.items():
+        if name in stored:
+            raise ValueError(f"{tensor.path} has the weight {name!r} quantized and in float.")
+        stored[name] = _plain(tensor, fields)
+    metadata = {"config": dict(folder.config.values), "header": folder.header}
+    return Checkpoint(folder.path, method or "safetensors", stored, metadata)
+
+
+def _quantization(folder: Folder) -> tuple[str, Fields | None]:
+    """The method and its configuration; "" and None for a model in float."""
+    for fields in (folder.config, folder.config.section("text_config")):
+        for key in ("quantization_config", "compression_config"):
+            found = fields.section(key)
+            if found.values:
+                return found.text("quant_method"), found
+    return "", None
+
+
+def _reader(method: str, fields: Fields) -> Reader:
+    if method in REFUSED:
+        raise ValueError(
+            f"{fields.path}: weights quantized with {method!r} cannot be read. {REFUSED[method]}."
+        )
+    if method not in READERS:
+        raise fields.invalid("quant_method", f"one of {', '.join(READERS)}")
+    return READERS[method]
+
+
+def _plain(tensor: Tensor, fields: Fields | None) -> Stored:
+    """A tensor that is not quantized."""
+    if tensor.name.endswith(_PARTS):
+        why = "the rest of which is missing" if fields else "but no configuration says how"
+        where = fields.path if fields else tensor.path.parent / "config.json"
+        raise ValueError(
+            f"{tensor.path}: tensor {tensor.name!r} is part of a quantized weight, {why}. Check "
+            f"{where} and download the model again."
+        )
+    is_weight = tensor.name.endswith("weight") and len(tensor.shape) > 1
+    if fields is not None and is_weight and tensor.dtype.itemsize == 1:
+        raise ValueError(
+            f"{tensor.path}: weight {tensor.name!r} has {tensor.dtype} elements, but no scale. "
+            f"Check {fields.path} and download the model again."
+        )
+    return Stored(tensor.name, tensor.dtype.name, tensor.source, tensor.nbytes)
