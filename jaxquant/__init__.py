@@ -1,5 +1,6 @@
 """Quantization as pure functions over pytrees, compiled by XLA."""
 
+from . import checkpoints as checkpoints
 from . import training as training
 from . import tree as tree
 from .core import FILE_FORMATS as FILE_FORMATS
@@ -41,6 +42,7 @@ from .core import percentile_quantize as percentile_quantize
 from .core import quantize as quantize
 from .core import quantize_with_range as quantize_with_range
 from .core import quantize_with_scale as quantize_with_scale
+from .core import specs as specs
 from .core import unpack_int2 as unpack_int2
 from .core import unpack_int4 as unpack_int4
 from .explain import DequantizedRow as DequantizedRow

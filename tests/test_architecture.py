@@ -41,6 +41,7 @@ MAX_NESTING = 4
 MAX_BODY_LINES = 60
 # Modules that may import inside a function, each with its reason.
 LATE_IMPORTS = {
+    "checkpoints/report.py": "rich is slow to import, and only tables need it",
     "demo/text.py": "tokenizers is an optional package",
     "explain/table.py": "rich is slow to import, and only tables need it",
     "lift/uses.py": "rich is slow to import, and only tables need it",
@@ -61,7 +62,9 @@ SHARED_NAMES = {
     "internal.py": "a folder's door for other folders",
     "dot.py": "dot_general and matmul: in ops of QTensors, in training of floats",
     "lora.py": "adapters: of trees, and of Keras layers",
+    "specs.py": "PartitionSpecs: of the arrays of a QTensor, of a lifted function's arguments",
     "low_rank.py": "an array with adapters, and operations on it",
+    "report.py": "what a tree, or a checkpoint, holds, as a table",
     "quantize.py": "an array, a tree and a Keras model, quantized",
 }
 # Name of methods that return an error whose text shows what was got.

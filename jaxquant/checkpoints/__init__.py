@@ -3,5 +3,12 @@
 from .checkpoint import Checkpoint as Checkpoint
 from .gguf import open_gguf as open_gguf
 from .huggingface import open_folder as open_folder
+from .load import put as put
+from .load import swapped as swapped
+from .own import open_own as open_own
+from .report import CheckpointReport as CheckpointReport
+from .report import CheckpointRow as CheckpointRow
 from .source import Source as Source
+from .source import concatenate as concatenate
+from .source import stack as stack
 from .stored import Stored as Stored

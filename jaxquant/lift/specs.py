@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from ..core import LowRank, QTensor
+from ..core import LowRank, QTensor, devices_of
+from ..core import specs as core_specs
 from .carriers import repeat_blocks
 from .parameter import Parameter, Unsupported
 
@@ -31,7 +32,7 @@ def specs(x: Any, spec: jax.P, mesh: Any) -> tuple[Any, Any]:
     names = dict(zip(q.stored_axes(range(len(spec))), spec, strict=True))
     stored = jax.P(*(names.get(a) for a in range(q.ndim)))
     q = _divisible(q, stored, mesh)
-    return q, _specs(q, stored)
+    return q, core_specs(q, spec)
 
 
 def constrained(x: Any, sharding: jax.sharding.Sharding | None) -> Any:
@@ -66,7 +67,7 @@ def _divisible(q, spec, mesh):
             return None
         for axis, name in enumerate(spec):
             count, length = x.shape[axis], q.codes.shape[axis]
-            devices = _devices(name, mesh)
+            devices = devices_of(name, mesh)
             times = devices // math.gcd(count, devices)
             if count == 1 or times == 1:
                 continue
@@ -77,32 +78,3 @@ def _divisible(q, spec, mesh):
 
     parts = {name: divide(getattr(q, name)) for name in ("scale", "zero_point", "offset")}
     return dataclasses.replace(q, **parts)
-
-
-def _devices(name, mesh):
-    names = name if isinstance(name, tuple) else () if name is None else (name,)
-    return math.prod(dict(mesh.shape)[n] for n in names)
-
-
-def _specs(q: QTensor, spec: jax.P) -> Any:
-    """The QTensor with a spec in place of each array."""
-
-    def of(x):
-        if isinstance(x, QTensor):
-            return _specs(x, _of_counts(spec, x.shape))
-        return None if x is None else _of_counts(spec, x.shape)
-
-    inputs = jax.tree.map(lambda _: jax.P(), q.inputs)
-    return dataclasses.replace(
-        q,
-        codes=spec,
-        scale=of(q.scale),
-        zero_point=of(q.zero_point),
-        offset=of(q.offset),
-        values=None if q.values is None else spec,
-        inputs=inputs,
-    )
-
-
-def _of_counts(spec, counts):
-    return jax.P(*(None if n == 1 else name for name, n in zip(spec, counts, strict=True)))

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,40 @@ def read_tree(path: str | os.PathLike) -> tuple[Any, dict[str, str]]:
         return {name: file.read(name) for name in file.entries}, {}
 
 
+def map_tree(
+    path: str | os.PathLike, get: Callable[..., Any], restore: Callable[..., Any]
+) -> tuple[Any, dict[str, str]]:
+    """The tree and the metadata of a file that `save` wrote, with arrays that are read later.
+
+    Args:
+        path: file to read.
+        get: (file, name, checksum) -> what stands for the stored array. Called while the file is
+            open.
+        restore: (that, dtype or None, shape or None) -> what stands for the array in the tree; a
+            dtype is given for arrays that are stored as bytes (see `manifest`).
+
+    Raises:
+        OSError, ValueError: as for `load`.
+    """
+    with open_tensors(path) as file:
+        manifest = _read_manifest(file)
+
+        def read(name: str, expected: int) -> Any:
+            return get(file, name, expected)
+
+        return _decode(file, manifest, read, restore), manifest["metadata"]
+
+
+def has_manifest(path: str | os.PathLike) -> bool:
+    """Whether `save` wrote a safetensors file.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not safetensors.
+    """
+    with open_tensors(path) as file:
+        return _MANIFEST in file.metadata
+
+
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of any safetensors file, by name.
 
@@ -219,8 +253,13 @@ def _read_manifest(file: TensorFile) -> dict[str, Any]:
     return manifest
 
 
-def _decode(file: TensorFile, manifest: dict[str, Any]) -> Any:
-    """The tree of a file."""
+def _decode(
+    file: TensorFile,
+    manifest: dict[str, Any],
+    read: Callable[[str, int], Any] | None = None,
+    restore: Callable[..., Any] | None = None,
+) -> Any:
+    """The tree of a file; `read` and `restore` as for `map_tree`, None to read it now."""
     try:
         contents = _decompress(manifest["tree"])
         structure, statics, checksums = (contents[k] for k in ("structure", "statics", "tensors"))
@@ -233,19 +272,17 @@ def _decode(file: TensorFile, manifest: dict[str, Any]) -> Any:
             "again."
         )
 
-    def read(name):
-        # Each tensor may be read once; otherwise a small file could demand any amount of memory.
-        expected = checksums.pop(name)
+    def read_now(name: str, expected: int) -> np.ndarray:
         array = file.read(name)
-        if _checksum(array) != expected:
-            raise _Altered(
-                f"{file.path} was altered: tensor {name!r} does not have its checksum {expected}. "
-                "Save it again."
-            )
+        check_tensor(file.path, name, array, expected)
         return array
 
+    def read_once(name: str) -> Any:
+        # Each tensor may be read once; otherwise a small file could demand any amount of memory.
+        return (read or read_now)(name, checksums.pop(name))
+
     try:
-        return Decoder(statics, read).decode(structure)
+        return Decoder(statics, read_once, restore).decode(structure)
     except _Altered:
         raise
     except MALFORMED as error:
@@ -254,6 +291,15 @@ def _decode(file: TensorFile, manifest: dict[str, Any]) -> Any:
 
 class _Altered(ValueError):
     """A tensor does not have its checksum."""
+
+
+def check_tensor(path: Any, name: str, array: np.ndarray, expected: int) -> None:
+    """Raises ValueError if a stored array does not have its checksum."""
+    if _checksum(array) != expected:
+        raise _Altered(
+            f"{path} was altered: tensor {name!r} does not have its checksum {expected}. Save it "
+            "again."
+        )
 
 
 def _restructure(tree, like, path):

@@ -2,6 +2,9 @@
 
 from .atomic import replacing as replacing
 from .files import check_target as check_target
+from .files import check_tensor as check_tensor
+from .files import has_manifest as has_manifest
+from .files import map_tree as map_tree
 from .files import read_arrays as read_arrays
 from .files import read_tree as read_tree
 from .paths import leaves_with_paths as leaves_with_paths
@@ -20,6 +23,7 @@ from .tensor_file import DTYPES as DTYPES
 from .tensor_file import MALFORMED as MALFORMED
 from .tensor_file import MAX_HEADER_BYTES as MAX_HEADER_BYTES
 from .tensor_file import Entry as Entry
+from .tensor_file import TensorFile as TensorFile
 from .tensor_file import check_regular as check_regular
 from .tensor_file import open_tensors as open_tensors
 from .tensor_file import summary as summary

@@ -140,11 +140,18 @@ class Decoder:
     Attributes:
         statics: as collected by the encoder.
         read: returns the stored array with a name.
+        restore: (stored array, dtype or None for its own, shape or None) -> array.
     """
 
-    def __init__(self, statics: list[Any], read: Callable[[str], np.ndarray]) -> None:
+    def __init__(
+        self,
+        statics: list[Any],
+        read: Callable[[str], np.ndarray],
+        restore: Callable[..., Any] | None = None,
+    ) -> None:
         self.statics = statics
         self.read = read
+        self.restore = restore or _from_stored
 
     def decode(self, node: list[Any]) -> Any:
         """The tree of a node."""
@@ -169,9 +176,9 @@ class Decoder:
         name, *original = content
         stored = self.read(name)
         if not original:
-            return _on_device(stored)
+            return self.restore(stored, None, None)
         dtype, shape = original
-        return _from_stored(stored, jnp.dtype(dtype), tuple(shape))
+        return self.restore(stored, jnp.dtype(dtype), tuple(shape))
 
     def _qtensor(self, content: Any) -> QTensor:
         static, parts = content
@@ -231,9 +238,11 @@ def _to_stored(array: Any) -> np.ndarray:
 
 
 def _from_stored(
-    stored: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]
+    stored: np.ndarray, dtype: np.dtype | None, shape: tuple[int, ...] | None
 ) -> jax.Array | np.ndarray:
-    """Undoes `_to_stored`."""
+    """Undoes `_to_stored`. Arrays that are stored as they are have neither dtype nor shape."""
+    if dtype is None or shape is None:
+        return _on_device(stored)
     bits = bits_of(dtype)
     if bits not in _PACKING:
         return _on_device(stored.view(dtype).reshape(shape))
