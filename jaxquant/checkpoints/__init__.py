@@ -2,6 +2,7 @@
 
 from .checkpoint import Checkpoint as Checkpoint
 from .gguf import open_gguf as open_gguf
+from .gguf import write_gguf as write_gguf
 from .huggingface import open_folder as open_folder
 from .load import put as put
 from .load import swapped as swapped

@@ -230,10 +230,10 @@ _TYPES = (
     BlockType(13, "Q5_K", 256, 176, UINT5, _codes(UINT5, 256, _q5_k), _K_SCALE, _K_LEAST),
     BlockType(14, "Q6_K", 256, 210, INT6, _codes(INT6, 256, _q6_k, 32), _Q6_SCALE),
     BlockType(23, "IQ4_XS", 256, 136, IQ4_NL, _codes(IQ4_NL, 256, _iq4_xs), _IQ4_SCALE),
+    BlockType(35, "TQ2_0", 256, 66, INT2, _codes(INT2, 256, _tq2_0, **_NEGATED), _half(64, _SIGN)),
     BlockType(
         34, "TQ1_0", 256, 54, INT2, _codes(INT2, 256, _tq1_0, 1), _half(52), pack=_pack_tq1_0
     ),
-    BlockType(35, "TQ2_0", 256, 66, INT2, _codes(INT2, 256, _tq2_0, **_NEGATED), _half(64, _SIGN)),
     BlockType(39, "MXFP4", 32, 17, MXFP4, _codes(MXFP4, 32, _q4(1)), _MX_SCALE, note=_MX_NOTE),
     BlockType(40, "NVFP4", 64, 36, NVFP4, _codes(NVFP4, 64, _nvfp4), _NV_SCALE, has_factor=True),
     BlockType(41, "Q1_0", 128, 18, INT2, _codes(INT2, 128, _bits, 1), _half(0)),

@@ -83,6 +83,7 @@ class BlockType:
         note: what is not exact; empty if everything is.
         has_factor: whether another tensor may hold a factor of the scales.
         pack: makes blocks from the fields of `leaves`, where bits are not only arranged.
+        is_written: whether blocks can be made.
     """
 
     number: int
@@ -96,6 +97,7 @@ class BlockType:
     note: str = ""
     has_factor: bool = False
     pack: Callable[[Sequence[np.ndarray]], np.ndarray] | None = None
+    is_written: bool = True
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -103,6 +105,26 @@ class BlockType:
         parts = [p for p in (self.codes, self.scale, self.offset) if p is not None]
         pairs = [(p.codes, p.scale) if isinstance(p, Nested) else (p,) for p in parts]
         return tuple(leaf for pair in pairs for leaf in pair)
+
+    def encode(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Inverse of decoding: one array (n, count) per leaf -> blocks (n, nbytes).
+
+        Raises:
+            ValueError: blocks cannot hold an element.
+        """
+        blocks = np.empty((len(arrays[0]), self.nbytes), np.uint8)
+        step = max(1, _CHUNK_BYTES // (8 * self.nbytes))
+        for i in range(0, len(blocks), step):
+            blocks[i : i + step] = self._encode([a[i : i + step] for a in arrays])
+        return blocks
+
+    def _encode(self, arrays):
+        fields = [leaf.to_field(a) for leaf, a in zip(self.leaves, arrays, strict=True)]
+        blocks = self.pack(fields) if self.pack else _arrange(self, fields)
+        for leaf, field in zip(self.leaves, fields, strict=True):
+            if not np.array_equal(leaf.field(blocks), field):
+                raise ValueError(f"blocks of {self} cannot hold all of its {leaf.dtype} values")
+        return blocks
 
     def __repr__(self) -> str:
         return self.name
@@ -112,4 +134,14 @@ class BlockType:
 def bit_places(type: BlockType) -> list[np.ndarray]:
     """For each leaf, the fields (8 * nbytes, count) of blocks in which only one bit is set."""
     probes = np.packbits(np.eye(8 * type.nbytes, dtype=np.uint8), axis=-1, bitorder="little")
-    return [leaf.field(probes).astype(np.uint64) for leaf in type.leaves]
+    return [leaf.field(probes).astype(np.uint16) for leaf in type.leaves]
+
+
+def _arrange(type: BlockType, fields: Sequence[np.ndarray]) -> np.ndarray:
+    """Blocks from the fields of their leaves."""
+    places = np.concatenate(bit_places(type), -1)
+    columns = np.concatenate([f.astype(np.uint16) for f in fields], -1)
+    column = places.argmax(-1)
+    # A bit that no leaf has stays zero.
+    bit = places.max(-1)
+    return np.packbits(columns[:, column] & bit != 0, axis=-1, bitorder="little")

@@ -71,6 +71,7 @@ class Container:
         metadata: Python values by key.
         tensors: in the order of the file.
         data: the mapped file, uint8.
+        described: where the descriptions of the tensors start.
         start: where the first tensor starts.
         alignment: each tensor starts at a multiple of it after `start`.
     """
@@ -79,6 +80,7 @@ class Container:
     metadata: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
     data: np.ndarray
+    described: int
     start: int
     alignment: int
 
@@ -163,11 +165,12 @@ def read_container(path: str | os.PathLike) -> Container:
     cursor.require(n_tensors, _MIN_TENSOR_BYTES, "number of tensors")
     metadata = _read_metadata(cursor, n_pairs)
     alignment = _alignment(cursor, metadata)
+    described = cursor.position
     headers = [_read_tensor(cursor, i) for i in range(n_tensors)]
-    start = _align(cursor.position, alignment)
+    start = aligned(cursor.position, alignment)
     tensors = _place(cursor, headers, start, alignment)
     values = {key: value for key, (_, value) in metadata.items()}
-    return Container(path, values, tensors, data, start, alignment)
+    return Container(path, values, tensors, data, described, start, alignment)
 
 
 def _check_version(cursor) -> None:
@@ -239,7 +242,7 @@ def _place(cursor, headers, start, alignment) -> tuple[TensorInfo, ...]:
     size, end, tensors = len(cursor.bytes), start, {}
     data = np.asarray(cursor.bytes)
     for name, type, shape, offset in headers:
-        begin = _align(end, alignment)
+        begin = aligned(end, alignment)
         if start + offset != begin:
             raise cursor.error(f"offset of {name!r}", f"must be {begin - start}; got {offset}")
         end = begin + math.prod(shape) // type.elements * type.nbytes
@@ -248,12 +251,13 @@ def _place(cursor, headers, start, alignment) -> tuple[TensorInfo, ...]:
         if name in tensors:
             raise cursor.error(f"name of tensor {len(tensors)}", f"{name!r} is repeated")
         tensors[name] = TensorInfo(name, type, shape, data[begin:end])
-    if headers and not end <= size <= _align(end, alignment):
+    if not (end if headers else cursor.position) <= size <= aligned(end, alignment):
         raise cursor.error("end of the tensors", f"they end at {end}, the file at {size}")
     return tuple(tensors.values())
 
 
-def _align(position: int, alignment: int) -> int:
+def aligned(position: int, alignment: int) -> int:
+    """The smallest multiple of the alignment that is not below a position."""
     return -(-position // alignment) * alignment
 
 

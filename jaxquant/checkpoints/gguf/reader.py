@@ -13,8 +13,8 @@ from ..checkpoint import Checkpoint
 from ..source import Index, Source
 from ..stored import Stored
 from .block_type import BlockType, Leaf, Nested
-from .container import TensorInfo, read_containers
-from .names import NAMES, Renamed
+from .container import TensorInfo
+from .renamed import Entry, read_entries
 
 _FACTOR_NOTE = "the factor of the tensor is rounded with each scale, by at most one float32 ulp"
 _SHIFT_NOTE = "the file stores norms plus {}, which is subtracted"
@@ -38,37 +38,13 @@ def open_gguf(path: str | os.PathLike, names: str = "stored") -> Checkpoint:
         ValueError: a file is malformed or of a kind that is not supported (the error names the file
             and the field), or the architecture has no table of names.
     """
-    if names not in NAMES:
-        raise ValueError(f"names must be one of {', '.join(map(repr, NAMES))}; got {names!r}.")
-    containers = read_containers(path)
-    metadata = containers[0].metadata
-    rename = NAMES[names](path, metadata)
-    infos = {t.name: t for c in containers for t in c.tensors}
-    factors = {name: _factor(info, infos) for name, info in infos.items()}
-    used = {factor.name for factor in factors.values() if factor is not None}
-    tensors: dict[str, Stored] = {}
-    for name, info in infos.items():
-        if name in used:
-            continue
-        renamed = rename(name, info.shape)
-        if renamed.name in tensors:
-            raise ValueError(
-                f"{path}: name of tensor: {name!r} and another tensor are both {renamed.name!r} in "
-                "Hugging Face's names. Open it with names='stored'."
-            )
-        tensors[renamed.name] = _stored(info, renamed, factors[name], path)
-    return Checkpoint(Path(path), "gguf", tensors, metadata)
+    containers, entries = read_entries(path, names)
+    tensors = {name: _stored(entry, path) for name, entry in entries.items()}
+    return Checkpoint(Path(path), "gguf", tensors, containers[0].metadata)
 
 
-def _factor(tensor: TensorInfo, infos: dict[str, TensorInfo]) -> TensorInfo | None:
-    """The tensor that multiplies the scales of another."""
-    if not tensor.type.has_factor:
-        return None
-    names = (f"{tensor.name.removesuffix('.weight')}.scale", f"{tensor.name}.scale")
-    return next((infos[name] for name in names if name in infos), None)
-
-
-def _stored(tensor: TensorInfo, renamed: Renamed, factor: TensorInfo | None, path: Any) -> Stored:
+def _stored(entry: Entry, path: Any) -> Stored:
+    tensor, renamed, factor = entry
     type, shape = tensor.type, tensor.shape
     notes = [type.note]
     if type.format is None:
