@@ -14,8 +14,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 import jax
 import pytest
-from jax._src import compiler  # There is no public way to compile quickly, or less.
-from jax._src.lax import lax
+from jax._src import compiler, core  # There is no public way to compile quickly, or less.
 
 from benchmarks import tpu_compiler
 
@@ -52,7 +51,7 @@ def _turn_fusion_emitters_off():
 if not IS_OPTIMIZED:
     _turn_fusion_emitters_off()
 # `jnp.asarray` of a NumPy array would compile a copy for each shape.
-lax.stage_p.def_impl(jax.device_put)
+core.stage_p.def_impl(jax.device_put)
 
 
 def pytest_collection_modifyitems(items):

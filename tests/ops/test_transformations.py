@@ -222,7 +222,8 @@ def test_out_sharding_names_the_axes_of_the_result_however_they_are_turned(outpu
         equation = f"bmk,kn->{output}"
         partition = {"b": None, "m": "b", "n": "a"}
         wanted = P(*[partition[label] for label in output])
-        out = einsum(equation, x, q, out_sharding=wanted, implementation=implementation)
+        run = partial(einsum, equation, out_sharding=wanted, implementation=implementation)
+        out = jax.jit(run)(x, q)
         assert jax.typeof(out).sharding.spec == wanted
         assert_product(out, equation, x, q)
 
@@ -235,12 +236,14 @@ def test_a_sum_over_sharded_axes_lies_where_out_sharding_says(name):
         x = quantize(jax.device_put(normal(8, K), P("b", "a")), ArrayConfig(), axis=1)
         q = weight(config)
         q = jax.tree.map(lambda leaf: jax.device_put(leaf, spec_of(leaf, ("a", None))), q)
-        for sharding in (P("b"), P(None, None), P(None, "b")):
-            for out_sharding in (sharding, NamedSharding(devices, sharding)):
-                out = matmul(x, q, out_sharding=out_sharding, implementation=implementation)
-                wanted = P(*sharding, *[None] * (2 - len(sharding)))
-                assert jax.typeof(out).sharding.spec == wanted
-                assert_product(out, "mk,kn->mn", x, q)
+        specs = (P("b"), P(None, None), P(None, "b"))
+        specs = [given for spec in specs for given in (spec, NamedSharding(devices, spec))]
+        run = partial(matmul, implementation=implementation)
+        outs = jax.jit(lambda x, q: [run(x, q, out_sharding=given) for given in specs])(x, q)
+        for out, given in zip(outs, specs, strict=True):
+            spec = given.spec if isinstance(given, NamedSharding) else given
+            assert jax.typeof(out).sharding.spec == P(*spec, *[None] * (2 - len(spec)))
+            assert_product(out, "mk,kn->mn", x, q)
         with pytest.raises(Exception, match="ambiguous how the output should be sharded"):
             matmul(x, q, implementation=implementation)
 
@@ -265,13 +268,18 @@ def test_convolutions_keep_the_sharding_of_their_images():
     with jax.set_mesh(mesh(4, 2, explicit=True)):
         image = jax.device_put(normal(8, 5, 6, 4), P("a"))
         images = quantize(image, ArrayConfig(), axis=(1, 2, 3))
+        conv = partial(
+            conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=dims
+        )
+
+        @jax.jit
+        def both(x, q):
+            return conv(x, q), conv(x, q, out_sharding=P("a"))
+
         for x in (image, images):
-            out = conv_general_dilated(x, q, (1, 1), "SAME", dimension_numbers=dims)
-            named = conv_general_dilated(
-                x, q, (1, 1), "SAME", dimension_numbers=dims, out_sharding=P("a")
-            )
-            assert jax.typeof(out).sharding.spec[0] == "a"
-            assert jax.typeof(named).sharding.spec[0] == "a"
+            for out in both(x, q):
+                assert jax.typeof(out).sharding.spec[0] == "a"
+        assert jax.typeof(conv(image, q, out_sharding=P("a"))).sharding.spec[0] == "a"
 
 
 def parameters():
