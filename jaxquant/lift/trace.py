@@ -1,6 +1,6 @@
 """The program of a function, whatever its arguments and results are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ def trace_function(
         returned[:] = [structure, is_array, others]
         return [x for x, b in zip(out, is_array, strict=True) if b]
 
-    program = jax.make_jaxpr(flat)(*(plain(leaves[i]) for i in places))
+    program = jax.make_jaxpr(flat)(*plain_arrays([leaves[i] for i in places]))
     structure, is_array, others = returned
 
     def result(values):
@@ -71,11 +71,20 @@ def _is_output(x):
     return is_input(x) or isinstance(x, bool | int | float | complex)
 
 
-def plain(x: Any) -> Any:
-    """An array, or the abstract float array that a quantized one stands for."""
-    if not is_quantized(x):
-        return x
-    return jax.eval_shape(_dequantize, x)
+def plain_arrays(values: Sequence[Any]) -> list[Any]:
+    """Arrays, and for quantized ones the abstract float arrays that they stand for."""
+    known = {}
+
+    def plain(x):
+        if not is_quantized(x):
+            return x
+        arrays, structure = jax.tree.flatten(x)
+        key = structure, tuple(map(jax.typeof, arrays))
+        if key not in known:
+            known[key] = jax.eval_shape(_dequantize, x)
+        return known[key]
+
+    return [plain(x) for x in values]
 
 
 def _dequantize(x):

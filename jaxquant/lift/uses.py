@@ -15,7 +15,7 @@ from ..core import ArrayConfig, Scheme
 from ..tree import Rule
 from ..tree.internal import leaves_with_paths, to_text
 from .find_uses import Use, find_uses
-from .trace import is_input, is_quantized, plain, trace_function
+from .trace import is_input, plain_arrays, trace_function
 from .views import view_of
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def uses(fn: Callable[..., Any], params: Any, *args: Any) -> Uses:
             f"{', '.join(paths[:8]) or 'none'}."
         )
     _, every, treedef = leaves_with_paths(((params, *args), {}))
-    every = [plain(x) if is_quantized(x) else x for x in every]
+    every = plain_arrays(every)
     places = [i for i, x in enumerate(every) if _is_abstract_input(x)]
     program = trace_function(fn, every, treedef, places).program
     floats = [
