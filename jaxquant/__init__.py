@@ -57,6 +57,7 @@ from .ops import best_order as best_order
 from .ops import conv_general_dilated as conv_general_dilated
 from .ops import dot_general as dot_general
 from .ops import einsum as einsum
+from .ops import kv as kv
 from .ops import matmul as matmul
 from .ops import ragged_dot as ragged_dot
 from .ops import scan as scan

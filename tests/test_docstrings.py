@@ -8,6 +8,7 @@ from jaxquant import training, tree
 from .docstrings import public, run_examples
 
 CASES = public(jq)
+CASES |= {f"kv.{n}": getattr(jq.kv, n) for n in ("Cache", "init", "append", "attend")}
 for module in (tree, training):
     short = module.__name__.rsplit(".", 1)[1]
     CASES |= {f"{short}.{name}": v for name, v in public(module).items() if v not in CASES.values()}

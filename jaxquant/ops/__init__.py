@@ -1,5 +1,6 @@
 """Operations on arrays and QTensors, with the signatures of jnp and lax."""
 
+from . import kv as kv
 from .conv import conv_general_dilated as conv_general_dilated
 from .dot import dot_general as dot_general
 from .dot import matmul as matmul

@@ -1,0 +1,327 @@
+"""Key-value caches of attention layers: a pytree of floats or of codes with a scale per token.
+
+cache = kv.init(batch, heads, length, size, store=jq.ArrayConfig(format=jq.INT8))
+cache = kv.append(cache, keys, values)  # of a prompt, or of the next token
+mixed = kv.attend(query, cache)
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..core import ArrayConfig, bits_of, pack_int4, packed_bytes, quantize, unpack_int4
+from ..jaxprs import is_tracer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Cache:
+    """Keys and values of B sequences, each of its own length. A pytree.
+
+    Invariants (not checked, because JAX rebuilds pytrees with tracers as fields):
+
+    - `keys` and `values` are (B, H, S, D), or (L, B, H, S, D) for L layers. Codes of 4 bits are
+      packed two per byte along D. Floats of 8 and 16 bits are stored as unsigned integers of the
+      same bits, which XLA on CPU updates in place;
+    - `key_scale` and `value_scale` have their shape without D; None in a cache of floats;
+    - positions from `lengths` on hold zeros, or finite values that `attend` does not use.
+
+    Attributes:
+        keys, values: floats or codes, as they are stored.
+        key_scale, value_scale: one step per token and head, in units of the key or value per code.
+        lengths: tokens in each sequence, int32 (B,) or (L, B). More than `capacity` if tokens were
+            appended beyond it under jit; `attend` then returns NaN for the sequence.
+        size: D, static.
+        dtype: of the floats or codes, static.
+        config: how keys and values are quantized; None for floats. Static.
+
+    Example:
+        >>> cache = jq.kv.init(2, heads=4, length=16, size=8, store=jnp.bfloat16)
+        >>> cache.capacity, cache.lengths.tolist(), cache.nbytes
+        (16, [0, 0], 4096)
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    key_scale: jax.Array | None
+    value_scale: jax.Array | None
+    lengths: jax.Array
+    size: int = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+    config: ArrayConfig | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        """Number S of positions."""
+        return self.keys.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and scales."""
+        arrays = self.keys, self.values, self.key_scale, self.value_scale
+        return sum(packed_bytes(x) for x in arrays if x is not None)
+
+    def __repr__(self) -> str:
+        return f"Cache({self.dtype}, {self.keys.shape[:-1]} by {self.size})"
+
+
+def init(
+    batch: int,
+    heads: int,
+    length: int,
+    size: int,
+    *,
+    store: jax.typing.DTypeLike | ArrayConfig = jnp.bfloat16,
+    layers: int | None = None,
+) -> Cache:
+    """An empty cache.
+
+    Args:
+        batch: number B of sequences.
+        heads: number H of key and value heads.
+        length: number S of positions, for the prompt and all generated tokens.
+        size: elements D of a head.
+        store: a float dtype; or a symmetric config of 8-bit or 4-bit codes, which get one scale per
+            token and head.
+        layers: number of layers that share the cache, each addressed by `layer=`. Keep such a cache
+            in the carry of a loop over layers, where it is updated in place. None for one layer.
+
+    Raises:
+        ValueError: a number is not positive, or keys and values cannot be stored so.
+
+    Example:
+        >>> jq.kv.init(1, 2, 100, 64, store=jq.ArrayConfig(format=jq.INT4), layers=30)
+        Cache(int4, (30, 1, 2, 100) by 64)
+    """
+    lead = (batch,) if layers is None else (layers, batch)
+    shape = (*lead, heads, length, size)
+    if min(shape) < 1:
+        raise ValueError(f"batch, heads, length, size and layers must be positive; got {shape}.")
+    lengths = jnp.zeros(lead, jnp.int32)
+    if not isinstance(store, ArrayConfig):
+        if not jnp.issubdtype(store, jnp.floating):
+            raise ValueError(
+                f"store must be a float dtype or an ArrayConfig; got {jnp.dtype(store)}. For "
+                "integers, pass ArrayConfig(format=INT8)."
+            )
+        keys, values = (_as_stored(jnp.zeros(shape, store)) for _ in range(2))
+        return Cache(keys, values, None, None, lengths, size, jnp.dtype(store), None)
+    _check_config(store)
+    dtype = jnp.dtype(store.format.dtype)
+    keys, values = (_as_stored(jnp.zeros(shape, dtype)) for _ in range(2))
+    ones = [jnp.ones(shape[:-1], store.stored_scale_dtype) for _ in range(2)]
+    key_scale, value_scale = map(_as_stored, ones)
+    return Cache(keys, values, key_scale, value_scale, lengths, size, dtype, store)
+
+
+def append(
+    cache: Cache,
+    keys: jax.Array | np.ndarray,
+    values: jax.Array | np.ndarray,
+    counts: jax.typing.ArrayLike | None = None,
+    *,
+    layer: jax.typing.ArrayLike | None = None,
+) -> Cache:
+    """Writes the keys and values of T further tokens behind those of each sequence.
+
+    Args:
+        cache: from `init`.
+        keys, values: floats (B, T, H, D).
+        counts: integers (B,), how many of the T tokens belong to each sequence: the first ones. The
+            others are padding and are not written. None for all T.
+        layer: index of the layer, if the cache has several.
+
+    Returns:
+        The cache with the tokens, and `lengths` increased by counts. Donate the old one under jit,
+        so that it is updated in place.
+
+    Raises:
+        ValueError: shapes do not match, T exceeds the capacity, or, where the lengths are known
+            (outside jit), tokens do not fit. Under jit, a sequence that does not fit has a length
+            above the capacity afterwards, and `attend` returns NaN for it.
+
+    Error: half a scale per element if the cache is quantized: 1/254 of the largest magnitude of
+        the token's head in INT8, 1/14 in INT4.
+
+    Example:
+        >>> cache = jq.kv.init(2, heads=1, length=8, size=4)
+        >>> prompts = jnp.ones((2, 5, 1, 4))
+        >>> jq.kv.append(cache, prompts, prompts, counts=jnp.array([5, 3])).lengths.tolist()
+        [5, 3]
+    """
+    batch, heads = _check_layer(cache, layer)
+    count = keys.shape[1] if keys.ndim == 4 else 0
+    expected = (batch, count, heads, cache.size)
+    if keys.shape != expected or values.shape != expected:
+        raise ValueError(
+            f"keys and values must be (B, T, H, D) with {batch} sequences of {heads} heads of "
+            f"{cache.size}; got {keys.shape} and {values.shape}."
+        )
+    counts = _as_counts(counts, batch, count)
+    lengths = _at(cache.lengths, layer)
+    _check_room(cache, lengths, counts, count)
+    index = jnp.arange(count)[None]
+    # Positions behind the last one are not written.
+    positions = jnp.where(index < counts[:, None], lengths[:, None] + index, cache.capacity)
+    place = (jnp.arange(batch)[:, None], slice(None), positions)
+    place = place if layer is None else (layer, *place)
+    changes = {"lengths": cache.lengths.at[... if layer is None else layer].add(counts)}
+    for name, scale_name, new in (("keys", "key_scale", keys), ("values", "value_scale", values)):
+        codes, scale = _encode(new, cache)
+        changes[name] = getattr(cache, name).at[place].set(codes, mode="drop")
+        if scale is not None:
+            changes[scale_name] = getattr(cache, scale_name).at[place].set(scale, mode="drop")
+    return dataclasses.replace(cache, **changes)
+
+
+def attend(
+    query: jax.Array | np.ndarray,
+    cache: Cache,
+    counts: jax.typing.ArrayLike | None = None,
+    *,
+    layer: jax.typing.ArrayLike | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """Causal attention of the tokens that were appended last, over all tokens so far.
+
+        p[t, s]   = softmax over s <= position of t of (scale * query[t] . keys[s])
+        out[t]    = sum over s of p[t, s] * values[s]
+
+    Several query heads may share a key head (grouped-query attention): query head n reads key head
+    n // (N / H). Scales of a quantized cache multiply the scores and p, not the codes.
+
+    Args:
+        query: floats (B, T, N, D), with N a multiple of H.
+        cache: after `append`.
+        counts: as for `append`.
+        layer: index of the layer, if the cache has several.
+        scale: factor of the scores; None for 1 / sqrt(D).
+
+    Returns:
+        (B, T, N, D) in the dtype of query, computed in float32 (float64 for float64 queries).
+        Arbitrary finite values for padding; NaN for a sequence that exceeded the capacity.
+
+    Raises:
+        ValueError: shapes do not match, or `layer` is missing.
+
+    Source: Ainslie et al. 2023, arXiv:2305.13245 (grouped-query attention).
+
+    Example:
+        >>> cache = jq.kv.init(1, heads=1, length=8, size=4)
+        >>> cache = jq.kv.append(cache, jnp.ones((1, 2, 1, 4)), jnp.full((1, 2, 1, 4), 3.0))
+        >>> jq.kv.attend(jnp.ones((1, 2, 2, 4)), cache)[0, 1].tolist()
+        [[3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]]
+    """
+    batch, heads = _check_layer(cache, layer)
+    is_fit = query.ndim == 4 and (query.shape[0], query.shape[3]) == (batch, cache.size)
+    if not is_fit or query.shape[2] % heads:
+        raise ValueError(
+            f"query must be (B, T, N, D) with {batch} sequences, heads of {cache.size} and a "
+            f"multiple of {heads} heads; got {query.shape}."
+        )
+    count, lengths = query.shape[1], _at(cache.lengths, layer)
+    positions = (lengths - _as_counts(counts, batch, count))[:, None] + jnp.arange(count)[None]
+    is_seen = jnp.arange(cache.capacity)[None, None] <= positions[..., None]
+    dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    keys, values = (
+        _as_numbers(_at(x, layer), cache.dtype, cache.size).astype(dtype)
+        for x in (cache.keys, cache.values)
+    )
+    grouped = jnp.asarray(query, dtype).reshape(batch, count, heads, -1, cache.size)
+    scores = jnp.einsum("bthgd,bhsd->bhgts", grouped, keys)
+    scores *= cache.size**-0.5 if scale is None else scale
+    scores *= _factors(cache.key_scale, cache, layer).astype(dtype)
+    scores = jnp.where(is_seen[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores)
+    weights *= _factors(cache.value_scale, cache, layer).astype(dtype)
+    out = jnp.einsum("bhgts,bhsd->bthgd", weights, values)
+    out = jnp.where((lengths <= cache.capacity)[:, None, None, None, None], out, jnp.nan)
+    return out.reshape(query.shape).astype(query.dtype)
+
+
+def _check_config(config: ArrayConfig) -> None:
+    format = config.format
+    is_fit = config.symmetric and not config.per_tensor and format.codebook is None
+    is_fit &= config.group_size is None and format.group_size is None
+    is_packed = format.bits == 4 and jnp.issubdtype(format.dtype, jnp.signedinteger)
+    is_fit &= format.bits == 8 or is_packed
+    if not is_fit or bits_of(config.stored_scale_dtype) < 16:
+        raise ValueError(
+            "store must be a symmetric config of int8, int4 or float8 codes with one float scale "
+            f"per token and head; got {config}. Pass ArrayConfig(format=INT8), for example."
+        )
+
+
+def _check_layer(cache: Cache, layer: Any) -> tuple[int, int]:
+    """(B, H), after checking that a layer is named if and only if there are several."""
+    if (layer is None) != (cache.keys.ndim == 4):
+        wanted = "None for a cache of one layer" if layer is not None else "the index of a layer"
+        raise ValueError(f"layer must be {wanted}; got {layer} for {cache}.")
+    return cache.keys.shape[-4], cache.keys.shape[-3]
+
+
+def _as_counts(counts: Any, batch: int, count: int) -> jax.Array:
+    if counts is None:
+        return jnp.full(batch, count, jnp.int32)
+    counts = jnp.asarray(counts)
+    if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
+        raise ValueError(
+            f"counts must be {batch} integers, one per sequence; got {counts.dtype} {counts.shape}."
+        )
+    return jnp.clip(counts.astype(jnp.int32), 0, count)
+
+
+def _check_room(cache: Cache, lengths: jax.Array, counts: jax.Array, count: int) -> None:
+    """Raises if it is known that a sequence would exceed the capacity."""
+    is_known = not (is_tracer(lengths) or is_tracer(counts))
+    most = int(np.max(np.asarray(lengths + counts))) if is_known else 0
+    if most > cache.capacity:
+        raise ValueError(
+            f"The cache has {cache.capacity} positions; got tokens up to position {most - 1} "
+            f"(lengths {lengths.tolist()}, appended {counts.tolist()}). Make a longer cache."
+        )
+    if count > cache.capacity:
+        raise ValueError(
+            f"The cache has {cache.capacity} positions; got {count} tokens at once. Make a longer "
+            "cache."
+        )
+
+
+def _at(x: jax.Array, layer: Any) -> jax.Array:
+    return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+
+
+def _encode(x: jax.Array | np.ndarray, cache: Cache) -> tuple[jax.Array, jax.Array | None]:
+    """Keys or values as they are stored, and their scales without the last axis."""
+    if cache.config is None:
+        return _as_stored(jnp.asarray(x, cache.dtype)), None
+    q = quantize(x, cache.config, axis=-1)
+    assert isinstance(q.scale, jax.Array)  # `_check_config` excludes nested scales.
+    return _as_stored(q.codes), _as_stored(q.scale[..., 0])
+
+
+def _as_stored(x: jax.Array) -> jax.Array:
+    bits = bits_of(x.dtype)
+    if bits == 4:
+        return pack_int4(x, axis=-1)
+    is_narrow_float = jnp.issubdtype(x.dtype, jnp.floating) and bits < 32
+    return jax.lax.bitcast_convert_type(x, f"uint{bits}") if is_narrow_float else x
+
+
+def _as_numbers(x: jax.Array, dtype: jax.typing.DTypeLike, size: int = 1) -> jax.Array:
+    """Inverse of `_as_stored`, except that 4-bit codes are returned as int8."""
+    if bits_of(dtype) == 4:
+        # XLA on CPU would read an array of int4 one element at a time.
+        return unpack_int4(x, size, axis=-1)
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
+def _factors(scale: jax.Array | None, cache: Cache, layer: Any) -> jax.Array:
+    """What scores or weights (B, H, N / H, T, S) are multiplied with."""
+    if cache.config is None or scale is None:
+        return jnp.ones((1,) * 5)
+    scale = _as_numbers(_at(scale, layer), jnp.dtype(cache.config.stored_scale_dtype))
+    return scale[:, :, None, None]
