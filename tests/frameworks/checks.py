@@ -28,11 +28,11 @@ INT2 = jq.Scheme(jq.ArrayConfig(format=jq.INT2, group_size=16))
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def tokens(count=128, shape=(2, 8)):
-    return jnp.asarray(np.random.default_rng(0).integers(1, count, shape), jnp.int32)
+    return jnp.asarray(np.random.default_rng(0).integers(1, count, shape).astype(np.int32))
 
 
 def distance(found: Any, expected: Any) -> float:

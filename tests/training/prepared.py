@@ -38,8 +38,13 @@ def moved(tree, seed=0):
     """The tree as after some training: every float in it has changed."""
     leaves, treedef = jax.tree.flatten(tree)
     random = np.random.default_rng(seed)
-    factors = [jnp.asarray(random.uniform(0.7, 1.1, x.shape), x.dtype) for x in leaves]
-    return jax.tree.unflatten(treedef, [x * f for x, f in zip(leaves, factors, strict=True)])
+    factors = [random.uniform(0.7, 1.1, x.shape).astype(x.dtype) for x in leaves]
+    return jax.tree.unflatten(treedef, _multiplied(leaves, factors))
+
+
+@jax.jit
+def _multiplied(leaves, factors):
+    return [x * f for x, f in zip(leaves, factors, strict=True)]
 
 
 def learn(params, rules):

@@ -29,7 +29,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def normal(*shape):
-    return jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
+    return jnp.asarray(RANDOM.normal(size=shape).astype(np.float32))
 
 
 PARAMS = {

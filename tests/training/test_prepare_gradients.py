@@ -86,12 +86,16 @@ def test_weights_get_the_gradient_of_the_float_product_and_inputs_theirs(scheme)
     assert_product(of_x, "mn,kn->mk", cotangent, convert(prepared)["w"])
 
 
+def product_with(cotangent, w):
+    return jnp.vdot(jq.matmul(X, w), cotangent)
+
+
 def test_learned_leaves_get_the_gradient_of_lsq():
     config = ArrayConfig(format=INT4, group_size=32)
     prepared = moved(learn(weights({"w": config}), {"w": config}))
     cotangent = normal(M, N, seed=9)
 
-    got = jax.grad(lambda p: jnp.vdot(jq.matmul(X, p["w"]), cotangent))(prepared)["w"]
+    got = jax.jit(jax.grad(partial(product_with, cotangent)))(prepared["w"])
 
     weight, step = (np.asarray(a, np.float64) for a in jax.tree.leaves(prepared["w"]))
     of_value = np.asarray(X, np.float64).T @ cotangent
@@ -109,9 +113,10 @@ def test_a_calibrated_scale_of_inputs_is_trained_as_a_step(axis):
     prepared = prepare(weights({"w": scheme}), {"w": scheme})["w"]
     step, cotangent = np.float32(0.4), normal(M, N, seed=9)
 
+    of_weight = jax.jit(jax.grad(partial(product_with, cotangent)))
+
     def gradient(scale):
-        tree = calibrated(prepared, jnp.float32(scale))
-        return jax.grad(lambda p: jnp.vdot(jq.matmul(X, p), cotangent))(tree)
+        return of_weight(calibrated(prepared, jnp.float32(scale)))
 
     got = gradient(step)
 
@@ -135,7 +140,7 @@ def test_a_calibrated_zero_point_that_is_floating_is_trained():
     tree = calibrated(prepared, jnp.float32(0.3), jnp.float32(-1.7))
     cotangent = normal(M, N, seed=9)
 
-    got = jax.grad(lambda p: jnp.vdot(jq.matmul(X, p), cotangent))(tree)
+    got = jax.jit(jax.grad(partial(product_with, cotangent)))(tree)
 
     steps, zeros = np.full((M, K), np.float32(0.3)), np.full((M, K), -2.0)
     _, _, *slopes = oracles.straight_through(np.asarray(X), steps, zeros, inputs)
