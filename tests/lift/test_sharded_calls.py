@@ -109,7 +109,11 @@ def test_adapters_and_trained_parameters_are_not_dequantized():
     adapted = jax.eval_shape(
         lambda kernel: jq.training.lora_init(kernel, rule, 4, key=jax.random.key(0)), kernel
     )
-    for params in (adapted, jq.training.prepare(kernel, rule)):
+    prepared = jq.training.prepare(kernel, rule)
+    for params in (adapted, prepared):
         program = jax.make_jaxpr(jq.lift(lambda p: apply(p["w"], X)[0], strict=True))(params)
         # Codes, in whatever order they are stored.
         assert (64, 96) in {tuple(sorted(shape)) for shape, _ in constraints(program)}
+    # A step of training returns an array, not the QTensor of this step.
+    result = jax.eval_shape(jq.lift(lambda p: apply(p["w"], X)[1]), prepared)
+    assert isinstance(result, jax.ShapeDtypeStruct)
