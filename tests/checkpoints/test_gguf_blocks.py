@@ -1,5 +1,6 @@
 """Every type of ggml, against the values that ggml's own decoder gives."""
 
+import pathlib
 from typing import Any
 
 import jax
@@ -11,12 +12,14 @@ from jaxquant import checkpoints
 from jaxquant.checkpoints.gguf import open_gguf
 from jaxquant.checkpoints.gguf.block_table import BLOCK_TYPES
 from jaxquant.checkpoints.gguf.block_type import bit_places
+from jaxquant.core import packed_bytes
 
 from .ggml import NAMES
 from .gguf_files import blocks as golden_tensor
 from .gguf_files import gguf, golden
 
 QUANTIZED = [t.name for t in BLOCK_TYPES.values() if t.format is not None]
+WRITTEN = [t.name for t in BLOCK_TYPES.values() if t.format is not None and t.is_written]
 each_type = pytest.mark.parametrize("name", QUANTIZED)
 # ggml gives 0.0 where the codes of these give -0.0.
 NEGATIVE_ZEROS = ("MXFP4", "NVFP4", "TQ2_0", "Q2_0")
@@ -48,7 +51,7 @@ def assert_same_bits(actual, wanted, ignore_sign_of_zero=False):
 
 
 def test_the_golden_file_has_every_type():
-    assert set(QUANTIZED) <= set(NAMES.values())
+    assert set(QUANTIZED) == set(NAMES.values())
     assert all(NAMES[t.number] == t.name for t in BLOCK_TYPES.values() if t.format)
 
 
@@ -109,7 +112,7 @@ def test_arrays_read_are_copies(tmp_path):
         assert source.read().base is None or source.read().base.flags.writeable
 
 
-@pytest.mark.parametrize("name", [n for n in QUANTIZED if n not in NOT_BITS])
+@pytest.mark.parametrize("name", [n for n in WRITTEN if n not in NOT_BITS])
 def test_every_bit_of_a_block_is_one_bit_of_one_array(name):
     (type,) = (t for t in BLOCK_TYPES.values() if t.name == name)
     fields = np.concatenate(bit_places(type), -1)
@@ -121,6 +124,45 @@ def test_every_bit_of_a_block_is_one_bit_of_one_array(name):
         type.elements,
         (3, type.elements),
     )
+
+
+def test_scales_of_mxfp4_at_the_ends_of_their_range(tmp_path):
+    codes = np.arange(16, dtype=np.uint8) | np.arange(16, dtype=np.uint8) << 4
+    rows = [bytes([scale]) + codes.tobytes() for scale in (0, 1, 2, 252, 254, 255)]
+    path = tmp_path / "a.gguf"
+    path.write_bytes(gguf([], [("w", (6, 32), 39, b"".join(rows))]))
+    stored: Any = open_gguf(path)["w"]
+    assert "XLA flushes them" in stored.note
+    values = np.asarray(put(stored.value).dequantize(), np.float64)[:, :16]
+    e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float64)
+    e2m1 = np.concatenate([e2m1, -e2m1])
+    np.testing.assert_array_equal(values[2], e2m1 * 2.0**-125)
+    np.testing.assert_array_equal(values[3], e2m1 * 2.0**125)
+    is_subnormal = np.abs(e2m1) * 2.0**-126 < 2.0**-126
+    np.testing.assert_array_equal(values[1], np.where(is_subnormal, 0, e2m1 * 2.0**-126))
+    largest = float(np.finfo(np.float32).max)
+    np.testing.assert_array_equal(values[4], np.clip(e2m1 * 2.0**127, -largest, largest))
+    assert np.isnan(values[5]).all()
+    # The scale itself is subnormal.
+    assert (np.abs(values[0]) <= 2.0**-124).all()
+
+
+TABLE = pathlib.Path(__file__).parents[2] / "docs" / "checkpoints.md"
+
+
+def test_the_table_in_the_documentation_has_every_type_and_its_size(tmp_path):
+    rows = [[c.strip() for c in r.split("|")[1:-1]] for r in TABLE.read_text().splitlines()]
+    rows = {name: row for row in rows if len(row) == 6 for name in row[0].split(", ")}
+    assert set(QUANTIZED) <= set(rows)
+    for name in QUANTIZED:
+        names, _, _, bits, exact, checked_by = rows[name]
+        stored, values = opened(tmp_path, name, rows=1)
+        leaves = jax.tree.leaves(stored.value, is_leaf=is_source)
+        measured = 8 * sum(packed_bytes(leaf) for leaf in leaves) / values.size
+        wanted = dict(zip(names.split(", "), 3 * bits.split(", "), strict=False))[name]
+        assert float(wanted) == pytest.approx(measured, abs=0.006), name
+        assert (exact == "yes") == stored.is_exact
+        assert ("round trip" in checked_by) == (name in WRITTEN)
 
 
 PLAIN = [

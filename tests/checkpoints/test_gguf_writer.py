@@ -24,6 +24,7 @@ from jaxquant import (
 from jaxquant.checkpoints import open_gguf, write_gguf
 from jaxquant.checkpoints.gguf.block_table import BLOCK_TYPES
 
+from .ggml import NAMES
 from .gguf_files import ARRAY, STRING, UINT16, UINT32, gguf, golden
 from .gguf_files import array as float_tensor
 from .gguf_files import blocks as golden_tensor
@@ -219,6 +220,13 @@ def test_what_gguf_cannot_hold_is_an_error(tmp_path):
     refuse(tmp_path, quantized(format=INT4, group_size=32), "scales in float16.* float32 values")
     wide = dataclasses.replace(q, scale=q.scale.astype(jnp.float32) * 1e6)
     refuse(tmp_path, wide, "which does not have all of the float32 values. Quantize with")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES.values() if n not in WRITTEN])
+def test_types_of_grids_are_only_read(tmp_path, name):
+    template = write(tmp_path, gguf([], [golden_tensor("w", name)[0]]))
+    value = open_gguf(template)["w"].value
+    refuse(tmp_path, value, "fits no type of GGUF.*IQ1, IQ2 and IQ3 are only read", template)
 
 
 def test_codes_that_blocks_cannot_hold_are_an_error(tmp_path):

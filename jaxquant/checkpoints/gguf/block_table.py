@@ -27,6 +27,7 @@ from ...core import (
     Format,
 )
 from .block_type import BlockType, Leaf, Nested
+from .lattices import LATTICE_TYPES
 
 Field = Callable[[np.ndarray], np.ndarray]
 _TWO_BITS = (0, 2, 4, 6)
@@ -205,8 +206,8 @@ _IQ4_SCALE = Nested(INT6, _codes(INT6, 8, _iq4_xs_scale, 32), _half(0))
 _MX_SCALE = Leaf(1, np.dtype(jnp.float8_e8m0fnu), _bytes(0, 1))
 _NV_SCALE = Leaf(4, np.dtype(jnp.float8_e4m3fn), _nvfp4_scale)
 _MX_NOTE = (
-    "blocks of scale byte 0 or 1 lose values below 2^-126, which XLA flushes to zero, and those of "
-    "254 or 255 are clipped or NaN where ggml overflows"
+    "values below 2^-126 become zero, because XLA flushes them, values above the largest float32 are "
+    "clipped, and blocks of scale byte 255 are NaN"
 )
 
 _TYPES = (
@@ -239,7 +240,7 @@ _TYPES = (
     BlockType(41, "Q1_0", 128, 18, INT2, _codes(INT2, 128, _bits, 1), _half(0)),
     BlockType(42, "Q2_0", 64, 18, INT2, _codes(INT2, 64, _pairs, **_NEGATED), _half(0, _SIGN)),
 )
-BLOCK_TYPES = {t.number: t for t in _TYPES}
+BLOCK_TYPES = {t.number: t for t in (*_TYPES, *LATTICE_TYPES)}
 
 _ACTIVATIONS = "ggml uses it for activations and never in files. The file is damaged; copy it again"
 _REMOVED = "llama.cpp removed it. Convert the original model again with a current llama.cpp"

@@ -30,7 +30,7 @@ class Leaf:
         count: elements per block.
         dtype: of the elements.
         field: extracts unsigned integers (n, count), as wide as `dtype`, from blocks (n, bytes).
-            Zeros give zeros.
+            Zeros give zeros, unless the type is only read.
         bias: what the file adds to each element.
         flip: the bits that the file inverts.
     """

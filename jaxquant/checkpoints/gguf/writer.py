@@ -114,7 +114,8 @@ def _plan_quantized(name: str, q: Any, entry: Entry) -> dict[str, Planned]:
         raise ValueError(
             f"{name!r} fits no type of GGUF; got {q} for shape {info.shape}. Quantize along the "
             "last axis of (N, K) with format INT4 or INT8, group_size=32 and "
-            "scale_dtype='float16', or give it as a float16 or float32 array."
+            "scale_dtype='float16', or give it as a float16 or float32 array. The types IQ1, IQ2 "
+            "and IQ3 are only read."
         )
     type = fitting[0]
 
