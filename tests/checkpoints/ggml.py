@@ -41,7 +41,7 @@ NAMES = {
     41: "Q1_0",
     42: "Q2_0",
 }
-MXFP4 = 39
+MXFP4, NVFP4 = 39, 40
 
 
 class Traits(ctypes.Structure):
@@ -77,13 +77,16 @@ def decode(lib, number, blocks):
     return values
 
 
-def random_blocks(lib, number, count):
+def random_blocks(lib, number, count, seed=0):
     """Blocks of random bytes whose values are finite. The first block is zero."""
     nbytes = lib.ggml_get_type_traits(number).contents.nbytes
-    blocks = np.random.default_rng(number).integers(0, 256, (2 * count + 16, nbytes), np.uint8)
+    rng = np.random.default_rng([number, seed])
+    blocks = rng.integers(0, 256, (2 * count + 16, nbytes), np.uint8)
     blocks[0] = 0
     if number == MXFP4:
         blocks[:, 0] = blocks[:, 0] % 200 + 20  # Elsewhere, values are subnormal or infinite.
+    if number == NVFP4:
+        blocks[:, :4][blocks[:, :4] == 255] = 0  # Not a number of e4m3; ggml decodes it to 480.
     blocks = blocks[np.isfinite(decode(lib, number, blocks)).all(1)]
     return blocks[:count]
 

