@@ -29,6 +29,9 @@ MODES = {
 OF_MATRICES = ("int4 block 128", "nf4")
 # One layer of each family, for what concerns all layers of a family alike.
 FAMILIES = ("Dense", "Embedding", "Conv2D", "LSTM")
+# Layers whose scales of activations and gradients lie elsewhere: several products, other axes.
+IN_FLOAT8 = (*FAMILIES, "EinsumDense", "DepthwiseConv2D", "SeparableConv1D", "GRU")
+IN_FLOAT8 += ("Conv2DTranspose",)
 
 
 def policies(row, case, mode):
@@ -39,6 +42,8 @@ def policies(row, case, mode):
         return ("float32",) if case in CORE else ()
     if mode == "int4 per channel":
         return ("float32",) if case.name in FAMILIES else ()
+    if case.name not in IN_FLOAT8:
+        return () if mode == "float8" else ("mixed_bfloat16",)
     return ("float32", "mixed_bfloat16")[(row + (mode == "float8")) % 2 :][:1]
 
 
