@@ -213,3 +213,18 @@ def test_inputs_are_followed_through_programs():
 
     program = jax.make_jaxpr(fn)(1.0, 2.0, jnp.ones(4))
     assert passed_on(program) == [2, 0, 1, None, None, None]
+
+
+def test_inputs_are_followed_through_branches_and_loops():
+    # JAX itself follows what is not inside of a checkpoint.
+    first = jax.checkpoint(lambda x, y: (jnp.sin(x), y, x))
+    second = jax.checkpoint(lambda x, y: (jnp.cos(x), y, y))
+    step = jax.checkpoint(lambda n, x, y, z: (n + 1, x, z, y))
+
+    def fn(x, y):
+        branched = lax.cond(x > 0, first, second, x, y)
+        looped = lax.while_loop(lambda c: c[0] < 3, lambda c: step(*c), (0, y, x, y))
+        return *branched, *looped
+
+    program = jax.make_jaxpr(fn)(1.0, 2.0)
+    assert passed_on(program) == [None, 1, None, None, 1, None, None]

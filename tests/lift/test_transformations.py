@@ -69,6 +69,13 @@ def test_a_parameter_on_the_left_is_multiplied_on_the_right(labels):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
+def test_parameters_that_are_quantized_alike_keep_their_shapes():
+    params = {"first": jnp.ones((8, 4)), "second": jnp.ones((4, 6))}
+    quantized = jax.eval_shape(lambda p: jq.tree.quantize(p, jq.W8A16), params)
+    lifted = jq.lift(lambda p: jnp.ones((2, 8)) @ p["first"] @ p["second"], strict=True)
+    assert jax.eval_shape(lifted, quantized).shape == (2, 6)
+
+
 def test_a_function_without_quantized_arguments_is_itself(x):
     found = jax.jit(jq.lift(model))(floats(), x)
     np.testing.assert_array_equal(found, jax.jit(model)(floats(), x))
