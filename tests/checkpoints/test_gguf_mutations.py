@@ -1,6 +1,6 @@
 """Damaged GGUF files raise a ValueError with their name, or give what is still intact.
 
-JAXQUANT_MUTATIONS is the number of files; it has been run with 10,000.
+JAXQUANT_MUTATIONS is the number of files; 10,000 have been run.
 """
 
 import os

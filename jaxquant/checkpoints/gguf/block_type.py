@@ -6,6 +6,7 @@ out per type. Encoding needs no code per type: `bit_places` decodes blocks with 
 which shows where each bit goes.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -113,7 +114,7 @@ class BlockType:
             ValueError: blocks cannot hold an element.
         """
         blocks = np.empty((len(arrays[0]), self.nbytes), np.uint8)
-        step = max(1, _CHUNK_BYTES // (8 * self.nbytes))
+        step = max(1, _CHUNK_BYTES // (2 * self.nbytes))
         for i in range(0, len(blocks), step):
             blocks[i : i + step] = self._encode([a[i : i + step] for a in arrays])
         return blocks
@@ -137,11 +138,32 @@ def bit_places(type: BlockType) -> list[np.ndarray]:
     return [leaf.field(probes).astype(np.uint16) for leaf in type.leaves]
 
 
+@functools.cache
+def _rounds(type: BlockType) -> list[tuple[np.ndarray, ...]]:
+    """What each byte holds: which bits (mask) of which field, shifted to the left and the right.
+
+    A byte that holds parts of several fields is in as many rounds.
+    """
+    places = np.concatenate(bit_places(type), -1)
+    parts: dict[tuple[int, int, int], int] = {}
+    for i, (field, bit) in enumerate(zip(places.argmax(-1), places.max(-1), strict=True)):
+        if bit:  # Otherwise decoding ignores this bit.
+            part = i // 8, int(field), i % 8 - int(bit).bit_length() + 1
+            parts[part] = parts.get(part, 0) | int(bit)
+    rounds: list[list[tuple[int, ...]]] = []
+    seen = collections.Counter()
+    for (byte, field, shift), mask in parts.items():
+        if seen[byte] == len(rounds):
+            rounds.append([])
+        rounds[seen[byte]].append((byte, field, mask, max(shift, 0), max(-shift, 0)))
+        seen[byte] += 1
+    return [tuple(np.array(column, np.uint16) for column in zip(*r, strict=True)) for r in rounds]
+
+
 def _arrange(type: BlockType, fields: Sequence[np.ndarray]) -> np.ndarray:
     """Blocks from the fields of their leaves."""
-    places = np.concatenate(bit_places(type), -1)
     columns = np.concatenate([f.astype(np.uint16) for f in fields], -1)
-    column = places.argmax(-1)
-    # A bit that no leaf has stays zero.
-    bit = places.max(-1)
-    return np.packbits(columns[:, column] & bit != 0, axis=-1, bitorder="little")
+    blocks = np.zeros((len(columns), type.nbytes), np.uint16)
+    for byte, field, mask, left, right in _rounds(type):
+        blocks[:, byte] |= (columns[:, field] & mask) << left >> right
+    return blocks.astype(np.uint8)
