@@ -140,9 +140,137 @@ def _parameters(weight, args) -> dict[str, Any]:
     return found
 
 
-FAMILIES = {"compressed_tensors": compressed_tensors}
+def float8() -> dict[str, Case]:
+    """Blocks of 8-bit floats and of two 4-bit floats in a byte, decoded by transformers."""
+    torch: Any = importlib.import_module("torch")
+    module: Any = importlib.import_module("transformers.integrations.finegrained_fp8")
+    decode = module.Fp8Dequantize(None)._dequantize_one
+    codes = _normal((16, 64), 1).clamp(-2, 2).mul(200).to(torch.float8_e4m3fn)
+    exponents = torch.arange(120, 136, dtype=torch.uint8)
+    experts = torch.randint(-128, 128, (4, 32), generator=torch.Generator().manual_seed(0))
+    pairs = {
+        "blocks": (codes, _normal((2, 4), 2), "weight_scale_inv"),
+        "tensor": (codes, torch.tensor(0.25), "weight_scale_inv"),
+        "rows": (codes, _normal((16, 1), 3), "weight_scale"),
+        "ue8m0 blocks": (codes, exponents[:8].reshape(2, 4).view(torch.float8_e8m0fnu), "scale"),
+        "mxfp8": (codes, exponents[torch.arange(32) % 16].reshape(16, 2), "weight_scale_inv"),
+        "fp4 experts": (
+            experts.to(torch.int8),
+            exponents[:8].reshape(4, 2).view(torch.float8_e8m0fnu),
+            "weight_scale_inv",
+        ),
+    }
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 16]}
+    return {
+        case: Case(
+            {"torch_dtype": "float32", "quantization_config": config},
+            {"layer.weight": weight, f"layer.{name}": scale},
+            {"layer.weight": decode(weight, scale, torch.float32)},
+        )
+        for case, (weight, scale, name) in pairs.items()
+    }
+
+
+def gpt_oss() -> dict[str, Case]:
+    """MXFP4 blocks of gpt-oss, decoded by transformers."""
+    torch: Any = importlib.import_module("torch")
+    module: Any = importlib.import_module("transformers.integrations.mxfp4")
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (2, 6, 3, 16), generator=generator).to(torch.uint8)
+    scales = torch.randint(110, 140, (2, 6, 3), generator=generator).to(torch.uint8)
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {
+        f"{name}_blocks": blocks,
+        f"{name}_scales": scales,
+        f"{name}_bias": _normal((2, 6), 1),
+    }
+    expected = {name: module.convert_moe_packed_tensors(blocks, scales)}
+    return {"experts": Case({"quantization_config": config}, tensors, expected)}
+
+
+def bitsandbytes() -> dict[str, Case]:
+    """4-bit floats, nested or not, and int8, made and decoded by bitsandbytes."""
+    torch: Any = importlib.import_module("torch")
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+    cases = {}
+    for kind, shape, is_nested, dtype in [
+        ("nf4", (6, 128), False, torch.bfloat16),
+        ("nf4", (6, 96), True, torch.float16),
+        ("fp4", (5, 128), True, torch.float32),
+        ("fp4", (4, 100), False, torch.float32),
+    ]:
+        weight = _normal(shape, shape[1]).to(dtype)
+        packed, state = functional.quantize_4bit(
+            weight, blocksize=64, compress_statistics=is_nested, quant_type=kind
+        )
+        parts = {f"weight.{name}": x for name, x in state.as_dict(packed=True).items()}
+        tensors = {f"layer.{name}": x for name, x in {"weight": packed, **parts}.items()}
+        decoded = functional.dequantize_4bit(packed, state)
+        config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        name = f"{kind} {'nested ' if is_nested else ''}{shape[1]} columns"
+        cases[name] = Case({"quantization_config": config}, tensors, {"layer.weight": decoded})
+    codes, scales, _ = functional.int8_vectorwise_quant(_normal((6, 40), 9).half())
+    decoded = functional.int8_vectorwise_dequant(codes, scales)
+    tensors = {
+        "layer.weight": codes,
+        "layer.SCB": scales,
+        "layer.weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    cases["int8"] = Case(
+        {"torch_dtype": "float32", "quantization_config": config},
+        tensors,
+        {"layer.weight": decoded.float()},
+    )
+    return cases
+
+
+def mlx() -> dict[str, Case]:
+    """Each mode of MLX, made and decoded by MLX."""
+    np: Any = importlib.import_module("numpy")
+    torch: Any = importlib.import_module("torch")
+    mx: Any = importlib.import_module("mlx.core")
+    weight = mx.array(_normal((4, 128), 4).numpy()).astype(mx.bfloat16)
+    cases = {}
+    modes = [("affine", bits, 32) for bits in (2, 3, 4, 5, 6, 8)]
+    modes += [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+    for mode, bits, size in modes:
+        parts = mx.quantize(weight, group_size=size, bits=bits, mode=mode)
+        # In float32, the product of a code and a scale is exact, so that only the sum rounds.
+        wide = [x.astype(mx.float32) if x.dtype == mx.bfloat16 else x for x in parts]
+        decoded = mx.dequantize(*wide, group_size=size, bits=bits, mode=mode, dtype=mx.float32)
+        names = ("weight", "scales", "biases")
+        tensors = {
+            f"layer.{name}": torch.from_numpy(np.array(x))
+            for name, x in zip(names, wide, strict=False)
+        }
+        for name in names[1:] if mode == "affine" else ():
+            tensors[f"layer.{name}"] = tensors[f"layer.{name}"].to(torch.bfloat16)
+        config = {"group_size": size, "bits": bits, "mode": mode}
+        cases[f"{mode} {bits} bits"] = Case(
+            {"torch_dtype": "float32", "quantization": config},
+            tensors,
+            {"layer.weight": torch.from_numpy(np.array(decoded.astype(mx.float32)))},
+        )
+    return cases
+
+
+FAMILIES = {
+    "compressed_tensors": compressed_tensors,
+    "float8": float8,
+    "gpt_oss": gpt_oss,
+    "bitsandbytes": bitsandbytes,
+    "mlx": mlx,
+}
 # The package that each needs, beside torch.
-PACKAGES = {"compressed_tensors": "compressed_tensors"}
+PACKAGES = {
+    "compressed_tensors": "compressed_tensors",
+    "float8": "transformers",
+    "gpt_oss": "transformers",
+    "bitsandbytes": "bitsandbytes",
+    "mlx": "mlx.core",
+}
 
 
 def write(family: str, folder: Path) -> Path:

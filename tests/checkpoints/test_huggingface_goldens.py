@@ -7,7 +7,7 @@ from jaxquant.checkpoints import open_folder
 
 from .folders import golden_cases, values_of, write_folder
 
-FAMILIES = ["compressed_tensors"]
+FAMILIES = ["compressed_tensors", "float8", "gpt_oss", "bitsandbytes", "mlx"]
 CASES = [(family, *case) for family in FAMILIES for case in golden_cases(family)]
 each_case = pytest.mark.parametrize(
     "family, case, config, tensors, expected", CASES, ids=[f"{c[0]}: {c[1]}" for c in CASES]

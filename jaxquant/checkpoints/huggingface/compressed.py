@@ -34,7 +34,9 @@ from .module import (
     as_e8m0,
     as_float4,
     check_matrix,
+    factors_of,
     guarded,
+    nested_scale,
     scalar,
     scale_of,
     shifted,
@@ -130,19 +132,9 @@ def _read_float4(module: Module, group: Group, words: Tensor, scale: Tensor) -> 
         )
     inner = scale_of(module, scale, codes.shape, blocks)
     divisor = module.need("weight_global_scale").check(("float32",))
-    ones = (*_per_matrix(module, divisor, codes.shape), 1, 1)
-    outer = computed(ones, np.float32, lambda: _reciprocal(divisor, ones))
-    nested: Any = QTensor(inner, outer, format=FP8_E4M3, dtype=np.dtype(np.float32))  # pyright: ignore[reportArgumentType]
-    return _stored(module, group, NVFP4, codes, nested, note=_NESTED_NOTE)
-
-
-def _per_matrix(module: Module, tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Leading axes of one factor per matrix, or of one factor for all."""
-    if tensor.source.size == 1:
-        return (1,) * (len(shape) - 2)
-    if tensor.source.shape[:1] == shape[:-2] and tensor.source.size == shape[0]:
-        return shape[:-2]
-    raise tensor.invalid(f"one factor, or one for each of the matrices of {shape}")
+    grid = factors_of(divisor, codes.shape)
+    outer = computed(grid, np.float32, lambda: _reciprocal(divisor, grid))
+    return _stored(module, group, NVFP4, codes, nested_scale(inner, outer), note=_NESTED_NOTE)
 
 
 def _reciprocal(divisor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
@@ -182,8 +174,7 @@ def _finish(
     permutation = None
     index = module.take("weight_g_idx")
     if index is not None:
-        columns, groups = shape[-1], grid.shape[-1]
-        permutation = permutation_of(index.check(("int32",), (columns,)), groups)
+        permutation = permutation_of(index.check(("int32",), shape[-1:]), blocks[-1])
     elif args.reorders:
         raise module.invalid("has no tensor 'weight_g_idx', which actorder \"group\" needs")
     if permutation is not None:

@@ -154,7 +154,7 @@ def _read_group(groups: Fields, name: str, splits_codes: bool) -> Group:
     inputs = group.section("input_activations")
     targets = group.strings("targets")
     for target in targets:
-        _check_pattern(group, target)
+        check_pattern(group, "targets", target)
     activations = _read_args(inputs) if inputs.values else None
     return Group(targets, weights, activations, group, splits_codes)
 
@@ -190,8 +190,12 @@ def _read_args(fields: Fields) -> Args:
     )
 
 
-def _check_pattern(group: Fields, target: str) -> None:
-    """Patterns may come from anywhere; some take forever to match."""
+def check_pattern(group: Fields, key: str, target: str) -> None:
+    """Raises for patterns ("re:...") that could take forever to match: files are not trusted.
+
+    Raises:
+        ValueError: it is not valid, too long, or repeats too much.
+    """
     if not target.startswith("re:"):
         return
     nested = re.search(r"[*+}][^()]*\)\s*[*+{]", target)
@@ -199,10 +203,10 @@ def _check_pattern(group: Fields, target: str) -> None:
     try:
         re.compile(target[3:])
     except (re.error, OverflowError, RecursionError) as error:
-        raise group.invalid("targets", f"valid patterns ({error} in {target[:100]!r})") from error
+        raise group.invalid(key, f"valid patterns ({error} in {target[:100]!r})") from error
     if nested or repeats > _MAX_REPEATS or len(target) > _MAX_PATTERN:
         raise group.invalid(
-            "targets",
+            key,
             f"patterns of at most {_MAX_PATTERN} characters with at most {_MAX_REPEATS} repeats, "
             "none within another",
         )
@@ -212,7 +216,7 @@ def group_of(groups: list[Group], module: str) -> Group | None:
     """The group of a module: by its name first, then by its class. None if several would do."""
     if len(groups) == 1:
         return groups[0]
-    named = [g for g in groups if any(_names(target, module) for target in g.targets)]
+    named = [g for g in groups if any(names_module(target, module) for target in g.targets)]
     if named:
         return named[0]
     kind = "Embedding" if "embed" in module else "Linear"
@@ -220,7 +224,8 @@ def group_of(groups: list[Group], module: str) -> Group | None:
     return by_class[0] if by_class else None
 
 
-def _names(target: str, module: str) -> bool:
+def names_module(target: str, module: str) -> bool:
+    """Whether a target is the name of a module, or a pattern that matches its start."""
     if target.startswith("re:"):
         return re.match(target[3:], module) is not None
     return target == module

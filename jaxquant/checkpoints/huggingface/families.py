@@ -6,17 +6,32 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint
 from ..stored import Stored
-from . import compressed
+from . import bitsandbytes, columns, compressed, gpt_oss, mlx, modelopt, scaled_float8
+from .bitsandbytes import STATE
 from .fields import Fields
 from .folder import Folder, open_files
 from .mapped import Tensor
 from .module import Pool
+
+# Dtypes of codes, and names of scales beside them.
+_CODES = ("int8", "uint8", "uint32", "float8_e4m3fn", "float4_e2m1fn")
+_SCALES = ("scale", "scales", "scale_weight", "biases")
 
 Reader = Callable[[Pool, Fields], list[Stored]]
 
 # Readers by the name that config.json gives in quant_method.
 READERS: dict[str, Reader] = {
     "compressed-tensors": compressed.read,
+    "fp8": scaled_float8.read,
+    "fbgemm_fp8": scaled_float8.read_fbgemm,
+    "mxfp4": gpt_oss.read,
+    "modelopt": modelopt.read,
+    "modelopt_fp4": modelopt.read,
+    "awq": columns.read_awq,
+    "gptq": columns.read_gptq,
+    "bitsandbytes": bitsandbytes.read,
+    "mlx": mlx.read,
+    "metal": mlx.read,
 }
 _OTHER = "Choose the same model in another format, such as compressed-tensors, AWQ or GGUF"
 # Methods that are recognised and not supported, and what to do instead.
@@ -37,6 +52,14 @@ REFUSED = {
     "quark": "Export it from AMD Quark in the format of compressed-tensors",
     "auto-round": "Export it from AutoRound in the format auto_gptq or auto_awq",
 }
+# Fields of config.json, and the methods that do not name themselves there.
+_KEYS = {
+    "quantization_config": "mlx",
+    "compression_config": "compressed-tensors",
+    "quantization": "mlx",
+}
+# Files that say how a model is quantized, beside config.json or instead of it.
+_OTHER_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
 # Parts of quantized weights. One that no reader has taken lacks the rest.
 _PARTS = (
     ".weight_packed",
@@ -45,6 +68,16 @@ _PARTS = (
     ".weight_g_idx",
     ".weight_shape",
     ".weight_global_scale",
+    ".weight_scale_2",
+    ".weight_scale_inv",
+    ".qscale_weight",
+    ".pre_quant_scale",
+    "_proj_blocks",
+    "_proj_scales",
+    ".qweight",
+    ".qzeros",
+    ".absmax",
+    ".SCB",
 )
 
 
@@ -73,18 +106,23 @@ def open_folder(path: str | os.PathLike) -> Checkpoint:
     for name, tensor in pool.rest.items():
         if name in stored:
             raise ValueError(f"{tensor.path} has the weight {name!r} quantized and in float.")
-        stored[name] = _plain(tensor, fields)
+        stored[name] = _plain(folder, tensor, fields)
     metadata = {"config": dict(folder.config.values), "header": folder.header}
     return Checkpoint(folder.path, method or "safetensors", stored, metadata)
 
 
 def _quantization(folder: Folder) -> tuple[str, Fields | None]:
     """The method and its configuration; "" and None for a model in float."""
+    if any(STATE in name for name in folder.tensors):
+        return "bitsandbytes", folder.config
     for fields in (folder.config, folder.config.section("text_config")):
-        for key in ("quantization_config", "compression_config"):
-            found = fields.section(key)
-            if found.values:
-                return found.text("quant_method"), found
+        for key, method in _KEYS.items():
+            if fields.section(key).values:
+                return fields.section(key).text("quant_method", method), fields.section(key)
+    for name, method in _OTHER_FILES.items():
+        if name in folder.others:
+            fields = folder.others[name]
+            return method, fields.section("quantization") if "quantization" in fields else fields
     return "", None
 
 
@@ -98,19 +136,21 @@ def _reader(method: str, fields: Fields) -> Reader:
     return READERS[method]
 
 
-def _plain(tensor: Tensor, fields: Fields | None) -> Stored:
+def _plain(folder: Folder, tensor: Tensor, fields: Fields | None) -> Stored:
     """A tensor that is not quantized."""
+    why = "the rest of which is missing" if fields else "but no configuration says how"
+    where = fields.path if fields else tensor.path.parent / "config.json"
     if tensor.name.endswith(_PARTS):
-        why = "the rest of which is missing" if fields else "but no configuration says how"
-        where = fields.path if fields else tensor.path.parent / "config.json"
         raise ValueError(
             f"{tensor.path}: tensor {tensor.name!r} is part of a quantized weight, {why}. Check "
             f"{where} and download the model again."
         )
-    is_weight = tensor.name.endswith("weight") and len(tensor.shape) > 1
-    if fields is not None and is_weight and tensor.dtype.itemsize == 1:
+    is_narrow = len(tensor.shape) > 1 and tensor.dtype.name in _CODES
+    prefix = tensor.name.removesuffix("weight")
+    has_scale = any(prefix + name in folder.tensors for name in _SCALES)
+    if is_narrow and (fields is not None or has_scale):
         raise ValueError(
-            f"{tensor.path}: weight {tensor.name!r} has {tensor.dtype} elements, but no scale. "
-            f"Check {fields.path} and download the model again."
+            f"{tensor.path}: {tensor.name!r} has {tensor.dtype} elements, as if it were part of a "
+            f"quantized weight, {why}. Check {where} and download the model again."
         )
     return Stored(tensor.name, tensor.dtype.name, tensor.source, tensor.nbytes)

@@ -7,23 +7,23 @@ from .derived import computed
 from .mapped import Tensor
 
 
-def permutation_of(index: Tensor, groups: int) -> np.ndarray | None:
+def permutation_of(index: Tensor, size: int) -> np.ndarray | None:
     """The columns sorted by group, int32; None if they are in order already.
 
     Args:
         index: int32 (K,), the group of each column; or -1 in each place, for ordered columns.
-        groups: number of groups.
+        size: columns of a group; the last may have fewer.
 
     Raises:
-        ValueError: the groups do not have K / groups columns each.
+        ValueError: a group has another number of columns.
     """
     (length,) = index.shape
     found = index.source.read()
-    ordered = np.arange(length) // (length // groups)
+    ordered = np.arange(length) // size
     if np.array_equal(found, ordered) or np.all(found == -1):
         return None
     if not np.array_equal(np.sort(found), ordered):
-        raise index.invalid(f"the group of each column, {length // groups} columns in each")
+        raise index.invalid(f"the group of each column, with {size} columns in each group")
     return np.argsort(found, kind="stable").astype(np.int32)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ...core import Inputs, QTensor
+from ...core import FP8_E4M3, Inputs, QTensor
 from ..source import Index, Source
 from ..stored import Stored
 from .derived import converted, refined, reshaped, viewed
@@ -128,6 +128,22 @@ def guarded(source: Source, check: Any) -> Source:
         return source.read(index)
 
     return Source(source.shape, source.dtype, reader)
+
+
+def factors_of(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape, as scales have it, of one factor for all matrices of a stack or one for each."""
+    *batch, _, _ = shape
+    if tensor.source.size == 1:
+        return (1,) * len(shape)
+    if squeezed(tensor.shape) != squeezed(tuple(batch)):
+        raise tensor.invalid(f"one factor, or one for each matrix of {shape}")
+    return (*batch, 1, 1)
+
+
+def nested_scale(inner: Source, outer: Source) -> QTensor:
+    """Scales of 8-bit floats under float32 scales."""
+    arrays: Any = {"codes": inner, "scale": outer}
+    return QTensor(**arrays, format=FP8_E4M3, dtype=np.dtype(np.float32))
 
 
 def scalar(tensor: Tensor | None) -> Source | None:

@@ -1,0 +1,202 @@
+"""Weights stored as (K, N) integers with scales (K / g, N): AutoAWQ and AutoGPTQ."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ...core import INT2, INT3, INT4, INT8, Format, QTensor
+from ..source import Index, Source
+from ..stored import Stored
+from .bits import unpack_columns, unpacked, words_for
+from .compressed_config import check_pattern, names_module
+from .derived import converted
+from .fields import Fields
+from .group_index import as_source, permutation_of, permuted
+from .mapped import Tensor
+from .module import (
+    FLOATS,
+    Module,
+    Pool,
+    check_matrix,
+    guarded,
+    scale_of,
+    shifted,
+    with_permutation,
+)
+
+FORMATS: dict[int, Format] = {2: INT2, 3: INT3, 4: INT4, 8: INT8}
+# Checkpoint formats of GPTQ: how much less than the zero point the file stores.
+_MINUS = {"gptq": 1, "gptq_v2": 0}
+_VERSIONS = ("gemm", "GEMM")
+_MAX_GROUP = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How GPTQ quantized a module.
+
+    Attributes:
+        bits: per code.
+        group_size: rows of the kernel per scale; -1 for all.
+        is_symmetric: whether all zero points are in the middle.
+        reorders: whether groups may be in any order.
+    """
+
+    bits: int
+    group_size: int
+    is_symmetric: bool
+    reorders: bool
+
+
+def read_awq(pool: Pool, fields: Fields) -> list[Stored]:
+    """The weights of quant_method "awq", version "gemm"."""
+    for key in ("version", "checkpoint_format"):
+        if key in fields:
+            fields.one_of(key, _VERSIONS)
+    names = [key for key in ("bits", "w_bit") if key in fields] or ["bits"]
+    fields.integer(names[0], 4, 4)
+    if not fields.flag("zero_point", True):
+        raise fields.invalid("zero_point", "true, as AutoAWQ's version gemm has it")
+    names = [key for key in ("group_size", "q_group_size") if key in fields] or ["group_size"]
+    size = _group_size(fields, names[0])
+    return [_read_awq_module(module, size) for module in pool.modules("qweight")]
+
+
+def _group_size(fields: Fields, key: str, default: int | None = None) -> int:
+    size = fields.integer(key, -1, _MAX_GROUP, *([] if default is None else [default]))
+    if size == 0:
+        raise fields.invalid(key, "a positive integer, or -1 for one group")
+    return size
+
+
+def _read_awq_module(module: Module, group_size: int) -> Stored:
+    words = check_matrix(module.need("qweight").check(("int32", "uint32")))
+    rows, columns = words.shape[0], 8 * words.shape[1]
+    codes = shifted(_awq_columns(words, columns), 8, INT4.dtype)
+    blocks = (rows if group_size < 0 else group_size, 1)
+    scale = module.need("scales").check(FLOATS)
+    grid = scale_of(module, scale, (rows, columns), blocks)
+    shape = (-(-rows // blocks[0]), columns // 8)
+    zeros = module.need("qzeros").check(("int32", "uint32"), shape)
+    zero_point = shifted(_awq_columns(zeros, columns), 8, INT4.dtype)
+    zero_point = scale_of(module, zeros.holding(zero_point), (rows, columns), blocks)
+    return _stored(module, f"awq int4 g{blocks[0]}", INT4, codes, grid, zero_point, None)
+
+
+def _awq_columns(words: Tensor, columns: int) -> Source:
+    return unpacked(words.source, 4, columns, -1, lambda x, *_: unpack_columns(x), 8)
+
+
+def read_gptq(pool: Pool, fields: Fields) -> list[Stored]:
+    """The weights of quant_method "gptq", in checkpoint_format gptq (v1) or gptq_v2."""
+    form = fields.one_of("checkpoint_format", _MINUS, "gptq")
+    if fields.flag("is_marlin_format", False):
+        raise fields.invalid("is_marlin_format", "false. Choose the model before it was repacked")
+    general = _settings(fields, None)
+    dynamic = fields.section("dynamic")
+    for pattern in dynamic.values:
+        check_pattern(fields, "dynamic", f"re:{pattern.removeprefix('+:').removeprefix('-:')}")
+    return [
+        _read_gptq_module(module, _settings_of(module, general, dynamic), _MINUS[form], fields)
+        for module in pool.modules("qweight")
+    ]
+
+
+def _settings(fields: Fields, default: Settings | None) -> Settings:
+    """Settings of a table, the others as in `default`."""
+    others = default and (
+        default.bits,
+        default.group_size,
+        default.is_symmetric,
+        default.reorders,
+    )
+    bits, size, is_symmetric, reorders = others or (None, None, True, False)
+    bits = fields.integer("bits", 2, 8, *([] if bits is None else [bits]))
+    if bits not in FORMATS:
+        raise fields.invalid("bits", f"one of {', '.join(map(str, FORMATS))}")
+    return Settings(
+        bits,
+        _group_size(fields, "group_size", size),
+        fields.flag("sym", is_symmetric),
+        fields.flag("desc_act", reorders),
+    )
+
+
+def _settings_of(module: Module, general: Settings, dynamic: Fields) -> Settings:
+    """The settings of a module: the first pattern that matches its name overrides the general."""
+    name = module.prefix.removesuffix(".")
+    for pattern in dynamic.values:
+        target = f"re:{pattern.removeprefix('+:').removeprefix('-:')}"
+        if not pattern.startswith("-:") and names_module(target, name):
+            return _settings(dynamic.section(pattern), general)
+    return general
+
+
+def _read_gptq_module(module: Module, settings: Settings, minus: int, fields: Fields) -> Stored:
+    bits = settings.bits
+    words = check_matrix(module.need("qweight").check(("int32", "uint32")))
+    rows, columns = words.shape[0] * 32 // bits, words.shape[1]
+    index = module.take("g_idx")
+    if index is not None:
+        index.check(("int32", "int64"), (rows,))
+    elif settings.reorders:
+        raise module.invalid("has no tensor 'g_idx', which desc_act needs")
+    size = rows if settings.group_size < 0 else settings.group_size
+    blocks, groups = (size, 1), -(-rows // size)
+    codes = unpacked(words.source, bits, rows, 0)
+    permutation = None if index is None else permutation_of(index, size)
+    if permutation is not None:
+        codes = permuted(codes, 0, permutation)
+    format, half = FORMATS[bits], 1 << (bits - 1)
+    codes = shifted(codes, half, format.dtype)
+    scale = module.need("scales").check(FLOATS)
+    grid = scale_of(module, scale, (rows, columns), blocks)
+    zeros = module.need("qzeros")
+    zeros.check(("int32", "uint32"), (groups, words_for(columns, bits)))
+    field = unpacked(zeros.source, bits, columns, -1)
+    inputs = with_permutation(None, as_source(permutation))
+    kind = f"gptq {bits} bits g{size}"
+    if settings.is_symmetric:
+        codes = guarded(codes, _check_middle(zeros, field, half, size))
+        return _stored(module, kind, format, codes, grid, None, inputs)
+    mask = (1 << bits) - 1
+    zero_point = shifted(
+        converted(field, np.uint8, lambda x: (x + np.uint8(minus)) & np.uint8(mask)),
+        half,
+        format.dtype,
+    )
+    zero_point = scale_of(module, zeros.holding(zero_point), (rows, columns), blocks)
+    return _stored(module, kind, format, codes, grid, zero_point, inputs)
+
+
+def _check_middle(zeros: Tensor, field: Source, half: int, size: int):
+    """Zero points of symmetric weights are all in the middle, whatever version wrote them.
+
+    Files of GPTQModel 5 and later say version 1, but store the zero points as version 2 does.
+    """
+
+    def check(index: Index) -> None:
+        rows, columns = index
+        part = field.read((slice(rows.start // size, -(-rows.stop // size)), columns))
+        if part.size and not (np.all(part == half) or np.all(part == half - 1)):
+            raise zeros.invalid(
+                f"{half - 1} (version 1) or {half} (version 2) everywhere, because sym is true"
+            )
+
+    return check
+
+
+def _stored(
+    module: Module,
+    kind: str,
+    format: Format,
+    codes: Source,
+    scale: Source,
+    zero_point: Source | None,
+    inputs: Any,
+) -> Stored:
+    arrays: Any = {"codes": codes, "scale": scale, "zero_point": zero_point}
+    dtype = module.pool.folder.dtype
+    value = QTensor(**arrays, inputs=inputs, format=format, dtype=dtype, order=(-1, -2))
+    return module.stored(kind, value)
