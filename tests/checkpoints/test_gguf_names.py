@@ -117,6 +117,13 @@ def test_rows_of_other_architectures_stay(tmp_path, architecture):
     np.testing.assert_array_equal(values_of(ck["model.layers.0.self_attn.q_proj.weight"]), q)
 
 
+def test_keys_have_the_heads_of_queries_unless_the_file_says_otherwise(tmp_path):
+    k = weights(32, 3)
+    tensors = [float_tensor("blk.0.attn_k.weight", permuted(k, HEADS))]
+    ck = opened(tmp_path, llama(counts=[(UINT32, HEADS)]), tensors)
+    np.testing.assert_array_equal(values_of(ck["model.layers.0.self_attn.k_proj.weight"]), k)
+
+
 def test_heads_may_differ_by_layer(tmp_path):
     q = weights(32, 3)
     tensors = [float_tensor(f"blk.{i}.attn_q.weight", permuted(q, 2 << i)) for i in range(2)]
@@ -224,8 +231,10 @@ def test_the_factor_of_a_tensor_is_part_of_its_scales(tmp_path, name, experts):
         np.testing.assert_allclose(values_of(stored), wanted, rtol=2e-7)
 
 
-def test_factors_of_another_shape_are_refused(tmp_path):
+def test_factors_of_another_shape_or_type_are_refused(tmp_path):
     tensor, _ = nvfp4()
-    for factor in ([1.0, 2.0], [[1.0], [2.0]]):
+    name = "blk.0.ffn_up.scale"
+    half = (name, (1,), 1, np.ones(1, np.float16).tobytes())
+    for factor in (float_tensor(name, [1.0, 2.0]), float_tensor(name, [[1.0], [2.0]]), half):
         with pytest.raises(ValueError, match=r"shape of 'blk.0.ffn_up.scale': must be one F32"):
-            opened(tmp_path, [], [tensor, float_tensor("blk.0.ffn_up.scale", factor)], "stored")
+            opened(tmp_path, [], [tensor, factor], "stored")

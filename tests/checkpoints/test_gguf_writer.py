@@ -23,6 +23,7 @@ from jaxquant import (
 )
 from jaxquant.checkpoints import open_gguf, write_gguf
 from jaxquant.checkpoints.gguf.block_table import BLOCK_TYPES
+from jaxquant.core import IQ4_NL
 
 from .ggml import NAMES
 from .gguf_files import ARRAY, STRING, UINT16, UINT32, gguf, golden
@@ -156,6 +157,8 @@ def test_arrays_are_written_in_their_dtype(tmp_path, dtype, convert):
 def test_names_of_hugging_face_are_written_as_gguf_needs_them(tmp_path):
     tensors = [golden_tensor("blk.0.attn_q.weight", "Q4_K", rows=4)[0]]
     tensors += [float_tensor("blk.0.attn_q.bias", normal(4))]
+    # With 6 pairs, the permutation is not its own inverse.
+    tensors += [float_tensor("blk.0.attn_k.weight", normal(12, 3))]
     tensors += [float_tensor("output_norm.weight", [0.75, 1, 2.5])]
     for architecture in ("llama", "gemma"):
         pairs = [("general.architecture", STRING, architecture)]
@@ -218,6 +221,10 @@ def test_what_gguf_cannot_hold_is_an_error(tmp_path):
     refuse(tmp_path, quantized(format=INT4, shape=(256, 2), axis=0, **HALF_32), "fits no type")
     refuse(tmp_path, quantized(format=INT4, shape=(4, 256), **HALF_32), r"for shape \(2, 256\)")
     refuse(tmp_path, quantized(format=INT4, group_size=32), "scales in float16.* float32 values")
+    template = write(tmp_path, gguf([], [golden_tensor("w", "Q2_K")[0]]), "q2.gguf")
+    q2: Any = open_gguf(template)["w"].value
+    other = dataclasses.replace(q2, scale=dataclasses.replace(q2.scale, format=IQ4_NL))
+    refuse(tmp_path, other, "fits no type", template)
     wide = dataclasses.replace(q, scale=q.scale.astype(jnp.float32) * 1e6)
     refuse(tmp_path, wide, "which does not have all of the float32 values. Quantize with")
 

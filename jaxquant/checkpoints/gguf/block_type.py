@@ -147,9 +147,8 @@ def _rounds(type: BlockType) -> list[tuple[np.ndarray, ...]]:
     places = np.concatenate(bit_places(type), -1)
     parts: dict[tuple[int, int, int], int] = {}
     for i, (field, bit) in enumerate(zip(places.argmax(-1), places.max(-1), strict=True)):
-        if bit:  # Otherwise decoding ignores this bit.
-            part = i // 8, int(field), i % 8 - int(bit).bit_length() + 1
-            parts[part] = parts.get(part, 0) | int(bit)
+        part = i // 8, int(field), i % 8 - int(bit).bit_length() + 1
+        parts[part] = parts.get(part, 0) | int(bit)  # 0 for a bit that decoding ignores.
     rounds: list[list[tuple[int, ...]]] = []
     seen = collections.Counter()
     for (byte, field, shift), mask in parts.items():

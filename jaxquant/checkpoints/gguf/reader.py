@@ -60,19 +60,16 @@ def _stored(entry: Entry, path: Any) -> Stored:
 
 
 def _factors(factor: TensorInfo, tensor: TensorInfo, path: Any) -> Source:
-    """One number for the tensor, or one per index of its first axis (per expert)."""
-    ndim = len(tensor.shape)
-    count = factor.raw.size // factor.type.nbytes
-    is_shared = count == 1
-    if factor.type.codes.dtype != np.float32 or not (
-        is_shared or factor.shape == tensor.shape[:-2]
-    ):
+    """One number for the tensor, or one for each of its matrices (per expert)."""
+    is_shared = factor.raw.size == factor.type.nbytes
+    has_shape = is_shared or factor.shape == tensor.shape[:-2]
+    if not has_shape or factor.type.codes.dtype != np.float32:
         raise ValueError(
             f"{path}: shape of {factor.name!r}: must be one F32 number, or one per matrix of "
             f"{tensor.name!r}, {tensor.shape}; got {factor.type} {factor.shape}. The file is "
             "damaged; copy it again."
         )
-    shape = (1,) * ndim if is_shared else (*factor.shape, 1, 1)
+    shape = (1,) * len(tensor.shape) if is_shared else (*factor.shape, 1, 1)
     return Plain(factor.type.codes, factor.raw, shape).source()
 
 
