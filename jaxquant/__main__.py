@@ -2,12 +2,17 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
+import os
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import rich.console
 import rich.table
 
@@ -19,11 +24,13 @@ from .version import __version__
 Commands = Any  # `argparse` does not export the type of `add_subparsers(...)`.
 _EXAMPLES = """examples:
   jaxquant demo
+  jaxquant generate "The history of science is" --scheme W8A8
   jaxquant quantize model.safetensors small.safetensors --scheme W4A16
   jaxquant quantize model.safetensors small.safetensors --scheme W8A8 \\
       --rule '*lm_head*=W8A16' --rule 're:.*gate.*=none'
   jaxquant inspect small.safetensors --plot small.png
 """
+_AS_STORED = "as-stored"
 # Metadata key of the SQNR, which cannot be computed later without the float weights.
 _SQNR = "jaxquant.sqnr"
 
@@ -49,20 +56,52 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"jaxquant {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
+    _add_generate(commands)
     _add_quantize(commands)
     _add_inspect(commands)
     return parser
 
 
 def _add_demo(commands: Commands) -> None:
-    text = "Quantize a pretrained sentence encoder with several schemes and compare them."
+    text = "Quantize a sentence encoder and a language model with several schemes and compare them."
     parser = _add(commands, "demo", _demo, text)
     parser.add_argument("--encoder", type=Path, metavar="DIR", help="folder of a BERT encoder")
     parser.add_argument("--sentences", type=int, default=600, metavar="N", help="default: 600")
+    parser.add_argument("--model", type=Path, metavar="PATH", help="language model, as in generate")
     parser.add_argument(
-        "--only", action="append", choices=list(demo.SCHEMES), metavar="NAME",
-        help="run only this scheme; repeatable; default: all",
+        "--windows", type=int, default=4, metavar="N",
+        help="windows of 256 tokens that the language model reads; default: 4",
     )  # fmt: skip
+    parser.add_argument(
+        "--only", action="append", choices=list({**demo.SCHEMES, **demo.VARIANTS}), metavar="NAME",
+        help="show only this row of the tables; repeatable; default: all",
+    )  # fmt: skip
+
+
+def _add_generate(commands: Commands) -> None:
+    text = (
+        "Continue a text with a language model: SmolLM2-135M-Instruct, or one of the Llama family."
+    )
+    parser = _add(commands, "generate", _generate, text)
+    parser.add_argument("prompt", metavar="TEXT")
+    parser.add_argument(
+        "--model", type=Path, metavar="PATH", help="GGUF file, or folder of Hugging Face"
+    )
+    parser.add_argument(
+        "--scheme", type=_requantization, default=_AS_STORED, metavar="NAME",
+        help=f"one of {_AS_STORED} (default), none, {', '.join(SCHEMES)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kv", choices=list(demo.STORES), default="bfloat16",
+        help="how keys and values are stored; default: bfloat16",
+    )  # fmt: skip
+    parser.add_argument("--chat", action="store_true", help="answer TEXT, instead of continuing it")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T",
+        help="sample from the distribution at this temperature; default: the most probable token",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
 
 
 def _add_quantize(commands: Commands) -> None:
@@ -117,6 +156,11 @@ def _scheme(name: str) -> Scheme | None:
     return schemes[name.upper()]
 
 
+def _requantization(name: str) -> Scheme | str | None:
+    """What to quantize a model to: a scheme, None for float32, or `_AS_STORED`."""
+    return _AS_STORED if name == _AS_STORED else _scheme(name)
+
+
 def _rule(text: str) -> tuple[str, Scheme | None]:
     pattern, equals, name = text.rpartition("=")
     if not (pattern and equals):
@@ -125,14 +169,94 @@ def _rule(text: str) -> tuple[str, Scheme | None]:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    _use_compilation_cache()
+    encoder = _compare_encoder(options)
+    language, missing = _compare_language(options)
+    if options.json:
+        tables = {"encoder": encoder, "language": language}
+        rows = {name: [dataclasses.asdict(r) for r in found] for name, found in tables.items()}
+        print(json.dumps(rows | {"missing": missing}))
+        return
+    if encoder:
+        _console().print(demo.table(encoder))
+    if language:
+        _console().print(demo.language_table(language))
+    if missing:
+        print(f"The language model was left out. {missing}", file=sys.stderr)
+
+
+def _chosen(rows: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    return {name: row for name, row in rows.items() if name in (options.only or rows)}
+
+
+def _compare_encoder(options: argparse.Namespace) -> list[demo.Result]:
+    schemes = _chosen(demo.SCHEMES, options)
+    if not schemes:
+        return []
     folder = options.encoder or demo.packaged_encoder()
     params, config = demo.load_encoder(folder)
     tokens = demo.tokenize(demo.documentation_sentences(options.sentences), folder)
-    names = options.only or list(demo.SCHEMES)
-    schemes = {name: demo.SCHEMES[name] for name in names}
     with progress_bar(True, None, "Comparing") as progress:
-        results = demo.compare(params, config, tokens, schemes, progress=progress)
-    _print(demo.table(results), [dataclasses.asdict(r) for r in results], options)
+        return demo.compare(params, config, tokens, schemes, progress=progress)
+
+
+def _compare_language(options: argparse.Namespace) -> tuple[list[demo.LanguageResult], str | None]:
+    """The results, and why there are none if the model is not installed."""
+    variants = _chosen(demo.VARIANTS, options)
+    if not variants:
+        return [], None
+    try:
+        path = options.model or demo.packaged_llama()
+    except FileNotFoundError as error:
+        return [], str(error)
+    with progress_bar(True, None, "Reading") as progress:
+        model = demo.load_llama(path, progress=progress)
+        vocabulary = demo.read_vocabulary(model.checkpoint)
+        tokens = demo.windows(vocabulary.encode(demo.held_out_text()), options.windows)
+        return demo.compare_language(model, tokens, variants, progress=progress), None
+
+
+def _generate(options: argparse.Namespace) -> None:
+    _use_compilation_cache()
+    path = options.model or demo.packaged_llama()
+    with progress_bar(not options.json, None, "Reading") as progress:
+        model = demo.load_llama(path, progress=progress)
+        vocabulary = demo.read_vocabulary(model.checkpoint)
+        if options.scheme != _AS_STORED:
+            params = demo.requantize(model.params, options.scheme, progress)
+            model = dataclasses.replace(model, params=params)
+    encode = vocabulary.encode_chat if options.chat else vocabulary.encode
+    ids = demo.generate(
+        model,
+        encode(options.prompt),
+        options.max_tokens,
+        store=demo.STORES[options.kv],
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    pieces, times = [], []
+    for piece in vocabulary.pieces(ids):
+        times.append(time.perf_counter())
+        pieces.append(piece)
+        if not options.json:
+            print(piece, end="", flush=True)
+    # The first steps include compilation.
+    steps = [b - a for a, b in itertools.pairwise(times)]
+    speed = 1 / statistics.median(steps) if steps else None
+    if options.json:
+        values = {"text": "".join(pieces), "tokens": len(pieces), "tokens_per_second": speed}
+        print(json.dumps(values))
+    else:
+        rate = "" if speed is None else f", {speed:.1f} tokens per second"
+        print(f"\n{len(pieces)} tokens{rate}", file=sys.stderr)
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX has one already."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "jaxquant"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _quantize(options: argparse.Namespace) -> None:
@@ -181,9 +305,12 @@ def _print(table: rich.table.Table, values: Any, options: argparse.Namespace) ->
     if options.json:
         print(json.dumps(values))
     else:
-        # Wide enough for all columns if the output is not a terminal.
-        width = None if sys.stdout.isatty() else 160
-        rich.console.Console(width=width).print(table)
+        _console().print(table)
+
+
+def _console() -> rich.console.Console:
+    # Wide enough for all columns if the output is not a terminal.
+    return rich.console.Console(width=None if sys.stdout.isatty() else 160)
 
 
 if __name__ == "__main__":

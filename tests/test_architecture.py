@@ -43,6 +43,7 @@ MAX_BODY_LINES = 60
 LATE_IMPORTS = {
     "checkpoints/report.py": "rich is slow to import, and only tables need it",
     "demo/text.py": "tokenizers is an optional package",
+    "demo/vocabulary.py": "jinja2 is an optional package",
     "explain/table.py": "rich is slow to import, and only tables need it",
     "lift/uses.py": "rich is slow to import, and only tables need it",
     "tree/plot.py": "matplotlib is an optional package, and slow to import",
@@ -50,7 +51,7 @@ LATE_IMPORTS = {
     "tree/report_table.py": "rich is slow to import, and only tables need it",
 }
 # Optional packages, which `import jaxquant` must not need.
-OPTIONAL = ["keras", "optax", "matplotlib", "rich", "safetensors", "tokenizers"]
+OPTIONAL = ["jinja2", "keras", "optax", "matplotlib", "rich", "safetensors", "tokenizers"]
 # Parts of JAX without a promise of stability: one folder names them, and these tests.
 INTERNALS = ("jax._src", "jax.core", "jax.extend", "jax.interpreters")
 READS_INTERNALS = {

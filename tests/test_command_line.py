@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -5,6 +6,7 @@ import resource
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.progress
@@ -15,7 +17,7 @@ from jaxquant import SCHEMES, QTensor, demo, load, save, tree
 from jaxquant.__main__ import main
 from jaxquant.tree.internal import read_arrays
 
-from .demo import encoders
+from .demo import encoders, llamas
 from .tree.trees import normal, parameters
 
 
@@ -34,8 +36,10 @@ def model(tmp_path):
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch):
     """Runs a command; returns the exit status and what was printed to each stream."""
+    # Otherwise commands that compile much would give this process a compilation cache.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
 
     def run(*arguments):
         try:
@@ -244,6 +248,11 @@ BAD = [
     (["demo", "--encoder", "{encoder}", "--sentences", "5"], "must hold 11 sentences or more"),
     (["demo", "--encoder", "{encoder}", "--sentences", "-5"], "usable sentences; got count=-5"),
     (["quantize"], "the following arguments are required"),
+    (["generate", "a", "--scheme", "W3"], "'W3' is not a scheme; choose one of W8A8"),
+    (["generate", "a", "--kv", "int2"], "invalid choice: 'int2'"),
+    (["generate", "a", "--model", "{folder}/none"], "No such file or directory"),
+    (["generate", "a", "--model", "{text}"], "is not a GGUF file"),
+    (["generate", "a", "--model", "{folder}"], "must be one of llama, mistral; got None"),
     (["fly"], "invalid choice: 'fly'"),
     ([], "the following arguments are required: command"),
 ]
@@ -310,6 +319,7 @@ def test_demo_compares_the_requested_schemes(run, tiny, monkeypatch):
         demo, "documentation_sentences", lambda n: asked.append(n) or encoders.sentences(n)
     )
     monkeypatch.setattr(demo, "tokenize", short_tokens(demo.tokenize))
+    monkeypatch.setattr(demo, "packaged_llama", not_installed)
     drawn = []
 
     def update(bar, task, *, completed, description, total=None):
@@ -320,13 +330,112 @@ def test_demo_compares_the_requested_schemes(run, tiny, monkeypatch):
     arguments = ["demo", "--encoder", tiny, "--sentences", "12", "--only", "W8A8", "--only", "FP8"]
     status, out, err = run(*arguments, "--json")
     assert status == 0, err
-    assert [row["name"] for row in json.loads(out)] == ["float32", "W8A8", "FP8"]
+    rows = json.loads(out)
+    assert [row["name"] for row in rows["encoder"]] == ["float32", "W8A8", "FP8"]
+    assert (rows["language"], rows["missing"]) == ([], "llm-x is not installed")
     assert asked == [12]
     status, out, err = run(*arguments)
     assert status == 0, err
     assert "Sentence encoder, quantized" in out
     assert drawn == [(1, 3, "float32"), (2, 3, "W8A8"), (3, 3, "FP8")] * 2
     assert all(name in out for name in ("float32", "W8A8", "FP8", "10-NN overlap"))
+    assert "The language model was left out. llm-x is not installed" in err
+
+
+def not_installed():
+    raise FileNotFoundError("llm-x is not installed")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama") / "tiny.gguf"
+    llamas.write_gguf(path, llamas.random_arrays())
+    return path
+
+
+def test_demo_compares_variants_of_a_language_model(run, llama, monkeypatch):
+    monkeypatch.setattr(demo, "held_out_text", lambda: "the end in 12 " * 200)
+    rows = "as stored", "float32, int8 keys and values"
+    only = [word for name in rows for word in ("--only", name)]
+    arguments = ["demo", "--model", llama, "--windows", 1, *only]
+    status, out, err = run(*arguments, "--json")
+    assert status == 0, err
+    values = json.loads(out)
+    assert (values["encoder"], values["missing"]) == ([], None)
+    assert [row["name"] for row in values["language"]] == list(rows)
+    assert values["language"][0]["agreement"] == 1
+    status, out, err = run(*arguments)
+    assert status == 0, err
+    assert "Language model, quantized" in out
+    assert "the model's file is quantized, and this is what it dequantizes to" in out
+    assert "Sentence encoder" not in out
+
+
+def continued(llama, prompt, count, scheme=None, store=jnp.bfloat16, is_chat=False):
+    model = demo.load_llama(llama)
+    if scheme is not None:
+        params = demo.requantize(model.params, scheme)
+        model = dataclasses.replace(model, params=params)
+    vocabulary = demo.read_vocabulary(model.checkpoint)
+    ids = vocabulary.encode_chat(prompt) if is_chat else vocabulary.encode(prompt)
+    return list(vocabulary.pieces(demo.generate(model, ids, count, store=store)))
+
+
+def test_generate_streams_a_text_and_its_speed(run, llama, monkeypatch):
+    written = []
+
+    def write(text, **options):
+        written.append((text, options))
+
+    monkeypatch.setattr("jaxquant.__main__.print", write, raising=False)
+    status, _, err = run("generate", "the end", "--model", llama, "--max-tokens", "5")
+    assert status == 0, err
+    *pieces, (summary, options) = written
+    assert [text for text, _ in pieces] == continued(llama, "the end", 5)
+    assert all(o == {"end": "", "flush": True} for _, o in pieces)
+    assert re.fullmatch(r"\n5 tokens, \d+\.\d tokens per second", summary)
+    assert options == {"file": sys.stderr}
+
+
+def test_generate_requantizes_and_prints_json(run, llama):
+    status, out, err = run(
+        "generate", "in 12", "--model", llama, "--max-tokens", "4", "--scheme", "w4a16",
+        "--kv", "int8", "--json",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    values = json.loads(out)
+    want = continued(llama, "in 12", 4, SCHEMES["W4A16"], demo.STORES["int8"])
+    assert (values["text"], values["tokens"]) == ("".join(want), 4)
+    assert values["tokens_per_second"] > 0
+
+
+def test_generate_answers_and_samples(run, llama):
+    pytest.importorskip("jinja2", reason="pip install -e '.[test]'")
+    common = ["generate", "the", "--model", llama, "--max-tokens", "6", "--json", "--chat"]
+    texts = []
+    for options in ([], *(["--temperature", "9", "--seed", str(s)] for s in (1, 1, 2))):
+        status, out, err = run(*common, *options)
+        assert (status, err) == (0, "")
+        texts.append(json.loads(out)["text"])
+    assert texts[0] == "".join(continued(llama, "the", 6, is_chat=True))
+    assert texts[1] == texts[2] != texts[3]
+
+
+def test_generate_keeps_compiled_programs(llama, tmp_path):
+    """In the user's cache folder, for the next process."""
+    command = [sys.executable, "-m", "jaxquant", "generate", "the", "--model", str(llama)]
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(
+        [*command, "--max-tokens", "2"],
+        env=environment | {"XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "".join(continued(llama, "the", 2))
+    assert "2 tokens, " in done.stderr
+    assert [p for p in (tmp_path / "jaxquant").iterdir() if "next_token" in p.name]
 
 
 def short_tokens(tokenize):
@@ -334,7 +443,9 @@ def short_tokens(tokenize):
     return lambda texts, folder: tokenize(texts, folder, length=16, batch_size=4)
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["quantize"], ["inspect"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["generate"], ["quantize"], ["inspect"]], ids=str
+)
 def test_help_shows_examples(run, command):
     status, out, err = run(*command, "--help")
     assert (status, err) == (0, "")

@@ -20,6 +20,8 @@ from jaxquant import __main__ as command_line
 from jaxquant import demo, training, tree
 from jaxquant.core import packed_bytes
 
+from .demo import llamas
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -92,13 +94,23 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="--plot needs the extra plot")
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^    jaxquant (.*)$", README.read_text(), re.MULTILINE)
-    assert [line.split()[0] for line in lines] == ["quantize", "inspect"]
+    assert [line.split()[0] for line in lines] == [*["generate"] * 2, "quantize", "inspect"]
     kernel = jax.random.normal(jax.random.key(0), (256, 384))
     tree.save("model.safetensors", {"layer": {"kernel": kernel, "bias": jnp.ones(384)}})
-    for line in lines:
+    for line in lines[2:]:
         assert command_line.main(shlex.split(line)) == 0
         assert "int4 g128" in capsys.readouterr().out
     assert (tmp_path / "small.png").stat().st_size > 5000
+
+
+def test_commands_of_the_readme_generate_text(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("jinja2", reason="--chat needs the extra demo")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    llamas.write_gguf(tmp_path / "tiny.gguf", llamas.random_arrays())
+    monkeypatch.setattr(demo, "packaged_llama", lambda: tmp_path / "tiny.gguf")
+    for line in re.findall(r"^    jaxquant (generate .*)$", README.read_text(), re.MULTILINE):
+        assert command_line.main([*shlex.split(line), "--max-tokens", "3"]) == 0
+        assert "3 tokens" in capsys.readouterr().err
 
 
 def test_quality_table_is_what_the_benchmark_prints(capsys):
@@ -122,7 +134,7 @@ def test_sizes_in_the_demo_table_follow_from_the_encoder():
     try:
         params, _ = demo.load_encoder(demo.packaged_encoder())
     except FileNotFoundError:
-        pytest.skip("the encoder's package, of the extra demo, is not installed")
+        pytest.skip("the encoder's package is not installed")
     for name, megabytes, bits, *_ in demo_rows()[1:]:
         rules = tree.default_rules(demo.SCHEMES[name], axis=-1)
         quantized = jax.eval_shape(lambda p, rules=rules: jq.tree.quantize(p, rules), params)

@@ -1,4 +1,4 @@
-"""The demo: quantizes a pretrained sentence encoder and compares schemes."""
+"""The demo: a sentence encoder and a language model, quantized and compared."""
 
 from .compare import SCHEMES as SCHEMES
 from .compare import Result as Result
@@ -8,6 +8,26 @@ from .encoder import EncoderConfig as EncoderConfig
 from .encoder import embed as embed
 from .encoder import load_encoder as load_encoder
 from .encoder import packaged_encoder as packaged_encoder
+from .generate import STORES as STORES
+from .generate import generate as generate
+from .generate import packaged_llama as packaged_llama
+from .generate import requantize as requantize
+from .language import VARIANTS as VARIANTS
+from .language import LanguageResult as LanguageResult
+from .language import Variant as Variant
+from .language import compare_language as compare_language
+from .language import held_out_text as held_out_text
+from .language import language_table as language_table
+from .language import windows as windows
+from .llama import LlamaConfig as LlamaConfig
+from .llama import forward as forward
+from .llama import init_cache as init_cache
+from .llama import logits as logits
+from .llama import next_token as next_token
+from .llama_files import LlamaModel as LlamaModel
+from .llama_files import load_llama as load_llama
 from .text import Tokens as Tokens
 from .text import documentation_sentences as documentation_sentences
 from .text import tokenize as tokenize
+from .vocabulary import Vocabulary as Vocabulary
+from .vocabulary import read_vocabulary as read_vocabulary

