@@ -41,6 +41,7 @@ _NUMBERS = {
     11: "q",
     12: "d",
 }
+_LENGTH = struct.Struct("<Q")
 _UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -113,12 +114,20 @@ class _Cursor:
         return list(values)
 
     def string(self, field: str) -> str:
-        length = self.number("Q", f"length of {field}")
-        self.require(length, 1, field)
-        text = bytes(self.bytes[self.position : self.position + length])
-        self.position += length
+        return self.strings(1, field)[0]
+
+    def strings(self, count: int, field: str) -> list[str]:
+        self.require(count, 8, field)
+        spans, stop, size = [], self.position, len(self.bytes)
+        for i in range(count):
+            start = stop + _LENGTH.size
+            stop = start + _LENGTH.unpack_from(self.bytes, stop)[0] if start <= size else start
+            if stop > size:
+                raise self.error(field, f"text {i} ends at {stop}, the file at {size}")
+            spans.append((start, stop))
+        self.position = stop
         try:
-            return text.decode()
+            return [str(self.bytes[start:stop], "utf-8") for start, stop in spans]
         except UnicodeDecodeError as error:
             raise self.error(field, f"not UTF-8 ({error.reason} at byte {error.start})") from error
 
@@ -126,8 +135,7 @@ class _Cursor:
         """One value of metadata, or a list of `count`."""
         wanted = 1 if count is None else count
         if kind == _STRING:
-            self.require(wanted, 8, field)
-            values = [self.string(field) for _ in range(wanted)]
+            values = self.strings(wanted, field)
         elif kind == _BOOL:
             values = [self.flag(v, field) for v in self.numbers("B", wanted, field)]
         elif kind in _NUMBERS:
