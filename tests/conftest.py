@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items):
 
 # Folders and modules that test what is done with arrays, not how they are computed. These are
 # compiled without optimization even where `.ci/run` asks for it.
-QUICK = {"benchmarks", "calibration", "demo", "keras", "tree"}
+QUICK = {"benchmarks", "calibration", "demo", "explain", "jaxprs", "keras", "lift", "tree"}
 QUICK |= {"test_command_line.py", "test_docstrings.py", "test_documents.py"}
 
 

@@ -25,8 +25,6 @@ from jaxquant.jaxprs import marker_p
 
 from ..ops.products import normal, weight, with_inputs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 X = normal(5, 64)
 Q = with_inputs(weight(ArrayConfig(), (64, 24)), Inputs(ArrayConfig()))
 STACK = jax.vmap(lambda w: quantize(w, ArrayConfig()))(normal(3, 64, 64))

@@ -18,8 +18,6 @@ from jaxquant.jaxprs import (
     unless_partitioned,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 X = jnp.arange(8.0)
 SWITCHES = {"cpu": on_one_cpu, "tpu": on_one_tpu, "cuda": on_one_gpu}
 

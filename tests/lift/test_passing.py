@@ -14,7 +14,6 @@ from jaxquant.jaxprs import passed_on
 
 from . import cases
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 X = cases.rows()
 
 

@@ -10,7 +10,6 @@ import jaxquant as jq
 
 from . import cases
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROWS = {
     "index": lambda w: 8.0 * w[cases.INDEX[0]] + 1.0,
     "dynamic_slice": lambda w: jnp.tanh(lax.dynamic_slice_in_dim(w, cases.INDEX[1], 1)),

@@ -13,7 +13,6 @@ from jaxquant.jaxprs import walk
 
 from . import cases
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 X = cases.normal(4, cases.K)
 
 
