@@ -4,6 +4,7 @@ from .checkpoint import Checkpoint as Checkpoint
 from .gguf import open_gguf as open_gguf
 from .gguf import write_gguf as write_gguf
 from .huggingface import open_folder as open_folder
+from .huggingface import write_folder as write_folder
 from .load import put as put
 from .load import swapped as swapped
 from .own import open_own as open_own

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -45,6 +46,48 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             raise OSError(error.errno, f"{error.strerror}; could not write", str(path)) from error
         raise
     _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def creating_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a new folder, which is renamed to `path` once its files are written.
+
+    Until then it is locked. Folders that earlier processes left there, when they were killed while
+    they wrote `path`, are not locked, and are removed.
+
+    Raises:
+        FileExistsError: there is something other than an empty folder at `path`.
+        OSError: the folder cannot be created; there is nothing at `path` then.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{path} exists; choose a new folder, or remove it.")
+    prefix = _temporary_prefix(target)
+    for leftover in target.parent.glob(f"{prefix}*.folder"):
+        with contextlib.suppress(OSError), _locked_folder(leftover, unsupported=False):
+            shutil.rmtree(leftover)
+    temporary = target.parent / f"{prefix}{secrets.token_hex(4)}.folder"
+    temporary.mkdir()
+    try:
+        with _locked_folder(temporary, unsupported=True):
+            yield temporary
+            os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: Path, *, unsupported: bool) -> Iterator[None]:
+    """Holds a lock; raises BlockingIOError if another process does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if not _lock(descriptor, unsupported=unsupported):
+            raise BlockingIOError(f"{folder} is being written by another process.")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _temporary_prefix(target):

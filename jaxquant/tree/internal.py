@@ -1,5 +1,6 @@
 """Names of `tree` that other folders of this package use but that are not public."""
 
+from .atomic import creating_folder as creating_folder
 from .atomic import replacing as replacing
 from .files import check_target as check_target
 from .files import check_tensor as check_tensor

@@ -67,6 +67,23 @@ def compressed_tensors() -> dict[str, Case]:
     return cases
 
 
+def decompressed(config: dict[str, Any], tensors: dict[str, Any], module: str) -> Any:
+    """The weight of a module of a folder, float32, as compressed-tensors decodes it."""
+    torch: Any = importlib.import_module("torch")
+    compressors: Any = importlib.import_module("compressed_tensors.compressors")
+    quantization: Any = importlib.import_module("compressed_tensors.quantization")
+    full = quantization.QuantizationConfig(**config["quantization_config"])
+    schemes = full.config_groups.values()
+    scheme = next(s for s in schemes if {"Linear", module} & set(s.targets))
+    state = {
+        name.removeprefix(f"{module}."): torch.as_tensor(x)
+        for name, x in tensors.items()
+        if name.startswith(f"{module}.")
+    }
+    compressor = compressors.BaseCompressor.get_value_from_registry(scheme.format)
+    return compressor.decompress(state, scheme)["weight"].float()
+
+
 def _fp8(strategy):
     return {"num_bits": 8, "type": "float", "strategy": strategy}
 

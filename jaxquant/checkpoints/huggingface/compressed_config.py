@@ -245,7 +245,7 @@ def activations(args: Args | None, columns: int) -> ArrayConfig | None:
         return None
     return ArrayConfig(
         format=format,
-        group_size=size,
+        group_size=None if format.group_size else size,
         per_tensor=args.strategy == "tensor",
         symmetric=args.symmetric or not format.rounds,
     )

@@ -1,0 +1,43 @@
+"""Parts of quantized weights as NumPy arrays, with the axes of the weight: (N, K)."""
+
+from typing import Any
+
+import numpy as np
+
+from ...core import QTensor
+from ..source import Source
+
+
+def as_numpy(x: Any) -> np.ndarray:
+    """An array of a device or of a file."""
+    return x.read() if isinstance(x, Source) else np.asarray(x)
+
+
+def logical(q: QTensor, part: Any) -> np.ndarray:
+    """Codes, scales or zero points with their axes in the order of the weight's."""
+    return as_numpy(part).transpose(q.stored_axes(range(q.ndim)))
+
+
+def check_weight(name: str, q: QTensor) -> None:
+    """Raises unless files of safetensors can hold a quantized weight under its name.
+
+    Raises:
+        ValueError: it is not a matrix named "....weight", or has parts that files do not have.
+    """
+    if not name.endswith(".weight") or q.ndim != 2:
+        raise ValueError(
+            f"Quantized weights must be matrices (N, K) with names such as 'layers.0.q_proj.weight'"
+            f"; got {name!r} of shape {q.shape}. Unstack experts and layers."
+        )
+    extra = {
+        "an offset": q.offset,
+        "values in training": q.values,
+        "a multiplier of activations": q.inputs and q.inputs.multiplier,
+        "a permutation of activations": q.inputs and q.inputs.permutation,
+    }
+    found = [what for what, part in extra.items() if part is not None]
+    if found:
+        raise ValueError(
+            f"{name} has {found[0]}, which files of Hugging Face folders cannot hold. Dequantize "
+            "it, or quantize it again."
+        )
