@@ -3,6 +3,7 @@
 JAXQUANT_MUTATIONS=10000 tries that many damaged copies of each family instead of a few.
 """
 
+import json
 import os
 import shutil
 
@@ -12,9 +13,9 @@ import pytest
 from jaxquant import QTensor
 from jaxquant.checkpoints import open_folder
 
-from .folders import golden_cases, write_folder
+from .folders import golden_cases, write_file, write_folder
 from .models import made_cases
-from .mutations import mutate_folder
+from .mutations import mutate_folder, mutated_json
 
 COUNT = int(os.environ.get("JAXQUANT_MUTATIONS", "60"))
 GOLDEN = ["compressed_tensors", "float8", "gpt_oss", "bitsandbytes", "mlx"]
@@ -77,3 +78,25 @@ def test_damaged_folders(family, tmp_path):
                 # An array that is not needed got another name.
                 assert any(np.array_equal(arrays[1][0], x) for x in tensors.values()), change
     assert COUNT / 2 < errors < COUNT, errors
+
+
+def test_damaged_indices(tmp_path):
+    rng = np.random.default_rng(0)
+    _, config, tensors, _ = next(golden_cases("compressed_tensors"))
+    folder = write_folder(tmp_path / "model", config, tensors)
+    (folder / "model.safetensors").unlink()
+    halves = list(tensors)[:2], list(tensors)[2:]
+    for i, names in enumerate(halves):
+        write_file(folder / f"{i}.safetensors", {name: tensors[name] for name in names})
+    places = {name: f"{i}.safetensors" for i, names in enumerate(halves) for name in names}
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    intact = arrays_of(folder)
+    for _ in range(COUNT):
+        changed, change = mutated_json(index, rng)
+        path.write_text(json.dumps(changed))
+        found, error = arrays_or_error(folder)
+        assert str(folder) in error or found, (change, error)
+        for name, arrays in found.items():
+            assert is_same(arrays, intact[name]), (change, name)

@@ -49,12 +49,20 @@ def pack(codes: np.ndarray, bits: int, dtype: type, axis: int = -1) -> np.ndarra
         [33, 67]
     """
     rows = np.moveaxis(codes, axis, -1).astype(np.uint8)
-    planes = (rows[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
-    stream = planes.reshape(*rows.shape[:-1], rows.shape[-1] * bits)
-    width = 8 * np.dtype(dtype).itemsize
-    stream = np.pad(stream, [(0, 0)] * (rows.ndim - 1) + [(0, -stream.shape[-1] % width)])
-    words = np.packbits(stream, axis=-1, bitorder="little").view(dtype)
-    return np.moveaxis(words, -1, axis)
+    width = np.dtype(dtype).itemsize
+    nbytes = words_for(rows.shape[-1], bits, 8 * width) * width
+    # Eight codes take exactly `bits` bytes.
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % 8)]
+    octets = np.pad(rows, padding).reshape(*rows.shape[:-1], -(-rows.shape[-1] // 8), 8)
+    data = np.zeros((*octets.shape[:-1], bits), np.uint8)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        data[..., byte] |= octets[..., i] << shift
+        if shift + bits > 8:
+            data[..., byte + 1] |= octets[..., i] >> (8 - shift)
+    data = data.reshape(*rows.shape[:-1], octets.shape[-2] * bits)[..., :nbytes]
+    data = np.pad(data, [(0, 0)] * (rows.ndim - 1) + [(0, nbytes - data.shape[-1])])
+    return np.moveaxis(np.ascontiguousarray(data).view(dtype), -1, axis)
 
 
 def unpack_padded(words: np.ndarray, bits: int, axis: int = -1) -> np.ndarray:
