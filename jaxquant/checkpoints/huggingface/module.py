@@ -61,10 +61,12 @@ class Module:
 
     def invalid(self, text: str) -> ValueError:
         """An error about the module, as a whole or about its last tensor."""
-        names = [t.name for t in self.taken]
-        path = self.taken[-1].path if self.taken else self.pool.folder.path
-        beside = f" beside {names[0]!r}" if names else ""
-        return ValueError(f"{path}{beside} {text}. Convert the model again.")
+        if not self.taken:
+            return ValueError(f"{self.pool.folder.path}: {self.prefix!r} {text}.")
+        first, last = self.taken[0], self.taken[-1]
+        return ValueError(
+            f"{last.path}: the module of {first.name!r} {text}. Convert the model again."
+        )
 
     def stored(self, kind: str, value: QTensor, name: str = "weight", note: str = "") -> Stored:
         """The quantized weight, with the bytes of all that was taken."""
