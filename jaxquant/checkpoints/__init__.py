@@ -7,6 +7,7 @@ from .huggingface import open_folder as open_folder
 from .huggingface import write_folder as write_folder
 from .load import put as put
 from .load import swapped as swapped
+from .open import open as open
 from .own import open_own as open_own
 from .report import CheckpointReport as CheckpointReport
 from .report import CheckpointRow as CheckpointRow

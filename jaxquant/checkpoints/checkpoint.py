@@ -77,7 +77,7 @@ class Checkpoint(Mapping[str, Stored]):
 
         Example:
             >>> jq.save("model.safetensors", jq.tree.quantize({"w": jnp.ones((64, 8))}, jq.W8A8))
-            >>> jq.checkpoints.open_own("model.safetensors").load(["w"])
+            >>> jq.checkpoints.open("model.safetensors").load(["w"])
             {'w': QTensor(int8 64x8, scale (1, 8), float32)}
         """
         return load(self.tensors, wanted, sharding, dtype, progress)

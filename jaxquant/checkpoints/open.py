@@ -1,0 +1,54 @@
+"""Recognises the container of a checkpoint and opens it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..tree.internal import check_regular, has_manifest
+from .checkpoint import Checkpoint
+from .gguf import open_gguf
+from .huggingface import open_folder
+from .own import open_own
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".npz")
+
+
+def open(path: str | os.PathLike, **options: Any) -> Checkpoint:
+    """Opens a checkpoint. Only headers are read; tensors are read when they are loaded.
+
+    Args:
+        path: a GGUF file; a folder of a Hugging Face model, its index file or one of its
+            safetensors files; or a file that `jaxquant.save` wrote.
+        options: of the reader: `names="huggingface"` for GGUF (see `checkpoints.open_gguf`).
+
+    Raises:
+        OSError: there is nothing at `path`, or it cannot be read.
+        ValueError: it is not a checkpoint, is malformed, or is of a kind that is not supported; the
+            error says what to do.
+
+    Example:
+        >>> jq.save("model.safetensors", {"w": jnp.ones((4, 2))})
+        >>> jq.checkpoints.open("model.safetensors")
+        Checkpoint('model.safetensors', jaxquant, 1 tensors)
+    """
+    path = Path(path)
+    if path.is_dir():
+        return open_folder(path, **options)
+    check_regular(path)
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start in (b"GGUF", b"FUGG"):
+        return open_gguf(path, **options)
+    if start == b"PK\x03\x04" and path.suffix == ".keras":
+        raise ValueError(
+            f"{path} is a Keras file: open it with keras.models.load_model, after "
+            "`import jaxquant.keras`, which also reads models that Keras quantized."
+        )
+    if path.suffix in _PICKLES or start[:2] in (b"PK", b"\x80\x02"):
+        raise ValueError(
+            f"{path} is not safetensors or GGUF but may hold pickled objects, which can run code "
+            "when they are read. Convert it to safetensors with the library that wrote it."
+        )
+    if start.lstrip().startswith(b"{"):
+        return open_folder(path, **options)
+    return open_own(path, **options) if has_manifest(path) else open_folder(path, **options)
