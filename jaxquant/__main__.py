@@ -16,7 +16,7 @@ import jax
 import rich.console
 import rich.table
 
-from . import demo, tree
+from . import checkpoints, demo, tree
 from .core import SCHEMES, Scheme
 from .tree.internal import check_target, progress_bar, read_tree
 from .version import __version__
@@ -105,9 +105,12 @@ def _add_generate(commands: Commands) -> None:
 
 
 def _add_quantize(commands: Commands) -> None:
-    text = "Quantize the matrices of a safetensors file; norms and biases stay in float."
+    text = (
+        "Quantize the matrices of a checkpoint (Hugging Face folder, safetensors or GGUF file), "
+        "tensor by tensor; norms and biases stay in float. Run it again to go on after a stop."
+    )
     parser = _add(commands, "quantize", _quantize, text)
-    parser.add_argument("source", metavar="IN.safetensors", type=Path)
+    parser.add_argument("source", metavar="IN", type=Path, help="checkpoint: a folder or a file")
     parser.add_argument("target", metavar="OUT.safetensors", type=Path)
     names = ", ".join(SCHEMES)
     parser.add_argument("--scheme", type=_scheme, metavar="NAME", help=f"one of {names}")
@@ -274,12 +277,24 @@ def _quantize(options: argparse.Namespace) -> None:
         raise ValueError(
             f"{options.source} and {options.target} are the same file; name another for the result"
         )
-    params, _ = read_tree(options.source)
-    quantized = tree.quantize(params, rules, progress=not options.json)
-    report = tree.report(params, quantized, rules)
-    sqnr = {r["path"]: r["sqnr"] for r in report.to_json()["rows"] if r["sqnr"] is not None}
-    tree.save(options.target, quantized, {_SQNR: json.dumps(sqnr)})
+    checkpoint = checkpoints.open(options.source)
+    progress = not options.json
+    if checkpoint.container == "jaxquant":
+        # It may have any structure, which the result keeps.
+        params, _ = read_tree(options.source)
+        quantized = tree.quantize(params, rules, progress=progress)
+        report = tree.report(params, quantized, rules)
+        tree.save(options.target, quantized, _sqnr_metadata(report))
+    else:
+        report = checkpoints.write_quantized(
+            options.target, checkpoint, rules, metadata=_sqnr_metadata, progress=progress
+        )
     _print(report.table(), report.to_json(), options)
+
+
+def _sqnr_metadata(report: tree.Report) -> dict[str, str]:
+    sqnr = {r["path"]: r["sqnr"] for r in report.to_json()["rows"] if r["sqnr"] is not None}
+    return {_SQNR: json.dumps(sqnr)}
 
 
 def _inspect(options: argparse.Namespace) -> None:

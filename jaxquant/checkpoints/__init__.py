@@ -9,6 +9,8 @@ from .load import put as put
 from .load import swapped as swapped
 from .open import open as open
 from .own import open_own as open_own
+from .quantize import quantize as quantize
+from .quantize import write_quantized as write_quantized
 from .report import CheckpointReport as CheckpointReport
 from .report import CheckpointRow as CheckpointRow
 from .source import Source as Source

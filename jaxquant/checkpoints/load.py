@@ -75,9 +75,9 @@ def _cast(source: Source, dtype: jax.typing.DTypeLike | None) -> Source:
     target = np.dtype(dtype)
 
     def reader(index: Index) -> np.ndarray:
-        return source.reader(index).astype(target)
+        return source.read(index).astype(target)
 
-    return dataclasses.replace(source, dtype=target, reader=reader)
+    return Source(source.shape, target, reader)
 
 
 def _requests(tensors: Mapping[str, Stored], wanted: Any) -> tuple[list, list, list, Any]:
@@ -128,7 +128,7 @@ def swapped(value: Source | QTensor) -> Source | QTensor:
     shape = (*value.shape[:-2], *value.shape[:-3:-1])
 
     def reader(index: Index) -> np.ndarray:
-        return value.reader((*index[:-2], *index[:-3:-1])).swapaxes(-1, -2)
+        return value.read((*index[:-2], *index[:-3:-1])).swapaxes(-1, -2)
 
     return Source(shape, value.dtype, reader)
 

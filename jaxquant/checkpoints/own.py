@@ -74,13 +74,16 @@ def bits_of_any(dtype: np.dtype) -> int:
 def _restore(stored: _Mapped, dtype: np.dtype | None, shape: tuple[int, ...] | None) -> Source:
     if dtype is None or shape is None:
         array = stored.array
-        return Source(array.shape, array.dtype, lambda index: np.array(stored.read()[index]))
+        return Source(array.shape, array.dtype, lambda index: np.array(stored.read()[index]), array)
     bits = bits_of_any(dtype)
     if math.prod(shape) * bits > 8 * stored.array.nbytes:
         raise ValueError(f"{dtype} of shape {shape} does not fit {stored.array.nbytes} bytes")
     if bits >= 8:
         return Source(
-            shape, dtype, lambda index: np.array(stored.read().view(dtype).reshape(shape)[index])
+            shape,
+            dtype,
+            lambda index: np.array(stored.read().view(dtype).reshape(shape)[index]),
+            stored.array,
         )
 
     def reader(index: Index) -> np.ndarray:
@@ -96,7 +99,7 @@ def _restore(stored: _Mapped, dtype: np.dtype | None, shape: tuple[int, ...] | N
         codes = codes.reshape(first.stop - first.start, *shape[1:])[(slice(None), *rest)]
         return from_bits(codes, dtype).reshape(() if not shape else codes.shape)
 
-    return Source(shape, dtype, reader)
+    return Source(shape, dtype, reader, stored.array)
 
 
 def from_bits(codes: np.ndarray, dtype: np.dtype) -> np.ndarray:

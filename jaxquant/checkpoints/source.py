@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+import mmap
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Index = tuple[slice, ...]
+# Smaller reads are not worth a system call.
+_LEAST_RELEASED = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +24,14 @@ class Source:
         dtype: of the array, perhaps one that JAX adds to NumPy, such as uint4.
         reader: returns a copy of the part that an index selects: one slice per axis, each with
             start and stop within the shape, and step 1.
+        mapped: the mapped bytes that it reads, whose pages are released after each read: a process
+            does not hold what it has read.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     reader: Callable[[Index], np.ndarray]
+    mapped: np.ndarray | None = None
 
     @property
     def ndim(self) -> int:
@@ -40,7 +47,19 @@ class Source:
         """A copy of the part that the slices select, of step 1; the whole array for None."""
         given = (slice(None),) * self.ndim if index is None else index
         bounds = (s.indices(n)[:2] for s, n in zip(given, self.shape, strict=True))
-        return self.reader(tuple(slice(start, max(start, stop)) for start, stop in bounds))
+        out = self.reader(tuple(slice(start, max(start, stop)) for start, stop in bounds))
+        if self.mapped is not None and out.nbytes >= _LEAST_RELEASED:
+            _release(self.mapped)
+        return out
+
+    def part(self, start: int, stop: int) -> "Source":
+        """The part from `start` to `stop` along the first axis."""
+
+        def reader(index: Index) -> np.ndarray:
+            first, *rest = index
+            return self.read((slice(start + first.start, start + first.stop), *rest))
+
+        return Source((stop - start, *self.shape[1:]), self.dtype, reader)
 
     def put(self, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
         """The array on devices. Each process reads the slices of its own devices, one at a time."""
@@ -56,6 +75,15 @@ class Source:
             return last[0][1]
 
         return jax.make_array_from_callback(self.shape, sharding, read, dtype=self.dtype)
+
+
+def _release(mapped: np.ndarray) -> None:
+    """Tells the system that the pages of a mapped file are not needed for now."""
+    base: Any = mapped
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def concatenate(sources: Sequence[Source], axis: int) -> Source:

@@ -102,7 +102,7 @@ def _create(folder, prefix, mode):
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
         descriptor = os.open(temporary, flags, mode)
         # Another process may take it for a leftover until it is locked.
-        is_ours = _lock(descriptor, unsupported=True) and temporary.exists()
+        is_ours = lock(descriptor, unsupported=True) and temporary.exists()
         if is_ours:
             return temporary, descriptor
         os.close(descriptor)
@@ -112,11 +112,11 @@ def _remove_leftovers(folder, prefix):
     for leftover in folder.glob(f"{prefix}*.tmp"):
         # One that is another's, or already gone, is left.
         with contextlib.suppress(OSError), open(leftover, "rb+") as file:
-            if _lock(file.fileno(), unsupported=False):
+            if lock(file.fileno(), unsupported=False):
                 leftover.unlink()
 
 
-def _lock(descriptor, *, unsupported: bool) -> bool:
+def lock(descriptor: int, *, unsupported: bool) -> bool:
     """Whether the file is locked by this now; `unsupported` where there are no locks."""
     if fcntl is None:
         return unsupported

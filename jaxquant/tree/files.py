@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .tensor_file import (
     MALFORMED,
     MAX_HEADER_BYTES,
     TensorFile,
+    bytes_of_array,
     check_regular,
     check_strings,
     open_tensors,
@@ -73,18 +74,23 @@ def save(path: str | os.PathLike, tree: Any, metadata: Mapping[str, str] | None 
         structure = encoder.encode(tree)
     except RecursionError as error:
         raise ValueError(f"The tree is nested too deeply to save as {path}; flatten it.") from error
-    contents = {
-        "structure": structure,
-        "statics": encoder.statics,
-        "tensors": {name: _checksum(array) for name, array in encoder.arrays.items()},
+    checksums = {
+        name: checksum(array.dtype, array.shape, bytes_of_array(array))
+        for name, array in encoder.arrays.items()
     }
-    metadata = dict(sorted(metadata.items()))
-    text = json.dumps(
-        {"version": encoder.version, "metadata": metadata, "tree": _compress(contents)}
-    )
-    header = {_MANIFEST: text, _CHECKSUM: str(zlib.crc32(text.encode()))}
+    header = header_of(structure, encoder, checksums, metadata)
     with replacing(path) as file:
         write_tensors(file, encoder.arrays, header)
+
+
+def header_of(
+    structure: Any, encoder: Encoder, checksums: Mapping[str, int], metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """The strings in the header of a file: all but the tensors."""
+    contents = {"structure": structure, "statics": encoder.statics, "tensors": dict(checksums)}
+    fields = {"version": encoder.version, "metadata": dict(sorted(metadata.items()))}
+    text = json.dumps({**fields, "tree": _compress(contents)})
+    return {_MANIFEST: text, _CHECKSUM: str(zlib.crc32(text.encode()))}
 
 
 def check_target(path: str | os.PathLike) -> None:
@@ -295,7 +301,8 @@ class _Altered(ValueError):
 
 def check_tensor(path: Any, name: str, array: np.ndarray, expected: int) -> None:
     """Raises ValueError if a stored array does not have its checksum."""
-    if _checksum(array) != expected:
+    whole = np.ascontiguousarray(array)
+    if checksum(array.dtype, array.shape, bytes_of_array(whole)) != expected:
         raise _Altered(
             f"{path} was altered: tensor {name!r} does not have its checksum {expected}. Save it "
             "again."
@@ -330,10 +337,12 @@ def _restructure(tree, like, path):
     return jax.tree.unflatten(treedef, [found[p] for p in wanted])
 
 
-def _checksum(array):
+def checksum(dtype: np.dtype, shape: tuple[int, ...], pieces: Iterable[Any]) -> int:
     """CRC-32 of dtype, shape and bytes."""
-    start = zlib.crc32(f"{array.dtype.name}{array.shape}".encode())
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, start)
+    found = zlib.crc32(f"{dtype.name}{tuple(shape)}".encode())
+    for piece in pieces:
+        found = zlib.crc32(piece, found)
+    return found
 
 
 def _compress(value):

@@ -10,10 +10,17 @@ from .files import read_arrays as read_arrays
 from .files import read_tree as read_tree
 from .paths import leaves_with_paths as leaves_with_paths
 from .progress import progress_bar as progress_bar
+from .quantize import is_finite as is_finite
+from .quantize import quantize_in_order as quantize_in_order
 from .quantize import quantize_leaf as quantize_leaf
 from .quantize import select as select
 from .quantize import stored_order as stored_order
 from .quantize import why_unsupported as why_unsupported
+from .quantize import why_unsupported_shape as why_unsupported_shape
+from .report import histogram as histogram
+from .report import powers as powers
+from .report import row_of as row_of
+from .report import sqnr_of as sqnr_of
 from .report_table import to_text as to_text
 from .rules import Plan as Plan
 from .rules import as_rules as as_rules
@@ -29,3 +36,4 @@ from .tensor_file import check_regular as check_regular
 from .tensor_file import open_tensors as open_tensors
 from .tensor_file import summary as summary
 from .tensor_file import write_tensors as write_tensors
+from .writer import TreeWriter as TreeWriter

@@ -45,14 +45,16 @@ class Encoder:
     Attributes:
         version: the oldest version of files that holds the tree. 2 if a QTensor has an offset or a
             permutation, which jaxquant 0.1 cannot read.
-        arrays: NumPy array per name, in the form in which it is stored.
+        store: what brings an array into the form in which it is stored.
+        arrays: what `store` returns, a NumPy array, per name.
         statics: JSON values of the static parts that nodes refer to, by their position: many
             QTensors share one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, store: Callable[[Any], Any] | None = None) -> None:
+        self.store = store or to_stored
         self.version = 1
-        self.arrays: dict[str, np.ndarray] = {}
+        self.arrays: dict[str, Any] = {}
         self.statics: list[Any] = []
 
     def encode(self, tree: Any, path: str = "") -> list[Any]:
@@ -68,7 +70,8 @@ class Encoder:
             return self._encode_low_rank(tree, path)
         if tree is None or isinstance(tree, bool | int | float | str):
             return ["value", tree]
-        if isinstance(tree, jax.Array | np.ndarray | np.generic):
+        is_form = self.store is stored_form and isinstance(tree, jax.ShapeDtypeStruct)
+        if is_form or isinstance(tree, jax.Array | np.ndarray | np.generic):
             return self._encode_array(tree, path)
         return self._encode_container(tree, path)
 
@@ -118,7 +121,7 @@ class Encoder:
         name = path or "array"
         while name in self.arrays or name == _RESERVED:
             name += "'"
-        self.arrays[name] = stored = _to_stored(array)
+        self.arrays[name] = stored = self.store(array)
         is_plain = stored.dtype.name == array.dtype.name
         return ["array", [name] if is_plain else [name, array.dtype.name, list(array.shape)]]
 
@@ -224,7 +227,17 @@ def _join(path: str, key: Any) -> str:
     return f"{path}/{key}" if path else str(key)
 
 
-def _to_stored(array: Any) -> np.ndarray:
+def stored_form(array: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of what `to_stored` returns for an array, or for its shape and dtype."""
+    if array.dtype.name in _NATIVE:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype)
+    bits = bits_of(array.dtype)
+    size = math.prod(array.shape)
+    count = -(-size * bits // 8) if bits in _PACKING else size * array.dtype.itemsize
+    return jax.ShapeDtypeStruct((count,), np.dtype(np.uint8))
+
+
+def to_stored(array: Any) -> np.ndarray:
     """The bytes of arrays whose dtype safetensors lacks, with sub-byte codes packed."""
     if array.dtype.name in _NATIVE:
         # safetensors writes memory in its current layout.
@@ -240,7 +253,7 @@ def _to_stored(array: Any) -> np.ndarray:
 def _from_stored(
     stored: np.ndarray, dtype: np.dtype | None, shape: tuple[int, ...] | None
 ) -> jax.Array | np.ndarray:
-    """Undoes `_to_stored`. Arrays that are stored as they are have neither dtype nor shape."""
+    """Undoes `to_stored`. Arrays that are stored as they are have neither dtype nor shape."""
     if dtype is None or shape is None:
         return _on_device(stored)
     bits = bits_of(dtype)

@@ -168,8 +168,12 @@ def reorder(params: Any, platform: str | None = None) -> Any:
 
 def quantize_leaf(leaf: jax.Array, plan: Plan, platform: str | None = None) -> QTensor:
     """Quantizes one selected leaf without checking it."""
+    return quantize_in_order(leaf, plan, stored_order(leaf, plan, platform))
+
+
+def quantize_in_order(leaf: jax.Array, plan: Plan, order: tuple[int, ...] | None) -> QTensor:
+    """`quantize_leaf` whose codes are stored in an order of axes."""
     scheme, axis = plan
-    order = stored_order(leaf, plan, platform)
     is_integer = jnp.issubdtype(scheme.weights.format.dtype, jnp.integer)
     quantized = _quantize_in_steps if is_integer else _quantize_at_once
     q = quantized(leaf, scheme.weights, axis, order)
@@ -243,27 +247,38 @@ def why_unsupported(leaf: Any, plan: Plan) -> str | None:
         return f"already quantized ({leaf!r}); dequantize it first, or give it a rule with None"
     if isinstance(leaf, TrainedArray):
         return f"already prepared for training ({leaf!r}); training.convert makes it a QTensor"
-    is_array, shape = isinstance(leaf, jax.Array | np.ndarray | np.generic), np.shape(leaf)
-    if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        what = leaf.dtype if is_array else type(leaf).__name__
-        return f"not a floating-point array, got {what} of shape {shape}; give it a rule with None"
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        return _not_floating(type(leaf).__name__, np.shape(leaf))
+    why_not = why_unsupported_shape(leaf.shape, leaf.dtype, plan)
+    if why_not is None and not is_tracer(leaf) and not is_finite(leaf):
+        return f"holds NaN or Inf, shape {leaf.shape}; fix it, or give it a rule with None"
+    return why_not
+
+
+def _not_floating(what: Any, shape: tuple[int, ...]) -> str:
+    return f"not a floating-point array, got {what} of shape {shape}; give it a rule with None"
+
+
+def why_unsupported_shape(shape: tuple[int, ...], dtype: Any, plan: Plan) -> str | None:
+    """Why an array of this shape and dtype cannot be quantized as planned, or None."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return _not_floating(dtype, shape)
     config, axis = plan.scheme.weights, plan.axis
     try:
         block_shape(shape, config, axis)
     except ValueError as error:
         return str(error)
-    if not shrinks(leaf, config, axis):
+    if not shrinks(jax.ShapeDtypeStruct(shape, dtype), config, axis):
         return (
             f"takes {bits_per_weight(shape, config, axis):.1f} bits per weight, no fewer than "
-            f"{leaf.dtype}, shape {shape}: few elements share a scale along axis={axis}; give it "
+            f"{dtype}, shape {shape}: few elements share a scale along axis={axis}; give it "
             "a rule with the contracted axes, or None"
         )
-    if not is_tracer(leaf) and not _is_finite(leaf):
-        return f"holds NaN or Inf, shape {shape}; fix it, or give it a rule with None"
     return None
 
 
 @jax.jit
-def _is_finite(x: jax.Array) -> jax.Array:
+def is_finite(x: jax.Array) -> jax.Array:
+    """Whether an array has neither NaN nor Inf."""
     # Not tested with the maximum, because XLA's CPU backend drops NaN there.
     return jnp.all(jnp.isfinite(x))

@@ -138,20 +138,38 @@ def _check_shapes(paths: list[str], before: list[Any], after: list[Any]) -> None
 
 
 def _row(path, x, q, rule, rules, contracted):
-    shape = tuple(np.shape(q))
-    after = _bytes(q)
-    bits = 8 * after / max(math.prod(shape), 1)
-    before = after if x is None else _bytes(x)
     if not is_quantized(q):
-        why = _reason(q, rule, rules)
-        return ReportRow(path, shape, None, why, bits, before, after, None)
+        return row_of(path, q if x is None else x, q, rule, rules)
+    before = jax.ShapeDtypeStruct(q.shape, q.dtype) if x is None else x
     sqnr = None if x is None or is_quantized(x) else _sqnr(x, q)
-    if x is None:
-        before = packed_bytes(jax.ShapeDtypeStruct(shape, q.dtype))
+    return row_of(path, before, q, rule, rules, sqnr, histogram(q), contracted)
+
+
+def row_of(
+    path: str,
+    before: Any,
+    q: Any,
+    rule: Any,
+    rules: Any,
+    sqnr: float | None = None,
+    codes: tuple[int, ...] = (),
+    contracted: tuple[int, ...] | None = None,
+) -> ReportRow:
+    """The row of a leaf, from its SQNR and the histogram of its codes.
+
+    Args:
+        path: of the leaf.
+        before, q: the leaf and its quantized form, of arrays or of their shapes and dtypes.
+        rule: that matched the leaf, or None.
+        rules: all of them, or None.
+        sqnr, codes, contracted: as for `ReportRow` and `report`.
+    """
+    shape, after = tuple(np.shape(q)), _bytes(q)
+    sizes = 8 * after / max(math.prod(shape), 1), _bytes(before), after
+    if not is_quantized(q):
+        return ReportRow(path, shape, None, _reason(q, rule, rules), *sizes, None)
     warning = doubt(path, q, isinstance(rule, DefaultRule), contracted)
-    return ReportRow(
-        path, shape, describe(q), None, bits, before, after, sqnr, _histogram(q), warning
-    )
+    return ReportRow(path, shape, describe(q), None, *sizes, sqnr, codes, warning)
 
 
 def _bytes(x: Any) -> int:
@@ -174,25 +192,30 @@ def _reason(x, rule, rules):
 
 
 @jax.jit
-def _powers(x, q):
-    """Sums of squares of signal and noise, in units of the signal's largest magnitude."""
+def powers(x: jax.Array, q: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums of squares of signal and noise, in units of the signal's largest magnitude, and that."""
     dtype = x.dtype if x.dtype == jnp.float64 else jnp.float32
     x = x.astype(dtype)
     noise = x - q.dequantize().astype(dtype)
     # In float32 the square of 1e-23 is 0 and that of 1e20 is infinite.
     largest = jnp.max(jnp.abs(x), initial=0)
     unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    return jnp.sum(jnp.square(x / unit)), jnp.sum(jnp.square(noise / unit))
+    return jnp.sum(jnp.square(x / unit)), jnp.sum(jnp.square(noise / unit)), unit
 
 
 def _sqnr(x, q):
-    signal, noise = (float(p) for p in _powers(x, q))
+    signal, noise, _ = (float(p) for p in powers(x, q))
+    return sqnr_of(signal, noise)
+
+
+def sqnr_of(signal: float, noise: float) -> float:
+    """Signal-to-quantization-noise ratio in dB."""
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def _histogram(q):
+def histogram(q: Any) -> tuple[int, ...]:
     """Counts of codes in equal bins; codebook codes are counted by index."""
     q = q.base if isinstance(q, LowRank) else q
     levels = q.format.codebook

@@ -13,7 +13,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -158,21 +158,31 @@ def summary(error: BaseException) -> str:
     return text if len(text) < 200 else f"{text[:200]}..."
 
 
+def bytes_of_array(array: np.ndarray) -> Iterator[Any]:
+    """The bytes of a C-contiguous array, in one piece."""
+    yield array.reshape(-1).view(np.uint8).data
+
+
 def write_tensors(
-    file: BinaryIO, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    file: BinaryIO,
+    arrays: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    pieces: Callable[[Any], Iterator[Any]] = bytes_of_array,
 ) -> None:
     """Writes arrays and strings. The bytes do not depend on their order.
 
     Args:
         file: open for writing.
-        arrays: by name, C-contiguous and little-endian, of dtypes that safetensors has.
+        arrays: by name, C-contiguous and little-endian, of dtypes that safetensors has; or what
+            has their dtype, shape and nbytes.
         metadata: strings for the header.
+        pieces: the bytes of an array, piece by piece.
 
     Raises:
         ValueError: the header would be longer than safetensors can read.
     """
     # The widest first, so that each array is aligned in the file, as safetensors requires.
-    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     stop = 0
     for name in order:
@@ -189,7 +199,8 @@ def write_tensors(
         )
     file.write(struct.pack("<Q", len(text)) + text)
     for name in order:
-        file.write(arrays[name].reshape(-1).view(np.uint8).data)
+        for piece in pieces(arrays[name]):
+            file.write(piece)
 
 
 def _read_header(file, path) -> tuple[int, dict[str, Any]]:

@@ -90,7 +90,7 @@ def _source(path, name, data, start, entry: Entry) -> Source:
     piece = data[start + entry.start : start + entry.stop]
     if entry.dtype in DTYPES:
         array = piece.view(DTYPES[entry.dtype]).reshape(entry.shape)
-        return Source(entry.shape, array.dtype, _reader(path, data.size, array))
+        return Source(entry.shape, array.dtype, _reader(path, data.size, array), array)
     bits = _PACKED.get(entry.dtype)
     if bits is None or not entry.shape or entry.shape[-1] % 2:
         raise ValueError(
@@ -98,7 +98,7 @@ def _source(path, name, data, start, entry: Entry) -> Source:
             "cannot be read. Store it as bfloat16, or as F4 with an even number of columns."
         )
     array = piece.reshape(*entry.shape[:-1], entry.shape[-1] // 2)
-    words = Source(array.shape, array.dtype, _reader(path, data.size, array))
+    words = Source(array.shape, array.dtype, _reader(path, data.size, array), array)
     return viewed(unpacked(words, bits, entry.shape[-1], -1), ml_dtypes.float4_e2m1fn)
 
 
