@@ -127,7 +127,7 @@ def _add_quantize(commands: Commands) -> None:
 
 
 def _add_inspect(commands: Commands) -> None:
-    text = "Show the tensors of a safetensors file and how they are quantized."
+    text = "Show the tensors of a checkpoint and how they are quantized."
     parser = _add(commands, "inspect", _inspect, text)
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument(
@@ -298,6 +298,14 @@ def _sqnr_metadata(report: tree.Report) -> dict[str, str]:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    if options.file.is_dir() or options.file.suffix in (".gguf", ".json"):
+        contents = checkpoints.open(options.file).report()
+        if options.plot:
+            raise ValueError(
+                f"--plot needs a safetensors file; got {options.file}. Quantize it first."
+            )
+        _print(contents.table(), contents.to_json(), options)
+        return
     params, metadata = read_tree(options.file)
     known = _stored_sqnr(options.file, metadata)
     rows = tree.report(None, params).rows

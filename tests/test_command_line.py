@@ -17,6 +17,7 @@ from jaxquant import SCHEMES, QTensor, demo, load, save, tree
 from jaxquant.__main__ import main
 from jaxquant.tree.internal import read_arrays
 
+from .checkpoints.gguf_files import gguf
 from .demo import encoders, llamas
 from .tree.trees import normal, parameters
 
@@ -231,10 +232,9 @@ BAD = [
     (["quantize", "{text}", "{folder}/no/out", "--scheme", "W8A8"], "no is not a folder; create"),
     (["quantize", "{text}", "{out}", "--scheme", "W8A8"], "is not a safetensors file: "),
     (["inspect", "{folder}/none"], "No such file or directory"),
-    (["inspect", "{folder}"], " is a folder; name a file, such as"),
-    (["quantize", "{folder}", "{out}", "--scheme", "W8A8"], " is a folder; name a file, such as"),
-    (["inspect", "{index}"], "index.json is the index of a checkpoint of several files, which can"),
-    (["quantize", "{index}", "{out}", "--scheme", "W8A8"], " is the index of a checkpoint of "),
+    (["inspect", "{index}"], "weight_map.a must be the name of a .safetensors file in the same f"),
+    (["quantize", "{index}", "{out}", "--scheme", "W8A8"], "weight_map.a must be the name of a .s"),
+    (["inspect", "{folder}", "--plot", "{out}"], "--plot needs a safetensors file; got "),
     (["quantize", "{model}", "{fifo}", "--scheme", "W8A8"], "fifo is a device, FIFO or socket (m"),
     (["quantize", "{model}", "/dev/null", "--scheme", "W8A8"], "null is a device, FIFO or socket"),
     (["inspect", "{fifo}"], "fifo is a device, FIFO or socket (mode prw"),
@@ -280,6 +280,22 @@ def test_errors_print_one_message_and_exit_with_status_2(
     assert "Traceback" not in err
     assert {p.name for p in tmp_path.iterdir()} == files
     assert model.read_bytes() == data
+
+
+def test_folders_and_gguf_files_are_quantized_and_inspected(model, run, tmp_path):
+    status, out, err = run("inspect", tmp_path)
+    assert (status, err) == (0, "")
+    assert "lm_head.weight" in out
+    assert "5 of 5" in out
+    status, _, err = run("quantize", tmp_path, tmp_path / "a", "--scheme", "W8A8")
+    assert status == 0, err
+    run("quantize", model, tmp_path / "b", "--scheme", "W8A8")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    blocks = np.random.default_rng(0).integers(0, 60, (8, 2, 18), np.uint8)
+    (tmp_path / "c.gguf").write_bytes(gguf([], [("w", (8, 64), 2, blocks.tobytes())]))
+    status, out, err = run("inspect", tmp_path / "c.gguf")
+    assert (status, err) == (0, "")
+    assert "Q4_0" in out
 
 
 def test_a_full_disk_prints_one_message_and_leaves_no_file(model, run, tmp_path):

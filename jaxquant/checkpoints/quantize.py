@@ -138,7 +138,7 @@ def write_quantized(
             for name in sorted(plans):
                 if name not in rows:
                     where = _sharding_of(checkpoint, name, sharding)
-                    task = _Task(name, checkpoint[name].value, plans[name], where)
+                    task = _Task(name, checkpoint[name].value, plans[name], where, is_writer)
                     rows[name] = task.write(writer, chosen[name], rules)
                 report(len(rows), len(plans), name)
         result = Report(tuple(rows[name] for name in sorted(rows)))
@@ -158,6 +158,7 @@ class _Task:
     value: Source | QTensor
     plan: Plan | None
     sharding: Any
+    is_writer: bool
     signal: float = 0.0
     noise: float = 0.0
     codes: tuple[int, ...] = ()
@@ -206,10 +207,10 @@ class _Task:
             yield self._part(self.value if is_whole else self.value.part(start, stop), form)
 
     def _part(self, source: Source, form: Any) -> Any:
+        if self.plan is None:
+            return source.read() if self.is_writer else None
         fits = source.shape == self.value.shape or _divides(self.sharding, source.shape)
         x = source.put(self.sharding if fits else _replicated(self.sharding))
-        if self.plan is None:
-            return x
         _check_finite(self.name, x)
         q = _quantized(x, self.plan, form.order)
         signal, noise, unit = (float(p) for p in powers(x, q))
@@ -304,8 +305,8 @@ def _replicated(sharding: Any) -> Any:
 def _on_host(leaf: Any) -> Any:
     """The arrays of a leaf as NumPy arrays, whole in each process."""
 
-    def whole(x: jax.Array) -> np.ndarray:
-        if x.is_fully_addressable:
+    def whole(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return np.asarray(x)
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 

@@ -72,7 +72,7 @@ class TreeWriter:
         self._resume(json.dumps(task))
 
     def add(self, name: str, leaf: Any, parts: Iterable[Any], note: Any = None) -> None:
-        """Writes one leaf.
+        """Writes one leaf. Leaves in the order of their names give the bytes that `save` writes.
 
         Args:
             name: its key in the dict.
@@ -81,6 +81,15 @@ class TreeWriter:
                 whole. Each part of codes of less than a byte must fill whole bytes.
             note: a JSON value, or a function that returns one when the parts are written.
         """
+        try:
+            self._add(name, leaf, parts, note)
+        except OSError as error:
+            if error.errno and not error.filename:
+                text = f"{error.strerror}; could not write"
+                raise OSError(error.errno, text, str(self.path)) from error
+            raise
+
+    def _add(self, name: str, leaf: Any, parts: Iterable[Any], note: Any) -> None:
         before = set(self._encoder.arrays)
         node = self._encoder.encode(leaf, name)
         names = [n for n in self._encoder.arrays if n not in before]
@@ -108,7 +117,7 @@ class TreeWriter:
         self._keep(line)
 
     def finish(self, metadata: Mapping[str, str] | None = None) -> None:
-        """Writes the file: the bytes that `save` would write for the dict. Removes the folder."""
+        """Writes the file, and removes the folder."""
         metadata = dict(metadata or {})
         check_strings(metadata)
         structure = ["dict", [[name, self._nodes[name]] for name in sorted(self._nodes)]]
@@ -117,12 +126,16 @@ class TreeWriter:
         with replacing(self.path) as file:
             write_tensors(file, self._arrays, header, self._bytes)
         self.close()
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Closes the files. What is written so far stays, for the next process."""
-        self._data.close()
-        self._journal.close()
+        """Closes the files. Finished leaves stay for the next process; else nothing does."""
+        for file in (self._data, self._journal):
+            # What a full disk does not hold is not written a second time.
+            with contextlib.suppress(OSError):
+                file.close()
+        if not self._nodes:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write(self, array: Any, pieces: list[list[int]], total: int) -> int:
         stored = to_stored(array)

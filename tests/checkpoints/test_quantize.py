@@ -1,0 +1,289 @@
+"""Checkpoints quantized tensor by tensor and in parts: the bytes of quantizing them at once."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jaxquant as jq
+from jaxquant import checkpoints
+from jaxquant.tree.internal import TreeWriter
+
+P = jax.P
+PART = 2000
+# The module, which has the name of its function.
+MODULE = sys.modules["jaxquant.checkpoints.quantize"]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+ARRAYS = {
+    "embed.weight": normal(100, 128),
+    "layers.0.w": normal(24, 128, seed=1).astype(ml_dtypes.bfloat16),
+    "layers.0.norm.weight": normal(128, seed=2),
+    "layers.1.w": normal(7, 128, seed=3),
+    "ids": np.arange(300).reshape(100, 3),
+    "scalar": np.float32(3),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two shards with an index, as Hugging Face has them."""
+    folder = tmp_path_factory.mktemp("model")
+    names = sorted(ARRAYS)
+    files = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        arrays = {n: np.asarray(ARRAYS[n]) for n in names if files[n] == file}
+        safetensors.numpy.save_file(arrays, folder / file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(MODULE, "_PART", PART)
+
+
+SCHEMES = {
+    "W4A16": jq.Scheme(jq.ArrayConfig(format=jq.INT4, group_size=32)),
+    "W8A8": jq.W8A8,
+    "FP8": jq.FP8,
+    "NVFP4A16": jq.NVFP4A16,
+    "per tensor": jq.Scheme(jq.ArrayConfig(per_tensor=True)),
+    "2 rows share": [jq.Rule("layers.0.w", jq.ArrayConfig(group_size=(2, 128)), axis=(0, 1))],
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("parts", [PART, 2**24], ids=["parts", "whole"])
+def test_files_are_those_of_the_quantized_tree(folder, tmp_path, monkeypatch, name, parts):
+    scheme = SCHEMES[name]
+    rules = scheme if isinstance(scheme, list) else jq.tree.default_rules(scheme, axis=-1)
+    want = jq.tree.quantize(ARRAYS, rules)
+    jq.save(tmp_path / "want", want, {"note": "1"})
+    monkeypatch.setattr(MODULE, "_PART", parts)
+    report = checkpoints.write_quantized(
+        tmp_path / "found", checkpoints.open(folder), scheme, metadata={"note": "1"}
+    )
+    assert (tmp_path / "found").read_bytes() == (tmp_path / "want").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["found", "want"]
+    for row, other in zip(report.rows, jq.tree.report(ARRAYS, want, rules).rows, strict=True):
+        assert (row.path, row.scheme, row.bytes_after) == (
+            other.path,
+            other.scheme,
+            other.bytes_after,
+        )
+        assert (row.codes, row.reason) == (other.codes, other.reason)
+        if other.sqnr is not None:
+            assert row.sqnr == pytest.approx(other.sqnr, abs=0.3)
+
+
+def test_quantize_returns_the_quantized_tree(folder):
+    found = checkpoints.quantize(checkpoints.open(folder), jq.W8A8)
+    want = jq.tree.quantize(ARRAYS, jq.tree.default_rules(jq.W8A8, axis=-1))
+    assert set(found) == set(want)
+    for name, leaf in want.items():
+        for x, y in zip(jax.tree.leaves(found[name]), jax.tree.leaves(leaf), strict=True):
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def mesh():
+    return jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def rows_of(name, shape):
+    return jax.NamedSharding(mesh(), P("a", None) if len(shape) == 2 and not shape[0] % 4 else P())
+
+
+def columns_of(name, shape):
+    return jax.NamedSharding(mesh(), P(None, "a") if shape[-1:] == (128,) and shape[1:] else P())
+
+
+@pytest.mark.parametrize("sharding", [rows_of, columns_of])
+def test_each_device_quantizes_its_part(folder, tmp_path, small_parts, sharding):
+    opened = checkpoints.open(folder)
+    found = checkpoints.quantize(opened, jq.W8A8, sharding=sharding)
+    codes = found["embed.weight"].codes
+    assert codes.sharding.is_equivalent_to(sharding("embed.weight", (100, 128)), 2)
+    checkpoints.write_quantized(tmp_path / "one", opened, jq.W8A8)
+    checkpoints.write_quantized(tmp_path / "many", opened, jq.W8A8, sharding=sharding)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
+
+
+def test_what_is_quantized_already_is_copied(folder, tmp_path):
+    q = jq.quantize(normal(8, 64), jq.ArrayConfig(format=jq.INT4, group_size=16), axis=1)
+    jq.save(tmp_path / "a", {"q": q, "w": normal(8, 64)})
+    opened = checkpoints.open(tmp_path / "a")
+    rules = [jq.Rule("w", jq.W8A8, axis=-1), jq.Rule("q", None)]
+    report = checkpoints.write_quantized(tmp_path / "b", opened, rules)
+    found = jq.load(tmp_path / "b")
+    np.testing.assert_array_equal(found["q"].dequantize(), q.dequantize())
+    assert [row.scheme for row in report.rows] == ["int4 g16", "int8 per channel, int8 inputs"]
+    with pytest.raises(ValueError, match=r"q: stored quantized .*; give it a rule with None"):
+        checkpoints.write_quantized(tmp_path / "b", opened, [jq.Rule("*", jq.W8A8, axis=-1)])
+
+
+def test_nan_is_found_by_name_and_leaves_the_old_file(tmp_path, small_parts):
+    bad = normal(100, 128)
+    bad[90, 3] = np.nan
+    safetensors.numpy.save_file({"a": normal(4, 128), "b": bad}, tmp_path / "in.safetensors")
+    (tmp_path / "out").write_text("old")
+    with pytest.raises(ValueError, match=r"^b holds NaN or Inf"):
+        checkpoints.write_quantized(
+            tmp_path / "out", checkpoints.open(tmp_path / "in.safetensors"), jq.W8A8
+        )
+    assert (tmp_path / "out").read_text() == "old"
+
+
+def test_a_stopped_run_goes_on_after_the_last_tensor(folder, tmp_path, small_parts):
+    opened, seen = checkpoints.open(folder), []
+
+    def stop(done, total, name):
+        seen.append(name)
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.write_quantized(tmp_path / "a", opened, jq.W8A8, progress=stop)
+    # The next tensor was being written when the process was killed.
+    with open(tmp_path / "a.partial" / "data", "ab") as file:
+        file.write(b"half")
+    with open(tmp_path / "a.partial" / "journal", "ab") as file:
+        file.write(b'{"name": "sca')
+    written = []
+
+    def quantize_in_order(x, *rest):
+        written.append(x.shape)
+        return original(x, *rest)
+
+    original = MODULE.quantize_in_order
+    MODULE.quantize_in_order = quantize_in_order
+    try:
+        report = checkpoints.write_quantized(tmp_path / "a", opened, jq.W8A8)
+    finally:
+        MODULE.quantize_in_order = original
+    # embed.weight, the first by name, was not quantized again.
+    assert seen == ["embed.weight", "ids", "layers.0.norm.weight"]
+    assert written == [(8, 128)] * 3 + [(7, 128)]
+    checkpoints.write_quantized(tmp_path / "b", opened, jq.W8A8)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert [row.path for row in report.rows] == sorted(ARRAYS)
+
+
+def test_another_task_starts_from_the_beginning(folder, tmp_path):
+    opened = checkpoints.open(folder)
+
+    def stop(done, total, name):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.write_quantized(tmp_path / "a", opened, jq.W8A8, progress=stop)
+    checkpoints.write_quantized(tmp_path / "a", opened, jq.FP8)
+    assert jq.load(tmp_path / "a")["embed.weight"].format == jq.FP8_E4M3
+
+
+SCRIPT = """
+import sys, time
+import jaxquant as jq
+
+def slowly(done, total, name):
+    print(name, flush=True)
+    time.sleep(0.5)
+
+opened = jq.checkpoints.open(sys.argv[1])
+jq.checkpoints.write_quantized(sys.argv[2], opened, jq.W8A8, progress=slowly)
+"""
+
+
+def test_a_killed_process_leaves_what_the_next_goes_on_with(folder, tmp_path):
+    target = tmp_path / "a"
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(target)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process:
+        first = [process.stdout.readline().strip() for _ in range(2)]
+        process.send_signal(signal.SIGKILL)
+    assert not target.exists()
+    assert (tmp_path / "a.partial" / "journal").exists()
+    seen = []
+    checkpoints.write_quantized(
+        target, checkpoints.open(folder), jq.W8A8, progress=lambda *step: seen.append(step)
+    )
+    assert first == sorted(ARRAYS)[:2]
+    assert {done for done, *_ in seen[:2]} == {max(2, seen[0][0])}
+    jq.save(tmp_path / "b", jq.tree.quantize(ARRAYS, jq.tree.default_rules(jq.W8A8, axis=-1)))
+    assert target.read_bytes() == (tmp_path / "b").read_bytes()
+    assert not (tmp_path / "a.partial").exists()
+
+
+def test_two_processes_cannot_write_the_same_file(tmp_path):
+    writer = TreeWriter(tmp_path / "a", "task")
+    with pytest.raises(ValueError, match=r"Another process is writing .*a. Wait, or name another"):
+        TreeWriter(tmp_path / "a", "task")
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_of_a_leaf_are_joined(tmp_path):
+    x = normal(10, 6)
+    writer = TreeWriter(tmp_path / "a", "task")
+    form = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    writer.add("empty", jax.ShapeDtypeStruct((0, 3), jnp.int4), [np.zeros((0, 3), jnp.int4)])
+    writer.add("x", form, [x[:3], x[3:4], x[4:]], {"n": 1})
+    assert writer.notes == {"x": {"n": 1}, "empty": None}
+    writer.finish({"note": "mine"})
+    jq.save(tmp_path / "b", {"x": x, "empty": jnp.zeros((0, 3), jnp.int4)}, {"note": "mine"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+DISTRIBUTED = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[3], 2, int(sys.argv[4]))
+import jaxquant as jq
+mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def rows_of(name, shape):
+    is_matrix = len(shape) == 2 and shape[0] % 4 == 0
+    return jax.NamedSharding(mesh, jax.P("a", None) if is_matrix else jax.P())
+
+opened = jq.checkpoints.open(sys.argv[1])
+report = jq.checkpoints.write_quantized(sys.argv[2], opened, jq.W8A8, sharding=rows_of)
+assert [row.path for row in report.rows] == sorted(opened)
+"""
+
+
+def test_two_processes_quantize_one_checkpoint(folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DISTRIBUTED, str(folder), str(tmp_path / "a"), address, str(i)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [p.communicate(timeout=300)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], errors
+    checkpoints.write_quantized(tmp_path / "b", checkpoints.open(folder), jq.W8A8)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
