@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def make(folder: Path, gib: float) -> int:
     # Normal values in bfloat16, repeated: making 6 GiB of different ones would take minutes.
     values = random.standard_normal(2**22, np.float32).view(np.uint32)
     block = (values >> 16).astype(np.uint16)
-    files = [{"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}]
+    files: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}]
     layer = 0
     while total + sum(2 * np.prod(s) for f in files[-1:] for s in f.values()) < gib * 2**30:
         total += sum(2 * int(np.prod(s)) for s in files[-1].values())
@@ -85,7 +86,7 @@ def quantize(source: Path, target: Path, way: str, process: int, address: str) -
 
     import jaxquant as jq
 
-    sharding = None
+    sharding: Any = None
     if way != WAYS[0]:
         jax.config.update("jax_num_cpu_devices", 8 if way == WAYS[1] else 4)
     if way == WAYS[2]:
@@ -94,10 +95,8 @@ def quantize(source: Path, target: Path, way: str, process: int, address: str) -
     if way != WAYS[0]:
         auto = (jax.sharding.AxisType.Auto,)
         mesh = jax.make_mesh((8,), ("model",), axis_types=auto)
-
-        def sharding(name, shape):
-            spec = jax.P("model", None) if len(shape) == 2 else jax.P()
-            return jax.NamedSharding(mesh, spec)
+        rows, whole = (jax.NamedSharding(mesh, jax.P(*names)) for names in (("model",), ()))
+        sharding = lambda name, shape: rows if len(shape) == 2 else whole  # noqa: E731
 
     start = time.perf_counter()
     report = jq.checkpoints.write_quantized(

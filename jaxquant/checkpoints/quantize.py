@@ -266,13 +266,13 @@ def _with_axis(rules: Rules) -> Rules:
     return default_rules(rules, axis=-1) if is_scheme else rules
 
 
-def _quantized(x: jax.Array, plan: Plan, order: tuple[int, ...] | None) -> QTensor:
+def _quantized(x: Any, plan: Plan, order: tuple[int, ...] | None) -> QTensor:
     q = quantize_in_order(x, plan, order)
     inputs = plan.scheme.inputs
     return q if inputs is None else dataclasses.replace(q, inputs=Inputs(inputs))
 
 
-def _check_finite(name: str, x: jax.Array) -> None:
+def _check_finite(name: str, x: Any) -> None:
     if not is_finite(x):
         raise ValueError(
             f"{name} holds NaN or Inf, shape {x.shape}; fix the checkpoint, or give it a rule with "

@@ -67,9 +67,11 @@ class TreeWriter:
         self._journal = open(self.folder / "journal", "a+b")  # noqa: SIM115 (closed by `close`)
         self._data = open(self.folder / "data", "a+b")  # noqa: SIM115
         if not lock(self._journal.fileno(), unsupported=True):
-            self.close()
+            self._journal.close()
+            self._data.close()
             raise ValueError(f"Another process is writing {self.path}. Wait, or name another file.")
-        self._resume(json.dumps(task))
+        with self._naming_the_file():
+            self._resume(json.dumps(task))
 
     def add(self, name: str, leaf: Any, parts: Iterable[Any], note: Any = None) -> None:
         """Writes one leaf. Leaves in the order of their names give the bytes that `save` writes.
@@ -81,13 +83,8 @@ class TreeWriter:
                 whole. Each part of codes of less than a byte must fill whole bytes.
             note: a JSON value, or a function that returns one when the parts are written.
         """
-        try:
+        with self._naming_the_file():
             self._add(name, leaf, parts, note)
-        except OSError as error:
-            if error.errno and not error.filename:
-                text = f"{error.strerror}; could not write"
-                raise OSError(error.errno, text, str(self.path)) from error
-            raise
 
     def _add(self, name: str, leaf: Any, parts: Iterable[Any], note: Any) -> None:
         before = set(self._encoder.arrays)
@@ -136,6 +133,18 @@ class TreeWriter:
                 file.close()
         if not self._nodes:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Closes everything at an error, which names the file if there was no space for it."""
+        try:
+            yield
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError) and error.errno and not error.filename:
+                text = f"{error.strerror}; could not write"
+                raise OSError(error.errno, text, str(self.path)) from error
+            raise
 
     def _write(self, array: Any, pieces: list[list[int]], total: int) -> int:
         stored = to_stored(array)

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jaxquant.tree.internal import TreeWriter
 P = jax.P
 PART = 2000
 # The module, which has the name of its function.
-MODULE = sys.modules["jaxquant.checkpoints.quantize"]
+MODULE: Any = sys.modules["jaxquant.checkpoints.quantize"]
 
 
 def normal(*shape, seed=0):
@@ -234,6 +235,7 @@ def test_two_processes_cannot_write_the_same_file(tmp_path):
     writer = TreeWriter(tmp_path / "a", "task")
     with pytest.raises(ValueError, match=r"Another process is writing .*a. Wait, or name another"):
         TreeWriter(tmp_path / "a", "task")
+    assert (tmp_path / "a.partial" / "journal").exists()
     writer.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -252,6 +254,7 @@ def test_parts_of_a_leaf_are_joined(tmp_path):
 
 DISTRIBUTED = """
 import sys
+from typing import Any
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
