@@ -33,6 +33,8 @@ _EXAMPLES = """examples:
 _AS_STORED = "as-stored"
 # Metadata key of the SQNR, which cannot be computed later without the float weights.
 _SQNR = "jaxquant.sqnr"
+# Files that hold tensors, but not a tree of quantized arrays.
+_NOT_TREES = (".gguf", ".json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -279,7 +281,7 @@ def _quantize(options: argparse.Namespace) -> None:
         )
     checkpoint = checkpoints.open(options.source)
     progress = not options.json
-    if checkpoint.container == "jaxquant":
+    if checkpoint.is_tree:
         # It may have any structure, which the result keeps.
         params, _ = read_tree(options.source)
         quantized = tree.quantize(params, rules, progress=progress)
@@ -298,7 +300,7 @@ def _sqnr_metadata(report: tree.Report) -> dict[str, str]:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    if options.file.is_dir() or options.file.suffix in (".gguf", ".json"):
+    if options.file.is_dir() or options.file.suffix in _NOT_TREES:
         contents = checkpoints.open(options.file).report()
         if options.plot:
             raise ValueError(

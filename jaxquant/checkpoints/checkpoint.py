@@ -21,6 +21,7 @@ class Checkpoint(Mapping[str, Stored]):
         path: file or folder.
         container: how it is stored, such as "gguf".
         tensors: by name.
+        is_tree: whether `jaxquant.save` wrote it, so that `jaxquant.load` restores a tree.
         metadata: what the file says about the model: configuration, tokenizer, quantization.
     """
 
@@ -28,6 +29,7 @@ class Checkpoint(Mapping[str, Stored]):
     container: str
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_tree: bool = False
 
     def __getitem__(self, name: str) -> Stored:
         if name not in self.tensors:

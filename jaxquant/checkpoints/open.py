@@ -10,6 +10,10 @@ from .gguf import open_gguf
 from .huggingface import open_folder
 from .own import open_own
 
+_ELSEWHERE = {
+    ".keras": "open it with keras.models.load_model, after `import jaxquant.keras`, which also "
+    "reads models that Keras quantized",
+}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".npz")
 
 
@@ -39,11 +43,8 @@ def open(path: str | os.PathLike, **options: Any) -> Checkpoint:
         start = file.read(4)
     if start in (b"GGUF", b"FUGG"):
         return open_gguf(path, **options)
-    if start == b"PK\x03\x04" and path.suffix == ".keras":
-        raise ValueError(
-            f"{path} is a Keras file: open it with keras.models.load_model, after "
-            "`import jaxquant.keras`, which also reads models that Keras quantized."
-        )
+    if path.suffix in _ELSEWHERE:
+        raise ValueError(f"{path} is not read here: {_ELSEWHERE[path.suffix]}.")
     if path.suffix in _PICKLES or start[:2] in (b"PK", b"\x80\x02"):
         raise ValueError(
             f"{path} is not safetensors or GGUF but may hold pickled objects, which can run code "

@@ -56,7 +56,7 @@ def open_own(path: str | os.PathLike) -> Checkpoint:
         for name, leaf in zip(paths, leaves, strict=True)
         if isinstance(leaf, Source | QTensor)
     }
-    return Checkpoint(Path(path), "jaxquant", tensors, metadata)
+    return Checkpoint(Path(path), "jaxquant", tensors, metadata, is_tree=True)
 
 
 def _stored(name: str, value: Any) -> Stored:

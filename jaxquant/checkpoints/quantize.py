@@ -133,13 +133,13 @@ def write_quantized(
     known = _shared({} if writer is None else writer.notes)
     chosen = _rules_by_name(checkpoint, rules)
     rows = {name: _row_from_json(note) for name, note in known.items()}
+    todo = [name for name in sorted(plans) if name not in rows]
     try:
         with progress_bar(progress, len(plans)) as report:
-            for name in sorted(plans):
-                if name not in rows:
-                    where = _sharding_of(checkpoint, name, sharding)
-                    task = _Task(name, checkpoint[name].value, plans[name], where, is_writer)
-                    rows[name] = task.write(writer, chosen[name], rules)
+            for name in todo:
+                where = _sharding_of(checkpoint, name, sharding)
+                task = _Task(name, checkpoint[name].value, plans[name], where, is_writer)
+                rows[name] = task.write(writer, chosen[name], rules)
                 report(len(rows), len(plans), name)
         result = Report(tuple(rows[name] for name in sorted(rows)))
         if writer is not None:

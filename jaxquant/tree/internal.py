@@ -27,6 +27,7 @@ from .rules import as_rules as as_rules
 from .rules import is_matrix as is_matrix
 from .rules import match_rules as match_rules
 from .rules import unused_rules as unused_rules
+from .streamed import TreeWriter as TreeWriter
 from .tensor_file import DTYPES as DTYPES
 from .tensor_file import MALFORMED as MALFORMED
 from .tensor_file import MAX_HEADER_BYTES as MAX_HEADER_BYTES
@@ -36,4 +37,3 @@ from .tensor_file import check_regular as check_regular
 from .tensor_file import open_tensors as open_tensors
 from .tensor_file import summary as summary
 from .tensor_file import write_tensors as write_tensors
-from .writer import TreeWriter as TreeWriter

@@ -225,7 +225,7 @@ def test_a_killed_process_leaves_what_the_next_goes_on_with(folder, tmp_path):
         target, checkpoints.open(folder), jq.W8A8, progress=lambda *step: seen.append(step)
     )
     assert first == sorted(ARRAYS)[:2]
-    assert {done for done, *_ in seen[:2]} == {max(2, seen[0][0])}
+    assert seen[0][0] in (2, 3)
     jq.save(tmp_path / "b", jq.tree.quantize(ARRAYS, jq.tree.default_rules(jq.W8A8, axis=-1)))
     assert target.read_bytes() == (tmp_path / "b").read_bytes()
     assert not (tmp_path / "a.partial").exists()
@@ -233,7 +233,7 @@ def test_a_killed_process_leaves_what_the_next_goes_on_with(folder, tmp_path):
 
 def test_two_processes_cannot_write_the_same_file(tmp_path):
     writer = TreeWriter(tmp_path / "a", "task")
-    with pytest.raises(ValueError, match=r"Another process is writing .*a. Wait, or name another"):
+    with pytest.raises(ValueError, match=r"not be written by another process; got .*a, which is"):
         TreeWriter(tmp_path / "a", "task")
     assert (tmp_path / "a.partial" / "journal").exists()
     writer.close()

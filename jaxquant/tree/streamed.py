@@ -69,7 +69,10 @@ class TreeWriter:
         if not lock(self._journal.fileno(), unsupported=True):
             self._journal.close()
             self._data.close()
-            raise ValueError(f"Another process is writing {self.path}. Wait, or name another file.")
+            raise ValueError(
+                f"path must not be written by another process; got {self.path}, which is. Wait, or "
+                "name another file."
+            )
         with self._naming_the_file():
             self._resume(json.dumps(task))
 
@@ -142,8 +145,9 @@ class TreeWriter:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError) and error.errno and not error.filename:
-                text = f"{error.strerror}; could not write"
-                raise OSError(error.errno, text, str(self.path)) from error
+                raise OSError(
+                    error.errno, f"{error.strerror}; could not write", str(self.path)
+                ) from error
             raise
 
     def _write(self, array: Any, pieces: list[list[int]], total: int) -> int:
@@ -176,14 +180,11 @@ class TreeWriter:
             return
         size, stop = os.fstat(self._data.fileno()).st_size, 0
         for text in self._journal:
-            with contextlib.suppress(*MALFORMED):
-                line = json.loads(text)
-                ends = [sum(p) for *_, pieces in line["arrays"].values() for p in pieces]
-                if text.endswith(b"\n") and max(ends, default=0) <= size:
-                    self._keep(line)
-                    end, stop = end + len(text), max(ends, default=stop)
-                    continue
-            break
+            line, used = _finished_leaf(text)
+            if line is None or used > size:
+                break
+            self._keep(line)
+            end, stop = end + len(text), max(used, stop)
         # What was cut off is written again.
         self._journal.truncate(end)
         self._data.truncate(stop)
@@ -196,6 +197,18 @@ class TreeWriter:
         for name, (dtype, shape, total, pieces) in line["arrays"].items():
             self._arrays[name] = _Stored(jax.numpy.dtype(dtype), tuple(shape), total, pieces)
             self._encoder.arrays[name] = None
+
+
+def _finished_leaf(text: bytes) -> tuple[dict[str, Any] | None, int]:
+    """A line of the journal and where its data ends; None if the line was cut off."""
+    if not text.endswith(b"\n"):
+        return None, 0
+    try:
+        line = json.loads(text)
+        ends = [sum(piece) for *_, pieces in line["arrays"].values() for piece in pieces]
+    except MALFORMED:
+        return None, 0
+    return line, max(ends, default=0)
 
 
 def _in_order(leaf: Any) -> list[Any]:

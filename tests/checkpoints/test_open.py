@@ -1,0 +1,54 @@
+"""`open` recognises a checkpoint by its contents."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jaxquant as jq
+
+from .gguf_files import gguf
+
+W = np.arange(64, dtype=np.float32).reshape(2, 32)
+
+
+def test_each_kind_is_recognised(tmp_path):
+    (tmp_path / "a").write_bytes(gguf([], [("w", (2, 32), 0, W.tobytes())]))
+    jq.save(tmp_path / "b", {"w": jnp.asarray(W)})
+    safetensors.numpy.save_file({"w": W}, tmp_path / "c")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    safetensors.numpy.save_file({"w": W}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    index = {"metadata": {}, "weight_map": {"w": "model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    kinds = {}
+    for path in ("a", "b", "c", "folder", "folder/model.safetensors.index.json"):
+        found = jq.checkpoints.open(tmp_path / path)
+        np.testing.assert_array_equal(found.load(["w"])["w"], W)
+        kinds[path] = found.is_tree
+    assert kinds.pop("b")
+    assert not any(kinds.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "text"),
+    [
+        ("model.keras", b"PK\x03\x04", "is not read here: open it with keras.models.load_model"),
+        ("pytorch_model.bin", b"PK\x03\x04", "may hold pickled objects, which can run code"),
+        ("old.pt", b"\x80\x02}q", "may hold pickled objects, which can run code"),
+        ("text.txt", b"Once upon a time", "is not a safetensors file"),
+        ("empty", b"", "is not a safetensors file"),
+    ],
+)
+def test_other_files_are_refused_by_name(tmp_path, name, data, text):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name} .*{text}"):
+        jq.checkpoints.open(tmp_path / name)
+
+
+def test_a_missing_file_is_an_oserror(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        jq.checkpoints.open(tmp_path / "nothing")
