@@ -71,6 +71,24 @@ def tensor_with(name, value):
 STATE = "layer.weight.quant_state.bitsandbytes__nf4"
 
 
+def test_slices_of_nested_scales(tmp_path):
+    config, tensors, _ = golden("bitsandbytes", "nf4 nested 96 columns")
+    state_with(nested_blocksize=2, nested_offset=0.5)(tensors)
+    outer = np.arange(1, 6, dtype=np.float32)
+    tensors["layer.weight.nested_absmax"] = outer
+    table = tensors["layer.weight.nested_quant_map"]
+    absmax = table[tensors["layer.weight.absmax"]] * np.repeat(outer, 2)[:9] + np.float32(0.5)
+    scale = value_of(open_model(tmp_path, config, tensors), NAME).scale
+    # Blocks of 64 elements, in steps of 32.
+    expected = np.repeat(absmax, 2).reshape(6, 3)
+    for part in [
+        (slice(0, 6), slice(0, 3)),
+        (slice(4, 6), slice(1, 3)),
+        (slice(5, 6), slice(2, 3)),
+    ]:
+        np.testing.assert_array_equal(scale.read(part), expected[part], strict=True)
+
+
 @pytest.mark.parametrize(
     "change, match",
     [

@@ -19,17 +19,6 @@ def viewed(source: Source, dtype: Any) -> Source:
     return converted(source, dtype, lambda x: x.view(dtype))
 
 
-def transposed(source: Source) -> Source:
-    """The last two axes swapped."""
-    shape = (*source.shape[:-2], source.shape[-1], source.shape[-2])
-
-    def reader(index: Index) -> np.ndarray:
-        part = source.read((*index[:-2], index[-1], index[-2]))
-        return np.ascontiguousarray(part.swapaxes(-1, -2))
-
-    return Source(shape, source.dtype, reader)
-
-
 def reshaped(source: Source, shape: Sequence[int]) -> Source:
     """Another shape. For small arrays: it reads the whole array for each slice."""
     if source.shape == tuple(shape):

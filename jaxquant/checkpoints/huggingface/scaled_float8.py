@@ -8,7 +8,7 @@ from ...core import FP8_E4M3, MXFP4, MXFP8, ArrayConfig, Format, Inputs, QTensor
 from ..source import Source
 from ..stored import Stored
 from .bits import unpacked
-from .derived import transposed, viewed
+from .derived import viewed
 from .fields import Fields
 from .mapped import Tensor
 from .module import (
@@ -156,12 +156,8 @@ def read_fbgemm(pool: Pool, fields: Fields) -> list[Stored]:
         codes = check_matrix(module.need(suffix).check(("float8_e4m3fn",)), (2, 3))
         scale = _take_scale(module, suffix).check(FLOATS)
         *batch, rows, columns = codes.shape
-        grid, blocks = (rows, 1), (1, columns)
-        if batch:
-            grid, blocks = (*batch, 1, columns), (1, rows, 1)
-        is_moved = bool(batch) and scale.shape == (*batch, columns, 1) != grid
-        source = transposed(scale.source) if is_moved else scale.source
-        scales = scale_of(module, scale.holding(source), codes.shape, blocks)
+        blocks = (1, rows, 1) if batch else (1, columns)
+        scales = scale_of(module, scale, codes.shape, blocks)
         inputs = Inputs(ArrayConfig(format=FP8_E4M3))
         found += [_stored(module, "fbgemm fp8", suffix, FP8_E4M3, codes.source, scales, inputs)]
     return found
