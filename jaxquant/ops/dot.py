@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..core import LowRank
+from ..core import LowRank, QTensor
 from ..jaxprs import OutSharding, before_transpose
 from . import dispatch
 from .dot_spec import DotOptions, DotSpec
@@ -183,13 +183,18 @@ def _batched_matmul(
 def _dot_general(
     lhs: Operand, rhs: Operand, spec: DotSpec, implementation: str | None
 ) -> jax.Array:
-    return dispatch.run(_TABLE, lhs, rhs, spec, implementation)
+    has_offset = any(isinstance(x, QTensor) and x.offset is not None for x in (lhs, rhs))
+    table = _WITH_OFFSETS if has_offset else _TABLE
+    return dispatch.run(table, lhs, rhs, spec, implementation)
 
 
 # Rows that XLA can partition among devices.
 _PARTITIONED = (integer.ROW, tpu_xla.SCALED, tpu_xla.FUSED, dequantize.ROW)
 _BY_XLA = (cpu_blocks.row(_PARTITIONED), *_PARTITIONED)
-_TABLE = tuple(
-    row if row.adds_offsets else adding_offsets(row)
-    for row in (cpu_native.row(_BY_XLA), tpu_pallas.row(_BY_XLA), gpu_triton.row(_BY_XLA), *_BY_XLA)
+_TABLE = (
+    cpu_native.row(_BY_XLA),
+    tpu_pallas.row(_BY_XLA),
+    gpu_triton.row(_BY_XLA),
+    *_BY_XLA,
 )
+_WITH_OFFSETS = tuple(row if row.adds_offsets else adding_offsets(row) for row in _TABLE)

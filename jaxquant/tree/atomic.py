@@ -83,7 +83,7 @@ def _locked_folder(folder: Path, *, unsupported: bool) -> Iterator[None]:
     """Holds a lock; raises BlockingIOError if another process does."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if not _lock(descriptor, unsupported=unsupported):
+        if not lock(descriptor, unsupported=unsupported):
             raise BlockingIOError(f"{folder} is being written by another process.")
         yield
     finally:
