@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,24 +223,13 @@ def _compare_language(options: argparse.Namespace) -> tuple[list[demo.LanguageRe
 
 def _generate(options: argparse.Namespace) -> None:
     _use_compilation_cache()
-    path = options.model or demo.packaged_llama()
     with progress_bar(not options.json, None, "Reading") as progress:
-        model = demo.load_llama(path, progress=progress)
-        vocabulary = demo.read_vocabulary(model.checkpoint)
-        if options.scheme != _AS_STORED:
-            params = demo.requantize(model.params, options.scheme, progress)
-            model = dataclasses.replace(model, params=params)
-    encode = vocabulary.encode_chat if options.chat else vocabulary.encode
-    ids = demo.generate(
-        model,
-        encode(options.prompt),
-        options.max_tokens,
-        store=demo.STORES[options.kv],
-        temperature=options.temperature,
-        seed=options.seed,
-    )
+        stream = iter(_read_and_continue(options, progress))
+        # This compiles a program unless it is in the cache.
+        progress(0, None, "Running the prompt")
+        first = list(itertools.islice(stream, 1))
     pieces, times = [], []
-    for piece in vocabulary.pieces(ids):
+    for piece in itertools.chain(first, stream):
         times.append(time.perf_counter())
         pieces.append(piece)
         if not options.json:
@@ -254,6 +243,26 @@ def _generate(options: argparse.Namespace) -> None:
     else:
         rate = "" if speed is None else f", {speed:.1f} tokens per second"
         print(f"\n{len(pieces)} tokens{rate}", file=sys.stderr)
+
+
+def _read_and_continue(options: argparse.Namespace, progress: tree.Progress) -> Iterable[str]:
+    """Reads the model; returns the pieces of text that follow the prompt."""
+    model = demo.load_llama(options.model or demo.packaged_llama(), progress=progress)
+    vocabulary = demo.read_vocabulary(model.checkpoint)
+    encode = vocabulary.encode_chat if options.chat else vocabulary.encode
+    ids = encode(options.prompt)
+    if options.scheme != _AS_STORED:
+        params = demo.requantize(model.params, options.scheme, progress)
+        model = dataclasses.replace(model, params=params)
+    tokens = demo.generate(
+        model,
+        ids,
+        options.max_tokens,
+        store=demo.STORES[options.kv],
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    return vocabulary.pieces(tokens)
 
 
 def _use_compilation_cache() -> None:

@@ -118,16 +118,21 @@ def test_quality_table_is_what_the_benchmark_prints(capsys):
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "choosing.md").read_text()
 
 
-def demo_rows():
-    """The rows of README's table of the demo, as lists of cells."""
-    table = re.search(r"```text\n(.*?)```", README.read_text(), re.DOTALL)
-    assert table is not None
-    rows = [[c.strip() for c in r.split("│")[1:-1]] for r in table[1].splitlines() if "│" in r]
+def demo_rows(title="Sentence encoder, quantized"):
+    """The rows of a table of README, as lists of cells."""
+    tables = re.findall(r"```text\n(.*?)```", README.read_text(), re.DOTALL)
+    (table,) = (t for t in tables if title in t)
+    rows = [[c.strip() for c in r.split("│")[1:-1]] for r in table.splitlines() if "│" in r]
     return [row for row in rows if row]
 
 
 def test_demo_table_has_a_row_for_each_scheme():
     assert [row[0] for row in demo_rows()] == ["float32", *demo.SCHEMES]
+
+
+def test_language_table_has_a_row_for_each_variant():
+    rows = demo_rows("Language model, quantized")
+    assert [row[0] for row in rows] == list(demo.VARIANTS)
 
 
 def test_sizes_in_the_demo_table_follow_from_the_encoder():
