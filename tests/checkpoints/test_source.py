@@ -78,6 +78,7 @@ def test_each_device_gets_its_slice_and_copies_are_read_once(dtype):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     sharding = jax.NamedSharding(mesh, jax.P("a", None))
     found = source(array, log).put(sharding)
+    assert isinstance(found, jax.Array)
     assert found.sharding == sharding
     np.testing.assert_array_equal(np.asarray(found), array)
     # Four slices, each for two devices.

@@ -125,7 +125,7 @@ def test_the_temporary_file_of_a_running_save_is_kept(tmp_path):
 
 @pytest.mark.parametrize("other", ["locked", "removed"])
 def test_a_new_file_removed_by_another_process_is_created_again(tmp_path, monkeypatch, other):
-    lock, tries = atomic._lock, []
+    lock, tries = atomic.lock, []
 
     def disturbed(descriptor, **options):
         tries.append([p for p in tmp_path.iterdir() if p.name.startswith(".")])
@@ -135,7 +135,7 @@ def test_a_new_file_removed_by_another_process_is_created_again(tmp_path, monkey
             path.unlink()
         return other == "removed" and lock(descriptor, **options)
 
-    monkeypatch.setattr(atomic, "_lock", disturbed)
+    monkeypatch.setattr(atomic, "lock", disturbed)
     save(tmp_path / "a", {"a": 1})
     assert len(tries) == 2
     assert load(tmp_path / "a") == {"a": 1}
