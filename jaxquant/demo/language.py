@@ -115,8 +115,18 @@ def _params_of(model: LlamaModel, floats: Params, variant: Variant) -> Params:
 
 
 def windows(ids: Iterable[int], count: int, length: int = _WINDOW) -> np.ndarray:
-    """The first `count` windows of `length` ids."""
-    return np.array(list(itertools.islice(ids, count * length)), np.int32).reshape(count, length)
+    """The first `count` windows of `length` ids.
+
+    Raises:
+        ValueError: there are not so many ids, or count is not positive.
+    """
+    found = list(itertools.islice(ids, max(count, 0) * length))
+    if count < 1 or len(found) < count * length:
+        raise ValueError(
+            f"The text must have 1 window of {length} tokens or more, and as many as are asked "
+            f"for; got {count} windows of a text with {len(found)} tokens up to there."
+        )
+    return np.array(found, np.int32).reshape(count, length)
 
 
 @partial(jax.jit, static_argnames="store")

@@ -70,6 +70,12 @@ def test_variants_are_measured_against_float32(model):
     assert keys.divergence > 1e-6
 
 
+@pytest.mark.parametrize(("count", "found"), [(0, 0), (-1, 0), (3, 40)])
+def test_windows_that_the_text_does_not_have_are_an_error(count, found):
+    with pytest.raises(ValueError, match=f"got {count} windows of a text with {found} tokens"):
+        demo.windows(range(40), count, 16)
+
+
 def test_the_held_out_text_is_long_enough():
     text = demo.held_out_text()
     assert len(text) > 100_000
