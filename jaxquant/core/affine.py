@@ -176,7 +176,8 @@ def _lookup(codes, codebook, dtype):
     bit = 0
     while len(entries) > 1:
         entries += entries[-1:] * (len(entries) % 2)
-        is_set = (index >> bit) % 2 == 1
+        # Bit 7 is the sign of an int8.
+        is_set = (index & np.uint8(1 << bit).astype(np.int8)) != 0
         entries = [
             jnp.where(is_set, b, a) for a, b in zip(entries[::2], entries[1::2], strict=True)
         ]
