@@ -23,7 +23,6 @@ class _Mapped:
         data = np.memmap(file.file, np.uint8, "r")
         piece = data[file.start + entry.start : file.start + entry.stop]
         self.array = piece.view(DTYPES[entry.dtype]).reshape(entry.shape)
-        self.file_size = data.size
         self.path, self.name, self.checksum = file.path, name, checksum
         self.is_checked = False
 
@@ -31,10 +30,8 @@ class _Mapped:
         """The array, if it has its checksum.
 
         Raises:
-            ValueError: it does not, or the file became shorter.
+            ValueError: it does not.
         """
-        if os.path.exists(self.path) and os.path.getsize(self.path) < self.file_size:
-            raise ValueError(f"{self.path} was truncated after it was opened. Copy it again.")
         if not self.is_checked:
             check_tensor(self.path, self.name, self.array, self.checksum)
             self.is_checked = True

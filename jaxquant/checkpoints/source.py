@@ -24,8 +24,8 @@ class Source:
         dtype: of the array, perhaps one that JAX adds to NumPy, such as uint4.
         reader: returns a copy of the part that an index selects: one slice per axis, each with
             start and stop within the shape, and step 1.
-        mapped: the mapped bytes that it reads, whose pages are released after each read: a process
-            does not hold what it has read.
+        mapped: the part of a mapped file that it reads, if it does. Its pages are released after
+            each read: a process does not hold what it has read.
     """
 
     shape: tuple[int, ...]
@@ -44,9 +44,15 @@ class Source:
         return math.prod(self.shape)
 
     def read(self, index: Sequence[slice] | None = None) -> np.ndarray:
-        """A copy of the part that the slices select, of step 1; the whole array for None."""
+        """A copy of the part that the slices select, of step 1; the whole array for None.
+
+        Raises:
+            ValueError: the file became shorter after it was opened.
+        """
         given = (slice(None),) * self.ndim if index is None else index
         bounds = (s.indices(n)[:2] for s, n in zip(given, self.shape, strict=True))
+        if self.mapped is not None:
+            _check_length(self.mapped)
         out = self.reader(tuple(slice(start, max(start, stop)) for start, stop in bounds))
         if self.mapped is not None and out.nbytes >= _LEAST_RELEASED:
             _release(self.mapped)
@@ -83,13 +89,29 @@ class Source:
         return jax.make_array_from_callback(self.shape, sharding, read, dtype=self.dtype)
 
 
-def _release(mapped: np.ndarray) -> None:
-    """Tells the system that the pages of a mapped file are not needed for now."""
-    base: Any = mapped
+def _mapping(array: np.ndarray) -> mmap.mmap | None:
+    """The mapping that an array is a view of."""
+    base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)
+    return base if isinstance(base, mmap.mmap) else None
+
+
+def _check_length(mapped: np.ndarray) -> None:
+    mapping = _mapping(mapped)
+    # Reading pages beyond the end of a file would end the process.
+    if mapping is not None and mapping.size() < len(mapping):
+        raise ValueError(
+            f"{getattr(mapped, 'filename', None)} was truncated after it was opened, from "
+            f"{len(mapping)} to {mapping.size()} bytes. Copy it again."
+        )
+
+
+def _release(mapped: np.ndarray) -> None:
+    """Tells the system that the pages of a mapped file are not needed for now."""
+    mapping = _mapping(mapped)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def concatenate(sources: Sequence[Source], axis: int) -> Source:

@@ -1,5 +1,6 @@
 """GGUF files: metadata, tensors, shards, and malformed files of every kind."""
 
+import os
 import re
 import struct
 from typing import Any
@@ -197,6 +198,33 @@ def test_folders_and_missing_files_are_named(tmp_path):
         open_gguf(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"none\.gguf"):
         open_gguf(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize("name", ["x", "q"])
+def test_a_file_that_is_truncated_after_it_was_opened(tmp_path, name):
+    path = write(
+        tmp_path, gguf([], [float_tensor("x", np.ones(5000)), golden_tensor("q", "Q4_0")[0]])
+    )
+    stored: Any = open_gguf(path)[name]
+    os.truncate(path, 100)
+    with pytest.raises(
+        ValueError, match=r"a\.gguf was truncated after it was opened, from .* to 100"
+    ):
+        stored.value.read() if name == "x" else stored.value.codes.read()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's counters")
+def test_what_was_read_does_not_stay_in_memory(tmp_path):
+    def resident():
+        with open("/proc/self/status") as file:
+            (line,) = (row for row in file if row.startswith("RssFile:"))
+        return 1024 * int(line.split()[1])
+
+    array = np.ones((1024, 4096), np.float32)
+    stored: Any = open_gguf(write(tmp_path, gguf([], [float_tensor("x", array)])))["x"]
+    before = resident()
+    np.testing.assert_array_equal(stored.value.read(), array)
+    assert resident() - before < array.nbytes / 4
 
 
 def shard(i, count=3, total=3, tensors=None):

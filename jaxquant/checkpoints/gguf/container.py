@@ -90,7 +90,7 @@ class _Cursor:
     """Reads the header of a file from front to back."""
 
     def __init__(self, path: Path, data: np.ndarray):
-        self.path, self.bytes, self.position = path, data.data, 0
+        self.path, self.data, self.bytes, self.position = path, data, data.data, 0
 
     def error(self, field: str, problem: str) -> ValueError:
         return ValueError(
@@ -248,7 +248,6 @@ def _read_tensor(cursor, index) -> tuple[str, BlockType, tuple[int, ...], int]:
 def _place(cursor, headers, start, alignment) -> tuple[TensorInfo, ...]:
     """Checks that the tensors follow each other, as ggml requires, up to the end of the file."""
     size, end, tensors = len(cursor.bytes), start, {}
-    data = np.asarray(cursor.bytes)
     for name, type, shape, offset in headers:
         begin = aligned(end, alignment)
         if start + offset != begin:
@@ -258,7 +257,7 @@ def _place(cursor, headers, start, alignment) -> tuple[TensorInfo, ...]:
             raise cursor.error(f"bytes of {name!r}", f"they end at {end}, the file at {size}")
         if name in tensors:
             raise cursor.error(f"name of tensor {len(tensors)}", f"{name!r} is repeated")
-        tensors[name] = TensorInfo(name, type, shape, data[begin:end])
+        tensors[name] = TensorInfo(name, type, shape, cursor.data[begin:end])
     if not (end if headers else cursor.position) <= size <= aligned(end, alignment):
         raise cursor.error("end of the tensors", f"they end at {end}, the file at {size}")
     return tuple(tensors.values())

@@ -108,7 +108,7 @@ class Plain:
             values = values.reshape(selected.shape[:-1])
             return values - self.leaf.dtype.type(self.shift) if self.shift else values
 
-        return Source(self.shape, self.leaf.dtype, reader)
+        return Source(self.shape, self.leaf.dtype, reader, self.raw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Blocks:
             cut = slice(inner.start - first * leaf.count, inner.stop - first * leaf.count)
             return np.ascontiguousarray(decoded[..., cut])
 
-        return Source((*lead, blocks * leaf.count), leaf.dtype, reader)
+        return Source((*lead, blocks * leaf.count), leaf.dtype, reader, self.raw)
 
     def value(self, factor: Source | None = None) -> QTensor:
         """The tensor, with a Source in place of each array."""

@@ -1,14 +1,13 @@
 """safetensors files, mapped into memory."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from ...tree.internal import DTYPES, Entry, open_tensors
-from ..source import Index, Source
+from ..source import Source
 from .bits import unpacked
 from .derived import viewed
 
@@ -90,7 +89,7 @@ def _source(path, name, data, start, entry: Entry) -> Source:
     piece = data[start + entry.start : start + entry.stop]
     if entry.dtype in DTYPES:
         array = piece.view(DTYPES[entry.dtype]).reshape(entry.shape)
-        return Source(entry.shape, array.dtype, _reader(path, data.size, array), array)
+        return Source(entry.shape, array.dtype, lambda index: np.array(array[index]), array)
     bits = _PACKED.get(entry.dtype)
     if bits is None or not entry.shape or entry.shape[-1] % 2:
         raise ValueError(
@@ -98,15 +97,5 @@ def _source(path, name, data, start, entry: Entry) -> Source:
             "cannot be read. Store it as bfloat16, or as F4 with an even number of columns."
         )
     array = piece.reshape(*entry.shape[:-1], entry.shape[-1] // 2)
-    words = Source(array.shape, array.dtype, _reader(path, data.size, array), array)
+    words = Source(array.shape, array.dtype, lambda index: np.array(array[index]), array)
     return viewed(unpacked(words, bits, entry.shape[-1], -1), ml_dtypes.float4_e2m1fn)
-
-
-def _reader(path: Path, size: int, array: np.ndarray):
-    def read(index: Index) -> np.ndarray:
-        # Reading pages beyond the end of a file would end the process.
-        if os.path.exists(path) and os.path.getsize(path) < size:
-            raise ValueError(f"{path} was truncated after it was opened. Copy it again.")
-        return np.array(array[index])
-
-    return read
