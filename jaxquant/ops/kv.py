@@ -84,7 +84,7 @@ def init(
         heads: number H of key and value heads.
         length: number S of positions, for the prompt and all generated tokens.
         size: elements D of a head.
-        store: a float dtype; or a symmetric config of 8-bit or 4-bit codes, which get one scale per
+        store: a float dtype of at least 8 bits, or a symmetric config of 8-bit or 4-bit codes, which get one scale per
             token and head.
         layers: number of layers that share the cache, each addressed by `layer=`. Keep such a cache
             in the carry of a loop over layers, where it is updated in place. None for one layer.
@@ -102,13 +102,14 @@ def init(
         raise ValueError(f"batch, heads, length, size and layers must be positive; got {shape}.")
     lengths = jnp.zeros(lead, jnp.int32)
     if not isinstance(store, ArrayConfig):
-        if not jnp.issubdtype(store, jnp.floating):
+        dtype = jax.dtypes.canonicalize_dtype(store)
+        if not jnp.issubdtype(dtype, jnp.floating) or bits_of(dtype) < 8:
             raise ValueError(
-                f"store must be a float dtype or an ArrayConfig; got {jnp.dtype(store)}. For "
-                "integers, pass ArrayConfig(format=INT8)."
+                "store must be a float dtype of 8 bits or more, or an ArrayConfig; got "
+                f"{jnp.dtype(store)}. For integers, pass ArrayConfig(format=INT8)."
             )
-        keys, values = (_as_stored(jnp.zeros(shape, store)) for _ in range(2))
-        return Cache(keys, values, None, None, lengths, size, jnp.dtype(store), None)
+        keys, values = (_as_stored(jnp.zeros(shape, dtype)) for _ in range(2))
+        return Cache(keys, values, None, None, lengths, size, dtype, None)
     _check_config(store)
     dtype = jnp.dtype(store.format.dtype)
     keys, values = (_as_stored(jnp.zeros(shape, dtype)) for _ in range(2))
@@ -139,8 +140,9 @@ def append(
         so that it is updated in place.
 
     Raises:
-        ValueError: shapes do not match, T exceeds the capacity, or, where the lengths are known
-            (outside jit), tokens do not fit. Under jit, a sequence that does not fit has a length
+        ValueError: shapes do not match, T exceeds the capacity, or, where the numbers are known
+            (outside jit), there is no such layer, counts are not 0 to T, or tokens do not fit.
+            Under jit, counts are clipped to 0 to T, and a sequence that does not fit has a length
             above the capacity afterwards, and `attend` returns NaN for it.
 
     Error: half a scale per element if the cache is quantized: 1/254 of the largest magnitude of
@@ -205,7 +207,7 @@ def attend(
         Arbitrary finite values for padding; NaN for a sequence that exceeded the capacity.
 
     Raises:
-        ValueError: shapes do not match, or `layer` is missing.
+        ValueError: shapes do not match, or `layer` is missing or, where it is known, too large.
 
     Source: Ainslie et al. 2023, arXiv:2305.13245 (grouped-query attention).
 
@@ -216,6 +218,7 @@ def attend(
         [[3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]]
     """
     batch, heads = _check_layer(cache, layer)
+    query = jnp.asarray(query)
     is_fit = query.ndim == 4 and (query.shape[0], query.shape[3]) == (batch, cache.size)
     if not is_fit or query.shape[2] % heads:
         raise ValueError(
@@ -230,7 +233,8 @@ def attend(
         _as_numbers(_at(x, layer), cache.dtype, cache.size).astype(dtype)
         for x in (cache.keys, cache.values)
     )
-    grouped = jnp.asarray(query, dtype).reshape(batch, count, heads, -1, cache.size)
+    per_key = query.shape[2] // heads
+    grouped = query.astype(dtype).reshape(batch, count, heads, per_key, cache.size)
     scores = jnp.einsum("bthgd,bhsd->bhgts", grouped, keys)
     scores *= cache.size**-0.5 if scale is None else scale
     scores *= _factors(cache.key_scale, cache, layer).astype(dtype)
@@ -260,6 +264,9 @@ def _check_layer(cache: Cache, layer: Any) -> tuple[int, int]:
     if (layer is None) != (cache.keys.ndim == 4):
         wanted = "None for a cache of one layer" if layer is not None else "the index of a layer"
         raise ValueError(f"layer must be {wanted}; got {layer} for {cache}.")
+    layers = cache.keys.shape[0]
+    if layer is not None and not is_tracer(layer) and not -layers <= int(layer) < layers:
+        raise ValueError(f"layer must be one of the {layers} of the cache; got {layer}.")
     return cache.keys.shape[-4], cache.keys.shape[-3]
 
 
@@ -270,6 +277,11 @@ def _as_counts(counts: Any, batch: int, count: int) -> jax.Array:
     if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
         raise ValueError(
             f"counts must be {batch} integers, one per sequence; got {counts.dtype} {counts.shape}."
+        )
+    if not is_tracer(counts) and np.any(np.clip(counts, 0, count) != counts):
+        raise ValueError(
+            f"counts must be 0 to {count}, the number of tokens that are passed; got "
+            f"{counts.tolist()}."
         )
     return jnp.clip(counts.astype(jnp.int32), 0, count)
 

@@ -211,6 +211,23 @@ def test_a_token_that_does_not_fit_is_an_error_or_nan(store):
     assert np.isfinite(found[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("store", [jnp.float64, INT8], ids=["float64", "int8"])
+def test_arrays_of_64_bits_are_rounded_without_warnings(store):
+    query, keys, values = drawn(2)
+    wide = [np.asarray(x, np.float64) for x in (query, keys, values)]
+    cache = kv.init(B, H, S, D, store=store)
+    found = kv.attend(wide[0], kv.append(cache, *wide[1:]))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, kv.attend(query, kv.append(cache, keys, values)))
+
+
+def test_no_tokens_give_no_outputs():
+    query, keys, values = (x[:, :0] for x in drawn(1))
+    cache = kv.append(kv.init(B, H, S, D), keys, values)
+    assert cache.lengths.tolist() == [0] * B
+    assert kv.attend(query, cache).shape == (B, 0, N, D)
+
+
 def test_nan_stays_in_its_sequence_and_head():
     query, keys, values = drawn(2)
     values[1, 0, 1, 3] = np.nan
@@ -228,6 +245,7 @@ def test_loops_compile_once():
 
 
 CACHE = kv.init(B, H, S, D)
+LAYERS = kv.init(B, H, S, D, layers=2)
 KEYS = np.zeros((B, 2, H, D), np.float32)
 QUERY = np.zeros((B, 2, N, D), np.float32)
 
@@ -237,6 +255,14 @@ QUERY = np.zeros((B, 2, N, D), np.float32)
     [
         (lambda: kv.init(0, H, S, D), r"must be positive; got \(0, 2, 11, 5\)"),
         (lambda: kv.init(B, H, S, D, store=jnp.int8), "or an ArrayConfig; got int8. For integers"),
+        (lambda: kv.init(B, H, S, D, store=jnp.float4_e2m1fn), "8 bits or more.* got float4_e2m1"),
+        (lambda: kv.append(LAYERS, KEYS, KEYS, layer=2), "one of the 2 of the cache; got 2"),
+        (lambda: kv.attend(QUERY, LAYERS, layer=-3), "one of the 2 of the cache; got -3"),
+        (
+            lambda: kv.append(CACHE, KEYS, KEYS, jnp.array([0, 3, 2])),
+            r"counts must be 0 to 2, .* got \[0, 3, 2\]",
+        ),
+        (lambda: kv.append(CACHE, KEYS, KEYS, jnp.array([0, -1, 2])), r"got \[0, -1, 2\]"),
         (
             lambda: kv.init(B, H, S, D, store=jq.ArrayConfig(symmetric=False)),
             "symmetric config of int8, int4 or float8 .* got ArrayConfig.*symmetric=False",
@@ -261,7 +287,7 @@ QUERY = np.zeros((B, 2, N, D), np.float32)
         (lambda: kv.append(CACHE, KEYS[0], KEYS[0]), r"3 sequences of 2 heads of 5; got \(2, 2,"),
         (lambda: kv.append(CACHE, KEYS, KEYS, layer=0), "None for a cache of one layer; got 0"),
         (
-            lambda: kv.append(kv.init(B, H, S, D, layers=2), KEYS, KEYS),
+            lambda: kv.append(LAYERS, KEYS, KEYS),
             "layer must be the index of a layer; got None for Cache",
         ),
         (lambda: kv.append(CACHE, KEYS, KEYS, jnp.ones(2, int)), r"3 integers.* got int32 \(2,\)"),
