@@ -84,8 +84,8 @@ def init(
         heads: number H of key and value heads.
         length: number S of positions, for the prompt and all generated tokens.
         size: elements D of a head.
-        store: a float dtype of at least 8 bits, or a symmetric config of 8-bit or 4-bit codes, which get one scale per
-            token and head.
+        store: a float dtype of 8 bits or more; or a symmetric config of 8-bit or 4-bit codes, which
+            get one scale per token and head.
         layers: number of layers that share the cache, each addressed by `layer=`. Keep such a cache
             in the carry of a loop over layers, where it is updated in place. None for one layer.
 
