@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ from .llama import LlamaConfig, Params
 
 _ARCHITECTURES = ("llama", "mistral")
 _NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+# Names in files, and the axes (N, K).
 _KERNELS = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "out": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
+    "query": ("self_attn.q_proj", "queries", "width"),
+    "key": ("self_attn.k_proj", "keys", "width"),
+    "value": ("self_attn.v_proj", "keys", "width"),
+    "out": ("self_attn.o_proj", "width", "queries"),
+    "gate": ("mlp.gate_proj", "hidden", "width"),
+    "up": ("mlp.up_proj", "hidden", "width"),
+    "down": ("mlp.down_proj", "width", "hidden"),
 }
+# Settings of Hugging Face that change the model, and the values that are supported.
+_FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1}
 # Tensors that repeat what the configuration says.
 _DERIVED = "rotary_emb.inv_freq"
 _GGUF_FACTORS = "rope_freqs.weight"
@@ -49,7 +53,7 @@ class LlamaModel:
 
 
 def load_llama(
-    path: Path,
+    path: str | os.PathLike,
     dtype: jax.typing.DTypeLike = jnp.float32,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> LlamaModel:
@@ -74,16 +78,19 @@ def load_llama(
         read.append(checkpoints.put(leaf, dtype=dtype))
         progress(i + 1, len(leaves), jax.tree_util.keystr(place, simple=True, separator="/"))
     structure = jax.tree.structure(tree, is_leaf=_is_stored)
-    params = {**jax.tree.unflatten(structure, read), "frequencies": _frequencies(settings)}
+    params = {
+        **jax.tree.unflatten(structure, read),
+        "frequencies": _frequencies(checkpoint, settings),
+    }
     config = LlamaConfig(
         settings.heads, settings.kv_heads, settings.layers, float(settings.epsilon)
     )
     return LlamaModel(params, config, settings.context_length, checkpoint)
 
 
-def open_model(path: Path) -> Checkpoint:
+def open_model(path: str | os.PathLike) -> Checkpoint:
     """The checkpoint under the names of Hugging Face."""
-    if path.is_dir():
+    if Path(path).is_dir():
         return checkpoints.open_folder(path)
     return checkpoints.open_gguf(path, names="huggingface")
 
@@ -102,11 +109,10 @@ class _Settings:
     rotated: int
     rope_base: float
     rope_scaling: Mapping[str, Any]
-    rope_factors: Any = None
 
 
 def _settings(checkpoint: Checkpoint) -> _Settings:
-    is_gguf = "general.architecture" in checkpoint.metadata
+    is_gguf = checkpoint.container == "gguf"
     architecture, values = _values_of(checkpoint, is_gguf)
     if architecture not in _ARCHITECTURES:
         raise ValueError(
@@ -124,14 +130,13 @@ def _settings(checkpoint: Checkpoint) -> _Settings:
         "context_length": 2048,
         "rope_scaling": {},
     }
-    factors = checkpoint.get(_GGUF_FACTORS)
     found = {"heads": None, "layers": None, "width": None, **defaults, **found}
     found["rotated"] = found.get("rotated", found["head_size"])
     _check(checkpoint, found, keys)
     # Within a window, attention to all tokens is the same.
     window = found.pop("window", None) or found["context_length"]
     found["context_length"] = min(found["context_length"], window)
-    return _Settings(**found, rope_factors=factors and checkpoints.put(factors.value))
+    return _Settings(**found)
 
 
 def _check(checkpoint: Checkpoint, found: Mapping[str, Any], keys: Mapping[str, str]) -> None:
@@ -158,6 +163,11 @@ def _check(checkpoint: Checkpoint, found: Mapping[str, Any], keys: Mapping[str, 
         raise ValueError(
             f"{checkpoint.path}: {keys['rotated']} must be {size}, the size of a head; got "
             f"{rotated}. Partial rotations are not supported."
+        )
+    if not isinstance(found["rope_scaling"], Mapping):
+        raise ValueError(
+            f"{checkpoint.path}: {keys['rope_scaling']} must be an object; got "
+            f"{found['rope_scaling']!r}."
         )
 
 
@@ -195,7 +205,14 @@ def _values_of(checkpoint: Checkpoint, is_gguf: bool) -> tuple[str | None, Mappi
         # From transformers 5 on, what concerns RoPE is in a section.
         rope = config.get("rope_parameters") or {}
         given = {k: v for k, v in config.items() if v is not None}
-        return config.get("model_type"), {"rope_scaling": rope, **rope, **given}
+        values = {"rope_scaling": rope, **(rope if isinstance(rope, Mapping) else {}), **given}
+        for key, wanted in _FIXED.items():
+            if values.get(key, wanted) != wanted:
+                raise ValueError(
+                    f"{checkpoint.path}: {key} must be {wanted!r}; got {values[key]!r}. Run other "
+                    "models with jq.lift."
+                )
+        return config.get("model_type"), values
     metadata = checkpoint.metadata
     architecture = metadata["general.architecture"]
     values = {k.removeprefix(f"{architecture}."): v for k, v in metadata.items()}
@@ -206,68 +223,102 @@ def _values_of(checkpoint: Checkpoint, is_gguf: bool) -> tuple[str | None, Mappi
     return architecture, {**values, "rope_scaling": scaling}
 
 
-def _frequencies(settings: _Settings) -> jax.Array:
+def _frequencies(checkpoint: Checkpoint, settings: _Settings) -> jax.Array:
     """Angle per position of each pair, float32 (D / 2,)."""
     pairs = jnp.arange(settings.head_size // 2, dtype=jnp.float32)
     plain = settings.rope_base ** (-2 * pairs / settings.head_size)
-    if settings.rope_factors is not None:
-        return plain / settings.rope_factors
+    if _GGUF_FACTORS in checkpoint:
+        factors = checkpoint[_GGUF_FACTORS]
+        if factors.shape != plain.shape or not isinstance(factors.value, Source):
+            raise ValueError(
+                f"{checkpoint.path}: {_GGUF_FACTORS} must be {plain.size} numbers, one per pair; "
+                f"got {factors.kind} of shape {factors.shape}."
+            )
+        return plain / checkpoints.put(factors.value)
     scaling = settings.rope_scaling
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in _SCALINGS:
+    if kind not in list(_SCALINGS):
         raise ValueError(
-            f"RoPE scaling must be one of {', '.join(_SCALINGS)}; got {kind!r}. Such models are "
-            "not supported."
+            f"{checkpoint.path}: RoPE scaling must be one of {', '.join(_SCALINGS)}; got {kind!r}. "
+            "Such models are not supported."
         )
-    return _SCALINGS[kind](plain, scaling)
+    rule, keys = _SCALINGS[kind]
+    for key in keys:
+        value = scaling.get(key)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(
+                f"{checkpoint.path}: {key} of {kind} RoPE scaling must be a positive number; got "
+                f"{value!r}."
+            )
+    return rule(plain, *(scaling[key] for key in keys))
 
 
-def _by_wavelength(plain: jax.Array, scaling: Mapping[str, Any]) -> jax.Array:
+def _by_wavelength(
+    plain: jax.Array, factor: float, low: float, high: float, context: float
+) -> jax.Array:
     """Llama 3.1: slow rotations are divided by the factor, fast ones are not."""
-    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    share = jnp.clip((turns - low) / (high - low), 0, 1)
-    return plain * (share + (1 - share) / scaling["factor"])
+    share = jnp.clip((context * plain / (2 * math.pi) - low) / (high - low), 0, 1)
+    return plain * (share + (1 - share) / factor)
 
 
-_SCALINGS: dict[str, Callable[[jax.Array, Mapping[str, Any]], jax.Array]] = {
-    "default": lambda plain, scaling: plain,
-    "none": lambda plain, scaling: plain,
-    "linear": lambda plain, scaling: plain / scaling["factor"],
-    "llama3": _by_wavelength,
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# A function of the frequencies, and the keys of its other arguments.
+_SCALINGS: dict[str, tuple[Callable[..., jax.Array], tuple[str, ...]]] = {
+    "default": (lambda plain: plain, ()),
+    "none": (lambda plain: plain, ()),
+    "linear": (lambda plain, factor: plain / factor, ("factor",)),
+    "llama3": (_by_wavelength, _LLAMA3_KEYS),
 }
 
 
 def _tree_of_sources(checkpoint: Checkpoint, settings: _Settings) -> tuple[Params, set[str]]:
     """The parameters, with Sources in place of arrays, and the names of all tensors in them."""
     used = set()
+    sizes = {
+        "width": settings.width,
+        "queries": settings.heads * settings.head_size,
+        "keys": settings.kv_heads * settings.head_size,
+        "hidden": _rows(checkpoint, "model.layers.0.mlp.gate_proj.weight"),
+        "vocabulary": _rows(checkpoint, "model.embed_tokens.weight"),
+    }
 
-    def value_of(name: str) -> Any:
+    def value_of(name: str, *axes: str) -> Any:
         if name not in checkpoint:
             raise ValueError(f"{checkpoint.path} is not a complete Llama model: it lacks {name!r}.")
         used.add(name)
+        shape = tuple(sizes[axis] for axis in axes)
+        if checkpoint[name].shape != shape:
+            raise ValueError(
+                f"{checkpoint.path}: {name} must have the shape {shape} ({', '.join(axes)}), which "
+                f"follows from the configuration; got {checkpoint[name].shape}."
+            )
         return checkpoint[name].value
 
-    def dense(name: str) -> Params:
+    def dense(name: str, rows: str, columns: str) -> Params:
         bias = f"{name}.bias"
-        kernel = {"kernel": value_of(f"{name}.weight")}
-        return {**kernel, "bias": value_of(bias)} if bias in checkpoint else kernel
+        kernel = {"kernel": value_of(f"{name}.weight", rows, columns)}
+        return {**kernel, "bias": value_of(bias, rows)} if bias in checkpoint else kernel
 
     def layer(i: int) -> Params:
         prefix = f"model.layers.{i}."
-        norms = {name: value_of(f"{prefix}{n}.weight") for name, n in _NORMS.items()}
-        return norms | {name: dense(f"{prefix}{n}") for name, n in _KERNELS.items()}
+        norms = {name: value_of(f"{prefix}{n}.weight", "width") for name, n in _NORMS.items()}
+        return norms | {name: dense(f"{prefix}{n}", *axes) for name, (n, *axes) in _KERNELS.items()}
 
     layers = [layer(i) for i in range(settings.layers)]
     runs = [list(run) for _, run in itertools.groupby(layers, _kind)]
     tree = {
-        "embedding": value_of("model.embed_tokens.weight"),
+        "embedding": value_of("model.embed_tokens.weight", "vocabulary", "width"),
         "layers": tuple(jax.tree.map(lambda *s: checkpoints.stack(s), *run) for run in runs),
-        "norm": value_of("model.norm.weight"),
+        "norm": value_of("model.norm.weight", "width"),
     }
     if "lm_head.weight" in checkpoint:
-        tree["head"] = value_of("lm_head.weight")
+        tree["head"] = value_of("lm_head.weight", "vocabulary", "width")
     return tree, used
+
+
+def _rows(checkpoint: Checkpoint, name: str) -> int:
+    """The length of the first axis; 0 if there is none."""
+    return next(iter(checkpoint[name].shape), 0) if name in checkpoint else 0
 
 
 def _kind(layer: Params) -> Any:

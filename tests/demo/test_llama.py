@@ -193,6 +193,29 @@ def test_a_window_limits_the_context(tmp_path):
         ({"rms_norm_eps": 0}, {}, "rms_norm_eps must be a positive float; got 0"),
         ({"max_position_embeddings": True}, {}, "must be a positive int; got True"),
         ({"rope_scaling": {"type": "yarn"}}, {}, "one of default, none, linear, .* got 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, {}, "factor of linear .* positive number; got None"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, {}, "factor of linear .* got 0"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": "1"}},
+            {},
+            "low_freq_factor of llama3 .* got '1'",
+        ),
+        ({"rope_scaling": "linear"}, {}, "rope_scaling must be an object; got 'linear'"),
+        ({"rope_scaling": {"type": ["x"]}}, {}, r"one of default, none, .* got \['x'\]"),
+        ({"rope_parameters": [1]}, {}, r"rope_scaling must be an object; got \[1\]"),
+        ({"hidden_act": "relu"}, {}, "hidden_act must be 'silu'; got 'relu'. Run other"),
+        ({"partial_rotary_factor": 0.5}, {}, "partial_rotary_factor must be 1; got 0.5"),
+        (
+            {"hidden_size": 48},
+            {},
+            r"input_layernorm.weight must have the shape \(48,\) \(width\).*; got \(32,\)",
+        ),
+        ({"head_dim": 6}, {}, r"q_proj.weight must have the shape \(48, 32\) .*got \(96, 32\)"),
+        (
+            {},
+            {"model.layers.1.mlp.up_proj.weight": np.ones((60, 32), np.float32)},
+            r"layers.1.mlp.up_proj.weight must have .*\(64, 32\) .*; got \(60, 32\)",
+        ),
         ({"num_hidden_layers": 4}, {}, "lacks 'model.layers.3.input_layernorm.weight'"),
         ({}, {"model.extra": np.ones(3, np.float32)}, "does not have: model.extra. Run it with"),
     ],
@@ -201,6 +224,19 @@ def test_other_models_are_errors(tmp_path, changes, arrays, text):
     folder = llamas.write_folder(tmp_path, llamas.random_arrays() | arrays, **changes)
     with pytest.raises(ValueError, match=text):
         demo.load_llama(folder)
+
+
+def test_models_are_named_by_text_too(tmp_path):
+    folder = llamas.write_folder(tmp_path, llamas.random_arrays())
+    assert demo.load_llama(str(folder)).context_length == llamas.CONTEXT
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_other_numbers_of_rotation_factors_are_an_error(tmp_path, count):
+    extra = [llamas.gguf_files.array("rope_freqs.weight", np.ones(count))]
+    llamas.write_gguf(tmp_path / "a.gguf", llamas.random_arrays(), extra=extra)
+    with pytest.raises(ValueError, match=rf"rope_freqs.weight must be 6 numbers.*\({count},\)"):
+        demo.load_llama(tmp_path / "a.gguf")
 
 
 def test_partial_rotations_are_an_error(tmp_path):
