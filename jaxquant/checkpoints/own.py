@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import QTensor, bits_of, describe
+from ..core import QTensor, bits_of, describe, packed_bytes
 from ..tree.internal import DTYPES, TensorFile, check_tensor, leaves_with_paths, map_tree
+from .bits import unpack
 from .checkpoint import Checkpoint
 from .source import Index, Source
 from .stored import Stored
@@ -18,24 +20,59 @@ from .stored import Stored
 class _Mapped:
     """A stored array in a mapped file, which is checked when it is first read."""
 
-    def __init__(self, file: TensorFile, name: str, checksum: int) -> None:
+    def __init__(self, file: TensorFile, data: np.memmap, name: str, checksum: int) -> None:
         entry = file.entries[name]
-        data = np.memmap(file.file, np.uint8, "r")
         piece = data[file.start + entry.start : file.start + entry.stop]
         self.array = piece.view(DTYPES[entry.dtype]).reshape(entry.shape)
         self.path, self.name, self.checksum = file.path, name, checksum
         self.is_checked = False
 
     def read(self) -> np.ndarray:
-        """The array, if it has its checksum.
+        """The array.
 
         Raises:
-            ValueError: it does not.
+            ValueError: it does not have its checksum.
         """
         if not self.is_checked:
             check_tensor(self.path, self.name, self.array, self.checksum)
             self.is_checked = True
         return self.array
+
+    def restore(self, dtype: np.dtype | None, shape: tuple[int, ...] | None) -> Source:
+        """The array that it stores: itself, or bytes of an array of this dtype and shape."""
+        array = self.array
+        if dtype is None or shape is None:
+            return Source(array.shape, array.dtype, lambda i: np.array(self.read()[i]), array)
+        form = jax.ShapeDtypeStruct(shape, dtype)
+        if packed_bytes(form) != array.nbytes:
+            raise ValueError(f"{dtype} of shape {shape} does not take {array.nbytes} bytes")
+        part = _packed_part if bits_of(dtype) < 8 else _part
+        return Source(shape, dtype, lambda index: part(self.read(), form, index), array)
+
+
+def _part(stored: np.ndarray, form: jax.ShapeDtypeStruct, index: Index) -> np.ndarray:
+    return np.array(stored.view(form.dtype).reshape(form.shape)[index])
+
+
+def _packed_part(stored: np.ndarray, form: jax.ShapeDtypeStruct, index: Index) -> np.ndarray:
+    """`_part` of codes of less than a byte, packed along the flat array: unpacks whole rows."""
+    bits, inner = bits_of(form.dtype), math.prod(form.shape[1:])
+    first, *rest = index or (slice(0, 1),)
+    start, stop = first.start * inner, first.stop * inner
+    begin = start * bits // 8
+    codes = unpack(stored.view(np.uint8)[begin : -(-stop * bits // 8)], bits)
+    codes = codes[start - begin * 8 // bits :][: stop - start]
+    rows = codes.reshape(first.stop - first.start, *form.shape[1:])[(slice(None), *rest)]
+    return from_bits(rows, form.dtype).reshape(rows.shape if form.shape else ())
+
+
+def from_bits(codes: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Bit patterns in the low bits of bytes, as elements of a dtype of less than 8 bits."""
+    if not jnp.issubdtype(dtype, jnp.signedinteger):
+        is_integer = jnp.issubdtype(dtype, jnp.integer)
+        return codes.astype(dtype) if is_integer else codes.view(dtype)
+    sign = 2 ** (bits_of(dtype) - 1)
+    return ((codes ^ sign).astype(np.int8) - sign).astype(dtype)
 
 
 def open_own(path: str | os.PathLike) -> Checkpoint:
@@ -46,7 +83,14 @@ def open_own(path: str | os.PathLike) -> Checkpoint:
     Raises:
         OSError, ValueError: as for `jaxquant.load`.
     """
-    tree, metadata = map_tree(path, _Mapped, _restore)
+    maps: list[np.memmap] = []
+
+    def get(file: TensorFile, name: str, checksum: int) -> _Mapped:
+        if not maps:
+            maps.append(np.memmap(file.file, np.uint8, "r"))
+        return _Mapped(file, maps[0], name, checksum)
+
+    tree, metadata = map_tree(path, get, _Mapped.restore)
     paths, leaves, _ = leaves_with_paths(tree, is_leaf=lambda x: isinstance(x, QTensor))
     tensors = {
         name: _stored(name, leaf)
@@ -59,50 +103,4 @@ def open_own(path: str | os.PathLike) -> Checkpoint:
 def _stored(name: str, value: Any) -> Stored:
     if isinstance(value, QTensor):
         return Stored(name, describe(value), value, value.nbytes)
-    return Stored(name, str(value.dtype), value, value.size * bits_of_any(value.dtype) // 8)
-
-
-def bits_of_any(dtype: np.dtype) -> int:
-    """Bits per element, also of dtypes that are not numbers."""
-    is_number = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
-    return bits_of(dtype) if is_number else 8 * dtype.itemsize
-
-
-def _restore(stored: _Mapped, dtype: np.dtype | None, shape: tuple[int, ...] | None) -> Source:
-    if dtype is None or shape is None:
-        array = stored.array
-        return Source(array.shape, array.dtype, lambda index: np.array(stored.read()[index]), array)
-    bits = bits_of_any(dtype)
-    if math.prod(shape) * bits > 8 * stored.array.nbytes:
-        raise ValueError(f"{dtype} of shape {shape} does not fit {stored.array.nbytes} bytes")
-    if bits >= 8:
-        return Source(
-            shape,
-            dtype,
-            lambda index: np.array(stored.read().view(dtype).reshape(shape)[index]),
-            stored.array,
-        )
-
-    def reader(index: Index) -> np.ndarray:
-        first, *rest = index or (slice(0, 1),)
-        inner = math.prod(shape[1:])
-        start, stop = first.start * inner, first.stop * inner
-        count = 8 // bits
-        packed = stored.read().view(np.uint8)[start // count : -(-stop // count)]
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        codes = (packed[:, None] >> shifts) & (2**bits - 1)
-        begin = start - start // count * count
-        codes = codes.reshape(-1)[begin : begin + stop - start]
-        codes = codes.reshape(first.stop - first.start, *shape[1:])[(slice(None), *rest)]
-        return from_bits(codes, dtype).reshape(() if not shape else codes.shape)
-
-    return Source(shape, dtype, reader, stored.array)
-
-
-def from_bits(codes: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Bit patterns in the low bits of bytes, as elements of a dtype of less than 8 bits."""
-    if not jnp.issubdtype(dtype, jnp.signedinteger):
-        is_integer = jnp.issubdtype(dtype, jnp.integer)
-        return codes.astype(dtype) if is_integer else codes.view(dtype)
-    sign = 2 ** (bits_of(dtype) - 1)
-    return ((codes ^ sign).astype(np.int8) - sign).astype(dtype)
+    return Stored(name, str(value.dtype), value, packed_bytes(value))

@@ -198,7 +198,9 @@ class _Task:
     def _parts(self, form: Any) -> Iterator[Any]:
         """The result in parts along the first axis of the stored arrays."""
         if isinstance(self.value, QTensor):
-            yield put(self.value, self.sharding)
+            q = put(self.value, self.sharding)
+            self.codes = histogram(q)
+            yield q
             return
         length = self.value.shape[0] if self.value.shape else 1
         rows = min(self._rows(form), length) or 1

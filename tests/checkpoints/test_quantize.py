@@ -133,6 +133,9 @@ def test_what_is_quantized_already_is_copied(folder, tmp_path):
     report = checkpoints.write_quantized(tmp_path / "b", opened, rules)
     found = jq.load(tmp_path / "b")
     np.testing.assert_array_equal(found["q"].dequantize(), q.dequantize())
+    want = jq.tree.report(jq.load(tmp_path / "a"), found, rules)
+    for row, other in zip(report.rows, want.rows, strict=True):
+        assert (row.scheme, row.codes, row.reason) == (other.scheme, other.codes, other.reason)
     assert [row.scheme for row in report.rows] == ["int4 g16", "int8 per channel, int8 inputs"]
     with pytest.raises(ValueError, match=r"q: stored quantized .*; give it a rule with None"):
         checkpoints.write_quantized(tmp_path / "b", opened, [jq.Rule("*", jq.W8A8, axis=-1)])

@@ -1,5 +1,9 @@
 """Sources read slices of files; joined ones read only the parts that a slice needs."""
 
+import os
+import sys
+from pathlib import Path
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -84,6 +88,31 @@ def test_each_device_gets_its_slice_and_copies_are_read_once(dtype):
     # Four slices, each for two devices.
     assert len(log) == 4
     np.testing.assert_array_equal(np.asarray(source(array).put()), array)
+
+
+def test_another_file_of_the_name_does_not_matter(tmp_path):
+    array = numbered(64, 64)
+    (tmp_path / "a").write_bytes(array.tobytes())
+    mapped = np.memmap(tmp_path / "a", np.float32, "r", shape=array.shape)
+    found = Source(array.shape, array.dtype, lambda index: np.array(mapped[index]), mapped)
+    np.testing.assert_array_equal(found.read(), array)
+    (tmp_path / "b").write_bytes(b"")
+    os.replace(tmp_path / "b", tmp_path / "a")
+    np.testing.assert_array_equal(found.read(), array)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_pages_that_were_read_are_released(tmp_path):
+    array = np.ones(2**24, np.uint8)
+    (tmp_path / "a").write_bytes(array.tobytes())
+    mapped = np.memmap(tmp_path / "a", np.uint8, "r")
+    found = Source(array.shape, array.dtype, lambda index: np.array(mapped[index]), mapped)
+    resident = []
+    for start in range(0, array.size, 2**21):
+        found.read((slice(start, start + 2**21),))
+        text = Path("/proc/self/smaps").read_text().partition(str(tmp_path / "a"))[2]
+        resident += [int(text.partition("Rss:")[2].split()[0])]
+    assert max(resident) < 2**11
 
 
 def test_arrays_on_devices_do_not_alias_the_file():

@@ -9,9 +9,9 @@ import numpy as np
 
 from ...core import BNB_FP4, INT8, NF4, Format, QTensor
 from ...tree.internal import MALFORMED, summary
+from ..bits import unpack, unpacked
 from ..source import Index, Source
 from ..stored import Stored
-from .bits import unpack, unpacked
 from .derived import converted
 from .fields import Fields
 from .mapped import Tensor

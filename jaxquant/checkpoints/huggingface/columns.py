@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from ...core import INT2, INT3, INT4, INT8, Format, QTensor
+from ..bits import unpack_columns, unpacked, words_for
 from ..source import Index, Source
 from ..stored import Stored
-from .bits import unpack_columns, unpacked, words_for
 from .compressed_config import check_pattern, names_module
 from .derived import converted
 from .fields import Fields

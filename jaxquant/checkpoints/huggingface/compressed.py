@@ -19,9 +19,9 @@ from ...core import (
     Inputs,
     QTensor,
 )
+from ..bits import Layout, unpack, unpack_padded, unpacked, words_for
 from ..source import Index, Source
 from ..stored import Stored
-from .bits import Layout, unpack, unpack_padded, unpacked, words_for
 from .compressed_config import Args, Group, activations, group_of, read_groups
 from .derived import computed, converted
 from .fields import Fields

@@ -3,8 +3,8 @@
 from typing import Any
 
 from ...core import MXFP4, QTensor
+from ..bits import unpacked
 from ..stored import Stored
-from .bits import unpacked
 from .derived import joined_axes
 from .fields import Fields
 from .module import Module, Pool, as_e8m0, as_float4

@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 
 from ...tree.internal import DTYPES, Entry, open_tensors
+from ..bits import unpacked
 from ..source import Source
-from .bits import unpacked
 from .derived import viewed
 
 # Bits of the dtypes that are packed in files; a view unpacks them.

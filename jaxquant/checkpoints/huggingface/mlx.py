@@ -18,8 +18,8 @@ from ...core import (
     Format,
     QTensor,
 )
+from ..bits import unpacked
 from ..stored import Stored
-from .bits import unpacked
 from .derived import viewed
 from .fields import Fields
 from .module import FLOATS, Module, Pool, check_matrix, scale_of

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from ...core import FP8_E4M3, INT4, INT8, MXFP8, NVFP4, ArrayConfig, Format, Inputs, QTensor
+from ..bits import unpacked
 from ..source import Source
 from ..stored import Stored
-from .bits import unpacked
 from .derived import converted, reshaped
 from .fields import Fields
 from .mapped import Tensor

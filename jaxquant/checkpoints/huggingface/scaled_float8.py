@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from ...core import FP8_E4M3, MXFP4, MXFP8, ArrayConfig, Format, Inputs, QTensor
+from ..bits import unpacked
 from ..source import Source
 from ..stored import Stored
-from .bits import unpacked
 from .derived import viewed
 from .fields import Fields
 from .mapped import Tensor

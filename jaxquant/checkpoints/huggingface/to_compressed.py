@@ -19,7 +19,7 @@ from ...core import (
     Format,
     QTensor,
 )
-from .bits import pack
+from ..bits import pack
 from .logical import as_numpy, check_weight, logical
 from .module import FLOATS
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ...core import FP8_E4M3, NVFP4, QTensor
-from .bits import pack
+from ..bits import pack
 from .logical import as_numpy, check_weight, logical
 
 ALGORITHM = "W4A16_NVFP4"

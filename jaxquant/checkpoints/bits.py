@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..source import Index, Source
+from .source import Index, Source
 
 # From words, bits and axis to codes.
 Layout = Callable[[np.ndarray, int, int], np.ndarray]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxquant.checkpoints import Source
-from jaxquant.checkpoints.huggingface.bits import (
+from jaxquant.checkpoints.bits import (
     pack,
     unpack,
     unpack_columns,
