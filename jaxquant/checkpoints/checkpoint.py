@@ -44,7 +44,7 @@ class Checkpoint(Mapping[str, Stored]):
         return len(self.tensors)
 
     def __repr__(self) -> str:
-        return f"Checkpoint({str(self.path)!r}, {self.container}, {len(self)} tensors)"
+        return f"Checkpoint({str(self.path)!r}, {self.container}, tensors={len(self)})"
 
     def load(
         self,

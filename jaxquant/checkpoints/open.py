@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from ..tree.internal import check_regular, has_manifest
 from .checkpoint import Checkpoint
@@ -17,32 +16,37 @@ _ELSEWHERE = {
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".npz")
 
 
-def open(path: str | os.PathLike, **options: Any) -> Checkpoint:
+def open(path: str | os.PathLike, *, names: str | None = None) -> Checkpoint:
     """Opens a checkpoint. Only headers are read; tensors are read when they are loaded.
 
     Args:
         path: a GGUF file; a folder of a Hugging Face model, its index file or one of its
             safetensors files; or a file that `jaxquant.save` wrote.
-        options: of the reader: `names="huggingface"` for GGUF (see `checkpoints.open_gguf`).
+        names: how the tensors of a GGUF file are named, "stored" (the default) or "huggingface"
+            (see `checkpoints.open_gguf`). None for other checkpoints.
 
     Raises:
         OSError: there is nothing at `path`, or it cannot be read.
-        ValueError: it is not a checkpoint, is malformed, or is of a kind that is not supported; the
+        ValueError: `names` is given for another checkpoint; or it is not a checkpoint, is malformed, or is of a kind that is not supported; the
             error says what to do.
 
     Example:
         >>> jq.save("model.safetensors", {"w": jnp.ones((4, 2))})
         >>> jq.checkpoints.open("model.safetensors")
-        Checkpoint('model.safetensors', jaxquant, 1 tensors)
+        Checkpoint('model.safetensors', jaxquant, tensors=1)
     """
     path = Path(path)
-    if path.is_dir():
-        return open_folder(path, **options)
-    check_regular(path)
-    with path.open("rb") as file:
-        start = file.read(4)
+    start = b""
+    if not path.is_dir():
+        check_regular(path)
+        with path.open("rb") as file:
+            start = file.read(4)
     if start in (b"GGUF", b"FUGG"):
-        return open_gguf(path, **options)
+        return open_gguf(path, names or "stored")
+    if names is not None:
+        raise ValueError(f"names is for GGUF files; got {names!r} for {path}. Leave it None.")
+    if path.is_dir():
+        return open_folder(path)
     if path.suffix in _ELSEWHERE:
         raise ValueError(f"{path} is not read here: {_ELSEWHERE[path.suffix]}.")
     if path.suffix in _PICKLES or start[:2] in (b"PK", b"\x80\x02"):
@@ -51,5 +55,5 @@ def open(path: str | os.PathLike, **options: Any) -> Checkpoint:
             "when they are read. Convert it to safetensors with the library that wrote it."
         )
     if start.lstrip().startswith(b"{"):
-        return open_folder(path, **options)
-    return open_own(path, **options) if has_manifest(path) else open_folder(path, **options)
+        return open_folder(path)
+    return open_own(path) if has_manifest(path) else open_folder(path)

@@ -250,7 +250,7 @@ def _plans(checkpoint: Checkpoint, rules: Rules) -> dict[str, Plan | None]:
 
     def check(leaf: Any, plan: Plan) -> str | None:
         if isinstance(leaf, QTensor):
-            return f"stored quantized ({leaf!r}); give it a rule with None"
+            return f"stored quantized ({leaf!r}); give it a rule with None, which copies it"
         return why_unsupported_shape(leaf.shape, leaf.dtype, plan)
 
     paths, _, chosen, _ = select(values, _with_axis(rules), check)

@@ -35,6 +35,9 @@ from .rules import (
     unused_rules,
 )
 
+# Problems of one kind are often those of every layer.
+_MOST_PROBLEMS = 20
+
 
 def quantize(
     params: Any,
@@ -64,10 +67,10 @@ def quantize(
         The tree with a QTensor in place of each selected leaf, with `inputs` from its scheme.
 
     Raises:
-        ValueError: lists every rule that matches nothing, and every selected leaf that cannot
-            be quantized: it is not floating-point, is already quantized, does not have the axis,
-            has a length that the group size does not divide, contains NaN or Inf, or would not
-            shrink.
+        ValueError: lists rules that match nothing, and selected leaves that cannot be quantized,
+            the first 20 of all: a leaf is not floating-point, is already quantized, does not have
+            the axis, has a length that the group size does not divide, contains NaN or Inf, or
+            would not shrink.
 
     Error: as for `jaxquant.quantize`.
 
@@ -236,7 +239,9 @@ def _check(
     selected = [item for item in zip(paths, leaves, chosen, strict=True) if item[2] is not None]
     problems += [f"{path}: {why}" for path, *item in selected if (why := check(*item))]
     if problems:
-        lines = "\n  ".join(problems)
+        more = len(problems) - _MOST_PROBLEMS
+        shown = problems[:_MOST_PROBLEMS] + [f"and {more} more"] * (more > 0)
+        lines = "\n  ".join(shown)
         count = "this problem" if len(problems) == 1 else f"these {len(problems)} problems"
         raise ValueError(f"Nothing was quantized; fix {count}:\n  {lines}")
 

@@ -58,7 +58,7 @@ def test_files_of_save_load_bit_for_bit(checkpoint):
     assert_same(checkpoint.load(), tree())
     assert checkpoint.metadata == {"note": "mine"}
     assert len(checkpoint) == len(tree())
-    assert repr(checkpoint).endswith("model.safetensors', jaxquant, 9 tensors)")
+    assert repr(checkpoint).endswith("model.safetensors', jaxquant, tensors=9)")
 
 
 @pytest.mark.parametrize("name", [k for k, v in tree().items() if v.shape])

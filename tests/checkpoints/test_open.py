@@ -9,7 +9,7 @@ import safetensors.numpy
 
 import jaxquant as jq
 
-from .gguf_files import gguf
+from .gguf_files import STRING, gguf
 
 W = np.arange(64, dtype=np.float32).reshape(2, 32)
 
@@ -47,6 +47,18 @@ def test_other_files_are_refused_by_name(tmp_path, name, data, text):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=f"{name} .*{text}"):
         jq.checkpoints.open(tmp_path / name)
+
+
+def test_names_are_those_of_gguf_files(tmp_path):
+    metadata = [("general.architecture", STRING, "llama")]
+    data = gguf(metadata, [("output_norm.weight", (32,), 0, W[0].tobytes())])
+    (tmp_path / "a").write_bytes(data)
+    assert list(jq.checkpoints.open(tmp_path / "a")) == ["output_norm.weight"]
+    assert list(jq.checkpoints.open(tmp_path / "a", names="huggingface")) == ["model.norm.weight"]
+    jq.save(tmp_path / "b", {"w": jnp.asarray(W)})
+    for path in (tmp_path / "b", tmp_path):
+        with pytest.raises(ValueError, match=f"names is for GGUF files; got 'stored' for {path}"):
+            jq.checkpoints.open(path, names="stored")
 
 
 def test_a_missing_file_is_an_oserror(tmp_path):

@@ -112,6 +112,15 @@ def broken(bad, where=(5, 7)):
     return kernel
 
 
+def test_an_error_lists_the_first_20_problems_and_counts_the_others():
+    params = {f"{i:03}": jnp.ones((8, 4), jnp.int8) for i in range(23)}
+    with pytest.raises(ValueError, match="fix these 23 problems:") as error:
+        tree.quantize(params, {"*": W8A8})
+    _, *lines = str(error.value).splitlines()
+    assert [line.strip()[:4] for line in lines[:-1]] == [f"{i:03}:" for i in range(20)]
+    assert lines[-1].strip() == "and 3 more"
+
+
 def test_one_error_lists_all_problems_before_anything_changes():
     params = {
         "a": {"kernel": normal(64, 32)},
