@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checkpoints import Checkpoint
 from .text import read_tokenizer, tokenizers_package
 
 _PREFIX = "tokenizer.ggml."
-# `token_type` of tokens such as "<|im_end|>", which text is not split into.
-_CONTROL = 3
+# `token_type` of tokens such as "<|im_end|>", which are found in text before it is split.
+_CONTROL, _USER_DEFINED = 3, 4
 # Llama 3's split of text into words.
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -46,7 +46,7 @@ class Vocabulary:
 
         Raises:
             ImportError: jinja2 is not installed.
-            ValueError: the model has no template.
+            ValueError: the model has no template, or one that fails.
         """
         if self.template is None:
             raise ValueError(
@@ -54,8 +54,15 @@ class Vocabulary:
                 "Leave out --chat."
             )
         messages = [{"role": "user", "content": message}]
-        template = _jinja().from_string(self.template)
-        text = template.render(messages=messages, add_generation_prompt=True, **self.names)
+        environment = _jinja()
+        try:
+            template = environment.from_string(self.template)
+            text = template.render(messages=messages, add_generation_prompt=True, **self.names)
+        except Exception as error:  # Templates are programs, and raise anything.
+            raise ValueError(
+                f"The model's template for conversations failed: {error!r}; it starts with "
+                f"{str(self.template)[:40]!r}. Leave out --chat."
+            ) from error
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def pieces(self, ids: Iterable[int]) -> Iterable[str]:
@@ -86,44 +93,63 @@ def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
 
 def _from_gguf(checkpoint: Checkpoint, found: Mapping[str, Any]) -> Vocabulary:
     kind, split = found.get("model"), found.get("pre", "default")
-    if kind not in _MODELS or split not in _SPLITS:
+    # Lists, because values of metadata may not be hashable.
+    if kind not in list(_MODELS) or split not in list(_SPLITS):
         raise ValueError(
             f"{checkpoint.path}: tokenizers of {', '.join(_MODELS)} with words as in "
             f"{', '.join(_SPLITS)} are supported; got {kind!r} with {split!r}. Use the model's "
             "folder of Hugging Face, which has a tokenizer.json."
         )
     try:
-        tokenizer = _MODELS[kind](found)
+        tokenizer = _MODELS[kind](found, _SPLITS[split])
         tokens = found["tokens"]
         bos, eos = (found.get(f"{name}_token_id") for name in ("bos", "eos"))
         names = {n: tokens[i] for n, i in (("bos_token", bos), ("eos_token", eos)) if i is not None}
+        stops = {found.get(f"{name}_token_id") for name in ("eos", "eot", "eom")}
     except ImportError:
         raise
     except Exception as error:  # `tokenizers` raises no narrower one.
         raise ValueError(
             f"{checkpoint.path}: its tokenizer is malformed: {error!r}. Copy the file again."
         ) from error
-    stops = {found.get(f"{name}_token_id") for name in ("eos", "eot", "eom")}
+    adds_bos = found.get("add_bos_token", _SPLITS[split].adds_bos)
     return Vocabulary(
         tokenizer,
         stops=frozenset(i for i in stops if i is not None),
-        first=(bos,) if found.get("add_bos_token") and bos is not None else (),
+        first=(bos,) if adds_bos and bos is not None else (),
         template=checkpoint.metadata.get("tokenizer.chat_template"),
         names=names,
     )
 
 
-def _byte_pairs(found: Mapping[str, Any]) -> Any:
+class _Split(NamedTuple):
+    """How text is split into words, and what files leave out that goes with it.
+
+    Attributes:
+        words: makes the splitter from the package `tokenizers`.
+        ignores_merges: whether a word that is a token becomes this token, whatever the merges.
+        adds_bos: whether texts start with the token `bos` unless the file says otherwise.
+    """
+
+    words: Callable[[Any], Any]
+    ignores_merges: bool = False
+    adds_bos: bool = False
+
+
+def _byte_pairs(found: Mapping[str, Any], split: _Split) -> Any:
     """Byte-pair encoding of bytes, as in GPT-2."""
     package = tokenizers_package()
     tokens, types = found["tokens"], found["token_type"]
     merges = [tuple(m.split(" ")) for m in found["merges"]]
     ids = {token: i for i, token in enumerate(tokens)}
-    tokenizer = package.Tokenizer(package.models.BPE(ids, merges))
-    tokenizer.pre_tokenizer = _SPLITS[found.get("pre", "default")](package)
+    tokenizer = package.Tokenizer(
+        package.models.BPE(ids, merges, ignore_merges=split.ignores_merges)
+    )
+    tokenizer.pre_tokenizer = split.words(package)
     tokenizer.decoder = package.decoders.ByteLevel()
-    control = [t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
-    tokenizer.add_special_tokens(control)
+    kinds = list(zip(tokens, types, strict=True))
+    tokenizer.add_special_tokens([t for t, kind in kinds if kind == _CONTROL])
+    tokenizer.add_tokens([t for t, kind in kinds if kind == _USER_DEFINED])
     return tokenizer
 
 
@@ -143,12 +169,13 @@ def _llama3_words(package: Any) -> Any:
 
 
 # By tokenizer.ggml.model, and by tokenizer.ggml.pre: files do not say how to split text into words.
-_MODELS: dict[Any, Callable[[Mapping[str, Any]], Any]] = {"gpt2": _byte_pairs}
-_SPLITS: dict[Any, Callable[[Any], Any]] = {
-    "smollm": _single_digits,
-    "gpt-2": _gpt2_words,
-    "llama-bpe": _llama3_words,
-    "llama3": _llama3_words,
+_MODELS: dict[str, Callable[[Mapping[str, Any], _Split], Any]] = {"gpt2": _byte_pairs}
+_LLAMA3 = _Split(_llama3_words, ignores_merges=True, adds_bos=True)
+_SPLITS: dict[str, _Split] = {
+    "smollm": _Split(_single_digits),
+    "gpt-2": _Split(_gpt2_words),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
 }
 
 
@@ -156,13 +183,21 @@ def _from_folder(folder: Path) -> Vocabulary:
     config = _json(folder / "config.json") | _json(folder / "generation_config.json")
     options = _json(folder / "tokenizer_config.json")
     tokenizer = read_tokenizer(folder)
-    stops = config.get("eos_token_id", [])
+    stops = config.get("eos_token_id")
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    if not all(isinstance(i, int) for i in stops):
+        raise ValueError(
+            f"{folder}: eos_token_id must be an id, or a list of ids; got {stops!r}. Copy its "
+            "config.json and generation_config.json again."
+        )
     template = folder / "chat_template.jinja"
     return Vocabulary(
         tokenizer,
-        stops=frozenset(stops if isinstance(stops, Sequence) else [stops]),
+        stops=frozenset(stops),
         first=(),
-        template=template.read_text() if template.exists() else options.get("chat_template"),
+        template=template.read_text(encoding="utf-8")
+        if template.exists()
+        else options.get("chat_template"),
         names={name: _token(options.get(name)) for name in ("bos_token", "eos_token")},
     )
 
@@ -175,9 +210,12 @@ def _token(value: Any) -> str:
 def _json(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing if there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}. Copy it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold an object; got {str(found)[:40]!r}. Copy it again.")
+    return found
 
 
 def _jinja() -> Any:

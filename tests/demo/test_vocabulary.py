@@ -61,8 +61,34 @@ def test_conversations_follow_the_template(vocabulary):
 def test_words_are_split_as_the_file_says(tmp_path, arrays):
     gpt2 = from_gguf(tmp_path, arrays, [("tokenizer.ggml.pre", STRING, "gpt-2")])
     assert words(gpt2, "1212") == ["12", "12"]
-    llama3 = from_gguf(tmp_path, arrays, [("tokenizer.ggml.pre", STRING, "llama-bpe")])
+    changes = [
+        ("tokenizer.ggml.pre", STRING, "llama-bpe"),
+        ("tokenizer.ggml.add_bos_token", BOOL, 0),
+    ]
+    llama3 = from_gguf(tmp_path, arrays, changes)
     assert words(llama3, "1212") == ["12", "1", "2"]
+
+
+def test_words_of_llama3_that_are_tokens_are_not_merged_from_parts(tmp_path, arrays):
+    merges = [m for m in llamas.MERGES if m != "Ġt he"]
+    changes = [("tokenizer.ggml.merges", ARRAY, (STRING, merges))]
+    parts = from_gguf(tmp_path, arrays, changes)
+    assert words(parts, " the") == ["Ġt", "he"]
+    changes += [("tokenizer.ggml.pre", STRING, "llama-bpe")]
+    whole = from_gguf(tmp_path, arrays, changes)
+    # Llama 3's files do not say that texts start with a token.
+    assert words(whole, " the") == [llamas.TOKENS[0], "Ġthe"]
+
+
+def test_tokens_that_users_defined_are_found_in_text(tmp_path, arrays):
+    types = [3, 3, *[4 if t == "in" else 1 for t in llamas.TOKENS[2:]]]
+    assert words(from_gguf(tmp_path, arrays), "a12in") == ["a", "1", "2", "in"]
+    assert words(from_gguf(tmp_path, arrays), "iin") == ["i", "in"]
+    changes = [("tokenizer.ggml.token_type", ARRAY, (5, types))]
+    changes += [("tokenizer.ggml.merges", ARRAY, (STRING, llamas.MERGES[:4]))]
+    found = from_gguf(tmp_path, arrays, changes)
+    assert words(found, "a in") == ["a", "Ġ", "in"]
+    assert "".join(found.pieces(found.encode("a in"))) == "a in"
 
 
 def test_texts_start_with_a_token_if_the_file_says_so(tmp_path, arrays):
@@ -76,6 +102,8 @@ def test_texts_start_with_a_token_if_the_file_says_so(tmp_path, arrays):
         (("tokenizer.ggml.model", STRING, "llama"), "gpt2 .* got 'llama' with 'smollm'. Use the"),
         (("tokenizer.ggml.pre", STRING, "odd"), "smollm, gpt-2, .* got 'gpt2' with 'odd'. Use the"),
         (("tokenizer.ggml.tokens", ARRAY, (STRING, ["a"])), "its tokenizer is malformed: "),
+        (("tokenizer.ggml.model", ARRAY, (UINT32, [1])), r"are supported; got \[1\] with 'smollm'"),
+        (("tokenizer.ggml.eot_token_id", ARRAY, (UINT32, [1])), "tokenizer is malformed: TypeErr"),
         (("tokenizer.ggml.eos_token_id", UINT32, 10**6), "malformed: IndexError.* Copy the file"),
     ],
 )
@@ -90,6 +118,40 @@ def test_models_without_a_template_do_not_chat(tmp_path, arrays):
     vocabulary = demo.read_vocabulary(checkpoints.open_folder(folder))
     with pytest.raises(ValueError, match="no template for conversations; got the message 'Hello'"):
         vocabulary.encode_chat("Hello")
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% if %}", 3])
+def test_templates_that_fail_are_an_error(tmp_path, arrays, template):
+    pytest.importorskip("jinja2", reason="pip install -e '.[test]'")
+    folder = llamas.write_folder(tmp_path, arrays)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    vocabulary = demo.read_vocabulary(checkpoints.open_folder(folder))
+    with pytest.raises(ValueError, match=r"template for conversations failed: .*it starts with"):
+        vocabulary.encode_chat("Hello")
+
+
+@pytest.mark.parametrize(("stops", "want"), [(None, set()), (7, {7}), ([], set())])
+def test_folders_may_have_no_stop(tmp_path, arrays, stops, want):
+    folder = llamas.write_folder(tmp_path, arrays, eos_token_id=stops)
+    assert demo.read_vocabulary(checkpoints.open_folder(folder)).stops == want
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "generation_config.json",
+            "[1]",
+            r"generation_config.json must hold an object; got '\[1\]'",
+        ),
+        ("generation_config.json", '{"eos_token_id": "x"}', r"a list of ids; got \['x'\]. Copy"),
+    ],
+)
+def test_odd_files_of_a_folder_are_errors(tmp_path, arrays, name, text, message):
+    folder = llamas.write_folder(tmp_path, arrays)
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        demo.read_vocabulary(checkpoints.open_folder(folder))
 
 
 def test_the_files_of_a_folder_complement_each_other(tmp_path, arrays):
