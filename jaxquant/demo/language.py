@@ -6,7 +6,6 @@ import pydoc_data.topics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import rich.console
 import rich.table
 
 from .. import core
+from .. import tree as trees
 from ..core import ArrayConfig, Scheme
 from .generate import STORES, generate, requantize
 from .llama import LlamaConfig, Params, forward, init_cache, logits
@@ -97,6 +97,9 @@ def compare_language(
         tokens: (windows, T) ids of held-out text.
         variants: by name, for the table.
         progress: function of (variants done, variants in all, name), called after each.
+
+    Returns:
+        One result per variant.
     """
     floats = requantize(model.params, None)
     exact = [_log_probabilities(floats, model.config, w, "float32") for w in tokens]
@@ -155,16 +158,17 @@ def _measure(
     exact: list[jax.Array],
 ) -> LanguageResult:
     differences, seconds = [], []
+    # The first call compiles.
+    jax.block_until_ready(_log_probabilities(params, model.config, tokens[0], variant.store))
     for window, wanted in zip(tokens, exact, strict=True):
         start = time.perf_counter()
         found = _log_probabilities(params, model.config, window, variant.store)
         jax.block_until_ready(found)
         seconds.append(time.perf_counter() - start)
         differences.append(_differences(found, wanted))
-    # The first window includes compilation.
     prefill = tokens.shape[1] / min(seconds)
     divergence, agreement = np.mean(np.array(differences, np.float64), 0).tolist()
-    weights = sum(x.size for x in jax.tree.leaves(model.params, is_leaf=_is_array))
+    weights = sum(x.size for x in jax.tree.leaves(model.params, is_leaf=trees.is_quantized))
     size = sum(core.packed_bytes(x) for x in jax.tree.leaves(params))
     cache = init_cache(params, model.config, 1, 1, STORES[variant.store])
     return LanguageResult(
@@ -177,10 +181,6 @@ def _measure(
         prefill=prefill,
         decode=_decode_speed(dataclasses.replace(model, params=params), tokens[0], variant.store),
     )
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, core.QTensor)
 
 
 def _decode_speed(model: LlamaModel, prompt: np.ndarray, store: str) -> float:

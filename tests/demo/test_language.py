@@ -70,6 +70,25 @@ def test_variants_are_measured_against_float32(model):
     assert keys.divergence > 1e-6
 
 
+def test_the_time_of_one_window_does_not_include_compilation(model, monkeypatch):
+    traced, measured = [], demo.language.time.perf_counter
+    forward = demo.language.forward
+
+    def slow(*args):
+        traced.append(measured())
+        return forward(*args)
+
+    monkeypatch.setattr(demo.language, "forward", slow)
+    clock = []
+    monkeypatch.setattr(
+        demo.language.time, "perf_counter", lambda: clock.append(measured()) or clock[-1]
+    )
+    # A length that no other test has, so that it is traced here.
+    demo.compare_language(model, demo.windows(range(2, 25), 1, 23), {"b": demo.Variant(jq.W8A16)})
+    assert len(traced) == 2  # Of float32 and of the variant.
+    assert max(traced) < min(clock)
+
+
 @pytest.mark.parametrize(("count", "found"), [(0, 0), (-1, 0), (3, 40)])
 def test_windows_that_the_text_does_not_have_are_an_error(count, found):
     with pytest.raises(ValueError, match=f"got {count} windows of a text with {found} tokens"):
