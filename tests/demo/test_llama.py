@@ -293,6 +293,36 @@ def test_what_does_not_fit_into_the_context_is_an_error(float_model, length, cou
         generated(model, [5] * length, count)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "options", "text"),
+    [
+        ([5], {"temperature": -1.0}, "temperature must be 0 or a positive number; got -1.0"),
+        ([5], {"temperature": math.nan}, "temperature must be .*; got nan"),
+        ([5], {"seed": 2**70}, f"seed must be 0 to 4294967295; got {2**70}"),
+        ([5, 999, -1], {}, rf"0 to {len(llamas.TOKENS) - 1}; got \[999, -1\]. Use the tokenizer"),
+    ],
+)
+def test_arguments_out_of_range_are_errors(float_model, prompt, options, text):
+    with pytest.raises(ValueError, match=text):
+        generated(float_model[0], prompt, 2, **options)
+
+
+def test_temperature_and_key_belong_together(float_model):
+    model, _ = float_model
+    cache = demo.init_cache(model.params, model.config, 1, 4)
+    args = model.params, model.config, jnp.ones((1, 1), jnp.int32), cache
+    with pytest.raises(ValueError, match=r"both be None or neither; got .* and None. Pass key"):
+        demo.next_token(*args, temperature=jnp.float32(1))
+
+
+def test_biases_do_not_make_groups_smaller(tmp_path):
+    arrays = llamas.random_arrays(biases=["self_attn.k_proj"])
+    model = demo.load_llama(llamas.write_folder(tmp_path, arrays))
+    (stack,) = demo.requantize(model.params, jq.W4A16)["layers"]
+    # The bias has 24 elements, which are no contracted axis.
+    assert stack["key"]["kernel"].scale.size == llamas.LAYERS * 24
+
+
 def test_groups_that_do_not_divide_are_made_smaller(float_model):
     model, _ = float_model
     (stack,) = demo.requantize(model.params, jq.W4A8)["layers"]
