@@ -8,6 +8,7 @@ on one device, on 8 simulated devices, and in two processes of `jax.distributed`
 """
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -19,7 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+
+import jaxquant as jq
 
 # Shapes of Llama 3.2 3B, whose bfloat16 files take 6 GiB.
 HIDDEN, MLP, KV, VOCABULARY = 3072, 8192, 1024, 128256
@@ -82,10 +86,6 @@ def _write(path: Path, tensors: dict[str, tuple[int, ...]], block: np.ndarray) -
 
 def quantize(source: Path, target: Path, way: str, process: int, address: str) -> None:
     """Quantizes the folder in this process and prints what it took, as JSON."""
-    import jax
-
-    import jaxquant as jq
-
     sharding: Any = None
     if way != WAYS[0]:
         jax.config.update("jax_num_cpu_devices", 8 if way == WAYS[1] else 4)
@@ -162,8 +162,6 @@ def main() -> None:
 
 
 def _digest(path: Path) -> str:
-    import hashlib
-
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -27,8 +27,8 @@ def open(path: str | os.PathLike, *, names: str | None = None) -> Checkpoint:
 
     Raises:
         OSError: there is nothing at `path`, or it cannot be read.
-        ValueError: `names` is given for another checkpoint; or it is not a checkpoint, is malformed, or is of a kind that is not supported; the
-            error says what to do.
+        ValueError: `names` is given for another kind; or what is at `path` is not a checkpoint, is
+            malformed, or is of a kind that is not supported. The error says what to do.
 
     Example:
         >>> jq.save("model.safetensors", {"w": jnp.ones((4, 2))})

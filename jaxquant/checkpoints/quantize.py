@@ -13,9 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ..core import ArrayConfig, Inputs, QTensor, Scheme, block_shape, devices_of, specs
+from ..core import (
+    ArrayConfig,
+    Inputs,
+    QTensor,
+    Scheme,
+    block_shape,
+    config_to_json,
+    devices_of,
+    specs,
+)
 from ..core import quantize as quantize_array
-from ..tree import Progress, Report, ReportRow, Rules, default_rules
+from ..tree import Progress, Report, ReportRow, Rule, Rules, default_rules
 from ..tree.internal import (
     Plan,
     TreeWriter,
@@ -74,7 +83,7 @@ def quantize(
         >>> jq.checkpoints.quantize(model, jq.W8A8)
         {'w': QTensor(int8 64x32, scale (64, 1), float32)}
     """
-    plans = _plans(checkpoint, rules)
+    plans = {name: rule and rule.plan() for name, rule in _chosen(checkpoint, rules).items()}
     done: dict[str, Any] = {}
     with progress_bar(progress, len(plans)) as report:
         for name, plan in plans.items():
@@ -127,20 +136,19 @@ def write_quantized(
         >>> jq.load("small.safetensors")
         {'w': QTensor(int8 64x32, scale (64, 1), float32)}
     """
-    plans = _plans(checkpoint, rules)
+    chosen = _chosen(checkpoint, rules)
     is_writer = jax.process_index() == 0
-    writer = TreeWriter(path, _task(checkpoint, rules)) if is_writer else None
+    writer = TreeWriter(path, _task(checkpoint, chosen)) if is_writer else None
     known = _shared({} if writer is None else writer.notes)
-    chosen = _rules_by_name(checkpoint, rules)
     rows = {name: _row_from_json(note) for name, note in known.items()}
-    todo = [name for name in sorted(plans) if name not in rows]
+    todo = [name for name in sorted(chosen) if name not in rows]
     try:
-        with progress_bar(progress, len(plans)) as report:
+        with progress_bar(progress, len(chosen)) as report:
             for name in todo:
                 where = _sharding_of(checkpoint, name, sharding)
-                task = _Task(name, checkpoint[name].value, plans[name], where, is_writer)
-                rows[name] = task.write(writer, chosen[name], rules)
-                report(len(rows), len(plans), name)
+                task = _Task(name, checkpoint[name].value, chosen[name], where, is_writer)
+                rows[name] = task.write(writer, rules)
+                report(len(rows), len(chosen), name)
         result = Report(tuple(rows[name] for name in sorted(rows)))
         if writer is not None:
             writer.finish(metadata(result) if callable(metadata) else metadata)
@@ -152,18 +160,23 @@ def write_quantized(
 
 @dataclasses.dataclass
 class _Task:
-    """One tensor that is read, quantized if there is a plan, and written in parts."""
+    """One tensor that is read, quantized if its rule says so, and written in parts."""
 
     name: str
     value: Source | QTensor
-    plan: Plan | None
+    rule: Rule | None
     sharding: Any
     is_writer: bool
     signal: float = 0.0
     noise: float = 0.0
     codes: tuple[int, ...] = ()
 
-    def write(self, writer: TreeWriter | None, rule: Any, rules: Any) -> ReportRow:
+    @property
+    def plan(self) -> Plan | None:
+        """How it is quantized; None if it is not."""
+        return self.rule and self.rule.plan()
+
+    def write(self, writer: TreeWriter | None, rules: Rules) -> ReportRow:
         """Writes it, if this process does, and returns its row of the report."""
         form = self._form()
         rows: list[ReportRow] = []
@@ -172,8 +185,8 @@ class _Task:
             before = jax.ShapeDtypeStruct(self.value.shape, self.value.dtype)
             sqnr = None if self.plan is None else sqnr_of(self.signal, self.noise)
             before = self.value if isinstance(self.value, QTensor) else before
-            rows.append(row_of(self.name, before, form, rule, rules, sqnr, self.codes))
-            return _row_to_json(rows[0])
+            rows.append(row_of(self.name, before, form, self.rule, rules, sqnr, self.codes))
+            return dataclasses.asdict(rows[0])
 
         parts = map(_on_host, self._parts(form))
         if writer is None:
@@ -244,8 +257,8 @@ def _sharding_of(checkpoint: Checkpoint, name: str, sharding: Any) -> Any:
     return sharding(name, checkpoint[name].shape) if callable(sharding) else sharding
 
 
-def _plans(checkpoint: Checkpoint, rules: Rules) -> dict[str, Plan | None]:
-    """How each tensor is quantized; all are checked, as far as headers tell."""
+def _chosen(checkpoint: Checkpoint, rules: Rules) -> dict[str, Rule | None]:
+    """The rule of each tensor; all are checked, as far as headers tell."""
     values = {name: stored.value for name, stored in checkpoint.items()}
 
     def check(leaf: Any, plan: Plan) -> str | None:
@@ -253,19 +266,10 @@ def _plans(checkpoint: Checkpoint, rules: Rules) -> dict[str, Plan | None]:
             return f"stored quantized ({leaf!r}); give it a rule with None, which copies it"
         return why_unsupported_shape(leaf.shape, leaf.dtype, plan)
 
-    paths, _, chosen, _ = select(values, _with_axis(rules), check)
-    return dict(zip(paths, chosen, strict=True))
-
-
-def _rules_by_name(checkpoint: Checkpoint, rules: Rules) -> dict[str, Any]:
-    names = sorted(checkpoint)
-    leaves = [checkpoint[name].value for name in names]
-    return dict(zip(names, match_rules(as_rules(_with_axis(rules)), names, leaves), strict=True))
-
-
-def _with_axis(rules: Rules) -> Rules:
-    is_scheme = isinstance(rules, Scheme | ArrayConfig)
-    return default_rules(rules, axis=-1) if is_scheme else rules
+    if isinstance(rules, Scheme | ArrayConfig):
+        rules = default_rules(rules, axis=-1)
+    names, leaves, *_ = select(values, rules, check)
+    return dict(zip(names, match_rules(as_rules(rules), names, leaves), strict=True))
 
 
 def _quantized(x: Any, plan: Plan, order: tuple[int, ...] | None) -> QTensor:
@@ -325,16 +329,20 @@ def _shared(notes: dict[str, Any]) -> dict[str, Any]:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
-def _task(checkpoint: Checkpoint, rules: Rules) -> str:
-    """What identifies the work: the files and what is done with them."""
+def _task(checkpoint: Checkpoint, chosen: dict[str, Rule | None]) -> str:
+    """What identifies the work: the files and what is done with each tensor."""
     path = checkpoint.path
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    return json.dumps([__version__, str(path.resolve()), stats, repr(rules)])
+    # Not the rules themselves: functions in them print their addresses.
+    done = {name: None if rule is None else _as_json(rule) for name, rule in chosen.items()}
+    return json.dumps([__version__, str(path.resolve()), stats, done])
 
 
-def _row_to_json(row: ReportRow) -> dict[str, Any]:
-    return dataclasses.asdict(row)
+def _as_json(rule: Rule) -> list[Any]:
+    plan = rule.plan()
+    configs = () if plan is None else (plan.scheme.weights, plan.scheme.inputs)
+    return [rule.pattern, rule.note, plan and plan.axis, [c and config_to_json(c) for c in configs]]
 
 
 def _row_from_json(row: dict[str, Any]) -> ReportRow:
