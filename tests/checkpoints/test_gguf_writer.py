@@ -251,6 +251,29 @@ def test_arrays_and_names_that_do_not_fit_are_errors(tmp_path):
     refuse(tmp_path, normal(2, 256), "names must be one of", names="hf")
 
 
+def test_norms_that_files_shift_are_arrays(tmp_path):
+    pairs = [("general.architecture", STRING, "gemma")]
+    template = write(tmp_path, gguf(pairs, [float_tensor("output_norm.weight", normal(64))]))
+    q = quantized(format=INT8, shape=(64,), axis=0, **HALF_32)
+    text = "'model.norm.weight' must be an array, because the file adds 1 to it; got QTensor"
+    refuse(tmp_path, q, text, template, "model.norm.weight", "huggingface")
+    write_gguf(tmp_path / "new.gguf", template, {"output_norm.weight": q})
+    read = on_device(open_gguf(tmp_path / "new.gguf")["output_norm.weight"].value)
+    np.testing.assert_array_equal(read.dequantize(), q.dequantize())
+    with pytest.raises(
+        ValueError, match=r"'output_norm.weight': must be a float type, .* got Q8_0"
+    ):
+        open_gguf(tmp_path / "new.gguf", "huggingface")
+
+
+def test_factors_of_another_type_are_an_error(tmp_path):
+    tensor, _ = golden_tensor("w.weight", "NVFP4")
+    half = ("w.scale", (1,), 1, np.ones(1, np.float16).tobytes())
+    template = write(tmp_path, gguf([], [tensor, half]))
+    q = quantized(format=NVFP4, shape=tensor[1])
+    refuse(tmp_path, q, "shape of 'w.scale': must be one F32 .*got F16", template, "w.weight")
+
+
 def test_factors_without_a_tensor_are_errors(tmp_path):
     q = quantized(format=NVFP4)
     template = write(tmp_path, gguf([], [float_tensor("w", normal(2, 256))]))

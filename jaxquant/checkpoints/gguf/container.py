@@ -9,6 +9,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ _NUMBERS = {
     12: "d",
 }
 _LENGTH = struct.Struct("<Q")
-_UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
+_UINT32, _ARRAY = 4, 9
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -133,25 +134,32 @@ class _Cursor:
 
     def value(self, kind: int, field: str, count: int | None = None) -> Any:
         """One value of metadata, or a list of `count`."""
-        wanted = 1 if count is None else count
-        if kind == _STRING:
-            values = self.strings(wanted, field)
-        elif kind == _BOOL:
-            values = [self.flag(v, field) for v in self.numbers("B", wanted, field)]
-        elif kind in _NUMBERS:
-            values = self.numbers(_NUMBERS[kind], wanted, field)
-        elif kind == _ARRAY and count is None:
+        if kind == _ARRAY and count is None:
             inner = self.number("I", f"element type of {field}")
             return self.value(inner, field, self.number("Q", f"number of elements of {field}"))
-        else:
+        if kind not in _VALUES:
             within = "" if count is None else " as elements of an array"
             raise self.error(field, f"values of type {kind}{within} do not exist")
+        values = _VALUES[kind](self, 1 if count is None else count, field)
         return values[0] if count is None else values
 
-    def flag(self, value: int, field: str) -> bool:
-        if value > 1:
-            raise self.error(field, f"a bool must be 0 or 1; got {value}")
-        return bool(value)
+    def flags(self, count: int, field: str) -> list[bool]:
+        values = self.numbers("B", count, field)
+        if max(values, default=0) > 1:
+            raise self.error(field, f"a bool must be 0 or 1; got {max(values)}")
+        return [bool(v) for v in values]
+
+
+def _numbers(code: str) -> Callable[[_Cursor, int, str], list[Any]]:
+    return lambda cursor, count, field: cursor.numbers(code, count, field)
+
+
+# Readers of `count` values of metadata, by type code. Arrays, type 9, hold values of one of these.
+_VALUES: dict[int, Callable[[_Cursor, int, str], list[Any]]] = {
+    **{kind: _numbers(code) for kind, code in _NUMBERS.items()},
+    7: _Cursor.flags,
+    8: _Cursor.strings,
+}
 
 
 def read_container(path: str | os.PathLike) -> Container:

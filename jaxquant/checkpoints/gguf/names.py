@@ -7,7 +7,7 @@ weights of RMS norms. The table of llama.cpp's converters is `TensorNameMap` of 
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -87,18 +87,15 @@ class Renamed:
     shift: int = 0
 
 
-class Names:
+Rename = Callable[[str, tuple[int, ...]], Renamed]
+
+
+def stored_names(path: Any, metadata: Mapping[str, Any]) -> Rename:
     """Tensors under the names of the file, as they are."""
-
-    def __init__(self, path: Any, metadata: Mapping[str, Any]):
-        self.path, self.metadata = path, metadata
-
-    def __call__(self, name: str, shape: tuple[int, ...]) -> Renamed:
-        """What the tensor of a name and a shape is called."""
-        return Renamed(name)
+    return lambda name, shape: Renamed(name)
 
 
-class HuggingFaceNames(Names):
+class HuggingFaceNames:
     """Tensors as in models of Hugging Face. Those that no such model has keep their names.
 
     Raises:
@@ -106,7 +103,7 @@ class HuggingFaceNames(Names):
     """
 
     def __init__(self, path: Any, metadata: Mapping[str, Any]):
-        super().__init__(path, metadata)
+        self.path, self.metadata = path, metadata
         self.prefix = metadata.get("general.architecture")
         if self.prefix not in ARCHITECTURES:
             raise ValueError(
@@ -116,6 +113,7 @@ class HuggingFaceNames(Names):
         self.architecture = ARCHITECTURES[self.prefix]
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Renamed:
+        """What the tensor of a name and a shape is called."""
         match = _NAME.fullmatch(name)
         layer, part = (match["layer"], match["part"]) if match else (None, "")
         known = _MODEL if layer is None else self.architecture.layer
@@ -145,4 +143,7 @@ class HuggingFaceNames(Names):
         return pairs.swapaxes(1, 2).reshape(-1)
 
 
-NAMES = {"stored": Names, "huggingface": HuggingFaceNames}
+NAMES: dict[str, Callable[[Any, Mapping[str, Any]], Rename]] = {
+    "stored": stored_names,
+    "huggingface": HuggingFaceNames,
+}

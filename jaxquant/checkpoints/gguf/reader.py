@@ -39,11 +39,11 @@ def open_gguf(path: str | os.PathLike, names: str = "stored") -> Checkpoint:
             and the field), or the architecture has no table of names.
     """
     containers, entries = read_entries(path, names)
-    tensors = {name: _stored(entry, path) for name, entry in entries.items()}
+    tensors = {name: _stored(entry) for name, entry in entries.items()}
     return Checkpoint(Path(path), "gguf", tensors, containers[0].metadata)
 
 
-def _stored(entry: Entry, path: Any) -> Stored:
+def _stored(entry: Entry) -> Stored:
     tensor, renamed, factor = entry
     type, shape = tensor.type, tensor.shape
     notes = [type.note]
@@ -51,7 +51,7 @@ def _stored(entry: Entry, path: Any) -> Stored:
         value = Plain(type.codes, tensor.raw, shape, renamed.rows, renamed.shift).source()
     else:
         raw = tensor.raw.reshape(*shape[:-1], shape[-1] // type.elements, type.nbytes)
-        scales = None if factor is None else _factors(factor, tensor, path)
+        scales = None if factor is None else _factors(factor, tensor)
         value = Blocks(type, raw, renamed.rows).value(scales)
     notes += [_FACTOR_NOTE] if factor is not None else []
     notes += [_SHIFT_NOTE.format(renamed.shift)] if renamed.shift else []
@@ -59,16 +59,9 @@ def _stored(entry: Entry, path: Any) -> Stored:
     return Stored(renamed.name, type.name, value, nbytes, "; ".join(n for n in notes if n))
 
 
-def _factors(factor: TensorInfo, tensor: TensorInfo, path: Any) -> Source:
-    """One number for the tensor, or one for each of its matrices (per expert)."""
+def _factors(factor: TensorInfo, tensor: TensorInfo) -> Source:
+    """The factor with the axes of the tensor."""
     is_shared = factor.raw.size == factor.type.nbytes
-    has_shape = is_shared or factor.shape == tensor.shape[:-2]
-    if not has_shape or factor.type.codes.dtype != np.float32:
-        raise ValueError(
-            f"{path}: shape of {factor.name!r}: must be one F32 number, or one per matrix of "
-            f"{tensor.name!r}, {tensor.shape}; got {factor.type} {factor.shape}. The file is "
-            "damaged; copy it again."
-        )
     shape = (1,) * len(tensor.shape) if is_shared else (*factor.shape, 1, 1)
     return Plain(factor.type.codes, factor.raw, shape).source()
 

@@ -1,7 +1,9 @@
 """The tensors of GGUF files with what belongs to each of them."""
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from .container import Container, TensorInfo, read_containers
 from .names import NAMES, Renamed
@@ -27,7 +29,7 @@ def read_entries(path: str | os.PathLike, names: str) -> tuple[list[Container], 
     containers = read_containers(path)
     rename = NAMES[names](path, containers[0].metadata)
     infos = {t.name: t for c in containers for t in c.tensors}
-    factors = {name: _factor(info, infos) for name, info in infos.items()}
+    factors = {name: _factor(info, infos, path) for name, info in infos.items()}
     used = {factor.name for factor in factors.values() if factor is not None}
     entries: dict[str, Entry] = {}
     for name, info in infos.items():
@@ -39,12 +41,28 @@ def read_entries(path: str | os.PathLike, names: str) -> tuple[list[Container], 
                 f"{path}: name of tensor: {name!r} and another tensor are both {renamed.name!r} in "
                 "Hugging Face's names. Open it with names='stored'."
             )
+        if renamed.shift and info.type.format is not None:
+            raise ValueError(
+                f"{path}: type of {name!r}: must be a float type, because the file adds "
+                f"{renamed.shift} to it; got {info.type}. Open it with names='stored'."
+            )
         entries[renamed.name] = Entry(info, renamed, factors[name])
     return containers, entries
 
 
-def _factor(tensor: TensorInfo, infos: dict[str, TensorInfo]) -> TensorInfo | None:
+def _factor(tensor: TensorInfo, infos: dict[str, TensorInfo], path: Any) -> TensorInfo | None:
+    """One number for the tensor, or one for each of its matrices (per expert)."""
     if not tensor.type.has_factor:
         return None
     names = (f"{tensor.name.removesuffix('.weight')}.scale", f"{tensor.name}.scale")
-    return next((infos[name] for name in names if name in infos), None)
+    factor = next((infos[name] for name in names if name in infos), None)
+    if factor is None:
+        return None
+    has_shape = factor.raw.size == factor.type.nbytes or factor.shape == tensor.shape[:-2]
+    if not has_shape or factor.type.codes.dtype != np.float32:
+        raise ValueError(
+            f"{path}: shape of {factor.name!r}: must be one F32 number, or one per matrix of "
+            f"{tensor.name!r}, {tensor.shape}; got {factor.type} {factor.shape}. The file is "
+            "damaged; copy it again."
+        )
+    return factor

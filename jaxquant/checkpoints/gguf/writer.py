@@ -104,6 +104,11 @@ def _plan_quantized(name: str, q: Any, entry: Entry) -> dict[str, Planned]:
             f"have; got {q}. The offsets of types such as Q4_1 cannot hold -zero_point * scale "
             "exactly. Quantize with a symmetric scheme."
         )
+    if entry.renamed.shift:
+        raise ValueError(
+            f"{name!r} must be an array, because the file adds {entry.renamed.shift} to it; got "
+            f"{q}. Dequantize it."
+        )
     if isinstance(q.scale, QTensor) and q.scale.format == FP8_E4M3:
         nested: Any = q.scale
         factor = _read(nested.scale)
