@@ -94,7 +94,7 @@ def test_tensors_start_where_the_alignment_says(tmp_path, alignment):
     assert ck["x"].value.read().tolist() == [1, 2, 3]
     assert ck["y"].value.read().tolist() == [[4], [5]]
     assert ck["q"].shape == values.shape
-    assert "3 tensors" in repr(ck)
+    assert "tensors=3" in repr(ck)
 
 
 def test_the_last_tensor_needs_no_padding(tmp_path):
