@@ -84,7 +84,10 @@ def plain_arrays(values: Sequence[Any]) -> list[Any]:
             known[key] = jax.eval_shape(_dequantize, x)
         return known[key]
 
-    return [plain(x) for x in values]
+    # Equations are evaluated in the context in which they were traced, which names the mesh even
+    # if there is none. JAX traces functions once per context; here it is that one.
+    with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+        return [plain(x) for x in values]
 
 
 def _dequantize(x):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxquant as jq
+from jaxquant.core import affine
 from jaxquant.demo import encoder
 
 from ..demo import encoders
@@ -44,3 +45,20 @@ def test_the_compiled_program_is_that_of_the_operations_written_by_hand(model, s
     assert jnp.allclose(lifted(quantized), by_hand(quantized), rtol=1e-5, atol=1e-6)
     assert not jq.explain(jq.lift(embed), quantized).dequantized
     assert len(jq.explain(jq.lift(embed), quantized)) == 4
+
+
+def test_the_decoding_of_each_kind_of_parameter_is_traced_once(monkeypatch):
+    traced = []
+
+    def decode(codes, *others):
+        traced.append(codes.shape)
+        return affine_decode(codes, *others)
+
+    affine_decode = affine.decode
+    monkeypatch.setattr(affine, "decode", decode)
+    # No other test has a kernel of this shape, whose program JAX would keep.
+    kernels = [jq.quantize(jnp.full((192, 23), i + 1.0), jq.NF4A16.weights) for i in range(2)]
+    jax.jit(jq.lift(lambda kernels, x: x @ kernels[0] + x @ kernels[1])).lower(
+        kernels, jnp.ones((2, 192))
+    )
+    assert len(traced) == 1, traced
