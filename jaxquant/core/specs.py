@@ -25,7 +25,9 @@ def specs(q: QTensor, spec: jax.P, mesh: Any = None) -> Any:
         A QTensor with a PartitionSpec in place of each array.
 
     Raises:
-        ValueError: spec names more axes than q has, or `mesh` does not divide an axis of the codes.
+        ValueError: q is not a QTensor, or spec is not a PartitionSpec; spec has more entries than q
+            has axes, or names an axis that `mesh` does not have; or the devices cannot share an
+            axis of the codes evenly.
 
     Example:
         >>> q = jq.quantize(jnp.ones((256, 8)), jq.ArrayConfig(format=jq.INT4, group_size=64))
@@ -33,8 +35,17 @@ def specs(q: QTensor, spec: jax.P, mesh: Any = None) -> Any:
         >>> found.codes == found.scale == jax.P("model", None)
         True
     """
+    if not isinstance(q, QTensor) or not isinstance(spec, jax.P):
+        raise ValueError(
+            f"specs expects a QTensor and a jax.P; got {type(q).__name__} and "
+            f"{type(spec).__name__} {spec}. Map it over the QTensors of a tree."
+        )
     if len(spec) > q.ndim:
         raise ValueError(f"spec must name at most {q.ndim} axes, those of {q!r}; got {spec}.")
+    known = None if mesh is None else tuple(mesh.shape)
+    unknown = [n for name in spec for n in _names(name) if known is not None and n not in known]
+    if unknown:
+        raise ValueError(f"spec must name axes of the mesh {known}; got {unknown[0]!r} in {spec}.")
     names = dict(zip(q.stored_axes(range(len(spec))), spec, strict=True))
     stored = [names.get(a) for a in range(q.ndim)]
     for length, name in zip(q.codes.shape, stored, strict=True):
@@ -48,8 +59,11 @@ def specs(q: QTensor, spec: jax.P, mesh: Any = None) -> Any:
 
 def devices_of(name: Any, mesh: Any) -> int:
     """The number of devices along one entry of a PartitionSpec; 1 without a mesh."""
-    names = name if isinstance(name, tuple) else () if name is None else (name,)
-    return 1 if mesh is None else math.prod(dict(mesh.shape)[n] for n in names)
+    return 1 if mesh is None else math.prod(mesh.shape[n] for n in _names(name))
+
+
+def _names(name):
+    return name if isinstance(name, tuple) else () if name is None else (name,)
 
 
 def _specs(q, stored, mesh):

@@ -55,11 +55,19 @@ def test_scales_that_the_devices_cannot_share_are_replicated():
     [
         (P("a", None, "b"), None, r"spec must name at most 2 axes, .*; got P"),
         (P(None, "a"), mesh(7), r"7 devices along mesh axis 'a' cannot share 24 elements evenly"),
+        (P(("a", "c")), mesh(4, 2), r"must name axes of the mesh \('a', 'b'\); got 'c' in P"),
+        (P(P.UNCONSTRAINED), mesh(4, 2), r"mesh \('a', 'b'\); got UNCONSTRAINED in P"),
+        ("ab", None, r"expects a QTensor and a jax\.P; got QTensor and str ab\."),
     ],
 )
 def test_specs_that_do_not_fit_are_errors(spec, on, text):
     with pytest.raises(ValueError, match=text):
         specs(quantize(X, ArrayConfig(), axis=0), spec, on)
+
+
+def test_an_array_without_codes_is_an_error():
+    with pytest.raises(ValueError, match=r"expects a QTensor and a jax\.P; got ndarray and"):
+        specs(X, P("a"))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("spec", [P("a", None), P(None, "a"), P("a", "b")], ids=str)
