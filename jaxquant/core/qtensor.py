@@ -116,7 +116,7 @@ class QTensor(ArrayLike):
     - `codes` has the dtype of `format`, and its trailing axes are stored in the order `order`;
     - `scale`, `zero_point` and `offset` have the rank and the axis order of `codes`, and one
       element per block of codes: the length of each axis divides that of `codes`;
-    - `zero_point` and `offset` have the shape of `scale`, or one element for all codes;
+    - `zero_point` and `offset` have the shape of `scale`;
     - `scale` and `offset` are arrays or, if they are quantized too, QTensors;
     - a block that contained NaN or Inf has a NaN scale;
     - `values` is None or has the shape of `codes` and equals the decoded codes.
@@ -240,15 +240,11 @@ def _decode(q):
     blocks = blocks_between(q.codes.shape, scale.shape)
     # JAX would differentiate floating-point codes.
     codes, _ = split(jax.lax.stop_gradient(q.codes), blocks)
-
-    def per_block(x):
-        return x.reshape((1,) * codes.ndim) if x.size == 1 else to_blocks(x, blocks)
-
-    zero_point = None if q.zero_point is None else per_block(q.zero_point)
-    values = affine.decode(codes, per_block(scale), zero_point, q.format)
+    zero_point = None if q.zero_point is None else to_blocks(q.zero_point, blocks)
+    values = affine.decode(codes, to_blocks(scale, blocks), zero_point, q.format)
     if q.offset is not None:
         offset = scale_values(q.offset).astype(values.dtype)
-        values = values + per_block(jnp.where(jnp.isinf(offset), jnp.nan, offset))
+        values = values + to_blocks(jnp.where(jnp.isinf(offset), jnp.nan, offset), blocks)
     # A value that rounding moved above the largest finite number is that number, not Inf.
     largest = float(min(jnp.finfo(q.dtype).max, jnp.finfo(values.dtype).max))
     values = jnp.clip(values, -largest, largest)

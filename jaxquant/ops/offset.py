@@ -46,8 +46,6 @@ def _run(run: Callable[..., jax.Array], lhs: Operand, rhs: Operand, spec: DotSpe
         terms += [_product((_sums(lhs, 0, rhs, spec), _offset(rhs, 1, spec)), spec)]
     if bare[0] is not lhs:
         terms += [_product((_offset(lhs, 0, spec), _sums(bare[1], 1, lhs, spec)), spec)]
-    if not terms:
-        return run(lhs, rhs, spec)
     # Rounded to 16 bits once, after the sum.
     compute = np.dtype(jnp.float64 if spec.dtype == jnp.float64 else jnp.float32)
     out = run(*bare, dataclasses.replace(spec, dtype=compute))

@@ -37,13 +37,11 @@ def offset_array(kind, shape=(K, N), seed=3) -> Any:
     if kind == "nested":
         outer = counts[0] // 2, counts[1]
         scale, offset = nested(counts, outer, 1, 4), nested(counts, outer, -1, 5)
-    if kind == "one offset":
-        offset = jnp.full((1, 1), -0.7, jnp.float32)
     zero = jnp.full(counts, 3, format.dtype) if kind == "zero point" else None
     return QTensor(codes, scale, zero, offset, format=format, dtype=jnp.float32)
 
 
-KINDS = ("groups", "nested", "rows", "tensor", "one offset", "zero point")
+KINDS = ("groups", "nested", "rows", "tensor", "zero point")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_order = pytest.mark.parametrize("order", [None, (-1, -2)], ids=str)
 
