@@ -1,5 +1,6 @@
 """Which results of a program are inputs that it only passes on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from .params import (
@@ -24,14 +25,14 @@ def passed_on(program: Any) -> list[int | None]:
     jaxpr = closed(program).jaxpr
     sources = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
-        for result, place in zip(eqn.outvars, _places(eqn), strict=True):
+        for result, place in zip(eqn.outvars, passed_operands(eqn), strict=True):
             operand = None if place is None else eqn.invars[place]
             if _is_variable(operand) and operand in sources:
                 sources[result] = sources[operand]
     return [sources.get(v) if _is_variable(v) else None for v in jaxpr.outvars]
 
 
-def _places(eqn):
+def passed_operands(eqn: Any) -> Sequence[int | None]:
     """For each result of an equation the number of the operand that it is, or None."""
     rule = _RULES.get(eqn.primitive.name)
     return [None] * len(eqn.outvars) if rule is None else rule(eqn)

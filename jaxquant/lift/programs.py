@@ -15,7 +15,7 @@ from ..jaxprs import (
     called_program,
     checkpoint_name_of,
     closed,
-    passed_on,
+    passed_operands,
     remat_options,
     scan_counts,
     scan_options,
@@ -100,8 +100,7 @@ def _opened(operands: Values):
 def remat_rule(equation: Equation, operands: Values) -> list[Any]:
     """`jax.checkpoint`."""
     bodies, values = _opened(operands)
-    program = called_program(equation.params)
-    passed = _passed(passed_on(program), operands)
+    program, passed = called_program(equation.params), _passed(equation, operands)
 
     def body(*values):
         out = evaluate(program, bodies(values), equation.options)
@@ -110,8 +109,9 @@ def remat_rule(equation: Equation, operands: Values) -> list[Any]:
     return _with(passed, jax.checkpoint(body, **remat_options(equation.params) or {})(*values))
 
 
-def _passed(places: Sequence[int | None], operands: Values) -> dict[int, Parameter]:
-    """The results of a program that are its operands and quantized, by place."""
+def _passed(equation: Equation, operands: Values) -> dict[int, Parameter]:
+    """The results of an equation that are its operands and quantized, by place."""
+    places = passed_operands(equation.eqn)
     sources = {i: operands[p] for i, p in enumerate(places) if p is not None}
     return {i: x for i, x in sources.items() if isinstance(x, Parameter)}
 
@@ -129,49 +129,32 @@ def scan_rule(equation: Equation, operands: Values) -> list[Any]:
     params, program, options = equation.params, called_program(equation.params), equation.options
     num_consts, num_carried = scan_counts(params)
     consts, rest = operands[:num_consts], operands[num_consts:]
-    init, xs = list(rest[:num_carried]), rest[num_carried:]
-    places = passed_on(program)
-    # All slices of xs that are outputs are xs; what is carried has to stay in its place.
-    kept = _passed_in_place(places[:num_carried], init, num_consts)
-    first = num_consts + num_carried
-    stacked = [p if p is not None and p >= first else None for p in places[num_carried:]]
-    passed = _passed(stacked, operands)
-    init = _carried(equation, kept, init)
+    init, xs = rest[:num_carried], rest[num_carried:]
+    passed = _passed(equation, operands)
+    init = _carried(equation, passed, init)
     bodies, sliced = _opened(xs)
     sliced = [unstackable(x) for x in sliced]
 
     def body(carry, slices):
-        carried = map(_reopened, _with(kept, carry))
+        carried = map(_reopened, _with(passed, carry))
         out = evaluate(program, [*map(_reopened, consts), *carried, *bodies(slices)], options)
-        carry = _carried_on(equation, kept, out[:num_carried])
-        outputs = _without(passed, out[num_carried:])
-        return carry, as_arrays(outputs, equation, "an output of a loop is an array")
+        out = _without(passed, out)
+        carry = _carried_on(equation, out[:num_carried])
+        return carry, as_arrays(out[num_carried:], equation, "an output of a loop is an array")
 
     carry, outputs = scan(body, init, sliced, **scan_options(params))
-    return [*_with(kept, carry), *_with(passed, outputs)]
+    return _with(passed, [*carry, *outputs])
 
 
-def _passed_in_place(places, init, first):
-    """The Parameters among the carried values that the body returns as it got them, by place.
-
-    Args:
-        places: for each of them the input that the body returns, or None.
-        init: the values.
-        first: number of the first one among the inputs.
-    """
-    return _passed([i if p == first + i else None for i, p in enumerate(places)], init)
-
-
-def _carried(equation, kept, values):
+def _carried(equation, passed, values):
     """Values that a loop starts from, as arrays; those that it keeps are left out."""
     why = "the loop carries it, and returns another array in its place"
-    return as_arrays(_without(kept, values), equation, why)
+    return as_arrays(_without(passed, values), equation, why)
 
 
-def _carried_on(equation, kept, values):
-    """Values after a step of a loop, as arrays; those that it keeps are left out."""
-    why = "the loop returns it in place of an array that it carries"
-    return as_arrays(_without(kept, values), equation, why)
+def _carried_on(equation, values):
+    """Values after a step of a loop, as arrays."""
+    return as_arrays(values, equation, "the loop returns it in place of an array that it carries")
 
 
 def _reopened(x):
@@ -223,28 +206,26 @@ def while_rule(equation: Equation, operands: Values) -> list[Any]:
     condition, body = closed(params["cond_jaxpr"]), closed(params["body_jaxpr"])
     first, second = while_counts(params)
     cond_consts, body_consts = operands[:first], operands[first : first + second]
-    init = list(operands[first + second :])
-    kept = _passed_in_place(passed_on(body), init, second)
-    init = _carried(equation, kept, init)
+    passed = _passed(equation, operands)
+    init = _carried(equation, passed, operands[first + second :])
 
     def opened(consts, carry):
-        return [*map(_reopened, consts), *map(_reopened, _with(kept, carry))]
+        return [*map(_reopened, consts), *map(_reopened, _with(passed, carry))]
 
     def goes_on(carry):
         return evaluate(condition, opened(cond_consts, carry), options)[0]
 
     def step(carry):
         out = evaluate(body, opened(body_consts, carry), options)
-        return _carried_on(equation, kept, out)
+        return _carried_on(equation, _without(passed, out))
 
-    return _with(kept, lax.while_loop(goes_on, step, init))
+    return _with(passed, lax.while_loop(goes_on, step, init))
 
 
 def cond_rule(equation: Equation, operands: Values) -> list[Any]:
     """`lax.cond`, `lax.switch` and `lax.platform_dependent`."""
     params, (index, *values) = equation.params, operands
-    places = zip(*map(passed_on, params["branches"]), strict=True)
-    passed = _passed([p[0] if len(set(p)) == 1 else None for p in places], values)
+    passed = _passed(equation, operands)
     bodies, values = _opened(values)
 
     def branch(program):
