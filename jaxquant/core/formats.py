@@ -160,7 +160,7 @@ NVFP4 = Format("nvfp4", "float4_e2m1fn", -6.0, 6.0, group_size=16, scale_dtype="
 
 FORMATS = {f.name: f for f in (INT8, INT4, INT2, FP8_E4M3, FP8_E5M2, NF4, MXFP8, MXFP4, NVFP4)}
 
-# Codes of files that others quantized. Those of 3, 5 and 6 bits take 4 or 8 bits each in memory.
+# Formats of other programs' files. Codes of 3, 5 and 6 bits occupy 4 or 8 bits each in memory.
 INT3 = Format("int3", "int4", -4, 3)
 INT5 = Format("int5", "int8", -16, 15)
 INT6 = Format("int6", "int8", -32, 31)

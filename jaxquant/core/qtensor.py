@@ -64,7 +64,14 @@ class Inputs:
     @property
     def changes_weight(self) -> bool:
         """Whether the QTensor stands for another array than its dequantized values."""
-        return self.multiplier is not None or self.permutation is not None
+        return self.changing_field is not None
+
+    @property
+    def changing_field(self) -> str | None:
+        """The field because of which it does: "permutation" or "multiplier"."""
+        if self.permutation is not None:
+            return "permutation"
+        return None if self.multiplier is None else "multiplier"
 
 
 class ArrayLike(abc.ABC):
@@ -125,8 +132,8 @@ class QTensor(ArrayLike):
         codes: the stored codes.
         scale: quantization step, in units of x per code.
         zero_point: the code of 0.0, in units of codes; None if it is zero.
-        offset: what is added to each element, in units of x; None for zero. Files of GGUF and MLX
-            have it; `quantize` does not make it.
+        offset: what is added to each element, in units of x; None for zero. GGUF and MLX files have
+            offsets; `quantize` does not produce them.
         inputs: how activations are quantized before they are multiplied with this array; None
             leaves them in float.
         values: in training, the decoded codes, which receive the gradients (see `TrainedArray`);

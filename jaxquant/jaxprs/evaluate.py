@@ -26,7 +26,7 @@ def live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
 def context_of(eqn: JaxprEqn) -> Iterator[None]:
     """A context in which operations get the source line, scopes and settings of an equation.
 
-    The line is that of the equation around it if all of its calls are inside of libraries.
+    The line stays that of the enclosing equation if every call that made it is in a library.
     """
     made, around = eqn.source_info, source_info_util.current()
     traceback = (made if user_line(eqn) else around).traceback
@@ -39,7 +39,7 @@ def context_of(eqn: JaxprEqn) -> Iterator[None]:
 
 
 def current_line() -> str:
-    """ "file:line" of the user's call that operations get now; empty if there is none."""
+    """ "file:line" of the user's code that operations are attributed to now; empty if unknown."""
     return line_of(source_info_util.current().traceback)
 
 

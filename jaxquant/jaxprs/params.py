@@ -88,8 +88,8 @@ def scan_options(params: Params) -> dict[str, Any]:
 def called_program(params: Params) -> Any:
     """The program that a call, a checkpoint, a `scan` or a `shard_map` runs on its operands.
 
-    A jaxpr with its constants; None for an operation of a type of its own
-    (`jax.experimental.hijax`) that does not have one.
+    Returns a jaxpr with its constants, or None for a primitive of `jax.experimental.hijax` that
+    cannot be expanded into one.
     """
     if "_prim" in params:
         return _program_of_type(params["_prim"])
@@ -109,7 +109,7 @@ def while_counts(params: Params) -> tuple[int, int]:
 def remat_options(params: Params) -> dict[str, Any] | None:
     """The parameters of a rematerialized call that are arguments of `jax.checkpoint`.
 
-    None for an operation of a type of its own that is another one.
+    None for a primitive of `jax.experimental.hijax` that is not a checkpoint.
     """
     found = vars(params["_prim"]) if "_prim" in params else params
     if "policy" not in found:
@@ -127,7 +127,7 @@ def shard_map_options(params: Params) -> dict[str, Any]:
 
 
 def call_shardings(eqn: JaxprEqn) -> tuple[list[jax.sharding.Sharding | None], ...]:
-    """How a jitted function says that its operands and results are sharded; None: not at all."""
+    """The shardings that a jitted function sets for operands and results; None for no sharding."""
     places = (("in_shardings", eqn.invars), ("out_shardings", eqn.outvars))
     found = (eqn.params.get(name, [None] * len(atoms)) for name, atoms in places)
     return tuple(
@@ -154,7 +154,7 @@ def branch_for(params: Params, platform: str) -> int | None:
 
 
 def checkpoint_name_of(params: Params) -> str | None:
-    """The name that an operation of a type of its own gives to an array; None for other ones."""
+    """The name that a hijax primitive gives to an array; None if it does something else."""
     high = params["_prim"]
     return high.name if type(high).__name__ in _NAMING else None
 
@@ -231,12 +231,12 @@ def _jaxprs(params):
 
 
 def _program_of_type(high):
-    """The program of an operation of `jax.experimental.hijax`, on arrays; None if it has none.
+    """The program of a primitive of `jax.experimental.hijax`; None without one on arrays.
 
-    `jax_custom_vjp3`, `jax_custom_jvp3` and `jax_remat3` make such operations.
+    JAX uses such primitives with `jax_custom_vjp3`, `jax_custom_jvp3` and `jax_remat3`.
     """
     avals = high.in_avals_flat
-    # The jaxpr of another operation may be only a part of it, such as the body of a loop.
+    # The jaxpr of another primitive may be only a part of it, such as the body of a loop.
     holder = high if hasattr(high, "policy") else getattr(high, "traced", None)
     if holder is not None and len(holder.jaxpr.in_avals) == len(avals):
         return closed(holder.jaxpr)
@@ -263,7 +263,7 @@ def _open(jaxpr):
 
 # The parameters that hold the program of a primitive that has one.
 _PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-# Types of operations that only name an array.
+# Types of hijax primitives that only name an array.
 _NAMING = frozenset({"CheckpointName"})
 # Of primitives that do not pass all their operands to a jaxpr that they run once.
 READERS: dict[Primitive, Callable[[JaxprEqn], list[Inner]]] = {

@@ -66,12 +66,10 @@ class Parameter:
 def check_no_changes(value: QTensor | LowRank, path: str) -> None:
     """Raises ValueError if a value stands for another array than its dequantized values."""
     inputs = value.base.inputs if isinstance(value, LowRank) else value.inputs
-    if inputs is not None and inputs.changes_weight:
-        kind, name = "scaled", "multiplier"
-        if inputs.permutation is not None:
-            kind, name = "permuted", "permutation"
+    name = None if inputs is None else inputs.changing_field
+    if name is not None:
         raise ValueError(
-            f"{path} is multiplied with {kind} activations (inputs.{name}), so it can only be an "
-            "operand of a product, and not be dequantized or changed before; got an operation "
-            f"that needs another form of it. Quantize it without a {name}."
+            f"{path} can only be an operand of a product, because inputs.{name} changes the "
+            "activations that it is multiplied with; got an operation that dequantizes or changes "
+            f"it. Quantize it without a {name}."
         )

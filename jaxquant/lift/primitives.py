@@ -250,7 +250,7 @@ RULES: Mapping[str, Rule] = {
     "core_call": programs.call_rule,
     "custom_jvp_call": programs.custom_rule,
     "custom_vjp_call": programs.custom_rule,
-    "call_hi_primitive": programs.typed_rule,
+    "call_hi_primitive": programs.hijax_rule,
     "remat2": programs.remat_rule,
     "checkpoint": programs.remat_rule,
     "scan": programs.scan_rule,

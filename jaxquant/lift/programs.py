@@ -64,8 +64,8 @@ def custom_rule(equation: Equation, operands: Values) -> list[Any]:
     return evaluate(program, operands, options)
 
 
-def typed_rule(equation: Equation, operands: Values) -> list[Any]:
-    """An operation of a type of its own, as `jax_custom_vjp3` and `jax_remat3` make them."""
+def hijax_rule(equation: Equation, operands: Values) -> list[Any]:
+    """A primitive of `jax.experimental.hijax`, which JAX uses with `jax_remat3` and others."""
     params = equation.params
     name = checkpoint_name_of(params)
     if name is not None:

@@ -1,4 +1,4 @@
-"""How the arrays of a QTensor are divided among devices, from how the array that it is would be."""
+"""Parameters in `jax.shard_map` and with sharding constraints."""
 
 import dataclasses
 import math

@@ -155,8 +155,8 @@ def _inputs_for(x: Operand, other: Operand) -> Inputs | None:
     inputs = other.inputs if isinstance(other, QTensor) else None
     if not isinstance(x, QTensor):
         return inputs
-    if inputs is not None and inputs.changes_weight:
-        name = "multiplier" if inputs.permutation is None else "permutation"
+    name = None if inputs is None else inputs.changing_field
+    if name is not None:
         raise ValueError(
             f"inputs.{name} cannot be applied to an operand that is quantized already; got {x!r}. "
             f"Apply it before you quantize the operand, and drop the {name}."

@@ -34,7 +34,7 @@ def adding_offsets(row: Implementation) -> Implementation:
         why_slower=of_stripped(row.why_slower),
         is_integer=of_stripped(row.is_integer),
         adds_offsets=True,
-        # They run on what `run` is given; this is how `explain` selects among them.
+        # For `explain`, which selects among them; `run` gives them operands without offsets.
         fallback=tuple(map(adding_offsets, row.fallback)),
     )
 

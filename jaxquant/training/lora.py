@@ -275,8 +275,8 @@ def _why_unsupported(leaf: Any, plan: Plan) -> str | None:
 
 def _why_unsupported_base(q, plan):
     """Why a quantized leaf does not match its rule, or None."""
-    if q.inputs is not None and q.inputs.changes_weight:
-        name = "multiplier" if q.inputs.permutation is None else "permutation"
+    name = None if q.inputs is None else q.inputs.changing_field
+    if name is not None:
         return f"has inputs.{name} ({q!r}), which adapters ignore; apply it to the weight first"
     try:
         abstract = jax.ShapeDtypeStruct(q.shape, q.dtype)

@@ -92,11 +92,15 @@ def test_explain_lists_what_is_dequantized_and_why():
     assert "tanh: it has no form" in str(found)
 
 
-def test_a_multiplier_may_not_be_dropped():
-    q = cases.parameter("int8")
-    q = dataclasses.replace(q, inputs=jq.Inputs(multiplier=jnp.full(64, 2.0)))
+@pytest.mark.parametrize("name", ["multiplier", "permutation"])
+def test_what_changes_the_activations_may_not_be_dropped(name):
+    inputs, seen = {
+        "multiplier": (jq.Inputs(multiplier=jnp.full(64, 2.0)), 2 * cases.rows()),
+        "permutation": (jq.Inputs(permutation=jnp.arange(64)[::-1]), cases.rows()[:, ::-1]),
+    }[name]
+    q = dataclasses.replace(cases.parameter("int8"), inputs=inputs)
     product = jq.lift(lambda w: cases.rows() @ w)(q)
-    assert jnp.allclose(product, 2 * cases.rows() @ q.dequantize(), rtol=1e-4, atol=1e-3)
+    assert jnp.allclose(product, seen @ q.dequantize(), rtol=1e-4, atol=1e-3)
     for fn in (jnp.exp, lambda w: cases.rows(32) @ w[32:]):
-        with pytest.raises(ValueError, match=r"is multiplied with scaled activations"):
+        with pytest.raises(ValueError, match=rf"^0 can only .* inputs\.{name} changes"):
             jax.eval_shape(jq.lift(fn), q)

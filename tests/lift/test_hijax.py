@@ -1,4 +1,4 @@
-"""Custom derivatives and checkpoints that JAX traces as operations of types of their own."""
+"""Custom derivatives and checkpoints that JAX traces as primitives of `hijax`."""
 
 from typing import Any
 
@@ -20,8 +20,8 @@ NAMES = jax.checkpoint_policies.save_only_these_names("rows")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def types_of_their_own(quick_compilation):
-    """All of the flags that this JAX has."""
+def hijax_primitives(quick_compilation):
+    """Sets all of the flags that this JAX has."""
     before = {flag: getattr(jax.config, flag) for flag in FLAGS if hasattr(jax.config, flag)}
     for flag in before:
         jax.config.update(flag, True)
@@ -126,12 +126,12 @@ Type: Any = next(
 
 
 class Product(Type):
-    """A type that says what it computes, but not as a jaxpr."""
+    """A primitive that can be expanded, without a jaxpr of what it computes."""
 
     def __init__(self, x, w):
         self.in_avals = (x, w)
         self.out_aval = jax.typeof(jnp.zeros((x.shape[0], w.shape[1]), x.dtype))
-        # As the body of a loop is, not all of what it computes.
+        # Like the body of a loop, a part of what it computes.
         self.params = {"jaxpr": jax.make_jaxpr(lambda x, w: -(x @ w))(x, w)}
         super().__init__()
 
@@ -139,7 +139,7 @@ class Product(Type):
         return x @ w
 
 
-def test_types_of_others_are_replaced_by_what_they_compute():
+def test_other_primitives_are_expanded():
     def fn(x, w):
         return Product(jax.typeof(x), jax.typeof(w))(x, w)
 
@@ -148,7 +148,7 @@ def test_types_of_others_are_replaced_by_what_they_compute():
     np.testing.assert_allclose(found, x @ q.dequantize(), rtol=1e-4, atol=1e-4)
 
 
-def test_types_that_do_not_say_what_they_compute_dequantize():
+def test_primitives_that_cannot_be_expanded_dequantize():
     class Opaque(Product):
         def expand(self, x, w):
             raise NotImplementedError
