@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import checkpoints, demo
+from jaxquant import QTensor, checkpoints, demo
 
 WINDOW = 256
 
@@ -66,6 +66,7 @@ def library(path: Path | None) -> ctypes.CDLL:
     lib.llama_decode.argtypes = (ctypes.c_void_p, Batch)
     lib.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
     lib.llama_get_logits.argtypes = (ctypes.c_void_p,)
+    lib.llama_batch_free.argtypes = (Batch,)
     lib.llama_free.argtypes = lib.llama_model_free.argtypes = (ctypes.c_void_p,)
     return lib
 
@@ -89,6 +90,7 @@ def reference_logits(lib: ctypes.CDLL, path: Path, windows: np.ndarray, vocabula
             raise SystemExit(f"llama.cpp cannot decode {len(window)} tokens of {path}.")
         found = np.ctypeslib.as_array(lib.llama_get_logits(context), (len(window), vocabulary))
         yield found.copy()
+        lib.llama_batch_free(batch)
         lib.llama_free(context)
     lib.llama_model_free(model)
 
@@ -107,7 +109,7 @@ def write_floats(path: Path, template: Path) -> None:
     floats = {}
     for name in found:
         value = found.load([name])[name]
-        floats[name] = np.asarray(value.dequantize() if hasattr(value, "dequantize") else value)
+        floats[name] = np.asarray(value.dequantize() if isinstance(value, QTensor) else value)
     checkpoints.write_gguf(path, template, floats)
 
 

@@ -2,10 +2,16 @@
 
 import functools
 import struct
+from typing import Any
 
 import numpy as np
 
+from jaxquant import QTensor, checkpoints
+
 from .ggml import GOLDEN
+
+# ggml gives 0.0 where the codes of these give -0.0.
+NEGATIVE_ZEROS = ("MXFP4", "NVFP4", "TQ2_0", "Q2_0")
 
 # Type codes of metadata: a Python type and how `struct` packs it.
 STRING, ARRAY, UINT32, BOOL, FLOAT32, UINT16, INT32 = 8, 9, 4, 7, 6, 2, 5
@@ -69,3 +75,13 @@ def blocks(name, type_name, rows=2):
     number, raw, values = golden(type_name)
     values = values.reshape(rows, -1)
     return (name, values.shape, int(number), raw.tobytes()), values
+
+
+def is_source(x):
+    return isinstance(x, checkpoints.Source)
+
+
+def values_of(stored) -> Any:
+    """The numbers of a tensor that was opened."""
+    value = checkpoints.put(stored.value)
+    return np.asarray(value.dequantize() if isinstance(value, QTensor) else value)

@@ -15,24 +15,14 @@ from jaxquant.checkpoints.gguf.block_type import bit_places
 from jaxquant.core import packed_bytes
 
 from .ggml import NAMES
+from .gguf_files import NEGATIVE_ZEROS, gguf, golden, is_source, values_of
 from .gguf_files import blocks as golden_tensor
-from .gguf_files import gguf, golden
 
 QUANTIZED = [t.name for t in BLOCK_TYPES.values() if t.format is not None]
 WRITTEN = [t.name for t in BLOCK_TYPES.values() if t.format is not None and t.is_written]
 each_type = pytest.mark.parametrize("name", QUANTIZED)
-# ggml gives 0.0 where the codes of these give -0.0.
-NEGATIVE_ZEROS = ("MXFP4", "NVFP4", "TQ2_0", "Q2_0")
 # Types that may hold bits that decoding ignores, or that do not arrange bits only.
 NOT_BITS = ("NVFP4", "TQ1_0")
-
-
-def is_source(x):
-    return isinstance(x, checkpoints.Source)
-
-
-def put(value):
-    return jax.tree.map(lambda s: s.put(), value, is_leaf=is_source)
 
 
 def opened(tmp_path, name, rows=2) -> tuple[Any, Any]:
@@ -60,7 +50,7 @@ def test_values_equal_those_of_ggml_bit_for_bit(tmp_path, name):
     stored, values = opened(tmp_path, name)
     assert (stored.name, stored.kind, stored.shape) == ("w", name, values.shape)
     assert stored.nbytes == golden(name)[1].size
-    q = put(stored.value)
+    q = checkpoints.put(stored.value)
     ignore = name in NEGATIVE_ZEROS
     assert_same_bits(q.dequantize(), values, ignore)
     assert_same_bits(jax.jit(lambda q: q.dequantize())(q), values, ignore)
@@ -133,7 +123,7 @@ def test_scales_of_mxfp4_at_the_ends_of_their_range(tmp_path):
     path.write_bytes(gguf([], [("w", (6, 32), 39, b"".join(rows))]))
     stored: Any = open_gguf(path)["w"]
     assert "XLA flushes them" in stored.note
-    values = np.asarray(put(stored.value).dequantize(), np.float64)[:, :16]
+    values = values_of(stored).astype(np.float64)[:, :16]
     e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float64)
     e2m1 = np.concatenate([e2m1, -e2m1])
     np.testing.assert_array_equal(values[2], e2m1 * 2.0**-125)
@@ -151,7 +141,7 @@ def test_scales_of_nvfp4_that_are_no_numbers(tmp_path):
     codes = np.full(32, 0x22, np.uint8).tobytes()
     path = tmp_path / "a.gguf"
     path.write_bytes(gguf([], [("w", (64,), 40, bytes([0x7F, 0xFF, 0x80, 0xB8]) + codes)]))
-    values = np.asarray(put(open_gguf(path)["w"].value).dequantize()).reshape(4, 16)
+    values = values_of(open_gguf(path)["w"]).reshape(4, 16)
     assert values[:, 0].tolist() == pytest.approx([0, np.nan, 0, 1], nan_ok=True)
     assert (values == values[:, :1]).sum() == 48
 

@@ -12,10 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxquant import checkpoints
 from jaxquant.checkpoints import open_gguf
 
-from .gguf_files import ARRAY, BOOL, FLOAT32, STRING, UINT32, gguf
+from .gguf_files import ARRAY, BOOL, FLOAT32, STRING, UINT32, gguf, is_source
 from .gguf_files import array as float_tensor
 from .gguf_files import blocks as golden_tensor
 
@@ -69,10 +68,6 @@ def damage(data, header, rng):
         lambda: data[:other],
     ]
     return choices[rng.integers(len(choices))]() or b"\0"
-
-
-def is_source(x):
-    return isinstance(x, checkpoints.Source)
 
 
 def contents(checkpoint):

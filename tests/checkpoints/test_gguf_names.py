@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
-from jaxquant import checkpoints
 from jaxquant.checkpoints import open_gguf
 
-from .gguf_files import ARRAY, STRING, UINT32, gguf
+from .gguf_files import ARRAY, STRING, UINT32, gguf, values_of
 from .gguf_files import array as float_tensor
 from .gguf_files import blocks as golden_tensor
 
@@ -37,14 +35,6 @@ def opened(tmp_path, pairs, tensors, names="huggingface") -> Any:
     path = tmp_path / "a.gguf"
     path.write_bytes(gguf(pairs, tensors))
     return open_gguf(path, names)
-
-
-def values_of(stored) -> Any:
-    def is_source(x):
-        return isinstance(x, checkpoints.Source)
-
-    value = jax.tree.map(lambda s: s.put(), stored.value, is_leaf=is_source)
-    return np.asarray(value.dequantize() if hasattr(value, "dequantize") else value)
 
 
 def test_llama_has_the_names_of_hugging_face(tmp_path):

@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,14 +33,6 @@ WRITTEN = [t.name for t in BLOCK_TYPES.values() if t.format is not None and t.is
 HALF_32 = {"group_size": 32, "scale_dtype": "float16"}
 
 
-def is_source(x):
-    return isinstance(x, checkpoints.Source)
-
-
-def on_device(value) -> Any:
-    return jax.tree.map(lambda s: s.put(), value, is_leaf=is_source)
-
-
 def write(tmp_path, data, name="template.gguf"):
     path = tmp_path / name
     path.write_bytes(data)
@@ -64,7 +55,7 @@ def canonical(name):
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-@pytest.mark.parametrize("place", [lambda value: value, on_device], ids=["sources", "arrays"])
+@pytest.mark.parametrize("place", [lambda value: value, checkpoints.put], ids=["sources", "arrays"])
 def test_blocks_are_written_as_they_were_read(tmp_path, name, place):
     (_, shape, number, _), _ = golden_tensor("w", name)
     data = gguf([], [("w", shape, number, canonical(name).tobytes())])
@@ -126,7 +117,7 @@ def test_quantized_weights_replace_float_ones(tmp_path, kind, is_kernel):
     ck: Any = open_gguf(tmp_path / "new.gguf")
     assert [s.kind for s in ck.values()] == ["F32", kind, "F32"]
     wanted = q.dequantize().T if is_kernel else q.dequantize()
-    np.testing.assert_array_equal(on_device(ck["w"].value).dequantize(), wanted)
+    np.testing.assert_array_equal(checkpoints.put(ck["w"].value).dequantize(), wanted)
     for name, shape, _, content in others:
         assert ck[name].value.read().tobytes() == content
         assert ck[name].shape == shape
@@ -138,7 +129,7 @@ def test_scales_in_float32_are_written_if_float16_has_them(tmp_path):
     q = quantize(jnp.asarray(normal(2, 32)), ArrayConfig(format=INT8, **HALF_32), axis=1)
     q = dataclasses.replace(q, scale=q.scale.astype(jnp.float32))
     write_gguf(tmp_path / "new.gguf", template, {"w": q})
-    read = on_device(open_gguf(tmp_path / "new.gguf")["w"].value)
+    read = checkpoints.put(open_gguf(tmp_path / "new.gguf")["w"].value)
     np.testing.assert_array_equal(read.dequantize(), q.dequantize())
 
 
@@ -188,7 +179,7 @@ def test_factors_of_scales_are_written_where_the_template_has_them(tmp_path):
         names = [t.name for t in BLOCK_TYPES.values()]
         ck: Any = open_gguf(tmp_path / "new.gguf")
         assert ck["w.weight"].kind in names
-        read = on_device(ck["w.weight"].value)
+        read = checkpoints.put(ck["w.weight"].value)
         read = read.dequantize() if hasattr(read, "dequantize") else read
         np.testing.assert_array_equal(read, q.dequantize())
         # Programs multiply the weight by its factor, whatever its type.
@@ -258,7 +249,7 @@ def test_norms_that_files_shift_are_arrays(tmp_path):
     text = "'model.norm.weight' must be an array, because the file adds 1 to it; got QTensor"
     refuse(tmp_path, q, text, template, "model.norm.weight", "huggingface")
     write_gguf(tmp_path / "new.gguf", template, {"output_norm.weight": q})
-    read = on_device(open_gguf(tmp_path / "new.gguf")["output_norm.weight"].value)
+    read = checkpoints.put(open_gguf(tmp_path / "new.gguf")["output_norm.weight"].value)
     np.testing.assert_array_equal(read.dequantize(), q.dequantize())
     with pytest.raises(
         ValueError, match=r"'output_norm.weight': must be a float type, .* got Q8_0"
