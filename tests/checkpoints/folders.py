@@ -29,6 +29,12 @@ def write_folder(folder, config, tensors, header=None):
     return folder
 
 
+def open_model(tmp_path, config, tensors):
+    """The checkpoint of a folder with the tensors that are not None."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    return open_folder(write_folder(tmp_path / "model", config, given))
+
+
 def golden_cases(family, folder=GOLDEN):
     """Case by name: configuration, tensors, and expected weights."""
     path = folder / f"{family}.safetensors"
@@ -40,6 +46,11 @@ def golden_cases(family, folder=GOLDEN):
         expected = {n.removeprefix("|"): x for n, x in own.items() if n.startswith("|")}
         tensors = {n: x for n, x in own.items() if not n.startswith("|")}
         yield case, json.loads(config), tensors, expected
+
+
+def golden(family, case) -> Any:
+    """Configuration, tensors and expected weights of a case."""
+    return next(rest for name, *rest in golden_cases(family) if name == case)
 
 
 def loaded(value) -> Any:

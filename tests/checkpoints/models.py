@@ -5,6 +5,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from .folders import open_model
 from .packers import awq_words, bit_stream
 
 RNG = np.random.default_rng(1)
@@ -18,6 +19,14 @@ def scales(rows=K // G):
 
 def config_of(quantization):
     return {"torch_dtype": "float32", "quantization_config": quantization}
+
+
+def open_quantized(tmp_path, quantization, tensors):
+    return open_model(tmp_path, config_of(quantization), tensors)
+
+
+def random_scale(*shape):
+    return RNG.uniform(0.5, 2, shape).astype(np.float32)
 
 
 def dense(codes, zero, scale, groups):

@@ -7,16 +7,12 @@ import pytest
 from jaxquant.checkpoints import open_folder
 
 from .folders import value_of, values_of, write_file, write_folder
-from .models import AWQ, RNG, G, K, N, awq_model, config_of, gptq_config, gptq_model
-
-
-def open_model(tmp_path, quantization, tensors):
-    return open_folder(write_folder(tmp_path / "model", config_of(quantization), tensors))
+from .models import AWQ, RNG, G, K, N, awq_model, gptq_config, gptq_model, open_quantized
 
 
 def test_awq(tmp_path):
     tensors, expected = awq_model()
-    checkpoint = open_model(tmp_path, AWQ, tensors)
+    checkpoint = open_quantized(tmp_path, AWQ, tensors)
     stored = checkpoint["a.q_proj.weight"]
     np.testing.assert_array_equal(values_of(checkpoint, stored.name), expected, strict=True)
     assert stored.is_exact
@@ -31,7 +27,7 @@ def test_awq_with_one_group_and_older_names_of_fields(tmp_path):
     tensors["a.q_proj.qzeros"] = tensors["a.q_proj.qzeros"][:1]
     tensors["a.q_proj.scales"] = tensors["a.q_proj.scales"][:1]
     fields = {"quant_method": "awq", "w_bit": 4, "q_group_size": -1}
-    value = value_of(open_model(tmp_path, fields, tensors), "a.q_proj.weight")
+    value = value_of(open_quantized(tmp_path, fields, tensors), "a.q_proj.weight")
     assert value.scale.shape == value.zero_point.shape == (1, N)
 
 
@@ -39,7 +35,7 @@ def test_awq_with_one_group_and_older_names_of_fields(tmp_path):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq_with_zero_points(tmp_path, bits, minus, form):
     tensors, expected = gptq_model(bits, minus)
-    checkpoint = open_model(tmp_path, gptq_config(bits, checkpoint_format=form), tensors)
+    checkpoint = open_quantized(tmp_path, gptq_config(bits, checkpoint_format=form), tensors)
     name = "a.q_proj.weight"
     np.testing.assert_array_equal(values_of(checkpoint, name), expected, strict=True)
     assert checkpoint[name].shape == (N, K)
@@ -55,7 +51,7 @@ def test_gptq_with_zero_points(tmp_path, bits, minus, form):
 @pytest.mark.parametrize("minus", [0, 1])
 def test_symmetric_gptq_needs_no_zero_points_whatever_its_label_says(tmp_path, minus, form):
     tensors, expected = gptq_model(minus=minus, zero=8)
-    checkpoint = open_model(tmp_path, gptq_config(sym=True, checkpoint_format=form), tensors)
+    checkpoint = open_quantized(tmp_path, gptq_config(sym=True, checkpoint_format=form), tensors)
     assert value_of(checkpoint, "a.q_proj.weight").zero_point is None
     got = values_of(checkpoint, "a.q_proj.weight")
     np.testing.assert_array_equal(got, expected, strict=True)
@@ -64,10 +60,10 @@ def test_symmetric_gptq_needs_no_zero_points_whatever_its_label_says(tmp_path, m
 def test_symmetric_gptq_with_other_zero_points(tmp_path):
     tensors, _ = gptq_model(zero=8)
     tensors["a.q_proj.qzeros"][2, 1] += 1
-    checkpoint = open_model(tmp_path, gptq_config(sym=True), tensors)
+    checkpoint = open_quantized(tmp_path, gptq_config(sym=True), tensors)
     codes = value_of(checkpoint, "a.q_proj.weight").codes
     codes.read((slice(0, 16), slice(0, 16)))
-    with pytest.raises(ValueError, match=r"qzeros' must be 7 \(version 1\) or 8 \(version 2\)"):
+    with pytest.raises(ValueError, match=r"qzeros' must be 7 .* or 8 .*; got \[7, 8\]"):
         codes.read((slice(17, 18), slice(8, 16)))
 
 
@@ -76,7 +72,7 @@ def test_gptq_with_groups_in_any_order(tmp_path, is_symmetric):
     groups = RNG.permutation(np.arange(K) // G)
     tensors, expected = gptq_model(zero=8 if is_symmetric else None, groups=groups)
     config = gptq_config(desc_act=True, sym=is_symmetric)
-    checkpoint = open_model(tmp_path, config, tensors)
+    checkpoint = open_quantized(tmp_path, config, tensors)
     got = values_of(checkpoint, "a.q_proj.weight")
     np.testing.assert_array_equal(got, expected, strict=True)
     value = value_of(checkpoint, "a.q_proj.weight")
@@ -84,17 +80,17 @@ def test_gptq_with_groups_in_any_order(tmp_path, is_symmetric):
     np.testing.assert_array_equal(groups[permutation], np.arange(K) // G)
     del tensors["a.q_proj.g_idx"]
     with pytest.raises(ValueError, match=r"has no tensor 'g_idx', which desc_act needs"):
-        open_model(tmp_path, config, tensors)
+        open_quantized(tmp_path, config, tensors)
 
 
 def test_gptq_with_settings_of_single_modules(tmp_path):
     tensors, expected = gptq_model(8)
-    dynamic = {"-:lm_head": {}, r"+:.*\.q_proj": {"bits": 8}, ".*": {"bits": 2}}
-    checkpoint = open_model(tmp_path, gptq_config(4, dynamic=dynamic), tensors)
+    dynamic = {"-:lm_head": {}, r"+:.*\.q_proj": {"bits": 8, "sym": None}, ".*": {"bits": 2}}
+    checkpoint = open_quantized(tmp_path, gptq_config(4, dynamic=dynamic), tensors)
     got = values_of(checkpoint, "a.q_proj.weight")
     np.testing.assert_array_equal(got, expected, strict=True)
     with pytest.raises(ValueError, match=r"config.json: .*dynamic must be .* none within another"):
-        open_model(tmp_path, gptq_config(dynamic={"(a+)+": {}}), tensors)
+        open_quantized(tmp_path, gptq_config(dynamic={"(a+)+": {}}), tensors)
 
 
 def test_gptq_with_the_configuration_in_a_file_of_its_own(tmp_path):
@@ -132,7 +128,7 @@ def test_without_a_configuration(tmp_path):
 def test_gptq_settings_that_are_refused(tmp_path, fields, match):
     tensors, _ = gptq_model()
     with pytest.raises(ValueError, match=match):
-        open_model(tmp_path, gptq_config(**fields), tensors)
+        open_quantized(tmp_path, gptq_config(**fields), tensors)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +145,7 @@ def test_gptq_settings_that_are_refused(tmp_path, fields, match):
 def test_awq_settings_that_are_refused(tmp_path, fields, match):
     tensors, _ = awq_model()
     with pytest.raises(ValueError, match=match):
-        open_model(tmp_path, {**AWQ, **fields}, tensors)
+        open_quantized(tmp_path, {**AWQ, **fields}, tensors)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +164,6 @@ def test_awq_settings_that_are_refused(tmp_path, fields, match):
 def test_tensors_that_disagree(tmp_path, model, name, value, match):
     tensors, _ = model()
     tensors = {**tensors, f"a.q_proj.{name}": value}
-    tensors = {n: x for n, x in tensors.items() if x is not None}
     config = AWQ if model is awq_model else gptq_config()
     with pytest.raises(ValueError, match=f"model.safetensors.*{match}"):
-        open_model(tmp_path, config, tensors)
+        open_quantized(tmp_path, config, tensors)

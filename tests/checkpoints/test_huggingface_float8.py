@@ -6,26 +6,25 @@ import pytest
 from jaxquant import FP8_E4M3, INT8, MXFP8, ArrayConfig
 from jaxquant.checkpoints import open_folder
 
-from .folders import golden_cases, value_of, values_of, write_folder
-from .models import RNG, config_of, float8, modelopt_config, modelopt_model
+from .folders import golden_cases, open_model, value_of, values_of, write_folder
+from .models import (
+    config_of,
+    float8,
+    modelopt_config,
+    modelopt_model,
+    open_quantized,
+    random_scale,
+)
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 16]}
 NAME = "a.weight"
-
-
-def open_model(tmp_path, quantization, tensors):
-    return open_folder(write_folder(tmp_path / "model", config_of(quantization), tensors))
-
-
-def random_scale(*shape):
-    return RNG.uniform(0.5, 2, shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("shape, grid", [((20, 40), (5, 5)), ((18, 16), (9, 1)), ((3, 7), (1, 1))])
 def test_ragged_blocks_are_refined(tmp_path, shape, grid):
     codes = float8(*shape)
     scale = random_scale(-(-shape[0] // 8), -(-shape[1] // 16))
-    checkpoint = open_model(tmp_path, FP8, {NAME: codes, "a.weight_scale_inv": scale})
+    checkpoint = open_quantized(tmp_path, FP8, {NAME: codes, "a.weight_scale_inv": scale})
     rows, columns = (np.arange(n) // b for n, b in zip(shape, (8, 16), strict=True))
     expected = codes.astype(np.float32) * scale[rows][:, columns]
     np.testing.assert_array_equal(values_of(checkpoint, NAME), expected, strict=True)
@@ -39,17 +38,30 @@ def test_the_ragged_blocks_of_deepseek(tmp_path):
     """kv_a_proj_with_mqa has 576 rows in blocks of 128."""
     codes, scale = float8(576, 256), random_scale(5, 2)
     config = {**FP8, "weight_block_size": [128, 128]}
-    checkpoint = open_model(tmp_path, config, {NAME: codes, "a.weight_scale_inv": scale})
+    checkpoint = open_quantized(tmp_path, config, {NAME: codes, "a.weight_scale_inv": scale})
     assert value_of(checkpoint, NAME).scale.shape == (9, 2)
     expected = codes.astype(np.float32) * np.repeat(np.repeat(scale, 128, 0)[:576], 128, 1)
     np.testing.assert_array_equal(values_of(checkpoint, NAME), expected, strict=True)
     assert value_of(checkpoint, NAME).inputs.config == ArrayConfig(format=FP8_E4M3, group_size=128)
 
 
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_scales_of_rows_in_a_model_of_blocks(tmp_path, shape):
+    """One row of blocks of 8 x 16 has as many scales as the 5 rows of this weight."""
+    codes, scale = float8(5, 80), random_scale(5)
+    tensors = {NAME: codes, "a.weight_scale_inv": scale.reshape(shape)}
+    checkpoint = open_quantized(tmp_path, FP8, tensors)
+    expected = codes.astype(np.float32) * scale[:, None]
+    np.testing.assert_array_equal(values_of(checkpoint, NAME), expected, strict=True)
+    checkpoint = open_quantized(tmp_path, FP8, {**tensors, "a.weight_scale_inv": scale[None]})
+    expected = codes.astype(np.float32) * np.repeat(scale, 16)
+    np.testing.assert_array_equal(values_of(checkpoint, NAME), expected, strict=True)
+
+
 def test_stacks_of_experts(tmp_path):
     codes, scale = float8(3, 16, 32), random_scale(3, 2, 2)
     tensors = {"a.gate_up_proj": codes, "a.gate_up_proj_scale_inv": scale}
-    checkpoint = open_model(tmp_path, FP8, tensors)
+    checkpoint = open_quantized(tmp_path, FP8, tensors)
     expected = codes.astype(np.float32) * np.repeat(np.repeat(scale, 8, 1), 16, 2)
     np.testing.assert_array_equal(values_of(checkpoint, "a.gate_up_proj"), expected, strict=True)
 
@@ -72,14 +84,14 @@ def test_stacks_of_experts(tmp_path):
 def test_activations(tmp_path, scale, extra, scheme, config, static):
     tensors = {NAME: float8(16, 32), "a.weight_scale_inv": scale, **extra}
     inputs = value_of(
-        open_model(tmp_path, {**FP8, "activation_scheme": scheme}, tensors), NAME
+        open_quantized(tmp_path, {**FP8, "activation_scheme": scheme}, tensors), NAME
     ).inputs
     assert inputs.config == config
     assert (inputs.scale and inputs.scale.read()) == static
     if scheme == "static":
         del tensors["a.input_scale"]
         with pytest.raises(ValueError, match=r"no tensor 'input_scale', but activation_scheme"):
-            open_model(tmp_path, {**FP8, "activation_scheme": scheme}, tensors)
+            open_quantized(tmp_path, {**FP8, "activation_scheme": scheme}, tensors)
 
 
 @pytest.mark.parametrize("is_moved", [False, True])
@@ -93,7 +105,7 @@ def test_fbgemm(tmp_path, is_moved):
         "a.down_proj_scale": columns.swapaxes(1, 2) if is_moved else columns,
     }
     config = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
-    checkpoint = open_model(tmp_path, config, tensors)
+    checkpoint = open_quantized(tmp_path, config, tensors)
     got = values_of(checkpoint, NAME)
     np.testing.assert_array_equal(got, codes.astype(np.float32) * scale, strict=True)
     got = values_of(checkpoint, "a.down_proj")
@@ -109,7 +121,7 @@ def test_fbgemm(tmp_path, is_moved):
     [
         ({"fmt": "e5m2"}, {}, r"fmt must be one of e4m3.*; got 'e5m2'"),
         ({"activation_scheme": "x"}, {}, r"activation_scheme must be one of dynamic, static"),
-        ({"weight_block_size": [8, -1]}, {}, r"weight_block_size must be two positive integers"),
+        ({"weight_block_size": [8, -1]}, {}, r"weight_block_size must be two integers from 1 "),
         ({}, {"a.weight_scale_inv": random_scale(3, 2)}, r"must be of shape \(2, 2\) or \(1, 1\)"),
         ({}, {"a.scale": random_scale(2, 2)}, r"needs one tensor .*got \['weight_scale_inv', 'sc"),
         ({}, {"a.weight_scale_inv": np.ones((2, 2), np.int32)}, r"must be float32 or float16 or"),
@@ -121,12 +133,12 @@ def test_fbgemm(tmp_path, is_moved):
 def test_fp8_that_is_refused(tmp_path, fields, tensors, match):
     tensors = {NAME: float8(16, 32), "a.weight_scale_inv": random_scale(2, 2), **tensors}
     with pytest.raises(ValueError, match=match):
-        open_model(tmp_path, {**FP8, **fields}, tensors)
+        open_quantized(tmp_path, {**FP8, **fields}, tensors)
 
 
 def test_experts_of_gpt_oss_keep_the_shape_of_the_model(tmp_path):
     _, config, tensors, expected = next(golden_cases("gpt_oss"))
-    checkpoint = open_folder(write_folder(tmp_path / "model", config, tensors))
+    checkpoint = open_model(tmp_path, config, tensors)
     ((name, wanted),) = expected.items()
     value = value_of(checkpoint, name)
     assert value.shape == wanted.shape == (2, 96, 6)
@@ -149,9 +161,8 @@ def test_experts_of_gpt_oss_keep_the_shape_of_the_model(tmp_path):
 def test_experts_of_gpt_oss_that_are_malformed(tmp_path, suffix, value, match):
     _, config, tensors, _ = next(golden_cases("gpt_oss"))
     tensors = {**tensors, f"model.layers.0.mlp.experts.gate_up_proj_{suffix}": value}
-    tensors = {n: x for n, x in tensors.items() if x is not None}
     with pytest.raises(ValueError, match=match):
-        open_folder(write_folder(tmp_path / "model", config, tensors))
+        open_model(tmp_path, config, tensors)
 
 
 @pytest.mark.parametrize(
@@ -203,16 +214,25 @@ def test_modelopt(tmp_path, algorithm, inputs, is_mixed):
 def test_modelopt_tensors_that_disagree(tmp_path, algorithm, name, value, match):
     tensors, _ = modelopt_model(algorithm)
     tensors = {**tensors, f"a.{name}": value}
-    tensors = {n: x for n, x in tensors.items() if x is not None}
     with pytest.raises(ValueError, match=match):
-        open_model(tmp_path, modelopt_config(algorithm), tensors)
+        open_quantized(tmp_path, modelopt_config(algorithm), tensors)
 
 
 @pytest.mark.parametrize("algorithm", ["NVFP4_SVD", "W4A8_AWQ", None, 3])
 def test_algorithms_of_modelopt_that_are_refused(tmp_path, algorithm):
     tensors, _ = modelopt_model("FP8")
     with pytest.raises(ValueError, match=rf"quant_algo must be one of FP8, .*got .*{algorithm}"):
-        open_model(tmp_path, modelopt_config(algorithm), tensors)
+        open_quantized(tmp_path, modelopt_config(algorithm), tensors)
+
+
+def test_static_activations_of_int8(tmp_path):
+    tensors, _ = modelopt_model("W8A8_SQ_PER_CHANNEL")
+    tensors |= {"a.input_scale": np.float32(0.5), "a.pre_quant_scale": np.ones(64, np.float32)}
+    config = modelopt_config("W8A8_SQ_PER_CHANNEL")
+    inputs = value_of(open_quantized(tmp_path, config, tensors), NAME).inputs
+    assert inputs.config == ArrayConfig(format=INT8, per_tensor=True)
+    assert inputs.scale.read() == 0.5
+    assert inputs.multiplier.shape == (64,)
 
 
 def test_stacks_with_one_factor_for_each_expert(tmp_path):
@@ -220,6 +240,6 @@ def test_stacks_with_one_factor_for_each_expert(tmp_path):
     tensors = {n: np.stack([x, x]) for n, x in tensors.items() if "pre_quant" not in n}
     tensors["a.weight_scale_2"] = np.array([0.5, 0.25], np.float32)
     tensors["a.input_scale"] = np.ones(2, np.float32)
-    got = values_of(open_model(tmp_path, modelopt_config("NVFP4"), tensors), NAME)
+    got = values_of(open_quantized(tmp_path, modelopt_config("NVFP4"), tensors), NAME)
     np.testing.assert_array_equal(got[0], 2 * got[1])
     assert np.ptp(got)

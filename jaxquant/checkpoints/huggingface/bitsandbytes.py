@@ -2,18 +2,17 @@
 
 import json
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from ...core import BNB_FP4, INT8, NF4, Format, QTensor
+from ...core import BNB_FP4, INT8, NF4, Format
 from ...tree.internal import MALFORMED, summary
 from ..bits import unpack, unpacked
 from ..source import Index, Source
 from ..stored import Stored
 from .derived import converted
-from .fields import Fields
+from .fields import MAX_SIZE, Fields
 from .mapped import Tensor
 from .module import Module, Pool, check_matrix
 
@@ -26,7 +25,6 @@ _TYPES: dict[str, tuple[Format, tuple[float, ...]]] = {
     "fp4": (BNB_FP4, _FP4_VALUES),
 }
 _DTYPES = ("float32", "float16", "bfloat16")
-_MAX = 2**40
 _INT8_NOTE = (
     "bitsandbytes multiplies a code first with the row's largest magnitude and then with 1/127; "
     "the scale is their product, which may differ by an ulp in float32"
@@ -46,8 +44,10 @@ def read(pool: Pool, fields: Fields) -> list[Stored]:
 def _read_float4(module: Module, kind: str) -> Stored:
     state = _state(module.need(STATE + kind))
     format, values = _TYPES[state.one_of("quant_type", _TYPES)]
-    size = state.integer("blocksize", 1, _MAX)
-    rows, columns = _shape(state)
+    size = state.integer("blocksize", 1, MAX_SIZE)
+    rows, columns = state.pair("shape")
+    if columns % 2:
+        raise state.invalid("shape", "two integers, the second of them even")
     data = module.need("weight").check(("uint8",), (rows * columns // 2, 1))
     _check_map(module.need("weight.quant_map"), values)
     absmax = _absmax(module, state, -(-rows * columns // size))
@@ -56,8 +56,7 @@ def _read_float4(module: Module, kind: str) -> Stored:
     codes = converted(codes, format.dtype, lambda x: book[x].view(format.dtype))
     scale = _scale(absmax, rows, columns, size)
     dtype = jnp.dtype(state.one_of("dtype", _DTYPES))
-    arrays: Any = {"codes": codes, "scale": scale}
-    return module.stored(f"bitsandbytes {kind}", QTensor(**arrays, format=format, dtype=dtype))
+    return module.stored(f"bitsandbytes {kind}", format, dtype=dtype, codes=codes, scale=scale)
 
 
 def _state(tensor: Tensor) -> Fields:
@@ -72,18 +71,12 @@ def _state(tensor: Tensor) -> Fields:
     return Fields(tensor.path, values, tensor.name)
 
 
-def _shape(state: Fields) -> tuple[int, int]:
-    shape: Any = state.values.get("shape")
-    is_pair = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
-    if not is_pair or not all(0 < n < _MAX for n in shape) or shape[1] % 2:
-        raise state.invalid("shape", "two positive integers, the second of them even")
-    return shape[0], shape[1]
-
-
 def _check_map(table: Tensor, values: tuple[float, ...]) -> None:
     table.check(("float32",), (len(values),))
-    if not np.array_equal(table.source.read(), np.array(values, np.float32)):
-        raise table.invalid(f"the values {', '.join(f'{v:.4f}' for v in values)}")
+    found = table.source.read()
+    if not np.array_equal(found, np.array(values, np.float32)):
+        wanted, got = (", ".join(f"{v:.4f}" for v in row) for row in (values, found))
+        raise table.invalid(f"the values {wanted}", got)
 
 
 def _unpack_high_first(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
@@ -106,7 +99,7 @@ def _absmax(module: Module, state: Fields, count: int) -> Source:
     absmax = module.need("weight.absmax").check(("float32", "uint8"), (count,))
     if absmax.dtype == np.float32:
         return absmax.source
-    size = state.integer("nested_blocksize", 1, _MAX)
+    size = state.integer("nested_blocksize", 1, MAX_SIZE)
     offset = state.values.get("nested_offset")
     if not isinstance(offset, float | int) or not math.isfinite(offset):
         raise state.invalid("nested_offset", "a finite number")
@@ -148,7 +141,8 @@ def _read_int8(module: Module) -> Stored:
     codes = check_matrix(module.need("weight").check(("int8",)))
     order = module.take("weight_format")
     if order is not None and np.any(order.source.read()):
-        raise order.invalid('0, the format "row". Save the model again with a current version')
+        wanted = '0, the format "row". Save the model again with a current version'
+        raise order.invalid(wanted, order.source.read().tolist())
     rows = codes.shape[0]
     largest.check(_DTYPES, (rows,), (rows, 1))
 
@@ -157,6 +151,6 @@ def _read_int8(module: Module) -> Stored:
         return (whole / np.float32(127))[index]
 
     scale = Source((rows, 1), np.dtype(np.float32), reader)
-    arrays: Any = {"codes": codes.source, "scale": scale}
-    value = QTensor(**arrays, format=INT8, dtype=module.pool.folder.dtype)
-    return module.stored("bitsandbytes int8", value, note=_INT8_NOTE)
+    return module.stored(
+        "bitsandbytes int8", INT8, note=_INT8_NOTE, codes=codes.source, scale=scale
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ...core import INT2, INT3, INT4, INT8, Format, QTensor
+from ...core import INT2, INT3, INT4, INT8, Format
 from ..bits import unpack_columns, unpacked, words_for
 from ..source import Index, Source
 from ..stored import Stored
@@ -29,7 +29,6 @@ FORMATS: dict[int, Format] = {2: INT2, 3: INT3, 4: INT4, 8: INT8}
 # Checkpoint formats of GPTQ: how much less than the zero point the file stores.
 _MINUS = {"gptq": 1, "gptq_v2": 0}
 _VERSIONS = ("gemm", "GEMM")
-_MAX_GROUP = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +58,8 @@ def read_awq(pool: Pool, fields: Fields) -> list[Stored]:
     if not fields.flag("zero_point", True):
         raise fields.invalid("zero_point", "true, as AutoAWQ's version gemm has it")
     names = [key for key in ("group_size", "q_group_size") if key in fields] or ["group_size"]
-    size = _group_size(fields, names[0])
+    size = fields.group_size(names[0])
     return [_read_awq_module(module, size) for module in pool.modules("qweight")]
-
-
-def _group_size(fields: Fields, key: str, default: int | None = None) -> int:
-    size = fields.integer(key, -1, _MAX_GROUP, *([] if default is None else [default]))
-    if size == 0:
-        raise fields.invalid(key, "a positive integer, or -1 for one group")
-    return size
 
 
 def _read_awq_module(module: Module, group_size: int) -> Stored:
@@ -81,7 +73,8 @@ def _read_awq_module(module: Module, group_size: int) -> Stored:
     zeros = module.need("qzeros").check(("int32", "uint32"), shape)
     zero_point = shifted(_awq_columns(zeros, columns), 8, INT4.dtype)
     zero_point = scale_of(module, zeros.holding(zero_point), (rows, columns), blocks)
-    return _stored(module, f"awq int4 g{blocks[0]}", INT4, codes, grid, zero_point, None)
+    parts: dict[str, Any] = {"codes": codes, "scale": grid, "zero_point": zero_point}
+    return module.stored(f"awq int4 g{blocks[0]}", INT4, order=(-1, -2), **parts)
 
 
 def _awq_columns(words: Tensor, columns: int) -> Source:
@@ -93,47 +86,36 @@ def read_gptq(pool: Pool, fields: Fields) -> list[Stored]:
     form = fields.one_of("checkpoint_format", _MINUS, "gptq")
     if fields.flag("is_marlin_format", False):
         raise fields.invalid("is_marlin_format", "false. Choose the model before it was repacked")
-    general = _settings(fields, None)
+    general = _settings(fields)
     dynamic = fields.section("dynamic")
     for pattern in dynamic.values:
         check_pattern(fields, "dynamic", f"re:{pattern.removeprefix('+:').removeprefix('-:')}")
     return [
-        _read_gptq_module(module, _settings_of(module, general, dynamic), _MINUS[form], fields)
+        _read_gptq_module(module, _settings_of(module, general, fields, dynamic), _MINUS[form])
         for module in pool.modules("qweight")
     ]
 
 
-def _settings(fields: Fields, default: Settings | None) -> Settings:
-    """Settings of a table, the others as in `default`."""
-    others = default and (
-        default.bits,
-        default.group_size,
-        default.is_symmetric,
-        default.reorders,
-    )
-    bits, size, is_symmetric, reorders = others or (None, None, True, False)
-    bits = fields.integer("bits", 2, 8, *([] if bits is None else [bits]))
+def _settings(fields: Fields) -> Settings:
+    bits = fields.integer("bits", 2, 8)
     if bits not in FORMATS:
         raise fields.invalid("bits", f"one of {', '.join(map(str, FORMATS))}")
     return Settings(
-        bits,
-        _group_size(fields, "group_size", size),
-        fields.flag("sym", is_symmetric),
-        fields.flag("desc_act", reorders),
+        bits, fields.group_size(), fields.flag("sym", True), fields.flag("desc_act", False)
     )
 
 
-def _settings_of(module: Module, general: Settings, dynamic: Fields) -> Settings:
+def _settings_of(module: Module, general: Settings, fields: Fields, dynamic: Fields) -> Settings:
     """The settings of a module: the first pattern that matches its name overrides the general."""
     name = module.prefix.removesuffix(".")
     for pattern in dynamic.values:
         target = f"re:{pattern.removeprefix('+:').removeprefix('-:')}"
         if not pattern.startswith("-:") and names_module(target, name):
-            return _settings(dynamic.section(pattern), general)
+            return _settings(dynamic.section(pattern).over(fields))
     return general
 
 
-def _read_gptq_module(module: Module, settings: Settings, minus: int, fields: Fields) -> Stored:
+def _read_gptq_module(module: Module, settings: Settings, minus: int) -> Stored:
     bits = settings.bits
     words = check_matrix(module.need("qweight").check(("int32", "uint32")))
     rows, columns = words.shape[0] * 32 // bits, words.shape[1]
@@ -155,19 +137,17 @@ def _read_gptq_module(module: Module, settings: Settings, minus: int, fields: Fi
     zeros = module.need("qzeros")
     zeros.check(("int32", "uint32"), (groups, words_for(columns, bits)))
     field = unpacked(zeros.source, bits, columns, -1)
-    inputs = with_permutation(None, as_source(permutation))
-    kind = f"gptq {bits} bits g{size}"
+    parts: dict[str, Any] = {"scale": grid}
+    parts["inputs"] = with_permutation(None, as_source(permutation))
     if settings.is_symmetric:
         codes = guarded(codes, _check_middle(zeros, field, half, size))
-        return _stored(module, kind, format, codes, grid, None, inputs)
-    mask = (1 << bits) - 1
-    zero_point = shifted(
-        converted(field, np.uint8, lambda x: (x + np.uint8(minus)) & np.uint8(mask)),
-        half,
-        format.dtype,
-    )
-    zero_point = scale_of(module, zeros.holding(zero_point), (rows, columns), blocks)
-    return _stored(module, kind, format, codes, grid, zero_point, inputs)
+    else:
+        mask = np.uint8((1 << bits) - 1)
+        zero_point = converted(field, np.uint8, lambda x: (x + np.uint8(minus)) & mask)
+        zero_point = zeros.holding(shifted(zero_point, half, format.dtype))
+        parts["zero_point"] = scale_of(module, zero_point, (rows, columns), blocks)
+    kind = f"gptq {bits} bits g{size}"
+    return module.stored(kind, format, order=(-1, -2), codes=codes, **parts)
 
 
 def _check_middle(zeros: Tensor, field: Source, half: int, size: int):
@@ -181,22 +161,8 @@ def _check_middle(zeros: Tensor, field: Source, half: int, size: int):
         part = field.read((slice(rows.start // size, -(-rows.stop // size)), columns))
         if part.size and not (np.all(part == half) or np.all(part == half - 1)):
             raise zeros.invalid(
-                f"{half - 1} (version 1) or {half} (version 2) everywhere, because sym is true"
+                f"{half - 1} (version 1) or {half} (version 2) everywhere, because sym is true",
+                f"{np.unique(part).tolist()}",
             )
 
     return check
-
-
-def _stored(
-    module: Module,
-    kind: str,
-    format: Format,
-    codes: Source,
-    scale: Source,
-    zero_point: Source | None,
-    inputs: Any,
-) -> Stored:
-    arrays: Any = {"codes": codes, "scale": scale, "zero_point": zero_point}
-    dtype = module.pool.folder.dtype
-    value = QTensor(**arrays, inputs=inputs, format=format, dtype=dtype, order=(-1, -2))
-    return module.stored(kind, value)

@@ -41,6 +41,7 @@ from .module import (
     scale_of,
     shifted,
     with_permutation,
+    with_scale,
 )
 
 # Codes of integers packed into words, by their bits.
@@ -60,7 +61,7 @@ def read(pool: Pool, fields: Fields) -> list[Stored]:
         name = module.prefix.removesuffix(".")
         group = group_of(groups, name)
         if group is None:
-            raise fields.invalid("config_groups", f"groups of which one has the target {name!r}")
+            raise fields.invalid("config_groups", f"groups, one of which targets {name!r}")
         found += [_read_module(module, group)]
     return found
 
@@ -115,8 +116,7 @@ def _read_floats(module: Module, group: Group, codes: Tensor, scale: Tensor) -> 
 def _read_mxfp8(module: Module, group: Group, codes: Tensor, scale: Tensor) -> Stored:
     _check_groups(group, MXFP8)
     grid = scale_of(module, _exponents(scale), codes.shape, (*_ones(codes), 1, 32))
-    inputs = _inputs(module, group, codes.shape[-1])
-    return _stored(module, group, MXFP8, codes.source, grid, inputs=inputs)
+    return _stored(module, group, MXFP8, codes.source, grid)
 
 
 def _read_float4(module: Module, group: Group, words: Tensor, scale: Tensor) -> Stored:
@@ -127,9 +127,8 @@ def _read_float4(module: Module, group: Group, words: Tensor, scale: Tensor) -> 
     _check_groups(group, format)
     blocks = (*_ones(words), 1, format.group_size or 1)
     if not is_nested:
-        return _stored(
-            module, group, MXFP4, codes, scale_of(module, _exponents(scale), codes.shape, blocks)
-        )
+        grid = scale_of(module, _exponents(scale), codes.shape, blocks)
+        return _stored(module, group, MXFP4, codes, grid)
     inner = scale_of(module, scale, codes.shape, blocks)
     divisor = module.need("weight_global_scale").check(("float32",))
     grid = factors_of(divisor, codes.shape)
@@ -140,7 +139,8 @@ def _read_float4(module: Module, group: Group, words: Tensor, scale: Tensor) -> 
 def _reciprocal(divisor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
     value = divisor.source.read().reshape(shape)
     if not np.all(np.isfinite(value) & (np.abs(value) > np.finfo(np.float32).tiny)):
-        raise divisor.invalid("finite and not zero, because scales are divided by it")
+        wanted = "finite and not zero, because scales are divided by it"
+        raise divisor.invalid(wanted, value.reshape(-1).tolist())
     return np.float32(1) / value
 
 
@@ -181,10 +181,10 @@ def _finish(
         codes = permuted(codes, -1, permutation)
     zero_point = _zero_point(module, args, format, shape, blocks, scale, layout)
     if args.symmetric and zero_point is not None:
-        codes = guarded(codes, _check_zero(zero_point, module))
+        codes = guarded(codes, _check_zero(zero_point, module.taken[-1]))
         zero_point = None
-    inputs = with_permutation(_inputs(module, group, shape[-1]), as_source(permutation))
-    return _stored(module, group, format, codes, grid, zero_point, inputs)
+    order = as_source(permutation)
+    return _stored(module, group, format, codes, grid, zero_point=zero_point, permutation=order)
 
 
 def _zero_point(
@@ -220,17 +220,16 @@ def _narrow(values: np.ndarray, tensor: Tensor) -> np.ndarray:
     wide = values.astype(np.float32)
     narrow = np.clip(wide, -128, 127).astype(np.int8)
     if not np.array_equal(narrow, wide):
-        raise tensor.invalid("integers from -128 to 127")
+        found = wide[narrow != wide][:4].tolist()
+        raise tensor.invalid("integers from -128 to 127", f"{found}")
     return narrow
 
 
-def _check_zero(zero_point: Source, module: Module):
-    names = [t.name for t in module.taken if t.name.endswith("zero_point")]
-    path = module.taken[0].path
-
+def _check_zero(zero_point: Source, tensor: Tensor):
     def check(index: Index) -> None:
-        if np.any(zero_point.read().astype(np.int8)):
-            raise ValueError(f"{path}: tensor {names[0]!r} must be zero where symmetric is true.")
+        found = np.unique(zero_point.read().astype(np.int8))
+        if np.any(found):
+            raise tensor.invalid("zero everywhere, because symmetric is true", found.tolist())
 
     return check
 
@@ -239,16 +238,21 @@ def _inputs(module: Module, group: Group, columns: int) -> Inputs | None:
     """How activations are quantized, with the scale of the file if it is static."""
     args = group.inputs
     config = activations(args, columns)
-    scale = scalar(module.take("input_scale"))
-    zero_point = scalar(module.take("input_zero_point"))
+    static: dict[str, Any] = {
+        name: scalar(module.take(f"input_{name}")) for name in ("scale", "zero_point")
+    }
     if args is None or config is None:
         return None
     if args.dynamic:
         return Inputs(config)
-    if scale is None:
-        raise module.invalid("has no tensor 'input_scale', but its activations are not dynamic")
-    fields: Any = {"scale": scale, "zero_point": None if config.symmetric else zero_point}
-    return Inputs(config, **fields)
+    if config.symmetric:
+        static.pop("zero_point")
+    for name, part in static.items():
+        if part is None:
+            raise module.invalid(
+                f"has no tensor 'input_{name}', but its activations are not dynamic"
+            )
+    return with_scale(config, **static)
 
 
 def _stored(
@@ -257,15 +261,16 @@ def _stored(
     format: Format,
     codes: Source,
     scale: Source | QTensor,
+    *,
     zero_point: Source | None = None,
-    inputs: Inputs | None = None,
+    permutation: Source | None = None,
     note: str = "",
 ) -> Stored:
-    dtype = module.pool.folder.dtype
-    arrays: Any = {"codes": codes, "scale": scale, "zero_point": zero_point}
     module.take("input_global_scale")
-    value = QTensor(**arrays, inputs=inputs, format=format, dtype=dtype)
-    return module.stored(f"compressed-tensors {format} {group.weights.strategy}", value, note=note)
+    inputs = with_permutation(_inputs(module, group, codes.shape[-1]), permutation)
+    parts = {"codes": codes, "scale": scale, "zero_point": zero_point, "inputs": inputs}
+    kind = f"compressed-tensors {format} {group.weights.strategy}"
+    return module.stored(kind, format, note=note, **parts)
 
 
 # Readers by the dtype of the codes and whether the scales are exponents: whether the codes are

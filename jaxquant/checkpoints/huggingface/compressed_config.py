@@ -37,7 +37,6 @@ _TYPES = {"int": True, "float": False}
 _DYNAMIC = (True, False, "local", None)
 # The first version whose packed codes are dense.
 _FIRST_DENSE = (0, 17)
-_MAX_GROUP = 2**31
 _MAX_PATTERN = 500
 _MAX_REPEATS = 6
 # Formats of activations by whether they are integers, bits, and group size (None: any).
@@ -160,16 +159,11 @@ def _read_group(groups: Fields, name: str, splits_codes: bool) -> Group:
 
 
 def _read_args(fields: Fields) -> Args:
-    block = fields.values.get("block_structure")
-    is_pair = isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)
-    if block is not None and not (is_pair and all(0 < n < _MAX_GROUP for n in block)):
-        raise fields.invalid("block_structure", "two positive integers")
+    block = fields.pair("block_structure", None)
     dynamic = fields.values.get("dynamic")
     if not any(type(dynamic) is type(d) and dynamic == d for d in _DYNAMIC):
         raise fields.invalid("dynamic", 'true, false or "local"')
-    group_size = fields.integer("group_size", -1, _MAX_GROUP, None)
-    if group_size == 0:
-        raise fields.invalid("group_size", "a positive integer, or -1 for whole rows")
+    group_size = fields.group_size(default=None)
     # Without a strategy, the group size tells it, and null means per tensor.
     default = {None: "tensor", -1: "channel"}.get(group_size, "group")
     order = fields.one_of("actorder", [k for k in _ORDERS if k], None)
@@ -177,14 +171,14 @@ def _read_args(fields: Fields) -> Args:
     if "group" in strategy and (group_size or -1) < 0:
         raise fields.invalid("group_size", f"a positive integer for the strategy {strategy}")
     if strategy.startswith("block") and not block:
-        raise fields.invalid("block_structure", "two positive integers for the strategy block")
+        raise fields.invalid("block_structure", "two integers for the strategy block")
     return Args(
         bits=fields.integer("num_bits", 2, 8, 8),
         is_integer=_TYPES[fields.one_of("type", _TYPES, "int")],
         symmetric=fields.flag("symmetric", True),
         strategy=strategy,
         group_size=group_size,
-        block=tuple(block) if block else None,
+        block=block,
         dynamic=bool(dynamic),
         reorders=_ORDERS[order],
     )

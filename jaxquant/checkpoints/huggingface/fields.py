@@ -8,6 +8,8 @@ from typing import Any
 
 from ...tree.internal import MALFORMED, MAX_HEADER_BYTES, check_regular, summary
 
+# The largest size of a block or group, or of an axis that is written in JSON.
+MAX_SIZE = 2**31
 _MISSING = object()
 
 
@@ -27,6 +29,11 @@ class Fields:
 
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
+
+    def over(self, others: "Fields") -> "Fields":
+        """These fields, and of those that are absent or null the others."""
+        own = {key: value for key, value in self.values.items() if value is not None}
+        return dataclasses.replace(self, values={**others.values, **own})
 
     def invalid(self, key: str, wanted: str) -> ValueError:
         """An error that says what a field should have been."""
@@ -50,6 +57,23 @@ class Fields:
         if type(value) is not int or not low <= value <= high:
             raise self.invalid(key, f"an integer from {low} to {high}")
         return value
+
+    def group_size(self, key: str = "group_size", default: Any = _MISSING) -> Any:
+        """A positive integer, or -1 for all elements; the default if it is absent or null."""
+        size = self.integer(key, -1, MAX_SIZE, default)
+        if size == 0:
+            raise self.invalid(key, "a positive integer, or -1 for all elements")
+        return size
+
+    def pair(self, key: str, default: Any = _MISSING) -> Any:
+        """Two positive integers, as a tuple; the default if they are absent or null."""
+        value: Any = self.values.get(key)
+        if value is None and default is not _MISSING:
+            return default
+        pair = tuple(value) if isinstance(value, list) else ()
+        if len(pair) != 2 or not all(type(n) is int and 0 < n <= MAX_SIZE for n in pair):
+            raise self.invalid(key, f"two integers from 1 to {MAX_SIZE}")
+        return pair
 
     def flag(self, key: str, default: Any = _MISSING) -> Any:
         """A truth value; the default if it is absent or null."""

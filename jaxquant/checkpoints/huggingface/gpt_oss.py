@@ -1,8 +1,6 @@
 """The experts of gpt-oss in MXFP4: blocks of 16 bytes and their exponents."""
 
-from typing import Any
-
-from ...core import MXFP4, QTensor
+from ...core import MXFP4
 from ..bits import unpacked
 from ..stored import Stored
 from .derived import joined_axes
@@ -33,6 +31,5 @@ def _read_module(module: Module) -> Stored:
         raise scales.invalid(f"of shape {blocks.shape[:-1]}, one for each block of 16 bytes")
     words = joined_axes(blocks.source, len(blocks.shape) - 2)
     codes = as_float4(unpacked(words, 4, 2 * words.shape[-1], -1))
-    arrays: Any = {"codes": codes, "scale": as_e8m0(scales)}
-    dtype = module.pool.folder.dtype
-    return module.stored("mxfp4", QTensor(**arrays, format=MXFP4, dtype=dtype, order=(-1, -2)), "")
+    scale = as_e8m0(scales)
+    return module.stored("mxfp4", MXFP4, suffix="", order=(-1, -2), codes=codes, scale=scale)

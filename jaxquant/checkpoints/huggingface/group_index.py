@@ -23,7 +23,8 @@ def permutation_of(index: Tensor, size: int) -> np.ndarray | None:
     if np.array_equal(found, ordered) or np.all(found == -1):
         return None
     if not np.array_equal(np.sort(found), ordered):
-        raise index.invalid(f"the group of each column, with {size} columns in each group")
+        wanted = f"the group of each column, with {size} columns in each group"
+        raise index.invalid(wanted, np.array2string(found, threshold=20))
     return np.argsort(found, kind="stable").astype(np.int32)
 
 

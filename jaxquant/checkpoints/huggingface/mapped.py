@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,8 +12,8 @@ from ..bits import unpacked
 from ..source import Source
 from .derived import viewed
 
-# Bits of the dtypes that are packed in files; a view unpacks them.
-_PACKED = {"F4": 4}
+# Bits and NumPy's dtype of the dtypes that are packed in files; a view unpacks them.
+_PACKED = {"F4": (4, ml_dtypes.float4_e2m1fn)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Tensor:
         """The tensor with its elements in another form, for errors that name it."""
         return dataclasses.replace(self, source=source)
 
-    def invalid(self, what: str) -> ValueError:
-        """An error that says what this tensor should have been."""
-        found = f"{self.dtype} of shape {self.shape}"
+    def invalid(self, what: str, got: Any = None) -> ValueError:
+        """An error that says what this tensor should have been, and what it is or holds."""
+        found = f"{self.dtype} of shape {self.shape}" if got is None else got
         return ValueError(
             f"{self.path}: tensor {self.name!r} must be {what}; got {found}. Convert the model "
             "again, or report the file if other software reads it."
@@ -90,12 +91,12 @@ def _source(path, name, data, start, entry: Entry) -> Source:
     if entry.dtype in DTYPES:
         array = piece.view(DTYPES[entry.dtype]).reshape(entry.shape)
         return Source(entry.shape, array.dtype, lambda index: np.array(array[index]), array)
-    bits = _PACKED.get(entry.dtype)
-    if bits is None or not entry.shape or entry.shape[-1] % 2:
+    bits, dtype = _PACKED.get(entry.dtype, (None, None))
+    if bits is None or not entry.shape or entry.shape[-1] * bits % 8:
         raise ValueError(
             f"{path}: tensor {name!r} has dtype {entry.dtype} and shape {entry.shape}, which "
             "cannot be read. Store it as bfloat16, or as F4 with an even number of columns."
         )
-    array = piece.reshape(*entry.shape[:-1], entry.shape[-1] // 2)
+    array = piece.reshape(*entry.shape[:-1], entry.shape[-1] * bits // 8)
     words = Source(array.shape, array.dtype, lambda index: np.array(array[index]), array)
-    return viewed(unpacked(words, bits, entry.shape[-1], -1), ml_dtypes.float4_e2m1fn)
+    return viewed(unpacked(words, bits, entry.shape[-1], -1), dtype)

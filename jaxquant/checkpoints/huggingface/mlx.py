@@ -16,18 +16,16 @@ from ...core import (
     UINT6,
     UINT8,
     Format,
-    QTensor,
 )
 from ..bits import unpacked
 from ..stored import Stored
 from .derived import viewed
-from .fields import Fields
+from .fields import MAX_SIZE, Fields
 from .module import FLOATS, Module, Pool, check_matrix, scale_of
 
 _AFFINE: dict[int, Format] = {2: UINT2, 3: UINT3, 4: UINT4, 5: UINT5, 6: UINT6, 8: UINT8}
 # Formats of other modes; affine has one for each number of bits.
 _MODES: dict[str, Format | None] = {"affine": None, "mxfp4": MXFP4, "mxfp8": MXFP8, "nvfp4": NVFP4}
-_MAX_GROUP = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,23 +39,19 @@ class Settings:
 
 def read(pool: Pool, fields: Fields) -> list[Stored]:
     """The weights of a model with a "quantization" table."""
-    general = _settings(fields, None)
+    general = _settings(fields)
     return [
         _read_module(module, _settings_of(module, general, fields))
         for module in pool.modules("scales")
     ]
 
 
-def _settings(fields: Fields, default: Settings | None) -> Settings:
-    mode = fields.one_of("mode", _MODES, None)
-    format = _MODES[mode or "affine"]
-    if default is not None and mode is None:
-        format = default.format
+def _settings(fields: Fields) -> Settings:
+    format = _MODES[fields.one_of("mode", _MODES, "affine")]
     # Modes of floats fix both; 64 and 4 are MLX's defaults for affine.
-    size = format.group_size if format else default.group_size if default else 64
-    bits = format.bits if format else default.bits if default else 4
+    size, bits = (format.group_size, format.bits) if format else (64, 4)
     found = Settings(
-        fields.integer("group_size", 1, _MAX_GROUP, size),
+        fields.integer("group_size", 1, MAX_SIZE, size),
         fields.integer("bits", 2, 8, bits),
         format,
     )
@@ -69,11 +63,15 @@ def _settings(fields: Fields, default: Settings | None) -> Settings:
 
 
 def _settings_of(module: Module, general: Settings, fields: Fields) -> Settings:
-    """The settings of a module: those under its path override the general ones."""
+    """The settings of a module: those under its path, or the general ones.
+
+    MLX does not combine them: what a module's own settings lack has MLX's default, such as the
+    mode "affine" of the routers in models whose mode is "mxfp4".
+    """
     name = module.prefix.removesuffix(".")
     if name not in fields or isinstance(fields.values[name], bool):
         return general
-    return _settings(fields.section(name), general)
+    return _settings(fields.section(name))
 
 
 def _read_module(module: Module, settings: Settings) -> Stored:
@@ -87,18 +85,17 @@ def _read_module(module: Module, settings: Settings) -> Stored:
     grid = (*shape[:-1], -(-columns // settings.group_size))
     if columns % settings.group_size or scales.shape != grid:
         raise scales.invalid(f"of shape {grid}, for a weight of shape {shape} in {bits} bits")
-    arrays: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     note = ""
     if format is None:
         format = _AFFINE[bits]
-        arrays["scale"] = scale_of(module, scales.check(FLOATS), shape, blocks)
+        parts["scale"] = scale_of(module, scales.check(FLOATS), shape, blocks)
         names = [name for name in ("biases", "qbiases") if name in module] or ["biases"]
         offset = module.need(names[0]).check(FLOATS, scales.shape)
-        arrays["offset"] = scale_of(module, offset, shape, blocks)
+        parts["offset"] = scale_of(module, offset, shape, blocks)
         if scales.dtype.itemsize < 4:
             note = f"MLX multiplies and adds in {scales.dtype}; here, both are done in float32"
     else:
-        arrays["scale"] = viewed(scales.check(("uint8",)).source, jnp.dtype(format.scale_dtype))
-    arrays["codes"] = viewed(codes, format.dtype)
-    value = QTensor(**arrays, format=format, dtype=module.pool.folder.dtype)
-    return module.stored(f"mlx {format} g{settings.group_size}", value, note=note)
+        parts["scale"] = viewed(scales.check(("uint8",)).source, jnp.dtype(format.scale_dtype))
+    parts["codes"] = viewed(codes, format.dtype)
+    return module.stored(f"mlx {format} g{settings.group_size}", format, note=note, **parts)

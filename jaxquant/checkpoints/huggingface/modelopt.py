@@ -1,7 +1,7 @@
 """Checkpoints of NVIDIA's Model Optimizer: NVFP4, FP8, MXFP8, INT8 and INT4."""
 
 import dataclasses
-from typing import Any
+from functools import partial
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from .module import (
     scalar,
     scale_of,
     shifted,
+    with_scale,
 )
 
 # Algorithms, and which formats of weights they have.
@@ -67,26 +68,24 @@ def _read_nvfp4(module: Module, words: Tensor, scale: Tensor) -> Stored:
     return _stored(module, NVFP4, codes, nested_scale(inner, outer), None)
 
 
-def _read_fp8(module: Module, codes: Tensor, scale: Tensor) -> Stored:
-    """One scale for the whole weight, or one for each row and dynamic activations."""
-    grid = _whole_or_rows(module, codes, scale.check(FLOATS))
+def _read_bytes(format: Format, module: Module, codes: Tensor, scale: Tensor) -> Stored:
+    """8-bit codes with one scale, or one for each row; activations in the same format."""
+    scale.check(FLOATS)
+    is_whole = scale.source.size == 1
+    blocks = codes.shape if is_whole else (*(1 for _ in codes.shape[:-1]), codes.shape[-1])
+    grid = scale_of(module, scale, codes.shape, blocks)
     static = scalar(module.take("input_scale"))
-    inputs = Inputs(ArrayConfig(format=FP8_E4M3))
-    if static is not None:
-        fields: Any = {"scale": static}
-        inputs = Inputs(ArrayConfig(format=FP8_E4M3, per_tensor=True), **fields)
-    return _stored(module, FP8_E4M3, codes.source, grid, inputs)
+    inputs = (
+        Inputs(ArrayConfig(format=format))
+        if static is None
+        else with_scale(ArrayConfig(format=format, per_tensor=True), static)
+    )
+    return _stored(module, format, codes.source, grid, inputs)
 
 
 def _read_mxfp8(module: Module, codes: Tensor, scale: Tensor) -> Stored:
     grid = _grid(module, scale.holding(as_e8m0(scale)), codes.shape, 32)
     return _stored(module, MXFP8, codes.source, grid, Inputs(ArrayConfig(format=MXFP8)))
-
-
-def _read_int8(module: Module, codes: Tensor, scale: Tensor) -> Stored:
-    grid = _whole_or_rows(module, codes, scale.check(FLOATS))
-    module.take("input_scale")
-    return _stored(module, INT8, codes.source, grid, Inputs(ArrayConfig(format=INT8)))
 
 
 def _read_int4(module: Module, words: Tensor, scale: Tensor) -> Stored:
@@ -106,13 +105,6 @@ def _grid(module: Module, scale: Tensor, shape: tuple[int, ...], group: int) -> 
     return scale_of(module, scale, shape, (*(1 for _ in shape[:-1]), group))
 
 
-def _whole_or_rows(module: Module, codes: Tensor, scale: Tensor) -> Source:
-    columns = codes.shape[-1]
-    ones = (1,) * (len(codes.shape) - 2)
-    is_whole = scale.source.size == 1
-    return scale_of(module, scale, codes.shape, codes.shape if is_whole else (*ones, 1, columns))
-
-
 def _stored(
     module: Module,
     format: Format,
@@ -122,19 +114,17 @@ def _stored(
 ) -> Stored:
     multiplier = module.take("pre_quant_scale")
     if multiplier is not None:
-        fields: Any = {"multiplier": multiplier.check(FLOATS, codes.shape[-1:]).source}
-        inputs = dataclasses.replace(inputs or Inputs(), **fields)
-    arrays: Any = {"codes": codes, "scale": scale}
-    value = QTensor(**arrays, inputs=inputs, format=format, dtype=module.pool.folder.dtype)
-    return module.stored(f"modelopt {format}", value)
+        factors = multiplier.check(FLOATS, codes.shape[-1:]).source
+        inputs = dataclasses.replace(inputs or Inputs(), multiplier=factors)
+    return module.stored(f"modelopt {format}", format, codes=codes, scale=scale, inputs=inputs)
 
 
 # Format and reader by the dtype of the codes, whether the scales are exponents, and whether there
 # is a second scale.
 _READERS = {
     ("uint8", False, True): (NVFP4, _read_nvfp4),
-    ("float8_e4m3fn", False, False): (FP8_E4M3, _read_fp8),
+    ("float8_e4m3fn", False, False): (FP8_E4M3, partial(_read_bytes, FP8_E4M3)),
     ("float8_e4m3fn", True, False): (MXFP8, _read_mxfp8),
-    ("int8", False, False): (INT8, _read_int8),
+    ("int8", False, False): (INT8, partial(_read_bytes, INT8)),
     ("uint8", False, False): (INT4, _read_int4),
 }

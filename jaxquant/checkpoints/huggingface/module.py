@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ...core import FP8_E4M3, Inputs, QTensor
+from ...core import FP8_E4M3, ArrayConfig, Format, Inputs, QTensor
 from ..source import Index, Source
 from ..stored import Stored
 from .derived import converted, refined, reshaped, viewed
@@ -68,10 +68,32 @@ class Module:
             f"{last.path}: the module of {first.name!r} {text}. Convert the model again."
         )
 
-    def stored(self, kind: str, value: QTensor, name: str = "weight", note: str = "") -> Stored:
-        """The quantized weight, with the bytes of all that was taken."""
+    def stored(
+        self,
+        kind: str,
+        format: Format,
+        *,
+        suffix: str = "weight",
+        note: str = "",
+        dtype: Any = None,
+        order: tuple[int, ...] | None = None,
+        **parts: Any,
+    ) -> Stored:
+        """The quantized weight, with the bytes of all that was taken.
+
+        Args:
+            kind: how the file calls its type.
+            format: of the codes.
+            suffix: that the prefix of the module is followed by in the unquantized model.
+            note: why the weight is not exact; empty if it is.
+            dtype: that it dequantizes to; None for that of the model.
+            order: in which the axes are stored.
+            parts: Sources and Inputs, by the field of the QTensor.
+        """
+        dtype = self.pool.folder.dtype if dtype is None else dtype
+        value = QTensor(**parts, format=format, dtype=dtype, order=order)
         nbytes = sum(t.nbytes for t in self.taken)
-        return Stored(self.prefix + name, kind, value, nbytes, note)
+        return Stored(self.prefix + suffix, kind, value, nbytes, note)
 
 
 def scale_of(
@@ -88,10 +110,15 @@ def scale_of(
     Raises:
         ValueError: the scale has another shape.
     """
-    grid = tuple(-(-n // b) for n, b in zip(shape, blocks, strict=True))
+    grid = grid_of(shape, blocks)
     if squeezed(scale.shape) != squeezed(grid):
         raise scale.invalid(f"of shape {grid}, for a weight of shape {shape}")
     return refined(reshaped(scale.source, grid), shape, blocks)
+
+
+def grid_of(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """How many blocks there are along each axis, of which the last may be shorter."""
+    return tuple(-(-n // b) for n, b in zip(shape, blocks, strict=True))
 
 
 def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -157,9 +184,14 @@ def scalar(tensor: Tensor | None) -> Source | None:
     return reshaped(tensor.source, ())
 
 
+def with_scale(config: ArrayConfig, scale: Source, zero_point: Source | None = None) -> Inputs:
+    """Inputs whose scale was calibrated."""
+    parts: Any = {"scale": scale, "zero_point": zero_point}
+    return Inputs(config, **parts)
+
+
 def with_permutation(inputs: Inputs | None, permutation: Source | None) -> Inputs | None:
     """Inputs that are permuted first."""
     if permutation is None:
         return inputs
-    fields: Any = {"permutation": permutation}
-    return dataclasses.replace(inputs or Inputs(), **fields)
+    return dataclasses.replace(inputs or Inputs(), permutation=permutation)

@@ -1,12 +1,9 @@
 """Weights in 8-bit floats: "fp8" (DeepSeek, Qwen) with scales of blocks, and "fbgemm_fp8"."""
 
-from typing import Any
-
 import numpy as np
 
-from ...core import FP8_E4M3, MXFP4, MXFP8, ArrayConfig, Format, Inputs, QTensor
+from ...core import FP8_E4M3, MXFP4, MXFP8, ArrayConfig, Format, Inputs
 from ..bits import unpacked
-from ..source import Source
 from ..stored import Stored
 from .derived import viewed
 from .fields import Fields
@@ -19,9 +16,11 @@ from .module import (
     as_e8m0,
     as_float4,
     check_matrix,
+    grid_of,
     scalar,
     scale_of,
     squeezed,
+    with_scale,
 )
 
 # Names of scales, all of which are multiplied with, beside "X.weight" or "X".
@@ -30,21 +29,14 @@ _SCALES_OF_STACK = ("_scale_inv", "_scale")
 _STATIC_SCALES = ("input_scale", "activation_scale", "qscale_act")
 _SCHEMES = {"dynamic": True, "static": False}
 _CODES = ("float8_e4m3fn", "int8")
-_MAX_BLOCK = 2**31
 
 
 def read(pool: Pool, fields: Fields) -> list[Stored]:
     """The weights of quant_method "fp8"."""
     fields.one_of("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
-    block = fields.values.get("weight_block_size")
-    is_pair = isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)
-    if block is not None and not (is_pair and all(0 < n < _MAX_BLOCK for n in block)):
-        raise fields.invalid("weight_block_size", "two positive integers")
+    block = fields.pair("weight_block_size", ())
     is_dynamic = _SCHEMES[fields.one_of("activation_scheme", _SCHEMES, "dynamic")]
-    return [
-        _read_module(module, suffix, tuple(block or ()), is_dynamic)
-        for module, suffix in _quantized(pool)
-    ]
+    return [_read_module(module, suffix, block, is_dynamic) for module, suffix in _quantized(pool)]
 
 
 def _quantized(pool: Pool):
@@ -78,7 +70,7 @@ def _read_module(module: Module, suffix: str, block: tuple[int, ...], is_dynamic
     grid = scale_of(module, holder, stored.shape, blocks)
     inputs = _inputs(module, format, blocks, stored.shape, is_dynamic)
     kind = f"fp8 blocks {blocks[-2]}x{blocks[-1]}" if format is FP8_E4M3 else f"fp8 {format}"
-    return _stored(module, kind, suffix, format, stored, grid, inputs)
+    return module.stored(kind, format, suffix=suffix, codes=stored, scale=grid, inputs=inputs)
 
 
 def _take_scale(module: Module, suffix: str) -> Tensor:
@@ -95,17 +87,18 @@ def _blocks(
 ) -> tuple[int, ...]:
     """The block shape that fits the scales: that of the configuration, or another usual one."""
     *batch, rows, columns = shape
-    usual = [(rows, columns), (1, columns), (1, 32)]
-    grids = []
-    for r, c in [block, *usual] if block else usual:
-        grid = (*batch, -(-rows // r), -(-columns // c))
-        if squeezed(scale.shape) == squeezed(grid):
-            return (*(1 for _ in batch), r, c)
-        grids += [grid]
+    ones = (1,) * len(batch)
+    usual = [(*ones, rows, columns), (*ones, 1, columns)]
+    blocks = [*([(*ones, *block)] if block else []), *usual, (*ones, 1, 32)]
+    # Without its axes of length 1, the grid of the blocks could look like one scale per row.
+    for same, some in ((tuple, blocks), (squeezed, usual)):
+        for each in some:
+            if same(scale.shape) == same(grid_of(shape, each)):
+                return each
     # One scale for all matrices of a stack.
     if scale.source.size == 1:
         return shape
-    wanted = " or ".join(map(str, dict.fromkeys(grids)))
+    wanted = " or ".join(map(str, dict.fromkeys(grid_of(shape, each) for each in blocks)))
     raise scale.invalid(f"of shape {wanted}, for weight {codes.name!r} of shape {shape}")
 
 
@@ -124,26 +117,11 @@ def _inputs(
     if not is_dynamic:
         if scale is None:
             raise module.invalid("has no tensor 'input_scale', but activation_scheme is static")
-        fields: Any = {"scale": scale}
-        return Inputs(ArrayConfig(format=FP8_E4M3, per_tensor=True), **fields)
+        return with_scale(ArrayConfig(format=FP8_E4M3, per_tensor=True), scale)
     size = None if format.group_size or blocks[-1] == shape[-1] else blocks[-1]
     if shape[-1] % (size or 1):
         return None
     return Inputs(ArrayConfig(format=format, group_size=size))
-
-
-def _stored(
-    module: Module,
-    kind: str,
-    suffix: str,
-    format: Format,
-    codes: Source,
-    scale: Source,
-    inputs: Inputs | None,
-) -> Stored:
-    arrays: Any = {"codes": codes, "scale": scale}
-    value = QTensor(**arrays, inputs=inputs, format=format, dtype=module.pool.folder.dtype)
-    return module.stored(kind, value, suffix)
 
 
 def read_fbgemm(pool: Pool, fields: Fields) -> list[Stored]:
@@ -159,5 +137,6 @@ def read_fbgemm(pool: Pool, fields: Fields) -> list[Stored]:
         blocks = (1, rows, 1) if batch else (1, columns)
         scales = scale_of(module, scale, codes.shape, blocks)
         inputs = Inputs(ArrayConfig(format=FP8_E4M3))
-        found += [_stored(module, "fbgemm fp8", suffix, FP8_E4M3, codes.source, scales, inputs)]
+        parts = {"codes": codes.source, "scale": scales, "inputs": inputs}
+        found += [module.stored("fbgemm fp8", FP8_E4M3, suffix=suffix, **parts)]
     return found
