@@ -31,6 +31,7 @@ from .streamed import TreeWriter as TreeWriter
 from .tensor_file import DTYPES as DTYPES
 from .tensor_file import MALFORMED as MALFORMED
 from .tensor_file import MAX_HEADER_BYTES as MAX_HEADER_BYTES
+from .tensor_file import METADATA as METADATA
 from .tensor_file import Entry as Entry
 from .tensor_file import TensorFile as TensorFile
 from .tensor_file import check_regular as check_regular

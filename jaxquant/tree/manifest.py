@@ -28,14 +28,13 @@ from ..core import (
     unpack_int2,
     unpack_int4,
 )
+from .tensor_file import METADATA
 
 # Dtypes that safetensors passes to NumPy unchanged. All others are stored as bytes.
 _NATIVE = {f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (16, 32, 64)}
 _NATIVE |= {"bool", "int8", "uint8", "bfloat16", "complex64"}
 # Dtypes stored as bytes, besides those that JAX adds to NumPy's.
 _KNOWN = _NATIVE | {"complex128"}
-# The header of safetensors reserves this name.
-_RESERVED = "__metadata__"
 _PACKING = {4: (pack_int4, unpack_int4), 2: (pack_int2, unpack_int2)}
 
 
@@ -119,7 +118,7 @@ class Encoder:
                 "saved. Convert it to a dtype that JAX knows."
             )
         name = path or "array"
-        while name in self.arrays or name == _RESERVED:
+        while name in self.arrays or name == METADATA:
             name += "'"
         self.arrays[name] = stored = self.store(array)
         is_plain = stored.dtype.name == array.dtype.name

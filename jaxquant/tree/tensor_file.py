@@ -44,7 +44,7 @@ _BITS = {name: 8 * np.dtype(dtype).itemsize for name, dtype in DTYPES.items()}
 # Dtypes that NumPy does not have in this packed form.
 _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _NAMES = {np.dtype(dtype).name: name for name, dtype in DTYPES.items()}
-_METADATA = "__metadata__"
+METADATA = "__metadata__"
 # The longest header that safetensors reads.
 MAX_HEADER_BYTES = 100_000_000
 # The errors that malformed JSON values raise.
@@ -110,7 +110,7 @@ def open_tensors(path: str | os.PathLike) -> Iterator[TensorFile]:
     with open(path, "rb") as file:
         length, header = _read_header(file, path)
         try:
-            metadata = header.pop(_METADATA, {})
+            metadata = header.pop(METADATA, {})
             check_strings(metadata)
             entries = {name: _entry(fields) for name, fields in header.items()}
             size = _contiguous_bytes(entries)
@@ -183,7 +183,7 @@ def write_tensors(
     """
     # The widest first, so that each array is aligned in the file, as safetensors requires.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    header: dict[str, Any] = {METADATA: dict(metadata)}
     stop = 0
     for name in order:
         array = arrays[name]

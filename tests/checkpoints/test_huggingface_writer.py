@@ -48,6 +48,7 @@ SCHEMES: dict[str, tuple[ArrayConfig, ArrayConfig | None]] = {
     "fp8 channels": (ArrayConfig(format=FP8_E4M3), ArrayConfig(format=FP8_E4M3)),
     "mxfp8": (ArrayConfig(format=MXFP8), ArrayConfig(format=MXFP8)),
     "mxfp4": (ArrayConfig(format=MXFP4), None),
+    "mxfp4 and activations": (ArrayConfig(format=MXFP4), ArrayConfig(format=FP8_E4M3)),
     "nvfp4": (ArrayConfig(format=NVFP4), None),
 }
 
@@ -107,6 +108,15 @@ def test_blocks(tmp_path):
     config = ArrayConfig(format=FP8_E4M3, group_size=(4, 16))
     q = quantize(normal(8, 64), config, axis=(0, 1)).astype(jnp.bfloat16)
     assert_equal_parts(loaded(value_of(written(tmp_path / "a", {NAME: q}, CONFIG), NAME)), q)
+
+
+@pytest.mark.parametrize("scheme", ["fp8 channels", "int8 and activations"])
+def test_scales_of_columns(tmp_path, scheme):
+    weights, inputs = SCHEMES[scheme]
+    q = quantize(normal(6, 64), weights, axis=0)
+    q = dataclasses.replace(q, inputs=Inputs(inputs)).astype(jnp.bfloat16)
+    got = loaded(value_of(written(tmp_path / "a", {NAME: q}, CONFIG), NAME))
+    np.testing.assert_array_equal(got.dequantize(), q.dequantize(), strict=True)
 
 
 def test_single_scales_of_packed_weights_become_one_for_each_row(tmp_path):
@@ -193,17 +203,44 @@ def test_weights_of_another_folder(tmp_path):
         ),
         (
             lambda q: dataclasses.replace(q, zero_point=q.scale),
-            "has zero points in bfloat16; files have integers",
+            "has zero points in bfloat16 from .*; files have integers from -8 to 7 for int4",
         ),
         (
             lambda q: dataclasses.replace(q, scale=q.scale.astype(jnp.float8_e8m0fnu)),
             r"has scales in float8_e8m0fnu; files have float32 or float16 or bfloat16",
         ),
         (
+            lambda q: dataclasses.replace(q, zero_point=jnp.full((6, 2), 8)),
+            "has zero points in int32 from 8 to 8; files have integers from -8 to 7 for int4",
+        ),
+        (
+            lambda q: dataclasses.replace(
+                q, scale=q.scale[:, :1], zero_point=jnp.ones((6, 2), int)
+            ),
+            r"has zero points of shape \(6, 2\) and scales of shape \(6, 1\)",
+        ),
+        (
+            lambda q: dataclasses.replace(quantized("mxfp4"), zero_point=jnp.ones((1, 1), int)),
+            "has a zero point of floating-point codes, which",
+        ),
+        (
+            lambda q: dataclasses.replace(q, scale=quantize(q.scale, ArrayConfig(format=INT8))),
+            "has scales in int8; files have float32 or float16 or bfloat16",
+        ),
+        (
+            lambda q: dataclasses.replace(q, inputs=Inputs(GROUPS, scale=jnp.ones(64))),
+            r"has an input_scale of shape \(64,\); files have one for all activations",
+        ),
+        (
+            lambda q: quantize(normal(64, 6), ArrayConfig(format=MXFP4), axis=0),
+            r"has scales of shape \(2, 6\) .*; files have one per row or per group of 32 columns",
+        ),
+        (
             lambda q: quantize(normal(64, 6), GROUPS, axis=0),
             r"has scales of shape \(2, 6\) for shape \(64, 6\); files have one per row",
         ),
         (lambda q: quantize(normal(2, 6, 64), GROUPS, axis=2), r"must be matrices .*Unstack"),
+        (lambda q: quantize(normal(0, 64), GROUPS, axis=1), r"must be .* of shape \(0, 64\)"),
     ],
 )
 def test_weights_that_cannot_be_written(tmp_path, change, match):
@@ -231,6 +268,48 @@ def test_names_that_are_not_of_weights(tmp_path):
     params = {"a.weight": quantized("int4"), "a.weight_scale": jnp.ones(3)}
     with pytest.raises(ValueError, match=r"would be written as 'a.weight_scale'; rename one"):
         write_folder(tmp_path / "model", params, CONFIG)
+
+
+@pytest.mark.parametrize("name", [3, "__metadata__"])
+def test_names_that_files_do_not_have(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"Names of parameters must be strings .*got '?{name}"):
+        write_folder(tmp_path / "model", {name: jnp.ones(3)}, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "value, match",
+    [
+        (jnp.ones(3, jnp.int4), "got ArrayImpl, int4"),
+        (np.ones(3, np.complex128), "got ndarray, complex128"),
+        ({"b": jnp.ones(3)}, "got dict, object"),
+    ],
+)
+def test_values_that_files_do_not_have(tmp_path, value, match):
+    with pytest.raises(ValueError, match=rf"a must be an array whose dtype safetensors .*{match}"):
+        write_folder(tmp_path / "model", {"a": value}, CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_in_another_byte_order(tmp_path):
+    array = np.arange(3, dtype=">f4")
+    checkpoint = written(tmp_path / "model", {"a": array}, CONFIG)
+    np.testing.assert_array_equal(value_of(checkpoint, "a").read(), [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quantization": {"bits": 4}},
+        {"compression_config": {"format": "int-quantized"}},
+        {"text_config": {"quantization_config": {"quant_method": "gptq"}}},
+    ],
+)
+def test_no_quantization_of_the_given_configuration_is_left(tmp_path, fields):
+    checkpoint = written(tmp_path / "model", {"a.weight": jnp.ones((3, 2))}, CONFIG | fields)
+    assert checkpoint.container == "safetensors"
+    config = checkpoint.metadata["config"]
+    assert not config.pop("text_config", {})
+    assert config == CONFIG
 
 
 def test_a_configuration_that_is_not_json(tmp_path):

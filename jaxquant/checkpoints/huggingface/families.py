@@ -9,7 +9,7 @@ from ..stored import Stored
 from . import bitsandbytes, columns, compressed, gpt_oss, mlx, modelopt, scaled_float8
 from .bitsandbytes import STATE
 from .fields import Fields
-from .folder import Folder, open_files
+from .folder import OTHER_FILES, QUANTIZATION_KEYS, TEXT, Folder, open_files
 from .mapped import Tensor
 from .module import Pool
 
@@ -52,14 +52,6 @@ REFUSED = {
     "quark": "Export it from AMD Quark in the format of compressed-tensors",
     "auto-round": "Export it from AutoRound in the format auto_gptq or auto_awq",
 }
-# Fields of config.json, and the methods that do not name themselves there.
-_KEYS = {
-    "quantization_config": "mlx",
-    "compression_config": "compressed-tensors",
-    "quantization": "mlx",
-}
-# Files that say how a model is quantized, beside config.json or instead of it.
-_OTHER_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
 # Parts of quantized weights. One that no reader has taken lacks the rest.
 _PARTS = (
     ".weight_packed",
@@ -115,11 +107,11 @@ def _quantization(folder: Folder) -> tuple[str, Fields | None]:
     """The method and its configuration; "" and None for a model in float."""
     if any(STATE in name for name in folder.tensors):
         return "bitsandbytes", folder.config
-    for fields in (folder.config, folder.config.section("text_config")):
-        for key, method in _KEYS.items():
+    for fields in (folder.config, folder.config.section(TEXT)):
+        for key, method in QUANTIZATION_KEYS.items():
             if fields.section(key).values:
                 return fields.section(key).text("quant_method", method), fields.section(key)
-    for name, method in _OTHER_FILES.items():
+    for name, method in OTHER_FILES.items():
         if name in folder.others:
             fields = folder.others[name]
             return method, fields.section("quantization") if "quantization" in fields else fields

@@ -10,6 +10,17 @@ import jax.numpy as jnp
 from .fields import Fields, read_json
 from .mapped import Tensor, map_tensors
 
+# Fields of config.json that say how a model is quantized, and the methods that do not name
+# themselves there.
+QUANTIZATION_KEYS = {
+    "quantization_config": "mlx",
+    "compression_config": "compressed-tensors",
+    "quantization": "mlx",
+}
+# Files that say it, beside config.json or instead of it.
+OTHER_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
+# The part of config.json about the language model, where there are others.
+TEXT = "text_config"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,7 +50,7 @@ class Folder:
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of the model's activations; bfloat16 if config.json does not say."""
-        sections = self.config, self.config.section("text_config")
+        sections = self.config, self.config.section(TEXT)
         names = [
             fields.one_of(key, _DTYPES)
             for fields in sections
@@ -65,11 +76,7 @@ def open_files(path: Path) -> Folder:
         tensors, header = map_tensors(target)
     folder = target.parent
     config = folder / CONFIG
-    others = {
-        name: read_json(folder / name)
-        for name in ("hf_quant_config.json", "quantize_config.json")
-        if (folder / name).is_file()
-    }
+    others = {name: read_json(folder / name) for name in OTHER_FILES if (folder / name).is_file()}
     found = read_json(config) if config.is_file() else Fields(config, {})
     return Folder(path, tensors, found, others, header)
 

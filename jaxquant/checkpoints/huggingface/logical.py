@@ -22,14 +22,18 @@ def check_weight(name: str, q: QTensor) -> None:
     """Raises unless files of safetensors can hold a quantized weight under its name.
 
     Raises:
-        ValueError: it is not a matrix named "....weight", or has parts that files do not have.
+        ValueError: it is empty, not a matrix, or not named "....weight"; or it has parts that
+            files do not have.
     """
-    if not name.endswith(".weight") or q.ndim != 2:
+    if not name.endswith(".weight") or q.ndim != 2 or not q.size:
         raise ValueError(
-            f"Quantized weights must be matrices (N, K) with names such as 'layers.0.q_proj.weight'"
-            f"; got {name!r} of shape {q.shape}. Unstack experts and layers."
+            "Quantized weights must be matrices (N, K) with elements, and names such as "
+            f"'layers.0.q_proj.weight'; got {name!r} of shape {q.shape}. Unstack experts and "
+            "layers."
         )
+    is_integer = q.zero_point is not None and q.format.rounds
     extra = {
+        "a zero point of floating-point codes": None if is_integer else q.zero_point,
         "an offset": q.offset,
         "values in training": q.values,
         "a multiplier of activations": q.inputs and q.inputs.multiplier,

@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 
 from ...core import NVFP4, QTensor
+from ...tree.internal import DTYPES, METADATA
 from .logical import as_numpy
 from .to_compressed import to_compressed
 from .to_modelopt import ALGORITHM, to_modelopt
+
+_DTYPES = {np.dtype(dtype).name for dtype in DTYPES.values()}
 
 
 class QuantizationTable:
@@ -28,7 +31,16 @@ class QuantizationTable:
         self.names: set[str] = set()
 
     def encode(self, name: str, value: Any) -> dict[str, np.ndarray]:
-        """The tensors of an array or a quantized weight, by their names in the file."""
+        """The tensors of an array or a quantized weight, by their names in the file.
+
+        Raises:
+            ValueError: files cannot hold it under this name, or beside what was encoded before.
+        """
+        if not isinstance(name, str) or name == METADATA:
+            raise ValueError(
+                f"Names of parameters must be strings other than {METADATA!r}; got {name!r}. "
+                "Name each by its path in the model, such as 'layers.0.q_proj.weight'."
+            )
         tensors = self._encode(name, value)
         if twice := self.names & set(tensors):
             raise ValueError(f"Two parameters would be written as {min(twice)!r}; rename one.")
@@ -39,6 +51,11 @@ class QuantizationTable:
         module = name.removesuffix(".weight")
         if not isinstance(value, QTensor):
             array = as_numpy(value)
+            if array.dtype.name not in _DTYPES:
+                raise ValueError(
+                    f"{name} must be an array whose dtype safetensors has, or a QTensor; got "
+                    f"{type(value).__name__}, {array.dtype}. Convert it, such as to float32."
+                )
             self.floats += [module] if array.ndim > 1 and module != name else []
             return {name: array}
         if value.format == NVFP4:

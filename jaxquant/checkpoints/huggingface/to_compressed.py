@@ -53,19 +53,23 @@ def to_compressed(name: str, q: QTensor) -> tuple[Tensors, dict[str, Any]]:
         )
     activations, tensors = _activations(name, q)
     scale = _scale(name, q)
-    strategy = _strategy(name, q, scale.shape)
     if q.format not in INTEGERS:
         bits, form = FLOATING[q.format]
         own = _floats(q)
-    elif q.format.bits == 8 and activations is not None:
-        bits, form = 8, "int-quantized"
-        own = {"weight": logical(q, q.codes)} | _zero_points(q, scale)
     else:
         bits, form = INTEGERS[q.format], "pack-quantized"
-        # A packed weight has at least one scale per row.
-        scale = np.broadcast_to(scale, (q.shape[0], scale.shape[1]))
-        strategy = _strategy(name, q, scale.shape)
-        own = _packed(q, bits, scale)
+        is_packed = bits < 8 or activations is None
+        # A packed weight has at least one scale per row, as integers in groups have.
+        if scale.shape[0] == 1 and (is_packed or scale.shape[1] > 1):
+            scale = np.broadcast_to(scale, (q.shape[0], scale.shape[1]))
+        zero = _zero_point(name, q, scale.shape)
+        if is_packed:
+            own = _packed(q, bits, zero)
+        else:
+            form = "int-quantized"
+            own = {"weight": logical(q, q.codes)}
+            own |= {} if zero is None else {"weight_zero_point": zero}
+    strategy = _strategy(name, q, scale.shape)
     weights = {
         "num_bits": bits,
         "type": "int" if q.format in INTEGERS else "float",
@@ -85,52 +89,65 @@ def _floats(q: QTensor) -> Tensors:
     return {"weight_packed": pack(codes.view(np.uint8) & 15, 4, np.uint8)}
 
 
-def _packed(q: QTensor, bits: int, scale: np.ndarray) -> Tensors:
+def _packed(q: QTensor, bits: int, zero: np.ndarray | None) -> Tensors:
     half = 1 << (bits - 1)
     codes = logical(q, q.codes).astype(np.int16) + half
     tensors = {
         "weight_packed": pack(codes, bits, np.int32),
         "weight_shape": np.array(codes.shape, np.int64),
     }
-    for name, zero in _zero_points(q, scale).items():
-        tensors[name] = pack(zero.astype(np.int16) + half, bits, np.int32, 0)
+    if zero is not None:
+        tensors["weight_zero_point"] = pack(zero.astype(np.int16) + half, bits, np.int32, 0)
     return tensors
 
 
-def _zero_points(q: QTensor, scale: np.ndarray) -> Tensors:
+def _zero_point(name: str, q: QTensor, grid: tuple[int, ...]) -> np.ndarray | None:
+    """Zero points, int8, one for each scale."""
     if q.zero_point is None:
-        return {}
-    zero = np.broadcast_to(logical(q, q.zero_point), scale.shape)
-    return {"weight_zero_point": zero.astype(np.int8)}
+        return None
+    zero, half = logical(q, q.zero_point), 1 << (INTEGERS[q.format] - 1)
+    low, high = float(zero.min()), float(zero.max())
+    if not jnp.issubdtype(zero.dtype, jnp.integer) or low < -half or high >= half:
+        raise ValueError(
+            f"{name} has zero points in {zero.dtype} from {low:g} to {high:g}; files have integers "
+            f"from {-half} to {half - 1} for {q.format}. Quantize it again."
+        )
+    if any(n not in (1, whole) for n, whole in zip(zero.shape, grid, strict=True)):
+        raise ValueError(
+            f"{name} has zero points of shape {zero.shape} and scales of shape {grid}; files have "
+            "one for each scale. Quantize it again."
+        )
+    return np.broadcast_to(zero.astype(np.int8), grid)
 
 
 def _scale(name: str, q: QTensor) -> np.ndarray:
     """Scales that files have: floats, or exponents for the formats of groups of 32."""
     dtypes = (q.format.scale_dtype,) if q.format.group_size else FLOATS
-    if isinstance(q.scale, QTensor) or as_numpy(q.scale).dtype.name not in dtypes:
+    found = q.scale.format if isinstance(q.scale, QTensor) else q.scale.dtype.name
+    if found not in dtypes:
         raise ValueError(
-            f"{name} has scales in {q.scale.dtype}; files have {' or '.join(dtypes)} for "
-            f"{q.format}. Quantize it again with such a scale_dtype."
+            f"{name} has scales in {found}; files have {' or '.join(dtypes)} for {q.format}. "
+            "Quantize it again with such a scale_dtype."
         )
-    zero = q.zero_point
-    if zero is not None and not jnp.issubdtype(zero.dtype, jnp.integer):
-        raise ValueError(f"{name} has zero points in {zero.dtype}; files have integers.")
     return logical(q, q.scale)
 
 
 def _strategy(name: str, q: QTensor, grid: tuple[int, ...]) -> dict[str, Any]:
     """Which elements share a scale."""
     (rows, columns), (across, along) = q.shape, grid
-    if across not in (1, rows):
-        if q.format in INTEGERS:
-            raise ValueError(
-                f"{name} has scales of shape {grid} for shape {q.shape}; files have one per row "
-                "or per group of columns. Pass weights as (N, K), quantized along axis 1."
-            )
-        return {"strategy": "block", "block_structure": [rows // across, columns // along]}
-    if along > 1 or q.format.group_size:
-        return {"strategy": "group", "group_size": columns // along}
-    return {"strategy": "tensor" if across == 1 and rows > 1 else "channel"}
+    size, fixed = columns // along, q.format.group_size
+    if across == rows and size == (fixed or size):
+        is_grouped = along > 1 or fixed
+        return {"strategy": "group", "group_size": size} if is_grouped else {"strategy": "channel"}
+    if fixed or (q.format in INTEGERS and grid != (1, 1)):
+        raise ValueError(
+            f"{name} has scales of shape {grid} for shape {q.shape}; files have one per row "
+            f"or per group of {fixed or 'some'} columns. Pass weights as (N, K), quantized along "
+            "axis 1."
+        )
+    if grid == (1, 1):
+        return {"strategy": "tensor"}
+    return {"strategy": "block", "block_structure": [rows // across, size]}
 
 
 def _activations(name: str, q: QTensor) -> tuple[dict[str, Any] | None, Tensors]:
@@ -155,5 +172,12 @@ def _activations(name: str, q: QTensor) -> tuple[dict[str, Any] | None, Tensors]
         "dynamic": inputs.scale is None,
         **({"strategy": "tensor"} if is_whole else strategy),
     }
-    static = {"input_scale": inputs.scale, "input_zero_point": inputs.zero_point}
-    return args, {k: as_numpy(x).reshape(1) for k, x in static.items() if x is not None}
+    parts = {"input_scale": inputs.scale, "input_zero_point": inputs.zero_point}
+    static = {end: as_numpy(x) for end, x in parts.items() if x is not None}
+    for end, x in static.items():
+        if x.size != 1:
+            raise ValueError(
+                f"{name} has an {end} of shape {x.shape}; files have one for all activations. "
+                "Calibrate it per tensor, or leave it dynamic."
+            )
+    return args, {end: x.reshape(1) for end, x in static.items()}

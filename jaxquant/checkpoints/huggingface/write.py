@@ -12,7 +12,7 @@ import numpy as np
 from ...core import QTensor
 from ...tree.internal import creating_folder, replacing, write_tensors
 from ..source import Source
-from .folder import CONFIG, INDEX, SINGLE
+from .folder import CONFIG, INDEX, QUANTIZATION_KEYS, SINGLE, TEXT
 from .quantization_table import QuantizationTable
 
 Array = np.ndarray | jax.Array | Source
@@ -58,8 +58,14 @@ def write_folder(
         places = _write_shards(folder, encoded, shard_bytes)
         if len(set(places.values())) > 1:
             _write_json(folder / INDEX, {"metadata": {}, "weight_map": places})
-        own = {name: value for name, value in config.items() if name != "quantization_config"}
-        _write_json(folder / CONFIG, own | table.fields())
+        _write_json(folder / CONFIG, _without_quantization(config) | table.fields())
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    own = {name: value for name, value in config.items() if name not in QUANTIZATION_KEYS}
+    if isinstance(own.get(TEXT), Mapping):
+        own[TEXT] = _without_quantization(own[TEXT])
+    return own
 
 
 def _write_shards(
@@ -87,8 +93,10 @@ def _write_shards(
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, np.ndarray]) -> None:
     with replacing(folder / str(number)) as file:
-        # transformers wants to know a framework.
-        arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
+        # transformers raises unless the header names a framework.
+        arrays = {
+            name: np.asarray(x, x.dtype.newbyteorder("<"), order="C") for name, x in tensors.items()
+        }
         write_tensors(file, arrays, {"format": "pt"})
 
 
