@@ -121,7 +121,7 @@ def windows(ids: Iterable[int], count: int, length: int = _WINDOW) -> np.ndarray
     """The first `count` windows of `length` ids.
 
     Raises:
-        ValueError: there are not so many ids, or count is not positive.
+        ValueError: there are fewer ids, or count is not positive.
     """
     found = list(itertools.islice(ids, max(count, 0) * length))
     if count < 1 or len(found) < count * length:

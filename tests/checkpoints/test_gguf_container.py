@@ -35,7 +35,7 @@ def write(tmp_path, data, name="a.gguf"):
     return path
 
 
-def refused(tmp_path, data, text, name="a.gguf"):
+def expect_error(tmp_path, data, text, name="a.gguf"):
     path = write(tmp_path, data, name)
     with pytest.raises(ValueError, match=text) as caught:
         open_gguf(path)
@@ -182,15 +182,15 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("data, text", MALFORMED.values(), ids=MALFORMED)
-def test_malformed_files_are_refused_by_name_and_field(tmp_path, data, text):
-    refused(tmp_path, data, text)
+def test_malformed_files_are_errors_with_name_and_field(tmp_path, data, text):
+    expect_error(tmp_path, data, text)
 
 
-def test_every_truncation_of_the_header_is_refused(tmp_path):
+def test_every_truncation_of_the_header_is_an_error(tmp_path):
     pairs = [("a", ARRAY, (STRING, ["b", "cd"])), ("general.alignment", UINT32, 32)]
     data = gguf(pairs, [*ONE, golden_tensor("q", "Q4_K")[0]])
     for size in range(0, 400):
-        refused(tmp_path, data[:size], "a.gguf")
+        expect_error(tmp_path, data[:size], "a.gguf")
 
 
 def test_folders_and_missing_files_are_named(tmp_path):
@@ -251,7 +251,7 @@ def test_shards_are_opened_as_one(tmp_path):
         assert ck.metadata["general.architecture"] == "llama"
 
 
-def test_shards_that_do_not_belong_together_are_refused(tmp_path):
+def test_shards_that_do_not_belong_together_are_errors(tmp_path):
     cases = [
         ([shard(0), shard(2), shard(2)], "split.no: must be 1 in this shard; got 2"),
         ([shard(0), shard(1, count=4), shard(2)], "split.count: must be 3 in this shard; got 4"),
@@ -271,6 +271,8 @@ def test_shards_that_do_not_belong_together_are_refused(tmp_path):
         open_gguf(paths[0])
 
 
-def test_renamed_shards_are_refused(tmp_path):
-    refused(tmp_path, shard(0), "one of 3 shards, so its name must end in -00001-of-00003.gguf")
-    refused(tmp_path, shard(0), "Rename the files", "m-00001-of-00002.gguf")
+def test_renamed_shards_are_errors(tmp_path):
+    expect_error(
+        tmp_path, shard(0), "one of 3 shards, so its name must end in -00001-of-00003.gguf"
+    )
+    expect_error(tmp_path, shard(0), "Rename the files", "m-00001-of-00002.gguf")

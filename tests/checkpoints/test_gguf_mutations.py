@@ -88,7 +88,7 @@ def base(tmp_path_factory):
 
 
 def opened(path, names):
-    """The contents of the file, or None if it is refused by name."""
+    """The contents of the file, or None if that is an error that names it."""
     try:
         return contents(open_gguf(path, names))
     except ValueError as error:
@@ -97,7 +97,7 @@ def opened(path, names):
     return None
 
 
-def test_damaged_files_are_refused_or_give_the_same_values(base):
+def test_damaged_files_are_errors_or_give_the_same_values(base):
     path, data, wanted = base
     header = data.index(np.arange(12, dtype=np.float32).tobytes())
     rng = np.random.default_rng(COUNT)

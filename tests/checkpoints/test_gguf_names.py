@@ -169,7 +169,7 @@ def test_fused_projections_of_phi_have_names(tmp_path):
 
 
 ONE = [float_tensor("blk.1.attn_q.weight", weights(32, 3))]
-REFUSED = [
+NOT_RENAMED = [
     (llama("mamba"), ONE, "general.architecture: 'mamba' has no table .* names='stored'"),
     ([], ONE, "general.architecture: None has no table"),
     (llama(counts=[]), ONE, "llama.attention.head_count: must be a number of heads .* got None"),
@@ -186,7 +186,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("pairs, tensors, text", REFUSED)
+@pytest.mark.parametrize("pairs, tensors, text", NOT_RENAMED)
 def test_what_cannot_be_renamed_is_an_error(tmp_path, pairs, tensors, text):
     opened(tmp_path, pairs, tensors, "stored")
     with pytest.raises(ValueError, match=text) as caught:
@@ -221,7 +221,7 @@ def test_the_factor_of_a_tensor_is_part_of_its_scales(tmp_path, name, experts):
         np.testing.assert_allclose(values_of(stored), wanted, rtol=2e-7)
 
 
-def test_factors_of_another_shape_or_type_are_refused(tmp_path):
+def test_factors_of_another_shape_or_type_are_errors(tmp_path):
     tensor, _ = nvfp4()
     name = "blk.0.ffn_up.scale"
     half = (name, (1,), 1, np.ones(1, np.float16).tobytes())

@@ -186,7 +186,7 @@ def test_factors_of_scales_are_written_where_the_template_has_them(tmp_path):
         assert "w.scale" not in ck or ck["w.scale"].value.read().tolist() == [1]
 
 
-def refuse(tmp_path, value, text, template=None, name="w", names="stored"):
+def expect_error(tmp_path, value, text, template=None, name="w", names="stored"):
     template = template or write(tmp_path, gguf([], [float_tensor("w", normal(2, 256))]))
     new = tmp_path / "new.gguf"
     with pytest.raises(ValueError, match=text):
@@ -201,30 +201,38 @@ def quantized(axis=1, shape=(2, 256), **config) -> Any:
 
 def test_what_gguf_cannot_hold_is_an_error(tmp_path):
     asymmetric = quantized(format=INT4, symmetric=False, **HALF_32)
-    refuse(tmp_path, asymmetric, "'w' has a zero point.*Q4_1 cannot hold.*symmetric scheme")
+    expect_error(tmp_path, asymmetric, "'w' has a zero point.*Q4_1 cannot hold.*symmetric scheme")
     q = quantized(format=INT4, **HALF_32)
     moved = dataclasses.replace(q, inputs=Inputs(multiplier=jnp.ones(256)))
-    refuse(tmp_path, moved, "a multiplier or a permutation")
-    refuse(
+    expect_error(tmp_path, moved, "a multiplier or a permutation")
+    expect_error(
         tmp_path, quantized(format=INT4, group_size=128), "'w' fits no type of GGUF; got QTensor"
     )
-    refuse(tmp_path, quantized(format=NF4, **HALF_32), "group_size=32 and scale_dtype='float16'")
-    refuse(tmp_path, quantized(format=INT4, shape=(256, 2), axis=0, **HALF_32), "fits no type")
-    refuse(tmp_path, quantized(format=INT4, shape=(4, 256), **HALF_32), r"for shape \(2, 256\)")
-    refuse(tmp_path, quantized(format=INT4, group_size=32), "scales in float16.* float32 values")
+    expect_error(
+        tmp_path, quantized(format=NF4, **HALF_32), "group_size=32 and scale_dtype='float16'"
+    )
+    expect_error(
+        tmp_path, quantized(format=INT4, shape=(256, 2), axis=0, **HALF_32), "fits no type"
+    )
+    expect_error(
+        tmp_path, quantized(format=INT4, shape=(4, 256), **HALF_32), r"for shape \(2, 256\)"
+    )
+    expect_error(
+        tmp_path, quantized(format=INT4, group_size=32), "scales in float16.* float32 values"
+    )
     template = write(tmp_path, gguf([], [golden_tensor("w", "Q2_K")[0]]), "q2.gguf")
     q2: Any = open_gguf(template)["w"].value
     other = dataclasses.replace(q2, scale=dataclasses.replace(q2.scale, format=IQ4_NL))
-    refuse(tmp_path, other, "fits no type", template)
+    expect_error(tmp_path, other, "fits no type", template)
     wide = dataclasses.replace(q, scale=q.scale.astype(jnp.float32) * 1e6)
-    refuse(tmp_path, wide, "which does not have all of the float32 values. Quantize with")
+    expect_error(tmp_path, wide, "which does not have all of the float32 values. Quantize with")
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES.values() if n not in WRITTEN])
 def test_types_of_grids_are_only_read(tmp_path, name):
     template = write(tmp_path, gguf([], [golden_tensor("w", name)[0]]))
     value = open_gguf(template)["w"].value
-    refuse(tmp_path, value, "fits no type of GGUF.*IQ1, IQ2 and IQ3 are only read", template)
+    expect_error(tmp_path, value, "fits no type of GGUF.*IQ1, IQ2 and IQ3 are only read", template)
 
 
 def test_codes_that_blocks_cannot_hold_are_an_error(tmp_path):
@@ -232,14 +240,18 @@ def test_codes_that_blocks_cannot_hold_are_an_error(tmp_path):
     template = write(tmp_path, gguf([], [("w", shape, number, raw)]))
     q = quantized(format=INT2, group_size=256, scale_dtype="float16", shape=shape)
     q = dataclasses.replace(q, codes=jnp.full(shape, -2, jnp.int2))
-    refuse(tmp_path, q, "'w': blocks of TQ1_0 cannot hold all of its int2 values; got", template)
+    expect_error(
+        tmp_path, q, "'w': blocks of TQ1_0 cannot hold all of its int2 values; got", template
+    )
 
 
 def test_arrays_and_names_that_do_not_fit_are_errors(tmp_path):
-    refuse(tmp_path, normal(2, 255), r"'w' must be an array of shape \(2, 256\).*got float32 of")
-    refuse(tmp_path, np.ones((2, 256), bool), "one of the dtypes float32, .*got bool")
-    refuse(tmp_path, normal(2, 256), "has no tensor 'v'; it has w, ...", name="v")
-    refuse(tmp_path, normal(2, 256), "names must be one of", names="hf")
+    expect_error(
+        tmp_path, normal(2, 255), r"'w' must be an array of shape \(2, 256\).*got float32 of"
+    )
+    expect_error(tmp_path, np.ones((2, 256), bool), "one of the dtypes float32, .*got bool")
+    expect_error(tmp_path, normal(2, 256), "has no tensor 'v'; it has w, ...", name="v")
+    expect_error(tmp_path, normal(2, 256), "names must be one of", names="hf")
 
 
 def test_norms_that_files_shift_are_arrays(tmp_path):
@@ -247,7 +259,7 @@ def test_norms_that_files_shift_are_arrays(tmp_path):
     template = write(tmp_path, gguf(pairs, [float_tensor("output_norm.weight", normal(64))]))
     q = quantized(format=INT8, shape=(64,), axis=0, **HALF_32)
     text = "'model.norm.weight' must be an array, because the file adds 1 to it; got QTensor"
-    refuse(tmp_path, q, text, template, "model.norm.weight", "huggingface")
+    expect_error(tmp_path, q, text, template, "model.norm.weight", "huggingface")
     write_gguf(tmp_path / "new.gguf", template, {"output_norm.weight": q})
     read = checkpoints.put(open_gguf(tmp_path / "new.gguf")["output_norm.weight"].value)
     np.testing.assert_array_equal(read.dequantize(), q.dequantize())
@@ -262,16 +274,24 @@ def test_factors_of_another_type_are_an_error(tmp_path):
     half = ("w.scale", (1,), 1, np.ones(1, np.float16).tobytes())
     template = write(tmp_path, gguf([], [tensor, half]))
     q = quantized(format=NVFP4, shape=tensor[1])
-    refuse(tmp_path, q, "shape of 'w.scale': must be one F32 .*got F16", template, "w.weight")
+    expect_error(tmp_path, q, "shape of 'w.scale': must be one F32 .*got F16", template, "w.weight")
 
 
 def test_factors_without_a_tensor_are_errors(tmp_path):
     q = quantized(format=NVFP4)
     template = write(tmp_path, gguf([], [float_tensor("w", normal(2, 256))]))
-    refuse(tmp_path, q, "'w' has 1 factors of its scales, .*template has no tensor", template)
+    expect_error(tmp_path, q, "'w' has 1 factors of its scales, .*template has no tensor", template)
     unit = dataclasses.replace(q, scale=dataclasses.replace(q.scale, scale=jnp.ones((1, 1))))
     write_gguf(tmp_path / "new.gguf", template, {"w": unit})
     assert open_gguf(tmp_path / "new.gguf")["w"].kind == "NVFP4"
+
+
+def test_scales_of_scales_with_an_offset_are_errors(tmp_path):
+    template = write(tmp_path, with_factor())
+    q = quantized(format=NVFP4, shape=open_gguf(template)["w.weight"].shape)
+    moved = dataclasses.replace(q.scale, offset=jnp.ones((1, 1)))
+    text = "'w.weight' fits no type of GGUF"
+    expect_error(tmp_path, dataclasses.replace(q, scale=moved), text, template, "w.weight")
 
 
 def test_shards_are_no_template(tmp_path):
@@ -279,4 +299,4 @@ def test_shards_are_no_template(tmp_path):
         pairs = [("split.no", UINT16, i), ("split.count", UINT16, 2)]
         write(tmp_path, gguf(pairs, [float_tensor(f"w{i}", [1])]), f"m-0000{i + 1}-of-00002.gguf")
     template = tmp_path / "m-00001-of-00002.gguf"
-    refuse(tmp_path, normal(1), "is one of 2 shards.*llama-gguf-split --merge", template)
+    expect_error(tmp_path, normal(1), "is one of 2 shards.*llama-gguf-split --merge", template)

@@ -109,10 +109,9 @@ def _plan_quantized(name: str, q: Any, entry: Entry) -> dict[str, Planned]:
             f"{name!r} must be an array, because the file adds {entry.renamed.shift} to it; got "
             f"{q}. Dequantize it."
         )
-    if isinstance(q.scale, QTensor) and q.scale.format == FP8_E4M3:
-        nested: Any = q.scale
-        factor = _read(nested.scale)
-        q = dataclasses.replace(q, scale=nested.codes)
+    if _is_nested(q.scale) and q.scale.format == FP8_E4M3:
+        factor = _read(q.scale.scale)
+        q = dataclasses.replace(q, scale=q.scale.codes)
     candidates = (info.type, *BLOCK_TYPES.values())
     fitting = [t for t in candidates if t.is_written and _fits(t, q, info.shape)]
     if not fitting:
@@ -155,16 +154,20 @@ def _pairs(type: BlockType, q: Any) -> list[tuple[Leaf, Any]]:
     """The arrays of a QTensor beside the leaves of a type; empty if they do not correspond."""
     pairs = [(type.codes, q.codes)]
     for part, value in ((type.scale, q.scale), (type.offset, q.offset)):
-        if isinstance(part, Nested) and isinstance(value, QTensor):
-            is_simple = value.zero_point is None and value.offset is None
-            if not is_simple or value.format != part.format or isinstance(value.scale, QTensor):
-                return []
+        if isinstance(part, Nested) and _is_nested(value) and value.format == part.format:
             pairs += [(part.codes, value.codes), (part.scale, value.scale)]
         elif isinstance(part, Leaf) and value is not None and not isinstance(value, QTensor):
             pairs += [(part, value)]
         elif part is not None or value is not None:
             return []
     return pairs
+
+
+def _is_nested(scale: Any) -> bool:
+    """Whether scales or offsets are codes * scale, with an array as the scale."""
+    if not isinstance(scale, QTensor) or isinstance(scale.scale, QTensor):
+        return False
+    return scale.zero_point is None and scale.offset is None
 
 
 def _fits(type: BlockType, q: Any, shape: tuple[int, ...]) -> bool:
