@@ -49,27 +49,31 @@ class Parameter:
         """The array that the value stands for.
 
         Raises:
-            ValueError: its activations have multipliers or a permutation, without which it stands
-                for another array.
+            ValueError: as for `unchanged`.
         """
-        value = self.value if isinstance(self.value, LowRank) else self.qtensor()
-        check_no_changes(value, self.path)
+        value = self.unchanged()
         if "dequantized" not in self._forms:
             self._forms["dequantized"] = value.dequantize()
         return self._forms["dequantized"]
 
+    def unchanged(self) -> QTensor | LowRank:
+        """The value, for an operation that does not apply `inputs`.
+
+        Raises:
+            ValueError: its activations have multipliers or a permutation, without which it stands
+                for another array.
+        """
+        value = self.value if isinstance(self.value, LowRank) else self.qtensor()
+        inputs = value.base.inputs if isinstance(value, LowRank) else value.inputs
+        name = None if inputs is None else inputs.changing_field
+        if name is not None:
+            raise ValueError(
+                f"{self.path} can only be an operand of a product, because inputs.{name} changes "
+                "the activations that it is multiplied with; got an operation that dequantizes, "
+                f"changes or indexes it. Quantize it without a {name}."
+            )
+        return value
+
     def derive(self, value: Quantized) -> "Parameter":
         """Another form of the same argument."""
         return Parameter(value, self.path, is_row=self.is_row)
-
-
-def check_no_changes(value: QTensor | LowRank, path: str) -> None:
-    """Raises ValueError if a value stands for another array than its dequantized values."""
-    inputs = value.base.inputs if isinstance(value, LowRank) else value.inputs
-    name = None if inputs is None else inputs.changing_field
-    if name is not None:
-        raise ValueError(
-            f"{path} can only be an operand of a product, because inputs.{name} changes the "
-            "activations that it is multiplied with; got an operation that dequantizes or changes "
-            f"it. Quantize it without a {name}."
-        )

@@ -85,7 +85,7 @@ def gather_rule(params: Params, operands: Operands, implementation: str | None) 
     table, starts = operands
     if not isinstance(table, Parameter):
         raise Unsupported("it gathers by quantized indices")
-    value, numbers = table.value, params["dimension_numbers"]
+    value, numbers = table.unchanged(), params["dimension_numbers"]
     axis = _lookup_axis(value.shape, params)
     index = starts[..., numbers.start_index_map.index(axis)]
     rows = take(
