@@ -1,4 +1,4 @@
-"""bitsandbytes and MLX: slices, single files, settings of modules, and refusals."""
+"""bitsandbytes and MLX: slices, single files, settings of modules, and errors."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""AutoAWQ and AutoGPTQ: layouts by packers in NumPy, versions, orders of groups, and refusals."""
+"""AutoAWQ and AutoGPTQ: layouts by packers in NumPy, versions, orders of groups, and errors."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -125,7 +125,7 @@ def test_without_a_configuration(tmp_path):
         ({"dynamic": []}, r"dynamic must be an object"),
     ],
 )
-def test_gptq_settings_that_are_refused(tmp_path, fields, match):
+def test_gptq_settings_that_raise(tmp_path, fields, match):
     tensors, _ = gptq_model()
     with pytest.raises(ValueError, match=match):
         open_quantized(tmp_path, gptq_config(**fields), tensors)
@@ -142,7 +142,7 @@ def test_gptq_settings_that_are_refused(tmp_path, fields, match):
         ({"group_size": None}, r"group_size must be an integer from -1"),
     ],
 )
-def test_awq_settings_that_are_refused(tmp_path, fields, match):
+def test_awq_settings_that_raise(tmp_path, fields, match):
     tensors, _ = awq_model()
     with pytest.raises(ValueError, match=match):
         open_quantized(tmp_path, {**AWQ, **fields}, tensors)

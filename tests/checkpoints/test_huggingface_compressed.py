@@ -1,4 +1,4 @@
-"""compressed-tensors: layouts of older files, activations, groups of modules, and refusals."""
+"""compressed-tensors: layouts of older files, activations, groups of modules, and errors."""
 
 import numpy as np
 import pytest
@@ -97,7 +97,7 @@ def test_groups_in_order_need_no_permutation(tmp_path, index):
 
 
 @pytest.mark.parametrize("index", [np.zeros(32), np.arange(32) // 8 + 1, -(np.arange(32) // 8)])
-def test_groups_of_other_sizes_are_refused(tmp_path, index):
+def test_groups_of_other_sizes_raise(tmp_path, index):
     codes, scale = random_codes(4, (6, 32)), random_scale(6, 4)
     tensors = packed(codes, scale, weight_g_idx=index.astype(np.int32))
     with pytest.raises(ValueError, match=r"weight_g_idx' must be the group of each.*got \[ ?[01] "):
@@ -206,7 +206,7 @@ def test_stacks_of_experts(tmp_path):
         ({"format": 3}, "quantization_config.format must be one of dense.*got 3"),
     ],
 )
-def test_what_is_refused(tmp_path, fields, match):
+def test_configurations_that_are_not_supported(tmp_path, fields, match):
     file, tensors, _ = golden("compressed_tensors", "int8 channel")
     file["quantization_config"] |= fields
     with pytest.raises(ValueError, match=rf"config.json: .*{match}"):
@@ -252,7 +252,7 @@ def test_configurations_that_disagree_with_the_tensors(tmp_path, case, fields, m
         (3, "targets must be a list of strings"),
     ],
 )
-def test_patterns_that_could_take_forever_are_refused(tmp_path, target, match):
+def test_patterns_that_could_take_forever_raise(tmp_path, target, match):
     file, tensors, _ = golden("compressed_tensors", "int8 channel")
     file["quantization_config"]["config_groups"]["group_0"]["targets"] = [target]
     with pytest.raises(ValueError, match=rf"group_0.targets must be .*{match}|{match}"):

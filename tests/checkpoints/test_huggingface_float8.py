@@ -1,4 +1,4 @@
-"""FP8 of DeepSeek and others, fbgemm, gpt-oss and ModelOpt: layouts, activations, refusals."""
+"""FP8 of DeepSeek and others, fbgemm, gpt-oss and ModelOpt: layouts, activations, errors."""
 
 import numpy as np
 import pytest
@@ -130,7 +130,7 @@ def test_fbgemm(tmp_path, is_moved):
         ({}, {"b.weight_scale_inv": random_scale(2, 2)}, r"'b.weight_scale_inv' is part of a qu"),
     ],
 )
-def test_fp8_that_is_refused(tmp_path, fields, tensors, match):
+def test_fp8_that_is_malformed(tmp_path, fields, tensors, match):
     tensors = {NAME: float8(16, 32), "a.weight_scale_inv": random_scale(2, 2), **tensors}
     with pytest.raises(ValueError, match=match):
         open_quantized(tmp_path, {**FP8, **fields}, tensors)
@@ -219,7 +219,7 @@ def test_modelopt_tensors_that_disagree(tmp_path, algorithm, name, value, match)
 
 
 @pytest.mark.parametrize("algorithm", ["NVFP4_SVD", "W4A8_AWQ", None, 3])
-def test_algorithms_of_modelopt_that_are_refused(tmp_path, algorithm):
+def test_algorithms_of_modelopt_that_are_not_supported(tmp_path, algorithm):
     tensors, _ = modelopt_model("FP8")
     with pytest.raises(ValueError, match=rf"quant_algo must be one of FP8, .*got .*{algorithm}"):
         open_quantized(tmp_path, modelopt_config(algorithm), tensors)

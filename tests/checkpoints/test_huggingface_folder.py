@@ -1,4 +1,4 @@
-"""Which files of a folder are read, what their tensors become, and what is refused."""
+"""Which files of a folder are read, what their tensors become, and what raises."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_floats_of_four_bits(tmp_path):
 
 
 @pytest.mark.parametrize("dtype, shape, bits", [("F6_E2M3", [4], 6), ("F4", [2, 3], 4)])
-def test_other_packed_floats_are_refused(tmp_path, dtype, shape, bits):
+def test_other_packed_floats_raise(tmp_path, dtype, shape, bits):
     size = int(np.prod(shape)) * bits // 8
     fields = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
     raw_file(tmp_path / "model.safetensors", {"x": fields}, bytes(size))
@@ -102,7 +102,7 @@ def test_the_only_file_of_a_folder_is_read_whatever_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
-def test_pickles_are_refused(tmp_path, name):
+def test_pickles_raise(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x04")
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(ValueError, match=rf"pickled weights, {name}.*safe_serialization=True"):
@@ -162,7 +162,7 @@ def test_the_dtype_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("method, advice", [("aqlm", "another format"), ("hqq", "package hqq")])
-def test_methods_that_are_not_supported_are_refused_by_name(tmp_path, method, advice):
+def test_methods_that_are_not_supported_raise_by_name(tmp_path, method, advice):
     config = {"quantization_config": {"quant_method": method}}
     folder = write_folder(tmp_path / "model", config, {"x": np.ones(2)})
     with pytest.raises(ValueError, match=rf"config.json: .* with '{method}' .*{advice}"):

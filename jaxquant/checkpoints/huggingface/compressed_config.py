@@ -164,7 +164,7 @@ def _read_args(fields: Fields) -> Args:
     if not any(type(dynamic) is type(d) and dynamic == d for d in _DYNAMIC):
         raise fields.invalid("dynamic", 'true, false or "local"')
     group_size = fields.group_size(default=None)
-    # Without a strategy, the group size tells it, and null means per tensor.
+    # Without a strategy, the group size implies it: null means per tensor.
     default = {None: "tensor", -1: "channel"}.get(group_size, "group")
     order = fields.one_of("actorder", [k for k in _ORDERS if k], None)
     strategy = fields.one_of("strategy", _STRATEGIES, "block" if block else default)

@@ -35,7 +35,7 @@ READERS: dict[str, Reader] = {
 }
 _OTHER = "Choose the same model in another format, such as compressed-tensors, AWQ or GGUF"
 # Methods that are recognised and not supported, and what to do instead.
-REFUSED = {
+UNSUPPORTED = {
     "aqlm": _OTHER,
     "vptq": _OTHER,
     "quip": _OTHER,
@@ -52,7 +52,7 @@ REFUSED = {
     "quark": "Export it from AMD Quark in the format of compressed-tensors",
     "auto-round": "Export it from AutoRound in the format auto_gptq or auto_awq",
 }
-# Parts of quantized weights. One that no reader has taken lacks the rest.
+# Parts of quantized weights. If no reader has taken one, the rest of its weight is missing.
 _PARTS = (
     ".weight_packed",
     ".weight_scale",
@@ -119,9 +119,10 @@ def _quantization(folder: Folder) -> tuple[str, Fields | None]:
 
 
 def _reader(method: str, fields: Fields) -> Reader:
-    if method in REFUSED:
+    if method in UNSUPPORTED:
         raise ValueError(
-            f"{fields.path}: weights quantized with {method!r} cannot be read. {REFUSED[method]}."
+            f"{fields.path}: weights quantized with {method!r} cannot be read. "
+            f"{UNSUPPORTED[method]}."
         )
     if method not in READERS:
         raise fields.invalid("quant_method", f"one of {', '.join(READERS)}")

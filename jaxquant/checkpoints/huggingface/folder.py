@@ -69,7 +69,7 @@ def open_files(path: Path) -> Folder:
     """
     target = _choose(path) if path.is_dir() else path
     if target.suffix in _PICKLES:
-        _refuse_pickles(path, [target.name])
+        _raise_for_pickles(path, [target.name])
     if target.name.endswith(".json"):
         tensors, header = _read_index(target)
     else:
@@ -94,14 +94,14 @@ def _choose(folder: Path) -> Path:
         if len(found) == 1:
             return folder / found[0]
     if not files and pickles:
-        _refuse_pickles(folder, pickles)
+        _raise_for_pickles(folder, pickles)
     raise ValueError(
         f"{folder} must have {INDEX} or {SINGLE}; got {', '.join(names[:8]) or 'no files'}. Name "
         "one file, or copy the index too."
     )
 
 
-def _refuse_pickles(path: Path, names: list[str]) -> NoReturn:
+def _raise_for_pickles(path: Path, names: list[str]) -> NoReturn:
     raise ValueError(
         f"{path} holds pickled weights, {', '.join(names[:3])}, and unpickling runs any code in "
         "the file. Save the model as safetensors: model.save_pretrained(folder, "

@@ -24,7 +24,7 @@ class Tensor:
         name: in the file.
         path: of the file, for error messages.
         source: its elements.
-        nbytes: that it takes in the file.
+        nbytes: bytes in the file.
     """
 
     name: str

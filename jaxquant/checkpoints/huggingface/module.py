@@ -82,7 +82,7 @@ class Module:
         """The quantized weight, with the bytes of all that was taken.
 
         Args:
-            kind: how the file calls its type.
+            kind: name of the type in the file.
             format: of the codes.
             suffix: that the prefix of the module is followed by in the unquantized model.
             note: why the weight is not exact; empty if it is.
