@@ -78,6 +78,10 @@ def test_gptq_with_groups_in_any_order(tmp_path, is_symmetric):
     value = value_of(checkpoint, "a.q_proj.weight")
     permutation = value.inputs.permutation.read()
     np.testing.assert_array_equal(groups[permutation], np.arange(K) // G)
+    whole = value.codes.read()
+    for rows in (slice(k, k + G) for k in range(0, K, G)):
+        part = (rows, slice(2, 13))
+        np.testing.assert_array_equal(value.codes.read(part), whole[part], strict=True)
     del tensors["a.q_proj.g_idx"]
     with pytest.raises(ValueError, match=r"has no tensor 'g_idx', which desc_act needs"):
         open_quantized(tmp_path, config, tensors)

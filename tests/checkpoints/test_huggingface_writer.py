@@ -158,13 +158,14 @@ def test_several_schemes_have_groups_by_name(tmp_path):
     assert value_of(checkpoint, "a.q.weight").inputs is None
 
 
-def test_shards_and_their_index(tmp_path):
+@pytest.mark.parametrize("shard_bytes, count", [(4096, 3), (1, 5)])
+def test_shards_and_their_index(tmp_path, shard_bytes, count):
     params = {f"a.{i}.weight": normal(8, 64, seed=i) for i in range(5)}
-    checkpoint = written(tmp_path / "model", params, CONFIG, shard_bytes=4096)
+    checkpoint = written(tmp_path / "model", params, CONFIG, shard_bytes=shard_bytes)
     names = sorted(p.name for p in (tmp_path / "model").iterdir())
     assert names == [
         "config.json",
-        *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+        *(f"model-0000{i + 1}-of-0000{count}.safetensors" for i in range(count)),
         "model.safetensors.index.json",
     ]
     for name, x in params.items():
@@ -254,6 +255,7 @@ def test_nvfp4_that_cannot_be_written(tmp_path):
     for change in [
         dataclasses.replace(q, inputs=Inputs(ArrayConfig(format=NVFP4))),
         quantize(normal(64, 6), ArrayConfig(format=NVFP4), axis=0),
+        dataclasses.replace(q, scale=dataclasses.replace(q.scale, scale=jnp.ones((6, 1)))),
     ]:
         with pytest.raises(ValueError, match=r"must be in nvfp4 with e4m3 scales of shape"):
             write_folder(tmp_path / "model", {NAME: change}, CONFIG)
