@@ -3,7 +3,7 @@
     python -m benchmarks.streaming --gib 6 --folder /some/disk
 
 Makes a folder of bfloat16 shards with the shapes of a language model (random values), quantizes it
-to W4A16 into a file, and prints peak resident memory of each way, measured in a process of its own:
+to W4A16 into a file, and prints the peak resident memory of each way, measured in new processes:
 on one device, on 8 simulated devices, and in two processes of `jax.distributed` on this machine.
 """
 

@@ -64,7 +64,7 @@ class Checkpoint(Mapping[str, Stored]):
             sharding: a sharding for all tensors; a function of (name, shape) that returns one, or
                 None; or a tree of them like the result. Each device's slice is read from the file
                 when it is put there, so host memory holds one slice at a time, and each process
-                reads only the slices of its own devices.
+                reads only the slices of its devices.
             dtype: floating dtype of float arrays, and of what QTensors dequantize to; None for
                 those of the file.
             progress: True for a progress bar on standard error, or a function of (tensors done,

@@ -68,7 +68,7 @@ class Source:
         return Source((stop - start, *self.shape[1:]), self.dtype, reader)
 
     def put(self, sharding: jax.sharding.Sharding | None = None) -> jax.Array | np.ndarray:
-        """The array on devices. Each process reads the slices of its own devices, one at a time.
+        """The array on devices. Each process reads its devices' slices, one at a time.
 
         A 64-bit array stays a NumPy array unless 64-bit types are enabled, since JAX would truncate
         it.

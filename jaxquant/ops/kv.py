@@ -19,7 +19,7 @@ from ..jaxprs import is_tracer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Cache:
-    """Keys and values of B sequences, each of its own length. A pytree.
+    """Keys and values of B sequences, whose lengths may differ. A pytree.
 
     Invariants (not checked, because JAX rebuilds pytrees with tracers as fields):
 
@@ -141,7 +141,7 @@ def append(
 
     Raises:
         ValueError: shapes do not match, T exceeds the capacity, or, where the numbers are known
-            (outside jit), there is no such layer, counts are not 0 to T, or tokens do not fit.
+            (outside jit), the layer does not exist, counts are not 0 to T, or tokens do not fit.
             Under jit, counts are clipped to 0 to T, and a sequence that does not fit has a length
             above the capacity afterwards, and `attend` returns NaN for it.
 

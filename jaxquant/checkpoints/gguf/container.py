@@ -166,7 +166,7 @@ def read_container(path: str | os.PathLike) -> Container:
     """Maps one file and reads its header.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
+        OSError: the file does not exist or cannot be read.
         ValueError: it is not a GGUF file of version 2 or 3 that is little-endian and complete.
     """
     path = Path(path)

@@ -99,7 +99,7 @@ class HuggingFaceNames:
     """Tensors as in models of Hugging Face. Those that no such model has keep their names.
 
     Raises:
-        ValueError: there is no table for the architecture.
+        ValueError: the architecture has no table.
     """
 
     def __init__(self, path: Any, metadata: Mapping[str, Any]):

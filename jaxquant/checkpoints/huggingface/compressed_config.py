@@ -55,7 +55,7 @@ class Args:
     Attributes:
         bits: per code.
         is_integer: whether the codes are integers.
-        symmetric: whether there is no zero point.
+        symmetric: whether zero points are absent.
         strategy: which elements share a scale.
         group_size: elements per scale along the last axis, for groups.
         block: rows and columns per scale, for blocks.

@@ -87,7 +87,7 @@ def open_folder(path: str | os.PathLike) -> Checkpoint:
         all other tensors under their own names.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
+        OSError: the file does not exist or cannot be read.
         ValueError: a file is malformed, or the format of the quantization is not supported.
     """
     folder = open_files(Path(path))

@@ -64,7 +64,7 @@ def open_files(path: Path) -> Folder:
     """Maps the tensor files of a folder, of an index, or a single file.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
+        OSError: the file does not exist or cannot be read.
         ValueError: a file is malformed, or no safetensors file is found.
     """
     target = _choose(path) if path.is_dir() else path
