@@ -45,7 +45,6 @@ from .params import user_line as user_line
 from .params import while_counts as while_counts
 from .partitioning import is_partitioned as is_partitioned
 from .partitioning import spans_devices as spans_devices
-from .passing import passed_on as passed_on
 from .passing import passed_operands as passed_operands
 from .sharding import OutSharding as OutSharding
 from .sharding import before_transpose as before_transpose

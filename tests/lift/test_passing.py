@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import jaxquant as jq
-from jaxquant.jaxprs import passed_on
+from jaxquant.jaxprs.passing import passed_on
 
 from . import cases
 
