@@ -1,6 +1,7 @@
 """Quantization as pure functions over pytrees, compiled by XLA."""
 
 from . import checkpoints as checkpoints
+from . import methods as methods
 from . import training as training
 from . import tree as tree
 from .core import FILE_FORMATS as FILE_FORMATS

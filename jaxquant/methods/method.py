@@ -1,0 +1,73 @@
+"""What a method of quantization is.
+
+A method sees one matrix (N, K) = (outputs, inputs) at a time, whatever the parameter looks like:
+the driver brings stacked layers, attention kernels and transposed kernels into this form and back.
+Elements that share a scale are adjacent columns: group j holds columns j * g to (j + 1) * g.
+
+Several methods form a chain, in order: transforms, which change the matrix and its activations so
+that y = W x stays the same, and at the end one that chooses the codes.
+"""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+from ..calibration import Statistic
+from ..core import ArrayConfig, Axes, QTensor
+
+Statistics = dict[type[Statistic], Any]
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Chooses the codes of a matrix. A frozen dataclass, hashable; called under jit and vmap.
+
+    Attributes:
+        statistics: the statistics of activations that it needs, none for data-free methods.
+    """
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]: ...
+
+    def __call__(
+        self, weight: jax.Array, means: Statistics, config: ArrayConfig, axis: Axes
+    ) -> QTensor:
+        """Quantizes a matrix.
+
+        Args:
+            weight: (N, K) float32.
+            means: `finish()` of each statistic in `statistics`, by class, for the K columns.
+            config: groups along axis 1.
+            axis: 1; or (0, 1) where outputs share scales too, as with per-tensor scales.
+
+        Returns:
+            QTensor (N, K) like that of `jaxquant.quantize(weight, config, axis)`, except for the
+            choice of scales and codes.
+        """
+        ...
+
+
+class Transformed(NamedTuple):
+    """A matrix whose activations are multiplied, so that the product stays the same.
+
+    Attributes:
+        weight: (N, K).
+        multiplier: (K,), for the activations: weight * multiplier is the given matrix.
+    """
+
+    weight: jax.Array
+    multiplier: jax.Array
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Changes a matrix and its activations before the codes are chosen. As for `Method`."""
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]: ...
+
+    def transform(
+        self, weight: jax.Array, means: Statistics, config: ArrayConfig, axis: Axes
+    ) -> Transformed:
+        """The matrix with columns divided by the multiplier of their activations."""
+        ...
