@@ -5,9 +5,3 @@ from .histograms import PercentileHistogram as PercentileHistogram
 from .observers import MovingAverage as MovingAverage
 from .observers import Observer as Observer
 from .observers import RunningAbsMax as RunningAbsMax
-from .statistics import CrossMoment as CrossMoment
-from .statistics import MaxAbs as MaxAbs
-from .statistics import MeanAbs as MeanAbs
-from .statistics import MeanSquare as MeanSquare
-from .statistics import SecondMoment as SecondMoment
-from .statistics import Statistic as Statistic

@@ -44,7 +44,8 @@ class Inputs:
         permutation: reorders the contracted channels of the activations, int32 (K,): the QTensor
             holds row `permutation[k]` of a kernel (K, N) as its row k, so that rows of the same
             group are neighbours ("act-order" in GPTQ). None for no permutation.
-        tap: function that observes the activations before they are quantized; None for none.
+        tap: function that gets the activations before they are quantized, as `ops.Activations`;
+            None for none.
 
     Example:
         >>> import dataclasses

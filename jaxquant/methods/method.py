@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-from ..calibration import Statistic
 from ..core import ArrayConfig, Axes, QTensor
+from .statistics import Statistic
 
 Statistics = dict[type[Statistic], Any]
 

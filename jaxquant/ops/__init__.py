@@ -5,6 +5,7 @@ from .conv import conv_general_dilated as conv_general_dilated
 from .dot import dot_general as dot_general
 from .dot import matmul as matmul
 from .einsum import einsum as einsum
+from .inputs import Activations as Activations
 from .ragged import ragged_dot as ragged_dot
 from .record import Choice as Choice
 from .record import Dequantization as Dequantization

@@ -50,6 +50,15 @@ class ConvSpec:
         (lhs_channels, *_), (rhs_channels, *_) = self.contract
         return (lhs_channels,), (rhs_channels,)
 
+    @property
+    def batch(self) -> AxesOfBoth:
+        """None: all images meet the same kernel."""
+        return (), ()
+
+    @property
+    def group_sizes(self) -> None:
+        """None: a convolution has no ragged rows."""
+
     def with_arrays(self) -> "ConvSpec":
         """The spec itself: a convolution does not have other array arguments."""
         return self

@@ -34,6 +34,16 @@ class Spec(Protocol):
         ...
 
     @property
+    def batch(self) -> AxesOfBoth:
+        """Stored axes along which matrices are multiplied in pairs, of both operands."""
+        ...
+
+    @property
+    def group_sizes(self) -> Any:
+        """Rows that meet each matrix of a ragged product; None for other operations."""
+        ...
+
+    @property
     def with_arrays(self) -> Callable[..., "Spec"]:
         """Method: the spec with other array arguments of the operation, if it has any."""
         ...
@@ -112,7 +122,8 @@ def run(
         ValueError: no row has the name `implementation`, or that row does not support the operands.
     """
     if any(_is_tapped(x) for x in (lhs, rhs)):
-        lhs, rhs = observe(lhs, rhs, spec.contract, spec.channels)
+        sizes = spec.with_arrays(*arrays).group_sizes
+        lhs, rhs = observe(lhs, rhs, spec.batch, spec.channels, sizes)
     return _run(lhs, rhs, arrays, table, spec, implementation)
 
 

@@ -75,6 +75,10 @@ class DotSpec:
         """A multiplier has one factor per element of the contracted axes."""
         return self.contract
 
+    @property
+    def group_sizes(self) -> None:
+        """None: `dot_general` has no ragged rows."""
+
     def with_arrays(self) -> "DotSpec":
         """The spec itself: `dot_general` does not have other array arguments."""
         return self

@@ -36,12 +36,38 @@ _FORMATS = (INT8, FP8_E4M3)
 _FLOATS = (jnp.float32, jnp.bfloat16)
 
 
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """The activations that a product multiplies with a QTensor, as its tap gets them.
+
+    Attributes:
+        values: (batch axes, rows, contracted channels): the batch axes and the channels are in the
+            order of the QTensor's; rows have any number of axes.
+        batch: the number of batch axes.
+        group_sizes: number of rows that meet each matrix of a ragged product; None for other
+            products.
+    """
+
+    values: jax.Array
+    batch: int
+    group_sizes: jax.Array | None
+
+
 def observe(
-    lhs: Operand, rhs: Operand, contract: AxesOfBoth, channels: AxesOfBoth
+    lhs: Operand,
+    rhs: Operand,
+    batch: AxesOfBoth,
+    channels: AxesOfBoth,
+    group_sizes: jax.Array | None,
 ) -> tuple[Operand, Operand]:
     """The operands without taps, after each tap was called with the operand that it observes."""
-    (_, lhs_channels), (_, rhs_channels) = _axes(lhs, rhs, contract, channels)
-    return _observed(lhs, rhs, rhs_channels), _observed(rhs, lhs, lhs_channels)
+    (lhs_batch, lhs_channels), (rhs_batch, rhs_channels) = _axes(lhs, rhs, batch, channels)
+    lhs_batch = _in_order_of(rhs, batch[1], lhs_batch)
+    rhs_batch = _in_order_of(lhs, batch[0], rhs_batch)
+    return (
+        _observed(lhs, rhs, rhs_batch, rhs_channels, group_sizes),
+        _observed(rhs, lhs, lhs_batch, lhs_channels, group_sizes),
+    )
 
 
 def treat(
@@ -164,12 +190,22 @@ def _inputs_for(x: Operand, other: Operand) -> Inputs | None:
     return None
 
 
-def _observed(other: Any, x: Operand, channels: tuple[int, ...]) -> Operand:
+def _observed(
+    other: Any,
+    x: Operand,
+    batch: tuple[int, ...],
+    channels: tuple[int, ...],
+    group_sizes: jax.Array | None,
+) -> Operand:
     """`other` without its tap, after the tap was called with x."""
     inputs = _inputs_for(x, other)
     if inputs is None or inputs.tap is None:
         return other
-    inputs.tap(_prepared(x, other, channels))
+    values = _prepared(x, other, channels)
+    rows = [a for a in range(values.ndim) if a not in batch + channels]
+    values = values.transpose(*batch, *rows, *channels)
+    values = values.reshape(*values.shape[: len(batch) + len(rows)], -1)
+    inputs.tap(Activations(values, len(batch), group_sizes))
     return dataclasses.replace(other, inputs=dataclasses.replace(inputs, tap=None))
 
 

@@ -54,6 +54,11 @@ class RaggedSpec:
         """A multiplier has one factor per element of k."""
         return self.contract
 
+    @property
+    def batch(self) -> AxesOfBoth:
+        """None: rows in groups are not a batch."""
+        return (), ()
+
     def with_arrays(
         self, group_sizes: jax.Array | None, group_offset: jax.Array | None
     ) -> "RaggedSpec":

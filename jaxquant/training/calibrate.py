@@ -12,6 +12,7 @@ import numpy as np
 from ..calibration import Observer, PercentileHistogram
 from ..core import QTensor, quantize_with_range, scale_values
 from ..jaxprs import split_arrays
+from ..ops import Activations
 from ..tree import Progress, Rules
 from ..tree import quantize as quantize_tree
 from ..tree.internal import leaves_with_paths, progress_bar
@@ -124,8 +125,8 @@ class _Tap:
     numbers: jax.Array
     take: Callable[..., None] = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x):
-        jax.debug.callback(self.take, self.numbers, x)
+    def __call__(self, activations: Activations):
+        jax.debug.callback(self.take, self.numbers, activations.values)
 
 
 def _tapped(weight, path, waiting):
