@@ -29,6 +29,7 @@ from .core import W8A8 as W8A8
 from .core import W8A16 as W8A16
 from .core import AbsMax as AbsMax
 from .core import ArrayConfig as ArrayConfig
+from .core import BlockRotation as BlockRotation
 from .core import Format as Format
 from .core import Inputs as Inputs
 from .core import MinMSE as MinMSE

@@ -48,6 +48,7 @@ from .formats import UINT8 as UINT8
 from .formats import Format as Format
 from .formats import bits_of as bits_of
 from .formats import power_codebook as power_codebook
+from .hadamard import hadamard as hadamard
 from .low_rank import LowRank as LowRank
 from .low_rank import add_low_rank as add_low_rank
 from .low_rank import low_rank_product as low_rank_product
@@ -74,6 +75,8 @@ from .ranges import MinMSE as MinMSE
 from .ranges import Percentile as Percentile
 from .ranges import Range as Range
 from .ranges import largest_magnitude as largest_magnitude
+from .rotation import BlockRotation as BlockRotation
+from .rotation import check_block as check_block
 from .serialization import config_from_json as config_from_json
 from .serialization import config_to_json as config_to_json
 from .serialization import static_from_json as static_from_json

@@ -3,7 +3,7 @@
 import math
 
 from .low_rank import LowRank
-from .qtensor import QTensor
+from .qtensor import Inputs, QTensor
 
 
 def describe(q: QTensor | LowRank) -> str:
@@ -17,8 +17,17 @@ def describe(q: QTensor | LowRank) -> str:
     if isinstance(q, LowRank):
         return f"{describe(q.base)}, adapters of rank {q.rank}"
     text = _words(q, "per channel" if math.prod(q.scale.shape) > 1 else "per tensor")
-    config = q.inputs and q.inputs.config
-    return f"{text}, {config.format} inputs" if config else text
+    inputs = _words_of_inputs(q.inputs)
+    return f"{text}, {inputs}" if inputs else text
+
+
+def _words_of_inputs(inputs: Inputs | None) -> str:
+    """Such as "int8 inputs rotated in blocks of 64"; empty for float activations as they are."""
+    config, rotation = (inputs.config, inputs.rotation) if inputs else (None, None)
+    kind = f"{config.format} inputs" if config else "inputs"
+    if rotation is not None:
+        return f"{kind} rotated in blocks of {rotation.block}"
+    return kind if config else ""
 
 
 def describe_inputs(q: QTensor) -> str:

@@ -15,6 +15,7 @@ from . import affine
 from .blocks import blocks_between, split, to_blocks
 from .config import ArrayConfig
 from .formats import Format, bits_of
+from .rotation import BlockRotation
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +23,7 @@ from .formats import Format, bits_of
 class Inputs:
     """How activations are quantized before they are multiplied with a QTensor. A pytree.
 
-        x  ->  x[..., permutation]  ->  x * multiplier  ->  quantized with `config` (and `scale`)
+        x  ->  x[..., permutation]  ->  x * multiplier  ->  x R  ->  quantized with `config`
 
     Invariants (not checked, because JAX rebuilds pytrees with tracers as fields):
 
@@ -30,7 +31,8 @@ class Inputs:
     - `zero_point` is None if `scale` is None or `config` is symmetric;
     - `multiplier` has one element per contracted channel of the QTensor;
     - `permutation` is given only for a QTensor that is contracted along one axis, and is a
-      permutation of the indices of that axis.
+      permutation of the indices of that axis;
+    - `rotation` has one sign per contracted channel of the QTensor.
 
     Attributes:
         config: how to quantize the activations, with scales shared along the contracted axes;
@@ -44,6 +46,8 @@ class Inputs:
         permutation: reorders the contracted channels of the activations, int32 (K,): the QTensor
             holds row `permutation[k]` of a kernel (K, N) as its row k, so that rows of the same
             group are neighbours ("act-order" in GPTQ). None for no permutation.
+        rotation: R, an orthogonal matrix that the activations are multiplied with; the QTensor
+            holds R^T W of a kernel W (K, N). None for no rotation.
         tap: function that gets the activations before they are quantized, as `ops.Activations`;
             None for none.
 
@@ -60,6 +64,7 @@ class Inputs:
     zero_point: jax.Array | None = None
     multiplier: jax.Array | None = None
     permutation: jax.Array | None = None
+    rotation: BlockRotation | None = None
     tap: Any = None
 
     @property
@@ -69,10 +74,9 @@ class Inputs:
 
     @property
     def changing_field(self) -> str | None:
-        """The field because of which it does: "permutation" or "multiplier"."""
-        if self.permutation is not None:
-            return "permutation"
-        return None if self.multiplier is None else "multiplier"
+        """The field because of which it does: "permutation", "multiplier" or "rotation"."""
+        names = ("permutation", "multiplier", "rotation")
+        return next((name for name in names if getattr(self, name) is not None), None)
 
 
 class ArrayLike(abc.ABC):

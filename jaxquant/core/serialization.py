@@ -14,6 +14,7 @@ from .config import ArrayConfig
 from .formats import Format
 from .qtensor import Inputs, QTensor
 from .ranges import RANGES
+from .rotation import BlockRotation
 
 
 def format_to_json(format: Format) -> dict[str, Any]:
@@ -100,6 +101,11 @@ _register(
     Inputs,
     lambda fields: _dump(fields[0] and config_to_json(fields[0])),
     lambda data: (config_from_json(json.loads(data)) if json.loads(data) else None,),
+)
+_register(
+    BlockRotation,
+    lambda fields: _dump(fields[0]),
+    lambda data: (json.loads(data),),
 )
 _register(
     ArrayConfig,

@@ -35,17 +35,20 @@ def transpose(q: QTensor, permutation: Sequence[int]) -> QTensor:
 
 
 def _one_contracted(q):
-    """q, if no multiplier depends on the order of its axes."""
+    """q, if no multiplier or rotation depends on the order of its axes."""
+    rotation = None if q.inputs is None else q.inputs.rotation
     multiplier = None if q.inputs is None else q.inputs.multiplier
     if multiplier is not None and multiplier.ndim > 1:
         raise Unsupported("inputs.multiplier has several axes, whose order would change")
+    if rotation is not None and rotation.signs.ndim > 1:
+        raise Unsupported("inputs.rotation has several axes, whose order would change")
     return q
 
 
 def _with_channels(q):
     """q, if nothing in `inputs` depends on the places of its contracted channels."""
     if q.inputs is not None and q.inputs.changes_weight:
-        raise Unsupported("inputs.multiplier or inputs.permutation would have to follow it")
+        raise Unsupported(f"inputs.{q.inputs.changing_field} would have to follow it")
     return q
 
 

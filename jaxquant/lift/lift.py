@@ -41,8 +41,8 @@ def lift(
 
     Raises:
         ValueError: fn is not a function; or, from the lifted function: strict, and a parameter
-            would be dequantized; or `inputs` of a parameter have a multiplier or a permutation, and
-            it is used in something other than a product.
+            would be dequantized; or `inputs` of a parameter have a multiplier, a permutation or a
+            rotation, and it is used in something other than a product.
 
     Gradients: those of the operations of jaxquant; adapters and prepared parameters are trained.
     Error: that of `dot_general`. A parameter that is cast to a wider dtype is not rounded to the

@@ -60,8 +60,8 @@ class Parameter:
         """The value, for an operation that does not apply `inputs`.
 
         Raises:
-            ValueError: its activations have multipliers or a permutation, without which it stands
-                for another array.
+            ValueError: its activations are multiplied, permuted or rotated, without which it
+                stands for another array.
         """
         value = self.value if isinstance(self.value, LowRank) else self.qtensor()
         inputs = value.base.inputs if isinstance(value, LowRank) else value.inputs

@@ -197,6 +197,7 @@ def _stacked_inputs(inputs, length):
         zero_point=repeat(inputs.zero_point, 0),
         multiplier=repeat(inputs.multiplier, 1),
         permutation=repeat(inputs.permutation, 1),
+        rotation=jax.tree.map(lambda signs: repeat(signs, 1), inputs.rotation),
     )
 
 

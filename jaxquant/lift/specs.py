@@ -28,7 +28,7 @@ def specs(x: Any, spec: jax.P, mesh: Any) -> tuple[Any, Any]:
         return x, spec
     q = x.qtensor()
     if q.inputs is not None and q.inputs.changes_weight:
-        raise Unsupported("inputs.multiplier or inputs.permutation would have to be divided, too")
+        raise Unsupported(f"inputs.{q.inputs.changing_field} would have to be divided, too")
     names = dict(zip(q.stored_axes(range(len(spec))), spec, strict=True))
     stored = jax.P(*(names.get(a) for a in range(q.ndim)))
     q = _divisible(q, stored, mesh)

@@ -1,5 +1,6 @@
 """Methods that choose codes better than rounding to nearest, from statistics of activations."""
 
+from ..core import hadamard as hadamard
 from .method import Method as Method
 from .method import Transform as Transform
 from .method import Transformed as Transformed

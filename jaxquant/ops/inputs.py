@@ -1,4 +1,4 @@
-"""Applies the `inputs` of a QTensor to the other operand: multiplies, then quantizes it."""
+"""Applies the `inputs` of a QTensor to the other operand: changes it, then quantizes it."""
 
 import dataclasses
 import math
@@ -235,7 +235,10 @@ def _straight_through(
 
 
 def _prepared(x: Any, other: Any, axes: tuple[int, ...]) -> jax.Array:
-    """x with its channels permuted and multiplied; they lie along `axes`, in that order."""
+    """x with its channels permuted, multiplied and rotated, as `other` says.
+
+    They lie along `axes`, in that order.
+    """
     inputs = other.inputs
     # Masks and one-hot rows may be integers.
     x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(other.dtype)
@@ -247,8 +250,14 @@ def _prepared(x: Any, other: Any, axes: tuple[int, ...]) -> jax.Array:
                 f"of shape {x.shape}."
             )
         x = jnp.take(x, inputs.permutation, axes[0], unique_indices=True)
-    if inputs.multiplier is None:
-        return x
+    if inputs.multiplier is not None:
+        x = _multiplied(x, inputs, axes)
+    return x if inputs.rotation is None else inputs.rotation.apply(x, axes)
+
+
+def _multiplied(x: jax.Array, inputs: Inputs, axes: tuple[int, ...]) -> jax.Array:
+    """x times the multiplier of its channels."""
+    assert inputs.multiplier is not None, "the caller has checked it"
     lengths = tuple(x.shape[a] for a in axes)
     if inputs.multiplier.shape != lengths:
         raise ValueError(

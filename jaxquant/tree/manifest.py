@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..core import (
+    BlockRotation,
     Inputs,
     LowRank,
     QTensor,
@@ -43,7 +44,7 @@ class Encoder:
 
     Attributes:
         version: the oldest version of files that holds the tree. 2 if a QTensor has an offset or a
-            permutation, which jaxquant 0.1 cannot read.
+            permutation, and 3 if one has a rotation.
         store: what brings an array into the form in which it is stored.
         arrays: what `store` returns, a NumPy array, per name.
         statics: JSON values of the static parts that nodes refer to, by their position: many
@@ -79,14 +80,18 @@ class Encoder:
 
     def _encode_qtensor(self, q: QTensor, path: str) -> list[Any]:
         inputs = q.inputs
-        if q.offset is not None or (inputs is not None and inputs.permutation is not None):
-            self.version = 2
+        self.version = max(self.version, _version_for(q))
         fields = {k: getattr(q, k) for k in ("codes", "scale", "zero_point", "offset")}
         parts = {k: self.encode(v, _join(path, k)) for k, v in fields.items() if v is not None}
         if inputs is not None:
             names = ("scale", "zero_point", "multiplier", "permutation")
             arrays = {k: getattr(inputs, k) for k in names}
-            known = {k: v for k, v in arrays.items() if v is not None}
+            known: dict[str, Any] = {k: v for k, v in arrays.items() if v is not None}
+            if inputs.rotation is not None:
+                known["rotation"] = {
+                    "signs": inputs.rotation.signs,
+                    "block": inputs.rotation.block,
+                }
             config = None if inputs.config is None else self._static(config_to_json(inputs.config))
             parts["inputs"] = [config, self.encode(known, _join(path, "inputs"))]
         return ["qtensor", [self._static(static_to_json(q)), parts]]
@@ -189,7 +194,10 @@ class Decoder:
         if inputs is not None:
             config, node = inputs
             config = None if config is None else config_from_json(self.statics[config])
-            arrays["inputs"] = Inputs(config, **self.decode(node))
+            fields = self.decode(node)
+            if "rotation" in fields:
+                fields["rotation"] = BlockRotation(**fields["rotation"])
+            arrays["inputs"] = Inputs(config, **fields)
         return QTensor(**arrays, **static_from_json(self.statics[static]))
 
     def _low_rank(self, content: Any) -> LowRank:
@@ -210,6 +218,14 @@ _DECODERS = {
     "qtensor": Decoder._qtensor,
     "low_rank": Decoder._low_rank,
 }
+
+
+def _version_for(q: QTensor) -> int:
+    """The oldest version of files that holds a QTensor."""
+    if q.inputs is not None and q.inputs.rotation is not None:
+        return 3
+    has_permutation = q.inputs is not None and q.inputs.permutation is not None
+    return 2 if q.offset is not None or has_permutation else 1
 
 
 def _keys(tree: dict[Any, Any], path: str) -> list[Any]:

@@ -204,7 +204,7 @@ def test_what_gguf_cannot_hold_is_an_error(tmp_path):
     expect_error(tmp_path, asymmetric, "'w' has a zero point.*Q4_1 cannot hold.*symmetric scheme")
     q = quantized(format=INT4, **HALF_32)
     moved = dataclasses.replace(q, inputs=Inputs(multiplier=jnp.ones(256)))
-    expect_error(tmp_path, moved, "a multiplier or a permutation")
+    expect_error(tmp_path, moved, "a multiplier, a permutation or a rotation")
     expect_error(
         tmp_path, quantized(format=INT4, group_size=128), "'w' fits no type of GGUF; got QTensor"
     )

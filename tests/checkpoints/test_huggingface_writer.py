@@ -23,6 +23,7 @@ from jaxquant import (
     NF4,
     NVFP4,
     ArrayConfig,
+    BlockRotation,
     Inputs,
     quantize,
 )
@@ -197,6 +198,12 @@ def test_weights_of_another_folder(tmp_path):
         (
             lambda q: dataclasses.replace(q, inputs=Inputs(permutation=jnp.arange(64))),
             "has a permutation of activations, which",
+        ),
+        (
+            lambda q: dataclasses.replace(
+                q, inputs=Inputs(rotation=BlockRotation(jnp.ones(64, jnp.int8), 8))
+            ),
+            "has a rotation of activations, which",
         ),
         (
             lambda q: dataclasses.replace(q, inputs=Inputs(ArrayConfig(format=NVFP4))),

@@ -92,11 +92,13 @@ def test_explain_lists_what_is_dequantized_and_why():
     assert "tanh: it has no form" in str(found)
 
 
-@pytest.mark.parametrize("name", ["multiplier", "permutation"])
+@pytest.mark.parametrize("name", ["multiplier", "permutation", "rotation"])
 def test_what_changes_the_activations_may_not_be_dropped(name):
+    rotation = jq.BlockRotation(jnp.ones(64, jnp.int8), 16)
     inputs, seen = {
         "multiplier": (jq.Inputs(multiplier=jnp.full(64, 2.0)), 2 * cases.rows()),
         "permutation": (jq.Inputs(permutation=jnp.arange(64)[::-1]), cases.rows()[:, ::-1]),
+        "rotation": (jq.Inputs(rotation=rotation), rotation.apply(cases.rows(), (1,))),
     }[name]
     q = dataclasses.replace(cases.parameter("int8"), inputs=inputs)
     product = jq.lift(lambda w: cases.rows() @ w)(q)

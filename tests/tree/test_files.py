@@ -29,10 +29,12 @@ from jaxquant import (
     W4A16,
     W8A8,
     ArrayConfig,
+    BlockRotation,
     Format,
     Inputs,
     QTensor,
     Rule,
+    checkpoints,
     load,
     matmul,
     quantize,
@@ -116,6 +118,20 @@ def test_offsets_and_permutations_round_trip_in_files_of_version_2(tmp_path):
         assert_equal_trees(load(tmp_path / name), {"q": q})
         with safetensors.safe_open(tmp_path / name, "numpy") as file:
             assert json.loads(file.metadata()["jaxquant"])["version"] == 2
+
+
+def test_rotations_round_trip_in_files_of_version_3(tmp_path):
+    q: Any = quantize(normal(64, 32), W8A8.weights)
+    rotation = BlockRotation(jnp.tile(jnp.array([1, -1], jnp.int8), 32), 16)
+    inputs = Inputs(W8A8.inputs, multiplier=jnp.arange(64.0), rotation=rotation)
+    params = {"offset": dataclasses.replace(q, offset=q.scale, inputs=inputs), "plain": q}
+    save(tmp_path / "a", params)
+    found = load(tmp_path / "a")
+    assert_equal_trees(found, params)
+    assert found["offset"].inputs.rotation.block == 16
+    with safetensors.safe_open(tmp_path / "a", "numpy") as file:
+        assert json.loads(file.metadata()["jaxquant"])["version"] == 3
+    assert_equal_trees(checkpoints.open(tmp_path / "a").load(), params)
 
 
 def test_quantized_trees_run_the_same_after_loading(tmp_path):
@@ -490,11 +506,11 @@ def test_a_changed_manifest_is_detected(tmp_path, saved, read):
 
 
 @pytest.mark.parametrize("read", [load, tree.read_metadata])
-@pytest.mark.parametrize("version", [3, 17])
+@pytest.mark.parametrize("version", [4, 17])
 def test_a_newer_version_raises(tmp_path, saved, read, version):
     (tmp_path / "a").write_bytes(with_manifest(saved, version=version, tree="of another kind"))
     with pytest.raises(
-        ValueError, match=f"a has version {version}; this jaxquant reads up to 2. U"
+        ValueError, match=f"a has version {version}; this jaxquant reads up to 3. U"
     ):
         read(tmp_path / "a")
 

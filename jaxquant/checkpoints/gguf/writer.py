@@ -100,9 +100,9 @@ def _plan_quantized(name: str, q: Any, entry: Entry) -> dict[str, Planned]:
     info, factor = entry.info, np.ones(1, np.float32)
     if q.zero_point is not None or (q.inputs is not None and q.inputs.changes_weight):
         raise ValueError(
-            f"{name!r} has a zero point, a multiplier or a permutation, which GGUF files do not "
-            f"have; got {q}. The offsets of types such as Q4_1 cannot hold -zero_point * scale "
-            "exactly. Quantize with a symmetric scheme."
+            f"{name!r} has a zero point, a multiplier, a permutation or a rotation, which GGUF "
+            f"files do not have; got {q}. The offsets of types such as Q4_1 cannot hold "
+            "-zero_point * scale exactly. Quantize with a symmetric scheme."
         )
     if entry.renamed.shift:
         raise ValueError(

@@ -38,6 +38,7 @@ def check_weight(name: str, q: QTensor) -> None:
         "values in training": q.values,
         "a multiplier of activations": q.inputs and q.inputs.multiplier,
         "a permutation of activations": q.inputs and q.inputs.permutation,
+        "a rotation of activations": q.inputs and q.inputs.rotation,
     }
     found = [what for what, part in extra.items() if part is not None]
     if found:
