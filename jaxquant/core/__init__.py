@@ -49,6 +49,7 @@ from .formats import Format as Format
 from .formats import bits_of as bits_of
 from .formats import power_codebook as power_codebook
 from .hadamard import hadamard as hadamard
+from .hadamard import hadamard_factors as hadamard_factors
 from .low_rank import LowRank as LowRank
 from .low_rank import add_low_rank as add_low_rank
 from .low_rank import low_rank_product as low_rank_product

@@ -4,6 +4,7 @@ from ..core import hadamard as hadamard
 from .method import Method as Method
 from .method import Transform as Transform
 from .method import Transformed as Transformed
+from .rotation import Rotation as Rotation
 from .statistics import CrossMoment as CrossMoment
 from .statistics import MaxAbs as MaxAbs
 from .statistics import MeanAbs as MeanAbs

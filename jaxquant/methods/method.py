@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-from ..core import ArrayConfig, Axes, QTensor
+from ..core import ArrayConfig, Axes, BlockRotation, QTensor
 from .statistics import Statistic
 
 Statistics = dict[type[Statistic], Any]
@@ -48,15 +48,19 @@ class Method(Protocol):
 
 
 class Transformed(NamedTuple):
-    """A matrix whose activations are multiplied, so that the product stays the same.
+    """A matrix whose activations are changed, so that the product stays the same.
 
     Attributes:
         weight: (N, K).
-        multiplier: (K,), for the activations: weight * multiplier is the given matrix.
+        multiplier: (K,), for the activations: weight * multiplier is the given matrix. None to
+            multiply them with nothing.
+        rotation: R, for the activations after that: weight R^T is the given matrix, before it is
+            multiplied. None for no rotation.
     """
 
     weight: jax.Array
-    multiplier: jax.Array
+    multiplier: jax.Array | None = None
+    rotation: BlockRotation | None = None
 
 
 @runtime_checkable
@@ -69,5 +73,5 @@ class Transform(Protocol):
     def transform(
         self, weight: jax.Array, means: Statistics, config: ArrayConfig, axis: Axes
     ) -> Transformed:
-        """The matrix with columns divided by the multiplier of their activations."""
+        """The matrix with columns divided by the multiplier of their activations, or rotated."""
         ...
