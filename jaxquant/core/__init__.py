@@ -1,5 +1,7 @@
 """Quantized arrays. Independent of operations, models and frameworks."""
 
+from .block_rotation import BlockRotation as BlockRotation
+from .block_rotation import check_block as check_block
 from .blocks import Axes as Axes
 from .blocks import Groups as Groups
 from .blocks import block_shape as block_shape
@@ -76,8 +78,6 @@ from .ranges import MinMSE as MinMSE
 from .ranges import Percentile as Percentile
 from .ranges import Range as Range
 from .ranges import largest_magnitude as largest_magnitude
-from .rotation import BlockRotation as BlockRotation
-from .rotation import check_block as check_block
 from .serialization import config_from_json as config_from_json
 from .serialization import config_to_json as config_to_json
 from .serialization import static_from_json as static_from_json

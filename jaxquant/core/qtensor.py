@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import affine
+from .block_rotation import BlockRotation
 from .blocks import blocks_between, split, to_blocks
 from .config import ArrayConfig
 from .formats import Format, bits_of
-from .rotation import BlockRotation
 
 
 @jax.tree_util.register_dataclass

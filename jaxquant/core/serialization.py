@@ -10,11 +10,11 @@ from typing import Any
 import jax.export
 import jax.numpy as jnp
 
+from .block_rotation import BlockRotation
 from .config import ArrayConfig
 from .formats import Format
 from .qtensor import Inputs, QTensor
 from .ranges import RANGES
-from .rotation import BlockRotation
 
 
 def format_to_json(format: Format) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The transform that rotates a matrix, and its statistics, against dense matrices in float64."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +54,11 @@ def test_moments_are_those_of_rotated_activations():
     x, q = normal(50, 24), normal(50, 24, seed=1)
     rotation = Rotation(12).rotation(24)
     turned = [jnp.asarray(a.astype(np.float64) @ rotation.matrix(), jnp.float32) for a in (x, q)]
-    of_pair = [CrossMoment.init(24).update(jnp.stack(pair)).finish() for pair in ((x, q), turned)]
+    of_pair: Any = [
+        CrossMoment.init(24).update(jnp.stack(pair)).finish() for pair in ((x, q), turned)
+    ]
     np.testing.assert_allclose(rotated(CrossMoment, of_pair[0], rotation), of_pair[1], 0, 1e-4)
-    second = [SecondMoment.init(24).update(a).finish() for a in (jnp.asarray(x), turned[0])]
+    second: Any = [SecondMoment.init(24).update(a).finish() for a in (jnp.asarray(x), turned[0])]
     np.testing.assert_allclose(rotated(SecondMoment, second[0], rotation), second[1], 0, 1e-4)
 
 
