@@ -5,6 +5,7 @@ from .method import Method as Method
 from .method import Transform as Transform
 from .method import Transformed as Transformed
 from .rotation import Rotation as Rotation
+from .sinq import SINQ as SINQ
 from .statistics import CrossMoment as CrossMoment
 from .statistics import MaxAbs as MaxAbs
 from .statistics import MeanAbs as MeanAbs
