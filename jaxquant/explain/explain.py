@@ -12,13 +12,15 @@ from ..jaxprs import (
     Site,
     add_slices,
     chips,
+    device_count,
+    is_mapped,
     is_partitioned,
     is_sliced,
     jit_name,
     marker_p,
     marking,
     name_stack,
-    spans_devices,
+    names_parts,
     split_arrays,
     user_line,
     walk,
@@ -87,6 +89,7 @@ class _Product:
         site: the location of its marker.
         is_sliced: whether an operand is a slice of codes of less than a byte.
         is_partitioned: whether XLA divides it among devices.
+        has_parts: whether each device may run a kernel on its part then.
     """
 
     record: Any
@@ -95,6 +98,7 @@ class _Product:
     site: Site
     is_sliced: bool
     is_partitioned: bool
+    has_parts: bool
 
 
 def _products(fn, args, platform) -> Iterator[_Product]:
@@ -102,11 +106,11 @@ def _products(fn, args, platform) -> Iterator[_Product]:
     arrays, whole = split_arrays(args)
     with marking():
         program = jax.make_jaxpr(lambda arrays: fn(*whole(arrays)))(arrays)
-    sliced, is_on_several = frozenset(), spans_devices(program, args)
+    sliced, devices = frozenset(), device_count(program, args)
     for site in walk(program, platform):
         eqn = site.eqn
         if eqn.primitive is marker_p:
-            is_divided = is_on_several and is_partitioned(site)
+            is_divided = devices > 1 and is_partitioned(site)
             yield _Product(
                 record=eqn.params["record"],
                 parameter=eqn.params["parameter"],
@@ -114,6 +118,7 @@ def _products(fn, args, platform) -> Iterator[_Product]:
                 site=site,
                 is_sliced=is_sliced(eqn.invars, sliced),
                 is_partitioned=is_divided,
+                has_parts=names_parts(devices) and not is_mapped(site),
             )
         sliced = add_slices(eqn, sliced)
 
@@ -168,7 +173,9 @@ def _chip(platform: str | None, machine: Machine) -> str | None:
 
 def _choice(product: _Product, machine: Machine, chip: str | None) -> Choice:
     """The choice for the chip, else for its platform, else for all others."""
-    choices = {(c.platform, c.chip, c.is_partitioned): c for c in product.record.choices}
+    able = [c for c in product.record.choices if product.has_parts or not c.on_parts]
+    # The first of several for partitioned programs is the one that runs.
+    choices = {(c.platform, c.chip, c.is_partitioned): c for c in reversed(able)}
     targets = (machine.lowering, chip), (machine.lowering, None), (None, None)
     kinds = (True, False) if product.is_partitioned else (False,)
     keys = ((platform, chip, kind) for platform, chip in targets for kind in kinds)

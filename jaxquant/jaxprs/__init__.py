@@ -5,12 +5,15 @@ from .chips import by_generation as by_generation
 from .chips import tpu_generation as tpu_generation
 from .copying_scan import Copier as Copier
 from .copying_scan import with_copied_slices as with_copied_slices
+from .each_part import names_parts as names_parts
+from .each_part import on_each_part as on_each_part
 from .evaluate import Environment as Environment
 from .evaluate import context_of as context_of
 from .evaluate import current_line as current_line
 from .evaluate import live_equations as live_equations
 from .lowering import Function as Function
 from .lowering import is_for_one_cpu as is_for_one_cpu
+from .lowering import on_each_cpu as on_each_cpu
 from .lowering import on_one_cpu as on_one_cpu
 from .lowering import on_one_gpu as on_one_gpu
 from .lowering import on_one_tpu as on_one_tpu
@@ -43,8 +46,9 @@ from .params import shard_map_options as shard_map_options
 from .params import split_arrays as split_arrays
 from .params import user_line as user_line
 from .params import while_counts as while_counts
+from .partitioning import device_count as device_count
+from .partitioning import is_mapped as is_mapped
 from .partitioning import is_partitioned as is_partitioned
-from .partitioning import spans_devices as spans_devices
 from .passing import passed_operands as passed_operands
 from .sharding import OutSharding as OutSharding
 from .sharding import before_transpose as before_transpose

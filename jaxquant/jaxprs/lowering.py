@@ -7,6 +7,8 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from .each_part import has_parts
+
 Function = Callable[..., Any]
 Select = Callable[[mlir.LoweringRuleContext | None], int]
 
@@ -26,6 +28,20 @@ def on_one_cpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
     XLA cannot partition native code: it would gather sharded operands on every device.
     """
     return _switch(here, elsewhere, _excludes_cpu_kernels, args)
+
+
+def on_each_cpu(here: Function, parts: Function, elsewhere: Function, *args: jax.Array) -> Any:
+    """`on_one_cpu`; parts(*args) in programs that XLA partitions, outside of `shard_map`.
+
+    For functions made of `on_each_part`.
+    """
+
+    def select(context: mlir.LoweringRuleContext | None) -> int:
+        if context is None or not _excludes_cpu_kernels(context):
+            return 0
+        return 1 if not _is_exported(context) and has_parts(context) else 2
+
+    return lowering_switch((here, parts, elsewhere), select, *args)
 
 
 def unless_partitioned(here: Function, elsewhere: Function, *args: jax.Array) -> Any:

@@ -11,13 +11,13 @@ from .walker import Site, walk
 _PLACES = ("in_shardings", "out_shardings", "ctx_mesh", "sharding", "devices", "mesh")
 
 
-def spans_devices(program: ClosedJaxpr, args: Any) -> bool:
-    """Whether a program runs on several devices, by its arguments, meshes and shardings."""
+def device_count(program: ClosedJaxpr, args: Any) -> int:
+    """How many devices a program runs on, by its arguments, meshes and shardings."""
     placed = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
     for site in walk(program):
         for value in map(site.eqn.params.get, _PLACES):
             placed += value if isinstance(value, tuple | list) else [value]
-    return any(_device_count(place) > 1 for place in placed)
+    return max(map(_device_count, placed), default=1)
 
 
 def is_partitioned(site: Site) -> bool:
@@ -25,12 +25,21 @@ def is_partitioned(site: Site) -> bool:
 
     XLA does not partition inside a `shard_map` over all axes of its mesh.
     """
-    maps = [eqn.params for eqn in site.within if eqn.primitive.name == "shard_map"]
+    maps = _maps(site)
     if not maps:
         return True
     mesh = maps[-1]["mesh"]
     manual = set(mesh.manual_axes).union(*(params["newly_manual_axes"] for params in maps))
     return not manual.issuperset(mesh.axis_names)
+
+
+def is_mapped(site: Site) -> bool:
+    """Whether an equation lies inside a `shard_map`."""
+    return bool(_maps(site))
+
+
+def _maps(site: Site) -> list[Any]:
+    return [eqn.params for eqn in site.within if eqn.primitive.name == "shard_map"]
 
 
 def _device_count(place: Any) -> int:

@@ -73,6 +73,8 @@ class Implementation:
         adds_offsets: whether it supports operands with an offset.
         fallback: rows that it tries instead, in order, where XLA partitions the program; empty if
             XLA can partition this row.
+        runs_on_parts: whether each device runs it on its part of what XLA partitions, outside
+            `shard_map`, and `fallback` only on parts that it does not support.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Implementation:
     reads_packed: bool = False
     adds_offsets: bool = False
     fallback: "Table" = ()
+    runs_on_parts: bool = False
 
 
 Table = tuple[Implementation, ...]
@@ -259,14 +262,18 @@ def _record(
 def _choices(selected: Selected, lhs: Operand, rhs: Operand, spec: Spec) -> Iterator[Choice]:
     for platform, rows in selected.items():
         for chip, (row, not_selected) in rows.items():
-            yield _choice(row, not_selected, lhs, rhs, spec, platform, chip, False)
+            choice = _choice(row, not_selected, lhs, rhs, spec, platform, chip)
+            yield choice
             if not row.fallback:
                 continue
+            if row.runs_on_parts:
+                yield dataclasses.replace(choice, is_partitioned=True, on_parts=True)
             while row.fallback:
                 last = row.name, "XLA cannot partition it among devices"
                 row, more = select_row(row.fallback, lhs, rhs, spec, platform, chip)
                 not_selected = (*not_selected, last, *more)
-            yield _choice(row, not_selected, lhs, rhs, spec, platform, chip, True)
+            choice = _choice(row, not_selected, lhs, rhs, spec, platform, chip)
+            yield dataclasses.replace(choice, is_partitioned=True)
 
 
 def _choice(
@@ -277,12 +284,10 @@ def _choice(
     spec: Spec,
     platform: str,
     chip: str | None,
-    is_partitioned: bool,
 ) -> Choice:
     return Choice(
         platform=platform if platform in _PLATFORMS else None,
         chip=chip,
-        is_partitioned=is_partitioned,
         implementation=row.name,
         is_integer=row.is_integer(lhs, rhs, spec),
         reads_packed=row.reads_packed,

@@ -16,21 +16,23 @@ class Choice:
     Attributes:
         platform: as `jax.lax.platform_dependent` names it; None for all that are not named.
         chip: a generation of TPUs; None for all that are not named.
-        is_partitioned: whether it runs in programs that XLA partitions; otherwise it runs in
-            other programs, and in partitioned ones without their own choice.
         implementation: name of the row.
         is_integer: whether it multiplies codes as integers.
         reads_packed: whether it reads sub-byte codes packed, without unpacking them first.
         not_selected: (name of an earlier row, why it is not selected).
+        is_partitioned: whether it runs in programs that XLA partitions; otherwise it runs in
+            other programs, and in partitioned ones without their own choice.
+        on_parts: whether it runs there only where programs have parts (see `has_parts`).
     """
 
     platform: str | None
     chip: str | None
-    is_partitioned: bool
     implementation: str
     is_integer: bool
     reads_packed: bool
     not_selected: tuple[tuple[str, str], ...]
+    is_partitioned: bool = False
+    on_parts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,52 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import SCHEMES, Rule, conv_general_dilated, matmul, tree
+from jaxquant import (
+    INT4,
+    SCHEMES,
+    ArrayConfig,
+    Rule,
+    conv_general_dilated,
+    einsum,
+    explain,
+    matmul,
+    quantize,
+    specs,
+    tree,
+)
 from jaxquant.kernels import cpu
 
 from .products import normal
 
+needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 ROWS, K, N = 3, 256, 1024
 DEVICES = 8
 
 
-def mesh():
-    return jax.make_mesh((DEVICES,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+def mesh(*lengths):
+    kinds = (jax.sharding.AxisType.Auto,) * len(lengths)
+    return jax.make_mesh(lengths, ("a", "b")[: len(lengths)], axis_types=kinds)
+
+
+def placed(q, spec, on):
+    """q on the devices of a mesh, as `specs` divides it."""
+    return jax.device_put(q, jax.tree.map(lambda s: jax.NamedSharding(on, s), specs(q, spec, on)))
+
+
+def text_of(function, *args):
+    text = function.lower(*args).compile().as_text()
+    assert text is not None
+    return text
+
+
+def implementations(x, q):
+    return [row.implementation for row in explain(matmul, x, q)]
+
+
+def collectives(text):
+    """(name, number of elements) of each collective."""
+    found = re.findall(r"\[([\d,]*)\]\S* (all-\w+|reduce-scatter|collective-\w+)\(", text)
+    return [(name, math.prod(map(int, shape.split(",")))) for shape, name in found]
 
 
 def sharded(q, axis):
@@ -29,13 +64,13 @@ def sharded(q, axis):
         spec = [None] * x.ndim
         if x.ndim > stored and x.shape[stored] % DEVICES == 0:
             spec[stored] = "a"
-        return jax.device_put(x, jax.NamedSharding(mesh(), jax.P(*spec)))
+        return jax.device_put(x, jax.NamedSharding(mesh(DEVICES), jax.P(*spec)))
 
     return jax.tree.map(place, q)
 
 
-def weight_of(scheme, seed=0):
-    w = {"w": normal(K, N, seed=seed)}
+def weight_of(scheme, k=K, n=N, seed=0):
+    w = {"w": normal(k, n, seed=seed)}
     return tree.quantize(w, [Rule("w", SCHEMES[scheme])], platform="cpu")["w"]
 
 
@@ -47,18 +82,149 @@ ALIKE = ("W8A16", "W4A16", "MXFP8A8", "MXFP4A16")
 def test_sharded_weights_stay_where_they_are(scheme):
     q, x = weight_of(scheme), jnp.asarray(normal(ROWS, K))
     parts = [sharded(q, axis) for axis in (0, 1)]
-
     run = jax.jit(lambda x, parts: [matmul(x, q) for q in parts])
 
-    text = run.lower(x, parts).compile().as_text()
-    assert text is not None
-    assert "jaxquant_" not in text, "XLA cannot partition native kernels"
-    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
+    text = text_of(run, x, parts)
+
+    assert ("jaxquant_dot" in text) == ("jaxquant_dot" in text_of(jax.jit(matmul), x, q))
     # The activations may be gathered, codes and scales may not.
-    assert all(math.prod(map(int, shape.split(","))) <= x.size for shape in shapes), shapes
+    gathered = [size for name, size in collectives(text) if name == "all-gather"]
+    assert max(gathered, default=0) <= x.size
     wanted = matmul(x, q, implementation="dequantize")
     for out in run(x, parts):
         np.testing.assert_allclose(out, wanted, rtol=2e-3, atol=2e-2)
+
+
+PRODUCTS = {"columns": jax.P(None, "a"), "rows": jax.P("a", None), "both": jax.P("a", "b")}
+COLLECTIVES = {"columns": [], "rows": ["all-reduce"], "both": ["all-reduce"]}
+
+
+@needs_native
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16", "W4A8", "NVFP4A16"])
+def test_each_device_multiplies_its_part_by_the_native_kernel(scheme, name):
+    q, x = weight_of(scheme, 1024), jnp.asarray(normal(2, ROWS, 1024))
+    on = mesh(4, 2) if name == "both" else mesh(DEVICES)
+    parts = placed(q, PRODUCTS[name], on)
+
+    text = text_of(jax.jit(matmul), x, parts)
+
+    assert "jaxquant_dot" in text
+    # Rows of quantized activations share the largest magnitude, too.
+    found = [c for c, size in collectives(text) if size > 2 * ROWS]
+    assert found == COLLECTIVES[name]
+    assert implementations(x, parts) == ["native"]
+    out = jax.jit(matmul)(x, parts)
+    np.testing.assert_allclose(out, jax.jit(matmul)(x, q), rtol=1e-5, atol=1e-4)
+    wanted = jax.NamedSharding(on, jax.P(None, None, PRODUCTS[name][1]))
+    assert out.sharding.is_equivalent_to(wanted, 3)
+
+
+@needs_native
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
+def test_rows_of_activations_and_columns_are_divided_at_once(scheme):
+    q, on = weight_of(scheme), mesh(4, 2)
+    x = jax.device_put(normal(8, K), jax.NamedSharding(on, jax.P("a")))
+
+    def transposed(x, q):
+        return einsum("mk,kn->nm", x, q)
+
+    parts = placed(q, jax.P(None, "b"), on)
+    text = text_of(jax.jit(transposed), x, parts)
+    assert "jaxquant_dot" in text
+    assert collectives(text) == []
+    out = jax.jit(transposed)(x, parts)
+    assert out.sharding.spec == jax.P("b", "a")
+    np.testing.assert_allclose(out, transposed(x, q), rtol=1e-5, atol=1e-4)
+    # The weights stay; the activations move.
+    parts = placed(q, jax.P(None, ("a", "b")), on)
+    text = text_of(jax.jit(matmul), x, parts)
+    assert "jaxquant_dot" in text
+    assert {name for name, _ in collectives(text)} == {"all-gather"}
+    assert max(size for _, size in collectives(text)) <= x.size
+    np.testing.assert_allclose(jax.jit(matmul)(x, parts), matmul(x, q), rtol=1e-5, atol=1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(3072, 512), (512, 3072)], ids=str)
+def test_blocks_that_span_devices_are_cut(shape):
+    # 12 groups along the axis that 8 devices share.
+    sizes = (256, 1) if shape[0] > shape[1] else (512, 256)
+    config = ArrayConfig(format=INT4, group_size=sizes, symmetric=False)
+    q = quantize(normal(*shape), config, axis=(0, 1)).reorder((-1, -2))
+    parts = placed(q, jax.P("a") if shape[0] > shape[1] else jax.P(None, "a"), mesh(DEVICES))
+    x = jnp.asarray(normal(ROWS, shape[0]))
+    text = text_of(jax.jit(matmul), x, parts)
+    assert "jaxquant_dot" in text
+    assert "all-gather" not in text
+    wanted = matmul(x, q, implementation="dequantize")
+    np.testing.assert_allclose(jax.jit(matmul)(x, parts), wanted, rtol=1e-4, atol=1e-3)
+
+
+@needs_native
+def test_parts_of_16_bits_are_added_in_float32():
+    q, x = weight_of("W4A16", 1024).astype(jnp.bfloat16), jnp.asarray(normal(ROWS, 1024))
+    x, parts = x.astype(jnp.bfloat16), placed(q, jax.P("a"), mesh(DEVICES))
+    text = text_of(jax.jit(matmul), x, parts)
+    assert "jaxquant_dot" in text
+    assert re.findall(r"= (\w+)\[[\d,]*\]\S* all-reduce\(", text) == ["f32"]
+    out = jax.jit(matmul)(x, parts)
+    assert out.dtype == jnp.bfloat16
+    wanted = jax.jit(matmul)(x, q)
+    np.testing.assert_allclose(
+        out.astype(jnp.float32), wanted.astype(jnp.float32), rtol=2.0**-7, atol=1e-2
+    )
+
+
+@needs_native
+def test_meshes_of_any_order_and_several_of_them_divide_programs():
+    q, x = weight_of("W8A8"), jnp.asarray(normal(8, K))
+    backwards = jax.sharding.Mesh(np.array(jax.devices()[::-1]).reshape(2, 4), ("a", "b"))
+    other = jax.sharding.Mesh(np.array(jax.devices()[::-1]), ("c",))
+    parts = placed(q, jax.P(None, "b"), backwards)
+    rows = jax.device_put(x, jax.NamedSharding(other, jax.P("c")))
+    run = jax.jit(lambda x, q, rows: (matmul(x, q), rows + 1))
+    assert "jaxquant_dot" in text_of(run, x, parts, rows)
+    out, more = run(x, parts, rows)
+    np.testing.assert_array_equal(out, matmul(x, q))
+    np.testing.assert_array_equal(more, x + 1)
+
+
+@needs_native
+def test_abstract_meshes_and_other_numbers_of_devices():
+    x, kinds = jnp.asarray(normal(ROWS, K)), (jax.sharding.AxisType.Auto,)
+    abstract = jax.sharding.AbstractMesh((DEVICES,), ("a",), axis_types=kinds)
+    sharding = jax.NamedSharding(abstract, jax.P("a"))
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), weight_of("W8A8")
+    )
+    assert jax.jit(matmul).trace(x, shapes).lower(lowering_platforms=("cpu",)) is not None
+    # 2 x 3 or 3 x 2: XLA computes.
+    parts = placed(weight_of("W8A8", n=1536), jax.P(None, "a"), mesh(6))
+    text = text_of(jax.jit(matmul), x, parts)
+    assert "jaxquant_dot" not in text
+    assert implementations(x, parts) == ["integer"]
+
+
+@needs_native
+def test_gradients_loops_and_vmap_divide_alike():
+    layers = [weight_of("W4A16", 512, 512, seed) for seed in range(2)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    x = jnp.asarray(normal(4, 512))
+    parts = placed(stack, jax.P(None, None, "a"), mesh(DEVICES))
+
+    def through(x, stack):
+        return jax.lax.scan(lambda x, q: (matmul(x, q) / 20, None), x, stack)[0]
+
+    assert "jaxquant_dot" in text_of(jax.jit(through), x, parts)
+    np.testing.assert_allclose(jax.jit(through)(x, parts), through(x, stack), rtol=1e-4, atol=1e-4)
+    part = placed(layers[0], jax.P("a"), mesh(4))
+    slope = jax.jit(jax.grad(lambda x, q: (matmul(x, q) ** 2).sum()))
+    assert "jaxquant_dot" in text_of(slope, x, part)
+    np.testing.assert_allclose(slope(x, part), slope(x, layers[0]), rtol=1e-3, atol=1e-1)
+    each = jax.jit(jax.vmap(matmul, (0, None)))
+    wanted = jax.jit(matmul)(x, layers[0])
+    np.testing.assert_allclose(each(x[:, None], part)[:, 0], wanted, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -82,13 +248,13 @@ def test_sharded_kernels_of_convolutions_stay_where_they_are(axis, implementatio
     np.testing.assert_allclose(compiled(x, sharded(q, axis)), wanted, rtol=2e-3, atol=2e-2)
 
 
-@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+@needs_native
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
 def test_replicated_weights_keep_the_native_kernels_inside_shard_map(scheme):
     q, x = weight_of(scheme), jnp.asarray(normal(DEVICES, K))
-    specs = {"in_specs": (jax.P("a"), jax.P()), "out_specs": jax.P("a")}
+    given = {"in_specs": (jax.P("a"), jax.P()), "out_specs": jax.P("a")}
 
-    run = jax.jit(jax.shard_map(matmul, mesh=mesh(), **specs))
+    run = jax.jit(jax.shard_map(matmul, mesh=mesh(DEVICES), **given))
 
     assert "jaxquant_dot" in run.lower(x, q).as_text()
     one_device = jax.jit(matmul)

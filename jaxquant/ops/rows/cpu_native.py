@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...core import Format, QTensor, scale_values
-from ...jaxprs import on_one_cpu
 from ...kernels import cpu
 from ..dispatch import Implementation, Table
 from ..dot_spec import DotSpec, in_result, to_logical_order
 from ..operands import Operand, as_array, repeat_groups, why_unsupported_codes
 from . import integer
-from .kernel import kernel_or_xla, why_unsupported_float64, why_unsupported_matrix
+from .kernel import kernel_on_parts, why_unsupported_float64, why_unsupported_matrix
 
 # Smaller weights were not measured; XLA computes them.
 _LEAST_SIZE = 2**15
@@ -33,15 +32,16 @@ _RESULTS = (jnp.float32, jnp.bfloat16)
 
 
 def row(fallback: Table) -> Implementation:
-    """The row "native", with rows of XLA for programs that cannot hold the kernels."""
+    """The row "native", with rows of XLA for programs and parts for which there are no kernels."""
     return Implementation(
         "native",
-        partial(kernel_or_xla, kernel=run, where=on_one_cpu, fallback=fallback, platform="cpu"),
+        partial(kernel_on_parts, kernel=run, why_unsupported=why_unsupported, fallback=fallback),
         why_unsupported,
         ("cpu",),
         is_integer=_is_integer,
         reads_packed=True,
         fallback=fallback,
+        runs_on_parts=True,
     )
 
 

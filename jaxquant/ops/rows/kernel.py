@@ -2,17 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ...core import QTensor, blocks_between, scale_values
-from ...jaxprs import is_sharded, vary_alike
+from ...jaxprs import Function, is_sharded, on_each_cpu, vary_alike
 from .. import dispatch
 from ..dispatch import Table
 from ..dot_spec import DotSpec
 from ..operands import Operand, why_unsupported_codes
+from .parts import run_on_parts
 
 
 def kernel_or_xla(
@@ -45,6 +47,48 @@ def kernel_or_xla(
         return dispatch.run_on(fallback, lhs, rhs, spec, platform)
 
     return where(here, elsewhere, *vary_alike(leaves))
+
+
+def kernel_on_parts(
+    lhs: Operand,
+    rhs: QTensor,
+    spec: DotSpec,
+    *,
+    kernel: Callable[..., jax.Array],
+    why_unsupported: Callable[..., str | None],
+    fallback: Table,
+) -> jax.Array:
+    """`kernel_or_xla` for CPUs; each runs the kernel on its part of what XLA partitions.
+
+    Args:
+        lhs, rhs, spec, kernel, fallback: as for `kernel_or_xla`.
+        why_unsupported: (lhs, rhs, spec) -> why the kernel does not multiply such parts, or None.
+    """
+
+    def by_xla(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
+        return dispatch.run_on(fallback, lhs, rhs, spec, "cpu")
+
+    def on_part(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
+        run = kernel if why_unsupported(lhs, rhs, spec) is None else by_xla
+        return run(lhs, rhs, spec)
+
+    def where(here: Function, elsewhere: Function, *leaves: jax.Array) -> jax.Array:
+        @jax.custom_batching.custom_vmap
+        def parts(*leaves: jax.Array) -> jax.Array:
+            lhs, rhs = jax.tree.unflatten(treedef, leaves)
+            return run_on_parts(lhs, rhs, spec, on_part)
+
+        @parts.def_vmap
+        def _(length: int, is_batched: Any, *leaves: jax.Array) -> tuple[jax.Array, bool]:
+            axes = [0 if b else None for b in is_batched]
+            return jax.vmap(elsewhere, axes, axis_size=length)(*leaves), True
+
+        return on_each_cpu(here, parts, elsewhere, *leaves)
+
+    treedef = jax.tree.structure((lhs, rhs))
+    return kernel_or_xla(
+        lhs, rhs, spec, kernel=kernel, where=where, fallback=fallback, platform="cpu"
+    )
 
 
 def why_unsupported_matrix(lhs: Operand, rhs: Operand, spec: DotSpec, axis: int) -> str | None:

@@ -1,0 +1,141 @@
+"""Rows times a matrix on each device's part of them, in programs that XLA partitions."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ...core import QTensor
+from ...jaxprs import on_each_part
+from ..dot_spec import DotSpec
+from ..operands import Operand
+
+# What divides one axis: names of axes of a mesh.
+Names = tuple[str, ...]
+
+
+def run_on_parts(
+    lhs: Operand, rhs: QTensor, spec: DotSpec, run: Callable[..., jax.Array]
+) -> jax.Array:
+    """(..., K) by (N, K): `run` multiplies what each device holds of the weights.
+
+    Weights stay where they are. If their columns N are divided, so is the result; if their
+    contracted axis K is, the parts of the result are added in float32.
+
+    Args:
+        lhs, rhs, spec: as for a row, with rhs stored as a matrix (N, K).
+        run: (lhs, rhs, spec) -> result, of any length of the axes.
+    """
+    leaves, treedef = jax.tree.flatten(tuple(map(_without_inputs, (lhs, rhs))))
+    compute = jnp.dtype(jnp.float64 if spec.dtype == jnp.float64 else jnp.float32)
+    counts = len(jax.tree.leaves(_without_inputs(lhs)))
+    lengths = [_stored(lhs).shape] * counts + [rhs.codes.shape] * (len(leaves) - counts)
+
+    def divide(mesh: Any, specs: Any) -> Any:
+        shares = _shares(mesh, specs[0], specs[counts], lengths[0], lengths[-1])
+        columns, contracted = shares[-2:]
+        of_lhs, of_rhs = (*shares[:-2], contracted), (columns, contracted)
+        wanted = [of_lhs] * counts + [of_rhs] * (len(leaves) - counts)
+        parts = [_Part(x.shape, s, mesh) for x, s in zip(leaves, wanted, strict=True)]
+
+        def on_part(*given: jax.Array) -> jax.Array:
+            own = [part.own(x) for part, x in zip(parts, given, strict=True)]
+            local = dataclasses.replace(spec, dtype=compute) if contracted else spec
+            out = run(*jax.tree.unflatten(treedef, own), local)
+            return lax.psum(out, contracted).astype(spec.dtype) if contracted else out
+
+        result = (*shares[:-2], columns)
+        return [p.spec for p in parts], _in_logical_order(result, spec), on_part
+
+    factors = _factors(leaves, counts, lengths[0], lengths[-1], spec)
+    shape = _in_logical_order((*lengths[0][:-1], rhs.codes.shape[0]), spec)
+    result = jax.ShapeDtypeStruct(shape, spec.dtype)
+    return on_each_part(result, divide, factors, *leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """How an array with one element per block of another is divided where that is.
+
+    Attributes:
+        shape: of the array.
+        shares: what divides each axis of the other.
+        mesh: whose axes they name.
+    """
+
+    shape: tuple[int, ...]
+    shares: tuple[Names, ...]
+    mesh: Any
+
+    @property
+    def spec(self) -> tuple[Any, ...]:
+        """Of the array, which is not divided along axes whose blocks span devices."""
+        pairs = zip(self.shape, self.shares, strict=True)
+        return tuple(None if n % _devices(self.mesh, s) else s or None for n, s in pairs)
+
+    def own(self, x: jax.Array) -> jax.Array:
+        """What belongs to this device's part of the other array, from what it gets of this one."""
+        for axis, (length, share) in enumerate(zip(self.shape, self.shares, strict=True)):
+            devices = _devices(self.mesh, share)
+            if length == 1 or length % devices == 0:
+                continue
+            # The blocks are cut so that none spans devices.
+            whole = jnp.repeat(x, devices // math.gcd(length, devices), axis)
+            size = whole.shape[axis] // devices
+            x = lax.dynamic_slice_in_dim(whole, lax.axis_index(share) * size, size, axis)
+        return x
+
+
+def _shares(
+    mesh: Any, of_lhs: Any, of_rhs: Any, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]
+) -> tuple[Names, ...]:
+    """What divides rows, columns and the contracted axis: the weights stay, others move."""
+    columns, contracted = (
+        _names(mesh, entry, n) for entry, n in zip(of_rhs, rhs_shape, strict=True)
+    )
+    taken = {*columns, *contracted}
+    rows = []
+    for entry, length in zip(of_lhs[:-1], lhs_shape[:-1], strict=True):
+        names = _names(mesh, entry, length)
+        rows += [() if taken.intersection(names) else names]
+    return *rows, columns, contracted
+
+
+def _names(mesh: Any, entry: Any, length: int) -> Names:
+    """The names in an entry of a spec, if they divide an axis evenly."""
+    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return () if length % _devices(mesh, names) else names
+
+
+def _devices(mesh: Any, names: Names) -> int:
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _factors(
+    leaves: Sequence[Any], counts: int, lhs: tuple[int, ...], rhs: tuple[int, ...], spec: DotSpec
+) -> tuple[list[list[str]], tuple[str, ...]]:
+    """Names of the axes of the leaves and of the result: alike where they have one length."""
+    rows = [f"m{a}" for a in range(len(lhs) - 1)]
+    found = []
+    for i, x in enumerate(leaves):
+        names, lengths = ((*rows, "k"), lhs) if i < counts else (("n", "k"), rhs)
+        own = [f"x{i}a{a}" for a in range(x.ndim)]
+        triples = zip(names, lengths, x.shape, own, strict=True)
+        found += [[name if n == length else alone for name, length, n, alone in triples]]
+    return found, _in_logical_order((*rows, "n"), spec)
+
+
+def _in_logical_order(entries: tuple[Any, ...], spec: DotSpec) -> tuple[Any, ...]:
+    return tuple(entries[a] for a in spec.permutation)
+
+
+def _without_inputs(x: Operand) -> Operand:
+    return dataclasses.replace(x, inputs=None) if isinstance(x, QTensor) else x
+
+
+def _stored(x: Operand) -> Any:
+    return x.codes if isinstance(x, QTensor) else x

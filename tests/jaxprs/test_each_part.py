@@ -1,0 +1,65 @@
+"""Results of which each device computes its part, in programs that XLA partitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from jaxquant.jaxprs import names_parts, on_each_cpu, on_each_part
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32))
+
+
+def sums(x):
+    """Sums of rows by the devices that hold parts of them; NaN where there are none."""
+
+    def divide(mesh, specs):
+        ((rows, columns),) = specs
+
+        def part(x):
+            out = x.sum(1)
+            return jax.lax.psum(out, columns) if columns else out
+
+        return [(rows, columns)], (rows,), part
+
+    result = jax.ShapeDtypeStruct(x.shape[:1], x.dtype)
+
+    def parts(x):
+        return on_each_part(result, divide, ([["m", "k"]], ["m"]), x)
+
+    def nan(x):
+        return jnp.full(result.shape, jnp.nan)
+
+    return on_each_cpu(nan, parts, nan, x)
+
+
+def mesh(*lengths):
+    names = ("a", "b")[: len(lengths)]
+    return jax.make_mesh(lengths, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+@pytest.mark.parametrize(
+    ("on", "spec"),
+    [
+        (mesh(2), jax.P("a")),
+        (mesh(8), jax.P(None, "a")),
+        (mesh(2, 4), jax.P("a", "b")),
+        (mesh(4, 2), jax.P("b", "a")),
+        (mesh(2, 2), jax.P(None, ("b", "a"))),
+        (mesh(3), jax.P("a")),
+        (mesh(5), jax.P()),
+    ],
+    ids=str,
+)
+def test_each_device_sums_its_part_whatever_the_mesh(on, spec):
+    x = jax.device_put(X, jax.NamedSharding(on, spec))
+    np.testing.assert_allclose(jax.jit(sums)(x), X.sum(1), rtol=1e-5)
+
+
+def test_one_device_and_numbers_with_different_factors_have_no_parts():
+    assert np.isnan(jax.jit(sums)(X)).all()
+    x = jax.device_put(X, jax.NamedSharding(mesh(6), jax.P("a")))
+    assert np.isnan(jax.jit(sums)(x)).all()
+    found = [count for count in range(33) if names_parts(count)]
+    assert found == [2, 3, 4, 5, 7, 8, 9, 11, 13, 16, 17, 19, 23, 25, 27, 29, 31, 32]
