@@ -1,14 +1,23 @@
 import gc
 import importlib.util
 import os
+import shutil
+import tempfile
 
-# Before JAX starts. LLVM without optimization, because most of the time goes into compilation;
-# XLA's own passes still run. Flags of the environment win: `.ci/run` sets full optimization once.
-# Eight devices, for the tests of sharding.
+# Before JAX starts. LLVM without optimization and in one piece, because most of the time goes into
+# compilation; XLA's own passes still run. Flags of the environment win: `.ci/run` sets full
+# optimization once. Eight devices, for the tests of sharding.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1 "
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
+# What one process has compiled, others load: pytest's workers, and the commands that tests start.
+PROGRAMS = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    PROGRAMS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxquant-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["KERAS_BACKEND"] = "jax"
 
@@ -50,8 +59,15 @@ def _turn_fusion_emitters_off():
 
 if not IS_OPTIMIZED:
     _turn_fusion_emitters_off()
+# Compilation leaves many objects behind that live on. Python would look at them again and again.
+gc.set_threshold(50_000, 20, 100)
 # `jnp.asarray` of a NumPy array would compile a copy for each shape.
 core.stage_p.def_impl(jax.device_put)
+
+
+def pytest_unconfigure():
+    if PROGRAMS is not None:
+        shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -37,10 +37,8 @@ def model(tmp_path):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(capsys):
     """Runs a command; returns the exit status and what was printed to each stream."""
-    # Otherwise commands that compile much would give this process a compilation cache.
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
 
     def run(*arguments):
         try:

@@ -105,7 +105,6 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
 
 def test_commands_of_the_readme_generate_text(tmp_path, monkeypatch, capsys):
     pytest.importorskip("jinja2", reason="--chat needs the extra demo")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     llamas.write_gguf(tmp_path / "tiny.gguf", llamas.random_arrays())
     monkeypatch.setattr(demo, "packaged_llama", lambda: tmp_path / "tiny.gguf")
     for line in re.findall(r"^    jaxquant (generate .*)$", README.read_text(), re.MULTILINE):

@@ -1,8 +1,10 @@
 """The comparison of schemes on a language model."""
 
 import dataclasses
+import functools
 import io
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,10 +30,15 @@ def model(tmp_path_factory):
     return demo.load_llama(path)
 
 
+@functools.partial(jax.jit, static_argnames="store")
+def all_logits(params, config, window, store):
+    cache = demo.init_cache(params, config, 1, len(window), store)
+    x, _ = demo.forward(params, config, window[None], cache)
+    return demo.logits(params, x)[0]
+
+
 def log_probabilities(model, params, window, store=jnp.float32):
-    cache = demo.init_cache(params, model.config, 1, len(window), store)
-    x, _ = demo.forward(params, model.config, jnp.asarray(window)[None], cache)
-    logits = np.asarray(demo.logits(params, x)[0], np.float64)
+    logits = np.asarray(all_logits(params, model.config, window, store), np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
@@ -83,8 +90,10 @@ def test_the_time_of_one_window_does_not_include_compilation(model, monkeypatch)
     monkeypatch.setattr(
         demo.language.time, "perf_counter", lambda: clock.append(measured()) or clock[-1]
     )
+    monkeypatch.setattr(demo.language, "_decode_speed", lambda *args: 1.0)
     # A length that no other test has, so that it is traced here.
-    demo.compare_language(model, demo.windows(range(2, 25), 1, 23), {"b": demo.Variant(jq.W8A16)})
+    windows = demo.windows(range(2, 25), 1, 23)
+    demo.compare_language(model, windows, {"b": demo.Variant(store="int4")})
     assert len(traced) == 2  # Of float32 and of the variant.
     assert max(traced) < min(clock)
 

@@ -32,13 +32,15 @@ def drawn(*shape, seed=0):
     return np.random.default_rng(seed).integers(2, len(llamas.TOKENS), shape)
 
 
+step = jax.jit(demo.forward)
+
+
 def run(model, tokens, cache=None, counts=None, params=None, store=jnp.float32):
     """Logits, and the cache."""
     params = model.params if params is None else params
     if cache is None:
         cache = demo.init_cache(params, model.config, len(tokens), 20, store)
-    step = jax.jit(lambda *args: demo.forward(params, model.config, *args))
-    x, cache = step(jnp.asarray(tokens), cache, counts)
+    x, cache = step(params, model.config, np.asarray(tokens), cache, counts)
     return demo.logits(params, x), cache
 
 
@@ -70,18 +72,17 @@ def test_prefill_and_decoding_equal_one_pass(stored_model):
     tokens, lengths = drawn(3, 9), (5, 2, 4)
     _, cache = run(model, tokens[:, :5], counts=jnp.array(lengths))
     np.testing.assert_array_equal(cache.lengths, [lengths] * llamas.LAYERS)
-    for step in range(3):
-        last = [[tokens[b, n + step]] for b, n in enumerate(lengths)]
+    for i in range(3):
+        last = [[tokens[b, n + i]] for b, n in enumerate(lengths)]
         found, cache = run(model, last, cache)
         for b, length in enumerate(lengths):
-            want = llamas.logits(decoded, tokens[b, : length + step + 1])[-1]
+            want = llamas.logits(decoded, tokens[b, : length + i + 1])[-1]
             assert_close(found[b, 0], want)
 
 
-@pytest.mark.parametrize("scheme", [jq.W8A16, jq.W4A16, jq.NVFP4A16], ids=["8", "4", "nvfp4"])
-def test_quantized_parameters_equal_their_dequantized_values(float_model, scheme):
+def test_quantized_parameters_equal_their_dequantized_values(float_model):
     model, _ = float_model
-    quantized = demo.requantize(model.params, scheme)
+    quantized = demo.requantize(model.params, jq.W4A16)
     kinds = {type(x) for x in jax.tree.leaves(quantized["layers"], is_leaf=is_quantized)}
     assert jq.QTensor in kinds
     floats = demo.requantize(quantized, None)
@@ -114,7 +115,7 @@ def test_stacked_layers_equal_a_loop(float_model):
     model, _ = float_model
     (stack,) = model.params["layers"]
     layers = [jax.tree.map(lambda x, i=i: x[i : i + 1], stack) for i in range(llamas.LAYERS)]
-    tokens = drawn(2, 5)
+    tokens = drawn(2, 9)
     found, _ = run(model, tokens, params={**model.params, "layers": tuple(layers)})
     assert_close(found, run(model, tokens)[0], 1e-6)
 
@@ -122,7 +123,7 @@ def test_stacked_layers_equal_a_loop(float_model):
 def test_biases_are_added(tmp_path):
     arrays = llamas.random_arrays(biases=("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"))
     model = demo.load_llama(llamas.write_folder(tmp_path, arrays))
-    (ids,) = tokens = drawn(1, 5)
+    (ids,) = tokens = drawn(1, 7)
     assert_close(run(model, tokens)[0][0], llamas.logits(arrays, ids))
 
 
@@ -130,7 +131,7 @@ def test_parameters_in_bfloat16(float_model, tmp_path):
     _, arrays = float_model
     model = demo.load_llama(llamas.write_folder(tmp_path, arrays), jnp.bfloat16)
     assert {x.dtype.name for x in jax.tree.leaves(model.params)} == {"bfloat16", "float32"}
-    (ids,) = tokens = drawn(1, 5)
+    (ids,) = tokens = drawn(1, 7)
     assert_close(run(model, tokens)[0][0], llamas.logits(arrays, ids), 0.05)
 
 
