@@ -13,9 +13,9 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
 # What one process has compiled, others load: pytest's workers, and the commands that tests start.
-PROGRAMS = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    PROGRAMS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxquant-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "JAX_COMPILATION_CACHE_DIR"
+) or tempfile.mkdtemp(prefix=f"jaxquant-tests-{os.getpid()}-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -66,8 +66,9 @@ core.stage_p.def_impl(jax.device_put)
 
 
 def pytest_unconfigure():
-    if PROGRAMS is not None:
-        shutil.rmtree(PROGRAMS, ignore_errors=True)
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if f"jaxquant-tests-{os.getpid()}-" in folder:  # This process made it.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
