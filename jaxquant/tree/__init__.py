@@ -4,6 +4,9 @@ from ..core import describe as describe
 from .files import load as load
 from .files import read_metadata as read_metadata
 from .files import save as save
+from .fold import Fold as Fold
+from .fold import FoldRotation as FoldRotation
+from .fold import fold as fold
 from .paths import is_quantized as is_quantized
 from .progress import Progress as Progress
 from .quantize import dequantize as dequantize

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ..core import SCHEMES, ArrayConfig, Axes, Scheme, bits_of, block_shape
 
-_REGEX = "re:"
+REGEX = "re:"
 # The contracted axis of kernels (K, N), as JAX and Keras have them, stacked or not.
 CONTRACTED = -2
 
@@ -74,7 +74,7 @@ class Rule:
             re.compile(self._expression())
         except re.error as error:
             raise ValueError(
-                f"A rule's pattern must be a glob, or {_REGEX!r} and a regular expression; got "
+                f"A rule's pattern must be a glob, or {REGEX!r} and a regular expression; got "
                 f"{self.pattern!r}: {error}."
             ) from error
         try:
@@ -83,8 +83,8 @@ class Rule:
             raise ValueError(f"Rule {self.pattern!r}: {error}") from error
 
     def _expression(self) -> str:
-        is_regex = self.pattern.startswith(_REGEX)
-        return self.pattern[len(_REGEX) :] if is_regex else fnmatch.translate(self.pattern)
+        is_regex = self.pattern.startswith(REGEX)
+        return self.pattern[len(REGEX) :] if is_regex else fnmatch.translate(self.pattern)
 
     def matches(self, path: str, leaf: Any) -> bool:
         """Whether the rule matches this leaf."""
