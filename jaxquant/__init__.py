@@ -4,6 +4,8 @@ from . import checkpoints as checkpoints
 from . import methods as methods
 from . import training as training
 from . import tree as tree
+from .calibration import Statistics as Statistics
+from .calibration import collect as collect
 from .core import FILE_FORMATS as FILE_FORMATS
 from .core import FORMATS as FORMATS
 from .core import FP8 as FP8

@@ -41,6 +41,7 @@ MAX_NESTING = 4
 MAX_BODY_LINES = 60
 # Modules that may import inside a function, each with its reason.
 LATE_IMPORTS = {
+    "calibration/collected.py": "rich is slow to import, and only tables need it",
     "checkpoints/report.py": "rich is slow to import, and only tables need it",
     "demo/text.py": "tokenizers is an optional package",
     "demo/vocabulary.py": "jinja2 is an optional package",

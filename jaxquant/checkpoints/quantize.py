@@ -201,7 +201,7 @@ class _Task:
         """Shapes and dtypes of the result."""
         if self.plan is None:
             return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), self.value)
-        scheme, axis = self.plan
+        scheme, axis = self.plan.scheme, self.plan.axis
         leaf: Any = jax.ShapeDtypeStruct(self.value.shape, self.value.dtype)
         q = jax.eval_shape(partial(quantize_array, axis=axis), leaf, scheme.weights)
         order = stored_order(leaf, self.plan)

@@ -10,6 +10,7 @@ from .blocks import check_axis as check_axis
 from .blocks import normalize_axes as normalize_axes
 from .blocks import shared_axes as shared_axes
 from .blocks import split as split
+from .blocks import split_groups as split_groups
 from .config import FP8 as FP8
 from .config import MXFP4A16 as MXFP4A16
 from .config import MXFP8A8 as MXFP8A8
@@ -90,4 +91,5 @@ from .steps import fit_scale as fit_scale
 from .steps import fit_zero_point as fit_zero_point
 from .steps import group as group
 from .steps import scale_unit as scale_unit
+from .steps import store_scale as store_scale
 from .straight_through import straight_through as straight_through

@@ -15,7 +15,12 @@ from .steps import encode, fit_range, fit_scale, fit_zero_point, group, is_finit
 
 
 def quantize(
-    x: jax.Array | np.ndarray, config: ArrayConfig, axis: Axes = 0, key: jax.Array | None = None
+    x: jax.Array | np.ndarray,
+    config: ArrayConfig,
+    axis: Axes = 0,
+    key: jax.Array | None = None,
+    *,
+    importance: jax.Array | np.ndarray | None = None,
 ) -> QTensor:
     """Quantizes an array according to `config`.
 
@@ -36,6 +41,9 @@ def quantize(
             `jnp.sum(x, axis)`. For weights, pass the contracted axes. None for all axes. Static.
         key: random key for stochastic rounding to one of the two neighbouring codes, so that
             the expectation equals the value unless it is clipped. None rounds to nearest.
+        importance: nonnegative weights of the squared errors that `config.range` minimizes, such
+            as the mean squares of the activations; with the rank of x, and lengths that are those
+            of x or 1. None weights all elements alike.
 
     Returns:
         QTensor of
@@ -50,8 +58,9 @@ def quantize(
 
     Raises:
         ValueError: x is not a floating-point array, config is not an ArrayConfig, axis is not an
-            int, a tuple of ints or None, an axis is out of range, or a group size does not divide
-            its axis.
+            int, a tuple of ints or None, an axis is out of range, a group size does not divide
+            its axis, importance has another shape, or it is given for a range that does not
+            minimize an error.
 
     Error: with integer codes, at most scale/2 per element that is not clipped (at most scale with
         a key), up to float32 rounding. `AbsMax()` with float32 scales clips no element. A scale
@@ -69,16 +78,40 @@ def quantize(
         [-127.0, 3.0, 6.0]
     """
     check_axis(axis)
-    return _quantize(x, config, axis, key)
+    return _quantize(x, config, axis, key, importance)
 
 
 @partial(jax.jit, static_argnames="axis")
-def _quantize(x: jax.Array, config: ArrayConfig, axis: Axes, key: jax.Array | None):
+def _quantize(
+    x: jax.Array,
+    config: ArrayConfig,
+    axis: Axes,
+    key: jax.Array | None,
+    importance: jax.Array | None,
+):
     _check(x, config)
     groups = group(x, config, axis)
-    low, high = fit_range(groups, config)
+    low, high = fit_range(groups, config, _spread(importance, x, config))
     scale = fit_scale(groups, low, high, config, scale_unit(groups, config))
     return encode(groups, scale, fit_zero_point(groups, low, scale, config), config, key)
+
+
+def _spread(importance: Any, x: jax.Array, config: ArrayConfig) -> jax.Array | None:
+    """The importance of each element, or None."""
+    if importance is None:
+        return None
+    if isinstance(config.range, AbsMax | Percentile):
+        raise ValueError(
+            "importance weights the errors that a range minimizes; got importance with "
+            f"range={config.range!r}, which minimizes none. Use range=MinMSE()."
+        )
+    lengths = zip(np.shape(importance), x.shape, strict=False)
+    if np.ndim(importance) != x.ndim or any(n not in (1, length) for n, length in lengths):
+        raise ValueError(
+            "importance must have the rank of x, and lengths that are those of x or 1; got "
+            f"{np.shape(importance)} for x {x.shape}."
+        )
+    return jnp.broadcast_to(importance, x.shape)
 
 
 def quantize_with_range(

@@ -32,24 +32,34 @@ def group(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> Groups:
     return split_groups(x, block_shape(x.shape, config, axis))
 
 
-def fit_range(groups: Groups, config: ArrayConfig) -> tuple[jax.Array, jax.Array]:
+def fit_range(
+    groups: Groups, config: ArrayConfig, importance: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The range (low, high) of each group from `config.range`; broadcasts with the values.
 
-    Candidate ranges are scored by their squared error with the scale and zero point as stored.
+    Candidate ranges are scored by their squared error with the scale and zero point as stored,
+    weighted with `importance`, which has the shape of the array; None weights all alike.
     """
+    weights = None
+    if importance is not None:
+        weights = split_groups(importance, groups.blocks).values
+        top = jnp.max(weights, groups.axes, keepdims=True, initial=0)
+        weights = weights / jnp.where(top > 0, top, 1)
     values, unit = groups.values, scale_unit(groups, config)
     peak = jnp.max(jnp.abs(values), groups.axes, keepdims=True, initial=0)
     peak = jnp.where(peak > 0, peak, 1)
 
     def error(low, high):
         scale = groups.per_group(affine.fit_scale(low, high, config))
-        scale = _store_scale(scale, config.stored_scale_dtype, unit)
+        scale = store_scale(scale, config.stored_scale_dtype, unit)
         step = groups.per_element(scale_values(scale))
         zero_point = None if config.symmetric else affine.fit_zero_point(low, step, config)
         codes = affine.encode(values, step, zero_point, config)
         decoded = affine.decode(codes, step, zero_point, config.format)
         # In units of the peak, because squares of 1e-20 or 1e20 are out of the range of float32.
-        return jnp.sum(jnp.square((decoded - values) / peak), groups.axes, keepdims=True)
+        errors = jnp.square((decoded - values) / peak)
+        errors = errors if weights is None else errors * weights
+        return jnp.sum(errors, groups.axes, keepdims=True)
 
     return config.range(values, groups.axes, config.symmetric, error)
 
@@ -93,7 +103,7 @@ def fit_scale(
     scale = affine.fit_scale(low, high, config)
     # Tested here and not in the ranges, so that custom ranges cannot hide NaN or Inf.
     scale = jnp.where(is_finite(groups), scale, jnp.nan)
-    return _store_scale(groups.per_group(scale), config.stored_scale_dtype, unit)
+    return store_scale(groups.per_group(scale), config.stored_scale_dtype, unit)
 
 
 def fit_zero_point(
@@ -130,7 +140,7 @@ def _is_nested(dtype: str) -> bool:
     return bits_of(dtype) == 8 and not affine.has_exponent_only(dtype)
 
 
-def _store_scale(scale: jax.Array, dtype: str, unit: jax.Array | None) -> jax.Array | QTensor:
+def store_scale(scale: jax.Array, dtype: str, unit: jax.Array | None) -> jax.Array | QTensor:
     """Casts scales to their stored dtype, or to a QTensor if the range of the dtype is too small.
 
     Scales below the smallest positive number of the dtype are raised to it, so that none becomes

@@ -1,9 +1,13 @@
 """Methods that choose codes better than rounding to nearest, from statistics of activations."""
 
 from ..core import hadamard as hadamard
+from .error_feedback import predicted_gain as predicted_gain
+from .gptq import GPTQ as GPTQ
+from .importance import Importance as Importance
 from .method import Method as Method
 from .method import Transform as Transform
 from .method import Transformed as Transformed
+from .nearest import Nearest as Nearest
 from .rotation import Rotation as Rotation
 from .sinq import SINQ as SINQ
 from .statistics import CrossMoment as CrossMoment

@@ -195,3 +195,6 @@ class CrossMoment(Statistic):
 def _outer(a: jax.Array, b: jax.Array, weights: jax.Array) -> jax.Array:
     """The sum of outer products of rows."""
     return jnp.matmul((a * weights[:, None]).T, b, precision=_PRECISION)
+
+
+STATISTICS = (MeanSquare, MeanAbs, MaxAbs, SecondMoment, CrossMoment)

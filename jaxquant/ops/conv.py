@@ -27,6 +27,9 @@ from .operands import (
     without_adapters,
 )
 
+# Options that say which elements each pixel of the result sees.
+_WINDOWS = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+
 
 @dataclasses.dataclass(frozen=True)
 class ConvSpec:
@@ -62,6 +65,31 @@ class ConvSpec:
     def with_arrays(self) -> "ConvSpec":
         """The spec itself: a convolution does not have other array arguments."""
         return self
+
+    def unfold(self, x: jax.Array, weights: QTensor) -> jax.Array | None:
+        """The window of each pixel of the result, in the order of the kernel's contracted axes.
+
+        None if channels or images are in groups, whose kernels see different elements.
+        """
+        options = dict(self.options)
+        if options.pop("feature_group_count") != 1 or options.pop("batch_group_count") != 1:
+            return None
+        lhs, kernel, out = self.dimension_numbers
+        lengths = [weights.codes.shape[a] for a in kernel[1:]]
+        windows = lax.conv_general_dilated_patches(
+            x,
+            lengths[1:],
+            dimension_numbers=self.dimension_numbers,
+            precision=lax.Precision.HIGHEST,
+            **{name: options[name] for name in _WINDOWS},
+        )
+        windows = jnp.moveaxis(windows, out[1], -1)
+        logical = np.argsort(weights.stored_axes(range(weights.ndim)))
+        order = np.argsort([logical[a] for a in kernel[1:]])
+        rows = windows.shape[:-1]
+        windows = windows.reshape(*rows, *lengths)
+        windows = windows.transpose(*range(len(rows)), *(len(rows) + a for a in order.tolist()))
+        return jnp.moveaxis(windows.reshape(*rows, -1), -1, lhs[1])
 
     def length(self, lhs: Operand, rhs: Operand) -> int:
         """Products that are added for one pixel of a channel, padding included."""

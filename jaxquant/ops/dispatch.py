@@ -48,6 +48,10 @@ class Spec(Protocol):
         """Method: the spec with other array arguments of the operation, if it has any."""
         ...
 
+    def unfold(self, x: jax.Array, weights: Any) -> jax.Array | None:
+        """The operand x with all elements that one result of `weights` sums along `channels`."""
+        ...
+
     def length(self, lhs: Any, rhs: Any) -> int:
         """Products that are added for one element of the result."""
         ...
@@ -125,8 +129,7 @@ def run(
         ValueError: no row has the name `implementation`, or that row does not support the operands.
     """
     if any(_is_tapped(x) for x in (lhs, rhs)):
-        sizes = spec.with_arrays(*arrays).group_sizes
-        lhs, rhs = observe(lhs, rhs, spec.batch, spec.channels, sizes)
+        lhs, rhs = observe(lhs, rhs, spec.with_arrays(*arrays))
     return _run(lhs, rhs, arrays, table, spec, implementation)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,32 +42,29 @@ class Activations:
     """The activations that a product multiplies with a QTensor, as its tap gets them.
 
     Attributes:
-        values: (batch axes, rows, contracted channels): the batch axes and the channels are in the
-            order of the QTensor's; rows have any number of axes.
-        batch: the number of batch axes.
+        values: the operand, with multiplier and permutation applied.
+        batch: the number of batch axes of the product.
         group_sizes: number of rows that meet each matrix of a ragged product; None for other
             products.
+        unfolded: function that returns them as (batch axes, rows, contracted elements). The batch
+            axes and the contracted elements are in the order of the QTensor's; rows have any number
+            of axes. None for a convolution in groups.
     """
 
     values: jax.Array
     batch: int
     group_sizes: jax.Array | None
+    unfolded: Callable[[], jax.Array | None]
 
 
-def observe(
-    lhs: Operand,
-    rhs: Operand,
-    batch: AxesOfBoth,
-    channels: AxesOfBoth,
-    group_sizes: jax.Array | None,
-) -> tuple[Operand, Operand]:
+def observe(lhs: Operand, rhs: Operand, spec: Any) -> tuple[Operand, Operand]:
     """The operands without taps, after each tap was called with the operand that it observes."""
-    (lhs_batch, lhs_channels), (rhs_batch, rhs_channels) = _axes(lhs, rhs, batch, channels)
-    lhs_batch = _in_order_of(rhs, batch[1], lhs_batch)
-    rhs_batch = _in_order_of(lhs, batch[0], rhs_batch)
+    _, (lhs_channels, rhs_channels) = zip(*_axes(lhs, rhs, spec.batch, spec.channels), strict=True)
+    lhs_batch = _in_order_of(rhs, spec.batch[1], spec.batch[0])
+    rhs_batch = _in_order_of(lhs, spec.batch[0], spec.batch[1])
     return (
-        _observed(lhs, rhs, rhs_batch, rhs_channels, group_sizes),
-        _observed(rhs, lhs, lhs_batch, lhs_channels, group_sizes),
+        _observed(lhs, rhs, rhs_batch, rhs_channels, spec),
+        _observed(rhs, lhs, lhs_batch, lhs_channels, spec),
     )
 
 
@@ -191,21 +189,23 @@ def _inputs_for(x: Operand, other: Operand) -> Inputs | None:
 
 
 def _observed(
-    other: Any,
-    x: Operand,
-    batch: tuple[int, ...],
-    channels: tuple[int, ...],
-    group_sizes: jax.Array | None,
+    other: Any, x: Operand, batch: tuple[int, ...], channels: tuple[int, ...], spec: Any
 ) -> Operand:
     """`other` without its tap, after the tap was called with x."""
     inputs = _inputs_for(x, other)
     if inputs is None or inputs.tap is None:
         return other
     values = _prepared(x, other, channels)
-    rows = [a for a in range(values.ndim) if a not in batch + channels]
-    values = values.transpose(*batch, *rows, *channels)
-    values = values.reshape(*values.shape[: len(batch) + len(rows)], -1)
-    inputs.tap(Activations(values, len(batch), group_sizes))
+
+    def unfolded() -> jax.Array | None:
+        patches = spec.unfold(values, other)
+        if patches is None:
+            return None
+        rows = [a for a in range(values.ndim) if a not in batch + channels]
+        patches = patches.transpose(*batch, *rows, *channels)
+        return patches.reshape(*patches.shape[: len(batch) + len(rows)], -1)
+
+    inputs.tap(Activations(values, len(batch), spec.group_sizes, unfolded))
     return dataclasses.replace(other, inputs=dataclasses.replace(inputs, tap=None))
 
 

@@ -65,6 +65,10 @@ class RaggedSpec:
         """The spec with the arrays of groups."""
         return dataclasses.replace(self, group_sizes=group_sizes, group_offset=group_offset)
 
+    def unfold(self, x: jax.Array, weights: QTensor) -> jax.Array:
+        """The operand itself: its rows have all elements of a sum."""
+        return x
+
     def length(self, lhs: Operand, rhs: Operand) -> int:
         """Products that are added for one element of the result."""
         return lhs.shape[1]

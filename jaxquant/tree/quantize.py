@@ -1,7 +1,8 @@
 """Quantizes pytrees of parameters."""
 
 import dataclasses
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,12 @@ from ..core import (
     QTensor,
     TrainedArray,
     block_shape,
+    normalize_axes,
     shared_axes,
 )
 from ..core import quantize as quantize_array
 from ..jaxprs import is_tracer
+from ..methods.internal import apply_chain, as_chain, needed, stack_axes
 from ..ops import best_order
 from .paths import is_quantized, leaves_with_paths
 from .progress import Progress, progress_bar
@@ -43,6 +46,8 @@ def quantize(
     params: Any,
     rules: Rules,
     *,
+    method: Any = None,
+    statistics: Mapping[str, Any] | None = None,
     progress: Progress | bool | None = None,
     platform: str | None = None,
 ) -> Any:
@@ -58,6 +63,10 @@ def quantize(
         rules: a Scheme or ArrayConfig for matrices and embeddings (`default_rules`), a dict
             of pattern to scheme, a `Rule`, or a sequence of them. The first rule that matches
             a leaf decides; leaves that no rule matches are unchanged.
+        method: how codes are chosen: a method such as `jq.methods.GPTQ()`, or a list of transforms
+            and a method, such as `[jq.methods.SINQ(), jq.methods.Nearest()]`; None rounds to
+            nearest. A rule with its own method overrides it.
+        statistics: those that the methods need, from `jq.collect` with the same rules.
         progress: True for a progress bar on standard error, or a function of (leaves done,
             leaves in all, path), called after each leaf; None for neither.
         platform: "cpu", "gpu" or "tpu", where the result will be used; None for
@@ -66,11 +75,14 @@ def quantize(
     Returns:
         The tree with a QTensor in place of each selected leaf, with `inputs` from its scheme.
 
+    Warns:
+        UserWarning: a method needed more damping than asked for, by path.
+
     Raises:
         ValueError: lists rules that match nothing, and selected leaves that cannot be quantized,
             the first 20 of all: a leaf is not floating-point, is already quantized, does not have
             the axis, has a length that the group size does not divide, contains NaN or Inf, or
-            would not shrink.
+            would not shrink. Or a method lacks statistics, or they do not fit the leaf.
 
     Error: as for `jaxquant.quantize`.
 
@@ -80,12 +92,18 @@ def quantize(
         (int8, dtype('float32'))
     """
     paths, leaves, chosen, treedef = select(params, rules)
+    if method is not None:
+        chain = as_chain(method)
+        chosen = [plan and plan._replace(method=plan.method or chain) for plan in chosen]
+    _check_statistics(paths, chosen, statistics or {})
     total = sum(plan is not None for plan in chosen)
     platform = platform or jax.default_backend()
     result, done = [], 0
     with progress_bar(progress, total) as report:
         for path, leaf, plan in zip(paths, leaves, chosen, strict=True):
-            if plan is not None:
+            if plan is not None and plan.method is not None and leaf.size:
+                leaf = _quantize_by_method(path, leaf, plan, (statistics or {}).get(path), platform)
+            elif plan is not None:
                 leaf = quantize_leaf(leaf, plan, platform)
                 done += 1
                 report(done, total, path)
@@ -176,13 +194,59 @@ def quantize_leaf(leaf: jax.Array, plan: Plan, platform: str | None = None) -> Q
 
 def quantize_in_order(leaf: jax.Array, plan: Plan, order: tuple[int, ...] | None) -> QTensor:
     """`quantize_leaf` whose codes are stored in an order of axes."""
-    scheme, axis = plan
+    scheme, axis = plan.scheme, plan.axis
     is_integer = jnp.issubdtype(scheme.weights.format.dtype, jnp.integer)
     quantized = _quantize_in_steps if is_integer else _quantize_at_once
     q = quantized(leaf, scheme.weights, axis, order)
     # Otherwise the next leaf would start before the memory of this one is free.
     q = jax.block_until_ready(q)
     return q if scheme.inputs is None else dataclasses.replace(q, inputs=Inputs(scheme.inputs))
+
+
+def _quantize_by_method(
+    path: str, leaf: jax.Array, plan: Plan, statistics: Any, platform: str
+) -> QTensor:
+    """Quantizes one selected leaf by the method of its plan."""
+    scheme, axis, chain = plan
+    assert chain is not None, "the plan has a method"
+    contracted = normalize_axes(axis, leaf.ndim)
+    stacked = stack_axes(leaf.ndim, contracted)
+    try:
+        q, notes = apply_chain(chain, leaf, statistics, scheme.weights, axis, stacked)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    wanted = getattr(chain[-1], "damping", None)
+    if wanted is not None and "damping" in notes and np.any(notes["damping"] > 1.5 * wanted):
+        warnings.warn(
+            f"{path}: the second moment of the activations is nearly singular; damping was raised "
+            f"from {wanted} to {np.max(notes['damping']):.2g}. Collect more rows.",
+            stacklevel=3,
+        )
+    inputs = q.inputs or Inputs()
+    if scheme.inputs is not None or inputs.changes_weight:
+        q = dataclasses.replace(q, inputs=dataclasses.replace(inputs, config=scheme.inputs))
+    return jax.block_until_ready(_reordered(q, stored_order(leaf, plan, platform)))
+
+
+@partial(jax.jit, static_argnames="order")
+def _reordered(q: QTensor, order: tuple[int, ...] | None) -> QTensor:
+    return q.reorder(order)
+
+
+def _check_statistics(
+    paths: list[str], chosen: list[Plan | None], statistics: Mapping[str, Any]
+) -> None:
+    """Raises one error that names the leaves whose methods have no statistics."""
+    plans = zip(paths, chosen, strict=True)
+    needing = [p for p, plan in plans if plan is not None and plan.method and needed(plan.method)]
+    lacking = [path for path in needing if path not in statistics]
+    if lacking:
+        more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
+        raise ValueError(
+            f"statistics must have those of {', '.join(lacking[:8])}{more}; got "
+            f"{', '.join(list(statistics)[:8]) or 'none'}. Pass statistics=jq.collect(apply, "
+            "params, batches, rules, method), with the same rules."
+        )
 
 
 @partial(jax.jit, static_argnames=("axis", "order"))

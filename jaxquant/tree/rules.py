@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from ..core import SCHEMES, ArrayConfig, Axes, Scheme, bits_of, block_shape
+from ..methods.internal import Chain, as_chain
 
 REGEX = "re:"
 # The contracted axis of kernels (K, N), as JAX and Keras have them, stacked or not.
@@ -17,10 +18,11 @@ CONTRACTED = -2
 
 
 class Plan(NamedTuple):
-    """How to quantize one leaf, and along which axes."""
+    """How to quantize one leaf, along which axes, and by which method if the rule names one."""
 
     scheme: Scheme
     axis: Axes
+    method: Chain | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +40,11 @@ class Rule:
         where: (path, leaf) -> whether the rule applies to a matching leaf; None for all of them.
         required: whether it is an error if no leaf matches.
         note: reason that reports give for leaves left in float; None for the pattern.
+        method: how `tree.quantize` chooses the codes, as its argument `method`; None for that one.
 
     Raises:
         ValueError: the pattern is not a str, its regular expression cannot be compiled, the scheme
-            is not a Scheme or ArrayConfig, or the overrides contradict it.
+            is not a Scheme or ArrayConfig, the overrides contradict it, or the method is not one.
 
     Example:
         >>> rules = [jq.Rule("head/*", None), jq.Rule("*/kernel", jq.W8A8)]
@@ -58,6 +61,7 @@ class Rule:
     where: Callable[[str, Any], bool] | None = None
     required: bool = True
     note: str | None = None
+    method: Any = None
 
     def __post_init__(self):
         if not isinstance(self.pattern, str):
@@ -78,7 +82,7 @@ class Rule:
                 f"{self.pattern!r}: {error}."
             ) from error
         try:
-            self.resolve()
+            self.plan()
         except ValueError as error:
             raise ValueError(f"Rule {self.pattern!r}: {error}") from error
 
@@ -104,7 +108,9 @@ class Rule:
     def plan(self) -> Plan | None:
         """How to quantize a leaf, and along which axes; None to leave it unchanged."""
         scheme = self.resolve()
-        return scheme and Plan(scheme, CONTRACTED if self.axis is None else self.axis)
+        method = None if self.method is None else as_chain(self.method)
+        axis = CONTRACTED if self.axis is None else self.axis
+        return scheme and Plan(scheme, axis, method)
 
 
 class DefaultRule(Rule):

@@ -1,0 +1,319 @@
+"""Statistics of the activations that each parameter of a model meets, summed over batches."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..core import Format, Inputs, QTensor, normalize_axes
+from ..jaxprs import split_arrays
+from ..lift import lift
+from ..methods import CrossMoment, Statistic
+from ..methods.internal import stack_axes
+from ..ops import Activations
+from ..tree import Progress, Rules
+from ..tree import dequantize as dequantize_tree
+from ..tree.internal import leaves_with_paths, progress_bar, select
+from .collected import Statistics, kinds_of
+
+_PAIR = "float and quantized"
+
+
+def collect(
+    apply: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Any],
+    rules: Rules,
+    statistics: Any,
+    *,
+    mask: Callable[[Any], jax.Array] | None = None,
+    quantized: Any = None,
+    allow_missing: bool = False,
+    progress: Progress | bool | None = None,
+) -> Statistics:
+    """Runs batches through a float model and sums statistics of the activations of its weights.
+
+        S = sum over rows x of f(x), and their number           (x x^T, x^2, |x|, max|x|)
+
+    Sums are computed in float32 at the highest precision within the compiled program; the host adds
+    those of each batch. Layers that `lax.scan` slices, experts of ragged products and matrices of
+    batched products get one sum per slice.
+
+    Args:
+        apply: (params, batch) -> anything; any function that `jaxquant.lift` transforms.
+        params: tree of float arrays.
+        batches: arguments of apply, one after another; batches of equal shapes compile once.
+        rules: as for `tree.quantize`: which leaves, and the axes that they contract.
+        statistics: statistics, methods that need some, or a list of either.
+        mask: (batch) -> array that is 0 for padding, in the shape of the leading axes of the rows,
+            such as (sentences, tokens); None counts all rows.
+        quantized: for `CrossMoment`: the quantized tree, which runs on the same batches.
+        allow_missing: whether a leaf, or a slice of it, that meets no activations is rounded to
+            nearest; otherwise it is an error.
+        progress: as for `tree.quantize`, per batch.
+
+    Returns:
+        Statistics: a mapping from path to {class: statistic}.
+
+    Raises:
+        ValueError: a leaf was not reached, or met NaN or Inf; the mask does not fit the rows;
+            `quantized` is missing for `CrossMoment`, or is not a tree like params; or as for
+            `tree.quantize`.
+
+    Source: Frantar et al. 2022 (GPTQ), arXiv:2210.17323; Lin et al. 2023 (AWQ), arXiv:2306.00978.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((4, 2))}
+        >>> def apply(params, x):
+        ...     return x @ params["kernel"]
+        >>> batches = [jnp.full((3, 4), 2.0)]
+        >>> found = jq.collect(apply, params, batches, jq.W8A8, jq.methods.MeanSquare)
+        >>> found["kernel"][jq.methods.MeanSquare].finish().tolist()
+        [4.0, 4.0, 4.0, 4.0]
+    """
+    kinds = kinds_of(statistics)
+    paths, leaves, plans, treedef = select(params, rules)
+    others = _others(quantized, treedef, kinds)
+    tappers = {
+        i: _Tapper(path, leaf.shape, normalize_axes(plan.axis, leaf.ndim), tuple(kinds))
+        for i, (path, leaf, plan) in enumerate(zip(paths, leaves, plans, strict=True))
+        if plan is not None
+    }
+    run = _compiled(apply, leaves, treedef, tappers, mask, others)
+    total = len(batches) if isinstance(batches, Sized) else None
+    with progress_bar(progress, total, "Collecting") as report:
+        for done, batch in enumerate(batches, 1):
+            jax.block_until_ready(run(batch))
+            jax.effects_barrier()
+            for tapper in tappers.values():
+                tapper.add()
+            report(done, total, f"batch {done}")
+    found = {tapper.path: tapper.finish(allow_missing) for tapper in tappers.values()}
+    return Statistics(found, is_complete=not allow_missing)
+
+
+def _others(quantized: Any, treedef: Any, kinds: Sequence[type[Statistic]]) -> list[Any] | None:
+    """The leaves of the quantized tree as floats, if a statistic compares activations with its."""
+    if CrossMoment not in kinds:
+        return None
+    if quantized is None:
+        raise ValueError(
+            "CrossMoment compares activations with those of a quantized model; got "
+            f"quantized={quantized}. Pass the result of tree.quantize."
+        )
+    _, leaves, other = leaves_with_paths(dequantize_tree(quantized))
+    if other != treedef:
+        raise ValueError(
+            f"quantized must be a tree like params; got {other}, and params is {treedef}."
+        )
+    return leaves
+
+
+def _compiled(
+    apply: Callable[[Any, Any], Any],
+    leaves: list[Any],
+    treedef: Any,
+    tappers: Mapping[int, "_Tapper"],
+    mask: Callable[[Any], jax.Array] | None,
+    others: list[Any] | None,
+) -> Callable[[Any], Any]:
+    """A function of a batch that runs the model with taps."""
+    lifted = lift(apply)
+
+    def model(selected, rest, batch, weights):
+        tapped = {i: tapper.tapped(selected[i], weights) for i, tapper in tappers.items()}
+        filled = [tapped.get(i, leaf) for i, leaf in enumerate(rest)]
+        return lifted(jax.tree.unflatten(treedef, filled), batch)
+
+    def pair(selected, rest, batch, weights):
+        run = partial(model, rest=rest, batch=batch, weights=weights)
+        return jax.vmap(run, axis_name=_PAIR)(selected)
+
+    selected = {
+        i: leaves[i] if others is None else jnp.stack([jnp.asarray(leaves[i]), others[i]])
+        for i in tappers
+    }
+    rest = [None if i in tappers else leaf for i, leaf in enumerate(leaves)]
+    arrays, whole = split_arrays(rest)
+
+    @jax.jit
+    def run(selected, arrays, batch):
+        weights = None if mask is None else jnp.asarray(mask(batch), jnp.float32)
+        return (model if others is None else pair)(selected, whole(arrays), batch, weights)
+
+    return partial(run, selected, arrays)
+
+
+@dataclasses.dataclass(eq=False)
+class _Tapper:
+    """Collects the sums of one parameter.
+
+    Attributes:
+        path: of the parameter.
+        shape: its shape.
+        axes: those that are contracted.
+        kinds: which statistics.
+        waiting: (slice numbers, sums) of the batch that is running.
+        sums: by the shape of slices, then by slice.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    kinds: tuple[type[Statistic], ...]
+    waiting: list[Any] = dataclasses.field(default_factory=list)
+    sums: dict[tuple[int, ...], dict[int, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The lengths of the axes that may be stacked layers or experts."""
+        return self.shape[: stack_axes(len(self.shape), self.axes)]
+
+    def tapped(self, weight: jax.Array, mask: jax.Array | None) -> QTensor:
+        """A float array with a tap: the codes are its elements, and all scales are 1."""
+        weight = jnp.asarray(weight)
+        info = jnp.finfo(weight.dtype)
+        name = str(weight.dtype)
+        format = Format(name, name, float(info.min), float(info.max))
+        scale = [1 if a in self.axes else n for a, n in enumerate(self.shape)]
+        numbers = jnp.arange(math.prod(self.leading), dtype=jnp.int32).reshape(self.leading)
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (*self.leading, *mask.shape))
+        tap = _Tap(numbers, mask, path=self.path, kinds=self.kinds, take=self.take)
+        return QTensor(
+            weight,
+            jnp.ones(scale, jnp.float32),
+            inputs=Inputs(tap=tap),
+            format=format,
+            dtype=weight.dtype,
+        )
+
+    def take(self, numbers: Any, *sums: Any) -> None:
+        """Keeps the sums of one product until the program has ended."""
+        numbers = np.asarray(numbers)
+        self.waiting.append((numbers, [jax.tree.map(np.asarray, s) for s in sums]))
+
+    def add(self) -> None:
+        """Adds what waits."""
+        while self.waiting:
+            numbers, new = self.waiting.pop(0)
+            found = self.sums.setdefault(numbers.shape, {})
+            first = int(numbers.flat[0])
+            old = found.get(first)
+            pairs = zip(old or new, new, strict=True)
+            found[first] = [b if old is None else a.merge(b) for a, b in pairs]
+
+    def finish(self, allow_missing: bool) -> dict[type[Statistic], Any]:
+        """The statistics of all slices, stacked."""
+        if len(self.sums) > 1:
+            raise ValueError(
+                f"{self.path}: products must all use the whole parameter, or slices of one shape; "
+                f"got {sorted(self.sums)}. Exclude it with a rule, Rule({self.path!r}, None)."
+            )
+        shape, found = next(iter(self.sums.items()), (self.leading, {}))
+        sliced = self.leading[: len(self.leading) - len(shape)]
+        step = math.prod(self.leading) // max(math.prod(sliced), 1)
+        numbers = [n * step for n in range(math.prod(sliced))]
+        absent = [n for n in numbers if n not in found]
+        if absent and not allow_missing:
+            raise ValueError(
+                f"{self.path}: no batch reached {len(absent)} of its {len(numbers)} slices in a "
+                "product or an ungrouped convolution. Pass batches that use it, a rule that leaves "
+                "it out, or allow_missing=True to round it to nearest."
+            )
+        if not found:
+            channels = math.prod(self.shape[a] for a in self.axes)
+            found = {0: [jax.tree.map(np.asarray, kind.init(channels)) for kind in self.kinds]}
+        empty = [jax.tree.map(np.zeros_like, s) for s in next(iter(found.values()))]
+        rows = [found.get(n, empty) for n in numbers]
+        stacked = [
+            jax.tree.map(lambda *s: np.stack(s).reshape((*sliced, *s[0].shape)), *column)
+            for column in zip(*rows, strict=True)
+        ]
+        for statistic in stacked:
+            self._check(statistic, allow_missing)
+        return dict(zip(self.kinds, stacked, strict=True))
+
+    def _check(self, statistic: Statistic, allow_missing: bool) -> None:
+        if not np.all(np.isfinite(statistic.total)):
+            raise ValueError(
+                f"{self.path}: activations must be finite; got NaN or Inf. Check the batches, or "
+                "pass a mask if the padding holds them."
+            )
+        unused = int(np.sum(statistic.count == 0))
+        if unused and not allow_missing:
+            raise ValueError(
+                f"{self.path}: no row reached {unused} of its {statistic.count.size} slices, such "
+                "as experts that no token chose. Pass more batches, or "
+                "allow_missing=True to round them to nearest."
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tap:
+    """Sums statistics of activations, and sends them to the host.
+
+    Attributes:
+        numbers: the indices of the slices of the parameter that is multiplied.
+        mask: for each of them, the weights of the rows, if any.
+        path: of the parameter, static.
+        kinds: which statistics, static.
+        take: gets the numbers and the sums, static.
+    """
+
+    numbers: jax.Array
+    mask: jax.Array | None
+    path: str = dataclasses.field(kw_only=True, metadata={"static": True})
+    kinds: tuple[type[Statistic], ...] = dataclasses.field(kw_only=True, metadata={"static": True})
+    take: Callable[..., None] = dataclasses.field(kw_only=True, metadata={"static": True})
+
+    def __call__(self, activations: Activations) -> None:
+        x = activations.unfolded()
+        if x is None:
+            return
+        batch = activations.batch
+        weights = self._weights(x.shape[batch:-1])
+        x = x.reshape(*x.shape[:batch], weights.size, x.shape[-1])
+        pair = None
+        if CrossMoment in self.kinds:
+            # Both models run side by side, as two examples of a batch.
+            pair = jax.lax.all_gather(x, _PAIR)
+            x, pair = pair[0], jnp.moveaxis(pair, 0, batch)
+        sums = [
+            _sum(kind, pair if kind is CrossMoment else x, weights, activations)
+            for kind in self.kinds
+        ]
+        jax.debug.callback(self.take, self.numbers, *sums)
+
+    def _weights(self, shape: tuple[int, ...]) -> jax.Array:
+        """The weight of each row, (rows,)."""
+        rows = math.prod(shape)
+        if self.mask is None:
+            return jnp.ones(rows, jnp.float32)
+        depth = self.numbers.ndim
+        mask = self.mask[(0,) * depth]
+        is_flat = shape[:1] == (mask.size,)
+        if not is_flat and shape[: mask.ndim] != mask.shape:
+            raise ValueError(
+                f"{self.path}: the mask must have the shape of the leading axes of its rows; got "
+                f"{mask.shape} for rows {shape}. Collect without a mask, or leave it out."
+            )
+        return jnp.repeat(mask.ravel(), rows // mask.size)
+
+
+def _sum(kind: type[Statistic], x: Any, weights: jax.Array, activations: Activations) -> Statistic:
+    """The statistic of one product, with an axis per batch axis, or for the groups of rows."""
+    update: Callable[..., Statistic] = kind.init(x.shape[-1]).update
+    if activations.group_sizes is not None:
+        ends = jnp.cumsum(activations.group_sizes)
+        group = jnp.searchsorted(ends, jnp.arange(weights.size), side="right")
+        return jax.lax.map(lambda n: update(x, weights * (group == n)), jnp.arange(ends.size))
+    for _ in range(activations.batch):
+        update = jax.vmap(update, (0, None))
+    return update(x, weights)

@@ -1,0 +1,8 @@
+"""Names of `methods` that other folders of this package use but that are not public."""
+
+from .chain import Chain as Chain
+from .chain import apply_chain as apply_chain
+from .chain import as_chain as as_chain
+from .chain import needed as needed
+from .layout import stack_axes as stack_axes
+from .statistics import STATISTICS as STATISTICS
