@@ -46,6 +46,7 @@ from .core import percentile_quantize as percentile_quantize
 from .core import quantize as quantize
 from .core import quantize_with_range as quantize_with_range
 from .core import quantize_with_scale as quantize_with_scale
+from .core import refine_blocks as refine_blocks
 from .core import specs as specs
 from .core import unpack_int2 as unpack_int2
 from .core import unpack_int4 as unpack_int4

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import QTensor, specs
+from ..core import QTensor, refine_blocks, specs
 from ..tree import Progress
 from ..tree.internal import leaves_with_paths, progress_bar
 from .source import Index, Source
@@ -51,7 +51,7 @@ def put(
     Args:
         value: what `Stored.value` holds, or what `stack` and `concatenate` made of several.
         sharding: of the whole array; None for the default device. A NamedSharding divides codes
-            and block scales as `jaxquant.specs` says.
+            and block scales as `jaxquant.specs` says, after `jaxquant.refine_blocks`.
         dtype: floating dtype of a float array and of what a QTensor dequantizes to; None for the
             file's.
 
@@ -63,6 +63,7 @@ def put(
     if not isinstance(sharding, jax.sharding.NamedSharding):
         out = jax.tree.map(lambda source: source.put(sharding), value)
     else:
+        value = refine_blocks(value, sharding.spec, sharding.mesh)
         of_arrays = specs(value, sharding.spec, sharding.mesh)
         out = jax.tree.map(lambda s, spec: s.put(sharding.update(spec=spec)), value, of_arrays)
     return out if dtype is None else out.astype(dtype)

@@ -21,6 +21,7 @@ from ..core import (
     block_shape,
     config_to_json,
     devices_of,
+    refine_blocks,
     specs,
 )
 from ..core import quantize as quantize_array
@@ -110,8 +111,8 @@ def write_quantized(
 
     Tensors are read, quantized and written in parts of some 16 million elements, where scales allow
     it: not one scale per tensor, and not nested scales. The file is that of `save` for the result
-    of `quantize`, byte for byte. A process that is killed leaves a folder `<path>.partial`, and the
-    next call with the same checkpoint and rules goes on where it stopped.
+    of `quantize` on one device, byte for byte. A process that is killed leaves a folder
+    `<path>.partial`, and the next call with the same checkpoint and rules goes on where it stopped.
 
     In several processes of `jax.distributed`, all call this with a sharding over all devices; the
     first process writes.
@@ -211,7 +212,8 @@ class _Task:
     def _parts(self, form: Any) -> Iterator[Any]:
         """The result in parts along the first axis of the stored arrays."""
         if isinstance(self.value, QTensor):
-            q = put(self.value, self.sharding)
+            # Not divided, so that blocks stay as they are stored.
+            q = put(self.value)
             self.codes = histogram(q)
             yield q
             return
@@ -289,6 +291,7 @@ def _check_finite(name: str, x: Any) -> None:
 def _placed(q: QTensor, sharding: Any) -> QTensor:
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return q
+    q = refine_blocks(q, sharding.spec, sharding.mesh)
     of_arrays = specs(q, sharding.spec, sharding.mesh)
     return jax.device_put(q, jax.tree.map(lambda spec: sharding.update(spec=spec), of_arrays))
 

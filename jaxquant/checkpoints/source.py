@@ -67,6 +67,19 @@ class Source:
 
         return Source((stop - start, *self.shape[1:]), self.dtype, reader)
 
+    def repeat(self, times: int, axis: int) -> "Source":
+        """The array with each element repeated along an axis, as it is read."""
+
+        def reader(index: Index) -> np.ndarray:
+            start, stop = index[axis].start, index[axis].stop
+            first = start // times
+            found = self.read((*index[:axis], slice(first, -(-stop // times)), *index[axis + 1 :]))
+            skipped = start - first * times
+            return found.repeat(times, axis).take(range(skipped, skipped + stop - start), axis)
+
+        shape = (*self.shape[:axis], times * self.shape[axis], *self.shape[axis + 1 :])
+        return Source(shape, self.dtype, reader)
+
     def put(self, sharding: jax.sharding.Sharding | None = None) -> jax.Array | np.ndarray:
         """The array on devices. Each process reads its devices' slices, one at a time.
 

@@ -84,6 +84,8 @@ from .serialization import config_to_json as config_to_json
 from .serialization import static_from_json as static_from_json
 from .serialization import static_to_json as static_to_json
 from .specs import devices_of as devices_of
+from .specs import refine_blocks as refine_blocks
+from .specs import repeat_blocks as repeat_blocks
 from .specs import specs as specs
 from .steps import encode as encode
 from .steps import fit_range as fit_range

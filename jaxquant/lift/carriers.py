@@ -7,14 +7,12 @@ raises Unsupported. Nothing is dequantized, and no block is divided into element
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..core import QTensor, scale_values
+from ..core import QTensor, repeat_blocks, scale_values
 from .parameter import Unsupported
 from .reshaped import paired_axes, reshaped_blocks
 
@@ -157,16 +155,6 @@ def _slice_stored(q: QTensor, axis: int, start: int, limit: int, stride: int) ->
 
 def _is(x):
     return isinstance(x, QTensor)
-
-
-def repeat_blocks(x: Any, axis: int, times: int) -> Any:
-    """Scales (an array or a QTensor) repeated along a stored axis, for blocks that are divided."""
-    if times == 1:
-        return x
-    repeat = partial(jnp.repeat, repeats=times, axis=axis)
-    if not isinstance(x, QTensor):
-        return repeat(x)
-    return dataclasses.replace(x, codes=repeat(x.codes), values=None)
 
 
 def dynamic_slice(q: QTensor, starts: Sequence[jax.Array], sizes: Sequence[int]) -> QTensor:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ..core import LowRank, QTensor
+from ..core import LowRank, QTensor, repeat_blocks
 from ..jaxprs import (
     call_shardings,
     called_program,
@@ -23,7 +23,6 @@ from ..jaxprs import (
     while_counts,
 )
 from ..ops import scan
-from .carriers import repeat_blocks
 from .interpreter import Equation, WouldDequantizeError, as_array, evaluate
 from .parameter import Parameter, Unsupported
 from .specs import constrained, specs

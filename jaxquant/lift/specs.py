@@ -1,14 +1,12 @@
 """Parameters in `jax.shard_map` and with sharding constraints."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 
-from ..core import LowRank, QTensor, devices_of
+from ..core import LowRank, QTensor, refine_blocks
 from ..core import specs as core_specs
-from .carriers import repeat_blocks
 from .parameter import Parameter, Unsupported
 
 
@@ -29,9 +27,7 @@ def specs(x: Any, spec: jax.P, mesh: Any) -> tuple[Any, Any]:
     q = x.qtensor()
     if q.inputs is not None and q.inputs.changes_weight:
         raise Unsupported(f"inputs.{q.inputs.changing_field} would have to be divided, too")
-    names = dict(zip(q.stored_axes(range(len(spec))), spec, strict=True))
-    stored = jax.P(*(names.get(a) for a in range(q.ndim)))
-    q = _divisible(q, stored, mesh)
+    q = refine_blocks(q, spec, mesh)
     return q, core_specs(q, spec)
 
 
@@ -57,24 +53,3 @@ def constrained(x: Any, sharding: jax.sharding.Sharding | None) -> Any:
     value = jax.lax.with_sharding_constraint(q, shardings)
     is_whole = x.is_whole and isinstance(x.value, QTensor)
     return dataclasses.replace(x, value=value, is_whole=is_whole, _forms={})
-
-
-def _divisible(q, spec, mesh):
-    """q with as many scales along each axis as the devices can share evenly, or one."""
-
-    def divide(x):
-        if x is None:
-            return None
-        for axis, name in enumerate(spec):
-            count, length = x.shape[axis], q.codes.shape[axis]
-            devices = devices_of(name, mesh)
-            times = devices // math.gcd(count, devices)
-            if count == 1 or times == 1:
-                continue
-            if (length // count) % times:
-                raise Unsupported(f"{devices} devices cannot share {count} blocks of axis {axis}")
-            x = repeat_blocks(x, axis, times)
-        return _divisible(x, spec, mesh) if isinstance(x, QTensor) else x
-
-    parts = {name: divide(getattr(q, name)) for name in ("scale", "zero_point", "offset")}
-    return dataclasses.replace(q, **parts)

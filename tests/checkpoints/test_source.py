@@ -60,6 +60,17 @@ def test_stacked_sources_read_like_stacked_arrays(data):
     np.testing.assert_array_equal(found.read(index), stacked[index])
 
 
+@SETTINGS
+@hypothesis.given(data=st.data())
+def test_repeated_sources_read_like_repeated_arrays(data):
+    axis, times = data.draw(st.integers(0, 1)), data.draw(st.integers(1, 4))
+    found = source(numbered(2, 3)).repeat(times, axis)
+    repeated = numbered(2, 3).repeat(times, axis)
+    assert found.shape == repeated.shape
+    index = data.draw(slices_of(repeated.shape))
+    np.testing.assert_array_equal(found.read(index), repeated[index])
+
+
 def test_only_the_parts_that_a_slice_needs_are_read():
     logs = [[], [], []]
     sources = [source(numbered(4, 3), log) for log in logs]

@@ -1,13 +1,24 @@
 """PartitionSpecs of the arrays of a QTensor."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import INT4, NVFP4, ArrayConfig, Inputs, quantize, specs
+from jaxquant import (
+    FP8_E4M3,
+    INT4,
+    NVFP4,
+    ArrayConfig,
+    Inputs,
+    QTensor,
+    quantize,
+    refine_blocks,
+    specs,
+)
 
 P = jax.P
 X = np.random.default_rng(0).normal(size=(64, 24)).astype(np.float32)
@@ -55,19 +66,104 @@ def test_scales_that_the_devices_cannot_share_are_replicated():
     [
         (P("a", None, "b"), None, r"spec must name at most 2 axes, .*; got P"),
         (P(None, "a"), mesh(7), r"7 devices along mesh axis 'a' cannot share 24 elements evenly"),
+        (
+            P("a"),
+            mesh(6),
+            r"6 devices along mesh axis 'a' cannot share 64 elements in 4 blocks evenly; got spec "
+            r"P.*'a'.* for QTensor\(int4 64x24, scale \(4, 24\)",
+        ),
         (P(("a", "c")), mesh(4, 2), r"must name axes of the mesh \('a', 'b'\); got 'c' in P"),
         (P(P.UNCONSTRAINED), mesh(4, 2), r"mesh \('a', 'b'\); got UNCONSTRAINED in P"),
         ("ab", None, r"expects a QTensor and a jax\.P; got QTensor and str ab\."),
     ],
 )
 def test_specs_that_do_not_fit_are_errors(spec, on, text):
-    with pytest.raises(ValueError, match=text):
-        specs(quantize(X, ArrayConfig(), axis=0), spec, on)
+    q = quantize(X, ArrayConfig(format=INT4, group_size=16), axis=0)
+    for function in (specs, refine_blocks):
+        with pytest.raises(ValueError, match=text):
+            function(q, spec, on)
 
 
 def test_an_array_without_codes_is_an_error():
     with pytest.raises(ValueError, match=r"expects a QTensor and a jax\.P; got ndarray and"):
         specs(X, P("a"))  # pyright: ignore[reportArgumentType]
+
+
+# Width and block of the contracted axis, and blocks after 8 devices share them.
+WIDTHS = [
+    (576, 32, 72),
+    (896, 32, 56),
+    (1536, 32, 48),
+    (11008, 32, 344),
+    (576, 192, 24),
+    (896, 128, 56),
+    (1536, 128, 24),
+    (11008, 128, 344),
+]
+
+
+@pytest.mark.parametrize("form", [None, (-1, -2)], ids=["as quantized", "swapped"])
+@pytest.mark.parametrize(("width", "block", "count"), WIDTHS)
+def test_blocks_that_devices_would_share_are_refined(width, block, count, form):
+    config = ArrayConfig(format=INT4, group_size=block, symmetric=False)
+    w = np.random.default_rng(0).normal(size=(width, 8)).astype(np.float32)
+    q = quantize(w, config, axis=0)
+    q = dataclasses.replace(q, offset=jnp.full(q.scale.shape, 0.5)).reorder(form)
+    on, spec = mesh(8), P("a", None)
+
+    finer = refine_blocks(q, spec, on)
+
+    wanted = (count, 8) if form is None else (8, count)
+    grids = finer.scale, finer.zero_point, finer.offset
+    assert [x.shape for x in grids if x is not None] == [wanted] * 3
+    assert finer.codes is q.codes
+    # 344 groups of 32 are 43 on each device, and stay.
+    assert (finer is q) == (width // block == count)
+    np.testing.assert_array_equal(finer.dequantize(), q.dequantize())
+    of_arrays = specs(finer, spec, on)
+    assert of_arrays.scale == of_arrays.offset == of_arrays.codes
+    placed = jax.device_put(finer, jax.tree.map(lambda s: jax.NamedSharding(on, s), of_arrays))
+    # The part of each device is a QTensor by itself.
+    part = jax.shard_map(lambda q: q.dequantize(), mesh=on, in_specs=(of_arrays,), out_specs=spec)
+    np.testing.assert_array_equal(jax.jit(part)(placed), q.dequantize())
+
+
+@pytest.mark.parametrize("shape", [(576, 1536), (11008, 896), (1536, 11008)], ids=str)
+@pytest.mark.parametrize("spec", [P("a", "b"), P("b", "a"), P(None, ("a", "b"))], ids=str)
+def test_two_dimensional_blocks_are_refined_along_both_axes(shape, spec):
+    # 576 rows are not whole blocks of 128, so readers give them blocks of 64.
+    blocks = tuple(math.gcd(n, 128) for n in shape)
+    codes = np.random.default_rng(0).normal(size=shape).astype("float8_e4m3fn")
+    scale = np.random.default_rng(1).uniform(
+        1, 2, [n // b for n, b in zip(shape, blocks, strict=True)]
+    )
+    q = QTensor(
+        jnp.asarray(codes), jnp.asarray(scale, jnp.float32), format=FP8_E4M3, dtype=jnp.float32
+    )
+    on = mesh(4, 2)
+    finer = refine_blocks(q, spec, on)
+    of_arrays = specs(finer, spec, on)
+    assert of_arrays.scale == of_arrays.codes == P(*spec)
+    np.testing.assert_array_equal(finer.dequantize(), q.dequantize())
+
+
+def test_nested_scales_are_refined_at_each_level():
+    # As in GGUF: 36 groups of 16 under 12 of 48.
+    q = quantize(np.tile(X, (9, 1)), ArrayConfig(format=INT4, group_size=16), axis=0)
+    assert isinstance(q.scale, jax.Array)
+    q = dataclasses.replace(q, scale=quantize(q.scale, ArrayConfig(group_size=3), axis=0))
+    finer = refine_blocks(q, P("a"), mesh(8))
+    assert isinstance(finer.scale, QTensor)
+    assert (finer.scale.shape, finer.scale.scale.shape) == ((72, 24), (24, 24))
+    np.testing.assert_array_equal(finer.dequantize(), q.dequantize())
+
+
+def test_shapes_are_refined_like_arrays():
+    q = quantize(X, ArrayConfig(format=INT4, group_size=32), axis=0)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), q)
+    found = refine_blocks(shapes, P("a"), mesh(8))
+    assert (found.codes.shape, found.scale.shape) == ((64, 24), (8, 24))
+    assert refine_blocks(q, P("a"), mesh(8)).scale.shape == (8, 24)
 
 
 @pytest.mark.parametrize("spec", [P("a", None), P(None, "a"), P("a", "b")], ids=str)
