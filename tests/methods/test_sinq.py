@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from jaxquant import INT4, NF4, NVFP4, ArrayConfig, MinMSE, quantize
 from jaxquant.methods import SINQ, Transform
+
+from . import inputs
 
 GROUPS = ArrayConfig(format=INT4, group_size=12)
 CASES = {
@@ -27,7 +31,7 @@ def matrix(seed=0, shape=(15, 36), spread=0.7):
     return (x * np.exp(spread * random.normal(size=(shape[0], 1)))).astype(np.float32)
 
 
-def blocks_of(config, axis, shape):
+def blocks_of(config, axis, shape) -> Any:
     if config.per_tensor:
         return shape
     if axis == (0, 1):
@@ -76,9 +80,9 @@ def error(weight, multiplier, config, axis):
 def test_factors_match_the_oracle_and_keep_the_product(case):
     config, axis = case
     weight = matrix()
-    expected = oracle(weight, *blocks_of(*case, weight.shape))
+    expected = oracle(weight, *blocks_of(config, axis, weight.shape))
 
-    changed = ANY_ERROR.transform(jnp.asarray(weight), {}, config, axis)
+    changed = inputs.transform(ANY_ERROR, jnp.asarray(weight), {}, config, axis)
 
     assert np.ptp(expected) > 1
     np.testing.assert_allclose(changed.multiplier, expected, rtol=2e-4)
@@ -89,8 +93,10 @@ def test_factors_match_the_oracle_and_keep_the_product(case):
 def test_each_tile_keeps_the_largest_exponent_with_an_allowed_error(case):
     config, axis = case
     weight = matrix(1)
-    _, columns = blocks_of(*case, weight.shape)
-    factors = np.asarray(ANY_ERROR.transform(jnp.asarray(weight), {}, config, axis).multiplier)
+    _, columns = blocks_of(config, axis, weight.shape)
+    factors = np.asarray(
+        inputs.transform(ANY_ERROR, jnp.asarray(weight), {}, config, axis).multiplier
+    )
     is_nested = config.scale_dtype is not None
     expected = np.ones_like(factors)
     for exponent in (0.25, 0.5, 0.75, 1):
@@ -100,7 +106,7 @@ def test_each_tile_keeps_the_largest_exponent_with_an_allowed_error(case):
             if tried[:, tile].sum() <= plain[:, tile].sum():
                 expected[tile] = factors[tile] ** exponent
 
-    found = SINQ(tolerance=0).transform(jnp.asarray(weight), {}, config, axis).multiplier
+    found = inputs.transform(SINQ(tolerance=0), jnp.asarray(weight), {}, config, axis).multiplier
 
     assert (expected != 1).any()
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -112,10 +118,10 @@ def test_neither_imbalance_nor_error_rise(seed, spread, tolerance):
     weight = matrix(seed, (8, 24), spread)
     for config in (GROUPS, ArrayConfig(format=NVFP4)):
         padded = np.pad(weight, ((0, 0), (0, 8))) if config.format is NVFP4 else weight
-        changed = SINQ(tolerance=tolerance).transform(jnp.asarray(padded), {}, config, 1)
+        changed = inputs.transform(SINQ(tolerance=tolerance), jnp.asarray(padded), {}, config, 1)
         errors = [error(padded, m, config, 1).sum() for m in (changed.multiplier, 1.0)]
         assert errors[0] <= (1 + tolerance) * errors[1] * (1 + 1e-4)
-    balanced = ANY_ERROR.transform(jnp.asarray(weight), {}, GROUPS, 1).weight
+    balanced = inputs.transform(ANY_ERROR, jnp.asarray(weight), {}, GROUPS, 1).weight
     # The scales of the groups absorb the factors of the rows.
     for start in (0, 12):
         before, after = weight[:, start : start + 12], np.asarray(balanced[:, start : start + 12])
@@ -136,7 +142,7 @@ def test_under_jit_and_vmap():
     stack = jnp.stack([jnp.asarray(matrix(seed)) for seed in range(3)])
 
     def balance(weight):
-        return SINQ().transform(weight, {}, GROUPS, 1)[:2]
+        return inputs.transform(SINQ(), weight, {}, GROUPS, 1)[:2]
 
     mapped = jax.jit(jax.vmap(balance))(stack)
     for i, weight in enumerate(stack):
@@ -148,21 +154,23 @@ def test_columns_and_tiles_without_spread_keep_their_factor():
     weight = matrix()
     weight[:, 5] = 0
     weight[:, 12:24] = 0
-    multiplier = np.asarray(ANY_ERROR.transform(jnp.asarray(weight), {}, GROUPS, 1).multiplier)
-    changed = ANY_ERROR.transform(jnp.asarray(weight), {}, GROUPS, 1)
+    multiplier = np.asarray(
+        inputs.transform(ANY_ERROR, jnp.asarray(weight), {}, GROUPS, 1).multiplier
+    )
+    changed = inputs.transform(ANY_ERROR, jnp.asarray(weight), {}, GROUPS, 1)
     np.testing.assert_array_equal(multiplier[12:24], 1)
     np.testing.assert_array_equal(changed.weight[:, 5], 0)
     assert np.isfinite(multiplier).all()
     assert np.ptp(multiplier[:12]) > 0.1
-    single = SINQ().transform(jnp.ones((1, 12)), {}, GROUPS, 1)
+    single = inputs.transform(SINQ(), jnp.ones((1, 12)), {}, GROUPS, 1)
     np.testing.assert_array_equal(single.multiplier, 1)
 
 
 def test_nan_stays_in_its_tile():
     weight = matrix()
-    expected = SINQ().transform(jnp.asarray(weight), {}, GROUPS, 1)
+    expected = inputs.transform(SINQ(), jnp.asarray(weight), {}, GROUPS, 1)
     weight[3, 2] = np.nan
-    found = SINQ().transform(jnp.asarray(weight), {}, GROUPS, 1)
+    found = inputs.transform(SINQ(), jnp.asarray(weight), {}, GROUPS, 1)
     np.testing.assert_array_equal(np.isnan(found.weight), np.isnan(weight))
     np.testing.assert_array_equal(found.multiplier[:12], 1)
     np.testing.assert_array_equal(found.multiplier[12:], expected.multiplier[12:])
@@ -170,14 +178,14 @@ def test_nan_stays_in_its_tile():
 
 def test_scales_of_weights_do_not_matter():
     weight = jnp.asarray(matrix())
-    expected = SINQ().transform(weight, {}, GROUPS, 1).multiplier
+    expected = inputs.transform(SINQ(), weight, {}, GROUPS, 1).multiplier
     for scale in (2.0**-60, 2.0**60):
-        found = SINQ().transform(weight * scale, {}, GROUPS, 1).multiplier
+        found = inputs.transform(SINQ(), weight * scale, {}, GROUPS, 1).multiplier
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_it_keeps_the_dtype_of_the_weight():
-    changed = SINQ().transform(jnp.asarray(matrix(), jnp.bfloat16), {}, GROUPS, 1)
+    changed = inputs.transform(SINQ(), jnp.asarray(matrix(), jnp.bfloat16), {}, GROUPS, 1)
     assert changed.weight.dtype == changed.multiplier.dtype == jnp.bfloat16
 
 
