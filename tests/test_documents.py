@@ -32,6 +32,7 @@ LIBRARIES = {
     "howto/flax-nnx.md": "flax",
     "howto/haiku.md": "haiku",
     "howto/keras.md": "keras_hub",
+    "howto/orbax.md": "orbax.checkpoint",
 }
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 
