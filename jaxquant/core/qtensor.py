@@ -138,7 +138,7 @@ class QTensor(ArrayLike):
         scale: quantization step, in units of x per code.
         zero_point: the code of 0.0, in units of codes; None if it is zero.
         offset: what is added to each element, in units of x; None for zero. GGUF and MLX files have
-            offsets; `quantize` does not produce them.
+            offsets, and `methods.HQQ` chooses them; `quantize` does not produce any.
         inputs: how activations are quantized before they are multiplied with this array; None
             leaves them in float.
         values: in training, the decoded codes, which receive the gradients (see `TrainedArray`);

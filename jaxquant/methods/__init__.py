@@ -4,6 +4,7 @@ from ..core import hadamard as hadamard
 from .awq import AWQ as AWQ
 from .error_feedback import predicted_gain as predicted_gain
 from .gptq import GPTQ as GPTQ
+from .hqq import HQQ as HQQ
 from .importance import Importance as Importance
 from .method import Method as Method
 from .method import Transform as Transform
