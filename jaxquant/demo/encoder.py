@@ -115,6 +115,10 @@ def load_encoder(folder: Path) -> tuple[Params, EncoderConfig]:
     """
     raw = read_arrays(folder / "model.safetensors")
     sizes = json.loads((folder / "config.json").read_text())
+    if not isinstance(sizes, dict):
+        raise ValueError(
+            f"{folder / 'config.json'} must hold an object; got {sizes!r:.100}. Copy it again."
+        )
     try:
         config = EncoderConfig(
             heads=sizes["num_attention_heads"],

@@ -62,6 +62,31 @@ def test_zero_points_that_are_not_packed(tmp_path, dtype):
         values_of(checkpoint, NAME)
 
 
+def test_packed_zero_points_of_one_row_hold_one_code_in_each_word(tmp_path):
+    codes, scale = random_codes(4, (1, 32)), random_scale(1, 4)
+    zero = np.array([[0, 5, 9, 15]], np.int32)
+    tensors = packed(codes, scale, weight_zero_point=zero)
+    checkpoint = open_model(tmp_path, config_of({**GROUPS, "symmetric": False}), tensors)
+    expected = (codes - np.repeat(zero, 8, 1)).astype(np.float32) * np.repeat(scale, 8, 1)
+    np.testing.assert_array_equal(values_of(checkpoint, NAME), expected, strict=True)
+    # Not packed, they would be read as other codes.
+    tensors["model.layer.weight_zero_point"] = zero - 8
+    checkpoint = open_model(tmp_path, config_of({**GROUPS, "symmetric": False}), tensors)
+    match = r"weight_zero_point' must be words with one code of 4 bits each; got \[-8, -3, 1, 7\]"
+    with pytest.raises(ValueError, match=match):
+        values_of(checkpoint, NAME)
+
+
+def test_quantized_results_are_noted(tmp_path):
+    config = config_of(GROUPS)
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group["output_activations"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    tensors = packed(random_codes(4, (6, 16)), random_scale(6, 2))
+    checkpoint = open_model(tmp_path, config, tensors)
+    assert checkpoint[NAME].note == "output_activations are left in float"
+    assert not checkpoint[NAME].is_exact
+
+
 def test_zero_points_of_symmetric_weights_must_be_zero(tmp_path):
     codes, scale = random_codes(4, (6, 16)), random_scale(6, 2)
     tensors = packed(codes, scale, weight_zero_point=np.zeros((6, 2), np.int8))

@@ -327,6 +327,25 @@ def test_a_configuration_that_is_not_json(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("config", [["x"], "x", None])
+def test_a_configuration_that_is_not_a_mapping(tmp_path, config):
+    with pytest.raises(ValueError, match=r"config must be a mapping, .*; got .*Read the file with"):
+        write_folder(tmp_path / "model", {"a": jnp.ones(3)}, config)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", [INT8, FP8_E4M3, NVFP4], ids=str)
+@pytest.mark.parametrize("name", ["table.weight", "table"])
+def test_plain_matrices_of_8_bits_beside_quantized_weights_are_read_again(tmp_path, format, name):
+    plain = {name: np.arange(-8, 8, dtype=np.int8).reshape(4, 4), "b.weight": jnp.ones((2, 3))}
+    plain["c.weight"] = jnp.ones((2, 3), jnp.float8_e4m3fn)
+    weight = quantize(normal(8, 32), ArrayConfig(format=format), axis=1)
+    checkpoint = written(tmp_path / "model", {NAME: weight, **plain}, CONFIG)
+    assert isinstance(value_of(checkpoint, NAME), jq.QTensor)
+    for key, array in plain.items():
+        np.testing.assert_array_equal(value_of(checkpoint, key).read(), array, strict=True)
+
+
 def test_what_exists_is_not_replaced(tmp_path):
     (tmp_path / "empty").mkdir()
     assert written(tmp_path / "empty", {"a": jnp.ones(3)}, CONFIG)

@@ -138,6 +138,7 @@ def without_size(folder):
         (without_size, "copy does not hold a BERT encoder: its files lack 'num_hidden_layers'"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "is not a safetensors file"),
         (lambda f: (f / "config.json").write_text("{"), "Expecting property name"),
+        (lambda f: (f / "config.json").write_text("[1]"), r"json must hold an object; got \[1\]"),
     ],
 )
 def test_an_unsupported_file_raises(tiny, tmp_path, change, text):

@@ -205,7 +205,10 @@ def _zero_point(
     rows, *rest = scale.shape or (1,)
     words = words_for(rows, args.bits) if layout is unpack else -(-rows // (32 // args.bits))
     if layout is not None and tensor.dtype == np.int32 and tensor.shape == (words, *rest):
-        codes = _unpack(tensor.source, args.bits, rows, 0, layout)
+        words_of = tensor.source
+        if rows == 1:
+            words_of = guarded(words_of, _check_one_code(tensor, args.bits))
+        codes = _unpack(words_of, args.bits, rows, 0, layout)
         codes = shifted(codes, 1 << (args.bits - 1), format.dtype)
         return scale_of(module, tensor.holding(codes), shape, blocks)
     whole = scale_of(module, tensor, shape, blocks)
@@ -223,6 +226,18 @@ def _narrow(values: np.ndarray, tensor: Tensor) -> np.ndarray:
         found = wide[narrow != wide][:4].tolist()
         raise tensor.invalid("integers from -128 to 127", f"{found}")
     return narrow
+
+
+def _check_one_code(tensor: Tensor, bits: int):
+    """Words with the code of one row have the shape of zero points that are not packed."""
+
+    def check(index: Index) -> None:
+        words = tensor.source.read(index)
+        if np.any((words < 0) | (words >= 1 << bits)):
+            found = np.unique(words)[:4].tolist()
+            raise tensor.invalid(f"words with one code of {bits} bits each", f"{found}")
+
+    return check
 
 
 def _check_zero(zero_point: Source, tensor: Tensor):
@@ -267,6 +282,8 @@ def _stored(
     note: str = "",
 ) -> Stored:
     module.take("input_global_scale")
+    if group.has_outputs:
+        note = "; ".join(filter(None, [note, "output_activations are left in float"]))
     inputs = with_permutation(_inputs(module, group, codes.shape[-1]), permutation)
     parts = {"codes": codes, "scale": scale, "zero_point": zero_point, "inputs": inputs}
     kind = f"compressed-tensors {format} {group.weights.strategy}"

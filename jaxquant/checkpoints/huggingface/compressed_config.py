@@ -93,6 +93,7 @@ class Group:
         targets: names of modules or of their classes; patterns start with "re:".
         weights: how weights are quantized.
         inputs: how activations are quantized; None for not at all.
+        has_outputs: whether the results of the modules are quantized, too.
         fields: of the file, for error messages.
         splits_codes: whether packed codes may lie in two words, as the version of the file says.
     """
@@ -100,6 +101,7 @@ class Group:
     targets: tuple[str, ...]
     weights: Args
     inputs: Args | None
+    has_outputs: bool
     fields: Fields
     splits_codes: bool
 
@@ -155,7 +157,8 @@ def _read_group(groups: Fields, name: str, splits_codes: bool) -> Group:
     for target in targets:
         check_pattern(group, "targets", target)
     activations = _read_args(inputs) if inputs.values else None
-    return Group(targets, weights, activations, group, splits_codes)
+    has_outputs = bool(group.section("output_activations").values)
+    return Group(targets, weights, activations, has_outputs, group, splits_codes)
 
 
 def _read_args(fields: Fields) -> Args:

@@ -141,7 +141,8 @@ def _plain(folder: Folder, tensor: Tensor, fields: Fields | None) -> Stored:
     is_narrow = len(tensor.shape) > 1 and tensor.dtype.name in _CODES
     prefix = tensor.name.removesuffix("weight")
     has_scale = any(prefix + name in folder.tensors for name in _SCALES)
-    if is_narrow and (fields is not None or has_scale):
+    is_left = fields is not None and tensor.name.removesuffix(".weight") in fields.strings("ignore")
+    if is_narrow and not is_left and (fields is not None or has_scale):
         raise ValueError(
             f"{tensor.path}: {tensor.name!r} has {tensor.dtype} elements, as if it were part of a "
             f"quantized weight, {why}. Check {where} and download the model again."

@@ -56,7 +56,7 @@ class QuantizationTable:
                     f"{name} must be an array whose dtype safetensors has, or a QTensor; got "
                     f"{type(value).__name__}, {array.dtype}. Convert it, such as to float32."
                 )
-            self.floats += [module] if array.ndim > 1 and module != name else []
+            self.floats += [module] if array.ndim > 1 else []
             return {name: array}
         if value.format == NVFP4:
             self.nested += [module]

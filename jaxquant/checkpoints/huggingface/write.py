@@ -52,6 +52,11 @@ def write_folder(
         >>> jq.checkpoints.open_folder("model")["up_proj.weight"].kind
         'compressed-tensors int4 group'
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"config must be a mapping, that of config.json; got {config!r:.100}. Read the file "
+            "with json.load."
+        )
     table = QuantizationTable()
     with creating_folder(path) as folder:
         encoded = (table.encode(name, value) for name, value in params.items())
