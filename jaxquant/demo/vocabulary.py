@@ -11,7 +11,9 @@ from .text import read_tokenizer, tokenizers_package
 
 _PREFIX = "tokenizer.ggml."
 # `token_type` of tokens such as "<|im_end|>", which are found in text before it is split.
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+# What SentencePiece writes for a space.
+_SPACE = "\u2581"
 # Llama 3's split of text into words.
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -94,14 +96,15 @@ def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
 def _from_gguf(checkpoint: Checkpoint, found: Mapping[str, Any]) -> Vocabulary:
     kind, split = found.get("model"), found.get("pre", "default")
     # Lists, because values of metadata may not be hashable.
-    if kind not in list(_MODELS) or split not in list(_SPLITS):
+    splits = _MODELS[kind] if kind in list(_MODELS) else {}
+    if split not in list(splits):
+        kinds = "; ".join(f"{k} with words as in {', '.join(v)}" for k, v in _MODELS.items())
         raise ValueError(
-            f"{checkpoint.path}: tokenizers of {', '.join(_MODELS)} with words as in "
-            f"{', '.join(_SPLITS)} are supported; got {kind!r} with {split!r}. Use the model's "
-            "folder of Hugging Face, which has a tokenizer.json."
+            f"{checkpoint.path}: these tokenizers are supported: {kinds}; got {kind!r} with "
+            f"{split!r}. Use the model's folder of Hugging Face, which has a tokenizer.json."
         )
     try:
-        tokenizer = _MODELS[kind](found, _SPLITS[split])
+        tokenizer = splits[split].build(found, splits[split])
         tokens = found["tokens"]
         bos, eos = (found.get(f"{name}_token_id") for name in ("bos", "eos"))
         names = {n: tokens[i] for n, i in (("bos_token", bos), ("eos_token", eos)) if i is not None}
@@ -112,7 +115,7 @@ def _from_gguf(checkpoint: Checkpoint, found: Mapping[str, Any]) -> Vocabulary:
         raise ValueError(
             f"{checkpoint.path}: its tokenizer is malformed: {error!r}. Copy the file again."
         ) from error
-    adds_bos = found.get("add_bos_token", _SPLITS[split].adds_bos)
+    adds_bos = found.get("add_bos_token", splits[split].adds_bos)
     return Vocabulary(
         tokenizer,
         stops=frozenset(i for i in stops if i is not None),
@@ -126,12 +129,14 @@ class _Split(NamedTuple):
     """How text is split into words, and what files leave out that goes with it.
 
     Attributes:
-        words: makes the splitter from the package `tokenizers`.
+        build: makes the tokenizer from the metadata and this.
+        words: makes the splitter from the package `tokenizers`; None to leave text whole.
         ignores_merges: whether a word that is a token becomes this token, whatever the merges.
         adds_bos: whether texts start with the token `bos` unless the file says otherwise.
     """
 
-    words: Callable[[Any], Any]
+    build: Callable[[Mapping[str, Any], Any], Any]
+    words: Callable[[Any], Any] | None = None
     ignores_merges: bool = False
     adds_bos: bool = False
 
@@ -145,12 +150,58 @@ def _byte_pairs(found: Mapping[str, Any], split: _Split) -> Any:
     tokenizer = package.Tokenizer(
         package.models.BPE(ids, merges, ignore_merges=split.ignores_merges)
     )
-    tokenizer.pre_tokenizer = split.words(package)
+    tokenizer.pre_tokenizer = split.words and split.words(package)
     tokenizer.decoder = package.decoders.ByteLevel()
+    _add_whole_tokens(tokenizer, tokens, types)
+    return tokenizer
+
+
+def _sentencepiece(found: Mapping[str, Any], split: _Split) -> Any:
+    """Byte-pair encoding of characters as in SentencePiece, with bytes for unknown ones.
+
+    Of all neighbours that make up a token, those of the highest score are joined first. Among equal
+    scores, which files have for few tokens, the order may differ from SentencePiece's.
+    """
+    package = tokenizers_package()
+    tokens, types = found["tokens"], found["token_type"]
+    ids = {token: i for i, token in enumerate(tokens)}
+    rows = zip(tokens, found["scores"], types, strict=True)
+    scores = {t: score for t, score, kind in rows if kind in (_NORMAL, _USER_DEFINED)}
+    unknown = tokens[found.get("unknown_token_id", 0)]
+    tokenizer = package.Tokenizer(
+        package.models.BPE(
+            ids, _merges(scores), unk_token=unknown, fuse_unk=True, byte_fallback=True
+        )
+    )
+    escape = package.normalizers.Replace(" ", _SPACE)
+    if found.get("add_space_prefix", True):
+        escape = package.normalizers.Sequence([package.normalizers.Prepend(" "), escape])
+    tokenizer.normalizer = escape
+    decoders = package.decoders
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    _add_whole_tokens(tokenizer, tokens, types)
+    return tokenizer
+
+
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Pairs of tokens that make up another one, in the order in which they are joined."""
+    found = [
+        (-score, -i, token[:i], token[i:])
+        for token, score in scores.items()
+        for i in range(1, len(token))
+        if token[:i] in scores and token[i:] in scores
+    ]
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _add_whole_tokens(tokenizer: Any, tokens: list[str], types: list[int]) -> None:
+    """Tokens that are found in text before it is split."""
     kinds = list(zip(tokens, types, strict=True))
     tokenizer.add_special_tokens([t for t, kind in kinds if kind == _CONTROL])
-    tokenizer.add_tokens([t for t, kind in kinds if kind == _USER_DEFINED])
-    return tokenizer
+    added = tokenizers_package().AddedToken
+    tokenizer.add_tokens([added(t, normalized=False) for t, kind in kinds if kind == _USER_DEFINED])
 
 
 def _gpt2_words(package: Any) -> Any:
@@ -168,14 +219,16 @@ def _llama3_words(package: Any) -> Any:
     return package.pre_tokenizers.Sequence([words, as_bytes])
 
 
+_LLAMA3 = _Split(_byte_pairs, _llama3_words, ignores_merges=True, adds_bos=True)
 # By tokenizer.ggml.model, and by tokenizer.ggml.pre: files do not say how to split text into words.
-_MODELS: dict[str, Callable[[Mapping[str, Any], _Split], Any]] = {"gpt2": _byte_pairs}
-_LLAMA3 = _Split(_llama3_words, ignores_merges=True, adds_bos=True)
-_SPLITS: dict[str, _Split] = {
-    "smollm": _Split(_single_digits),
-    "gpt-2": _Split(_gpt2_words),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
+_MODELS: dict[str, dict[str, _Split]] = {
+    "gpt2": {
+        "smollm": _Split(_byte_pairs, _single_digits),
+        "gpt-2": _Split(_byte_pairs, _gpt2_words),
+        "llama-bpe": _LLAMA3,
+        "llama3": _LLAMA3,
+    },
+    "llama": {"default": _Split(_sentencepiece, adds_bos=True)},
 }
 
 

@@ -1,7 +1,10 @@
 """Tokenizers that come with language models."""
 
+import itertools
 import json
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 from jaxquant import checkpoints, demo
@@ -96,13 +99,94 @@ def test_texts_start_with_a_token_if_the_file_says_so(tmp_path, arrays):
     assert words(from_gguf(tmp_path, arrays, [change]), "a") == ["<|im_start|>", "a"]
 
 
+# Overlapping pieces of a few letters, each with its own score.
+PIECES = [
+    *"\u2581abc",
+    "ab",
+    "\u2581a",
+    "bc",
+    "aa",
+    "aab",
+    "\u2581\u2581",
+    "cab",
+    "ca",
+    "abc",
+    "baa",
+]
+PIECES += ["\u2581aa", "bcab", "ba", "cc", "aaa", "\u2581ca", "bab", "cabc"]
+CONTROLS = ["<unk>", "<s>", "</s>"]
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+SCORED = [*CONTROLS, *BYTES, *PIECES, "[x]"]
+TYPES = [2, 3, 3, *[6] * 256, *[1] * len(PIECES), 4]
+SCORES = [*[0.0] * 259, *(-float(i) for i in range(len(PIECES))), 0.0]
+
+
+def sentencepiece(tmp_path, arrays, *changes):
+    length = max(len(llamas.TOKENS), len(SCORED))
+    padding = [f"<unused{i}>" for i in range(length - len(SCORED))]
+    pairs = [
+        ("tokenizer.ggml.model", STRING, "llama"),
+        ("tokenizer.ggml.pre", STRING, "default"),
+        ("tokenizer.ggml.tokens", ARRAY, (STRING, [*SCORED, *padding])),
+        ("tokenizer.ggml.token_type", ARRAY, (5, [*TYPES, *[5] * len(padding)])),
+        ("tokenizer.ggml.scores", ARRAY, (gguf_files.FLOAT32, [*SCORES, *[0.0] * len(padding)])),
+        ("tokenizer.ggml.bos_token_id", UINT32, 1),
+        ("tokenizer.ggml.eos_token_id", UINT32, 2),
+        ("tokenizer.ggml.unknown_token_id", UINT32, 0),
+    ]
+    return from_gguf(tmp_path, arrays, [*pairs, *changes])
+
+
+def joined_by_score(text):
+    """SentencePiece: of all neighbours that make up a piece, those with the highest score first."""
+    symbols = list(text.replace(" ", "\u2581"))
+    scores = dict(zip(SCORED, SCORES, strict=True))
+    while True:
+        pairs = ((a + b, i) for i, (a, b) in enumerate(itertools.pairwise(symbols)))
+        known = [(-scores[piece], i, piece) for piece, i in pairs if piece in PIECES]
+        if not known:
+            break
+        _, i, piece = min(known)
+        symbols[i : i + 2] = [piece]
+    bytes_of = ([f"<0x{b:02X}>" for b in s.encode()] for s in symbols)
+    found = [[s] if s in PIECES else b for s, b in zip(symbols, bytes_of, strict=True)]
+    return [SCORED.index(s) for s in itertools.chain(*found)]
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(text=st.text(" aabbccé日\n", max_size=20))
+def test_sentencepiece_joins_characters_by_score(scored, text):
+    ids = scored.encode(text)
+    assert ids == [1, *joined_by_score(f" {text}" if text else "")]
+    assert "".join(scored.pieces(ids)) == (f" {text}" if text else "")
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, arrays):
+    return sentencepiece(tmp_path_factory.mktemp("scored"), arrays)
+
+
+def test_sentencepiece_options_of_a_file(tmp_path, arrays, scored):
+    # A space comes first after whole tokens, too, as in llama.cpp.
+    whole = SCORED.index("[x]")
+    assert scored.encode("b[x]c") == [1, *joined_by_score(" b"), whole, *joined_by_score(" c")]
+    assert scored.encode("</s>") == [1, 2]
+    changes = [(f"tokenizer.ggml.add_{name}", BOOL, 0) for name in ("bos_token", "space_prefix")]
+    plain = sentencepiece(tmp_path, arrays, *changes)
+    assert plain.encode("aab") == joined_by_score("aab")
+    without = ("tokenizer.ggml.scores", ARRAY, (gguf_files.FLOAT32, [0.0]))
+    with pytest.raises(ValueError, match="its tokenizer is malformed: ValueError"):
+        sentencepiece(tmp_path, arrays, without)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (("tokenizer.ggml.model", STRING, "llama"), "gpt2 .* got 'llama' with 'smollm'. Use the"),
+        (("tokenizer.ggml.model", STRING, "llama"), "llama with .* got 'llama' with 'smollm'. Use"),
+        (("tokenizer.ggml.model", STRING, "t5"), "supported: gpt2 with .* got 't5' with 'smollm'"),
         (("tokenizer.ggml.pre", STRING, "odd"), "smollm, gpt-2, .* got 'gpt2' with 'odd'. Use the"),
         (("tokenizer.ggml.tokens", ARRAY, (STRING, ["a"])), "its tokenizer is malformed: "),
-        (("tokenizer.ggml.model", ARRAY, (UINT32, [1])), r"are supported; got \[1\] with 'smollm'"),
+        (("tokenizer.ggml.model", ARRAY, (UINT32, [1])), r"supported: .*; got \[1\] with 'smollm'"),
         (("tokenizer.ggml.eot_token_id", ARRAY, (UINT32, [1])), "tokenizer is malformed: TypeErr"),
         (("tokenizer.ggml.eos_token_id", UINT32, 10**6), "malformed: IndexError.* Copy the file"),
     ],
