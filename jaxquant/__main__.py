@@ -222,6 +222,8 @@ def _compare_language(options: argparse.Namespace) -> tuple[list[demo.LanguageRe
 
 
 def _generate(options: argparse.Namespace) -> None:
+    # Before a model is read, which takes seconds.
+    demo.check_sampling(options.max_tokens, options.temperature, options.seed)
     _use_compilation_cache()
     with progress_bar(not options.json, None, "Reading") as progress:
         stream = iter(_read_and_continue(options, progress))

@@ -423,6 +423,21 @@ def test_generate_requantizes_and_prints_json(run, llama):
     assert values["tokens_per_second"] > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--max-tokens", "0"], "number of tokens to generate must be at least 1; got 0"),
+        (["--temperature", "-1"], "temperature must be 0 or a positive number; got -1.0"),
+        (["--seed", "-1"], "seed must be 0 to 4294967295; got -1"),
+    ],
+)
+def test_generate_checks_its_arguments_before_it_reads_a_model(run, monkeypatch, options, text):
+    monkeypatch.setattr(demo, "load_llama", lambda *_, **__: pytest.fail("it read the model"))
+    status, _, err = run("generate", "the", "--model", "none.gguf", *options)
+    assert status != 0
+    assert text in err
+
+
 def test_generate_answers_and_samples(run, llama):
     pytest.importorskip("jinja2", reason="pip install -e '.[test]'")
     common = ["generate", "the", "--model", llama, "--max-tokens", "6", "--json", "--chat"]

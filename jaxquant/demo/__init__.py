@@ -9,6 +9,7 @@ from .encoder import embed as embed
 from .encoder import load_encoder as load_encoder
 from .encoder import packaged_encoder as packaged_encoder
 from .generate import STORES as STORES
+from .generate import check_sampling as check_sampling
 from .generate import generate as generate
 from .generate import packaged_llama as packaged_llama
 from .generate import requantize as requantize

@@ -58,7 +58,8 @@ def generate(
         ValueError: the prompt is empty, it and the tokens are more than the model's context, or
             another argument is out of range.
     """
-    _check_ranges(model, prompt, temperature, seed)
+    check_sampling(count, temperature, seed)
+    _check_prompt(model, prompt)
     length = len(prompt)
     if not 1 <= length <= length + count - 1 < model.context_length:
         raise ValueError(
@@ -78,11 +79,21 @@ def generate(
         yield int(found[0])
 
 
-def _check_ranges(model: LlamaModel, prompt: Sequence[int], temperature: float, seed: int) -> None:
+def check_sampling(count: int, temperature: float, seed: int) -> None:
+    """Raises for arguments of `generate` that no model allows.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if count < 1:
+        raise ValueError(f"The number of tokens to generate must be at least 1; got {count}.")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or a positive number; got {temperature}.")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be 0 to {2**32 - 1}; got {seed}.")
+
+
+def _check_prompt(model: LlamaModel, prompt: Sequence[int]) -> None:
     size = model.params["embedding"].shape[0]
     unknown = [i for i in prompt if not 0 <= i < size]
     if unknown:

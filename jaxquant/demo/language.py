@@ -26,7 +26,7 @@ class Variant:
     """A row of the table: how parameters are quantized, and how keys and values are stored.
 
     Attributes:
-        scheme: what parameters are requantized to; None for float32. Without effect if `as_stored`.
+        scheme: what parameters are requantized to; None for float32, or for `as_stored`.
         as_stored: whether parameters are left as the file has them.
         store: name of the store of keys and values.
     """
@@ -34,6 +34,13 @@ class Variant:
     scheme: Scheme | ArrayConfig | None = None
     as_stored: bool = False
     store: str = "float32"
+
+    def __post_init__(self):
+        if self.as_stored and self.scheme is not None:
+            raise ValueError(
+                f"as_stored leaves parameters as they are; got it with scheme={self.scheme}. Give "
+                "one of them."
+            )
 
 
 _G32 = dataclasses.replace(core.W4A16.weights, group_size=32)

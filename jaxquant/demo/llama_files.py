@@ -311,7 +311,8 @@ def _tree_of_sources(checkpoint: Checkpoint, settings: _Settings) -> tuple[Param
         "layers": tuple(jax.tree.map(lambda *s: checkpoints.stack(s), *run) for run in runs),
         "norm": value_of("model.norm.weight", "width"),
     }
-    if "lm_head.weight" in checkpoint:
+    is_tied = checkpoint.metadata.get("config", {}).get("tie_word_embeddings") is not False
+    if "lm_head.weight" in checkpoint or not is_tied:
         tree["head"] = value_of("lm_head.weight", "vocabulary", "width")
     return tree, used
 

@@ -124,3 +124,9 @@ def test_the_table_shows_the_results():
     for part in ("name of it", "12.3", "4.26", "46.1", "0.0123", "0.988", "346", "23.4", "other"):
         assert part in text
     assert "the model's file is quantized" in text
+
+
+def test_a_variant_is_stored_or_requantized():
+    match = r"as_stored leaves parameters as they are; got it with scheme=.*Give one of them"
+    with pytest.raises(ValueError, match=match):
+        demo.Variant(jq.W8A8, as_stored=True)
