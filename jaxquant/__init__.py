@@ -1,9 +1,12 @@
 """Quantization as pure functions over pytrees, compiled by XLA."""
 
+from . import allocation as allocation
 from . import checkpoints as checkpoints
 from . import methods as methods
 from . import training as training
 from . import tree as tree
+from .allocation import Allocation as Allocation
+from .allocation import allocate as allocate
 from .calibration import Statistics as Statistics
 from .calibration import collect as collect
 from .core import FILE_FORMATS as FILE_FORMATS

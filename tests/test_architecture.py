@@ -31,6 +31,7 @@ LAYERS = [
     "checkpoints",
     "lift",
     "calibration",
+    "allocation",
     "training",
     "keras",
     "demo",
@@ -41,6 +42,8 @@ MAX_NESTING = 4
 MAX_BODY_LINES = 60
 # Modules that may import inside a function, each with its reason.
 LATE_IMPORTS = {
+    "allocation/allocation.py": "rich is slow to import, and only tables need it",
+    "allocation/picture.py": "matplotlib is an optional package, and slow to import",
     "calibration/collected.py": "rich is slow to import, and only tables need it",
     "checkpoints/report.py": "rich is slow to import, and only tables need it",
     "demo/text.py": "tokenizers is an optional package",

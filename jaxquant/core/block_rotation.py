@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,22 @@ class BlockRotation:
         Raises:
             ValueError: the axes do not have the shape of `signs`; or as for `check_block`.
         """
+        moved, signs = self._moved(x, axes)
+        rotated = _rotate_blocks((moved * signs).reshape(-1, self.block), hadamard)
+        return _back(rotated, x, axes)
+
+    def undo(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+        """x R^T, the inverse of `apply`.
+
+        Raises:
+            ValueError: as for `apply`.
+        """
+        moved, signs = self._moved(x, axes)
+        turned = _rotate_blocks(moved.reshape(-1, self.block), lambda n: hadamard(n).T)
+        return _back(turned.reshape(moved.shape) * signs, x, axes)
+
+    def _moved(self, x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+        """x in the dtype of the sums with `axes` last, and the signs with the rank of x."""
         lengths = tuple(x.shape[a] for a in axes)
         if self.signs.shape != lengths:
             raise ValueError(
@@ -58,13 +74,9 @@ class BlockRotation:
                 f"got {self.signs.shape} for axes {tuple(axes)} of an array of shape {x.shape}."
             )
         check_block(self.block, math.prod(lengths))
-        last = range(x.ndim - len(lengths), x.ndim)
-        moved = jnp.moveaxis(x, axes, last)
         dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-        signs = jnp.expand_dims(self.signs.astype(dtype), range(x.ndim - len(lengths)))
-        signed = moved.astype(dtype) * signs
-        rotated = _rotate_blocks(signed.reshape(-1, self.block)).reshape(moved.shape)
-        return jnp.moveaxis(rotated.astype(x.dtype), last, axes)
+        moved = jnp.moveaxis(x, axes, range(x.ndim - len(lengths), x.ndim)).astype(dtype)
+        return moved, jnp.expand_dims(self.signs.astype(dtype), range(x.ndim - len(lengths)))
 
     def matrix(self) -> np.ndarray:
         """R as a (K, K) float64 array."""
@@ -90,8 +102,15 @@ def check_block(block: int, channels: int) -> None:
     hadamard(block)
 
 
-def _rotate_blocks(x: jax.Array) -> jax.Array:
-    """Rows (rows, g) times H_g / sqrt(g)."""
+def _back(moved: jax.Array, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """An array whose last axes are `axes` of x, in the shape and dtype of x."""
+    last = range(x.ndim - len(axes), x.ndim)
+    shape = jax.eval_shape(lambda x: jnp.moveaxis(x, axes, last), x).shape
+    return jnp.moveaxis(moved.reshape(shape).astype(x.dtype), last, axes)
+
+
+def _rotate_blocks(x: jax.Array, matrix: Callable[[int], np.ndarray]) -> jax.Array:
+    """Rows (rows, g) times H_g / sqrt(g), or its transpose, from Hadamard matrices."""
     size = x.shape[-1]
     factors = hadamard_factors(size)
     assert factors is not None, "the caller has checked the block"
@@ -99,7 +118,7 @@ def _rotate_blocks(x: jax.Array) -> jax.Array:
     outer = size // inner
 
     def factor(n: int) -> np.ndarray:
-        return (hadamard(n) / math.sqrt(n)).astype(x.dtype)
+        return (matrix(n) / math.sqrt(n)).astype(x.dtype)
 
     # H_g = H_outer kron H_inner.
     highest = jax.lax.Precision.HIGHEST

@@ -48,8 +48,8 @@ class Inputs:
             group are neighbours ("act-order" in GPTQ). None for no permutation.
         rotation: R, an orthogonal matrix that the activations are multiplied with; the QTensor
             holds R^T W of a kernel W (K, N). None for no rotation.
-        tap: function that gets the activations before they are quantized, as `ops.Activations`;
-            None for none.
+        tap: function that gets the activations before they are quantized, as `ops.Activations`, and
+            returns None or a function of the result; None for none.
 
     Example:
         >>> import dataclasses

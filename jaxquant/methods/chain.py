@@ -150,7 +150,7 @@ def _run(
                 multiplier = factor if multiplier is None else multiplier * factor
             if changed.rotation is not None:
                 rotation = changed.rotation
-                means = {kind: rotated(kind, mean, rotation) for kind, mean in means.items()}
+                means = rotated(means, rotation)
         out = chain[-1](matrix, means, config, axis)
         q, notes = out if isinstance(out, tuple) else (out, {})
         return dataclasses.replace(q, dtype=weight.dtype), multiplier, rotation, notes

@@ -82,18 +82,23 @@ def _block_of(channels: int) -> int:
     return next(n for n in sizes if channels % n == 0 and hadamard_factors(n) is not None)
 
 
-def rotated(kind: type[Statistic], mean: jax.Array, rotation: BlockRotation) -> jax.Array:
-    """The mean of a statistic of activations that are rotated: R^T S R.
+def rotated(means: Statistics, rotation: BlockRotation) -> Statistics:
+    """The means of statistics of activations that are rotated: R^T S R.
+
+    Those of single channels are left out: they do not determine the result, and `check_order`
+    excludes methods that need them.
 
     Args:
-        kind: `SecondMoment` or `CrossMoment`; others do not determine the result.
-        mean: `finish()` of the statistic.
+        means: `finish()` of each statistic, by class.
         rotation: with signs (K,).
     """
-    assert kind in _OF_PAIRS, f"check_order excludes {kind}"
-    for axis in (mean.ndim - 2, mean.ndim - 1):
-        mean = rotation.apply(mean, (axis,))
-    return mean
+
+    def both_axes(mean: jax.Array) -> jax.Array:
+        for axis in (mean.ndim - 2, mean.ndim - 1):
+            mean = rotation.apply(mean, (axis,))
+        return mean
+
+    return {kind: both_axes(mean) for kind, mean in means.items() if kind in _OF_PAIRS}
 
 
 def check_order(chain: Sequence[Any]) -> None:

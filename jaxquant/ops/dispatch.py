@@ -129,7 +129,8 @@ def run(
         ValueError: no row has the name `implementation`, or that row does not support the operands.
     """
     if any(_is_tapped(x) for x in (lhs, rhs)):
-        lhs, rhs = observe(lhs, rhs, spec.with_arrays(*arrays))
+        lhs, rhs, changed = observe(lhs, rhs, spec.with_arrays(*arrays))
+        return changed(_run(lhs, rhs, arrays, table, spec, implementation))
     return _run(lhs, rhs, arrays, table, spec, implementation)
 
 

@@ -46,6 +46,8 @@ class Activations:
         batch: the number of batch axes of the product.
         group_sizes: number of rows that meet each matrix of a ragged product; None for other
             products.
+        operation: name of the function of `jax.lax`.
+        stored_shape: that of the codes of the QTensor.
         unfolded: function that returns them as (batch axes, rows, contracted elements). The batch
             axes and the contracted elements are in the order of the QTensor's; rows have any number
             of axes. None for a convolution in groups.
@@ -54,18 +56,41 @@ class Activations:
     values: jax.Array
     batch: int
     group_sizes: jax.Array | None
+    operation: str
+    stored_shape: tuple[int, ...]
     unfolded: Callable[[], jax.Array | None]
 
 
-def observe(lhs: Operand, rhs: Operand, spec: Any) -> tuple[Operand, Operand]:
-    """The operands without taps, after each tap was called with the operand that it observes."""
+def observe(lhs: Operand, rhs: Operand, spec: Any) -> tuple[Operand, Operand, Function]:
+    """The operands without taps, after each tap was called with the operand that it observes.
+
+    Also returns the function of the result that the taps make of it: each tap may return one, which
+    gets the result as (batch axes, rows, output axes), in the order of the QTensor's stored axes.
+    """
     _, (lhs_channels, rhs_channels) = zip(*_axes(lhs, rhs, spec.batch, spec.channels), strict=True)
     lhs_batch = _in_order_of(rhs, spec.batch[1], spec.batch[0])
     rhs_batch = _in_order_of(lhs, spec.batch[0], spec.batch[1])
-    return (
-        _observed(lhs, rhs, rhs_batch, rhs_channels, spec),
-        _observed(rhs, lhs, lhs_batch, lhs_channels, spec),
-    )
+    bare_lhs, change_lhs = _observed(lhs, rhs, rhs_batch, rhs_channels, spec)
+    bare_rhs, change_rhs = _observed(rhs, lhs, lhs_batch, lhs_channels, spec)
+    count = len(spec.batch[0])
+    middle = count + lhs.ndim - count - len(spec.contract[0])
+
+    def changed(out: jax.Array) -> jax.Array:
+        batch, first, last = np.split(np.arange(out.ndim), [count, middle])
+        if change_rhs is not None:
+            order = _in_order_of(rhs, spec.batch[1], tuple(batch))
+            out = _change(out, change_rhs, (*order, *first, *last))
+        if change_lhs is not None:
+            order = _in_order_of(lhs, spec.batch[0], tuple(batch))
+            out = _change(out, change_lhs, (*order, *last, *first))
+        return out
+
+    return bare_lhs, bare_rhs, changed
+
+
+def _change(out: jax.Array, change: Function, order: tuple[int, ...]) -> jax.Array:
+    """A function of an array with its axes in another order."""
+    return change(out.transpose(order)).transpose(np.argsort(order))
 
 
 def treat(
@@ -190,11 +215,11 @@ def _inputs_for(x: Operand, other: Operand) -> Inputs | None:
 
 def _observed(
     other: Any, x: Operand, batch: tuple[int, ...], channels: tuple[int, ...], spec: Any
-) -> Operand:
-    """`other` without its tap, after the tap was called with x."""
+) -> tuple[Operand, Function | None]:
+    """`other` without its tap, after the tap was called with x, and what the tap returned."""
     inputs = _inputs_for(x, other)
     if inputs is None or inputs.tap is None:
-        return other
+        return other, None
     values = _prepared(x, other, channels)
 
     def unfolded() -> jax.Array | None:
@@ -205,8 +230,11 @@ def _observed(
         patches = patches.transpose(*batch, *rows, *channels)
         return patches.reshape(*patches.shape[: len(batch) + len(rows)], -1)
 
-    inputs.tap(Activations(values, len(batch), spec.group_sizes, unfolded))
-    return dataclasses.replace(other, inputs=dataclasses.replace(inputs, tap=None))
+    activations = Activations(
+        values, len(batch), spec.group_sizes, spec.operation, other.codes.shape, unfolded
+    )
+    change = inputs.tap(activations)
+    return dataclasses.replace(other, inputs=dataclasses.replace(inputs, tap=None)), change
 
 
 def _treated(

@@ -8,6 +8,7 @@ from .files import has_manifest as has_manifest
 from .files import map_tree as map_tree
 from .files import read_arrays as read_arrays
 from .files import read_tree as read_tree
+from .fold_paths import matched as matched
 from .paths import leaves_with_paths as leaves_with_paths
 from .progress import progress_bar as progress_bar
 from .quantize import is_finite as is_finite
@@ -22,6 +23,7 @@ from .report import powers as powers
 from .report import row_of as row_of
 from .report import sqnr_of as sqnr_of
 from .report_table import to_text as to_text
+from .rules import REGEX as REGEX
 from .rules import Plan as Plan
 from .rules import as_rules as as_rules
 from .rules import is_matrix as is_matrix

@@ -59,6 +59,9 @@ def test_rotations_match_the_definition(channels, block, dtype):
         assert found.dtype == dtype
         tolerance = {2: 0.02, 4: 2e-6, 8: 1e-13}[dtype.dtype.itemsize]
         np.testing.assert_allclose(np.asarray(found, np.float64), want, 0, tolerance)
+        np.testing.assert_allclose(
+            np.asarray(r.undo(found, (1,)), np.float64), np.asarray(x, np.float64), 0, 2 * tolerance
+        )
         if dtype == jnp.float64:
             np.testing.assert_allclose(np.asarray(x) @ r.matrix(), want, 0, 1e-13)
             np.testing.assert_allclose(r.matrix() @ r.matrix().T, np.eye(channels), 0, 1e-13)
@@ -74,6 +77,8 @@ def test_several_axes_are_flattened_in_their_order(axes):
     want = by_definition(rows, r.signs, r.block).reshape(x.shape[rest], *lengths)
     found = np.asarray(r.apply(jnp.asarray(x), axes)).transpose(rest, *axes)
     np.testing.assert_allclose(found, want, 0, 2e-6)
+    back = r.undo(r.apply(jnp.asarray(x), axes), axes)
+    np.testing.assert_allclose(back, x, 0, 2e-6)
 
 
 def test_rotations_of_other_channels_are_errors():

@@ -57,9 +57,46 @@ def test_moments_are_those_of_rotated_activations():
     of_pair: Any = [
         CrossMoment.init(24).update(jnp.stack(pair)).finish() for pair in ((x, q), turned)
     ]
-    np.testing.assert_allclose(rotated(CrossMoment, of_pair[0], rotation), of_pair[1], 0, 1e-4)
     second: Any = [SecondMoment.init(24).update(a).finish() for a in (jnp.asarray(x), turned[0])]
-    np.testing.assert_allclose(rotated(SecondMoment, second[0], rotation), second[1], 0, 1e-4)
+    means = {CrossMoment: of_pair[0], SecondMoment: second[0], MeanSquare: jnp.ones(24)}
+    found = rotated(means, rotation)
+    assert set(found) == {CrossMoment, SecondMoment}  # Squares of channels do not follow.
+    np.testing.assert_allclose(found[CrossMoment], of_pair[1], 0, 1e-4)
+    np.testing.assert_allclose(found[SecondMoment], second[1], 0, 1e-4)
+
+
+def test_chains_rotate_parameters_and_gptq_keeps_its_gain():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(400, 4)) @ random.normal(size=(4, 48)) + 0.1 * random.normal(
+        size=(400, 48)
+    )
+    x, params = jnp.asarray(x, jnp.float32), {"w": jnp.asarray(normal(2, 48, 16))}
+
+    def apply(params, x):
+        return jax.lax.scan(lambda carry, w: (carry, x @ w), 0, params["w"])[1]
+
+    statistics = jq.collect(apply, params, [x], CONFIG, [jq.methods.SecondMoment, MeanSquare])
+    want, errors = apply(params, x), {}
+    for name, method in {
+        "nearest": [Rotation(48)],
+        "gptq": [Rotation(48), jq.methods.GPTQ()],
+        "sinq": [jq.methods.SINQ(), Rotation(48), jq.methods.GPTQ()],
+    }.items():
+        q = jq.tree.quantize(params, CONFIG, method=method, statistics=statistics)
+        assert q["w"].inputs.rotation.signs.shape == (2, 48)
+        assert (q["w"].inputs.multiplier is None) == (name != "sinq")
+        errors[name] = float(jnp.square(jq.lift(apply)(q, x) - want).mean())
+    plain = jq.tree.quantize(params, CONFIG)
+    assert errors["gptq"] < 0.5 * errors["nearest"]
+    assert errors["sinq"] < 0.5 * errors["nearest"]
+    assert errors["nearest"] < 1.5 * float(jnp.square(jq.lift(apply)(plain, x) - want).mean())
+
+
+def test_rotations_do_not_follow_groups_along_several_axes():
+    config = dataclasses.replace(CONFIG, group_size=(2, 2))
+    rule = jq.Rule("*", config, axis=(0, 1), method=[Rotation(4)])
+    with pytest.raises(ValueError, match="w: a rotation needs groups of adjacent contracted"):
+        jq.tree.quantize({"w": jnp.ones((4, 4, 8))}, rule)
 
 
 def test_stacks_are_rotated_alike_under_jit_and_vmap():

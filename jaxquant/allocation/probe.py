@@ -1,0 +1,145 @@
+"""Measures, in one backward pass, what candidate errors of weights do to a loss.
+
+A product y = x W^T is followed by a function that returns y, and whose derivative, for an input of
+zeros with one element per candidate dW, is the sum over rows of (g^T dW x)^2, g = d loss / d y.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..core import Format, Inputs, QTensor
+from ..ops import Activations
+
+_PRODUCTS = ("dot_general", "ragged_dot")
+
+
+def probed(
+    weight: jax.Array,
+    errors: jax.Array,
+    sums: jax.Array,
+    axes: tuple[int, ...],
+    path: str,
+    reached: Callable[[str], None],
+) -> QTensor:
+    """A float array that measures its candidate errors in each product.
+
+    Args:
+        weight: the parameter.
+        errors: dW of each candidate, (*shape of the parameter, candidates).
+        sums: zeros (leading axes that may be stacked..., candidates), which get the derivative.
+        axes: contracted axes of the parameter, from 0 up.
+        path: of the parameter.
+        reached: called with the path when a product is traced.
+    """
+    info, name = jnp.finfo(weight.dtype), str(weight.dtype)
+    scale = [1 if a in axes else n for a, n in enumerate(weight.shape)]
+    tap = _Probe(
+        errors,
+        sums,
+        axes=tuple(a - weight.ndim for a in axes),
+        path=path,
+        reached=reached,
+    )
+    return QTensor(
+        weight,
+        jnp.ones(scale, jnp.float32),
+        inputs=Inputs(tap=tap),
+        format=Format(name, name, float(info.min), float(info.max)),
+        dtype=weight.dtype,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Probe:
+    """The tap of `probed`. Scans slice its arrays along with the parameter.
+
+    Attributes:
+        errors, sums, path, reached: as for `probed`.
+        axes: contracted axes, counted from the end of the parameter's.
+    """
+
+    errors: jax.Array
+    sums: jax.Array
+    axes: tuple[int, ...] = dataclasses.field(kw_only=True, metadata={"static": True})
+    path: str = dataclasses.field(kw_only=True, metadata={"static": True})
+    reached: Callable[[str], None] = dataclasses.field(kw_only=True, metadata={"static": True})
+
+    def __call__(self, activations: Activations) -> Callable[[jax.Array], jax.Array]:
+        shape = self.errors.shape[:-1]
+        axes = tuple(len(shape) + a for a in self.axes)
+        x = activations.unfolded()
+        columns = math.prod(shape[a] for a in axes)
+        is_whole = activations.operation in _PRODUCTS and activations.stored_shape == shape
+        if x is None or not is_whole or x.shape[-1] != columns:
+            raise ValueError(
+                f"{self.path}: only the errors of whole parameters, or of slices that lax.scan "
+                f"makes, in products that contract axes {axes} of {shape} can be scored; got "
+                f"{activations.operation} of {activations.stored_shape}. Leave it out with a rule, "
+                f"Rule({self.path!r}, None)."
+            )
+        self.reached(self.path)
+        batch = 1 if activations.group_sizes is not None else activations.batch
+        errors = _matrices(self.errors, batch, axes)
+        sizes = activations.group_sizes
+        return lambda y: _measured(y, x, errors, self.sums, sizes)
+
+
+def _matrices(errors: jax.Array, batch: int, axes: tuple[int, ...]) -> jax.Array:
+    """Errors (*shape, C) as (C, B, N, K)."""
+    count = errors.ndim - 1
+    rows = [a for a in range(batch, count) if a not in axes]
+    x = errors.transpose(count, *range(batch), *rows, *axes)
+    lengths = (
+        math.prod(errors.shape[:batch]),
+        math.prod(errors.shape[a] for a in rows),
+        math.prod(errors.shape[a] for a in axes),
+    )
+    return x.reshape(errors.shape[-1], *lengths)
+
+
+@jax.custom_vjp
+def _measured(
+    y: jax.Array, x: jax.Array, errors: jax.Array, sums: jax.Array, sizes: jax.Array | None
+) -> jax.Array:
+    """y, the product of x (batch..., rows..., K): (batch..., rows..., N...)."""
+    del x, errors, sums, sizes
+    return y
+
+
+def _forward(y: Any, x: Any, errors: Any, sums: Any, sizes: Any) -> tuple[Any, Any]:
+    return y, (x, errors, sums, sizes)
+
+
+def _backward(saved: Any, g: jax.Array) -> tuple[Any, ...]:
+    x, errors, sums, sizes = saved
+    batch, outputs, columns = errors.shape[1:]
+    # With groups of rows, all of them meet the whole stack of matrices.
+    products = 1 if sizes is not None else batch
+    wide = x.astype(jnp.float32).reshape(products, -1, columns)
+    slopes = g.astype(jnp.float32).reshape(products, -1, outputs)
+
+    def score(error: jax.Array) -> jax.Array:
+        error = error.astype(jnp.float32)
+        if sizes is not None:
+            moved = jax.lax.ragged_dot(wide[0], error.transpose(0, 2, 1), sizes)[None]
+        else:
+            moved = jnp.einsum("btk,bnk->btn", wide, error)
+        return jnp.sum(jnp.square(jnp.sum(moved * slopes, -1)))
+
+    scores = jax.lax.map(score, errors)
+    # In the first of the slices: all of a parameter share an option.
+    first = (0,) * (sums.ndim - 1)
+    of_sums = jnp.zeros_like(sums).at[first].set(scores)
+    zeros = jnp.zeros_like
+    no_size = None if sizes is None else np.zeros(sizes.shape, jax.dtypes.float0)
+    return g, zeros(x), zeros(errors), of_sums, no_size
+
+
+_measured.defvjp(_forward, _backward)
