@@ -6,13 +6,12 @@ and for other folders, its `internal` for other folders alone.
 
 import ast
 import collections
+import functools
 import inspect
 import pathlib
 import subprocess
 import sys
 from typing import Any
-
-import pytest
 
 import jaxquant
 
@@ -81,11 +80,32 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.ClassDef, *FUNCTION
 
 MODULES = sorted(ROOT.rglob("*.py"))
 SOURCES = sorted(p for p in ROOT.rglob("*") if p.suffix in (".py", ".cc", ".h"))
-each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def for_each(paths):
+    """One test of all paths: a test for each would take longer than its check."""
+
+    def decorate(check):
+        def test():
+            for path in paths:
+                check(path)
+
+        test.__doc__ = check.__doc__
+        return test
+
+    return decorate
+
+
+each_module = for_each(MODULES)
+
+
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text())
 
 
 def nodes_of(path, *kinds) -> list[Any]:
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    return [node for node in ast.walk(parsed(path)) if isinstance(node, kinds)]
 
 
 def layer_of(path):
@@ -169,7 +189,7 @@ def test_imports_are_at_the_top(path):
         assert not late or name in LATE_IMPORTS, f"{path}:{late}: imports inside a function"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+@for_each(SOURCES)
 def test_module_is_small(path):
     lines = len(path.read_text().splitlines())
     assert lines <= MAX_FILE_LINES, f"{path}: {lines} lines; split it by concept"
@@ -212,7 +232,7 @@ def nesting(node, depth=0):
 
 @each_module
 def test_nesting_is_shallow(path):
-    depth = nesting(ast.parse(path.read_text()))
+    depth = nesting(parsed(path))
     assert depth <= MAX_NESTING, f"{path}: {depth} levels deep"
 
 
@@ -265,31 +285,29 @@ def front_doors():
     return [path for path in MODULES if path.name in ("__init__.py", "internal.py")]
 
 
-@pytest.mark.parametrize("path", front_doors(), ids=lambda p: str(p.relative_to(ROOT)))
+@for_each(front_doors())
 def test_front_doors_only_name_what_they_export(path):
-    for node in ast.parse(path.read_text()).body:
+    for node in parsed(path).body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         assert is_docstring or isinstance(node, ast.ImportFrom), f"{path}:{node.lineno}"
         for alias in getattr(node, "names", []):
             assert alias.asname == alias.name, f"{path}:{node.lineno}: write `x as x`"
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in MODULES if p.name == "internal.py"], ids=lambda p: str(p.relative_to(ROOT))
-)
+@for_each([p for p in MODULES if p.name == "internal.py"])
 def test_what_is_public_is_not_internal_too(path):
     doors = [path, path.with_name("__init__.py")]
     names = [{a.name for n in nodes_of(door, ast.ImportFrom) for a in n.names} for door in doors]
-    assert not names[0] & names[1]
+    assert not names[0] & names[1], path
 
 
 def public_names():
-    tree = ast.parse((ROOT / "__init__.py").read_text())
+    tree = parsed(ROOT / "__init__.py")
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     return [alias.name for node in imports for alias in node.names]
 
 
-@pytest.mark.parametrize("name", public_names())
+@for_each(public_names())
 def test_every_public_name_is_documented(name):
     is_special = name.startswith("__") and name.endswith("__")
     assert is_special or not name.startswith("_"), f"{name} is not public"
