@@ -107,7 +107,6 @@ def model_of(kind, policy) -> Any:
     "kind, mode, policy",
     [
         ("MultiHeadAttention", "int8", "float32"),
-        ("MultiHeadAttention", "nf4", "mixed_bfloat16"),
         ("GroupQueryAttention", "int4 block 32", "mixed_bfloat16"),
     ],
 )

@@ -238,7 +238,6 @@ STOCK_MODES = {
     "int8 narrow inputs": Int8QuantizationConfig(
         activation_quantizer=AbsMaxQuantizer(value_range=(-100, 100))
     ),
-    "int4": Int4QuantizationConfig(block_size=None),
     "int4 and 8-bit inputs": Int4QuantizationConfig(
         block_size=None, activation_quantizer=AbsMaxQuantizer()
     ),
@@ -246,7 +245,7 @@ STOCK_MODES = {
     "int4 symmetric groups": QuantizationConfig({"*": W4A16}),
 }
 # Modes that differ in the layout of codes and scales per kind of layer; others vary these.
-SHAPES = ("int8", "int4", "int4 block 32")
+SHAPES = ("int8", "int4 and 8-bit inputs", "int4 block 32")
 
 
 @functools.cache

@@ -32,7 +32,6 @@ def einsum(equation, shape, **kwargs):
 # Layer, input shape of one example.
 CASES: dict[str, Any] = {
     "dense": (lambda kind: kind.Dense(7, bias_initializer="normal"), (20,)),
-    "one column": (lambda kind: kind.Dense(1, use_bias=False), (20,)),
     "one row": (lambda kind: kind.Dense(5), (1,)),
     "heads": (einsum("abc,cde->abde", (5, 3, 7), bias_axes="de"), (5, 20)),
     "two contracted": (einsum("abcd,cde->abe", (5, 9)), (5, 4, 8)),
@@ -45,10 +44,9 @@ CASES: dict[str, Any] = {
 # For each layer, int4 block sizes that differ in kind: all rows, whole blocks, a smaller last
 # block, and more than the number of rows.
 BLOCK_SIZES = {
-    "dense": (-1, 3, 64),
+    "dense": (-1, 3),
     "one row": (-1,),
     "heads": (3,),
-    "two contracted": (8,),
     "few free axes": (64,),
     "table": (3,),
 }
@@ -155,7 +153,7 @@ if HAS_BLOCKS:
         config = check_stock_int4(case, block_size, tmp_path / "model.weights.h5")
         assert isinstance(config, Int4QuantizationConfig)
         # A file does not record how much larger than the axis a block is.
-        rows = {"one row": 1, "two contracted": 32, "few free axes": 60}.get(case, 20)
+        rows = {"one row": 1, "few free axes": 60}.get(case, 20)
         assert config.block_size == (None if block_size == -1 else min(block_size, rows))
 
 else:
@@ -163,7 +161,7 @@ else:
     def test_int4_tables_of_stock_keras_before_3_14_are_read(tmp_path):
         assert check_stock_int4("table", None, tmp_path / "model.weights.h5").block_size is None
 
-    @pytest.mark.parametrize("case", [c for c in CASES if c not in ("one column", "table")])
+    @pytest.mark.parametrize("case", [c for c in CASES if c != "table"])
     def test_int4_files_of_stock_keras_before_3_14_raise(case, tmp_path):
         with pytest.raises(ValueError, match=r"The int4 of Keras before 3\.14"):
             check_stock_int4(case, None, tmp_path / "model.weights.h5")

@@ -25,26 +25,29 @@ MODES = {
     "float8": ("float8", 0.07),
     "nf4": (QuantizationConfig(NF4A16), 0.15),
 }
-# Those that differ from the other modes only in the matrix multiplication.
-OF_MATRICES = ("int4 block 128", "nf4")
 # One layer of each family, for what concerns all layers of a family alike.
 FAMILIES = ("Dense", "Embedding", "Conv2D", "LSTM")
-# Layers whose scales of activations and gradients lie elsewhere: several products, other axes.
-IN_FLOAT8 = (*FAMILIES, "EinsumDense", "DepthwiseConv2D", "SeparableConv1D", "GRU")
-IN_FLOAT8 += ("Conv2DTranspose",)
+# Convolutions of other ranks, of which tests/keras/test_convolution.py has the products of int8.
+OTHER_RANKS = ("Conv1D", "Conv3D", "Conv1DTranspose", "Conv3DTranspose", "DepthwiseConv1D")
+OTHER_RANKS += ("SeparableConv2D", "GRU reset before")
+# Layers that meet only some modes: all meet blocks, and scales of float8 may lie elsewhere.
+LAYERS = {
+    "int4 per channel": ("Dense", "Conv2D"),
+    "int4 block 128": ("EinsumDense",),
+    "float8": (*FAMILIES, "SeparableConv1D"),
+    "nf4": ("Dense", "Embedding"),
+}
 
 
 def policies(row, case, mode):
     """The policies of a case in a mode: each meets each mode and each layer, though not both."""
     if mode == "int8":
-        return ("float32", "mixed_bfloat16") if case.name in FAMILIES else ("float32",)
-    if mode in OF_MATRICES:
-        return ("float32",) if case in CORE else ()
-    if mode == "int4 per channel":
-        return ("float32",) if case.name in FAMILIES else ()
-    if case.name not in IN_FLOAT8:
-        return () if mode == "float8" else ("mixed_bfloat16",)
-    return ("float32", "mixed_bfloat16")[(row + (mode == "float8")) % 2 :][:1]
+        both = ("float32", "mixed_bfloat16") if case.name in ("Dense", "Conv2D") else ("float32",)
+        return both if case.name not in OTHER_RANKS else ()
+    if mode == "int4 block 32":
+        return (("float32", "mixed_bfloat16")[case.name not in FAMILIES or row % 2],)
+    policy = "mixed_bfloat16" if mode == "float8" and row % 2 == 0 else "float32"
+    return (policy,) if case.name in LAYERS[mode] else ()
 
 
 ROWS = [
@@ -53,8 +56,11 @@ ROWS = [
     for mode in MODES
     for policy in policies(row, case, mode)
 ]
-# The modes whose files are tested: of each kind of file, one.
-FILES = ["int8", "int4 block 32", "nf4"]
+
+
+def has_files(case, mode):
+    """Whether the files of a mode are tested: of each kind of file, and of each layer, one."""
+    return mode in ("int4 block 32", "nf4") or (mode == "int8" and case.name in FAMILIES)
 
 
 def relative_error(found, wanted):
@@ -104,9 +110,10 @@ def test_layer_is_close_to_float_and_round_trips_through_files(case, mode, polic
     model = build(case, policy, inputs.dtype.name)
     model.set_weights(weights)
     quantize(model, config)
-    found = np.asarray(model.predict(inputs, verbose=0), np.float32)
+    predict = model.predict_on_batch if case.name in FAMILIES else jax.jit(lambda x: model(x))
+    found = np.asarray(predict(inputs), np.float32)
     assert 0 < relative_error(found, wanted) <= bound * case.products**0.5
-    if mode in FILES:
+    if has_files(case, mode):
         model.save(tmp_path / "model.keras")
         loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
         assert_same(loaded, model)
