@@ -37,10 +37,11 @@ def range_of(range, x, symmetric, axes=(1,)):
 
 
 PERCENTILES = [(101, 50.1), (101, 75), (101, 99.99), (101, 100), (1, 99), (2, 50.1), (1000, 99)]
+PERCENTILES = [(i % 2 == 0, *row) for i, row in enumerate(PERCENTILES)]
+PERCENTILES += [(False, 101, 99.99), (True, 1000, 75)]
 
 
-@pytest.mark.parametrize("count, p", PERCENTILES)
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric, count, p", PERCENTILES)
 def test_percentile_is_that_of_numpy(symmetric, count, p):
     random = np.random.default_rng(count)
     # The last rows hold many duplicates, one value only, one sign only, and zeros.

@@ -11,6 +11,7 @@ from jaxquant import (
     INT2,
     INT4,
     INT8,
+    MXFP4,
     MXFP8,
     NF4,
     ArrayConfig,
@@ -23,8 +24,8 @@ from .. import checks, oracles
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 DRAWS = 1024
-# Each format but those that are rounded as another: to integers, or to floats of one byte.
-ALIKE = (INT4, INT2, FP8_E5M2, MXFP8)
+# Each format but those that are rounded as another: to integers, or to floats.
+ALIKE = (INT8, INT4, INT2, FP8_E5M2, MXFP8, MXFP4)
 CONFIGS = {str(f): ArrayConfig(format=f) for f in FORMATS.values() if f not in ALIKE} | {
     "int4 asymmetric": ArrayConfig(format=INT4, group_size=32, symmetric=False),
     "int8 percentile": ArrayConfig(format=INT8, range=Percentile(90)),
@@ -40,7 +41,7 @@ def rows():
 
 
 @pytest.mark.parametrize(
-    "name, dtype", [(name, "float32") for name in CONFIGS] + [("int4 asymmetric", "bfloat16")]
+    "name, dtype", [(n, "bfloat16" if n == "int4 asymmetric" else "float32") for n in CONFIGS]
 )
 def test_the_mean_of_many_draws_is_the_value_and_each_is_a_neighbour(name, dtype):
     config, x = CONFIGS[name], jnp.asarray(rows(), dtype)

@@ -1,3 +1,4 @@
+import functools
 from functools import partial
 
 import jax
@@ -35,24 +36,34 @@ EQUATIONS = {
 }
 
 
-@pytest.mark.parametrize("case", EQUATIONS)
-def test_einsum_matches_numpy(case):
-    equation, x_shape, w_shape, axis = EQUATIONS[case]
-    x, w = normal(*x_shape), normal(*w_shape, seed=1)
-    q = quantized(w, ArrayConfig(symmetric=False), axis=axis)
-    stored = q.reorder(tuple(range(-q.ndim, 0))[::-1])
-    # NumPy does not sum the axes under an ellipsis, as jnp does.
-    oracle = equation.replace("...k,kn->n", "abk,kn->n")
+def operands(case):
+    _, x_shape, w_shape, axis = EQUATIONS[case]
+    return normal(*x_shape), quantized(normal(*w_shape, seed=1), ArrayConfig(symmetric=False), axis)
 
-    left, right, *output = equation.replace(" ", "").replace("->", ",").split(",")
+
+@functools.cache
+def results_of_einsum():
+    """Those of every case, both ways round, in one program."""
+
+    def both_ways(equation, x, q):
+        left, right, *output = equation.replace(" ", "").replace("->", ",").split(",")
+        stored = q.reorder(tuple(range(-q.ndim, 0))[::-1])
+        swapped = [einsum(f"{right},{left}->{labels}", stored, x) for labels in output]
+        return [einsum(equation, x, stored), *swapped]
 
     @jax.jit
-    def both_ways(x, q):
-        swapped = [einsum(f"{right},{left}->{labels}", q, x) for labels in output]
-        return [einsum(equation, x, q), *swapped]
+    def run(operands):
+        return {case: both_ways(EQUATIONS[case][0], *pair) for case, pair in operands.items()}
 
-    for got in both_ways(x, stored):
-        assert_product(got, oracle, x, q)
+    return run({case: operands(case) for case in EQUATIONS})
+
+
+@pytest.mark.parametrize("case", EQUATIONS)
+def test_einsum_matches_numpy(case):
+    # NumPy does not sum the axes under an ellipsis, as jnp does.
+    oracle = EQUATIONS[case][0].replace("...k,kn->n", "abk,kn->n")
+    for got in results_of_einsum()[case]:
+        assert_product(got, oracle, *operands(case))
 
 
 def test_several_operands_are_contracted_from_left_to_right():
@@ -102,17 +113,24 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("a_shape, b_shape", SHAPES, ids=str)
-def test_matmul_matches_numpy_for_every_rank(a_shape, b_shape):
+def pairs_of(a_shape, b_shape):
     a, b = normal(*a_shape), normal(*b_shape, seed=1)
-    a_axis, b_axis = -1, -2 if b.ndim > 1 else 0
-    left, right = quantized(a, ArrayConfig(), a_axis), quantized(b, ArrayConfig(), b_axis)
+    left, right = quantized(a, ArrayConfig(), -1), quantized(b, ArrayConfig(), -min(b.ndim, 2))
     if a.ndim > 1 and b.ndim > 1:
         left, right = left.reorder((-1, -2)), right.reorder((-1, -2))
+    return (a, right), (left, b), (left, right)
 
-    pairs = ((a, right), (left, b), (left, right))
-    products = jax.jit(lambda pairs: [matmul(x, y) for x, y in pairs])
-    for got, (x, y) in zip(products(pairs), pairs, strict=True):
+
+@functools.cache
+def results_of_matmul():
+    """Those of every pair of shapes, in one program."""
+    run = jax.jit(lambda all: [[matmul(x, y) for x, y in pairs] for pairs in all])
+    return dict(zip(SHAPES, run([pairs_of(*shapes) for shapes in SHAPES]), strict=True))
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+def test_matmul_matches_numpy_for_every_rank(shapes):
+    for got, (x, y) in zip(results_of_matmul()[shapes], pairs_of(*shapes), strict=True):
         arrays = [values(v) for v in (x, y)]
         want, size = np.matmul(*arrays), np.matmul(*map(np.abs, arrays))
         assert got.shape == want.shape

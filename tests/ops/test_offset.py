@@ -1,6 +1,8 @@
 """Products with QTensors that have an offset: x ~ (codes - zero_point) * scale + offset."""
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -43,15 +45,26 @@ def offset_array(kind, shape=(K, N), seed=3) -> Any:
 
 KINDS = ("groups", "nested", "rows", "tensor", "zero point")
 each_kind = pytest.mark.parametrize("kind", KINDS)
-each_order = pytest.mark.parametrize("order", [None, (-1, -2)], ids=str)
+ORDERS = (None, (-1, -2))
+each_order = pytest.mark.parametrize("order", ORDERS, ids=str)
+
+
+dequantize = jax.jit(QTensor.dequantize)
 
 
 @each_kind
 @each_order
 def test_dequantizing_adds_the_offset(kind, order):
     q = offset_array(kind).reorder(order)
-    for found in (q.dequantize(), jax.jit(QTensor.dequantize)(q)):
-        np.testing.assert_allclose(found, values(q), rtol=1e-6, atol=1e-7)
+    found = dequantize(q)
+    np.testing.assert_allclose(found, values(q), rtol=1e-6, atol=1e-7)
+    bfloat16 = dequantize(q.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(bfloat16, np.asarray(found).astype(jnp.bfloat16))
+
+
+def test_dequantizing_adds_the_offset_in_eager_calls():
+    q = offset_array("nested")
+    np.testing.assert_allclose(q.dequantize(), values(q), rtol=1e-6, atol=1e-7)
     bfloat16 = q.astype(jnp.bfloat16).dequantize()
     np.testing.assert_array_equal(bfloat16, q.dequantize().astype(jnp.bfloat16))
 
@@ -65,17 +78,35 @@ def test_nan_and_infinite_offsets_make_their_group_nan():
     np.testing.assert_array_equal(np.isnan(found), is_nan)
 
 
-@each_kind
-@each_order
-@pytest.mark.parametrize("inputs", [None, ArrayConfig()], ids=["float", "int8"])
-def test_products_add_the_offset(kind, order, inputs):
+@functools.cache
+def inputs() -> dict[str, Any]:
+    return {"float": normal(M, K), "int8": jq.quantize(normal(M, K), ArrayConfig(), axis=-1)}
+
+
+PRODUCTS = list(itertools.product(KINDS, ORDERS, ("float", "int8")))
+
+
+@functools.cache
+def results_of_products():
+    """Those of every kind, order and input, in one program."""
+
+    @jax.jit
+    def run(weights, inputs):
+        return [
+            [jq.matmul(inputs[name], q, implementation=i) for i in (None, "dequantize")]
+            for (*_, name), q in zip(PRODUCTS, weights, strict=True)
+        ]
+
+    weights = [offset_array(kind).reorder(order) for kind, order, _ in PRODUCTS]
+    return dict(zip(PRODUCTS, run(weights, inputs()), strict=True))
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_products_add_the_offset(case):
+    kind, order, name = case
     q = offset_array(kind).reorder(order)
-    x = normal(M, K)
-    if inputs is not None:
-        x = jq.quantize(x, inputs, axis=-1)
-    for implementation in (None, "dequantize"):
-        found = jq.matmul(x, q, implementation=implementation)
-        assert_product(found, "mk,kn->mn", x, q)
+    for found in results_of_products()[case]:
+        assert_product(found, "mk,kn->mn", inputs()[name], q)
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="no native kernels")

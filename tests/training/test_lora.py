@@ -83,13 +83,10 @@ def assert_adapted(got, equation, w, *others, met=None, tolerance=4e-6):
 
 # Name: (equation with the weight last, shape of the weight, scheme, shapes of a and b).
 PRODUCTS = {
-    "kernel": ("mk,kn->mn", (K, N), INT4_G32, (K, 3), (3, N)),
-    "nf4": ("mk,kn->nm", (K, N), NF4_G32, (K, 3), (3, N)),
-    "outputs first": ("emk,enk->emn", (2, N, K), along(-1), (2, N, 3), (2, 3, K)),
+    "kernel": ("mk,kn->nm", (K, N), NF4_G32, (K, 3), (3, N)),
     "contracted with outputs": ("mn,kn->mk", (K, N), INT4_G32, (K, 3), (3, N)),
     "heads": ("btk,khd->bthd", (K, 3, 8), along(0), (K, 3), (3, 3, 8)),
     "from heads": ("bthd,hdm->btm", (4, 8, N), along((0, 1), group_size=None), (4, 8, 3), (3, N)),
-    "stack": ("emk,ekn->emn", (2, K, N), INT4_G32, (2, K, 3), (2, 3, N)),
     "stack of heads": ("lbk,lkhd->lbhd", (2, K, 3, 8), along(1), (2, K, 3), (2, 3, 3, 8)),
     "one scale": ("mk,kn->mn", (K, N), along(0, group_size=None, per_tensor=True), (K, 3), (3, N)),
     "both contracted": ("mkn,kn->m", (K, N), INT4_G32, (K, 3), (3, N)),
@@ -123,22 +120,33 @@ def test_products_are_those_of_the_base_plus_those_of_the_adapters(name):
 
 
 def test_every_product_that_knows_them_gives_the_same():
-    x, w = jnp.asarray(normal(5, K, seed=3)), adapted(INT4_G32)
-    assert_adapted(matmul(x, w), "mk,kn->mn", w, x)
-    assert_adapted(matmul(x[0], w), "k,kn->n", w, x[0])
-    assert_adapted(dot_general(w, x, (((-2,), (-1,)), ((), ()))), "mk,kn->nm", w, x)
-    forced = matmul(x, w, implementation="dequantize")
-    assert_adapted(forced, "mk,kn->mn", w, x)
-    y = jnp.asarray(normal(N, seed=4))
-    assert_adapted(einsum("kn,n,mk->m", w, y, x), "mk,n,kn->m", w, x, y)
-    assert_adapted(einsum("kn->nk", w), "kn->nk", w)
+    x, w = normal(5, K, seed=3), adapted(INT4_G32)
+    y, rows = normal(N, seed=4), np.stack([x, x + 1])
     one = jax.tree.map(lambda leaf: leaf[None], w)
-    rows = jnp.stack([x, x + 1])
-    assert_adapted(matmul(rows, one), "bmk,kn->bmn", w, rows)
     heads = adapted(along((0, 1), group_size=None), (4, 8, 1))
-    many = jnp.asarray(normal(7, 4, 8, 5, seed=3))
-    out = einsum("mhd...,hd...->m...", many, heads)
-    assert_adapted(out, "mhdi,hdj->mi", heads, many)
+    many = normal(7, 4, 8, 5, seed=3)
+
+    @jax.jit
+    def products(x, w, y, rows, one, many, heads):
+        return [
+            (matmul(x, w), matmul(x, w, implementation="dequantize")),
+            matmul(x[0], w),
+            dot_general(w, x, (((-2,), (-1,)), ((), ()))),
+            einsum("kn,n,mk->m", w, y, x),
+            einsum("kn->nk", w),
+            matmul(rows, one),
+            einsum("mhd...,hd...->m...", many, heads),
+        ]
+
+    both, of_row, turned, three, alone, stack, of_heads = products(x, w, y, rows, one, many, heads)
+    for got in both:
+        assert_adapted(got, "mk,kn->mn", w, x)
+    assert_adapted(of_row, "k,kn->n", w, x[0])
+    assert_adapted(turned, "mk,kn->nm", w, x)
+    assert_adapted(three, "mk,n,kn->m", w, x, y)
+    assert_adapted(alone, "kn->nk", w)
+    assert_adapted(stack, "bmk,kn->bmn", w, rows)
+    assert_adapted(of_heads, "mhdi,hdj->mi", heads, many)
     q = quantize(x, ArrayConfig(), axis=-1)
     assert_adapted(matmul(q, w), "mk,kn->mn", w, q.dequantize())
     want = np.asarray(w.dequantize())[np.array([[3, 0], [-1, 2]])]

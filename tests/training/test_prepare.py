@@ -53,7 +53,7 @@ def test_values_in_training_are_those_of_quantize_whatever_the_range():
 
 
 # Weights and inputs of these are those of other schemes.
-ALIKE = ("W8A16", "W4A16")
+ALIKE = ("W8A16", "W4A16", "W4A8", "INT2 g32")
 # Apart, because programs with them take long to compile.
 NARROW = [rule for rule in ALL if rule.pattern in ("MXFP4A16", "NVFP4A16")]
 REST = [rule for rule in ALL if rule not in NARROW and rule.pattern not in ALIKE]

@@ -24,7 +24,7 @@ READERS = {
     "read_arrays": read_arrays,
 }
 # Replacements for a JSON value.
-ODD = [None, True, 3, -1, 2**70, 1.5, "x", "\ud800", [], [[]], {}, {"a": 1}, ["x", 3], [1, 2]]
+ODD = [None, True, -1, 2**70, 1.5, "\ud800", [[]], {}, {"a": 1}, ["x", 3]]
 
 
 @pytest.fixture(scope="module")
