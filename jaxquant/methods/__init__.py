@@ -1,6 +1,7 @@
 """Methods that choose codes better than rounding to nearest, from statistics of activations."""
 
 from ..core import hadamard as hadamard
+from .auto_round import AutoRound as AutoRound
 from .awq import AWQ as AWQ
 from .error_feedback import predicted_gain as predicted_gain
 from .gptq import GPTQ as GPTQ
