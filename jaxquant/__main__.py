@@ -18,7 +18,13 @@ import rich.table
 
 from . import checkpoints, demo, tree
 from .core import SCHEMES, Scheme
-from .tree.internal import check_target, progress_bar, read_tree
+from .tree.internal import (
+    check_target,
+    leaves_with_paths,
+    match_rules,
+    progress_bar,
+    read_tree,
+)
 from .version import __version__
 
 Commands = Any  # `argparse` does not export the type of `add_subparsers(...)`.
@@ -125,6 +131,10 @@ def _add_quantize(commands: Commands) -> None:
         "--axis", type=int, default=-1,
         help="contracted axis of the matrices: -1 (default) for (out, in), as in PyTorch; -2 for "
         "(in, out), as in JAX and Keras",
+    )  # fmt: skip
+    parser.add_argument(
+        "--requantize", action="store_true",
+        help="dequantize tensors that are stored quantized, such as those of most GGUF files",
     )  # fmt: skip
 
 
@@ -295,14 +305,30 @@ def _quantize(options: argparse.Namespace) -> None:
     if checkpoint.is_tree:
         # It may have any structure, which the result keeps.
         params, _ = read_tree(options.source)
+        if options.requantize:
+            params = _dequantized(params, rules)
         quantized = tree.quantize(params, rules, progress=progress)
         report = tree.report(params, quantized, rules)
         tree.save(options.target, quantized, _sqnr_metadata(report))
     else:
         report = checkpoints.write_quantized(
-            options.target, checkpoint, rules, metadata=_sqnr_metadata, progress=progress
+            options.target,
+            checkpoint,
+            rules,
+            requantize=options.requantize,
+            metadata=_sqnr_metadata,
+            progress=progress,
         )
     _print(report.table(), report.to_json(), options)
+
+
+def _dequantized(params: Any, rules: list[tree.Rule]) -> Any:
+    """The tree with the leaves in float that rules quantize."""
+    paths, leaves, treedef = leaves_with_paths(params)
+    chosen = match_rules(tuple(rules), paths, leaves)
+    planned = (rule is not None and rule.plan() is not None for rule in chosen)
+    pairs = zip(leaves, planned, strict=True)
+    return treedef.unflatten([tree.dequantize(x) if is_so else x for x, is_so in pairs])
 
 
 def _sqnr_metadata(report: tree.Report) -> dict[str, str]:

@@ -13,7 +13,7 @@ import rich.progress
 import safetensors.numpy
 
 import jaxquant
-from jaxquant import SCHEMES, QTensor, demo, load, save, tree
+from jaxquant import SCHEMES, QTensor, checkpoints, demo, load, quantize, save, tree
 from jaxquant.__main__ import main
 from jaxquant.tree.internal import read_arrays
 
@@ -294,6 +294,24 @@ def test_folders_and_gguf_files_are_quantized_and_inspected(model, run, tmp_path
     status, out, err = run("inspect", tmp_path / "c.gguf")
     assert (status, err) == (0, "")
     assert "Q4_0" in out
+    given = "quantize", tmp_path / "c.gguf", tmp_path / "d", "--scheme", "W8A8"
+    status, _, err = run(*given)
+    assert status == 2
+    assert "w: stored quantized" in err
+    assert "--requantize" in err
+    status, _, err = run(*given, "--requantize")
+    assert status == 0, err
+    found, floats = load(tmp_path / "d")["w"], checkpoints.open(tmp_path / "c.gguf").load(["w"])
+    wanted = quantize(floats["w"].dequantize(), SCHEMES["W8A8"].weights, axis=1)
+    np.testing.assert_array_equal(found.codes, wanted.codes)
+    # So is a tree that was quantized before; what no rule quantizes stays as it is.
+    save(tmp_path / "e", {"w": [floats["w"]], "v": floats["w"]})
+    given = "quantize", tmp_path / "e", tmp_path / "f", "--rule", "w/0=W8A8", "--axis", "-1"
+    status, _, err = run(*given, "--requantize")
+    assert status == 0, err
+    found = load(tmp_path / "f")
+    np.testing.assert_array_equal(found["w"][0].codes, wanted.codes)
+    assert found["v"].format == floats["w"].format
 
 
 def test_a_full_disk_prints_one_message_and_leaves_no_file(model, run, tmp_path):

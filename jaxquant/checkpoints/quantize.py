@@ -44,6 +44,7 @@ from ..tree.internal import (
 )
 from ..version import __version__
 from .checkpoint import Checkpoint
+from .dequantized import dequantized
 from .load import Shardings, load, put
 from .source import Source
 
@@ -57,6 +58,7 @@ def quantize(
     *,
     sharding: Shardings | Any = None,
     dtype: jax.typing.DTypeLike | None = None,
+    requantize: bool = False,
     progress: Progress | bool | None = None,
 ) -> dict[str, Any]:
     """Loads a checkpoint and quantizes the tensors that `rules` select, one after another.
@@ -69,6 +71,8 @@ def quantize(
         rules: as for `tree.quantize`. For a Scheme or ArrayConfig the contracted axis is the last,
             as Hugging Face and GGUF store kernels (out, in).
         sharding, dtype: as for `Checkpoint.load`; a tree of shardings is a dict by name.
+        requantize: whether tensors that are stored quantized and have a rule are dequantized and
+            quantized again; otherwise they are an error.
         progress: as for `tree.quantize`.
 
     Returns:
@@ -84,7 +88,8 @@ def quantize(
         >>> jq.checkpoints.quantize(model, jq.W8A8)
         {'w': QTensor(int8 64x32, scale (64, 1), float32)}
     """
-    plans = {name: rule and rule.plan() for name, rule in _chosen(checkpoint, rules).items()}
+    checkpoint, chosen = _chosen(checkpoint, rules, requantize)
+    plans = {name: rule and rule.plan() for name, rule in chosen.items()}
     done: dict[str, Any] = {}
     with progress_bar(progress, len(plans)) as report:
         for name, plan in plans.items():
@@ -104,6 +109,7 @@ def write_quantized(
     rules: Rules,
     *,
     sharding: Shardings | Any = None,
+    requantize: bool = False,
     metadata: Mapping[str, str] | Callable[[Report], Mapping[str, str]] | None = None,
     progress: Progress | bool | None = None,
 ) -> Report:
@@ -119,7 +125,7 @@ def write_quantized(
 
     Args:
         path: file to write, or to replace.
-        checkpoint, rules, sharding, progress: as for `quantize`.
+        checkpoint, rules, sharding, requantize, progress: as for `quantize`.
         metadata: your own strings, for `tree.read_metadata`; or a function of the report that
             returns them.
 
@@ -137,7 +143,7 @@ def write_quantized(
         >>> jq.load("small.safetensors")
         {'w': QTensor(int8 64x32, scale (64, 1), float32)}
     """
-    chosen = _chosen(checkpoint, rules)
+    checkpoint, chosen = _chosen(checkpoint, rules, requantize)
     is_writer = jax.process_index() == 0
     writer = TreeWriter(path, _task(checkpoint, chosen)) if is_writer else None
     known = _shared({} if writer is None else writer.notes)
@@ -259,17 +265,40 @@ def _sharding_of(checkpoint: Checkpoint, name: str, sharding: Any) -> Any:
     return sharding(name, checkpoint[name].shape) if callable(sharding) else sharding
 
 
-def _chosen(checkpoint: Checkpoint, rules: Rules) -> dict[str, Rule | None]:
-    """The rule of each tensor; all are checked, as far as headers tell."""
+def _chosen(
+    checkpoint: Checkpoint, rules: Rules, requantize: bool
+) -> tuple[Checkpoint, dict[str, Rule | None]]:
+    """The rule of each tensor, all checked as far as headers tell, and what they are applied to."""
+    if isinstance(rules, Scheme | ArrayConfig):
+        rules = default_rules(rules, axis=-1)
+    if not requantize:
+        return checkpoint, _matched(checkpoint, rules)
+    floats = {
+        name: dataclasses.replace(stored, value=dequantized(name, stored.value))
+        for name, stored in checkpoint.items()
+        if isinstance(stored.value, QTensor) and _is_selected(name, stored.value, rules)
+    }
+    checkpoint = dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, **floats})
+    return checkpoint, _matched(checkpoint, rules)
+
+
+def _is_selected(name: str, value: Any, rules: Rules) -> bool:
+    """Whether a rule quantizes a tensor that is stored quantized."""
+    (rule,) = match_rules(as_rules(rules), [name], [value])
+    return rule is not None and rule.plan() is not None
+
+
+def _matched(checkpoint: Checkpoint, rules: Rules) -> dict[str, Rule | None]:
     values = {name: stored.value for name, stored in checkpoint.items()}
 
     def check(leaf: Any, plan: Plan) -> str | None:
         if isinstance(leaf, QTensor):
-            return f"stored quantized ({leaf!r}); give it a rule with None, which copies it"
+            return (
+                f"stored quantized ({leaf!r}); give it a rule with None, which copies it, or "
+                "requantize (requantize=True, --requantize), which dequantizes it first"
+            )
         return why_unsupported_shape(leaf.shape, leaf.dtype, plan)
 
-    if isinstance(rules, Scheme | ArrayConfig):
-        rules = default_rules(rules, axis=-1)
     names, leaves, *_ = select(values, rules, check)
     return dict(zip(names, match_rules(as_rules(rules), names, leaves), strict=True))
 

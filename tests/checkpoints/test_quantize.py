@@ -1,5 +1,6 @@
 """Checkpoints quantized tensor by tensor and in parts: the bytes of quantizing them at once."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,6 +9,8 @@ import subprocess
 import sys
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,6 +20,7 @@ import safetensors.numpy
 
 import jaxquant as jq
 from jaxquant import checkpoints
+from jaxquant.checkpoints.dequantized import dequantized
 from jaxquant.tree.internal import TreeWriter
 
 P = jax.P
@@ -137,8 +141,67 @@ def test_what_is_quantized_already_is_copied(folder, tmp_path):
     for row, other in zip(report.rows, want.rows, strict=True):
         assert (row.scheme, row.codes, row.reason) == (other.scheme, other.codes, other.reason)
     assert [row.scheme for row in report.rows] == ["int4 g16", "int8 per channel, int8 inputs"]
-    with pytest.raises(ValueError, match=r"q: stored quantized .*; give it a rule with None"):
+    with pytest.raises(ValueError, match=r"q: stored quantized .*a rule with None, .*--requantize"):
         checkpoints.write_quantized(tmp_path / "b", opened, [jq.Rule("*", jq.W8A8, axis=-1)])
+
+
+def stored_quantized():
+    """QTensors in forms that files have: nested scales, zero points, offsets, swapped axes."""
+    grouped = jq.ArrayConfig(format=jq.INT4, group_size=16, symmetric=False)
+    plain = jq.quantize(normal(24, 96), grouped, axis=1)
+    assert isinstance(plain.scale, jax.Array)
+    nested = jq.quantize(plain.scale, jq.ArrayConfig(group_size=3), axis=1)
+    return {
+        "a": dataclasses.replace(plain, scale=nested, offset=plain.scale / 3),
+        "b": jq.quantize(normal(96, 24, seed=1), grouped, axis=0).reorder((-1, -2)),
+        "c": jq.quantize(normal(24, 96, seed=2), jq.ArrayConfig(group_size=(8, 32)), axis=(0, 1)),
+        "d": jq.quantize(normal(24, 96, seed=3), jq.ArrayConfig(format=jq.NVFP4), axis=1),
+        "e": jq.quantize(normal(24, 96, seed=4), jq.W8A8.weights, axis=1).astype(jnp.bfloat16),
+    }
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stored") / "a"
+    jq.save(path, stored_quantized())
+    return checkpoints.open(path)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_slices_of_quantized_tensors_are_dequantized(stored, data):
+    name = data.draw(st.sampled_from(sorted(stored)))
+    whole = np.asarray(stored_quantized()[name].dequantize())
+    source = dequantized(name, stored[name].value)
+    assert (source.shape, source.dtype) == (whole.shape, whole.dtype)
+    bounds = [sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in whole.shape]
+    index = tuple(slice(*b) for b in bounds)
+    np.testing.assert_array_equal(source.read(index), whole[index])
+
+
+def test_what_is_quantized_already_is_quantized_again_if_asked(stored, tmp_path, small_parts):
+    rules = [jq.Rule("e", None), jq.Rule("*", jq.W8A8, axis=-1)]
+    floats = {name: q.dequantize() for name, q in stored_quantized().items()}
+    want = jq.tree.quantize(floats | {"e": stored_quantized()["e"]}, rules)
+    jq.save(tmp_path / "want", want)
+    report = checkpoints.write_quantized(tmp_path / "a", stored, rules, requantize=True)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "want").read_bytes()
+    assert [row.sqnr is None for row in report.rows] == [False] * 4 + [True]
+    found = checkpoints.quantize(stored, rules, requantize=True)
+    for name, q in want.items():
+        np.testing.assert_array_equal(found[name].dequantize(), q.dequantize())
+
+
+def test_what_would_be_lost_by_quantizing_again_is_an_error(tmp_path):
+    q = jq.quantize(normal(8, 64), jq.ArrayConfig(), axis=1)
+    q = dataclasses.replace(q, inputs=jq.Inputs(multiplier=jnp.ones(64)))
+    jq.save(tmp_path / "a", {"q": q, "w": normal(8, 64)})
+    opened = checkpoints.open(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"q cannot be quantized again: its inputs.multiplier wou"):
+        checkpoints.quantize(opened, jq.W8A8, requantize=True)
+    rules = [jq.Rule("q", None), jq.Rule("w", jq.W8A8, axis=-1)]
+    kept = checkpoints.quantize(opened, rules, requantize=True)["q"]
+    assert kept.inputs.multiplier.shape == (64,)
 
 
 def test_nan_is_found_by_name_and_leaves_the_old_file(tmp_path, small_parts):
