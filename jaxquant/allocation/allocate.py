@@ -17,9 +17,8 @@ from ..lift import lift
 from ..methods.internal import stack_axes
 from ..tree import Progress, Rule, Rules, default_rules
 from ..tree import quantize as quantize_tree
-from ..tree.internal import REGEX, Plan, matched, progress_bar, select
+from ..tree.internal import REGEX, Plan, effective, matched, progress_bar, select
 from .allocation import Allocation, AllocationRow
-from .effective import effective
 from .losses import sampled_token
 from .probe import probed
 from .sizes import stored_bits

@@ -2,6 +2,7 @@
 
 from .atomic import creating_folder as creating_folder
 from .atomic import replacing as replacing
+from .effective import effective as effective
 from .files import check_target as check_target
 from .files import check_tensor as check_tensor
 from .files import has_manifest as has_manifest

@@ -25,6 +25,7 @@ from ..core import quantize as quantize_array
 from ..jaxprs import is_tracer
 from ..methods.internal import apply_chain, as_chain, needed, stack_axes
 from ..ops import best_order
+from .effective import effective
 from .paths import is_quantized, leaves_with_paths
 from .progress import Progress, progress_bar
 from .rules import (
@@ -146,13 +147,20 @@ def stored_order(
 def dequantize(params: Any) -> Any:
     """Returns the tree with each QTensor, and its adapters, as the float array it stands for.
 
+    Multipliers, permutations and rotations of activations are undone, so that products with the
+    array are those of the QTensor, up to quantized activations.
+
+    Raises:
+        ValueError: the scales of a QTensor with a multiplier or a rotation do not say which axes
+            are contracted: they are shared along others, too.
+
     Example:
         >>> q = jq.tree.quantize({"kernel": jnp.ones((64, 8))}, jq.W8A8)
         >>> jq.tree.dequantize(q)["kernel"].dtype
         dtype('float32')
     """
     return jax.tree.map(
-        lambda x: x.dequantize() if is_quantized(x) else x, params, is_leaf=is_quantized
+        lambda x: effective(x) if is_quantized(x) else x, params, is_leaf=is_quantized
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..core import LowRank, TrainedArray, describe, packed_bytes
 from .doubts import doubt
+from .effective import effective
 from .paths import is_quantized, leaves_with_paths
 from .plot import plot_report
 from .report_row import ReportRow
@@ -196,7 +197,7 @@ def powers(x: jax.Array, q: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums of squares of signal and noise, in units of the signal's largest magnitude, and that."""
     dtype = x.dtype if x.dtype == jnp.float64 else jnp.float32
     x = x.astype(dtype)
-    noise = x - q.dequantize().astype(dtype)
+    noise = x - effective(q).astype(dtype)
     # In float32 the square of 1e-23 is 0 and that of 1e20 is infinite.
     largest = jnp.max(jnp.abs(x), initial=0)
     unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
@@ -204,7 +205,10 @@ def powers(x: jax.Array, q: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _sqnr(x, q):
-    signal, noise, _ = (float(p) for p in powers(x, q))
+    try:
+        signal, noise, _ = (float(p) for p in powers(x, q))
+    except ValueError:
+        return None  # Its scales do not say how its activations are changed.
     return sqnr_of(signal, noise)
 
 

@@ -10,7 +10,6 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.allocation import dense_bits, random_projection, stored_bits
-from jaxquant.allocation.effective import effective
 
 W2 = jq.ArrayConfig(format=jq.INT2, group_size=16, symmetric=False)
 W4 = jq.ArrayConfig(format=jq.INT4, group_size=16)
@@ -210,38 +209,6 @@ def test_options_may_have_methods_and_what_changes_activations_is_undone():
     nearest = jq.allocate(two_layers, params, [x], {"w4": W4}, 9.0, loss=sines, rules=rules)
     assert scores["8 bits"] < scores["gptq"]
     assert 0.2 < scores["rotated"] / nearest.rows[0].scores[0] < 2
-
-
-@pytest.mark.parametrize(
-    ("shape", "axes"), [((K, N), (0,)), ((2, K, N), (1,)), ((2, H, D, N), (1, 2)), ((N, K), (1,))]
-)
-def test_effective_weights_are_what_products_multiply(shape, axes):
-    method = [jq.methods.SINQ(), jq.methods.Rotation(8)]
-    rule = jq.Rule("*", dataclasses.replace(W4, group_size=None), axis=axes, method=method)
-    w = normal(*shape)
-    q: Any = jq.tree.quantize({"w": w}, rule)["w"]
-    found = effective(q, axes)
-    assert np.abs(found - w).max() < 0.2 * np.abs(w).max()
-    layers = [q] if 0 in axes or (axes == (1,) and len(shape) == 2) else unstacked(q, 2)
-    wide = [found] if len(layers) == 1 else list(found)
-    inner = tuple(a - len(shape) for a in axes)
-    for layer, matrix in zip(layers, wide, strict=True):
-        lengths = [matrix.shape[a] for a in inner]
-        x = normal(M, *lengths, seed=4)
-        numbers = (range(1, 1 + len(lengths)), [a + matrix.ndim for a in inner]), ((), ())
-        want = jax.lax.dot_general(x, matrix, numbers)
-        np.testing.assert_allclose(jq.dot_general(x, layer, numbers), want, rtol=1e-4, atol=1e-4)
-
-
-def unstacked(q, count):
-    return [jax.tree.map(lambda x, i=i: x[i], q) for i in range(count)]
-
-
-def test_permutations_are_undone_too():
-    order = np.random.default_rng(0).permutation(K)
-    inputs = jq.Inputs(multiplier=jnp.linspace(1, 2, K), permutation=jnp.asarray(order))
-    q = dataclasses.replace(jq.quantize(normal(K, N), W4), inputs=inputs)
-    np.testing.assert_allclose(effective(q, (0,)), jq.matmul(jnp.eye(K), q), rtol=1e-5)
 
 
 def test_parameters_together_share_an_option():
