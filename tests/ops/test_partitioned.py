@@ -18,6 +18,7 @@ from jaxquant import (
     explain,
     matmul,
     quantize,
+    refine_blocks,
     specs,
     tree,
 )
@@ -46,8 +47,8 @@ def text_of(function, *args):
     return text
 
 
-def implementations(x, q):
-    return [row.implementation for row in explain(matmul, x, q)]
+def implementations(x, q, function=matmul):
+    return [row.implementation for row in explain(function, x, q)]
 
 
 def collectives(text):
@@ -246,6 +247,37 @@ def test_sharded_kernels_of_convolutions_stay_where_they_are(axis, implementatio
     assert "all-gather" not in text
     wanted = run(x, q, "dequantize")
     np.testing.assert_allclose(compiled(x, sharded(q, axis)), wanted, rtol=2e-3, atol=2e-2)
+
+
+@needs_native
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
+@pytest.mark.parametrize("name", ["columns", "rows"])
+def test_parts_of_weights_run_the_native_kernels_inside_shard_map(scheme, name):
+    # 24 groups of 128 along the contracted axis, which 8 devices share.
+    q = weight_of(scheme, 3072)
+    x = jnp.asarray(normal(ROWS, q.shape[0]))
+    spec, on = PRODUCTS[name], mesh(DEVICES)
+    q = refine_blocks(q, spec, on)
+
+    def product(x, q):
+        out = matmul(x, q)
+        return jax.lax.psum(out, "a") if name == "rows" else out
+
+    part = jax.shard_map(
+        product,
+        mesh=on,
+        in_specs=(jax.P(None, spec[0]), specs(q, spec, on)),
+        out_specs=jax.P(None, spec[1]),
+    )
+    parts = placed(q, spec, on)
+    text = text_of(jax.jit(part), x, parts)
+    assert "jaxquant_dot" in text
+    assert [c for c, _ in collectives(text)] == COLLECTIVES[name]
+    assert implementations(x, parts, part) == ["native"]
+    wanted = matmul(x, q, implementation="dequantize")
+    # Each device quantizes its own channels of the activations.
+    close = {"rtol": 5e-2, "atol": 1.0} if scheme == "W8A8" else {"rtol": 1e-4, "atol": 1e-3}
+    np.testing.assert_allclose(jax.jit(part)(x, parts), wanted, **close)
 
 
 @needs_native
