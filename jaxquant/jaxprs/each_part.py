@@ -1,6 +1,7 @@
 """Functions that each device runs on its part of the arrays, where XLA partitions the program."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ def on_each_part(
     result: jax.ShapeDtypeStruct,
     divide: Divide,
     factors: tuple[Sequence[Sequence[str]], Sequence[str]],
+    key: str,
     *args: jax.Array,
 ) -> jax.Array:
     """A result of which each device computes its part, in a program that `has_parts`.
@@ -31,11 +33,16 @@ def on_each_part(
             divided then. XLA divides them as the specs say that it returns.
         factors: names for the axes of each array, and of the result. XLA divides axes of equal
             names alike where nothing else says how.
+        key: equal only for functions `divide` that do the same with equal arrays.
         args: arrays.
     """
     of_args, of_result = factors
-    rule = ", ".join(map(" ".join, of_args)) + " -> " + " ".join(of_result)
-    return _each_part_p.bind(*args, result=result, divide=divide, rule=rule)
+    # JAX's persistent cache of compiled programs knows `divide` by its address alone, which another
+    # function may get later, in this process or the next. So the key is part of the program.
+    words = np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint32)[:2]
+    marks = [jnp.full(1, word) for word in words]
+    rule = ", ".join(["mark0", "mark1", *map(" ".join, of_args)]) + " -> " + " ".join(of_result)
+    return _each_part_p.bind(*marks, *args, result=result, divide=divide, rule=rule)
 
 
 def has_parts(context: mlir.LoweringRuleContext) -> bool:
@@ -89,13 +96,15 @@ def _lower(
     function = custom_partitioning(lambda *_: jnp.full(result.shape, jnp.nan, result.dtype))
 
     def parts(mesh, shapes):
-        specs = [(*x.sharding.spec, *(None,) * (x.ndim - len(x.sharding.spec))) for x in shapes]
+        _, _, *arrays = shapes
+        specs = [(*x.sharding.spec, *(None,) * (x.ndim - len(x.sharding.spec))) for x in arrays]
         return divide(mesh, specs)
 
     def partition(mesh, shapes, _):
         of_parts, of_result, run = parts(mesh, shapes)
-        named = [jax.NamedSharding(mesh, jax.P(*spec)) for spec in (*of_parts, of_result)]
-        return mesh, run, named[-1], tuple(named[:-1])
+        specs = (None,), (None,), *of_parts, of_result
+        named = [jax.NamedSharding(mesh, jax.P(*spec)) for spec in specs]
+        return mesh, lambda _mark0, _mark1, *given: run(*given), named[-1], tuple(named[:-1])
 
     def infer(mesh, shapes, _):
         return jax.NamedSharding(mesh, jax.P(*parts(mesh, shapes)[1]))

@@ -1,5 +1,8 @@
 """Results of which each device computes its part, in programs that XLA partitions."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +14,14 @@ from jaxquant.jaxprs import names_parts, on_each_cpu, on_each_part
 X = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32))
 
 
-def sums(x):
+def sums(x, times=1.0):
     """Sums of rows by the devices that hold parts of them; NaN where there are none."""
 
     def divide(mesh, specs):
         ((rows, columns),) = specs
 
         def part(x):
-            out = x.sum(1)
+            out = times * x.sum(1)
             return jax.lax.psum(out, columns) if columns else out
 
         return [(rows, columns)], (rows,), part
@@ -26,7 +29,7 @@ def sums(x):
     result = jax.ShapeDtypeStruct(x.shape[:1], x.dtype)
 
     def parts(x):
-        return on_each_part(result, divide, ([["m", "k"]], ["m"]), x)
+        return on_each_part(result, divide, ([["m", "k"]], ["m"]), f"sums {times}", x)
 
     def nan(x):
         return jnp.full(result.shape, jnp.nan)
@@ -63,3 +66,15 @@ def test_one_device_and_numbers_with_different_factors_have_no_parts():
     assert np.isnan(jax.jit(sums)(x)).all()
     found = [count for count in range(33) if names_parts(count)]
     assert found == [2, 3, 4, 5, 7, 8, 9, 11, 13, 16, 17, 19, 23, 25, 27, 29, 31, 32]
+
+
+def test_programs_of_other_functions_differ_by_their_keys():
+    x = jax.device_put(X, jax.NamedSharding(mesh(2), jax.P("a")))
+
+    def text(times):
+        # Without the address of the function.
+        lowered = jax.jit(partial(sums, times=times)).lower(x).as_text()
+        return re.sub(r'backend_config = "\d+"', "", lowered)
+
+    assert text(1.0) == text(1.0)
+    assert text(1.0) != text(2.0)

@@ -1,5 +1,6 @@
 """Programs that XLA partitions among devices: plain `jit` with arrays sharded over a mesh."""
 
+import dataclasses
 import math
 import re
 
@@ -12,6 +13,7 @@ from jaxquant import (
     INT4,
     SCHEMES,
     ArrayConfig,
+    Format,
     Rule,
     conv_general_dilated,
     einsum,
@@ -160,6 +162,21 @@ def test_blocks_that_span_devices_are_cut(shape):
     assert "all-gather" not in text
     wanted = matmul(x, q, implementation="dequantize")
     np.testing.assert_allclose(jax.jit(matmul)(x, parts), wanted, rtol=1e-4, atol=1e-3)
+
+
+@needs_native
+def test_programs_of_formats_with_the_same_arrays_differ():
+    """JAX's cache of compiled programs does not know the functions of the parts."""
+    q, x = weight_of("W4A16"), jnp.asarray(normal(ROWS, K))
+    values = tuple(np.linspace(-1, 1, 15).tolist())
+    other = dataclasses.replace(q, format=Format("other", "int4", -1, 1, values))
+
+    def text(q):
+        text = jax.jit(matmul).lower(x, placed(q, jax.P(None, "a"), mesh(DEVICES))).as_text()
+        return re.sub(r'backend_config = "\d+"', "", text)
+
+    assert text(q) == text(q)
+    assert text(q) != text(other)
 
 
 @needs_native

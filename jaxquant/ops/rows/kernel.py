@@ -10,6 +10,8 @@ from jax import lax
 
 from ...core import QTensor, blocks_between, scale_values
 from ...jaxprs import Function, is_sharded, on_each_cpu, vary_alike
+from ...kernels import cpu
+from ...version import __version__
 from .. import dispatch
 from ..dispatch import Table
 from ..dot_spec import DotSpec
@@ -76,7 +78,8 @@ def kernel_on_parts(
         @jax.custom_batching.custom_vmap
         def parts(*leaves: jax.Array) -> jax.Array:
             lhs, rhs = jax.tree.unflatten(treedef, leaves)
-            return run_on_parts(lhs, rhs, spec, on_part)
+            key = f"{__version__} {cpu.instruction_sets()[0]}"
+            return run_on_parts(lhs, rhs, spec, on_part, key)
 
         @parts.def_vmap
         def _(length: int, is_batched: Any, *leaves: jax.Array) -> tuple[jax.Array, bool]:

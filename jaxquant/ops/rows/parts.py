@@ -19,7 +19,7 @@ Names = tuple[str, ...]
 
 
 def run_on_parts(
-    lhs: Operand, rhs: QTensor, spec: DotSpec, run: Callable[..., jax.Array]
+    lhs: Operand, rhs: QTensor, spec: DotSpec, run: Callable[..., jax.Array], key: str
 ) -> jax.Array:
     """(..., K) by (N, K): `run` multiplies what each device holds of the weights.
 
@@ -29,6 +29,7 @@ def run_on_parts(
     Args:
         lhs, rhs, spec: as for a row, with rhs stored as a matrix (N, K).
         run: (lhs, rhs, spec) -> result, of any length of the axes.
+        key: equal only for functions `run` that do the same.
     """
     leaves, treedef = jax.tree.flatten(tuple(map(_without_inputs, (lhs, rhs))))
     compute = jnp.dtype(jnp.float64 if spec.dtype == jnp.float64 else jnp.float32)
@@ -54,7 +55,10 @@ def run_on_parts(
     factors = _factors(leaves, counts, lengths[0], lengths[-1], spec)
     shape = _in_logical_order((*lengths[0][:-1], rhs.codes.shape[0]), spec)
     result = jax.ShapeDtypeStruct(shape, spec.dtype)
-    return on_each_part(result, divide, factors, *leaves)
+    formats = [(x.format, x.dtype, x.order) for x in (lhs, rhs) if isinstance(x, QTensor)]
+    fields = [(dataclasses.astuple(f), str(dtype), order) for f, dtype, order in formats]
+    key = repr((key, counts, fields, str(treedef), spec))
+    return on_each_part(result, divide, factors, key, *leaves)
 
 
 @dataclasses.dataclass(frozen=True)
