@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..core import Format, Inputs, QTensor, normalize_axes
-from ..jaxprs import split_arrays
+from ..jaxprs import is_sharded, run_with_out_sharding, split_arrays
 from ..lift import lift
 from ..methods import CrossMoment, Statistic
 from ..methods.internal import stack_axes
@@ -280,16 +280,22 @@ class _Tap:
         batch = activations.batch
         weights = self._weights(x.shape[batch:-1])
         x = x.reshape(*x.shape[:batch], weights.size, x.shape[-1])
-        pair = None
-        if CrossMoment in self.kinds:
-            # Both models run side by side, as two examples of a batch.
-            pair = jax.lax.all_gather(x, _PAIR)
-            x, pair = pair[0], jnp.moveaxis(pair, 0, batch)
-        sums = [
-            _sum(kind, pair if kind is CrossMoment else x, weights, activations)
-            for kind in self.kinds
-        ]
-        jax.debug.callback(self.take, self.numbers, *sums)
+
+        def sums(x: jax.Array, weights: jax.Array) -> list[Statistic]:
+            pair = None
+            if CrossMoment in self.kinds:
+                # Both models run side by side, as two examples of a batch.
+                pair = jax.lax.all_gather(x, _PAIR)
+                x, pair = pair[0], jnp.moveaxis(pair, 0, batch)
+            return [
+                _sum(kind, pair if kind is CrossMoment else x, weights, activations)
+                for kind in self.kinds
+            ]
+
+        # XLA adds the parts of several devices.
+        replicated = jax.typeof(x).sharding.update(spec=jax.P()) if is_sharded(x) else None
+        found = run_with_out_sharding(sums, replicated, x, weights)
+        jax.debug.callback(self.take, self.numbers, *found)
 
     def _weights(self, shape: tuple[int, ...]) -> jax.Array:
         """The weight of each row, (rows,)."""
@@ -313,7 +319,11 @@ def _sum(kind: type[Statistic], x: Any, weights: jax.Array, activations: Activat
     if activations.group_sizes is not None:
         ends = jnp.cumsum(activations.group_sizes)
         group = jnp.searchsorted(ends, jnp.arange(weights.size), side="right")
-        return jax.lax.map(lambda n: update(x, weights * (group == n)), jnp.arange(ends.size))
+
+        def of_group(number: jax.Array) -> Statistic:
+            return update(x, weights * (group == number).astype(weights.dtype))
+
+        return jax.lax.map(of_group, jnp.arange(ends.size))
     for _ in range(activations.batch):
         update = jax.vmap(update, (0, None))
     return update(x, weights)

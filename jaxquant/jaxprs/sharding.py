@@ -32,9 +32,9 @@ def reshard_like(values: jax.Array, out_sharding: OutSharding) -> jax.Array:
 
 
 def run_with_out_sharding(
-    function: Callable[..., jax.Array], out_sharding: OutSharding, *args: jax.Array
-) -> jax.Array:
-    """`function(*args)` with the result sharded as asked, and XLA to shard what is between.
+    function: Callable[..., Any], out_sharding: OutSharding, *args: jax.Array
+) -> Any:
+    """`function(*args)` with the results sharded as asked, and XLA to shard what is between.
 
     Raises:
         ValueError: out_sharding is not a sharding, or names more axes than the result has.

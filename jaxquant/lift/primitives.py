@@ -243,6 +243,8 @@ RULES: Mapping[str, Rule] = {
     "stop_gradient": _arrays_rule,
     "name": _arrays_rule,
     "optimization_barrier": _arrays_rule,
+    # Of an array that all devices have, in shard_map.
+    "pvary": _arrays_rule,
     "sharding_constraint": _sharding_rule,
     "jit": programs.call_rule,
     "pjit": programs.call_rule,

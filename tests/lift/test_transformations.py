@@ -284,6 +284,19 @@ def test_shard_map_divides_codes_and_scales(spec, quantized):
     np.testing.assert_allclose(found, x @ q.dequantize(), rtol=1e-4, atol=1e-3)
 
 
+def test_shard_map_gives_each_device_its_rows_and_the_whole_parameter():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    q, x = cases.parameter("int4 g32"), cases.rows()
+    x = jnp.concatenate([x, x, x, x])
+
+    def apply(w, x):
+        specs = jax.P("d"), jax.P()
+        return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=specs, out_specs=jax.P("d"))(x, w)
+
+    found = jax.jit(jq.lift(apply, strict=True))(q, x)
+    np.testing.assert_allclose(found, x @ q.dequantize(), rtol=1e-4, atol=1e-3)
+
+
 def test_sharding_constraints_reach_codes_and_scales():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     q, x = cases.parameter("int4 g32"), cases.rows()
