@@ -11,13 +11,14 @@ stacked layers or experts. To add one, add a class with these methods.
 """
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array | np.ndarray
+# Of JAX, or of NumPy: the sums of many batches are kept on the host.
+Array = Any
 # Sums of squares in bfloat16, the default on TPU, are not positive semidefinite.
 _PRECISION = jax.lax.Precision.HIGHEST
 
