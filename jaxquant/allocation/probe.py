@@ -7,6 +7,7 @@ zeros with one element per candidate dW, is the sum over rows of (g^T dW x)^2, g
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ def probed(
     axes: tuple[int, ...],
     path: str,
     reached: Callable[[str], None],
+    row_axes: int | None,
 ) -> QTensor:
     """A float array that measures its candidate errors in each product.
 
@@ -36,6 +38,8 @@ def probed(
         axes: contracted axes of the parameter, from 0 up.
         path: of the parameter.
         reached: called with the path when a product is traced.
+        row_axes: leading axes of rows whose elements are squared each; those of further axes are
+            added first. None for all axes.
     """
     info, name = jnp.finfo(weight.dtype), str(weight.dtype)
     scale = [1 if a in axes else n for a, n in enumerate(weight.shape)]
@@ -45,6 +49,7 @@ def probed(
         axes=tuple(a - weight.ndim for a in axes),
         path=path,
         reached=reached,
+        row_axes=row_axes,
     )
     return QTensor(
         weight,
@@ -61,7 +66,7 @@ class _Probe:
     """The tap of `probed`. Scans slice its arrays along with the parameter.
 
     Attributes:
-        errors, sums, path, reached: as for `probed`.
+        errors, sums, path, reached, row_axes: as for `probed`.
         axes: contracted axes, counted from the end of the parameter's.
     """
 
@@ -70,6 +75,7 @@ class _Probe:
     axes: tuple[int, ...] = dataclasses.field(kw_only=True, metadata={"static": True})
     path: str = dataclasses.field(kw_only=True, metadata={"static": True})
     reached: Callable[[str], None] = dataclasses.field(kw_only=True, metadata={"static": True})
+    row_axes: int | None = dataclasses.field(kw_only=True, metadata={"static": True})
 
     def __call__(self, activations: Activations) -> Callable[[jax.Array], jax.Array]:
         shape = self.errors.shape[:-1]
@@ -88,7 +94,10 @@ class _Probe:
         batch = 1 if activations.group_sizes is not None else activations.batch
         errors = _matrices(self.errors, batch, axes)
         sizes = activations.group_sizes
-        return lambda y: _measured(y, x, errors, self.sums, sizes)
+        rows = x.shape[activations.batch : -1]
+        # Rows of one example are adjacent.
+        length = math.prod(rows[self.row_axes :]) if self.row_axes is not None else 1
+        return lambda y: _measured(y, x, errors, self.sums, sizes, length)
 
 
 def _matrices(errors: jax.Array, batch: int, axes: tuple[int, ...]) -> jax.Array:
@@ -104,20 +113,29 @@ def _matrices(errors: jax.Array, batch: int, axes: tuple[int, ...]) -> jax.Array
     return x.reshape(errors.shape[-1], *lengths)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _measured(
-    y: jax.Array, x: jax.Array, errors: jax.Array, sums: jax.Array, sizes: jax.Array | None
+    y: jax.Array,
+    x: jax.Array,
+    errors: jax.Array,
+    sums: jax.Array,
+    sizes: jax.Array | None,
+    length: int,
 ) -> jax.Array:
-    """y, the product of x (batch..., rows..., K): (batch..., rows..., N...)."""
-    del x, errors, sums, sizes
+    """y, the product of x (batch..., rows..., K): (batch..., rows..., N...).
+
+    Runs of `length` rows are added before they are squared.
+    """
+    del x, errors, sums, sizes, length
     return y
 
 
-def _forward(y: Any, x: Any, errors: Any, sums: Any, sizes: Any) -> tuple[Any, Any]:
+def _forward(y: Any, x: Any, errors: Any, sums: Any, sizes: Any, length: int) -> tuple[Any, Any]:
+    del length
     return y, (x, errors, sums, sizes)
 
 
-def _backward(saved: Any, g: jax.Array) -> tuple[Any, ...]:
+def _backward(length: int, saved: Any, g: jax.Array) -> tuple[Any, ...]:
     x, errors, sums, sizes = saved
     batch, outputs, columns = errors.shape[1:]
     # With groups of rows, all of them meet the whole stack of matrices.
@@ -131,7 +149,8 @@ def _backward(saved: Any, g: jax.Array) -> tuple[Any, ...]:
             moved = jax.lax.ragged_dot(wide[0], error.transpose(0, 2, 1), sizes)[None]
         else:
             moved = jnp.einsum("btk,bnk->btn", wide, error)
-        return jnp.sum(jnp.square(jnp.sum(moved * slopes, -1)))
+        each = jnp.sum(moved * slopes, -1).reshape(products, -1, length)
+        return jnp.sum(jnp.square(jnp.sum(each, -1)))
 
     scores = jax.lax.map(score, errors)
     # In the first of the slices: all of a parameter share an option.

@@ -98,6 +98,22 @@ def parameters(seed=0):
 FEW = {"4 bits": dataclasses.replace(W4, group_size=None), "8 bits": jq.W8A16}
 
 
+@pytest.mark.parametrize("row_axes", [1, 2, None])
+def test_rows_of_further_axes_are_added_before_they_are_squared(row_axes):
+    w, x = normal(K, N), normal(3, M, K, seed=1) * 4
+    config = {"4 bits": dataclasses.replace(W4, group_size=None)}
+
+    def apply(params, x):
+        return x @ params["w"]
+
+    found = jq.allocate(apply, {"w": w}, [x], config, 9.0, loss=sines, row_axes=row_axes)
+    dw = jq.quantize(w, config["4 bits"]).dequantize() - w
+    each = np.sum(np.asarray(jax.grad(lambda y: sines(y, None))(x @ w)) * (x @ dw), -1)
+    each = each.sum(1) if row_axes == 1 else each
+    want = np.square(each).sum() / 2 / (3 * M)
+    np.testing.assert_allclose(found.rows[0].scores[0], want, rtol=0.02)
+
+
 def test_batches_add_up_and_parameters_are_scored_together():
     params, batches = parameters(), [normal(M, K, seed=s) for s in range(3)]
 
@@ -280,6 +296,7 @@ def convolved(params, x):
         (two_layers, None, {"rules": [jq.Rule("*", None)]}, "the rules select no leaf"),
         (two_layers, np.full((M, K), np.nan, np.float32), {}, "a: scores must be finite; got"),
         (lookups, np.arange(4), {}, "a met no product of activations in any batch"),
+        (two_layers, None, {"row_axes": 0}, "row_axes must be a positive int or None; got 0"),
         (two_layers, None, {"together": "c"}, "'c' matches no leaf"),
     ],
 )
