@@ -5,6 +5,7 @@ from . import checkpoints as checkpoints
 from . import methods as methods
 from . import training as training
 from . import tree as tree
+from . import tuning as tuning
 from .allocation import Allocation as Allocation
 from .allocation import allocate as allocate
 from .calibration import Statistics as Statistics

@@ -31,6 +31,7 @@ LAYERS = [
     "lift",
     "calibration",
     "allocation",
+    "tuning",
     "training",
     "keras",
     "demo",

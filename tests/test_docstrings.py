@@ -3,15 +3,19 @@
 import pytest
 
 import jaxquant as jq
-from jaxquant import training, tree
+from jaxquant import methods, training, tree, tuning
 
 from .docstrings import public, run_examples
 
 CASES = public(jq)
 CASES |= {f"kv.{n}": getattr(jq.kv, n) for n in ("Cache", "init", "append", "attend")}
-for module in (tree, training):
+for module in (tree, methods, tuning, training):
     short = module.__name__.rsplit(".", 1)[1]
     CASES |= {f"{short}.{name}": v for name, v in public(module).items() if v not in CASES.values()}
+
+# What a method, a transform and a statistic are.
+PROTOCOLS = [f"methods.{name}" for name in ("Method", "Statistic", "Transform", "Transformed")]
+CASES = {name: value for name, value in CASES.items() if name not in PROTOCOLS}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,8 @@ from ..tree import dequantize as dequantize_tree
 from ..tree.internal import leaves_with_paths, progress_bar, select
 from .collected import Statistics, kinds_of
 
-_PAIR = "float and quantized"
+# Name of the axis of the two models whose activations `CrossMoment` compares.
+PAIR = "float and quantized"
 
 
 def collect(
@@ -76,31 +77,64 @@ def collect(
         >>> found["kernel"][jq.methods.MeanSquare].finish().tolist()
         [4.0, 4.0, 4.0, 4.0]
     """
-    kinds = kinds_of(statistics)
-    paths, leaves, plans, treedef = select(params, rules)
-    others = _others(quantized, treedef, kinds)
-    tappers = {
-        i: _Tapper(path, leaf.shape, normalize_axes(plan.axis, leaf.ndim), tuple(kinds))
-        for i, (path, leaf, plan) in enumerate(zip(paths, leaves, plans, strict=True))
-        if plan is not None
-    }
-    run = _compiled(apply, leaves, treedef, tappers, mask, others)
-    total = len(batches) if isinstance(batches, Sized) else None
-    with progress_bar(progress, total, "Collecting") as report:
-        for done, batch in enumerate(batches, 1):
-            jax.block_until_ready(run(batch))
-            jax.effects_barrier()
-            for tapper in tappers.values():
-                tapper.add()
-            report(done, total, f"batch {done}")
-    found = {tapper.path: tapper.finish(allow_missing) for tapper in tappers.values()}
-    return Statistics(found, is_complete=not allow_missing)
+    collector = Collector(apply, params, rules, statistics, mask)
+    return collector(params, batches, quantized, allow_missing, progress)
 
 
-def _others(quantized: Any, treedef: Any, kinds: Sequence[type[Statistic]]) -> list[Any] | None:
-    """The leaves of the quantized tree as floats, if a statistic compares activations with its."""
-    if CrossMoment not in kinds:
-        return None
+class Collector:
+    """`collect` for several trees of the same structure and shapes, with one compiled program."""
+
+    def __init__(
+        self,
+        apply: Callable[[Any, Any], Any],
+        params: Any,
+        rules: Rules,
+        statistics: Any,
+        mask: Callable[[Any], jax.Array] | None = None,
+    ):
+        kinds = kinds_of(statistics)
+        paths, leaves, plans, self._treedef = select(params, rules)
+        self._tappers = {
+            i: _Tapper(path, leaf.shape, normalize_axes(plan.axis, leaf.ndim), tuple(kinds))
+            for i, (path, leaf, plan) in enumerate(zip(paths, leaves, plans, strict=True))
+            if plan is not None
+        }
+        self._has_pairs = CrossMoment in kinds
+        self._run = _compiled(apply, leaves, self._treedef, self._tappers, mask, self._has_pairs)
+
+    def __call__(
+        self,
+        params: Any,
+        batches: Iterable[Any],
+        quantized: Any = None,
+        allow_missing: bool = False,
+        progress: Progress | bool | None = None,
+    ) -> Statistics:
+        """The statistics of a tree; arguments as for `collect`."""
+        leaves = jax.tree.leaves(params)
+        selected, rest = _parted(leaves, self._tappers)
+        if self._has_pairs:
+            others = _others(quantized, self._treedef)
+            selected = {i: jnp.stack([jnp.asarray(x), others[i]]) for i, x in selected.items()}
+        arrays, _ = split_arrays(rest)
+        total = len(batches) if isinstance(batches, Sized) else None
+        with progress_bar(progress, total, "Collecting") as report:
+            for done, batch in enumerate(batches, 1):
+                self._add(selected, arrays, batch)
+                report(done, total, f"batch {done}")
+        found = {tapper.path: tapper.finish(allow_missing) for tapper in self._tappers.values()}
+        return Statistics(found, is_complete=not allow_missing)
+
+    def _add(self, selected: Any, arrays: Any, batch: Any) -> None:
+        """Runs a batch and adds its sums."""
+        jax.block_until_ready(self._run(selected, arrays, batch))
+        jax.effects_barrier()
+        for tapper in self._tappers.values():
+            tapper.add()
+
+
+def _others(quantized: Any, treedef: Any) -> list[Any]:
+    """The leaves of the quantized tree as floats, whose activations are compared."""
     if quantized is None:
         raise ValueError(
             "CrossMoment compares activations with those of a quantized model; got "
@@ -114,15 +148,21 @@ def _others(quantized: Any, treedef: Any, kinds: Sequence[type[Statistic]]) -> l
     return leaves
 
 
+def _parted(leaves: list[Any], chosen: Iterable[int]) -> tuple[dict[int, Any], list[Any]]:
+    """The chosen leaves by number, and all others, with None in their place."""
+    selected = {i: leaves[i] for i in chosen}
+    return selected, [None if i in selected else leaf for i, leaf in enumerate(leaves)]
+
+
 def _compiled(
     apply: Callable[[Any, Any], Any],
     leaves: list[Any],
     treedef: Any,
     tappers: Mapping[int, "_Tapper"],
     mask: Callable[[Any], jax.Array] | None,
-    others: list[Any] | None,
-) -> Callable[[Any], Any]:
-    """A function of a batch that runs the model with taps."""
+    has_pairs: bool,
+) -> Callable[[Any, Any, Any], Any]:
+    """A function (selected leaves, other arrays, batch) that runs the model with taps."""
     lifted = lift(apply)
 
     def model(selected, rest, batch, weights):
@@ -132,21 +172,16 @@ def _compiled(
 
     def pair(selected, rest, batch, weights):
         run = partial(model, rest=rest, batch=batch, weights=weights)
-        return jax.vmap(run, axis_name=_PAIR)(selected)
+        return jax.vmap(run, axis_name=PAIR)(selected)
 
-    selected = {
-        i: leaves[i] if others is None else jnp.stack([jnp.asarray(leaves[i]), others[i]])
-        for i in tappers
-    }
-    rest = [None if i in tappers else leaf for i, leaf in enumerate(leaves)]
-    arrays, whole = split_arrays(rest)
+    _, whole = split_arrays(_parted(leaves, tappers)[1])
 
     @jax.jit
     def run(selected, arrays, batch):
         weights = None if mask is None else jnp.asarray(mask(batch), jnp.float32)
-        return (model if others is None else pair)(selected, whole(arrays), batch, weights)
+        return (pair if has_pairs else model)(selected, whole(arrays), batch, weights)
 
-    return partial(run, selected, arrays)
+    return run
 
 
 @dataclasses.dataclass(eq=False)
@@ -216,6 +251,7 @@ class _Tapper:
                 f"got {sorted(self.sums)}. Exclude it with a rule, Rule({self.path!r}, None)."
             )
         shape, found = next(iter(self.sums.items()), (self.leading, {}))
+        self.sums = {}
         sliced = self.leading[: len(self.leading) - len(shape)]
         step = math.prod(self.leading) // max(math.prod(sliced), 1)
         numbers = [n * step for n in range(math.prod(sliced))]
@@ -285,7 +321,7 @@ class _Tap:
             pair = None
             if CrossMoment in self.kinds:
                 # Both models run side by side, as two examples of a batch.
-                pair = jax.lax.all_gather(x, _PAIR)
+                pair = jax.lax.all_gather(x, PAIR)
                 x, pair = pair[0], jnp.moveaxis(pair, 0, batch)
             return [
                 _sum(kind, pair if kind is CrossMoment else x, weights, activations)

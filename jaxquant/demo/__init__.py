@@ -21,6 +21,7 @@ from .language import held_out_text as held_out_text
 from .language import language_table as language_table
 from .language import windows as windows
 from .llama import LlamaConfig as LlamaConfig
+from .llama import decoder_layer as decoder_layer
 from .llama import forward as forward
 from .llama import init_cache as init_cache
 from .llama import logits as logits

@@ -70,26 +70,39 @@ def forward(
     Source: Touvron et al. 2023, arXiv:2302.13971.
     """
     positions = cache.lengths[0][:, None] + jnp.arange(tokens.shape[1])[None]
-    angles = positions[..., None].astype(jnp.float32) * params["frequencies"][None, None]
-    rotation = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    rotation = _rotation(positions, params["frequencies"])
 
     def layer(carry, weights):
         x, cache, index = carry
-        normed = _normalize(x, weights["attention_norm"], config.epsilon)
-        query, key, value = _project(normed, weights, rotation, config)
-        # The cache of all layers is carried, not sliced: it is updated in place.
-        cache = kv.append(cache, key, value, counts, layer=index)
-        mixed = kv.attend(query, cache, counts, layer=index)
-        x = x + _dense(mixed.reshape(*x.shape[:2], -1), weights["out"])
-        normed = _normalize(x, weights["mlp_norm"], config.epsilon)
-        gated = jax.nn.silu(_dense(normed, weights["gate"])) * _dense(normed, weights["up"])
-        return (x + _dense(gated, weights["down"]), cache, index + 1), None
+        x, cache = _layer(weights, config, x, rotation, cache, counts, index)
+        return (x, cache, index + 1), None
 
     carry = take(params["embedding"], tokens, axis=0), cache, jnp.int32(0)
     for stack in params["layers"]:
         carry, _ = scan(layer, carry, stack)
     x, cache, _ = carry
     return _normalize(x, params["norm"], config.epsilon), cache
+
+
+def decoder_layer(
+    weights: Params, config: LlamaConfig, frequencies: jax.Array, x: jax.Array
+) -> jax.Array:
+    """One layer on whole sequences from their first token, as `tuning.sequential` needs it.
+
+    Args:
+        weights: of the layer, a slice of one of `params["layers"]`.
+        config: from `load_llama`.
+        frequencies: `params["frequencies"]`.
+        x: (B, T, D), from the embedding or the layer before.
+
+    Returns:
+        (B, T, D).
+    """
+    batch, length, _ = x.shape
+    rotation = _rotation(jnp.broadcast_to(jnp.arange(length), (batch, length)), frequencies)
+    size = 2 * frequencies.shape[0]
+    cache = kv.init(batch, config.kv_heads, length, size, store=x.dtype, layers=1)
+    return _layer(weights, config, x, rotation, cache, None, jnp.int32(0))[0]
 
 
 def logits(params: Params, x: jax.Array) -> jax.Array:
@@ -129,6 +142,33 @@ def next_token(
     if temperature is None or key is None:
         return jnp.argmax(found, -1), cache
     return jax.random.categorical(key, found / temperature), cache
+
+
+def _layer(
+    weights: Params,
+    config: LlamaConfig,
+    x: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    cache: kv.Cache,
+    counts: jax.Array | None,
+    index: jax.Array,
+) -> tuple[jax.Array, kv.Cache]:
+    """One layer on further tokens of each sequence."""
+    normed = _normalize(x, weights["attention_norm"], config.epsilon)
+    query, key, value = _project(normed, weights, rotation, config)
+    # The cache of all layers is carried, not sliced: it is updated in place.
+    cache = kv.append(cache, key, value, counts, layer=index)
+    mixed = kv.attend(query, cache, counts, layer=index)
+    x = x + _dense(mixed.reshape(*x.shape[:2], -1), weights["out"])
+    normed = _normalize(x, weights["mlp_norm"], config.epsilon)
+    gated = jax.nn.silu(_dense(normed, weights["gate"])) * _dense(normed, weights["up"])
+    return x + _dense(gated, weights["down"]), cache
+
+
+def _rotation(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the angles of positions (B, T), (B, T, 1, D/2)."""
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
 def _project(

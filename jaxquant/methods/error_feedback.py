@@ -83,7 +83,7 @@ def predicted_gain(second_moment: jax.Array) -> jax.Array:
     Example:
         >>> s = 0.9 ** jnp.abs(jnp.arange(256)[:, None] - jnp.arange(256)[None, :])
         >>> round(float(jq.methods.predicted_gain(s)), 1)
-        7.2
+        7.1
     """
     factor = factorize(second_moment, 1e-6)
     ratio = jnp.trace(second_moment) / jnp.sum(factor.conditional)

@@ -1,5 +1,7 @@
 """Names of `methods` that other folders of this package use but that are not public."""
 
+from .adjustable import AdjustableRounding as AdjustableRounding
+from .adjustable import Adjustments as Adjustments
 from .chain import Chain as Chain
 from .chain import apply_chain as apply_chain
 from .chain import as_chain as as_chain

@@ -1,0 +1,3 @@
+"""Quantization of models layer by layer, and training of their rounding."""
+
+from .sequential import sequential as sequential
