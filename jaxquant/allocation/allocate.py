@@ -45,15 +45,15 @@ def allocate(
 ) -> Allocation:
     """Chooses an option for each parameter: the least predicted loss within a budget of bits.
 
-        score(parameter, option) = 1/2 sum over rows x of (g^T dW x)^2 / number of outputs
+        score(parameter, option) = 1/2 sum over rows x of (g^T dW x)^2 / rows of outputs
         dW = the quantized parameter less the parameter,   g = gradient of the loss of the product
 
     With `sampled_token`, the score is the Kullback-Leibler divergence per token that the option
-    causes, to second order and without the interaction of rows and of parameters. Both are missing
-    where errors are large: offer 2 bits only with a method such as GPTQ. One pass forward
-    and backward of the float model per batch measures all options; each parameter is then quantized
-    by each option once. A mixture is chosen by one multiplier (see `knapsack`), within one
-    parameter's difference of the optimum.
+    causes, to second order and without the interaction of rows and of parameters. It is too low
+    for large errors: offer 2 bits only with a method such as GPTQ. One pass forward and backward of
+    the float model per batch measures all options; each parameter is quantized by each option once,
+    and its errors are kept in 2 bytes per element and option. A mixture is chosen by one
+    multiplier (`allocation/knapsack.py`), within one parameter's difference of the optimum.
 
     Args:
         apply: (params, batch) -> outputs; any function that `jaxquant.lift` transforms.
@@ -271,9 +271,9 @@ def _sums_shape(item: _Item) -> tuple[int, ...]:
 
 
 def _count(outputs: Any) -> jax.Array:
-    """The number of outputs that a loss adds: rows of the first array."""
-    first = jax.tree.leaves(outputs)[0]
-    return jnp.int32(math.prod(first.shape[:-1]))
+    """The number of rows of outputs: of the floating-point array that has most of them."""
+    floats = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.int32(max((math.prod(x.shape[:-1]) for x in floats), default=0))
 
 
 def _check_scores(

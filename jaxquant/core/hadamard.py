@@ -32,9 +32,9 @@ def hadamard(n: int) -> np.ndarray:
     factors = hadamard_factors(n)
     if factors is None:
         raise ValueError(
-            f"No Hadamard matrix of order {n!r} can be constructed here; got near it "
-            f"{', '.join(map(str, near_orders(n)))}. Orders are powers of two, and m * 2^k with m "
-            "such as 12, 20, 28, 36, 44, 52, 60."
+            "The order of a Hadamard matrix must be a power of two, or m * 2^k with m such as 12, "
+            f"20, 28, 36, 44, 52 or 60; got {n!r}. Choose "
+            f"{' or '.join(map(str, near_orders(n)))}."
         )
     m, power = factors
     matrix = _paley(m) if m > 1 else np.ones((1, 1), np.int8)

@@ -25,8 +25,8 @@ class Rotation:
 
     Outliers of a channel, of activations or weights, spread over its block, so that per-channel
     4-bit weights and 4-bit activations lose less. The rotation of the activations is computed in
-    each product, which costs block / N of the product with N outputs; `fold` has the form without
-    this cost.
+    each product, which costs block / N of the product with N outputs; `tree.fold` rotates without
+    this cost where the model allows it.
 
     A rotated second moment has an almost flat diagonal. What weighs single channels has therefore
     nothing to gain after a rotation, and is an error there: `Importance`, `AWQ`, `SmoothQuant`.

@@ -22,11 +22,13 @@ def test_columns_are_orthogonal_and_have_entries_of_one(n):
     np.testing.assert_array_equal(wide @ wide.T, n * np.eye(n, dtype=np.int64))
 
 
-@pytest.mark.parametrize(("n", "near"), [(92, "84, 88, 96, 100"), (0, "1, 2"), (3, "1, 2, 4, 8")])
+@pytest.mark.parametrize(
+    ("n", "near"), [(92, "84 or 88 or 96 or 100"), (0, "1 or 2"), (3, "1 or 2 or 4 or 8")]
+)
 def test_orders_that_cannot_be_constructed_are_errors(n, near):
-    with pytest.raises(ValueError, match=rf"of order {n} can be .* got near it {near}\. Orders"):
+    with pytest.raises(ValueError, match=rf"m such as 12, .*; got {n}\. Choose {near}\."):
         hadamard(n)
-    with pytest.raises(ValueError, match=r"of order 4\.0 can"):
+    with pytest.raises(ValueError, match=r"got 4\.0\. Choose"):
         hadamard(4.0)  # pyright: ignore[reportArgumentType]
 
 
@@ -86,5 +88,5 @@ def test_rotations_of_other_channels_are_errors():
         rotation((8,), 4).apply(jnp.ones((2, 6)), (1,))
     with pytest.raises(ValueError, match=r"channels, 24; got 5\. Choose one of 1, 2, 4, 8, 12, 24"):
         rotation((24,), 5).apply(jnp.ones((2, 24)), (1,))
-    with pytest.raises(ValueError, match="No Hadamard matrix of order 6"):
+    with pytest.raises(ValueError, match=r"must be a power of two, .*; got 6"):
         check_block(6, 24)
