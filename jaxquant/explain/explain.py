@@ -10,6 +10,7 @@ import jax
 
 from ..jaxprs import (
     Site,
+    add_parts,
     add_slices,
     chips,
     device_count,
@@ -21,6 +22,8 @@ from ..jaxprs import (
     marking,
     name_stack,
     names_parts,
+    parts_of,
+    parts_of_arguments,
     split_arrays,
     user_line,
     walk,
@@ -90,6 +93,8 @@ class _Product:
         is_sliced: whether an operand is a slice of codes of less than a byte.
         is_partitioned: whether XLA divides it among devices.
         has_parts: whether each device may run a kernel on its part then.
+        parts: into how many parts devices divide each stored axis of the right operand; None if
+            that is not known.
     """
 
     record: Any
@@ -99,6 +104,7 @@ class _Product:
     is_sliced: bool
     is_partitioned: bool
     has_parts: bool
+    parts: tuple[int, ...] | None
 
 
 def _products(fn, args, platform) -> Iterator[_Product]:
@@ -107,6 +113,7 @@ def _products(fn, args, platform) -> Iterator[_Product]:
     with marking():
         program = jax.make_jaxpr(lambda arrays: fn(*whole(arrays)))(arrays)
     sliced, devices = frozenset(), device_count(program, args)
+    parts = parts_of_arguments(program, arrays)
     for site in walk(program, platform):
         eqn = site.eqn
         if eqn.primitive is marker_p:
@@ -119,8 +126,9 @@ def _products(fn, args, platform) -> Iterator[_Product]:
                 is_sliced=is_sliced(eqn.invars, sliced),
                 is_partitioned=is_divided,
                 has_parts=names_parts(devices) and not is_mapped(site),
+                parts=parts_of(eqn.invars[2], parts),
             )
-        sliced = add_slices(eqn, sliced)
+        sliced, parts = add_slices(eqn, sliced), add_parts(eqn, parts)
 
 
 def _row(
@@ -179,7 +187,8 @@ def _choice(product: _Product, machine: Machine, chip: str | None) -> Choice:
     targets = (machine.lowering, chip), (machine.lowering, None), (None, None)
     kinds = (True, False) if product.is_partitioned else (False,)
     keys = ((platform, chip, kind) for platform, chip in targets for kind in kinds)
-    return next(choices[key] for key in keys if key in choices)
+    choice = next(choices[key] for key in keys if key in choices)
+    return dict(choice.others_on_parts).get(product.parts or (), choice)
 
 
 def _formats(record):

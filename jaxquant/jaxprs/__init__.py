@@ -46,9 +46,12 @@ from .params import shard_map_options as shard_map_options
 from .params import split_arrays as split_arrays
 from .params import user_line as user_line
 from .params import while_counts as while_counts
+from .partitioning import add_parts as add_parts
 from .partitioning import device_count as device_count
 from .partitioning import is_mapped as is_mapped
 from .partitioning import is_partitioned as is_partitioned
+from .partitioning import parts_of as parts_of
+from .partitioning import parts_of_arguments as parts_of_arguments
 from .passing import passed_operands as passed_operands
 from .sharding import OutSharding as OutSharding
 from .sharding import before_transpose as before_transpose

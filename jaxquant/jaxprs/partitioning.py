@@ -1,10 +1,12 @@
 """Whether XLA will partition a traced program among devices."""
 
+import math
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 
+from .params import inner_jaxprs
 from .walker import Site, walk
 
 # Parameters of primitives that hold meshes, shardings or tuples of them.
@@ -18,6 +20,48 @@ def device_count(program: ClosedJaxpr, args: Any) -> int:
         for value in map(site.eqn.params.get, _PLACES):
             placed += value if isinstance(value, tuple | list) else [value]
     return max(map(_device_count, placed), default=1)
+
+
+# In how many parts devices hold each axis of arrays of a program.
+Parts = dict[Any, tuple[int, ...]]
+
+
+def parts_of_arguments(program: ClosedJaxpr, args: Any) -> Parts:
+    """Those of the arguments whose shardings say so."""
+    found = {}
+    for variable, leaf in zip(program.jaxpr.invars, jax.tree.leaves(args), strict=True):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            padded = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+            found[variable] = tuple(_count(entry, sharding.mesh) for entry in padded)
+    return found
+
+
+def parts_of(variable: Any, known: Parts) -> tuple[int, ...] | None:
+    """Those of a variable or a constant; None if they are not known."""
+    return known.get(variable) if isinstance(variable, Var) else None
+
+
+def add_parts(eqn: JaxprEqn, known: Parts) -> Parts:
+    """The parts known before an equation, and those of the inputs of its inner jaxprs.
+
+    Call it on each equation in the order of `walk`.
+    """
+    found = dict(known)
+    for jaxpr, operands, _ in inner_jaxprs(eqn):
+        for variable, operand in zip(jaxpr.invars, operands, strict=True):
+            aval: Any = variable.aval
+            parts = parts_of(operand, known)
+            found.pop(variable, None)
+            if parts is not None:
+                # A scan takes slices along the first axis.
+                found[variable] = parts[len(parts) - aval.ndim :]
+    return found
+
+
+def _count(entry: Any, mesh: Any) -> int:
+    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return math.prod(mesh.shape[name] for name in names if name in mesh.shape)
 
 
 def is_partitioned(site: Site) -> bool:

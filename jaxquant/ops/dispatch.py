@@ -77,8 +77,10 @@ class Implementation:
         adds_offsets: whether it supports operands with an offset.
         fallback: rows that it tries instead, in order, where XLA partitions the program; empty if
             XLA can partition this row.
-        runs_on_parts: whether each device runs it on its part of what XLA partitions, outside
-            `shard_map`, and `fallback` only on parts that it does not support.
+        parts: (lhs, rhs, spec) -> (number of parts along each stored axis of rhs, shapes of the
+            parts of both) for each way to divide them. Given if each device runs it on its part of
+            what XLA partitions, outside `shard_map`, and `fallback` on parts that it does not
+            support.
     """
 
     name: str
@@ -90,7 +92,7 @@ class Implementation:
     reads_packed: bool = False
     adds_offsets: bool = False
     fallback: "Table" = ()
-    runs_on_parts: bool = False
+    parts: Callable[..., Iterator[tuple[tuple[int, ...], Any, Any]]] | None = None
 
 
 Table = tuple[Implementation, ...]
@@ -270,14 +272,41 @@ def _choices(selected: Selected, lhs: Operand, rhs: Operand, spec: Spec) -> Iter
             yield choice
             if not row.fallback:
                 continue
-            if row.runs_on_parts:
-                yield dataclasses.replace(choice, is_partitioned=True, on_parts=True)
+            if row.parts is not None:
+                others = tuple(_others_on_parts(row, lhs, rhs, spec, platform, chip))
+                yield dataclasses.replace(
+                    choice, is_partitioned=True, on_parts=True, others_on_parts=others
+                )
             while row.fallback:
                 last = row.name, "XLA cannot partition it among devices"
                 row, more = select_row(row.fallback, lhs, rhs, spec, platform, chip)
                 not_selected = (*not_selected, last, *more)
             choice = _choice(row, not_selected, lhs, rhs, spec, platform, chip)
             yield dataclasses.replace(choice, is_partitioned=True)
+
+
+def _others_on_parts(
+    row: Implementation,
+    lhs: Operand,
+    rhs: Operand,
+    spec: Spec,
+    platform: str,
+    chip: str | None,
+) -> Iterator[tuple[tuple[int, ...], Choice]]:
+    """What runs on parts that a row does not support, by their numbers."""
+    found: list[Choice] = []
+
+    def select(lhs: Operand, rhs: Operand) -> None:
+        why_not = row.why_unsupported(lhs, rhs, spec)
+        if why_not is not None:
+            other, more = select_row(row.fallback, lhs, rhs, spec, platform, chip)
+            not_selected = (row.name, f"on parts of {_stored(rhs).shape}: {why_not}"), *more
+            found.append(_choice(other, not_selected, lhs, rhs, spec, platform, chip))
+
+    for counts, left, right in row.parts(lhs, rhs, spec) if row.parts else ():
+        found.clear()
+        jax.eval_shape(select, left, right)
+        yield from ((counts, choice) for choice in found)
 
 
 def _choice(

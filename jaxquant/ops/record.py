@@ -23,6 +23,8 @@ class Choice:
         is_partitioned: whether it runs in programs that XLA partitions; otherwise it runs in
             other programs, and in partitioned ones without their own choice.
         on_parts: whether it runs there only where programs have parts (see `has_parts`).
+        others_on_parts: what runs instead on parts that it does not support, by the number of
+            parts along each stored axis of rhs.
     """
 
     platform: str | None
@@ -33,6 +35,7 @@ class Choice:
     not_selected: tuple[tuple[str, str], ...]
     is_partitioned: bool = False
     on_parts: bool = False
+    others_on_parts: tuple[tuple[tuple[int, ...], "Choice"], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

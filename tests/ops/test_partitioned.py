@@ -165,6 +165,40 @@ def test_blocks_that_span_devices_are_cut(shape):
 
 
 @needs_native
+@pytest.mark.parametrize(
+    ("scheme", "k", "spec", "name"),
+    [
+        ("W8A16", 1024, jax.P(None, "a"), "native"),
+        ("W4A16", 1152, jax.P(None, "a"), "native"),
+        # 144 elements are no blocks of 128.
+        ("W4A16", 1152, jax.P("a"), "blocks"),
+        # Fewer than 32768 weights.
+        ("W8A8", 128, jax.P(None, "a"), "integer"),
+    ],
+)
+def test_the_row_names_what_runs_on_the_parts(scheme, k, spec, name):
+    q, x = weight_of(scheme, k), jnp.asarray(normal(ROWS, k))
+    parts = placed(q, spec, mesh(DEVICES))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), q, q)
+    stacked = placed(stacked, jax.P(None, *spec), mesh(DEVICES))
+
+    def loop(x, stack):
+        return jax.lax.scan(lambda c, q: (c, matmul(x, q)), 0, stack)[1]
+
+    for function, weights in ((matmul, parts), (jax.jit(matmul), parts), (loop, stacked)):
+        (row,) = explain(function, x, weights, platform="cpu")
+        assert row.implementation == name
+        if name != "native":
+            shape = (N // 8, k) if spec[0] is None else (N, k // 8)
+            assert row.not_selected[0][0] == "native"
+            assert row.not_selected[0][1].startswith(f"on parts of {shape}: ")
+    assert ("jaxquant_dot" in text_of(jax.jit(matmul), x, parts)) == (name == "native")
+    np.testing.assert_allclose(
+        jax.jit(matmul)(x, parts), jax.jit(matmul)(x, q), rtol=1e-4, atol=1e-3
+    )
+
+
+@needs_native
 def test_programs_of_formats_with_the_same_arrays_differ():
     """JAX's cache of compiled programs does not know the functions of the parts."""
     q, x = weight_of("W4A16"), jnp.asarray(normal(ROWS, K))
@@ -292,8 +326,8 @@ def test_parts_of_weights_run_the_native_kernels_inside_shard_map(scheme, name):
     assert implementations(x, parts, part) == ["native"]
     wanted = matmul(x, q, implementation="dequantize")
     # Each device quantizes its own channels of the activations.
-    close = {"rtol": 5e-2, "atol": 1.0} if scheme == "W8A8" else {"rtol": 1e-4, "atol": 1e-3}
-    np.testing.assert_allclose(jax.jit(part)(x, parts), wanted, **close)
+    rtol, atol = (5e-2, 1.0) if scheme == "W8A8" else (1e-4, 1e-3)
+    np.testing.assert_allclose(jax.jit(part)(x, parts), wanted, rtol=rtol, atol=atol)
 
 
 @needs_native

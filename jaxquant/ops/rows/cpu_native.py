@@ -15,6 +15,7 @@ from ..dot_spec import DotSpec, in_result, to_logical_order
 from ..operands import Operand, as_array, repeat_groups, why_unsupported_codes
 from . import integer
 from .kernel import kernel_on_parts, why_unsupported_float64, why_unsupported_matrix
+from .parts import parts_of
 
 # Smaller weights were not measured; XLA computes them.
 _LEAST_SIZE = 2**15
@@ -41,7 +42,7 @@ def row(fallback: Table) -> Implementation:
         is_integer=_is_integer,
         reads_packed=True,
         fallback=fallback,
-        runs_on_parts=True,
+        parts=parts_of,
     )
 
 

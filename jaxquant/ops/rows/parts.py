@@ -1,8 +1,10 @@
 """Rows times a matrix on each device's part of them, in programs that XLA partitions."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...core import QTensor
-from ...jaxprs import on_each_part
+from ...jaxprs import names_parts, on_each_part
 from ..dot_spec import DotSpec
 from ..operands import Operand
 
@@ -59,6 +61,36 @@ def run_on_parts(
     fields = [(dataclasses.astuple(f), str(dtype), order) for f, dtype, order in formats]
     key = repr((key, counts, fields, str(treedef), spec))
     return on_each_part(result, divide, factors, key, *leaves)
+
+
+def parts_of(
+    lhs: Operand, rhs: QTensor, spec: DotSpec
+) -> Iterator[tuple[tuple[int, int], Operand, QTensor]]:
+    """Shapes of the parts of operands, by the number of parts along N and K of the weights.
+
+    Of all numbers for which this process has devices.
+    """
+    operands = tuple(map(_without_inputs, (lhs, rhs)))
+    left, right = jax.eval_shape(lambda *operands: operands, *operands)
+    counts = range(1, jax.device_count("cpu") + 1)
+    for columns, contracted in itertools.product(counts, counts):
+        is_able = names_parts(columns * contracted) and columns * contracted <= counts[-1]
+        if not is_able or rhs.codes.shape[0] % columns or rhs.codes.shape[1] % contracted:
+            continue
+        of_left = (*(1,) * (lhs.ndim - 1), contracted)
+        of_right = columns, contracted
+        yield (
+            of_right,
+            jax.tree.map(partial(_part_of, counts=of_left), left),
+            jax.tree.map(partial(_part_of, counts=of_right), right),
+        )
+
+
+def _part_of(x: jax.ShapeDtypeStruct, counts: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """The shape of one of so many parts along each axis; see `_Part.own`."""
+    pairs = zip(x.shape, counts, strict=True)
+    shape = [1 if n == 1 else math.lcm(n, count) // count for n, count in pairs]
+    return jax.ShapeDtypeStruct(shape, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
