@@ -6,10 +6,11 @@ import math
 import pathlib
 from collections.abc import Callable
 
-from . import cpu, end_to_end, gpu, machine, quantize, tpu, tpu_compiler, training
+from . import accuracy, cpu, end_to_end, gpu, machine, quantize, tpu, tpu_compiler, training
 from .shapes import ROWS, WEIGHTS
 
 SUITES = {
+    "accuracy": accuracy.suite,
     "cpu": cpu.suite,
     "end-to-end": end_to_end.suite,
     "gpu": gpu.suite,
@@ -17,10 +18,10 @@ SUITES = {
     "tpu-compile": tpu.suite,
     "training": training.suite,
 }
-_SUITES_HELP = """cpu: matrix multiplication, by shape and rows; end-to-end: a sentence encoder and
- a text-generating decoder; gpu: matrix multiplication on a GPU; quantize: time and memory of
- quantizing weights; tpu-compile: estimates by the TPU compiler; training: losses, speed and memory
- of training with quantization"""
+_SUITES_HELP = """accuracy: methods on a language model at equal bits; cpu: matrix multiplication,
+ by shape and rows; end-to-end: a sentence encoder and a text-generating decoder; gpu: matrix
+ multiplication on a GPU; quantize: time and memory of quantizing weights; tpu-compile: estimates by
+ the TPU compiler; training: losses, speed and memory of training with quantization"""
 # To be called before JAX initializes its devices.
 PREPARATIONS = {"gpu": gpu.prepare, "tpu-compile": tpu_compiler.prepare}
 
@@ -81,6 +82,18 @@ def main() -> None:
     trained.add_argument(
         "--steps", type=above_zero(int), default=500, help="of training from the start; 500"
     )
+    accurate = parser.add_argument_group("options of accuracy; also --seeds and --only")
+    accurate.add_argument("--bits", nargs="+", choices=accuracy.CONFIGS, help="all")
+    accurate.add_argument(
+        "--windows", type=above_zero(int), default=48, help="of 256 tokens to calibrate on; 48"
+    )
+    accurate.add_argument(
+        "--texts", type=int, choices=(1, 2), default=2, help="to test on, one after another; 2"
+    )
+    accurate.add_argument(
+        "--channel-scales", action="store_true", help="scale channels at random, too"
+    )
+    accurate.add_argument("--picture", type=pathlib.Path, help="file for a picture")
     arguments = parser.parse_args()
     PREPARATIONS.get(arguments.suite, lambda: None)()
     about = machine.description()

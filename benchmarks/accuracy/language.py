@@ -148,7 +148,7 @@ class Judge:
         for window, exact in zip(self.tokens, self.exact, strict=True):
             rows.append(_differences(self._log_probabilities(params, window), exact, window))
         divergence, agreement, loss = np.mean(np.array(rows, np.float64), 0)
-        return Distance(divergence, agreement, float(np.exp(loss)))
+        return Distance(float(divergence), float(agreement), float(np.exp(loss)))
 
 
 def _log_probabilities(params: Any, window: jax.Array, config: llama.LlamaConfig) -> jax.Array:

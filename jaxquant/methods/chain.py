@@ -93,8 +93,8 @@ def apply_chain(
     found = _found(needed(chain), statistics or {})
     stacked = max((np.ndim(s.count) for s in found.values()), default=stacked)
     layout = Layout.of(weight.shape, config, axis, stacked)
-    means = {kind: _means(kind, statistic, layout) for kind, statistic in found.items()}
-    q, notes = _run(weight, means, chain, config, layout)
+    means = [_means(kind, statistic, layout) for kind, statistic in found.items()]
+    q, notes = _run(weight, means, tuple(found), chain, config, layout)
     return q, {name: np.asarray(x) for name, x in notes.items()}
 
 
@@ -132,15 +132,22 @@ def _means(kind: type[Statistic], statistic: Statistic, layout: Layout) -> jax.A
     return jnp.asarray(layout.in_group_order(mean, axes))
 
 
-@partial(jax.jit, static_argnames=("chain", "config", "layout"))
+@partial(jax.jit, static_argnames=("kinds", "chain", "config", "layout"))
 def _run(
-    weight: jax.Array, means: Statistics, chain: Chain, config: ArrayConfig, layout: Layout
+    weight: jax.Array,
+    means: list[jax.Array],
+    kinds: tuple[type[Statistic], ...],
+    chain: Chain,
+    config: ArrayConfig,
+    layout: Layout,
 ) -> tuple[QTensor, dict[str, jax.Array]]:
     """The quantized parameter, with what changes its activations, and notes."""
     config, axis = matrix_config(config, layout)
 
     def of_matrix(operands):
-        matrix, means = operands
+        matrix, found = operands
+        # JAX cannot sort classes, so a dict by class is not a pytree.
+        means: Statistics = dict(zip(kinds, found, strict=True))
         multiplier = rotation = None
         for item in chain[:-1]:
             changed = item.transform(matrix, means, config, axis)

@@ -131,6 +131,17 @@ def test_transforms_leave_the_product_as_it_is(name, transforms):
     np.testing.assert_allclose(found, expected, atol=0.15)
 
 
+def test_a_chain_may_need_several_statistics():
+    params, rule = {"w": kernel((32, 6))}, jq.Rule("*", G4, axis=0)
+    x = kernel((50, 32), 1)
+    chain = [jq.methods.AWQ(), Importance()]
+    statistics = jq.collect(lambda p, x: x @ p["w"], params, [x], rule, chain)
+    q = jq.tree.quantize(params, rule, method=chain, statistics=statistics)["w"]
+    exact, nearest = x @ params["w"], jq.matmul(x, jq.tree.quantize(params, rule)["w"])
+    error = jnp.linalg.norm(jq.matmul(x, q) - exact)
+    assert error < jnp.linalg.norm(nearest - exact)
+
+
 def test_a_rule_may_have_its_own_method():
     params = {"a": kernel((32, 6)), "b": kernel((32, 6), 1)}
     rules = [jq.Rule("a", G4, axis=0, method=Importance()), jq.Rule("b", G4, axis=0)]
