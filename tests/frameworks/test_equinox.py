@@ -133,7 +133,7 @@ def test_qat_by_filter_grad():
 
 
 def test_qlora_by_filter_grad():
-    rules = jq.uses(batched, MODEL, X).rules(checks.SCHEMES["NF4"][0])
+    rules = jq.uses(batched, MODEL, X).rules(checks.NF4)
     adapted = training.lora_init(MODEL, rules, rank=4, key=KEY)
     before = loss(adapted)
     trained, frozen = training.partition(adapted)

@@ -55,7 +55,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(128, 64, rngs=rngs)
-        self.layers = nnx.List([Layer(rngs) for _ in range(2)])
+        self.layers = nnx.List([Layer(rngs)])
         self.norm = nnx.RMSNorm(64, rngs=rngs)
 
     def __call__(self, tokens):
@@ -106,7 +106,7 @@ class Images(nnx.Module):
 def test_a_decoder():
     graph, params = nnx.split(Decoder(nnx.Rngs(0)))
     apply = lambda params, tokens: nnx.merge(graph, params)(tokens)  # noqa: E731
-    checks.check_schemes(apply, params, checks.tokens(), matrices=15)
+    checks.check_schemes(apply, params, checks.tokens(), matrices=8)
 
 
 def test_layers_under_scan_and_remat():
@@ -204,7 +204,7 @@ def test_qat_by_nnx_optimizer():
 
 def test_qlora():
     model = Regression(nnx.Rngs(0))
-    rules = jq.uses(call, model, X).rules(checks.SCHEMES["NF4"][0])
+    rules = jq.uses(call, model, X).rules(checks.NF4)
     adapted = training.lora_init(model, rules, rank=4, key=jax.random.key(0))
     before = loss(adapted)
     trained, frozen = training.partition(adapted)

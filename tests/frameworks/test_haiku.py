@@ -103,7 +103,7 @@ def test_qat_by_optax():
 
 
 def test_qlora_by_optax():
-    rules = jq.uses(MODEL.apply, PARAMS, X).rules(checks.SCHEMES["NF4"][0])
+    rules = jq.uses(MODEL.apply, PARAMS, X).rules(checks.NF4)
     adapted = training.lora_init(PARAMS, rules, rank=4, key=KEY)
     trained, frozen = training.partition(adapted)
     trained = fit(lambda t: loss(training.combine(t, frozen)), trained, 1e-2, steps=20)

@@ -133,7 +133,7 @@ def generate(params, prompts, length):
 
 @pytest.mark.parametrize(
     "scheme",
-    [jq.W8A16, checks.SCHEMES["W4A16"][0], checks.SCHEMES["NF4"][0]],
+    [jq.W8A16, checks.SCHEMES["W4A16"][0], checks.NF4],
     ids=["W8A16", "W4A16", "NF4"],
 )
 def test_greedy_generation_yields_the_tokens_of_the_dequantized_model(scheme):
