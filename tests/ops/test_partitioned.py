@@ -78,7 +78,7 @@ def weight_of(scheme, k=K, n=N, seed=0):
 
 
 # The weights of these lie as those of others do: codes with scales per column or per group.
-ALIKE = ("W8A16", "W4A16", "MXFP8A8", "MXFP4A16")
+ALIKE = ("W8A16", "W4A16", "FP8", "NF4A16", "MXFP8A8", "MXFP4A16")
 
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ALIKE])
