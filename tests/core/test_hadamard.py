@@ -49,9 +49,18 @@ def by_definition(x, signs, block):
 
 
 @pytest.mark.parametrize(
-    ("channels", "block"), [(24, 12), (64, 8), (40, 20), (384, 384), (576, 576), (1536, 1536)]
+    ("channels", "block", "dtype"),
+    [
+        (24, 12, jnp.float64),
+        (40, 20, jnp.float64),
+        (64, 8, jnp.bfloat16),
+        (64, 8, jnp.float32),
+        (384, 384, jnp.bfloat16),
+        (576, 576, jnp.float32),
+        (1536, 1536, jnp.float32),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64], ids=str)
 def test_rotations_match_the_definition(channels, block, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         x = jnp.asarray(np.random.default_rng(1).normal(size=(3, channels)), dtype)
