@@ -20,7 +20,9 @@ def plot(results: Sequence[Any], path: pathlib.Path) -> None:
             if r.name == name:
                 points.setdefault(r.bits_per_weight, []).append(r.divergence)
         bits = sorted(points)
-        style = {"color": "black", "linewidth": 2} if name == "nearest" else {"alpha": 0.8}
+        style: dict[str, Any] = {"alpha": 0.8}
+        if name == "nearest":
+            style = {"color": "black", "linewidth": 2}
         axes.plot(bits, [np.mean(points[b]) for b in bits], marker="o", label=name, **style)
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight, with scales and zero points")
