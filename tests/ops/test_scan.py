@@ -1,6 +1,7 @@
 """Loops over stacked layers: as `jax.lax.scan`'s, and without a slice of narrow elements."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -147,11 +148,17 @@ def twice(q, axis):
     return jax.tree.map(lambda leaf: jnp.stack([leaf, leaf], axis), q)
 
 
+@functools.cache
+def transformed():
+    """Results of each with both kinds of scan, in one program."""
+    both = lambda run, x, q: [run(s, x, q) for s in (scan, lax.scan)]  # noqa: E731
+    return jax.jit(lambda x, q: {n: both(run, x, q) for n, run in TRANSFORMED.items()})(X, SQUARE)
+
+
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_transformations_equal_those_of_the_plain_scan(name):
     run = TRANSFORMED[name]
-    got, want = jax.jit(lambda x, q: [run(s, x, q) for s in (scan, lax.scan)])(X, SQUARE)
-    assert_same(got, want)
+    assert_same(*transformed()[name])
     if cpu.unavailable() is None:
         # A gradient is that of the plain scan, which keeps no second stack of codes.
         assert (calls(partial(run, scan), X, SQUARE) > 0) == ("gradient" not in name)
