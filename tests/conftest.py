@@ -1,3 +1,4 @@
+import collections
 import gc
 import importlib.util
 import os
@@ -71,8 +72,29 @@ def pytest_unconfigure():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    text = "run at most this many rows of each parametrized test, spread over its table"
+    parser.addoption("--most-rows", type=int, metavar="N", help=text)
+
+
+def _without_rows(items, most):
+    """The items, of which those of one function are `most` or fewer."""
+    rows = collections.defaultdict(list)
+    for item in items:
+        rows[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for found in rows.values():
+        count = min(most, len(found))
+        kept |= {found[i * len(found) // count] for i in range(count)}
+    return [item for item in items if item in kept]
+
+
+def pytest_collection_modifyitems(config, items):
     """Brings tests of one config together, so that one worker alone compiles what they share."""
+    if config.option.most_rows is not None:
+        kept = _without_rows(items, config.option.most_rows)
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
     rows = {name: place for place, name in enumerate(cases.CASES)}
 
     def place(item):
