@@ -54,7 +54,6 @@ ROWS: Mapping[str, Row] = {
     "GPTQ": Row(GPTQ()),
     "GPTQ, importance": Row(_FEEDBACK),
     "rotation, GPTQ": Row([Rotation(block=64), _FEEDBACK]),
-    "AutoRound from importance": Row(AutoRound(start=Importance())),
     "AutoRound from GPTQ": Row(AutoRound(start=_FEEDBACK)),
     "QEP": Row(GPTQ(importance=True, repair=0.5), repairs="GPTQ, importance"),
     "Qronos": Row(GPTQ(importance=True, repair=1.0), repairs="GPTQ, importance"),

@@ -92,7 +92,7 @@ def _run(
         config = rows.CONFIGS[bits]
         trees: dict[str, Any] = {}
         for name, row in rows.ROWS.items():
-            if arguments.only and not any(word in name for word in arguments.only):
+            if not _is_wanted(name, arguments.only):
                 continue
             used = statistics
             if row.repairs is not None:
@@ -110,7 +110,7 @@ def _run(
             console.print(found[-1])
     library = peers.ggml()
     for name, (number, bits) in peers.GGML_TYPES.items() if library else ():
-        if arguments.only and not any(word in name for word in arguments.only):
+        if not _is_wanted(name, arguments.only):
             continue
         start = time.perf_counter()
         layers = peers.by_ggml(library, number, model.params["layers"][0], statistics)
@@ -120,6 +120,12 @@ def _run(
         found.append(_result(f"{bits}", bits, name, test, seed, distance, seconds))
         console.print(found[-1])
     return found
+
+
+def _is_wanted(name: str, only: Sequence[str] | None) -> bool:
+    """Whether a row is among those asked for: a whole name means that row alone."""
+    names = {*rows.ROWS, *peers.GGML_TYPES}
+    return not only or any(word == name or (word not in names and word in name) for word in only)
 
 
 def quantized(model: language.LanguageModel, config: Any, row: rows.Row, statistics: Any) -> Any:
