@@ -33,13 +33,13 @@ class Row:
     Attributes:
         method: as for `tree.quantize`.
         search: whether the config's range is the one with the least squared error.
-        repairs: the row whose model gives the activations of quantized layers; None if the method
-            does not need any.
+        is_sequential: whether layers are quantized one after another, with the activations of
+            those quantized before (`tuning.sequential`).
     """
 
     method: Any = None
     search: bool = False
-    repairs: str | None = None
+    is_sequential: bool = False
 
 
 _FEEDBACK = GPTQ(importance=True)
@@ -55,6 +55,6 @@ ROWS: Mapping[str, Row] = {
     "GPTQ, importance": Row(_FEEDBACK),
     "rotation, GPTQ": Row([Rotation(block=64), _FEEDBACK]),
     "AutoRound from GPTQ": Row(AutoRound(start=_FEEDBACK)),
-    "QEP": Row(GPTQ(importance=True, repair=0.5), repairs="GPTQ, importance"),
-    "Qronos": Row(GPTQ(importance=True, repair=1.0), repairs="GPTQ, importance"),
+    "QEP": Row(GPTQ(importance=True, repair=0.5), is_sequential=True),
+    "Qronos": Row(GPTQ(importance=True, repair=1.0), is_sequential=True),
 }

@@ -14,7 +14,8 @@ import rich.console
 import rich.table
 
 import jaxquant as jq
-from jaxquant.methods import CrossMoment, MaxAbs, MeanAbs, SecondMoment
+from jaxquant import demo
+from jaxquant.methods import MaxAbs, MeanAbs, SecondMoment
 
 from . import language, peers, rows
 
@@ -90,20 +91,15 @@ def _run(
     found = []
     for bits in arguments.bits or rows.CONFIGS:
         config = rows.CONFIGS[bits]
-        trees: dict[str, Any] = {}
         for name, row in rows.ROWS.items():
             if not _is_wanted(name, arguments.only):
                 continue
-            used = statistics
-            if row.repairs is not None:
-                used = collect(
-                    language.rules(config), CrossMoment, quantized=trees[row.repairs], progress=True
-                )
             start = time.perf_counter()
-            tree = quantized(model, config, row, used)
+            if row.is_sequential:
+                tree = _layer_by_layer(model, config, row, batches)
+            else:
+                tree = quantized(model, config, row, statistics)
             seconds = time.perf_counter() - start
-            if name in {r.repairs for r in rows.ROWS.values()}:
-                trees[name] = tree
             distance = judge.distance(tree)
             count = rows.bits_of(config)
             found.append(_result(bits, count, name, test, seed, distance, seconds))
@@ -135,6 +131,26 @@ def quantized(model: language.LanguageModel, config: Any, row: rows.Row, statist
     rules = [jq.Rule("embedding", None), *language.rules(config)[1:]]
     tree = jq.tree.quantize(quantized_head(model), rules, method=row.method, statistics=statistics)
     return jax.block_until_ready(tree)
+
+
+def _layer_by_layer(
+    model: language.LanguageModel, config: jq.ArrayConfig, row: rows.Row, batches: Sequence[Any]
+) -> Any:
+    """The model whose layers are quantized with the activations of those quantized before."""
+
+    def block(weights: Any, x: jax.Array) -> jax.Array:
+        return demo.decoder_layer(weights, model.config, model.params["frequencies"], x)
+
+    embedded = [jq.take(model.params["embedding"], tokens, axis=0) for tokens in batches]
+    layers = jq.tuning.sequential(
+        block,
+        model.params["layers"][0],
+        embedded,
+        [jq.Rule("*/kernel", config, axis=-1)],
+        method=row.method,
+        progress=True,
+    )
+    return {**quantized_head(model), "layers": (layers,)}
 
 
 def quantized_head(model: language.LanguageModel) -> Any:

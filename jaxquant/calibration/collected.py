@@ -145,21 +145,26 @@ def kinds_of(statistics: Any) -> list[type[Statistic]]:
     Raises:
         ValueError: an item is neither, or none is left.
     """
-    items = statistics if isinstance(statistics, list | tuple) else [statistics]
-    found: dict[type[Statistic], None] = {}
-    for item in items:
-        if isinstance(item, type) and issubclass(item, Statistic):
-            found[item] = None
-        elif isinstance(getattr(item, "statistics", None), tuple):
-            found.update(dict.fromkeys(item.statistics))
-        else:
-            raise ValueError(
-                "statistics must be classes such as jq.methods.SecondMoment, or methods such as "
-                f"jq.methods.GPTQ(); got {item!r}."
-            )
+    found = dict.fromkeys(_kinds_in(statistics))
     if not found:
         raise ValueError(
             f"collect needs a statistic; got {statistics!r}, which needs none. Pass methods that "
             "use activations, or call tree.quantize without statistics."
         )
     return list(found)
+
+
+def _kinds_in(item: Any) -> Iterator[type[Statistic]]:
+    """The statistics of one item, or of all items of a list, which may hold lists."""
+    if isinstance(item, list | tuple):
+        for part in item:
+            yield from _kinds_in(part)
+    elif isinstance(item, type) and issubclass(item, Statistic):
+        yield item
+    elif isinstance(getattr(item, "statistics", None), tuple):
+        yield from item.statistics
+    else:
+        raise ValueError(
+            "statistics must be classes such as jq.methods.SecondMoment, or methods such as "
+            f"jq.methods.GPTQ(); got {item!r}."
+        )

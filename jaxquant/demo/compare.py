@@ -92,7 +92,7 @@ def compare(
             f"tokens must hold {_NEIGHBOURS + 1} sentences or more, so that each has {_NEIGHBOURS} "
             f"neighbours; got {tokens.count}. Tokenize more."
         )
-    vectors = _embed_all(params, config, tokens)
+    vectors = embed_all(params, config, tokens)
     total = len(schemes) + 1
     results = [_measure("float32", params, params, config, tokens, vectors)]
     progress(1, total, "float32")
@@ -114,27 +114,29 @@ def _measure(
 ) -> Result:
     weights = sum(x.size for x in jax.tree.leaves(params))
     size = sum(core.packed_bytes(x) for x in jax.tree.leaves(quantized))
-    found = _embed_all(quantized, config, tokens)
+    found = embed_all(quantized, config, tokens)
     milliseconds, ratio = _time(params, quantized, config, tokens)
     return Result(
         name,
         megabytes=size / 1e6,
         bits_per_weight=8 * size / weights,
         cosine=float(np.mean(np.sum(found * vectors, 1))),
-        overlap=_overlap(found, vectors),
+        overlap=overlap_of(found, vectors),
         milliseconds=milliseconds,
         ratio=ratio,
     )
 
 
-def _embed_all(params: Params, config: EncoderConfig, tokens: Tokens) -> np.ndarray:
+def embed_all(params: Params, config: EncoderConfig, tokens: Tokens) -> np.ndarray:
+    """The vectors of all sentences."""
     batches = [
         embed(params, config, ids, mask) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
     ]
     return np.concatenate([np.asarray(b) for b in batches])[: tokens.count]
 
 
-def _overlap(found: np.ndarray, vectors: np.ndarray) -> float:
+def overlap_of(found: np.ndarray, vectors: np.ndarray) -> float:
+    """The fraction of the 10 nearest neighbours of each vector that is the same in both sets."""
     neighbours = [_nearest(v) for v in (found, vectors)]
     shared = [len(set(a) & set(b)) for a, b in zip(*neighbours, strict=True)]
     return float(np.mean(shared)) / _NEIGHBOURS

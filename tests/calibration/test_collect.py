@@ -284,7 +284,7 @@ def test_the_table_shows_the_predicted_gain():
 
 def test_methods_and_lists_of_them_name_what_they_need():
     params = {"kernel": jnp.ones((4, 2))}
-    methods = [jq.methods.GPTQ(), jq.methods.Importance()]
+    methods = [[jq.methods.SINQ(), jq.methods.GPTQ()], jq.methods.Importance()]
     found = jq.collect(dense, params, [rows(3, 4)], jq.W8A8, methods)
     assert set(found["kernel"]) == {SecondMoment, MeanSquare}
 
