@@ -42,9 +42,11 @@ class GPTQ:
         damping: d, in units of the mean of diag(S); ten times as much until S + d I has a Cholesky
             factor.
         repair: how much of the error that quantized layers before this one cause is corrected,
-            from 0 to 1: 0 is GPTQ, 0.5 is QEP, 1 is Qronos. More than 0 needs `CrossMoment`, from
-            `collect(quantized=)`:  W is replaced by W + repair (W* - W),
-            W* = W (C + d I) (S + d I)^-1, C = E[x q^T], S = E[q q^T].
+            from 0 to 1: 0 is GPTQ, 0.5 is QEP, 1 is Qronos. W is replaced by W + repair (W* - W),
+            W* = W (C + d I) (S + d I)^-1, C = E[x q^T], S = E[q q^T]. More than 0 is for
+            `tuning.sequential`, where the layers before are final. With `collect(quantized=)` of a
+            whole model every layer repairs what the repaired layers before it no longer cause:
+            SmolLM2 got worse than by rounding to nearest.
         importance: whether scales are chosen by the least error weighted with D instead of
             the range of the config alone.
         act_order: whether channels with large mean squares are rounded first; then all scales are
