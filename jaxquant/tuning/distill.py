@@ -1,0 +1,156 @@
+"""Trains the scales of a quantized model against the outputs of the float model."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..core import QTensor, bits_of
+from ..lift import lift
+from ..tree import Progress, is_quantized
+from ..tree.internal import progress_bar
+
+Loss = Callable[[Any, Any], jax.Array]
+
+
+def divergence(found: jax.Array, exact: jax.Array) -> jax.Array:
+    """Mean Kullback-Leibler divergence of logits from those of the float model, in nats.
+
+        mean over rows of sum over v of p_v (log p_v - log q_v),    p = softmax(exact)
+
+    Args:
+        found, exact: (..., V).
+
+    Example:
+        >>> logits = jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1]]))
+        >>> round(float(jq.tuning.divergence(logits[:1], logits[1:])), 4)
+        0.3681
+    """
+    p, q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (exact, found))
+    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))
+
+
+def distill(
+    apply: Callable[[Any, Any], Any],
+    params: Any,
+    quantized: Any,
+    batches: Sequence[Any],
+    optimizer: Any,
+    *,
+    loss: Loss = divergence,
+    epochs: int = 1,
+    progress: Progress | bool | None = None,
+) -> Any:
+    """Trains the scales and offsets of a quantized tree, and leaves its codes as they are.
+
+        minimizes mean over batches of loss(apply(q, batch), apply(params, batch)) over factors f,
+        q = (codes - zero_point) * scale * f + offset * f'
+
+    The last step after `tree.quantize`, for any method and format with scales of 16 bits or more.
+    Factors are float32 and start at 1; scales are rounded to their stored dtype in every step.
+
+    Args:
+        apply: (params, batch) -> outputs; any function that `jaxquant.lift` transforms.
+        params: the float tree.
+        quantized: the same tree, quantized.
+        batches: arguments of apply, in the order of training.
+        optimizer: of the factors, such as `optax.adam(1e-3)`; its updates are relative changes.
+        loss: (outputs, outputs of the float model) -> scalar.
+        epochs: passes over the batches.
+        progress: as for `tree.quantize`, per epoch, with the mean loss.
+
+    Returns:
+        The quantized tree with other scales.
+
+    Raises:
+        ValueError: there are no batches or no scales to train, or epochs is not positive.
+
+    Guarantee: the mean loss over the batches is not larger than before, because the best epoch is
+        kept.
+    Source: Chen et al. 2024 (EfficientQAT), arXiv:2407.11062, section 3.3.
+
+    Example:
+        >>> import optax
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (16, 8))}
+        >>> def apply(params, x):
+        ...     return x @ params["kernel"]
+        >>> q = jq.tree.quantize(params, jq.ArrayConfig(format=jq.INT4, group_size=8))
+        >>> batches = [jax.random.normal(jax.random.key(1), (32, 16))]
+        >>> tuned = jq.tuning.distill(apply, params, q, batches, optax.adam(1e-2), epochs=5)
+        >>> exact = apply(params, batches[0])
+        >>> before, after = (
+        ...     jq.tuning.divergence(jq.lift(apply)(tree, batches[0]), exact) for tree in (q, tuned)
+        ... )
+        >>> bool(after < before)
+        True
+    """
+    if not batches or epochs < 1:
+        raise ValueError(
+            "distill needs batches and a positive number of epochs; got "
+            f"{len(batches)} batches and epochs={epochs}."
+        )
+    leaves, treedef = jax.tree.flatten(quantized, is_leaf=is_quantized)
+    factors = {i: found for i, leaf in enumerate(leaves) if (found := _factors(leaf))}
+    if not factors:
+        raise ValueError(
+            "distill needs QTensors with scales of 16 bits or more; got "
+            f"{sum(map(is_quantized, leaves))} quantized leaves without. Choose another "
+            "scale_dtype."
+        )
+    lifted = lift(apply)
+
+    def tree_with(factors: Any, leaves: list[Any]) -> Any:
+        scaled = [_scaled(x, factors[i]) if i in factors else x for i, x in enumerate(leaves)]
+        return jax.tree.unflatten(treedef, scaled)
+
+    def loss_of(factors: Any, leaves: list[Any], params: Any, batch: Any) -> jax.Array:
+        exact = jax.lax.stop_gradient(lifted(params, batch))
+        return loss(lifted(tree_with(factors, leaves), batch), exact)
+
+    @jax.jit
+    def step(factors: Any, state: Any, leaves: list[Any], params: Any, batch: Any) -> Any:
+        gradients = jax.grad(loss_of)(factors, leaves, params, batch)
+        updates, state = optimizer.update(gradients, state, factors)
+        return jax.tree.map(jnp.add, factors, updates), state
+
+    evaluate = jax.jit(loss_of)
+
+    def mean_loss(factors: Any) -> float:
+        return float(np.mean([evaluate(factors, leaves, params, batch) for batch in batches]))
+
+    state, best = optimizer.init(factors), factors
+    least = mean_loss(factors)
+    with progress_bar(progress, epochs, "Distilling") as report:
+        for epoch in range(1, epochs + 1):
+            for batch in batches:
+                factors, state = step(factors, state, leaves, params, batch)
+            found = mean_loss(factors)
+            if found < least:
+                least, best = found, factors
+            report(epoch, epochs, f"loss {found:.3g}")
+    return tree_with(best, leaves)
+
+
+def _factors(leaf: Any) -> dict[str, jax.Array]:
+    """Factors of 1 for what is trained of a leaf."""
+    if not isinstance(leaf, QTensor):
+        return {}
+    parts = {"scale": leaf.scale, "offset": leaf.offset}
+    return {
+        name: jnp.ones(x.shape, jnp.float32)
+        for name, x in parts.items()
+        if isinstance(x, jax.Array | np.ndarray) and bits_of(x.dtype) >= 16
+    }
+
+
+def _scaled(q: QTensor, factors: dict[str, jax.Array]) -> QTensor:
+    """The array with its scales times the factors, in their stored dtype."""
+    parts = {}
+    for name, factor in factors.items():
+        x: Any = getattr(q, name)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        parts[name] = (wide * factor.astype(wide.dtype)).astype(x.dtype)
+    return dataclasses.replace(q, **parts)
