@@ -202,14 +202,20 @@ def test_the_row_names_what_runs_on_the_parts(scheme, k, spec, name):
 def test_programs_of_formats_with_the_same_arrays_differ():
     """JAX's cache of compiled programs does not know the functions of the parts."""
     q, x = weight_of("W4A16"), jnp.asarray(normal(ROWS, K))
-    other = dataclasses.replace(q, format=Format("other", "int4", -1, 1, (-1, -0.5, 0, 0.5, 1)))
+    formats = [Format("other", "int4", -1, top, (-1, -0.5, 0, 0.5, top)) for top in (1, 2)]
+    others = [dataclasses.replace(q, format=f) for f in formats]
+    # Their scales are codes.
+    scales = [dataclasses.replace(quantize(q.scale, ArrayConfig()), format=f) for f in formats]
+    scales = [dataclasses.replace(x, codes=x.codes.astype(jnp.int4)) for x in scales]
+    twice = [dataclasses.replace(q, scale=scale) for scale in scales]
 
     def text(q):
         text = jax.jit(matmul).lower(x, placed(q, jax.P(None, "a"), mesh(DEVICES))).as_text()
         return re.sub(r'backend_config = "\d+"', "", text)
 
     assert text(q) == text(q)
-    assert text(q) != text(other)
+    texts = [*map(text, (q, *others, *twice))]
+    assert len(set(texts)) == len(texts)
 
 
 @needs_native

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...core import QTensor
+from ...core import Format, QTensor
 from ...jaxprs import names_parts, on_each_part
 from ..dot_spec import DotSpec
 from ..operands import Operand
@@ -57,9 +57,9 @@ def run_on_parts(
     factors = _factors(leaves, counts, lengths[0], lengths[-1], spec)
     shape = _in_logical_order((*lengths[0][:-1], rhs.codes.shape[0]), spec)
     result = jax.ShapeDtypeStruct(shape, spec.dtype)
-    formats = [(x.format, x.dtype, x.order) for x in (lhs, rhs) if isinstance(x, QTensor)]
-    fields = [(dataclasses.astuple(f), str(dtype), order) for f, dtype, order in formats]
-    key = repr((key, counts, fields, str(treedef), spec))
+    # Trees are printed with the names of formats alone.
+    formats = [dataclasses.astuple(f) for f in (*_formats(lhs), *_formats(rhs))]
+    key = repr((key, counts, formats, str(treedef), spec))
     return on_each_part(result, divide, factors, key, *leaves)
 
 
@@ -167,6 +167,14 @@ def _factors(
 
 def _in_logical_order(entries: tuple[Any, ...], spec: DotSpec) -> tuple[Any, ...]:
     return tuple(entries[a] for a in spec.permutation)
+
+
+def _formats(x: Any) -> Iterator[Format]:
+    """Those of the codes of an operand, and of its scales and offsets."""
+    if isinstance(x, QTensor):
+        yield x.format
+        yield from _formats(x.scale)
+        yield from _formats(x.offset)
 
 
 def _without_inputs(x: Operand) -> Operand:
