@@ -52,6 +52,6 @@ def _part(x: Source, index: list[slice], shape: tuple[int, ...]) -> jax.Array:
     """The part of codes or scales that belongs to a part of the codes."""
     parts = []
     for s, n, length in zip(index, x.shape, shape, strict=True):
-        block = length // max(n, 1)
+        block = length // n if n else 1
         parts += [slice(0, n) if n == 1 else slice(s.start // block, s.stop // block)]
     return jnp.asarray(x.read(parts))

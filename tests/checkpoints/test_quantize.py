@@ -157,6 +157,7 @@ def stored_quantized():
         "c": jq.quantize(normal(24, 96, seed=2), jq.ArrayConfig(group_size=(8, 32)), axis=(0, 1)),
         "d": jq.quantize(normal(24, 96, seed=3), jq.ArrayConfig(format=jq.NVFP4), axis=1),
         "e": jq.quantize(normal(24, 96, seed=4), jq.W8A8.weights, axis=1).astype(jnp.bfloat16),
+        "empty": jq.quantize(jnp.zeros((0, 96)), jq.W8A8.weights, axis=1),
     }
 
 
@@ -186,7 +187,7 @@ def test_what_is_quantized_already_is_quantized_again_if_asked(stored, tmp_path,
     jq.save(tmp_path / "want", want)
     report = checkpoints.write_quantized(tmp_path / "a", stored, rules, requantize=True)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "want").read_bytes()
-    assert [row.sqnr is None for row in report.rows] == [False] * 4 + [True]
+    assert [row.sqnr is None for row in report.rows] == [False] * 4 + [True, False]
     found = checkpoints.quantize(stored, rules, requantize=True)
     for name, q in want.items():
         np.testing.assert_array_equal(found[name].dequantize(), q.dequantize())
