@@ -68,8 +68,8 @@ def quantize(
 
     Args:
         checkpoint: from `checkpoints.open`.
-        rules: as for `tree.quantize`. For a Scheme or ArrayConfig the contracted axis is the last,
-            as Hugging Face and GGUF store kernels (out, in).
+        rules: as for `tree.quantize`, without methods. For a Scheme or ArrayConfig the contracted
+            axis is the last, as Hugging Face and GGUF store kernels (out, in).
         sharding, dtype: as for `Checkpoint.load`; a tree of shardings is a dict by name.
         requantize: whether tensors that are stored quantized and have a rule are dequantized and
             quantized again; otherwise they are an error.
@@ -79,8 +79,8 @@ def quantize(
         A dict by name, of arrays and QTensors.
 
     Raises:
-        ValueError: as for `tree.quantize` and `Checkpoint.load`. A tensor that holds NaN or Inf is
-            found when it is reached.
+        ValueError: as for `tree.quantize` and `Checkpoint.load`, or a rule has a method. A tensor
+            that holds NaN or Inf is found when it is reached.
 
     Example:
         >>> jq.save("model.safetensors", {"w": jnp.ones((64, 32))})
@@ -296,6 +296,11 @@ def _matched(checkpoint: Checkpoint, rules: Rules) -> dict[str, Rule | None]:
             return (
                 f"stored quantized ({leaf!r}); give it a rule with None, which copies it, or "
                 "requantize (requantize=True, --requantize), which dequantizes it first"
+            )
+        if plan.method is not None:
+            return (
+                f"its rule has the method {plan.method!r}, which tensors that are read in parts do "
+                "not support; load it and call tree.quantize, or drop the method"
             )
         return why_unsupported_shape(leaf.shape, leaf.dtype, plan)
 

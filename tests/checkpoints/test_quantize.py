@@ -205,6 +205,17 @@ def test_what_would_be_lost_by_quantizing_again_is_an_error(tmp_path):
     assert kept.inputs.multiplier.shape == (64,)
 
 
+def test_rules_with_a_method_are_an_error(folder, tmp_path):
+    opened = checkpoints.open(folder)
+    rules = [jq.Rule("embed.weight", jq.W8A8, axis=-1, method=jq.methods.HQQ())]
+    error = r"embed.weight: its rule has the method .*HQQ.* call tree.quantize, or drop the method"
+    with pytest.raises(ValueError, match=error):
+        checkpoints.quantize(opened, rules)
+    with pytest.raises(ValueError, match=error):
+        checkpoints.write_quantized(tmp_path / "a", opened, rules)
+    assert not list(tmp_path.glob("a*"))
+
+
 def test_nan_is_found_by_name_and_leaves_the_old_file(tmp_path, small_parts):
     bad = normal(100, 128)
     bad[90, 3] = np.nan
