@@ -88,10 +88,13 @@ from .specs import refine_blocks as refine_blocks
 from .specs import repeat_blocks as repeat_blocks
 from .specs import specs as specs
 from .steps import encode as encode
+from .steps import fit as fit
 from .steps import fit_range as fit_range
 from .steps import fit_scale as fit_scale
 from .steps import fit_zero_point as fit_zero_point
 from .steps import group as group
+from .steps import relative_importance as relative_importance
 from .steps import scale_unit as scale_unit
+from .steps import squared_error as squared_error
 from .steps import store_scale as store_scale
 from .straight_through import straight_through as straight_through

@@ -11,7 +11,7 @@ from .blocks import Axes, Groups, blocks_between, check_axis, split_groups
 from .config import ArrayConfig
 from .qtensor import QTensor
 from .ranges import AbsMax, Percentile
-from .steps import encode, fit_range, fit_scale, fit_zero_point, group, is_finite, scale_unit
+from .steps import encode, fit, fit_scale, fit_zero_point, group, is_finite
 
 
 def quantize(
@@ -91,9 +91,8 @@ def _quantize(
 ):
     _check(x, config)
     groups = group(x, config, axis)
-    low, high = fit_range(groups, config, _spread(importance, x, config))
-    scale = fit_scale(groups, low, high, config, scale_unit(groups, config))
-    return encode(groups, scale, fit_zero_point(groups, low, scale, config), config, key)
+    scale, zero_point = fit(groups, config, _spread(importance, x, config))
+    return encode(groups, scale, zero_point, config, key)
 
 
 def _spread(importance: Any, x: jax.Array, config: ArrayConfig) -> jax.Array | None:

@@ -6,9 +6,11 @@
     zero_point = fit_zero_point(groups, low, scale, config)
     q          = encode(groups, scale, zero_point, config)
 
-These five lines are the body of `quantize`. An algorithm that chooses ranges, scales or codes
-differently replaces one of them.
+These five lines are the body of `quantize`; `fit` is the three in the middle. An algorithm that
+chooses ranges, scales or codes differently replaces one of them.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,22 +34,42 @@ def group(x: jax.Array, config: ArrayConfig, axis: Axes = 0) -> Groups:
     return split_groups(x, block_shape(x.shape, config, axis))
 
 
+def fit(
+    groups: Groups,
+    config: ArrayConfig,
+    importance: jax.Array | None = None,
+    unit: jax.Array | None = None,
+) -> tuple[jax.Array | QTensor, jax.Array | None]:
+    """The stored scales and the zero points that `config` leads to.
+
+    Args:
+        groups: the array, from `group`.
+        config: format, range and scale dtype.
+        importance: as for `fit_range`.
+        unit: from `scale_unit` of an array that the groups are a part of; None if they are all.
+    """
+    unit = scale_unit(groups, config) if unit is None else unit
+    low, high = fit_range(groups, config, importance, unit)
+    scale = fit_scale(groups, low, high, config, unit)
+    return scale, fit_zero_point(groups, low, scale, config)
+
+
 def fit_range(
-    groups: Groups, config: ArrayConfig, importance: jax.Array | None = None
+    groups: Groups,
+    config: ArrayConfig,
+    importance: jax.Array | None = None,
+    unit: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The range (low, high) of each group from `config.range`; broadcasts with the values.
 
     Candidate ranges are scored by their squared error with the scale and zero point as stored,
-    weighted with `importance`, which has the shape of the array; None weights all alike.
+    weighted with `importance`, which has the shape of the array; None weights all alike. `unit` is
+    as for `fit`.
     """
-    weights = None
-    if importance is not None:
-        weights = split_groups(importance, groups.blocks).values
-        top = jnp.max(weights, groups.axes, keepdims=True, initial=0)
-        weights = weights / jnp.where(top > 0, top, 1)
-    values, unit = groups.values, scale_unit(groups, config)
-    peak = jnp.max(jnp.abs(values), groups.axes, keepdims=True, initial=0)
-    peak = jnp.where(peak > 0, peak, 1)
+    values = groups.values
+    unit = scale_unit(groups, config) if unit is None else unit
+    weights = None if importance is None else relative_importance(groups, importance)
+    error_of = squared_error(groups, weights)
 
     def error(low, high):
         scale = groups.per_group(affine.fit_scale(low, high, config))
@@ -55,13 +77,33 @@ def fit_range(
         step = groups.per_element(scale_values(scale))
         zero_point = None if config.symmetric else affine.fit_zero_point(low, step, config)
         codes = affine.encode(values, step, zero_point, config)
-        decoded = affine.decode(codes, step, zero_point, config.format)
-        # In units of the peak, because squares of 1e-20 or 1e20 are out of the range of float32.
-        errors = jnp.square((decoded - values) / peak)
+        return error_of(affine.decode(codes, step, zero_point, config.format))
+
+    return config.range(values, groups.axes, config.symmetric, error)
+
+
+def relative_importance(groups: Groups, importance: jax.Array) -> jax.Array:
+    """The importance of each value of the groups, relative to the largest in its group."""
+    weights = split_groups(importance, groups.blocks).values
+    top = jnp.max(weights, groups.axes, keepdims=True, initial=0)
+    return weights / jnp.where(top > 0, top, 1)
+
+
+def squared_error(groups: Groups, weights: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
+    """A function: decoded values -> the squared error of each group, weighted.
+
+    Errors are in units of the largest magnitude of their group, because squares of 1e-20 or 1e20
+    are out of the range of float32.
+    """
+    peak = jnp.max(jnp.abs(groups.values), groups.axes, keepdims=True, initial=0)
+    peak = jnp.where(peak > 0, peak, 1)
+
+    def error(decoded):
+        errors = jnp.square((decoded - groups.values) / peak)
         errors = errors if weights is None else errors * weights
         return jnp.sum(errors, groups.axes, keepdims=True)
 
-    return config.range(values, groups.axes, config.symmetric, error)
+    return error
 
 
 def scale_unit(groups: Groups, config: ArrayConfig) -> jax.Array | None:

@@ -12,9 +12,7 @@ from ..core import (
     Groups,
     QTensor,
     encode,
-    fit_range,
-    fit_scale,
-    fit_zero_point,
+    fit,
     group,
     scale_unit,
     scale_values,
@@ -114,17 +112,16 @@ class GPTQ:
         groups = group(target, config, 0)
         size, unit = groups.blocks[0], scale_unit(groups, config)
 
-        def fit(start, best):
+        def fit_block(start, best):
             weights = jax.lax.dynamic_slice(factor.conditional, (start,), (size,))
-            scale, zero_point = self._fitted(split_groups(best, (size, 1)), config, weights, unit)
-            return scale, zero_point
+            return self._fitted(split_groups(best, (size, 1)), config, weights, unit)
 
         def round_row(fitted, j, z):
             del j  # All rows of a block share their scales.
             scale, zero_point = fitted
             return _rounded(z[None], scale, zero_point, config)[0]
 
-        values, (scale, zero_point) = feed_back(target, factor.unit, size, fit, round_row)
+        values, (scale, zero_point) = feed_back(target, factor.unit, size, fit_block, round_row)
         zero_point = None if zero_point is None else _joined(zero_point)
         return encode(split_groups(values, groups.blocks), _joined(scale), zero_point, config)
 
@@ -139,7 +136,7 @@ class GPTQ:
         """All scales are fitted first, on the target itself."""
         groups = group(target, config, axis)
         weights = factor.conditional if order is None else factor.conditional[jnp.argsort(order)]
-        scale, zero_point = self._fitted(groups, config, weights, scale_unit(groups, config))
+        scale, zero_point = self._fitted(groups, config, weights, None)
         # One row of scales and zero points per channel, in the order of rounding.
         fitted = [scale] if zero_point is None else [scale, zero_point]
         columns = [target, *(_of_elements(groups, x) for x in fitted)]
@@ -150,14 +147,14 @@ class GPTQ:
         columns = [jnp.pad(x, ((0, added), (0, 0)), constant_values=1) for x in columns]
         unit = jax.scipy.linalg.block_diag(factor.unit, jnp.eye(added, dtype=target.dtype))
 
-        def fit(start, best):
+        def fitted_of(start, best):
             return [jax.lax.dynamic_slice(x, (start, 0), best.shape) for x in columns[1:]]
 
         def round_row(fitted, j, z):
             step, *zero = (x[j][None] for x in fitted)
             return _rounded(z[None], step, zero[0] if zero else None, config)[0]
 
-        values, _ = feed_back(columns[0], unit, block, fit, round_row)
+        values, _ = feed_back(columns[0], unit, block, fitted_of, round_row)
         values = values[: len(target)]
         if order is not None:
             values = values[jnp.argsort(order)]
@@ -171,9 +168,7 @@ class GPTQ:
         if self.importance:
             config = searching(config)
             importance = jnp.broadcast_to(weights[:, None], groups.shape)
-        low, high = fit_range(groups, config, importance)
-        scale = fit_scale(groups, low, high, config, unit)
-        return scale, fit_zero_point(groups, low, scale, config)
+        return fit(groups, config, importance, unit)
 
 
 def _rounded(

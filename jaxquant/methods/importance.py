@@ -14,13 +14,14 @@ from ..core import (
     MinMSE,
     QTensor,
     encode,
-    fit_range,
-    fit_scale,
-    fit_zero_point,
+    fit,
     group,
+    largest_magnitude,
+    relative_importance,
     scale_unit,
     scale_values,
     split_groups,
+    squared_error,
     store_scale,
 )
 from .method import Statistics
@@ -70,17 +71,24 @@ class Importance:
         self, weight: jax.Array, means: Statistics, config: ArrayConfig, axis: Axes
     ) -> QTensor:
         """Quantizes a matrix (N, K)."""
-        spread = jnp.sqrt(jnp.mean(jnp.square(weight), 1, keepdims=True) + jnp.square(weight))
-        weights = means[MeanSquare][None, :] * spread
+        weights = means[MeanSquare][None, :] * _spread(weight)
         groups = group(weight, config, axis)
         unit = scale_unit(groups, config)
-        low, high = fit_range(groups, searching(config), weights)
-        scale = fit_scale(groups, low, high, config, unit)
-        zero_point = fit_zero_point(groups, low, scale, config)
-        return refined(groups, scale, zero_point, config, weights, unit, self.steps)
+        scale, zero_point = fit(groups, searching(config), weights, unit)
+        return _refined(groups, scale, zero_point, config, weights, unit, self.steps)
 
 
-def refined(
+def _spread(weight: jax.Array) -> jax.Array:
+    """sqrt(s_n^2 + w_nk^2), with NaN and Inf as zeros: they concern their own group alone."""
+    finite = jnp.where(jnp.isfinite(weight), weight, 0)
+    # Squares of 1e-20 or 1e20 are out of the range of float32.
+    peak = largest_magnitude(finite, (1,))
+    relative = finite / jnp.where(peak > 0, peak, 1)
+    size = peak * jnp.sqrt(jnp.mean(jnp.square(relative), 1, keepdims=True))
+    return jnp.hypot(size, finite)
+
+
+def _refined(
     groups: Groups,
     scale: jax.Array | QTensor,
     zero_point: jax.Array | None,
@@ -99,15 +107,13 @@ def refined(
         unit: from `scale_unit`.
         steps: the most refinements.
     """
-    parts = split_groups(weights, groups.blocks).values
-    top = jnp.max(parts, groups.axes, keepdims=True, initial=0)
-    parts = parts / jnp.where(top > 0, top, 1)
+    parts = relative_importance(groups, weights)
+    error_of = squared_error(groups, parts)
 
     def decoded(scale):
         q = encode(groups, scale, zero_point, config)
         values = split_groups(q.decode().astype(groups.values.dtype), groups.blocks).values
-        errors = parts * jnp.square(values - groups.values)
-        return values, jnp.sum(errors, groups.axes, keepdims=True)
+        return values, error_of(values)
 
     def step(state, _):
         scale, values, error = state

@@ -13,6 +13,7 @@ CONFIGS = {
     "int4 asymmetric groups": jq.ArrayConfig(format=jq.INT4, group_size=32, symmetric=False),
     "nf4": jq.ArrayConfig(format=jq.NF4, group_size=32),
     "nvfp4": jq.ArrayConfig(format=jq.NVFP4),
+    "nvfp4 searched": jq.ArrayConfig(format=jq.NVFP4, range=jq.MinMSE()),
     "int8 per tensor": jq.ArrayConfig(per_tensor=True),
 }
 

@@ -136,3 +136,23 @@ def test_bad_importance(importance, range_, message):
     config = jq.ArrayConfig(range=range_)
     with pytest.raises(ValueError, match=message):
         jq.quantize(jnp.ones((4, 2)), config, importance=importance)
+
+
+@pytest.mark.parametrize("factor", [2.0**-80, 2.0**70])
+def test_scales_of_weights_do_not_matter(factor):
+    weight, mean_square = matrix(3)
+    expected = run(weight, mean_square, CONFIGS[0])
+    found = run(weight * np.float32(factor), mean_square, CONFIGS[0])
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    assert isinstance(found.scale, jax.Array)
+    np.testing.assert_allclose(found.scale / np.float32(factor), expected.scale, rtol=1e-6)
+
+
+def test_nan_stays_in_its_group():
+    weight, mean_square = matrix(4)
+    mean_square[16:] = np.exp(np.arange(16) / 2)
+    weight[2, 3] = 0
+    expected = np.array(run(weight, mean_square, CONFIGS[0]).dequantize())
+    weight[2, 3] = np.nan
+    expected[2, :16] = np.nan
+    np.testing.assert_array_equal(run(weight, mean_square, CONFIGS[0]).dequantize(), expected)
