@@ -5,6 +5,7 @@ from .chips import by_generation as by_generation
 from .chips import tpu_generation as tpu_generation
 from .copying_scan import Copier as Copier
 from .copying_scan import with_copied_slices as with_copied_slices
+from .each_part import cpu_count as cpu_count
 from .each_part import names_parts as names_parts
 from .each_part import on_each_part as on_each_part
 from .evaluate import Environment as Environment

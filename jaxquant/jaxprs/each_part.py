@@ -51,7 +51,15 @@ def has_parts(context: mlir.LoweringRuleContext) -> bool:
     Inside `shard_map` XLA partitions along some axes of the mesh only.
     """
     count = getattr(context.module_context.axis_context, "num_devices", 1)
-    return names_parts(count) and count <= jax.device_count("cpu")
+    return names_parts(count) and count <= cpu_count()
+
+
+def cpu_count() -> int:
+    """The number of CPU devices; 0 if `JAX_PLATFORMS` leaves them out."""
+    try:
+        return jax.device_count("cpu")
+    except RuntimeError:
+        return 0
 
 
 def names_parts(count: int) -> bool:

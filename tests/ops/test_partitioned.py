@@ -199,6 +199,17 @@ def test_the_row_names_what_runs_on_the_parts(scheme, k, spec, name):
 
 
 @needs_native
+def test_rows_are_named_without_cpu_devices(monkeypatch):
+    """As with JAX_PLATFORMS=cuda."""
+
+    def unknown(platform=None):
+        raise RuntimeError(f"Unknown backend {platform}")
+
+    monkeypatch.setattr(jax, "device_count", unknown)
+    assert implementations(jnp.asarray(normal(ROWS, K)), weight_of("W8A8")) == ["native"]
+
+
+@needs_native
 def test_programs_of_formats_with_the_same_arrays_differ():
     """JAX's cache of compiled programs does not know the functions of the parts."""
     q, x = weight_of("W4A16"), jnp.asarray(normal(ROWS, K))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...core import Format, QTensor
-from ...jaxprs import names_parts, on_each_part
+from ...jaxprs import cpu_count, names_parts, on_each_part
 from ..dot_spec import DotSpec
 from ..operands import Operand
 
@@ -72,7 +72,7 @@ def parts_of(
     """
     operands = tuple(map(_without_inputs, (lhs, rhs)))
     left, right = jax.eval_shape(lambda *operands: operands, *operands)
-    counts = range(1, jax.device_count("cpu") + 1)
+    counts = range(1, cpu_count() + 1)
     for columns, contracted in itertools.product(counts, counts):
         is_able = names_parts(columns * contracted) and columns * contracted <= counts[-1]
         if not is_able or rhs.codes.shape[0] % columns or rhs.codes.shape[1] % contracted:
