@@ -70,8 +70,8 @@ def _stored_names(q: Any, spec: Any, mesh: Any) -> list[Any]:
     """What divides each stored axis of q."""
     if not isinstance(q, QTensor) or not isinstance(spec, jax.P):
         raise ValueError(
-            f"specs expects a QTensor and a jax.P; got {type(q).__name__} and "
-            f"{type(spec).__name__} {spec}. Map it over the QTensors of a tree."
+            f"q must be a QTensor and spec a jax.P; got {type(q).__name__} and {spec!r}. Map over "
+            "the QTensors of a tree."
         )
     if len(spec) > q.ndim:
         raise ValueError(f"spec must name at most {q.ndim} axes, those of {q!r}; got {spec}.")

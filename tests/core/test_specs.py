@@ -74,7 +74,7 @@ def test_scales_that_the_devices_cannot_share_are_replicated():
         ),
         (P(("a", "c")), mesh(4, 2), r"must name axes of the mesh \('a', 'b'\); got 'c' in P"),
         (P(P.UNCONSTRAINED), mesh(4, 2), r"mesh \('a', 'b'\); got UNCONSTRAINED in P"),
-        ("ab", None, r"expects a QTensor and a jax\.P; got QTensor and str ab\."),
+        ("ab", None, r"a QTensor and spec a jax\.P; got QTensor and 'ab'\."),
     ],
 )
 def test_specs_that_do_not_fit_are_errors(spec, on, text):
@@ -85,7 +85,7 @@ def test_specs_that_do_not_fit_are_errors(spec, on, text):
 
 
 def test_an_array_without_codes_is_an_error():
-    with pytest.raises(ValueError, match=r"expects a QTensor and a jax\.P; got ndarray and"):
+    with pytest.raises(ValueError, match=r"must be a QTensor and spec a jax\.P; got ndarray and"):
         specs(X, P("a"))  # pyright: ignore[reportArgumentType]
 
 
