@@ -10,7 +10,6 @@ import numpy as np
 from .blocks import Axes, Groups, blocks_between, check_axis, split_groups
 from .config import ArrayConfig
 from .qtensor import QTensor
-from .ranges import AbsMax, Percentile
 from .steps import encode, fit, fit_scale, fit_zero_point, group, is_finite
 
 
@@ -91,19 +90,14 @@ def _quantize(
 ):
     _check(x, config)
     groups = group(x, config, axis)
-    scale, zero_point = fit(groups, config, _spread(importance, x, config))
+    scale, zero_point = fit(groups, config, _spread(importance, x))
     return encode(groups, scale, zero_point, config, key)
 
 
-def _spread(importance: Any, x: jax.Array, config: ArrayConfig) -> jax.Array | None:
+def _spread(importance: Any, x: jax.Array) -> jax.Array | None:
     """The importance of each element, or None."""
     if importance is None:
         return None
-    if isinstance(config.range, AbsMax | Percentile):
-        raise ValueError(
-            "importance weights the errors that a range minimizes; got importance with "
-            f"range={config.range!r}, which minimizes none. Use range=MinMSE()."
-        )
     lengths = zip(np.shape(importance), x.shape, strict=False)
     if np.ndim(importance) != x.ndim or any(n not in (1, length) for n, length in lengths):
         raise ValueError(

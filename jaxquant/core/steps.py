@@ -20,7 +20,7 @@ from .blocks import Axes, Groups, block_shape, split_groups, to_blocks
 from .config import ArrayConfig
 from .formats import FP8_E4M3, bits_of
 from .qtensor import QTensor, scale_values
-from .ranges import AbsMax, largest_magnitude
+from .ranges import AbsMax, Percentile, largest_magnitude
 
 _E4M3 = ArrayConfig(format=FP8_E4M3)
 
@@ -65,7 +65,15 @@ def fit_range(
     Candidate ranges are scored by their squared error with the scale and zero point as stored,
     weighted with `importance`, which has the shape of the array; None weights all alike. `unit` is
     as for `fit`.
+
+    Raises:
+        ValueError: importance is given for a range that does not minimize an error.
     """
+    if importance is not None and isinstance(config.range, AbsMax | Percentile):
+        raise ValueError(
+            "importance weights the errors that a range minimizes; got importance with "
+            f"range={config.range!r}, which minimizes none. Use range=MinMSE()."
+        )
     values = groups.values
     unit = scale_unit(groups, config) if unit is None else unit
     weights = None if importance is None else relative_importance(groups, importance)

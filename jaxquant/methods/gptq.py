@@ -51,7 +51,8 @@ class GPTQ:
             fitted before, on the original weights.
 
     Raises:
-        ValueError: a field is not as above.
+        ValueError: a field is not as above; or the range of the config is `Percentile`, which
+            minimizes no error, and `importance` is True.
 
     Error: with white activations, S = c I, the result is that of `jaxquant.quantize`. With S of
         correlated activations the expected error falls by tr(D) / tr(S) (see `predicted_gain`).
@@ -85,7 +86,10 @@ class GPTQ:
     def __call__(
         self, weight: jax.Array, means: Statistics, config: ArrayConfig, axis: Axes
     ) -> tuple[QTensor, dict[str, jax.Array]]:
-        """Quantizes a matrix (N, K). Also returns the damping that was used."""
+        """Quantizes a matrix (N, K). Also returns the damping that was used.
+
+        A row with NaN or Inf becomes NaN, and all rows do if the moment has any.
+        """
         second = means[CrossMoment][1] if self.repair else means[SecondMoment]
         factor = factorize(second, self.damping)
         target = self._target(weight, factor, means).T
@@ -93,6 +97,9 @@ class GPTQ:
         if self.act_order:
             order = jnp.argsort(-jnp.diagonal(second))
             factor = factorize(second[order][:, order], self.damping)
+        # NaN spreads to later channels, whose integer codes could not say so.
+        is_finite = jnp.all(jnp.isfinite(target), 0) & jnp.all(jnp.isfinite(factor.root))
+        target = jnp.where(is_finite[None], target, jnp.nan)
         if axis == 1 and order is None and group(target, config, 0).scale_shape[0] > 1:
             q = self._in_groups(target, factor, config)
         else:

@@ -29,9 +29,9 @@ from .statistics import MeanSquare, Statistic
 
 
 def searching(config: ArrayConfig) -> ArrayConfig:
-    """The config with a range that minimizes an error."""
-    is_fixed = isinstance(config.range, AbsMax)
-    return dataclasses.replace(config, range=MinMSE()) if is_fixed else config
+    """The config with `MinMSE` in place of `AbsMax`, the default, which minimizes no error."""
+    is_default = isinstance(config.range, AbsMax)
+    return dataclasses.replace(config, range=MinMSE()) if is_default else config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Importance:
 
     Attributes:
         steps: the most refinements.
+
+    Raises:
+        ValueError: steps is not a nonnegative int; or the range of the config is `Percentile`,
+            which minimizes no error.
 
     Error: at most that of the range of the config, in the weighted sum.
     Source: llama.cpp's quantization with an importance matrix (`make_qx_quants` in ggml-quants.c),

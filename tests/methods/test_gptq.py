@@ -155,6 +155,19 @@ def test_damping_that_suffices_is_kept():
     assert float(notes["damping"]) == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("name", ["int4 per channel", "int4 groups"])
+@pytest.mark.parametrize("method", [GPTQ(), GPTQ(act_order=True)], ids=["in order", "act_order"])
+def test_nan_gives_no_plausible_numbers(name, method):
+    weight, second = weights(), correlated(CHANNELS)
+    expected = np.array(run(method, weight, second, CONFIGS[name])[0].dequantize())
+    weight[2, 20] = np.nan
+    expected[2] = np.nan
+    found = run(method, weight, second, CONFIGS[name])[0].dequantize()
+    np.testing.assert_array_equal(found, expected)
+    second[3, 4] = second[4, 3] = np.nan
+    assert np.all(np.isnan(run(method, weights(), second, CONFIGS[name])[0].dequantize()))
+
+
 def moments(seed=0, noise=0.3, rows=2000):
     """Activations of a float model and of a quantized one, and their CrossMoment."""
     rng = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxquant as jq
-from jaxquant.methods import Importance, MeanSquare
+from jaxquant.methods import GPTQ, Importance, MeanSquare, SecondMoment
 
 CONFIGS = [
     jq.ArrayConfig(format=jq.INT4, group_size=16),
@@ -156,3 +156,11 @@ def test_nan_stays_in_its_group():
     weight[2, 3] = np.nan
     expected[2, :16] = np.nan
     np.testing.assert_array_equal(run(weight, mean_square, CONFIGS[0]).dequantize(), expected)
+
+
+@pytest.mark.parametrize("method", [Importance(), GPTQ(importance=True)])
+def test_ranges_that_minimize_no_error_raise(method):
+    config = jq.ArrayConfig(format=jq.INT4, range=jq.Percentile(90))
+    means = {MeanSquare: jnp.ones(4), SecondMoment: jnp.eye(4)}
+    with pytest.raises(ValueError, match=r"got importance with range=Percentile\(p=90\), which"):
+        method(jnp.ones((3, 4)), means, config, 1)
