@@ -102,10 +102,12 @@ def quantize(
     result, done = [], 0
     with progress_bar(progress, total) as report:
         for path, leaf, plan in zip(paths, leaves, chosen, strict=True):
-            if plan is not None and plan.method is not None and leaf.size:
-                leaf = _quantize_by_method(path, leaf, plan, (statistics or {}).get(path), platform)
-            elif plan is not None:
-                leaf = quantize_leaf(leaf, plan, platform)
+            if plan is not None:
+                if plan.method is not None and leaf.size:
+                    found = (statistics or {}).get(path)
+                    leaf = _quantize_by_method(path, leaf, plan, found, platform)
+                else:
+                    leaf = quantize_leaf(leaf, plan, platform)
                 done += 1
                 report(done, total, path)
             result.append(leaf)

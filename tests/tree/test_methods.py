@@ -44,6 +44,13 @@ def test_nearest_is_plain_quantization_in_every_layout(name):
     assert_equal(found, jq.tree.quantize(params, rule))
 
 
+def test_progress_is_called_after_each_leaf():
+    calls, rules = [], [jq.Rule("b", G4, axis=0, method=SINQ()), jq.Rule("*", G4, axis=0)]
+    params = {name: kernel((8, 6)) for name in "abc"}
+    jq.tree.quantize(params, rules, progress=lambda *call: calls.append(call))
+    assert calls == [(1, 3, "a"), (2, 3, "b"), (3, 3, "c")]
+
+
 def test_the_dtype_of_the_parameter_is_kept():
     params = {"w": kernel((32, 6), dtype=jnp.bfloat16)}
     q = jq.tree.quantize(params, jq.Rule("*", jq.W4A8, group_size=16), method=Nearest())["w"]
