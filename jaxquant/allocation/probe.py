@@ -81,9 +81,8 @@ class _Probe:
         shape = self.errors.shape[:-1]
         axes = tuple(len(shape) + a for a in self.axes)
         x = activations.unfolded()
-        columns = math.prod(shape[a] for a in axes)
         is_whole = activations.operation in _PRODUCTS and activations.stored_shape == shape
-        if x is None or not is_whole or x.shape[-1] != columns:
+        if x is None or not (is_whole and activations.is_along_scales):
             raise ValueError(
                 f"{self.path}: only the errors of whole parameters, or of slices that lax.scan "
                 f"makes, in products that contract axes {axes} of {shape} can be scored; got "

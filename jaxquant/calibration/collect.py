@@ -210,6 +210,11 @@ class _Tapper:
         """The lengths of the axes that may be stacked layers or experts."""
         return self.shape[: stack_axes(len(self.shape), self.axes)]
 
+    @property
+    def channels(self) -> int:
+        """The number of contracted elements."""
+        return math.prod(self.shape[a] for a in self.axes)
+
     def tapped(self, weight: jax.Array, mask: jax.Array | None) -> QTensor:
         """A float array with a tap: the codes are its elements, and all scales are 1."""
         weight = jnp.asarray(weight)
@@ -220,7 +225,15 @@ class _Tapper:
         numbers = jnp.arange(math.prod(self.leading), dtype=jnp.int32).reshape(self.leading)
         if mask is not None:
             mask = jnp.broadcast_to(mask, (*self.leading, *mask.shape))
-        tap = _Tap(numbers, mask, path=self.path, kinds=self.kinds, take=self.take)
+        tap = _Tap(
+            numbers,
+            mask,
+            path=self.path,
+            channels=self.channels,
+            slice_size=math.prod(self.shape[len(self.leading) :]),
+            kinds=self.kinds,
+            take=self.take,
+        )
         return QTensor(
             weight,
             jnp.ones(scale, jnp.float32),
@@ -264,8 +277,8 @@ class _Tapper:
                 "it out, or allow_missing=True to round it to nearest."
             )
         if not found:
-            channels = math.prod(self.shape[a] for a in self.axes)
-            found = {0: [jax.tree.map(np.asarray, kind.init(channels)) for kind in self.kinds]}
+            empty = (kind.init(self.channels) for kind in self.kinds)
+            found = {0: [jax.tree.map(np.asarray, statistic) for statistic in empty]}
         empty = [jax.tree.map(np.zeros_like, s) for s in next(iter(found.values()))]
         rows = [found.get(n, empty) for n in numbers]
         stacked = [
@@ -300,6 +313,8 @@ class _Tap:
         numbers: the indices of the slices of the parameter that is multiplied.
         mask: for each of them, the weights of the rows, if any.
         path: of the parameter, static.
+        channels: number of its contracted elements, static.
+        slice_size: number of elements of one slice, static.
         kinds: which statistics, static.
         take: gets the numbers and the sums, static.
     """
@@ -307,6 +322,8 @@ class _Tap:
     numbers: jax.Array
     mask: jax.Array | None
     path: str = dataclasses.field(kw_only=True, metadata={"static": True})
+    channels: int = dataclasses.field(kw_only=True, metadata={"static": True})
+    slice_size: int = dataclasses.field(kw_only=True, metadata={"static": True})
     kinds: tuple[type[Statistic], ...] = dataclasses.field(kw_only=True, metadata={"static": True})
     take: Callable[..., None] = dataclasses.field(kw_only=True, metadata={"static": True})
 
@@ -314,6 +331,7 @@ class _Tap:
         x = activations.unfolded()
         if x is None:
             return
+        self._check(activations, x.shape[-1])
         batch = activations.batch
         weights = self._weights(x.shape[batch:-1])
         x = x.reshape(*x.shape[:batch], weights.size, x.shape[-1])
@@ -334,6 +352,23 @@ class _Tap:
         found = run_with_out_sharding(sums, replicated, x, weights)
         jax.debug.callback(self.take, self.numbers, *found)
 
+    def _check(self, activations: Activations, channels: int) -> None:
+        if not activations.is_along_scales or channels != self.channels:
+            raise ValueError(
+                f"{self.path}: products must contract the axes of its rule, of {self.channels} "
+                f"channels; got {activations.operation} of {activations.stored_shape} along "
+                f"others, of {channels}. Correct the axis of the rule; or exclude the parameter, "
+                f"Rule({self.path!r}, None), if it is used along several axes, as tied weights are."
+            )
+        size = math.prod(activations.stored_shape)
+        if self.numbers.size > 1 and size != self.numbers.size * self.slice_size:
+            raise ValueError(
+                f"{self.path}: products must use the whole stack, or slices that lax.scan makes; "
+                f"got {activations.operation} of {activations.stored_shape}. Keep the layers as "
+                "separate parameters, run them with lax.scan, or exclude them, "
+                f"Rule({self.path!r}, None)."
+            )
+
     def _weights(self, shape: tuple[int, ...]) -> jax.Array:
         """The weight of each row, (rows,)."""
         rows = math.prod(shape)
@@ -347,7 +382,7 @@ class _Tap:
                 f"{self.path}: the mask must have the shape of the leading axes of its rows; got "
                 f"{mask.shape} for rows {shape}. Collect without a mask, or leave it out."
             )
-        return jnp.repeat(mask.ravel(), rows // mask.size)
+        return jnp.repeat(mask.ravel(), rows // max(mask.size, 1))
 
 
 def _sum(kind: type[Statistic], x: Any, weights: jax.Array, activations: Activations) -> Statistic:

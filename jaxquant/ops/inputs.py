@@ -48,6 +48,8 @@ class Activations:
             products.
         operation: name of the function of `jax.lax`.
         stored_shape: that of the codes of the QTensor.
+        is_along_scales: whether the product contracts those axes of the QTensor along which its
+            elements share a scale, and no others.
         unfolded: function that returns them as (batch axes, rows, contracted elements). The batch
             axes and the contracted elements are in the order of the QTensor's; rows have any number
             of axes. None for a convolution in groups.
@@ -58,6 +60,7 @@ class Activations:
     group_sizes: jax.Array | None
     operation: str
     stored_shape: tuple[int, ...]
+    is_along_scales: bool
     unfolded: Callable[[], jax.Array | None]
 
 
@@ -70,8 +73,8 @@ def observe(lhs: Operand, rhs: Operand, spec: Any) -> tuple[Operand, Operand, Fu
     _, (lhs_channels, rhs_channels) = zip(*_axes(lhs, rhs, spec.batch, spec.channels), strict=True)
     lhs_batch = _in_order_of(rhs, spec.batch[1], spec.batch[0])
     rhs_batch = _in_order_of(lhs, spec.batch[0], spec.batch[1])
-    bare_lhs, change_lhs = _observed(lhs, rhs, rhs_batch, rhs_channels, spec)
-    bare_rhs, change_rhs = _observed(rhs, lhs, lhs_batch, lhs_channels, spec)
+    bare_lhs, change_lhs = _observed(lhs, rhs, rhs_batch, rhs_channels, spec, spec.contract[0])
+    bare_rhs, change_rhs = _observed(rhs, lhs, lhs_batch, lhs_channels, spec, spec.contract[1])
     count = len(spec.batch[0])
     middle = count + lhs.ndim - count - len(spec.contract[0])
 
@@ -214,9 +217,21 @@ def _inputs_for(x: Operand, other: Operand) -> Inputs | None:
 
 
 def _observed(
-    other: Any, x: Operand, batch: tuple[int, ...], channels: tuple[int, ...], spec: Any
+    other: Any,
+    x: Operand,
+    batch: tuple[int, ...],
+    channels: tuple[int, ...],
+    spec: Any,
+    contract: tuple[int, ...],
 ) -> tuple[Operand, Function | None]:
-    """`other` without its tap, after the tap was called with x, and what the tap returned."""
+    """`other` without its tap, after the tap was called with x, and what the tap returned.
+
+    Args:
+        other, x: the QTensor, and its activations.
+        batch, channels: axes of x.
+        spec: of the product.
+        contract: stored axes of `other` that are contracted.
+    """
     inputs = _inputs_for(x, other)
     if inputs is None or inputs.tap is None:
         return other, None
@@ -228,10 +243,18 @@ def _observed(
             return None
         rows = [a for a in range(values.ndim) if a not in batch + channels]
         patches = patches.transpose(*batch, *rows, *channels)
-        return patches.reshape(*patches.shape[: len(batch) + len(rows)], -1)
+        split = len(batch) + len(rows)
+        return patches.reshape(*patches.shape[:split], math.prod(patches.shape[split:]))
 
+    lengths = enumerate(zip(other.codes.shape, other.scale.shape, strict=True))
     activations = Activations(
-        values, len(batch), spec.group_sizes, spec.operation, other.codes.shape, unfolded
+        values,
+        len(batch),
+        spec.group_sizes,
+        spec.operation,
+        other.codes.shape,
+        all(scales == (1 if a in contract else n) for a, (n, scales) in lengths),
+        unfolded,
     )
     change = inputs.tap(activations)
     return dataclasses.replace(other, inputs=dataclasses.replace(inputs, tap=None)), change

@@ -311,6 +311,11 @@ def test_parameters_in_other_forms_are_errors():
     rules = jq.Rule("a", FEW["4 bits"])
     with pytest.raises(ValueError, match=r"^a: only the errors of whole parameters.*Leave it out"):
         jq.allocate(reshaped, params, [normal(M, K)], FEW, 9.0, loss=sines, rules=rules)
+    params, rules = {"a": normal(K, K)}, jq.Rule("a", FEW["4 bits"], axis=-1)
+    with pytest.raises(ValueError, match=r"^a: only the errors of whole .* contract axes \(1,\)"):
+        jq.allocate(
+            lambda params, x: x @ params["a"], params, [normal(M, K)], FEW, 9.0, rules=rules
+        )
     params = {"a": normal(3, 3)}
     rules = jq.Rule("a", FEW["4 bits"], axis=(0, 1))
     with pytest.raises(ValueError, match=r"^a: only the errors of whole parameters"):

@@ -314,6 +314,64 @@ def test_bad_arguments(arguments, message):
         jq.collect(used_twice, {"kernel": jnp.ones((4, 2))}, rules=jq.W8A8, **given)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", [(4, 4), (4, 6)])
+def test_products_along_other_axes_than_the_rule_names_are_an_error(shape, axis):
+    def tied(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["w"].T
+
+    text = rf"w: products must contract the axes of its rule, of {shape[axis]} channels; got dot_g"
+    rule = jq.Rule("w", jq.W8A8, axis=axis)
+    with pytest.raises(ValueError, match=text):
+        jq.collect(tied, {"w": jnp.ones(shape)}, [rows(3, 4)], rule, MeanSquare)
+
+
+def test_products_of_some_of_the_channels_are_an_error():
+    def halves(params, x):
+        return x[:, :2] @ params["kernel"][:2] + x[:, 2:] @ params["kernel"][2:]
+
+    with pytest.raises(ValueError, match=r"rule, of 4 channels; got .* of \(2, 3\) .*, of 2\."):
+        jq.collect(halves, {"kernel": jnp.ones((4, 3))}, [rows(3, 4)], jq.W8A8, MeanSquare)
+
+
+def test_layers_that_are_indexed_one_by_one_are_an_error():
+    """A tap does not see which layer it is, so sums of several would be mixed."""
+
+    def unrolled(params, x):
+        for i in range(3):
+            x = jnp.tanh(x @ params["layers"][i])
+        return x
+
+    with pytest.raises(ValueError, match=r"layers: products must use the whole stack, .*\(4, 4\)"):
+        jq.collect(unrolled, {"layers": jnp.ones((3, 4, 4))}, [rows(3, 4)], jq.W8A8, MeanSquare)
+
+
+def test_reshaped_parameters_and_slices_of_outputs_see_the_same_rows():
+    def apply(params, x):
+        flat = params["heads"].reshape(4, 6)
+        return x @ flat, x @ params["kernel"][:, :3], x @ params["kernel"][:, 3:]
+
+    params, x = {"heads": jnp.ones((4, 2, 3)), "kernel": jnp.ones((4, 5))}, rows(7, 4)
+    rules = jq.Rule("*", jq.W8A8, axis=0)
+    found = jq.collect(apply, params, [x], rules, KINDS)
+    assert_means(found["heads"], x)
+    np.testing.assert_allclose(
+        found["kernel"][SecondMoment].finish(), expected_means(x)[SecondMoment], rtol=1e-4
+    )
+
+
+def test_batches_without_rows_add_nothing():
+    batches = [rows(2, 3, 4), rows(0, 3, 4)]
+    found = jq.collect(dense, {"kernel": jnp.ones((4, 2))}, batches, jq.W8A8, KINDS)
+    assert_means(found["kernel"], batches[0].reshape(-1, 4))
+
+    def mask(x):
+        return jnp.ones(x.shape[:2])
+
+    found = jq.collect(dense, {"kernel": jnp.ones((4, 2))}, batches, jq.W8A8, KINDS, mask=mask)
+    assert_means(found["kernel"], batches[0].reshape(-1, 4))
+
+
 def test_a_parameter_that_is_only_looked_up_is_an_error():
     params = {"table": jnp.ones((8, 4))}
     with pytest.raises(ValueError, match=r"table: no batch reached 1 of its 1 slices"):
