@@ -10,6 +10,7 @@ import numpy as np
 from .blocks import Axes, Groups, blocks_between, check_axis, split_groups
 from .config import ArrayConfig
 from .qtensor import QTensor
+from .ranges import AbsMax, Percentile
 from .steps import encode, fit, fit_scale, fit_zero_point, group, is_finite
 
 
