@@ -102,6 +102,8 @@ def _lower(
 ) -> Any:
     # JAX asks it for a function of whole arrays, which may not hold constants, as kernels do.
     function = custom_partitioning(lambda *_: jnp.full(result.shape, jnp.nan, result.dtype))
+    # XLA calls `partition` outside of the contexts of this thread.
+    has_64_bits = jax.enable_x64.value
 
     def parts(mesh, shapes):
         _, _, *arrays = shapes
@@ -112,7 +114,12 @@ def _lower(
         of_parts, of_result, run = parts(mesh, shapes)
         specs = (None,), (None,), *of_parts, of_result
         named = [jax.NamedSharding(mesh, jax.P(*spec)) for spec in specs]
-        return mesh, lambda _mark0, _mark1, *given: run(*given), named[-1], tuple(named[:-1])
+
+        def of_parts_in_context(_mark0, _mark1, *given):
+            with jax.enable_x64(has_64_bits):
+                return run(*given)
+
+        return mesh, of_parts_in_context, named[-1], tuple(named[:-1])
 
     def infer(mesh, shapes, _):
         return jax.NamedSharding(mesh, jax.P(*parts(mesh, shapes)[1]))

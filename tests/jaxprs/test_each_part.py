@@ -78,3 +78,11 @@ def test_programs_of_other_functions_differ_by_their_keys():
 
     assert text(1.0) == text(1.0)
     assert text(1.0) != text(2.0)
+
+
+def test_parts_have_64_bits_where_the_program_was_traced_so():
+    with jax.enable_x64(True):
+        x = jax.device_put(np.asarray(X, np.float64), jax.NamedSharding(mesh(8), jax.P(None, "a")))
+        found = jax.jit(partial(sums, times=1 / 3))(x)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, np.asarray(X, np.float64).sum(1) / 3, rtol=1e-13)
