@@ -26,9 +26,9 @@ def specs(q: QTensor, spec: jax.P, mesh: Any = None) -> Any:
         A QTensor with a PartitionSpec in place of each array.
 
     Raises:
-        ValueError: q is not a QTensor, or spec is not a PartitionSpec; spec has more entries than q
-            has axes, or names an axis that `mesh` does not have; or the devices cannot share an
-            axis of the codes evenly.
+        ValueError: q is not a QTensor, spec is not a PartitionSpec, or mesh is not a mesh; spec has
+            more entries than q has axes, or names an axis that the mesh does not have; or the
+            devices cannot share an axis of the codes evenly.
 
     Example:
         >>> q = jq.quantize(jnp.ones((256, 8)), jq.ArrayConfig(format=jq.INT4, group_size=64))
@@ -73,6 +73,8 @@ def _stored_names(q: Any, spec: Any, mesh: Any) -> list[Any]:
             f"q must be a QTensor and spec a jax.P; got {type(q).__name__} and {spec!r}. Map over "
             "the QTensors of a tree."
         )
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh | None):
+        raise ValueError(f"mesh must be a Mesh, an AbstractMesh or None; got {mesh!r}.")
     if len(spec) > q.ndim:
         raise ValueError(f"spec must name at most {q.ndim} axes, those of {q!r}; got {spec}.")
     known = None if mesh is None else tuple(mesh.shape)

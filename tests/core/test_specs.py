@@ -74,6 +74,7 @@ def test_scales_that_the_devices_cannot_share_are_replicated():
         ),
         (P(("a", "c")), mesh(4, 2), r"must name axes of the mesh \('a', 'b'\); got 'c' in P"),
         (P(P.UNCONSTRAINED), mesh(4, 2), r"mesh \('a', 'b'\); got UNCONSTRAINED in P"),
+        (P("a"), "a", r"mesh must be a Mesh, an AbstractMesh or None; got 'a'\."),
         ("ab", None, r"a QTensor and spec a jax\.P; got QTensor and 'ab'\."),
     ],
 )
