@@ -14,7 +14,7 @@ from .layout import Layout, matrix_config
 from .method import Statistics
 from .nearest import Nearest
 from .rotation import check_order, rotated
-from .statistics import CrossMoment, MeanSquare, SecondMoment, Statistic
+from .statistics import Statistic
 
 Chain = tuple[Any, ...]
 
@@ -57,14 +57,8 @@ def find(statistics: Mapping[type[Statistic], Any], kind: type[Statistic]) -> St
     """A statistic, possibly as a part of a larger one; None if it is not among them."""
     if kind in statistics:
         return statistics[kind]
-    if kind is SecondMoment and CrossMoment in statistics:
-        cross = statistics[CrossMoment]
-        return SecondMoment(cross.total[..., 1, :, :], cross.count)
-    if kind is MeanSquare:
-        second = find(statistics, SecondMoment)
-        if second is not None:
-            return MeanSquare(np.diagonal(second.total, axis1=-2, axis2=-1), second.count)
-    return None
+    parts = {type(part): part for larger in statistics.values() for part in larger.parts()}
+    return find(parts, kind) if parts else None
 
 
 def apply_chain(
@@ -102,6 +96,13 @@ def _found(
     kinds: Sequence[type[Statistic]], statistics: Mapping[type[Statistic], Any]
 ) -> dict[type[Statistic], Statistic]:
     """The statistics that are needed."""
+    for kind, statistic in statistics.items():
+        if type(statistic) is not kind:
+            raise ValueError(
+                "statistics must map each class to a statistic of it, as jq.collect returns them; "
+                f"got {type(statistic).__name__} for {kind!r}. If you have sums of your own, pass "
+                "them as SecondMoment(total, count), and no means."
+            )
     found = {kind: find(statistics, kind) for kind in kinds}
     lacking = [kind.__name__ for kind, statistic in found.items() if statistic is None]
     if lacking:
@@ -153,7 +154,7 @@ def _run(
             changed = item.transform(matrix, means, config, axis)
             matrix, factor = changed.weight, changed.multiplier
             if factor is not None:
-                means = {kind: scaled(kind, mean, factor) for kind, mean in means.items()}
+                means = {kind: kind.scaled(mean, factor) for kind, mean in means.items()}
                 multiplier = factor if multiplier is None else multiplier * factor
             if changed.rotation is not None:
                 rotation = changed.rotation
@@ -178,13 +179,3 @@ def _run(
             )
         rotation = dataclasses.replace(rotation, signs=layout.columns_back(rotation.signs))
     return dataclasses.replace(q, inputs=Inputs(multiplier=multiplier, rotation=rotation)), notes
-
-
-def scaled(kind: type[Statistic], mean: jax.Array, factor: jax.Array) -> jax.Array:
-    """The mean of a statistic of activations that are multiplied with factors (K,)."""
-    if kind is MeanSquare:
-        return mean * jnp.square(factor)
-    if kind in (SecondMoment, CrossMoment):
-        outer = factor[:, None] * factor[None, :]
-        return mean * (outer if kind is SecondMoment else outer[None])
-    return mean * jnp.abs(factor)

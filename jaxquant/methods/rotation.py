@@ -10,10 +10,8 @@ import numpy as np
 
 from ..core import ArrayConfig, Axes, BlockRotation, check_block, hadamard_factors
 from .method import Statistics, Transformed
-from .statistics import CrossMoment, SecondMoment, Statistic
+from .statistics import OfPairs, Statistic
 
-# Statistics that can be rotated: of pairs of channels.
-_OF_PAIRS = (SecondMoment, CrossMoment)
 _LARGEST_BLOCK = 128
 
 
@@ -92,13 +90,11 @@ def rotated(means: Statistics, rotation: BlockRotation) -> Statistics:
         means: `finish()` of each statistic, by class.
         rotation: with signs (K,).
     """
-
-    def both_axes(mean: jax.Array) -> jax.Array:
-        for axis in (mean.ndim - 2, mean.ndim - 1):
-            mean = rotation.apply(mean, (axis,))
-        return mean
-
-    return {kind: both_axes(mean) for kind, mean in means.items() if kind in _OF_PAIRS}
+    return {
+        kind: kind.rotated(mean, rotation)
+        for kind, mean in means.items()
+        if issubclass(kind, OfPairs)
+    }
 
 
 def check_order(chain: Sequence[Any]) -> None:
@@ -109,7 +105,7 @@ def check_order(chain: Sequence[Any]) -> None:
     """
     places = [i for i, item in enumerate(chain) if isinstance(item, Rotation)]
     for item in chain[places[0] + 1 :] if places else ():
-        of_channels = [kind.__name__ for kind in item.statistics if kind not in _OF_PAIRS]
+        of_channels = [kind.__name__ for kind in item.statistics if not issubclass(kind, OfPairs)]
         if of_channels:
             raise ValueError(
                 f"{item!r} weighs channels by their {', '.join(of_channels)}, which is almost the "

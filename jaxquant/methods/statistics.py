@@ -7,7 +7,7 @@
 
 A statistic holds sums and a count of rows, never averages, so batches of different sizes and the
 parts of several devices merge by addition. All are float32 pytrees; leading axes are those of
-stacked layers or experts. To add one, add a class with these methods.
+stacked layers or experts. To add one, add a class with these methods to `STATISTICS`.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ..core import BlockRotation
 
 # Of JAX, or of NumPy: the sums of many batches are kept on the host.
 Array = Any
@@ -69,9 +71,34 @@ class Statistic:
         count = self.count.reshape(self.count.shape + (1,) * (self.total.ndim - self.count.ndim))
         return self.total / jnp.where(count > 0, count, jnp.nan)
 
+    def parts(self) -> "tuple[Statistic, ...]":
+        """Smaller statistics of the same rows that this one determines."""
+        return ()
+
+    @staticmethod
+    def scaled(mean: jax.Array, factor: jax.Array) -> jax.Array:
+        """The mean of activations that are multiplied with factors (K,)."""
+        raise NotImplementedError
+
     @staticmethod
     def _sum(x: jax.Array, weights: jax.Array) -> jax.Array:
         raise NotImplementedError
+
+
+class OfPairs(Statistic):
+    """Base class of statistics of pairs of channels, (..., K, K), which rotations keep."""
+
+    @staticmethod
+    def scaled(mean, factor):
+        """The mean of activations that are multiplied with factors (K,)."""
+        return mean * factor[:, None] * factor[None, :]
+
+    @staticmethod
+    def rotated(mean: jax.Array, rotation: BlockRotation) -> jax.Array:
+        """The mean of activations that are rotated, R^T S R, for a rotation with signs (K,)."""
+        for axis in (mean.ndim - 2, mean.ndim - 1):
+            mean = rotation.apply(mean, (axis,))
+        return mean
 
 
 @jax.tree_util.register_dataclass
@@ -91,6 +118,11 @@ class MeanSquare(Statistic):
     def _sum(x, weights):
         return jnp.sum(x * x * weights[:, None], 0)
 
+    @staticmethod
+    def scaled(mean, factor):
+        """The mean of activations that are multiplied with factors (K,)."""
+        return mean * jnp.square(factor)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,6 +140,11 @@ class MeanAbs(Statistic):
     @staticmethod
     def _sum(x, weights):
         return jnp.sum(jnp.abs(x) * weights[:, None], 0)
+
+    @staticmethod
+    def scaled(mean, factor):
+        """The mean of activations that are multiplied with factors (K,)."""
+        return mean * jnp.abs(factor)
 
 
 @jax.tree_util.register_dataclass
@@ -141,10 +178,15 @@ class MaxAbs(Statistic):
         magnitude = jnp.where(magnitude < jnp.inf, magnitude, jnp.inf)
         return jnp.max(magnitude, 0, initial=0)
 
+    @staticmethod
+    def scaled(mean, factor):
+        """The maximum of activations that are multiplied with factors (K,)."""
+        return mean * jnp.abs(factor)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class SecondMoment(Statistic):
+class SecondMoment(OfPairs):
     """S = E[x x^T], (K, K): by how much an error of the weights changes the results.
 
         E|dW x|^2 = trace(dW S dW^T)
@@ -162,6 +204,10 @@ class SecondMoment(Statistic):
         """The shape of the sums."""
         return (channels, channels)
 
+    def parts(self) -> tuple[Statistic, ...]:
+        """Its diagonal."""
+        return (MeanSquare(np.diagonal(self.total, axis1=-2, axis2=-1), self.count),)
+
     @staticmethod
     def _sum(x, weights):
         return _outer(x, x, weights)
@@ -169,7 +215,7 @@ class SecondMoment(Statistic):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class CrossMoment(Statistic):
+class CrossMoment(OfPairs):
     """C = E[x q^T] and S = E[q q^T] of activations x of a float model and q of a quantized one.
 
     `total` and the mean are (2, K, K): first C, then S.
@@ -187,6 +233,10 @@ class CrossMoment(Statistic):
     def shape(channels: int) -> tuple[int, ...]:
         """The shape of the sums."""
         return (2, channels, channels)
+
+    def parts(self) -> tuple[Statistic, ...]:
+        """S, of the quantized model."""
+        return (SecondMoment(self.total[..., 1, :, :], self.count),)
 
     @staticmethod
     def _sum(x, weights):

@@ -174,7 +174,16 @@ def test_a_nearly_singular_moment_is_reported():
     "method, statistics, message",
     [
         (GPTQ(), None, r"statistics must have those of w; got none\. Pass statistics=jq.collect"),
-        (GPTQ(), {"w": {MeanSquare: 0}}, r"w: the method needs SecondMoment; got MeanSquare\."),
+        (
+            GPTQ(),
+            {"w": {MeanSquare: MeanSquare.init(32)}},
+            r"w: the method needs SecondMoment; got MeanSquare\.",
+        ),
+        (
+            GPTQ(),
+            {"w": {SecondMoment: np.eye(32)}},
+            r"w: statistics must map each class to a statistic of it, .*; got ndarray for .*Second",
+        ),
         (
             GPTQ(),
             {"w": {SecondMoment: second_moment(8)}},
