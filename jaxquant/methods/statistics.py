@@ -10,6 +10,7 @@ parts of several devices merge by addition. All are float32 pytrees; leading axe
 stacked layers or experts. To add one, add a class with these methods to `STATISTICS`.
 """
 
+import abc
 import dataclasses
 from typing import Any, Self
 
@@ -26,7 +27,7 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Statistic:
+class Statistic(abc.ABC):
     """Base class of the statistics of activations.
 
     Attributes:
@@ -81,8 +82,9 @@ class Statistic:
         raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def _sum(x: jax.Array, weights: jax.Array) -> jax.Array:
-        raise NotImplementedError
+        """Hook: the sum over rows, each times its weight."""
 
 
 class OfPairs(Statistic):
