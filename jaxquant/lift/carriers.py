@@ -198,7 +198,7 @@ def concatenate(operands: Sequence[QTensor], axis: int) -> QTensor:
 def _check_alike(first: QTensor, other: QTensor) -> None:
     kinds = (jax.tree.structure(dataclasses.replace(q, inputs=None)) for q in (first, other))
     if len(set(kinds)) > 1 or jax.tree.structure(first.inputs) != jax.tree.structure(other.inputs):
-        raise Unsupported("its operands are not quantized alike")
+        raise Unsupported(f"its operands are not quantized alike: {first!r} and {other!r}")
     if jax.tree.leaves(first.inputs):
         raise Unsupported("each of its operands has its own calibrated activations")
 
@@ -220,7 +220,8 @@ def _concatenate_stored(operands, axis):
         ]
         counts = {x.shape[:axis] + x.shape[axis + 1 :] for x in parts}
         if len(counts) > 1 or len({_is(x) for x in parts}) > 1:
-            raise Unsupported("the scales of its operands differ in shape")
+            shapes = " and ".join(str(of(q).shape) for q in operands)
+            raise Unsupported(f"the scales of its operands differ in shape: {shapes}")
         if not _is(parts[0]):
             return jnp.concatenate(parts, axis)
         for x in parts[1:]:

@@ -40,11 +40,11 @@ def constrained(x: Any, sharding: jax.sharding.Sharding | None) -> Any:
     if sharding is None or (is_named and sharding.mesh.are_all_axes_explicit):
         return x
     if is_named and sharding.mesh.explicit_axes:
-        raise Unsupported("its mesh has both automatic and explicit axes")
+        raise Unsupported(f"its mesh has both automatic and explicit axes: {sharding.mesh}")
     if not isinstance(x, Parameter):
         return jax.lax.with_sharding_constraint(x, sharding)
     if not is_named:
-        raise Unsupported("its sharding does not name axes of a mesh")
+        raise Unsupported(f"its sharding does not name axes of a mesh: {sharding}")
     if isinstance(x.value, LowRank):
         base = constrained(Parameter(x.value.base, x.path), sharding).value
         return dataclasses.replace(x, value=dataclasses.replace(x.value, base=base), _forms={})

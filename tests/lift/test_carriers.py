@@ -115,14 +115,9 @@ def test_arrays_in_different_orders_can_be_joined():
         np.testing.assert_array_equal(found.dequantize(), expected)
 
 
-@pytest.mark.parametrize(
-    "other, text",
-    [
-        ("int8", "its operands are not quantized alike"),
-        ("int4 g16 asymmetric", "its operands are not quantized alike"),
-    ],
-)
-def test_arrays_that_are_quantized_differently_are_not_joined(other, text):
+@pytest.mark.parametrize("other", ["int8", "int4 g16 asymmetric"])
+def test_arrays_that_are_quantized_differently_are_not_joined(other):
+    text = rf"its operands are not quantized alike: QTensor\(int4 .* and QTensor\({other[:4]} "
     with pytest.raises(Unsupported, match=text):
         carriers.concatenate([cases.parameter("int4 g32"), cases.parameter(other)], 0)
 
