@@ -11,7 +11,7 @@ import numpy as np
 from ..methods import SecondMoment, Statistic, predicted_gain
 from ..methods.internal import STATISTICS
 from ..tree import load, save
-from ..tree.internal import to_text
+from ..tree.internal import MALFORMED, to_text
 
 if TYPE_CHECKING:
     import rich.table
@@ -54,14 +54,15 @@ class Statistics(Mapping[str, Mapping[type[Statistic], Any]]):
         """The statistics of the batches of both, such as those of several processes.
 
         Raises:
-            ValueError: they are of other parameters or of other kinds.
+            ValueError: they are of other parameters, of other kinds or of other shapes.
         """
-        mine, others = ({p: set(s) for p, s in x.items()} for x in (self, other))
-        differing = [p for p in mine | others if mine.get(p) != others.get(p)]
+        paths = dict.fromkeys([*self, *other])
+        differing = [p for p in paths if not _can_merge(self.get(p), other.get(p))]
         if differing:
             raise ValueError(
                 "Only the same statistics of the same parameters can be merged; got different ones "
-                f"of {', '.join(differing[:4])}."
+                f"of {', '.join(differing[:4])}. Collect both with the same parameters, rules and "
+                "methods."
             )
         merged = {
             path: {kind: s.merge(other[path][kind]) for kind, s in self[path].items()}
@@ -91,13 +92,21 @@ class Statistics(Mapping[str, Mapping[type[Statistic], Any]]):
         """
         tree = load(path)
         if not isinstance(tree, dict) or tree.get("kind") != _KIND:
-            raise ValueError(f"{path} does not hold statistics; got {type(tree).__name__}.")
-        known: dict[str, type[Statistic]] = {kind.__name__: kind for kind in STATISTICS}
-        by_path = {
-            name: {known[kind]: known[kind](*map(np.asarray, s)) for kind, s in kinds.items()}
-            for name, kinds in tree["by_path"]
-        }
-        return cls(by_path, bool(tree["is_complete"]))
+            raise ValueError(
+                f"{path} does not hold statistics; got {type(tree).__name__}. Pass a file that "
+                "Statistics.save wrote."
+            )
+        try:
+            by_path = {
+                name: dict(_decoded(kind, parts) for kind, parts in kinds.items())
+                for name, kinds in tree["by_path"]
+            }
+            return cls(by_path, bool(tree["is_complete"]))
+        except MALFORMED as error:
+            raise ValueError(
+                f"{path} holds malformed statistics; got {type(error).__name__}: {error}. Write it "
+                "with Statistics.save of this version."
+            ) from error
 
     def table(self) -> "rich.table.Table":
         """One row per parameter as a rich table.
@@ -137,6 +146,28 @@ class Statistics(Mapping[str, Mapping[type[Statistic], Any]]):
 
     def __repr__(self) -> str:
         return f"Statistics({len(self)} parameters)"
+
+
+def _can_merge(mine: Mapping[Any, Any] | None, others: Mapping[Any, Any] | None) -> bool:
+    """Whether both are the same kinds with sums of the same shapes, if they have any rows."""
+    if mine is None or others is None or mine.keys() != others.keys():
+        return False
+    pairs = [(mine[kind], others[kind]) for kind in mine if np.any(mine[kind].count)]
+    return all(np.shape(a.total) == np.shape(b.total) for a, b in pairs if np.any(b.count))
+
+
+def _decoded(name: str, parts: Any) -> tuple[type[Statistic], Statistic]:
+    """The class of a statistic, and the statistic, from what a file holds."""
+    known: dict[str, type[Statistic]] = {kind.__name__: kind for kind in STATISTICS}
+    if name not in known:
+        raise ValueError(f"statistics must be of {', '.join(known)}; got {name!r}")
+    total, count = map(np.asarray, parts)
+    wanted = (*count.shape, *known[name].shape(total.shape[-1]))
+    if total.shape != wanted:
+        raise ValueError(
+            f"{name} of count {count.shape} must have sums of shape {wanted}; got {total.shape}"
+        )
+    return known[name], known[name](total, count)
 
 
 def kinds_of(statistics: Any) -> list[type[Statistic]]:

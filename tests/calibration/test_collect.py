@@ -268,12 +268,34 @@ def test_statistics_are_saved_loaded_and_merged(tmp_path):
     other = dataclasses.replace(found[1], by_path={"b": {}})
     with pytest.raises(ValueError, match=r"got different ones of a/kernel, b\."):
         loaded.merge(other)
+    narrow = jq.collect(apply, {"a": {"kernel": jnp.ones((6, 2))}}, [rows(3, 6)], jq.W8A8, KINDS)
+    with pytest.raises(ValueError, match=r"got different ones of a/kernel\."):
+        loaded.merge(narrow)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     jq.save(tmp_path / "tree.safetensors", {"kernel": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"tree.safetensors does not hold statistics; got dict"):
         jq.Statistics.load(tmp_path / "tree.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("by_path", "text"),
+    [
+        ([["a", {"Median": [np.ones(3), np.ones(())]}]], "MeanSquare, .*; got 'Median'"),
+        ([["a", {"SecondMoment": [np.ones(3), np.ones(())]}]], r"shape \(3, 3\); got \(3,\)"),
+        ([["a", {"MeanSquare": [np.ones(3)]}]], "got ValueError: not enough values"),
+        ([["a", [1, 2]]], "got AttributeError: 'list' object has no"),
+        (3, "got TypeError: 'int' object is not iterable"),
+        (None, "got KeyError: 'by_path'"),
+    ],
+)
+def test_malformed_statistics_are_errors(tmp_path, by_path, text):
+    tree = {"kind": "statistics of activations", "is_complete": 1, "by_path": by_path}
+    path = tmp_path / "a.safetensors"
+    jq.save(path, {k: v for k, v in tree.items() if v is not None})
+    with pytest.raises(ValueError, match=rf"a.safetensors holds malformed statistics; .*{text}"):
+        jq.Statistics.load(path)
 
 
 def test_the_table_shows_the_predicted_gain():
