@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import Format, Inputs, QTensor
+from ..calibration.internal import with_tap
+from ..core import QTensor
 from ..ops import Activations
 
 _PRODUCTS = ("dot_general", "ragged_dot")
@@ -41,8 +42,6 @@ def probed(
         row_axes: leading axes of rows whose elements are squared each; those of further axes are
             added first. None for all axes.
     """
-    info, name = jnp.finfo(weight.dtype), str(weight.dtype)
-    scale = [1 if a in axes else n for a, n in enumerate(weight.shape)]
     tap = _Probe(
         errors,
         sums,
@@ -51,13 +50,7 @@ def probed(
         reached=reached,
         row_axes=row_axes,
     )
-    return QTensor(
-        weight,
-        jnp.ones(scale, jnp.float32),
-        inputs=Inputs(tap=tap),
-        format=Format(name, name, float(info.min), float(info.max)),
-        dtype=weight.dtype,
-    )
+    return with_tap(weight, axes, tap)
 
 
 @jax.tree_util.register_dataclass

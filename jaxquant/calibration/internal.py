@@ -1,4 +1,5 @@
 """Names of `calibration` that other folders of this package use but that are not public."""
 
-from .collect import PAIR as PAIR
 from .collect import Collector as Collector
+from .tap import PAIR as PAIR
+from .tap import with_tap as with_tap

@@ -10,6 +10,7 @@ from .files import map_tree as map_tree
 from .files import read_arrays as read_arrays
 from .files import read_tree as read_tree
 from .fold_paths import matched as matched
+from .paths import check_like as check_like
 from .paths import leaves_with_paths as leaves_with_paths
 from .progress import progress_bar as progress_bar
 from .quantize import is_finite as is_finite

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from ..core import LowRank, QTensor, TrainedArray
 
@@ -31,3 +32,21 @@ def leaves_with_paths(
     found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
     return paths, [leaf for _, leaf in found], treedef
+
+
+def check_like(name: str, tree: Any, params: Any) -> None:
+    """Checks that a tree, quantized or not, has the structure and the shapes of `params`.
+
+    Raises:
+        ValueError: it does not; the text begins with the name of the tree.
+    """
+    paths, leaves, treedef = leaves_with_paths(params)
+    _, others, other = leaves_with_paths(tree)
+    if other != treedef:
+        raise ValueError(f"{name} must be a tree like params, {treedef}; got {other}.")
+    for path, leaf, new in zip(paths, leaves, others, strict=True):
+        if np.shape(new) != np.shape(leaf):
+            raise ValueError(
+                f"{name} must have the shapes of params; got {np.shape(new)} for {path} of shape "
+                f"{np.shape(leaf)}."
+            )

@@ -103,11 +103,7 @@ def quantize(
     with progress_bar(progress, total) as report:
         for path, leaf, plan in zip(paths, leaves, chosen, strict=True):
             if plan is not None:
-                if plan.method is not None and leaf.size:
-                    found = (statistics or {}).get(path)
-                    leaf = _quantize_by_method(path, leaf, plan, found, platform)
-                else:
-                    leaf = quantize_leaf(leaf, plan, platform)
+                leaf = _quantize_by_plan(path, leaf, plan, (statistics or {}).get(path), platform)
                 done += 1
                 report(done, total, path)
             result.append(leaf)
@@ -213,6 +209,15 @@ def quantize_in_order(leaf: jax.Array, plan: Plan, order: tuple[int, ...] | None
     return q if scheme.inputs is None else dataclasses.replace(q, inputs=Inputs(scheme.inputs))
 
 
+def _quantize_by_plan(
+    path: str, leaf: jax.Array, plan: Plan, statistics: Any, platform: str
+) -> QTensor:
+    """Quantizes one selected leaf, by a method if its plan has one."""
+    if plan.method is None or not leaf.size:
+        return quantize_leaf(leaf, plan, platform)
+    return _quantize_by_method(path, leaf, plan, statistics, platform)
+
+
 def _quantize_by_method(
     path: str, leaf: jax.Array, plan: Plan, statistics: Any, platform: str
 ) -> QTensor:
@@ -230,7 +235,7 @@ def _quantize_by_method(
         warnings.warn(
             f"{path}: the second moment of the activations is nearly singular; damping was raised "
             f"from {wanted} to {np.max(notes['damping']):.2g}. Collect more rows.",
-            stacklevel=3,
+            stacklevel=4,
         )
     inputs = q.inputs or Inputs()
     if scheme.inputs is not None or inputs.changes_weight:

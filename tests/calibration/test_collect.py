@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -323,10 +324,17 @@ def used_twice(params, x):
         ({"statistics": CrossMoment}, r"CrossMoment compares .*; got quantized=None"),
         (
             {"statistics": CrossMoment, "quantized": {"other": np.ones((4, 2))}},
-            r"quantized must be a tree like params; got PyTreeDef",
+            r"quantized must be a tree like params, PyTreeDef.*; got PyTreeDef",
+        ),
+        (
+            {"statistics": CrossMoment, "quantized": {"kernel": np.ones((2, 4))}},
+            r"quantized must have the shapes .*; got \(2, 4\) for kernel of shape \(4, 2\)",
         ),
         ({"batches": []}, r"kernel: no batch reached 1 of its 1 slices in a product"),
-        ({"batches": [np.full((3, 4), np.nan)]}, r"kernel: activations must be finite"),
+        (
+            {"batches": [np.full((3, 4), np.nan)]},
+            r"kernel: activations must be finite, .*; got NaN or Inf\.",
+        ),
         ({"mask": lambda x: jnp.ones(7)}, r"kernel: the mask must have .*; got \(7,\) for rows"),
     ],
 )
@@ -392,6 +400,14 @@ def test_batches_without_rows_add_nothing():
 
     found = jq.collect(dense, {"kernel": jnp.ones((4, 2))}, batches, jq.W8A8, KINDS, mask=mask)
     assert_means(found["kernel"], batches[0].reshape(-1, 4))
+
+
+def test_collecting_while_jax_traces_is_an_error():
+    params = {"kernel": jnp.ones((4, 2))}
+    collect = functools.partial(jq.collect, dense, rules=jq.W8A8, statistics=MeanSquare)
+    for traced in (lambda x: collect(params, [x]), lambda x: collect(params, [rows(3, 4)])):
+        with pytest.raises(ValueError, match="got a call within a function that JAX traces"):
+            jax.jit(traced)(rows(3, 4))
 
 
 def test_a_parameter_that_is_only_looked_up_is_an_error():
