@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ..core import ArrayConfig, Axes, QTensor
 from .adjustable import AdjustableRounding, Adjustments
-from .method import Statistics
+from .method import Notes, Statistics, check_count, is_method, with_notes
 from .nearest import Nearest
 from .output_error import weighted
 from .statistics import CrossMoment, SecondMoment, Statistic
@@ -53,9 +53,8 @@ class AutoRound:
     start: Any = Nearest()  # noqa: RUF009 (frozen, so it can be shared)
 
     def __post_init__(self):
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be a positive int; got {self.iterations}.")
-        if not callable(self.start) or not hasattr(self.start, "statistics"):
+        check_count("iterations", self.iterations, 1)
+        if not is_method(self.start):
             raise ValueError(
                 f"start must be a method, such as Nearest() or GPTQ(); got {self.start!r}."
             )
@@ -72,7 +71,7 @@ class AutoRound:
 
     def __call__(
         self, weight: jax.Array, means: Statistics, config: ArrayConfig, axis: Axes
-    ) -> Any:
+    ) -> QTensor | tuple[QTensor, Notes]:
         """Quantizes a matrix.
 
         Args:
@@ -83,8 +82,7 @@ class AutoRound:
         Returns:
             QTensor like that of the start, or (QTensor, notes) if the start has notes.
         """
-        result = self.start(weight, means, config, axis)
-        q, *notes = result if isinstance(result, tuple) else (result,)
+        q, notes = with_notes(self.start(weight, means, config, axis))
         second, wide = means[SecondMoment], weight.astype(jnp.float32)
         rounding = AdjustableRounding.of(wide, q, config)
         shares = rounding.groups.blocks[0] > 1
@@ -111,7 +109,7 @@ class AutoRound:
         error = q.astype(jnp.float32).dequantize() - wide
         kept = ~(least < losses(error, weighted(error, second)))
         q = _with_rows(kept[:, None], dataclasses.replace(trained, dtype=q.dtype), q)
-        return (q, *notes) if notes else q
+        return (q, notes) if notes else q
 
 
 def _better(is_better: jax.Array, new: Adjustments, old: Adjustments) -> Adjustments:

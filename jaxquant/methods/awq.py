@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from ..core import ArrayConfig, Axes, group, largest_magnitude
 from .method import Statistics, Transformed
-from .multipliers import best_multiplier, check_moment, log_magnitude
-from .output_error import output_error
+from .multipliers import best_multiplier, check_search, exponents, log_magnitude
 from .statistics import MeanAbs, SecondMoment, Statistic
 
 
@@ -52,9 +51,7 @@ class AWQ:
     grid: int = 20
 
     def __post_init__(self):
-        check_moment(self.moment)
-        if self.grid < 1:
-            raise ValueError(f"grid must be a positive int; got {self.grid}.")
+        check_search(self.moment, self.grid)
 
     @property
     def statistics(self) -> tuple[type[Statistic], ...]:
@@ -71,17 +68,12 @@ class AWQ:
             means: those of `statistics`, by class.
             config, axis: as for `quantize`.
         """
-        moment, wide = means[self.moment], weight.astype(jnp.float32)
+        wide = weight.astype(jnp.float32)
         of_activations = log_magnitude(means[MeanAbs])[None]
         of_weights = log_magnitude(_relative_magnitudes(wide, config, axis))[None]
-        exponents = jnp.arange(1, self.grid + 1, dtype=jnp.float32)[:, None] / self.grid
-        powers = exponents * of_activations
-        logs = (jnp.zeros_like(of_weights), powers, powers - (1 - exponents) * of_weights)
-
-        def score(decoded, multiplier):
-            return jnp.sum(output_error(decoded * multiplier[None] - wide, moment))
-
-        return best_multiplier(weight, -jnp.concatenate(logs), score, config, axis)
+        r = exponents(self.grid)
+        logs = jnp.concatenate([r * of_activations, r * of_activations - (1 - r) * of_weights])
+        return best_multiplier(weight, -logs, means[self.moment], config, axis)
 
 
 def _relative_magnitudes(weight: jax.Array, config: ArrayConfig, axis: Axes) -> jax.Array:

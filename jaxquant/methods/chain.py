@@ -11,7 +11,7 @@ import numpy as np
 
 from ..core import ArrayConfig, Axes, Inputs, QTensor
 from .layout import Layout, matrix_config
-from .method import Statistics
+from .method import Statistics, is_method, is_transform, with_notes
 from .nearest import Nearest
 from .rotation import check_order, rotated
 from .statistics import Statistic
@@ -28,24 +28,20 @@ def as_chain(method: Any) -> Chain:
     items = tuple(method) if isinstance(method, list | tuple) else (method,)
     for i, item in enumerate(items):
         is_last = i == len(items) - 1
-        if isinstance(item, type) or not (_is_transform(item) or callable(item)):
+        if not (is_transform(item) or is_method(item)):
             raise ValueError(
                 "method must be a method such as jq.methods.GPTQ(), or a list of transforms and a "
                 f"method; got {item!r}."
             )
-        if not is_last and not _is_transform(item):
+        if not is_last and not is_transform(item):
             raise ValueError(
                 f"Only the last method of a list chooses codes; got {item!r} before "
                 f"{items[i + 1]!r}. Put transforms, such as AWQ or SINQ, before it."
             )
-    if not items or _is_transform(items[-1]):
+    if not items or is_transform(items[-1]):
         items = (*items, Nearest())
     check_order(items)
     return items
-
-
-def _is_transform(x: Any) -> bool:
-    return hasattr(x, "transform")
 
 
 def needed(chain: Chain) -> tuple[type[Statistic], ...]:
@@ -159,8 +155,7 @@ def _run(
             if changed.rotation is not None:
                 rotation = changed.rotation
                 means = rotated(means, rotation)
-        out = chain[-1](matrix, means, config, axis)
-        q, notes = out if isinstance(out, tuple) else (out, {})
+        q, notes = with_notes(chain[-1](matrix, means, config, axis))
         return dataclasses.replace(q, dtype=weight.dtype), multiplier, rotation, notes
 
     matrices = layout.matrices(weight.astype(jnp.float32))

@@ -20,7 +20,7 @@ from ..core import (
 )
 from .error_feedback import Factor, factorize, feed_back
 from .importance import searching
-from .method import Statistics
+from .method import Notes, Statistics
 from .statistics import CrossMoment, SecondMoment, Statistic
 
 _BLOCK = 128
@@ -85,7 +85,7 @@ class GPTQ:
 
     def __call__(
         self, weight: jax.Array, means: Statistics, config: ArrayConfig, axis: Axes
-    ) -> tuple[QTensor, dict[str, jax.Array]]:
+    ) -> tuple[QTensor, Notes]:
         """Quantizes a matrix (N, K). Also returns the damping that was used.
 
         A row with NaN or Inf becomes NaN, and all rows do if the moment has any.

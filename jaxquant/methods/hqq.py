@@ -17,7 +17,7 @@ from ..core import (
     scale_unit,
     scale_values,
 )
-from .method import Statistics
+from .method import Statistics, check_count
 from .statistics import Statistic
 
 _TINY = 1e-30
@@ -40,7 +40,7 @@ class HQQ:
     Attributes:
         p: exponent of the errors that count.
         beta: strength of the splitting.
-        iterations: their number. Each group keeps the best of all offsets.
+        iterations: how many. Each group keeps the best of all offsets.
 
     Raises:
         ValueError: p is not in (0, 1], beta is not positive, or iterations is negative; or the
@@ -64,10 +64,10 @@ class HQQ:
     iterations: int = 20
 
     def __post_init__(self):
-        if not 0 < self.p <= 1 or not self.beta > 0 or self.iterations < 0:
+        check_count("iterations", self.iterations, 0)
+        if not 0 < self.p <= 1 or not self.beta > 0:
             raise ValueError(
-                "p must be in (0, 1], beta positive and iterations not negative; got "
-                f"p={self.p}, beta={self.beta} and iterations={self.iterations}."
+                f"p must be in (0, 1] and beta positive; got p={self.p} and beta={self.beta}."
             )
 
     @property

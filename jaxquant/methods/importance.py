@@ -24,7 +24,7 @@ from ..core import (
     squared_error,
     store_scale,
 )
-from .method import Statistics
+from .method import Statistics, check_count
 from .statistics import MeanSquare, Statistic
 
 
@@ -68,8 +68,7 @@ class Importance:
     statistics: tuple[type[Statistic], ...] = dataclasses.field(default=(MeanSquare,), init=False)
 
     def __post_init__(self):
-        if not isinstance(self.steps, int) or self.steps < 0:
-            raise ValueError(f"steps must be a nonnegative int; got {self.steps!r}.")
+        check_count("steps", self.steps, 0)
 
     def __call__(
         self, weight: jax.Array, means: Statistics, config: ArrayConfig, axis: Axes

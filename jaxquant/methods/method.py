@@ -16,6 +16,7 @@ from ..core import ArrayConfig, Axes, BlockRotation, QTensor
 from .statistics import Statistic
 
 Statistics = dict[type[Statistic], Any]
+Notes = dict[str, jax.Array]
 
 
 @runtime_checkable
@@ -31,7 +32,7 @@ class Method(Protocol):
 
     def __call__(
         self, weight: jax.Array, means: Statistics, config: ArrayConfig, axis: Axes
-    ) -> QTensor:
+    ) -> QTensor | tuple[QTensor, Notes]:
         """Quantizes a matrix.
 
         Args:
@@ -42,9 +43,27 @@ class Method(Protocol):
 
         Returns:
             QTensor (N, K) like that of `jaxquant.quantize(weight, config, axis)`, except for the
-            choice of scales and codes.
+            choice of scales and codes; alone, or with notes: scalars by name, such as the damping
+            that was used.
         """
         ...
+
+
+def is_method(x: Any) -> bool:
+    """Whether x is a method, not its class."""
+    return isinstance(x, Method) and not isinstance(x, type)
+
+
+def with_notes(result: QTensor | tuple[QTensor, Notes]) -> tuple[QTensor, Notes]:
+    """What a method returned, with no notes if it has none."""
+    return result if isinstance(result, tuple) else (result, {})
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raises unless a field of a method is an int of at least 0 or 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        wanted = "positive" if least else "nonnegative"
+        raise ValueError(f"{name} must be a {wanted} int; got {value!r}.")
 
 
 class Transformed(NamedTuple):
@@ -75,3 +94,8 @@ class Transform(Protocol):
     ) -> Transformed:
         """The matrix with columns divided by the multiplier of their activations, or rotated."""
         ...
+
+
+def is_transform(x: Any) -> bool:
+    """Whether x is a transform, not its class."""
+    return isinstance(x, Transform) and not isinstance(x, type)

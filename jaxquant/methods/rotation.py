@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..core import ArrayConfig, Axes, BlockRotation, check_block, hadamard_factors
-from .method import Statistics, Transformed
+from .method import Statistics, Transformed, is_transform
 from .statistics import OfPairs, Statistic
 
 _LARGEST_BLOCK = 128
@@ -112,7 +112,7 @@ def check_order(chain: Sequence[Any]) -> None:
                 f"same for all channels after {chain[places[0]]!r} and so changes nothing. Use one "
                 "of them, or the rotation with GPTQ."
             )
-        if hasattr(item, "transform"):
+        if is_transform(item):
             raise ValueError(
                 "A rotation must be the last transform, because activations are multiplied first "
                 f"and rotated then; got {item!r} after {chain[places[0]]!r}. Swap them."

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import ArrayConfig, Axes, block_shape, group, quantize, scale_unit
-from .method import Statistics, Transformed
+from .method import Statistics, Transformed, check_count
 from .statistics import Statistic
 
 # Bounds of deviations relative to the tile, of the factor of one step, and of the logarithm of all
@@ -58,11 +58,9 @@ class SINQ:
     tolerance: float = 0.05
 
     def __post_init__(self):
-        if self.iterations < 0 or not self.tolerance >= 0:
-            raise ValueError(
-                "iterations and tolerance must not be negative; got "
-                f"iterations={self.iterations} and tolerance={self.tolerance}."
-            )
+        check_count("iterations", self.iterations, 0)
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance must not be negative; got {self.tolerance}.")
 
     @property
     def statistics(self) -> tuple[type[Statistic], ...]:

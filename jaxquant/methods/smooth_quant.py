@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from ..core import INT8, ArrayConfig, Axes, block_shape
 from .method import Statistics, Transformed
-from .multipliers import best_multiplier, check_moment, log_magnitude
-from .output_error import output_error
+from .multipliers import best_multiplier, check_search, exponents, log_magnitude
 from .statistics import MaxAbs, SecondMoment, Statistic
 
 _INT8 = ArrayConfig(format=INT8)
@@ -63,13 +62,11 @@ class SmoothQuant:
     grid: int = 20
 
     def __post_init__(self):
-        check_moment(self.moment)
+        check_search(self.moment, self.grid)
         if not isinstance(self.inputs, ArrayConfig | None):
             raise ValueError(
                 f"inputs must be an ArrayConfig, such as W8A8.inputs, or None; got {self.inputs!r}."
             )
-        if self.grid < 1:
-            raise ValueError(f"grid must be a positive int; got {self.grid}.")
 
     @property
     def statistics(self) -> tuple[type[Statistic], ...]:
@@ -86,23 +83,18 @@ class SmoothQuant:
             means: those of `statistics`, by class.
             config, axis: as for `quantize`.
         """
-        moment, largest, wide = means[self.moment], means[MaxAbs], weight.astype(jnp.float32)
-        of_activations = log_magnitude(largest)[None]
-        of_weights = log_magnitude(jnp.max(jnp.abs(wide), 0))[None]
-        exponents = jnp.arange(1, self.grid + 1, dtype=jnp.float32)[:, None] / self.grid
-        logs = exponents * of_activations - (1 - exponents) * of_weights
-        logs = jnp.concatenate([jnp.zeros_like(of_weights), -logs])
-
+        moment, inputs, a = means[self.moment], self.inputs, exponents(self.grid)
+        of_activations = log_magnitude(means[MaxAbs])[None]
+        of_weights = log_magnitude(jnp.max(jnp.abs(weight.astype(jnp.float32)), 0))[None]
+        logs = a * of_activations - (1 - a) * of_weights
+        if inputs is None or not inputs.format.rounds:
+            return best_multiplier(weight, -logs, moment, config, axis)
         squares = moment if moment.ndim == 1 else jnp.diagonal(moment)
 
-        def score(decoded, multiplier):
-            of_weights = jnp.sum(output_error(decoded * multiplier[None] - wide, moment))
-            if self.inputs is None or not self.inputs.format.rounds:
-                return of_weights
-            changed = squares * jnp.square(multiplier)
-            return of_weights + _activation_error(decoded, changed, self.inputs)
+        def of_rounding(decoded, multiplier):
+            return _activation_error(decoded, squares * jnp.square(multiplier), inputs)
 
-        return best_multiplier(weight, logs, score, config, axis)
+        return best_multiplier(weight, -logs, moment, config, axis, of_rounding)
 
 
 def _activation_error(weight: jax.Array, squares: jax.Array, inputs: ArrayConfig) -> jax.Array:

@@ -1,3 +1,4 @@
+import re
 from typing import Any
 
 import jax
@@ -8,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxquant import FP8_E4M3, INT4, MXFP4, NF4, NVFP4, ArrayConfig, quantize
-from jaxquant.methods import GPTQ, HQQ, AutoRound, CrossMoment, Importance, Method, SecondMoment
+from jaxquant.methods import (
+    AWQ,
+    GPTQ,
+    HQQ,
+    AutoRound,
+    CrossMoment,
+    Importance,
+    Method,
+    SecondMoment,
+)
 from jaxquant.methods.adjustable import AdjustableRounding, Adjustments
 
 from .. import oracles
@@ -186,8 +196,11 @@ def test_it_is_a_method_with_the_statistics_of_its_start():
 def test_bad_settings_raise():
     with pytest.raises(ValueError, match="iterations must be a positive int; got 0"):
         AutoRound(0)
-    with pytest.raises(ValueError, match=r"start must be a method, .*; got 'gptq'"):
-        AutoRound(start="gptq")
+    for start in ("gptq", GPTQ, AWQ()):
+        with pytest.raises(
+            ValueError, match=rf"start must be a method, .*; got {re.escape(repr(start))}"
+        ):
+            AutoRound(start=start)
     with pytest.raises(ValueError, match="a start that needs CrossMoment, GPTQ"):
         AutoRound(start=GPTQ(repair=1))
     assert CrossMoment in GPTQ(repair=1).statistics

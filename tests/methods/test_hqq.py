@@ -147,6 +147,10 @@ def test_it_is_a_method_without_statistics():
 def test_symmetric_configs_and_bad_settings_raise():
     with pytest.raises(ValueError, match="HQQ chooses an offset, so it needs symmetric=False"):
         HQQ()(jnp.ones((2, 4)), {}, ArrayConfig(format=INT4), 1)
-    for fields in ({"p": 0}, {"beta": 0}, {"iterations": -1}):
-        with pytest.raises(ValueError, match=r"p must be in \(0, 1\], beta positive"):
+    for fields, got in (({"p": 0}, "p=0 and beta=10.0"), ({"beta": 0}, "p=0.7 and beta=0")):
+        with pytest.raises(
+            ValueError, match=rf"p must be in \(0, 1\] and beta positive; got {got}"
+        ):
             HQQ(**fields)
+    with pytest.raises(ValueError, match="iterations must be a nonnegative int; got -1"):
+        HQQ(iterations=-1)
