@@ -185,8 +185,11 @@ def _rule(text: str) -> tuple[str, Scheme | None]:
 
 def _demo(options: argparse.Namespace) -> None:
     _use_compilation_cache()
-    encoder = _compare_encoder(options)
-    language, missing = _compare_language(options)
+    missing: list[str] = []
+    encoder = _if_installed(_compare_encoder, options, missing)
+    language = _if_installed(_compare_language, options, missing)
+    if missing and not (encoder or language):
+        raise FileNotFoundError(" ".join(missing))
     if options.json:
         tables = {"encoder": encoder, "language": language}
         rows = {name: [dataclasses.asdict(r) for r in found] for name, found in tables.items()}
@@ -196,8 +199,21 @@ def _demo(options: argparse.Namespace) -> None:
         _console().print(demo.table(encoder))
     if language:
         _console().print(demo.language_table(language))
-    if missing:
-        print(f"The language model was left out. {missing}", file=sys.stderr)
+    for text in missing:
+        print(f"A table was left out. {text}", file=sys.stderr)
+
+
+def _if_installed(
+    compare: Callable[[argparse.Namespace], list[Any]],
+    options: argparse.Namespace,
+    missing: list[str],
+) -> list[Any]:
+    """The results; none if the model is not installed, and `missing` gets what to install."""
+    try:
+        return compare(options)
+    except demo.NotInstalledError as error:
+        missing.append(str(error))
+        return []
 
 
 def _chosen(rows: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -215,20 +231,16 @@ def _compare_encoder(options: argparse.Namespace) -> list[demo.Result]:
         return demo.compare(params, config, tokens, schemes, progress=progress)
 
 
-def _compare_language(options: argparse.Namespace) -> tuple[list[demo.LanguageResult], str | None]:
-    """The results, and why there are none if the model is not installed."""
+def _compare_language(options: argparse.Namespace) -> list[demo.LanguageResult]:
     variants = _chosen(demo.VARIANTS, options)
     if not variants:
-        return [], None
-    try:
-        path = options.model or demo.packaged_llama()
-    except FileNotFoundError as error:
-        return [], str(error)
+        return []
+    path = options.model or demo.packaged_llama()
     with progress_bar(True, None, "Reading") as progress:
         model = demo.load_llama(path, progress=progress)
         vocabulary = demo.read_vocabulary(model.checkpoint)
         tokens = demo.windows(vocabulary.encode(demo.held_out_text()), options.windows)
-        return demo.compare_language(model, tokens, variants, progress=progress), None
+        return demo.compare_language(model, tokens, variants, progress=progress)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -364,18 +364,26 @@ def test_demo_compares_the_requested_schemes(run, tiny, monkeypatch):
     assert status == 0, err
     rows = json.loads(out)
     assert [row["name"] for row in rows["encoder"]] == ["float32", "W8A8", "FP8"]
-    assert (rows["language"], rows["missing"]) == ([], "llm-x is not installed")
+    assert (rows["language"], rows["missing"]) == ([], ["llm-x is not installed"])
     assert asked == [12]
     status, out, err = run(*arguments)
     assert status == 0, err
     assert "Sentence encoder, quantized" in out
     assert drawn == [(1, 3, "float32"), (2, 3, "W8A8"), (3, 3, "FP8")] * 2
     assert all(name in out for name in ("float32", "W8A8", "FP8", "10-NN overlap"))
-    assert "The language model was left out. llm-x is not installed" in err
+    assert "A table was left out. llm-x is not installed" in err
 
 
 def not_installed():
-    raise FileNotFoundError("llm-x is not installed")
+    raise demo.NotInstalledError("llm-x is not installed")
+
+
+def test_demo_without_any_model_says_what_to_install(run, monkeypatch):
+    monkeypatch.setattr(demo, "packaged_encoder", not_installed)
+    monkeypatch.setattr(demo, "packaged_llama", not_installed)
+    status, out, err = run("demo")
+    assert (status, out) == (2, "")
+    assert err == "jaxquant demo: llm-x is not installed llm-x is not installed\n"
 
 
 @pytest.fixture(scope="module")
@@ -387,13 +395,14 @@ def llama(tmp_path_factory):
 
 def test_demo_compares_variants_of_a_language_model(run, llama, monkeypatch):
     monkeypatch.setattr(demo, "held_out_text", lambda: "the end in 12 " * 200)
+    monkeypatch.setattr(demo, "packaged_encoder", not_installed)
     rows = "as stored", "float32, int8 keys and values"
     only = [word for name in rows for word in ("--only", name)]
     arguments = ["demo", "--model", llama, "--windows", 1, *only]
     status, out, err = run(*arguments, "--json")
     assert status == 0, err
     values = json.loads(out)
-    assert (values["encoder"], values["missing"]) == ([], None)
+    assert (values["encoder"], values["missing"]) == ([], [])
     assert [row["name"] for row in values["language"]] == list(rows)
     assert values["language"][0]["agreement"] == 1
     status, out, err = run(*arguments)
@@ -401,6 +410,10 @@ def test_demo_compares_variants_of_a_language_model(run, llama, monkeypatch):
     assert "Language model, quantized" in out
     assert "the model's file is quantized, and this is what it dequantizes to" in out
     assert "Sentence encoder" not in out
+    status, out, err = run(*arguments, "--only", "W8A8")
+    assert status == 0, err
+    assert "Language model, quantized" in out
+    assert "A table was left out. llm-x is not installed" in err
 
 
 def continued(llama, prompt, count, scheme=None, store=jnp.bfloat16, is_chat=False):

@@ -28,6 +28,7 @@ from .llama import logits as logits
 from .llama import next_token as next_token
 from .llama_files import LlamaModel as LlamaModel
 from .llama_files import load_llama as load_llama
+from .packaged import NotInstalledError as NotInstalledError
 from .text import Tokens as Tokens
 from .text import documentation_sentences as documentation_sentences
 from .text import tokenize as tokenize

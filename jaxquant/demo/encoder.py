@@ -97,7 +97,7 @@ def packaged_encoder() -> Path:
     """The folder of the encoder's package, which is not imported.
 
     Raises:
-        FileNotFoundError: the package is not installed.
+        NotInstalledError: the package is not installed.
     """
     instead = "name a folder with --encoder"
     return packaged_file(_PACKAGE, "model.safetensors", "The encoder", instead).parent

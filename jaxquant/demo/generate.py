@@ -30,7 +30,7 @@ def packaged_llama() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct. The package that holds it is not imported.
 
     Raises:
-        FileNotFoundError: the package is not installed.
+        NotInstalledError: the package is not installed.
     """
     return packaged_file(_PACKAGE, ".gguf", "The language model", "name a model with --model")
 

