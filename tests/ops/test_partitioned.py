@@ -170,8 +170,8 @@ def test_blocks_that_span_devices_are_cut(shape):
     [
         ("W8A16", 1024, jax.P(None, "a"), "native"),
         ("W4A16", 1152, jax.P(None, "a"), "native"),
-        # 144 elements are no blocks of 128.
-        ("W4A16", 1152, jax.P("a"), "blocks"),
+        # 144 elements, in groups of 16 of the 128.
+        ("W4A16", 1152, jax.P("a"), "native"),
         # Fewer than 32768 weights.
         ("W8A8", 128, jax.P(None, "a"), "integer"),
     ],

@@ -103,17 +103,24 @@ struct Result {
 template <size_t size>
 struct Padded {
   alignas(64) uint8_t bytes[size] = {};
+  Padded() = default;
   Padded(const void* p, int64_t count) { std::memcpy(bytes, p, count); }
 };
 
 // Reorders activations as nibbles lie in memory: in each block the even elements, then the odd ones.
+// Rows of K elements become rows of `stride`, with zeros at their ends.
 template <typename T>
-std::vector<T> EvensThenOdds(const T* x, int64_t size, int64_t block) {
-  std::vector<T> arranged(size);
-  for (int64_t b = 0; b < size; b += block)
-    for (int64_t i = 0; i < block / 2; ++i) {
-      arranged[b + i] = x[b + 2 * i];
-      arranged[b + block / 2 + i] = x[b + 2 * i + 1];
+std::vector<T> EvensThenOdds(const T* x, int64_t M, int64_t K, int64_t block, int64_t stride) {
+  std::vector<T> arranged(M * stride);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t b = 0; b < K; b += block) {
+      const T* from = x + m * K + b;
+      T* to = arranged.data() + m * stride + b;
+      const int64_t size = std::min(block, K - b);
+      for (int64_t i = 0; i < size / 2; ++i) {
+        to[i] = from[2 * i];
+        to[block / 2 + i] = from[2 * i + 1];
+      }
     }
   return arranged;
 }

@@ -32,11 +32,34 @@ const float* OrNull(const In<ffi::F32>& values) {
   return values.element_count() ? values.typed_data() : nullptr;
 }
 
-Weights Int4(const ffi::AnyBuffer& w, int64_t K, const In<ffi::F32>& scale,
-             const In<ffi::F32>& zero) {
-  return {static_cast<const uint8_t*>(w.untyped_data()), scale.dimensions()[0], K, 4,
-          scale.typed_data(), OrNull(zero), std::max<int64_t>(1, scale.dimensions()[1])};
-}
+// 4-bit weights, and the activations (M, K) that they are multiplied with. Where K is odd, both are
+// copied, with a zero at the end of each row: the kernels expect that rows begin with a byte.
+template <typename T>
+struct Int4 {
+  Weights weights;
+  const T* x;
+
+  Int4(const ffi::AnyBuffer& w, const T* x, int64_t M, int64_t K, const In<ffi::F32>& scale,
+       const In<ffi::F32>& zero)
+      : weights{static_cast<const uint8_t*>(w.untyped_data()), scale.dimensions()[0], K, 4,
+                scale.typed_data(), OrNull(zero), std::max<int64_t>(1, scale.dimensions()[1])},
+        x(x) {
+    if (K % 2 == 0) return;
+    const int64_t bytes = (K + 1) / 2;
+    rows_.resize(weights.N * bytes);
+    for (int64_t i = 0; i < weights.N * K; ++i) {
+      const int code = weights.codes[i / 2] >> 4 * (i % 2) & 15, k = i % K;
+      rows_[i / K * bytes + k / 2] |= code << 4 * (k % 2);
+    }
+    inputs_.resize(M * (K + 1));
+    for (int64_t m = 0; m < M; ++m) std::copy_n(x + m * K, K, inputs_.data() + m * (K + 1));
+    weights.codes = rows_.data(), weights.K = K + 1, this->x = inputs_.data();
+  }
+
+ private:
+  std::vector<uint8_t> rows_;
+  std::vector<T> inputs_;
+};
 
 Weights Int8(const In<ffi::S8>& w) {
   return {reinterpret_cast<const uint8_t*>(w.typed_data()), w.dimensions()[0], w.dimensions()[1], 8};
@@ -73,7 +96,8 @@ ffi::Error DotInt4(ThreadPool pool, int64_t set, In<ffi::S8> x, ffi::AnyBuffer w
                    In<ffi::F32> scale, In<ffi::F32> zero, In<ffi::F32> row,
                    ffi::Result<ffi::AnyBuffer> out) {
   int64_t M = x.dimensions()[0], K = x.dimensions()[1];
-  kSets[set]->dot_int4(pool, x.typed_data(), M, Int4(w, K, scale, zero), To(out, row, nullptr));
+  const Int4<int8_t> operands(w, x.typed_data(), M, K, scale, zero);
+  kSets[set]->dot_int4(pool, operands.x, M, operands.weights, To(out, row, nullptr));
   return ffi::Error::Success();
 }
 
@@ -81,7 +105,8 @@ ffi::Error DotLookup(ThreadPool pool, int64_t set, In<ffi::F32> x, ffi::AnyBuffe
                      In<ffi::F32> scale, In<ffi::F32> zero, In<ffi::F32> table,
                      Out<ffi::F32> out) {
   int64_t M = x.dimensions()[0], K = x.dimensions()[1];
-  kSets[set]->dot_lookup(pool, x.typed_data(), M, Int4(w, K, scale, zero), table.typed_data(),
+  const Int4<float> operands(w, x.typed_data(), M, K, scale, zero);
+  kSets[set]->dot_lookup(pool, operands.x, M, operands.weights, table.typed_data(),
                          out->typed_data());
   return ffi::Error::Success();
 }

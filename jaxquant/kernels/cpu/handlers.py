@@ -15,15 +15,15 @@ from jax import lax
 from ...core import bits_of
 from .library import INSTRUCTIONS, instruction_sets, unavailable
 
-# The most elements of a 4-bit weight that a kernel reads at a time.
-_BLOCK = 128
+# Neighbors in a group of a 4-bit weight that a kernel adds as integers.
+_NEIGHBORS = 8
 
 
 def why_unsupported_groups(length: int, groups: int) -> str | None:
     """Why 4-bit weights with this many groups along `length` elements are unsupported, or None."""
     size = length // max(groups, 1)
-    if length % _BLOCK or (_BLOCK % max(size, 1) and size % _BLOCK) or size % 8:
-        return f"groups of {size} along {length} elements do not fit blocks of {_BLOCK}"
+    if groups > 1 and size % _NEIGHBORS:
+        return f"groups of {size} along {length} elements are not multiples of {_NEIGHBORS}"
     return None
 
 

@@ -35,7 +35,9 @@ inline Bytes Unsigned(const Weights& w, int64_t n, int64_t k) {
     Bytes codes = w.K - k >= kBytes ? LoadBytes(from) : LoadPart(from, w.K - k);
     return Xor(codes, 0x80);
   }
-  Bytes wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  const int64_t pairs = std::min<int64_t>(32, (w.K - k) / 2);
+  const auto within = static_cast<__mmask32>((uint64_t{1} << pairs) - 1);
+  Bytes wide = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(within, from));
   return Low(Xor(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), 8));
 }
 
@@ -252,7 +254,7 @@ void PanelInt4(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
       sums[m * count + p] = SumOf(x + m * w.K + parts[p], parts[p + 1] - parts[p]);
   std::vector<int8_t> tiles = ToTiles(pool, x, M, w.K);
   std::vector<int64_t> quads = parts;
-  for (int64_t& part : quads) part /= 4;
+  for (int64_t& part : quads) part = (part + 3) / 4;
   Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t end) {
     uint8_t* panel = Scratch<uint8_t>(0, kPanel * kDepth);
     float *scale = Scratch<float>(1, 2 * count * kPanel), *zero = scale + count * kPanel;

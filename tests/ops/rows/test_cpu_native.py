@@ -87,6 +87,29 @@ def test_every_combination_matches_numpy_and_is_selected(name):
         np.testing.assert_array_equal(chosen, got)
 
 
+# (K, N) and elements per group, or None: rows that end within a vector or a byte, one column, and
+# widths and groups of models.
+SIZES = [("int4", (576, 192), 32), ("int4-asym", (576, 192), 96), ("nf4-g64", (896, 130), 64)]
+SIZES += [("int4-asym", (1536, 67), 16), ("int4", (4864, 9), 256), ("nf4-g64", (11008, 6), 128)]
+SIZES += [("int4-asym", (1000, 1003), 40), ("int4", (1003, 36), None), ("nf4-g64", (33000, 1), 8)]
+SIZES += [("int4-asym", (102, 700), None), ("nf4-g64", (576, 100), 192)]
+
+
+@needs_native
+@pytest.mark.parametrize("name, shape, group", SIZES, ids=str)
+def test_every_width_and_group_is_native_and_matches_numpy(name, shape, group):
+    q = weight(dataclasses.replace(WEIGHTS[name], group_size=group), shape).reorder((-1, -2))
+    kinds = INPUTS["float"], INPUTS["int8"]
+    for rows, dtype in ((0, "float32"), (1, "bfloat16"), (5, "float32"), (18, "float32")):
+        x, w = jnp.asarray(normal(rows, shape[0]), dtype), q.astype(dtype)
+        left = [x if config is None else quantized(x, config, axis=-1) for config in kinds]
+        products = jax.jit(lambda left, w: [forced(x, w) for x in left])(left, w)
+        for got, operand in zip(products, left, strict=True):
+            assert got.dtype == dtype
+            tolerance = 2e-6 if dtype == "float32" else 2.0**-8
+            assert_product(got, "mk,kn->mn", operand, w, tolerance=tolerance)
+
+
 @needs_native
 def test_inputs_of_either_kind_are_quantized_first():
     x = jnp.asarray(normal(2, 3, K))
@@ -329,9 +352,9 @@ UNSUPPORTED = {
         normal(2, K),
         weight(WEIGHTS["int8"], (K, N)),
     ),
-    "groups of 48 along 384 elements": lambda: (
+    "groups of 12 along 384 elements": lambda: (
         normal(2, K),
-        weight(ArrayConfig(format=INT4, group_size=48), (K, N)).reorder((-1, -2)),
+        weight(ArrayConfig(format=INT4, group_size=12), (K, N)).reorder((-1, -2)),
     ),
     "must be integers with one scale per column and no zero": lambda: (
         normal(2, K),

@@ -1,11 +1,12 @@
-// Compares the NEON kernels with plain loops, for emulators: without XLA, on one thread.
+// Compares the kernels of one instruction set with plain loops, for emulators and sanitizers: without
+// XLA, on one thread. SOURCE is the file of the instruction set, KERNELS its table.
 
 #include <array>
 #include <cmath>
 #include <cstdio>
 #include <random>
 
-#include "../../jaxquant/kernels/cpu/neon.cc"
+#include SOURCE
 
 using namespace jaxquant;
 
@@ -24,22 +25,19 @@ void Expect(double found, double wanted, double tolerance, const char* kernel) {
   if (wrong++ < 5) std::printf("%s: got %g, wanted %g\n", kernel, found, wanted);
 }
 
-void Check(int64_t M, int64_t K, int64_t N, int64_t group) {
+// Arrays of exactly the sizes that kernels may read and write, so that sanitizers see what lies outside.
+void CheckInt8(int64_t M, int64_t K, int64_t N) {
   std::mt19937 random(1);
-  const int64_t G = K / group;
   std::vector<int8_t> x(M * K), w(N * K);
-  std::vector<float> real(M * K), scale(N * G), zero(N * G), table(16), floats(M * N), sums(M * N);
+  std::vector<float> real(M * K), floats(M * N);
   std::vector<int32_t> ints(M * N);
   for (auto& v : x) v = random();
   for (auto& v : w) v = random();
   for (auto& v : real) v = static_cast<int>(random() % 1000) / 500.f - 1;
-  for (auto& v : scale) v = 1 + (random() % 100) / 100.f;
-  for (auto& v : zero) v = static_cast<int>(random() % 16) - 8;
-  for (int i = 0; i < 16; ++i) table[i] = (i ^ 8) - 8;
 
-  Weights bytes{reinterpret_cast<const uint8_t*>(w.data()), N, K, 8};
-  kNeon.dot_int8(pool, x.data(), M, bytes, {ints.data(), N, Result::kInt32});
-  kNeon.dot_widen(pool, real.data(), M, bytes, floats.data());
+  Weights weights{reinterpret_cast<const uint8_t*>(w.data()), N, K, 8};
+  KERNELS.dot_int8(pool, x.data(), M, weights, {ints.data(), N, Result::kInt32});
+  KERNELS.dot_widen(pool, real.data(), M, weights, floats.data());
   for (int64_t i = 0; i < M * N; ++i) {
     const int64_t m = i / N, n = i % N;
     double exact = 0, sum = 0;
@@ -50,18 +48,31 @@ void Check(int64_t M, int64_t K, int64_t N, int64_t group) {
     Expect(ints[i], exact, 0, "int8 by int8");
     Expect(floats[i], sum, 2e-3 * std::sqrt(K), "float by int8");
   }
+}
 
-  if (K % neon::kBlock) return;  // Only 8-bit rows may end within a vector.
-  Weights nibbles{bytes.codes, N, K, 4, scale.data(), zero.data(), G};
+void CheckInt4(int64_t M, int64_t K, int64_t N, int64_t group) {
+  std::mt19937 random(1);
+  const int64_t G = K / group;
+  std::vector<int8_t> x(M * K);
+  std::vector<uint8_t> w(N * K / 2);
+  std::vector<float> real(M * K), scale(N * G), zero(N * G), table(16), floats(M * N), sums(M * N);
+  for (auto& v : x) v = random();
+  for (auto& v : w) v = random();
+  for (auto& v : real) v = static_cast<int>(random() % 1000) / 500.f - 1;
+  for (auto& v : scale) v = 1 + (random() % 100) / 100.f;
+  for (auto& v : zero) v = static_cast<int>(random() % 16) - 8;
+  for (int i = 0; i < 16; ++i) table[i] = (i ^ 8) - 8;
+
+  Weights weights{w.data(), N, K, 4, scale.data(), zero.data(), G};
   std::vector<float> row(M, 0.5f);
   Result halved{floats.data(), N, Result::kFloat32, row.data()};
-  kNeon.dot_int4(pool, x.data(), M, nibbles, halved);
-  kNeon.dot_lookup(pool, real.data(), M, nibbles, table.data(), sums.data());
+  KERNELS.dot_int4(pool, x.data(), M, weights, halved);
+  KERNELS.dot_lookup(pool, real.data(), M, weights, table.data(), sums.data());
   for (int64_t i = 0; i < M * N; ++i) {
     const int64_t m = i / N, n = i % N;
     double by_codes = 0, by_floats = 0;
     for (int64_t k = 0; k < K; ++k) {
-      const int bits = (bytes.codes[(n * K + k) / 2] >> (4 * (k % 2))) & 15;
+      const int bits = w[(n * K + k) / 2] >> (4 * (k % 2)) & 15;
       const int64_t at = n * G + k / group;
       const double value = ((bits ^ 8) - 8 - zero[at]) * static_cast<double>(scale[at]);
       by_codes += x[m * K + k] * value;
@@ -79,12 +90,12 @@ void CheckRow(int64_t K, float size) {
   x[K / 2] = 127 * size;
   std::vector<int8_t> codes(K);
   float scale;
-  kNeon.quantize_float32(pool, x.data(), 1, K, -127, 100, codes.data(), &scale);
+  KERNELS.quantize_float32(pool, x.data(), 1, K, -127, 100, codes.data(), &scale);
   Expect(scale / size, 1.27, 1e-6, "scale");
   for (int64_t k = 0; k < K; ++k)
     Expect(codes[k], std::fmin(std::nearbyint(x[k] * (1 / scale)), 100), 0, "codes");
   x[K / 3] = NAN;
-  kNeon.quantize_float32(pool, x.data(), 1, K, -127, 100, codes.data(), &scale);
+  KERNELS.quantize_float32(pool, x.data(), 1, K, -127, 100, codes.data(), &scale);
   Expect(std::isnan(scale), 1, 0, "scale of NaN");
 }
 
@@ -94,18 +105,21 @@ void CheckSubnormals() {
   const float x[2] = {130 * 0x1p-126f, 0x1.8p-127f};
   int8_t codes[2];
   float scale;
-  kNeon.quantize_float32(pool, x, 1, 2, -127, 127, codes, &scale);
+  KERNELS.quantize_float32(pool, x, 1, 2, -127, 127, codes, &scale);
   Expect(codes[0], 127, 0, "code of the largest");
   Expect(codes[1], 0, 0, "code of a subnormal");
 }
 
 int main() {
-  Expect(kNeon.is_supported(), 1, 0, "support");
+  Expect(KERNELS.is_supported(), 1, 0, "support");
   CheckSubnormals();
   for (int64_t K : {3, 64, 101}) CheckRow(K, 1), CheckRow(K, 1e-36f), CheckRow(K, 1e30f);
+  for (auto [M, K, N] : std::vector<std::array<int64_t, 3>>{
+           {1, 128, 5}, {7, 256, 7}, {5, 203, 6}, {3, 1, 1}, {18, 101, 67}})
+    CheckInt8(M, K, N);
   for (auto [M, K, N, group] : std::vector<std::array<int64_t, 4>>{
            {1, 128, 5, 128}, {7, 256, 7, 32}, {4, 512, 9, 16}, {3, 384, 6, 384}, {6, 1024, 5, 256},
-           {5, 203, 6, 203}})
-    Check(M, K, N, group);
+           {9, 102, 3, 102}, {2, 576, 5, 96}, {1, 120, 1, 24}, {1, 6, 1, 6}, {18, 4232, 67, 184}})
+    CheckInt4(M, K, N, group);
   return wrong > 0;
 }

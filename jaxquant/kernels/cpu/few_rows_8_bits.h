@@ -1,0 +1,111 @@
+// Products of few rows of activations by 8-bit weights. Included by few_rows.h.
+
+// 8-bit activations, 8-bit weights: exact sums of codes.
+struct Int8ByInt8 {
+  const int8_t* x;
+  const int32_t* sums;  // (M,): of the activations of each row
+  Weights w;
+  Result out;
+
+  // Adds the products of one vector of weights.
+  static Ints AddTo(Ints sum, Bytes weights, Bytes inputs) {
+    return Dot(sum, Xor(weights, kOffset), inputs);
+  }
+
+  // With its offset the sum may overflow 32 bits; subtracting the offset undoes that.
+  void Put(int64_t m, int64_t n, Ints sum) const {
+    const int64_t rest = w.K % kBytes, from = w.K - rest;
+    if (rest)
+      sum = AddTo(sum, LoadPart(w.at(n, from), rest), LoadPart(x + m * w.K + from, rest));
+    uint32_t offset = static_cast<uint32_t>(kOffset) * static_cast<uint32_t>(sums[m]);
+    out.Put(m, n, static_cast<int32_t>(static_cast<uint32_t>(Sum(sum)) - offset));
+  }
+
+  NOINLINE void One(int64_t m, int64_t n) const {
+    const uint8_t* weights = w.at(n, 0);
+    const int8_t* inputs = x + m * w.K;
+    Put(m, n, SumBlocks(w.K, kBytes, ZeroInts(), [=](Ints sum, int64_t k) {
+          PrefetchFar(weights + k + kAheadInRow);
+          return AddTo(sum, LoadBytes(weights + k), LoadBytes(inputs + k));
+        }));
+  }
+
+  // Sums over full vectors.
+  template <int R, int C>
+  NOINLINE void AddVectors(Ints (&sum)[R][C], int64_t m, int64_t n) const {
+    const int64_t K = w.K;
+    const uint8_t* rows = w.at(n, 0);
+    Ints acc[R][C];
+    UNROLLED(r, R)
+      UNROLLED(c, C) acc[r][c] = ZeroInts();
+    for (int64_t k = 0; k + kBytes <= K; k += kBytes)
+      UNROLLED(c, C) {
+        const uint8_t* from = rows + c * K + k;
+        PrefetchFar(from + kAhead * C * K);
+        Bytes weights = Xor(LoadBytes(from), kOffset);
+        UNROLLED(r, R) acc[r][c] = Dot(acc[r][c], weights, LoadBytes(x + (m + r) * K + k));
+      }
+    UNROLLED(r, R)
+      UNROLLED(c, C) sum[r][c] = acc[r][c];
+  }
+
+  template <int R, int C>
+  void Tile(int64_t m, int64_t n) const {
+    Ints acc[R][C];
+    AddVectors<R, C>(acc, m, n);
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) Put(m + r, n + c, acc[r][c]);
+  }
+};
+
+// Float activations, 8-bit weights: sums of activations * codes.
+struct FloatByInt8 {
+  const float* x;
+  Weights w;
+  float* out;
+
+  // Stores a sum over full vectors plus the rest of the row.
+  void Put(int64_t m, int64_t n, float sum) const {
+    for (int64_t k = w.K / kLanes * kLanes; k < w.K; ++k)
+      sum += x[m * w.K + k] * static_cast<int8_t>(*w.at(n, k));
+    out[m * w.N + n] = sum;
+  }
+
+  NOINLINE void One(int64_t m, int64_t n) const {
+    const int8_t* row = reinterpret_cast<const int8_t*>(w.at(n, 0));
+    const float* in = x + m * w.K;
+    Put(m, n, Sum(SumBlocks(w.K, kLanes, Broadcast(0), [=](Floats sum, int64_t k) {
+          if (k % 64 == 0) PrefetchFar(row + k + kAheadInRow);
+          return MulAdd(ToFloats(Widen(row + k)), Load(in + k), sum);
+        })));
+  }
+
+  template <int R, int C>
+  void Tile(int64_t m, int64_t n) const {
+    const int64_t K = w.K;
+    const int8_t* rows = reinterpret_cast<const int8_t*>(w.at(n, 0));
+    Floats acc[R][C];
+    UNROLLED(r, R)
+      UNROLLED(c, C) acc[r][c] = Broadcast(0);
+    for (int64_t k = 0; k + kLanes <= K; k += kLanes)
+      UNROLLED(c, C) {
+        const int8_t* from = rows + c * K + k;
+        if (k % 64 == 0) PrefetchFar(from + kAhead * C * K);
+        Floats weights = ToFloats(Widen(from));
+        UNROLLED(r, R)
+          acc[r][c] = MulAdd(weights, Load(x + (m + r) * K + k), acc[r][c]);
+      }
+    UNROLLED(r, R)
+      UNROLLED(c, C) Put(m + r, n + c, Sum(acc[r][c]));
+  }
+};
+
+void FewRowsInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
+                 const Result& out) {
+  std::vector<int32_t> sums = SumsOf<int32_t>(x, M, w.K);
+  ForTiles(pool, M, w, w.K, Int8ByInt8{x, sums.data(), w, out});
+}
+
+void FewRowsWiden(ThreadPool& pool, const float* x, int64_t M, const Weights& w, float* out) {
+  ForTiles(pool, M, w, 4 * w.K, FloatByInt8{x, w, out});
+}

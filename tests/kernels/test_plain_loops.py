@@ -1,0 +1,56 @@
+"""The native kernels beside plain loops: in an emulator of ARM, and under sanitizers."""
+
+import pathlib
+import platform
+import shutil
+import subprocess
+
+import pytest
+
+from jaxquant.kernels import cpu
+
+HERE = pathlib.Path(__file__).parent
+KERNELS = HERE.parents[1] / "jaxquant/kernels/cpu"
+ARM_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
+# The file of each instruction set, and its table of kernels.
+SOURCES = {
+    "AVX512-VNNI": ("avx512", "kAvx512"),
+    "AVX2": ("avx2", "kAvx2"),
+    "NEON": ("neon", "kNeon"),
+}
+
+
+def missing(*programs):
+    absent = [name for name in programs if shutil.which(name) is None]
+    return pytest.mark.skipif(bool(absent), reason=f"not installed: {', '.join(absent)}")
+
+
+def compiled(folder, compiler, instructions, *options):
+    """A program that compares the kernels of one instruction set with plain loops."""
+    name, table = SOURCES[instructions]
+    source = f'-DSOURCE="{KERNELS / name}.cc"', f"-DKERNELS={table}"
+    program = folder / name
+    # Optimization would double the time to compile; kernels use the same intrinsics without it.
+    command = [compiler, "-O0", "-std=c++17", f"-I{KERNELS}", *source, *options]
+    subprocess.run([*command, str(HERE / "plain_loops.cc"), "-o", str(program)], check=True)
+    return program
+
+
+def assert_runs(*command):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@missing(ARM_COMPILER, EMULATOR)
+def test_neon_matches_plain_loops_in_an_emulator(tmp_path):
+    options = "-static", "-march=armv8.2-a+dotprod"
+    program = compiled(tmp_path, ARM_COMPILER, "NEON", *options)
+    assert_runs(EMULATOR, "-cpu", "max", program)
+
+
+@missing("g++")
+@pytest.mark.skipif(platform.system() != "Linux", reason="the sanitizers are those of Linux")
+@pytest.mark.parametrize("instructions", cpu.instruction_sets())
+def test_sanitizers_find_nothing(tmp_path, instructions):
+    options = "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+    assert_runs(compiled(tmp_path, "g++", instructions, *options))
