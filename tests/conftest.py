@@ -1,4 +1,3 @@
-import collections
 import gc
 import importlib.util
 import os
@@ -28,7 +27,7 @@ from jax._src import compiler, core  # There is no public way to compile quickly
 
 from benchmarks import tpu_compiler
 
-from . import cases
+from . import cases, selection
 
 # Implicit promotion and broadcasting are where quantized code goes silently wrong.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -73,28 +72,33 @@ def pytest_unconfigure():
 
 
 def pytest_addoption(parser):
+    text = "run all tests, those marked `slow` too, and all rows of those marked `some_rows`"
+    parser.addoption("--all", action="store_true", help=text)
     text = "run at most this many rows of each parametrized test, spread over its table"
     parser.addoption("--most-rows", type=int, metavar="N", help=text)
 
 
-def _without_rows(items, most):
-    """The items, of which those of one function are `most` or fewer."""
-    rows = collections.defaultdict(list)
-    for item in items:
-        rows[item.nodeid.partition("[")[0]].append(item)
-    kept = set()
-    for found in rows.values():
-        count = min(most, len(found))
-        kept |= {found[i * len(found) // count] for i in range(count)}
-    return [item for item in items if item in kept]
+def pytest_configure(config):
+    marks = {
+        "slow": "takes many seconds; runs with --all, -m slow, or when it is asked for by name",
+        "some_rows(n)": "runs n rows, spread over the table, since each compiles programs",
+    }
+    for name, text in marks.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Brings tests of one config together, so that one worker alone compiles what they share."""
-    if config.option.most_rows is not None:
-        kept = _without_rows(items, config.option.most_rows)
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
+    """Chooses what is run, as the marks say.
+
+    Brings tests of one config together, so that one worker alone compiles what they share.
+    """
+    is_named = config.option.keyword or any("::" in str(a) for a in config.args)
+    if not (is_named or config.option.all):
+        options = config.option
+        kept = set(selection.to_run(items, "slow" in options.markexpr, options.most_rows))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     rows = {name: place for place, name in enumerate(cases.CASES)}
 
     def place(item):

@@ -393,6 +393,7 @@ def llama(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_demo_compares_variants_of_a_language_model(run, llama, monkeypatch):
     monkeypatch.setattr(demo, "held_out_text", lambda: "the end in 12 " * 200)
     monkeypatch.setattr(demo, "packaged_encoder", not_installed)
@@ -469,6 +470,7 @@ def test_generate_checks_its_arguments_before_it_reads_a_model(run, monkeypatch,
     assert text in err
 
 
+@pytest.mark.slow
 def test_generate_answers_and_samples(run, llama):
     pytest.importorskip("jinja2", reason="pip install -e '.[test]'")
     common = ["generate", "the", "--model", llama, "--max-tokens", "6", "--json", "--chat"]
@@ -481,6 +483,7 @@ def test_generate_answers_and_samples(run, llama):
     assert texts[1] == texts[2] != texts[3]
 
 
+@pytest.mark.slow
 def test_generate_keeps_compiled_programs(llama, tmp_path):
     """In the user's cache folder, for the next process."""
     command = [sys.executable, "-m", "jaxquant", "generate", "the", "--model", str(llama)]
@@ -519,6 +522,7 @@ def test_version_prints_the_version_of_the_package(run):
     assert run("--version") == (0, f"jaxquant {jaxquant.__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_a_program():
     command = [sys.executable, "-m", "jaxquant"]
     done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)

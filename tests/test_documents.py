@@ -56,6 +56,7 @@ def printed_by(path):
     return outputs
 
 
+@pytest.mark.slow
 @each_document
 def test_code_blocks_run_one_after_the_other(path):
     library = LIBRARIES.get(f"{path.parent.name}/{path.name}")
@@ -104,6 +105,7 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "small.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_generate_text(tmp_path, monkeypatch, capsys):
     pytest.importorskip("jinja2", reason="--chat needs the extra demo")
     llamas.write_gguf(tmp_path / "tiny.gguf", llamas.random_arrays())
@@ -113,6 +115,7 @@ def test_commands_of_the_readme_generate_text(tmp_path, monkeypatch, capsys):
         assert "3 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quality_table_is_what_the_benchmark_prints(capsys):
     quality.main()
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "choosing.md").read_text()
@@ -135,6 +138,7 @@ def test_language_table_has_a_row_for_each_variant():
     assert [row[0] for row in rows] == list(demo.VARIANTS)
 
 
+@pytest.mark.slow
 def test_sizes_in_the_demo_table_follow_from_the_encoder():
     try:
         params, _ = demo.load_encoder(demo.packaged_encoder())
@@ -181,5 +185,6 @@ def test_the_reference_says_what_the_docstrings_say():
     )
 
 
+@pytest.mark.slow
 def test_the_reference_lists_the_version():
     assert "| `__version__` |" in (ROOT / "docs" / "reference.md").read_text()

@@ -18,6 +18,7 @@ CASES = cases.cases_of(INT6, cases.SHORT) | cases.cases_of(SQUARES8, OF_CODEBOOK
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+@pytest.mark.some_rows(3)
 @each_case
 def test_a_format_of_one_line_passes_every_check(case):
     x = cases.gaussian()

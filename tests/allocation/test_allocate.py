@@ -66,6 +66,7 @@ def by_hand(product, x, w, dw, loss):
     return np.square((g * moved).reshape(*y.shape[: y.ndim - outputs], -1).sum(-1)).sum() / 2
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_scores_are_sums_over_rows_of_squared_derivatives(name):
     shape, axis, product, rows = PRODUCTS[name]
@@ -172,6 +173,7 @@ def divergence(params, rules, x):
     return float(jnp.mean(jnp.sum(jnp.exp(before) * (before - after), -1)))
 
 
+@pytest.mark.slow
 def test_a_mixture_is_better_than_one_option_and_within_the_budget():
     params, x = layers(), normal(128, K, seed=50)
     config = dataclasses.replace(W4, scale_dtype="float16")

@@ -37,6 +37,7 @@ def logits_of(params, tokens):
     return normalize(x, params["norm"]) @ params["head"]["kernel"]
 
 
+@pytest.mark.slow
 def test_steps_with_a_cache_equal_the_slow_decoder(params):
     tokens = np.random.default_rng(0).integers(0, 37, (2, 9))
     wanted = np.stack([logits_of(params, row) for row in tokens])
@@ -65,6 +66,7 @@ def test_a_cache_that_is_too_short_raises(params):
         generate(params, CONFIG, jnp.zeros((1, 5), jnp.int32), 11)
 
 
+@pytest.mark.slow
 def test_a_quantized_decoder_is_close_to_float32_and_compared_with_it(params, monkeypatch):
     monkeypatch.setattr(end_to_end, "BUDGET", 0.0)
     others = [of_xla("bfloat16")]

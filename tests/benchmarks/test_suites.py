@@ -71,6 +71,7 @@ def test_quantizers_process_every_matrix(name, monkeypatch):
     assert min(found["seconds"], found["in_sums"], found["in_copies"]) > 0
 
 
+@pytest.mark.slow
 def test_the_command_writes_json(tmp_path, monkeypatch, capsys):
     path = tmp_path / "found.json"
     command = ["benchmarks", "--suite", "quantize", "--only", "W8A8 MinMSE", "--json", str(path)]

@@ -232,6 +232,7 @@ def test_training_learns_and_equal_seeds_are_equal():
     assert losses[0] < loop.held_out_loss(task, task.init(jax.random.key(3)))
 
 
+@pytest.mark.slow
 def test_the_other_parts_print_their_tables(tiny, tmp_path, monkeypatch, capsys):
     options = "--parts products optimizers qlora gradients --seeds 1 --steps 6"
     found = run_suite(options, tmp_path / "found.json", monkeypatch)

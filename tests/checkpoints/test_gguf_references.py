@@ -91,6 +91,7 @@ def test_metadata_of_smollm2_equal_those_of_gguf_py(smollm2):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", ["stored", "huggingface"])
 def test_smollm2_is_written_byte_for_byte(tmp_path, smollm2, names):
     values = {n: s.value for n, s in open_gguf(smollm2, names).items()}

@@ -102,6 +102,7 @@ def normal(*shape):
     return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("is_kernel", [False, True], ids=["weight", "kernel"])
 def test_quantized_weights_replace_float_ones(tmp_path, kind, is_kernel):

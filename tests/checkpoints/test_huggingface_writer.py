@@ -80,6 +80,7 @@ def assert_equal_parts(a, b):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True)
 
 
+@pytest.mark.some_rows(7)
 @pytest.mark.parametrize("is_swapped", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_weights_are_written_as_they_are(tmp_path, scheme, is_swapped):
@@ -186,6 +187,7 @@ def test_weights_of_another_folder(tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.some_rows(5)
 @pytest.mark.parametrize(
     "change, match",
     [

@@ -73,6 +73,7 @@ SCHEMES = {
 }
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("parts", [PART, 2**24], ids=["parts", "whole"])
 def test_files_are_those_of_the_quantized_tree(folder, tmp_path, monkeypatch, name, parts):
@@ -357,6 +358,7 @@ assert [row.path for row in report.rows] == sorted(opened)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_quantize_one_checkpoint(folder, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -30,6 +30,7 @@ few_cases = pytest.mark.parametrize("case", cases.FEW.values(), ids=cases.FEW)
 each_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 
 
+@pytest.mark.some_rows(14)
 @each_case
 def test_codes_scales_and_zero_points_match_the_oracle(case):
     checks.check_matches_the_oracle(case, cases.gaussian())
@@ -40,6 +41,7 @@ def test_each_code_is_the_nearest_one(case):
     checks.check_is_nearest(case, cases.gaussian())
 
 
+@pytest.mark.some_rows(8)
 @pytest.mark.parametrize(
     "case",
     [c for c in cases.CASES.values() if c.config.format.rounds],
@@ -70,6 +72,7 @@ def test_inputs_are_unchanged(case):
 EAGER = ["int2-asym_blocks", "nvfp4-row"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EAGER)
 def test_jit_and_eager_agree_and_eval_shape_predicts_the_result(name):
     checks.check_jit_and_eager_agree(cases.FEW[name], cases.gaussian())
@@ -78,6 +81,7 @@ def test_jit_and_eager_agree_and_eval_shape_predicts_the_result(name):
 VMAPPED = ["int4-percentile", "int4-asym_nested_scales", "int2-asym_blocks", "nvfp4-row"]
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", [*VMAPPED, "nf4-g32_nested_scales"])
 def test_vmap_is_a_loop(name):
     checks.check_vmap_is_a_loop(cases.FEW[name], cases.gaussian((3, *cases.SHAPE)))
@@ -165,6 +169,7 @@ NEAR_THE_LARGEST = [(name, "float32") for name in NEAR_THE_LARGEST] + [
 ]
 
 
+@pytest.mark.some_rows(5)
 @pytest.mark.parametrize("name, dtype", NEAR_THE_LARGEST)
 def test_finite_values_near_the_largest_come_back_finite(name, dtype):
     largest = float(jnp.finfo(dtype).max)
@@ -277,6 +282,7 @@ def test_narrow_floats_are_computed_in_float32(name, dtype):
 WIDE = ["int8-asym_tensor", "int4-percentile", "int4-min_mse", "nf4-g32_nested_scales"]
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", [*WIDE, "fp8_e4m3-g32_float16_scales", "mxfp4-row"])
 def test_float64_stays_float64(name):
     with jax.enable_x64(True):
@@ -507,6 +513,7 @@ SPANS = {
 }
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", SPANS)
 def test_the_range_that_is_found_and_the_same_that_is_given_are_alike(name):
     case, x = cases.CASES[name], cases.gaussian()

@@ -59,6 +59,7 @@ def test_padding_does_not_change_results(tiny):
     np.testing.assert_allclose(demo.embed(params, config, other, longer_mask), short, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme, group_size, least",
     [
@@ -184,6 +185,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 def test_quantizing_the_real_encoder_keeps_its_nearest_neighbours(packaged):
     params, config = demo.load_encoder(packaged)
     texts = [s for pair in PAIRS for s in pair] + demo.documentation_sentences(100)

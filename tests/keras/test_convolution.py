@@ -133,12 +133,14 @@ DEPTHWISE = {
 }
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", DEPTHWISE)
 def test_depthwise_supports_scales_of_any_shape(name):
     layer = built(layers.DepthwiseConv1D(16, depth_multiplier=3), (20, 4))
     assert_like_stock(layer, images((20, 4)), DEPTHWISE[name])
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("kind", "block_size", "kernel_size"),
     [("Conv2D", 11, 1), ("Conv2D", 4, 3), ("Conv2DTranspose", 2, 3), ("Conv2DTranspose", 4, 3)],
@@ -170,6 +172,7 @@ def in_int8(case):
     return layer
 
 
+@pytest.mark.some_rows(3)
 @each(CONVOLUTION)
 def test_int8_accumulates_in_int32(case):
     layer = in_int8(case)
@@ -181,6 +184,7 @@ def test_int8_accumulates_in_int32(case):
         assert convolutions(layer, images(case.input_shape), "cpu") == wanted
 
 
+@pytest.mark.some_rows(3)
 @each([CONVOLUTION[i] for i in (0, 1, 4, 7)])  # One of each family.
 def test_int8_scales_are_per_image(case):
     inputs = images(case.input_shape)

@@ -127,6 +127,7 @@ def damaged(saved_path, path, damage, key):
         DAMAGES[damage](file, PATHS[key[0]], str(key[1]))
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("damage", "is_quantized"),
     [*((d, False) for d in DAMAGES), *((d, True) for d in ("no entry", "an altered byte"))],

@@ -92,6 +92,7 @@ def quantize_stock(model, mode, **config: Any):
         model.layers[-1].quantize(mode)
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("case", CASES)
 def test_int8_files_interchange_with_stock_keras(case, tmp_path):
     path, inputs = tmp_path / "model.weights.h5", inputs_of(case)
@@ -148,6 +149,8 @@ if HAS_BLOCKS:
         with pytest.raises(ValueError, match=r"no groups of shape .* can represent them"):
             check_stock_int4(case, block_size, tmp_path / "model.weights.h5")
 
+    @pytest.mark.slow
+    @pytest.mark.some_rows(3)
     @pytest.mark.parametrize("case, block_size", rows(BLOCK_SIZES))
     def test_int4_files_of_stock_keras_are_read(case, block_size, tmp_path):
         config = check_stock_int4(case, block_size, tmp_path / "model.weights.h5")

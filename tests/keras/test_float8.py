@@ -61,6 +61,7 @@ def classifier(policy, config=None) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_training_on_digits_reaches_the_float_loss_and_round_trips_through_files(tmp_path):
     inputs, labels, policy = *digits(), "mixed_bfloat16"
     plain, model = classifier(policy), classifier(policy, TRAINING)

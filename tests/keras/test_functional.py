@@ -51,6 +51,7 @@ def assert_close(found, wanted, step=2e-6):
     assert np.linalg.norm(found - wanted) <= step * np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_apply_returns_the_outputs_of_the_model(tmp_path):
     model = convert(whole_model())
     model.quantize(config=QuantizationConfig(RULES))

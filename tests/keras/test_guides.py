@@ -282,6 +282,7 @@ SCALES: dict[str, Any] = {"mixin": SimpleScale, "by hand": HandWrittenScale}
 BOUNDS = {"int8": 0.01, "int4": 0.15, "float8": 0.05}
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("name", "mode", "width"),
     [

@@ -145,6 +145,7 @@ def calls(model, inputs, training):
     return {case: np.asarray([x[case] for x in found]) for case in found[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cases", MODELS.values(), ids=MODELS)
 def test_copies_of_a_model_have_the_state_of_its_layers(cases, tmp_path):
     keras.utils.set_random_seed(0)

@@ -423,6 +423,7 @@ AUTHORS: dict[str, Any] = {
 }
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("name", "mode"),
     [("auto", "int8"), ("auto", "int4"), ("own", "int8"), ("own", None), ("dense", "int8")],
@@ -596,6 +597,7 @@ def wrapped_model():
     return keras.Model(inputs, keras.layers.TimeDistributed(layers.Dense(3, name="step"))(steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "mode"),
     [(shared_model, "int4"), (nested_model, "int8"), (wrapped_model, "float8")],

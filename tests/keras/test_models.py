@@ -35,6 +35,7 @@ def relative_error(found, wanted):
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
+@pytest.mark.slow
 def test_quantize_reports_every_weight_and_does_not_change_the_model():
     model = small_model()
     before, wanted = model.get_weights(), np.asarray(model(tokens()))
@@ -76,6 +77,7 @@ def test_quantize_reports_padded_groups_in_the_shape_of_the_weight():
     assert row.sqnr == pytest.approx(-20 * math.log10(noise), abs=0.01)
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     "rules, scheme",
     [

@@ -87,6 +87,7 @@ def test_cell_keeps_arguments_that_are_not_in_the_config():
     assert layer.cell.name == "lstm_cell"
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_layer_equals_the_stock_layer_with_dequantized_weights(kind):
     options = {"return_sequences": True, "return_state": True, "go_backwards": True}
@@ -161,6 +162,7 @@ def wrapped() -> Any:
     )
 
 
+@pytest.mark.slow
 def test_wrappers_and_stacks_quantize_and_round_trip_through_files(tmp_path):
     keras.utils.set_random_seed(0)
     model = wrapped()

@@ -55,6 +55,8 @@ def check_outputs(model, kind, folder):
     np.testing.assert_allclose(model(tokens), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_models_saved_by_earlier_versions_give_the_same_outputs(kind, folder):
     model: Any = keras.saving.load_model(folder / f"{kind}.keras", compile=False)

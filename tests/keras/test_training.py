@@ -52,6 +52,7 @@ def test_training_continues_after_quantizing():
     assert np.any(np.asarray(dense.bias) != bias)
 
 
+@pytest.mark.slow
 def test_training_continues_in_float8_and_back():
     model = model_of()
     losses = fit(model)
@@ -78,6 +79,7 @@ def test_quantize_compile_fit():
     np.testing.assert_array_equal(model.layers[1].kernel, kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "int4"])
 def test_lora_trains_and_is_merged_into_files(mode, tmp_path):
     model = model_of()

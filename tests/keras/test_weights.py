@@ -83,6 +83,7 @@ def test_one_scale_per_tensor_needs_no_axes():
 
 
 # Padding of more and of less than half a group, no padding, and shorter than a group.
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("length", "columns", "block_size", "axis"),
     [(37, 3, 8, 0), (9, 4, 5, 1), (12, 2, 4, 1), (7, 3, 50, 0), (5, 1, 1, 0)],

@@ -177,6 +177,7 @@ def rows_of_every_kind(count, length, dtype):
         return jnp.asarray(x.astype(np.float32).astype(dtype))
 
 
+@pytest.mark.some_rows(3)
 @needs_native
 @pytest.mark.parametrize("bounds", [(-127, 127), (-128, 100), (-100, 127), (-1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -210,6 +211,7 @@ def test_rows_are_quantized_along_any_axes_and_on_several_threads():
         np.testing.assert_array_equal(run(x)[1], wanted.scale)
 
 
+@pytest.mark.some_rows(4)
 @needs_native
 @pytest.mark.parametrize("rows, length, columns, group", GROUPS, ids=str)
 @by_all_instructions

@@ -72,6 +72,7 @@ def test_the_longest_sums_of_the_largest_codes_are_exact(rows):
     np.testing.assert_array_equal(got, np.full((rows, 2), 128 * 128 * length))
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("rows, columns", [(1, 1), (1, 3), (2, 1), (2, 3)])
 def test_vmap_and_scan_are_exact(rows, columns):
     lhs, rhs = jnp.asarray(codes((4, rows, 9), 0)), jnp.asarray(codes((4, 9, columns), 1))

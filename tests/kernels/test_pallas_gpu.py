@@ -33,6 +33,8 @@ CASES = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", CASES)
 def test_grouped_dot_matches_numpy(name):
     dtype, rows, shape, config, splits = CASES[name]
@@ -116,6 +118,7 @@ def assert_exact(got, x, w, row_scale, column_scale):
     np.testing.assert_array_equal(got, want.astype(got.dtype), strict=True)
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", SCALED)
 def test_scaled_dot_of_int8_is_exact(name):
     *sizes, dtype = SCALED[name]

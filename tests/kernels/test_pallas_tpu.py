@@ -49,6 +49,8 @@ def grouped_dot(x, q, dtype=jnp.float32):
     return run(x, q.codes, q.scale, q.zero_point)
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", CASES)
 def test_grouped_dot_matches_numpy(small_tiles, name):
     config, rows, scales_sums = CASES[name]
@@ -84,6 +86,7 @@ def rows_of_every_kind(dtype):
     return jnp.asarray(x, dtype)
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("bounds", [None, (-128, 100)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_quantize_rows_gives_the_bits_of_quantize(small_tiles, dtype, bounds):
@@ -139,6 +142,7 @@ def compiled(chip, function, *arguments):
     return text, memory.temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_kernels_compile_and_allocate_no_extra_memory(chip):

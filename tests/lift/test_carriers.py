@@ -53,6 +53,7 @@ def quantized_arrays(draw):
     return quantized(shape, draw(st.sampled_from(sizes)), draw(st.booleans()), axis, order)
 
 
+@pytest.mark.slow
 @SETTINGS
 @hypothesis.given(q=quantized_arrays(), data=st.data())
 def test_reshaped_arrays_are_equal_or_unsupported(q, data):
@@ -66,6 +67,7 @@ def test_reshaped_arrays_are_equal_or_unsupported(q, data):
     equal_or_unsupported(lambda: carriers.reshape(q, shape), q.dequantize().reshape(shape))
 
 
+@pytest.mark.slow
 @SETTINGS
 @hypothesis.given(q=quantized_arrays(), data=st.data())
 def test_sliced_arrays_are_equal_or_unsupported(q, data):
@@ -157,6 +159,7 @@ def test_only_index_0_is_in_bounds_along_an_axis_that_is_gathered_whole():
     assert np.isnan(found).any(axis=1).tolist() == [False, True, True, True]
 
 
+@pytest.mark.slow
 def test_layers_that_share_a_scale_can_be_scanned():
     x = np.random.default_rng(0).normal(size=(4, 8, 16)).astype(np.float32)
     rows = cases.rows(8)

@@ -29,6 +29,7 @@ def operations(compiled):
     return collections.Counter(re.findall(r" ([a-z][a-z\-]+)\(", compiled.as_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme", [jq.W8A8, jq.ArrayConfig(format=jq.INT4, group_size=16)], ids=str
 )

@@ -73,6 +73,7 @@ PASSING = {
 }
 
 
+@pytest.mark.some_rows(6)
 @pytest.mark.parametrize("name", PASSING)
 @pytest.mark.parametrize("quantized", ["int8", "int4 g32", "nf4 g32 nested"])
 def test_a_parameter_that_is_passed_on_stays_quantized(name, quantized):

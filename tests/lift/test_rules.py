@@ -32,6 +32,7 @@ def both(fn, q, **options):
     return lifted(q), jitted(fn)(jitted(jq.dequantize)(q))
 
 
+@pytest.mark.some_rows(21)
 @pytest.mark.parametrize("name, quantized", PAIRS)
 def test_results_are_those_on_the_dequantized_array(name, quantized):
     fn = cases.ANY_GROUPS[name]
@@ -41,6 +42,7 @@ def test_results_are_those_on_the_dequantized_array(name, quantized):
     jax.tree.map(is_close, found, expected)
 
 
+@pytest.mark.some_rows(30)
 @pytest.mark.parametrize("name", cases.ANY_GROUPS)
 @pytest.mark.parametrize("quantized", ["int4 g32", "nf4 g32 nested", MOST])
 def test_nothing_is_dequantized_before_its_product(name, quantized):

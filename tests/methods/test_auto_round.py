@@ -49,6 +49,8 @@ def error(q, weight, x):
     return inputs.output_error(oracles.dequantize(q) - weight, x)
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @each_case
 def test_no_adjustment_gives_the_start(name):
     """The codes of error feedback, which are not the nearest ones."""
@@ -120,6 +122,7 @@ def test_gradients_are_straight_through(symmetric):
         np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.some_rows(3)
 @each_case
 def test_errors_fall(name):
     config, weight = CASES[name], inputs.weights(SHAPE)
@@ -134,6 +137,7 @@ def test_errors_fall(name):
         assert np.all(after <= before * (1 + 1e-4))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     st.integers(0, 10**6),

@@ -44,6 +44,8 @@ def error(weight, multiplier, x, config, axis):
     return inputs.output_error(np.asarray(decoded) * multiplier - weight, x).sum()
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_best_of_all_candidates_is_chosen(case):
     config, axis = case

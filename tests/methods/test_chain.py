@@ -41,6 +41,8 @@ def output_error(params, x):
     return float(jnp.sum(jnp.square(found - apply(parameters(), x))))
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", CHAINS)
 def test_chains_with_several_statistics_lower_the_error(name):
     x = jnp.asarray(inputs.activations(CHANNELS, rows=300))

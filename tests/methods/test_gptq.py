@@ -78,6 +78,7 @@ def test_the_gain_on_correlated_activations_is_the_predicted_one():
     assert ratio == pytest.approx(10 ** (-predicted / 10), rel=0.05)
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_white_activations_leave_rounding_to_nearest(name):
     weight, config = weights(), CONFIGS[name]
@@ -155,6 +156,7 @@ def test_damping_that_suffices_is_kept():
     assert float(notes["damping"]) == pytest.approx(0.02)
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", ["int4 per channel", "int4 groups"])
 @pytest.mark.parametrize("method", [GPTQ(), GPTQ(act_order=True)], ids=["in order", "act_order"])
 def test_nan_gives_no_plausible_numbers(name, method):
@@ -185,6 +187,7 @@ def run_pair(method, weight, both, config):
     return q
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_repairing_the_input_lowers_the_error_on_quantized_activations(seed):
     x, y, both = moments(seed)

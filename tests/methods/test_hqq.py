@@ -42,6 +42,7 @@ def oracle(group, scale, qmin, qmax, store, iterations=20, p=0.7, beta=10.0):
     return best, least
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", [n for n in CASES if n != "int4-row"])
 def test_offsets_match_the_oracle(name):
     config: Any = CASES[name]
@@ -90,6 +91,8 @@ def test_it_is_better_than_an_integer_zero_point():
     assert np.mean(np.square(found - weight)) < 0.9 * np.mean(np.square(plain - weight))
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", CASES)
 def test_zeros_constants_and_tiny_weights(name):
     config = CASES[name]

@@ -36,6 +36,8 @@ def run(weight, mean_square, config, **arguments):
     return jax.jit(lambda w, m: method(w, {MeanSquare: m}, config, 1))(weight, mean_square)
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c.format))
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**20))

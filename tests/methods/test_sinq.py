@@ -76,6 +76,8 @@ def error(weight, multiplier, config, axis):
     return np.square(np.asarray(decoded, np.float64) * np.asarray(multiplier) - weight)
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_factors_match_the_oracle_and_keep_the_product(case):
     config, axis = case
@@ -89,6 +91,7 @@ def test_factors_match_the_oracle_and_keep_the_product(case):
     np.testing.assert_allclose(changed.weight * changed.multiplier[None], weight, rtol=1e-6)
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_each_tile_keeps_the_largest_exponent_with_an_allowed_error(case):
     config, axis = case
@@ -112,6 +115,7 @@ def test_each_tile_keeps_the_largest_exponent_with_an_allowed_error(case):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0, 3), st.sampled_from([0.0, 0.05]))
 def test_neither_imbalance_nor_error_rise(seed, spread, tolerance):

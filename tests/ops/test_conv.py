@@ -190,6 +190,7 @@ SPECIAL_LAYOUTS = [
 ]
 
 
+@pytest.mark.some_rows(4)
 @pytest.mark.parametrize("images, kernels, special", SPECIAL_LAYOUTS)
 def test_images_equal_the_integers_of_xla_in_every_layout(images, kernels, special):
     sizes = {"N": 2, "C": 6, "D": 5, "H": 7, "W": 6, "I": 3, "O": 4}

@@ -66,6 +66,7 @@ def every_mixture(inputs, q):
     return right, left
 
 
+@pytest.mark.some_rows(5)
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_mixture_of_formats_and_orders_matches_numpy(name):
     q = weight(WEIGHTS[name])

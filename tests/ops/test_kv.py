@@ -98,6 +98,7 @@ def in_steps(store, append=append, attend=attend, dtype: Any = np.float32, layer
         yield cache, found, sequences.step(query, keys, values, counts)
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "int4-half", "fp8"])
 def test_batches_of_different_lengths_equal_the_loop(name):
     store = STORES[name]

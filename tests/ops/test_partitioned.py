@@ -81,6 +81,7 @@ def weight_of(scheme, k=K, n=N, seed=0):
 ALIKE = ("W8A16", "W4A16", "FP8", "NF4A16", "MXFP8A8", "MXFP4A16")
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ALIKE])
 def test_sharded_weights_stay_where_they_are(scheme):
     q, x = weight_of(scheme), jnp.asarray(normal(ROWS, K))
@@ -102,6 +103,7 @@ PRODUCTS = {"columns": jax.P(None, "a"), "rows": jax.P("a", None), "both": jax.P
 COLLECTIVES = {"columns": [], "rows": ["all-reduce"], "both": ["all-reduce"]}
 
 
+@pytest.mark.some_rows(4)
 @needs_native
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16", "W4A8", "NVFP4A16"])
@@ -164,6 +166,7 @@ def test_blocks_that_span_devices_are_cut(shape):
     np.testing.assert_allclose(jax.jit(matmul)(x, parts), wanted, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.some_rows(3)
 @needs_native
 @pytest.mark.parametrize(
     ("scheme", "k", "spec", "name"),
@@ -316,6 +319,7 @@ def test_sharded_kernels_of_convolutions_stay_where_they_are(axis, implementatio
     np.testing.assert_allclose(compiled(x, sharded(q, axis)), wanted, rtol=2e-3, atol=2e-2)
 
 
+@pytest.mark.some_rows(3)
 @needs_native
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
 @pytest.mark.parametrize("name", ["columns", "rows"])

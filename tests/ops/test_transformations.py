@@ -52,6 +52,7 @@ def stack_of_layers(name):
     return layers, jax.tree.map(lambda *a: np.stack(a), *layers)
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", STACKS)
 def test_a_scan_over_stacked_layers_equals_the_loop(name):
     layers, stack = stack_of_layers(name)

@@ -60,6 +60,7 @@ def abs_max(*operands):
     return max(float(jnp.abs(x).max()) for x in operands)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tree.quantize, prepare])
 def test_each_slice_of_stacked_layers_gets_its_own_scale(make):
     each = [hidden(PARAMS, x) for x in BATCHES]
@@ -162,6 +163,7 @@ def test_a_convolution_and_a_conv_gets_its_scale():
     np.testing.assert_allclose(got["conv_kernel"].inputs.scale, abs_max(*images) / 127, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_static_scale():
     prepared = calibrate(apply, prepare(PARAMS, STATIC), BATCHES)
     converted = convert(prepared)

@@ -139,6 +139,7 @@ CASES = [
 ]
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(("product", "name", "dtype"), CASES)
 def test_each_product_matches_its_definition(product, name, dtype):
     config, (lhs, rhs, out) = ROWS[name], PRODUCTS[product]
@@ -159,6 +160,7 @@ def test_each_product_matches_its_definition(product, name, dtype):
         assert error <= (0.01 if dtype == "bfloat16" else 2e-6) * np.abs(expected).max()
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("product", "dtype", "options"),
     [
@@ -282,6 +284,7 @@ def loss(params, x, config=FP8_TRAINING, key=None):
     return jnp.sum(jnp.sin(out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [INT8_TRAINING, FP8_TRAINING], ids=["int8", "fp8"])
 def test_loops_over_examples_and_rematerialization_change_nothing(config):
     params, x = weights_and_inputs()
@@ -363,6 +366,7 @@ def test_matmul_is_that_of_jnp(shapes):
     np.testing.assert_allclose(found, jnp.matmul(*codes), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_layers_learn_as_in_float():
     """Two layers of a net that Flax would give `dot_general`, in 200 steps."""
     random = np.random.default_rng(0)

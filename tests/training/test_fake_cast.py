@@ -88,6 +88,7 @@ def test_jit_compiles_once():
     assert compiled._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_both_forms_of_delayed_scaling_compute_the_same():
     """`DelayedScaling` holds histories only, Keras also a scale: products agree in each step."""
     random = np.random.default_rng(0)

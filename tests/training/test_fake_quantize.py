@@ -51,6 +51,8 @@ def gradients(x, case, learned, cotangent, key=None):
 IN_BFLOAT16 = ("int8-row", "int4-asym_min_mse", "mxfp4-row")
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, "bfloat16" if name in IN_BFLOAT16 else "float32") for name in cases.FEW],
@@ -80,6 +82,7 @@ def test_values_equal_quantize_and_the_gradient_is_one_up_to_half_a_step_beyond_
     np.testing.assert_array_equal(np.asarray(of_x)[is_clear], want[is_clear])
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", STEPS)
 def test_a_learned_step_follows_lsq_and_clips_gradients_at_the_outermost_codes(name, sign):
@@ -204,6 +207,7 @@ def test_a_key_rounds_stochastically_without_changing_the_gradient():
     np.testing.assert_allclose(of_step.scale, want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_agree_under_all_transformations_and_compile_once():
     config, traces = ArrayConfig(format=INT4, group_size=8), []
     learned = LearnedStep(jnp.full((6, 4), 0.3))

@@ -95,6 +95,8 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_are_those_of_the_base_plus_those_of_the_adapters(name):
     equation, shape, scheme, of_a, of_b = PRODUCTS[name]
@@ -119,6 +121,7 @@ def test_products_are_those_of_the_base_plus_those_of_the_adapters(name):
     assert_adapted(swapped, equation, w, x)
 
 
+@pytest.mark.slow
 def test_every_product_that_knows_them_gives_the_same():
     x, w = normal(5, K, seed=3), adapted(INT4_G32)
     y, rows = normal(N, seed=4), np.stack([x, x + 1])
@@ -193,6 +196,7 @@ def test_training_starts_at_the_base(scheme, shape):
     assert_equal_quantized(again, started)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_the_factor_that_inputs_meet_starts_normal_and_the_other_with_zeros(axis):
     shape = (400, 32) if axis == -2 else (32, 400)
@@ -265,6 +269,7 @@ def layers(w, x, scan):
     return scan(lambda x, w: (jnp.tanh(matmul(x, w)), None), x, w)[0]
 
 
+@pytest.mark.slow
 def test_stacks_are_sliced_by_every_transformation():
     w = adapted(INT4_G32, (3, K, K))
     w = dataclasses.replace(w, a=w.a / 50, b=w.b / 50)
@@ -429,6 +434,7 @@ MERGED = {
 }
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, "float32") for name in MERGED] + [("int4", "bfloat16"), ("int8", "bfloat16")],

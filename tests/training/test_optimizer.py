@@ -79,6 +79,7 @@ def assert_stored(leaf, values, format, length):
     )
 
 
+@pytest.mark.slow
 @each_state
 def test_adamw_steps_match_numpy_with_rounding_between_steps(bits):
     signed, positive, length = FORMATS[bits]
@@ -192,6 +193,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_any_transformation_takes_the_same_steps_as_in_float(name):
     """The first step equals that of float, from a state of zeros; later states are rounded."""
@@ -335,6 +337,7 @@ def test_init_under_jit_is_not_folded_into_constants(bits):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.slow
 def test_scan_and_shard_map_take_the_same_steps_as_a_loop():
     optimizer = quantized_state(optax.adamw(1e-2))
     shapes = {"rows": (64, 512)}
@@ -435,6 +438,7 @@ def test_equal_arrays_are_rounded_with_different_noise():
     assert not np.array_equal(a.codes.astype(np.int8), b.codes.astype(np.int8))
 
 
+@pytest.mark.slow
 def test_a_regression_reaches_the_loss_of_float32():
     """A network of two layers, with noise in the targets that it cannot learn."""
     random = np.random.default_rng(0)

@@ -61,6 +61,7 @@ REST = [rule for rule in ALL if rule not in NARROW and rule.pattern not in ALIKE
 FEW = [rule for rule in ALL if rule.pattern in ("W8A8", "W4A16_ASYM", "W4A4", "blocks")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, rules, dtype",
     [
@@ -92,6 +93,8 @@ def test_products_are_those_of_the_converted_tree_bit_for_bit(make, rules, dtype
         )
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_equals_that_with_the_converted_weight(name):
     prepared, x, outputs = operation_case(name)
@@ -119,6 +122,7 @@ def test_a_prepared_tree_is_saved_and_loaded(tmp_path):
     assert_equal_trees(jq.load(path, like=abstract), prepared)
 
 
+@pytest.mark.slow
 def test_the_first_learned_steps_and_ranges_are_those_of_quantization_after_training():
     rules = {"a": ArrayConfig(format=INT4, group_size=32), "b": GROUPED.weights}
     params = weights(rules) | {"bias": jnp.ones(3)}

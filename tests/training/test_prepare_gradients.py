@@ -33,6 +33,8 @@ from .prepared import (
 )
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_passes_gradients_on(name):
     prepared, x, outputs = operation_case(name)
@@ -174,6 +176,7 @@ def train(tree, steps=40):
     return state[0], losses, loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [W4A4, GROUPED], ids=["W4A4", "W4A16 g8 asymmetric"])
 def test_optax_trains_a_prepared_tree_and_the_converted_tree_has_the_same_loss(scheme):
     params = weights({"w": scheme})

@@ -59,6 +59,7 @@ def rounded(x, config):
     return oracles.code_values(codes, config.format) * oracles.repeat_groups(scale, x.shape)
 
 
+@pytest.mark.slow
 def test_sums_and_errors_match_numpy():
     """Every device rounds all; device d sums part d, and rounds it again."""
     x = {k: gradients()[k] for k in ("even", "odd")}
@@ -86,6 +87,7 @@ def test_sums_and_errors_match_numpy():
         assert close.mean() > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, most",
     [
@@ -167,6 +169,7 @@ def test_bfloat16_is_summed_over_several_axes_without_error_feedback():
     assert np.max(np.abs(total.astype(np.float32) - x.sum(0))) < 0.02 * np.max(np.abs(x.sum(0)))
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_differs_between_devices_and_is_unbiased():
     config = ArrayConfig(format=INT8, value_range=(-3, 3), group_size=64)
     x = np.tile(np.append(np.full(63, 0.3), 1), (DEVICES, 64)).astype(np.float32)
@@ -183,6 +186,7 @@ def test_stochastic_rounding_differs_between_devices_and_is_unbiased():
     assert len(np.unique(np.asarray(rest), axis=0)) == DEVICES
 
 
+@pytest.mark.slow
 def test_training_on_parts_of_the_data_ends_where_it_does_with_exact_sums():
     """A small network. Without error feedback, what rounding to 4 bits takes away is lost."""
     random, rate, steps = np.random.default_rng(0), 0.1, 300

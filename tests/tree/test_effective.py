@@ -19,6 +19,8 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("shape", "axes"), [((K, N), (0,)), ((2, K, N), (1,)), ((2, H, D, N), (1, 2)), ((N, K), (1,))]
 )
@@ -51,6 +53,7 @@ def test_permutations_are_undone_too():
     np.testing.assert_allclose(effective(q, (0,)), jq.matmul(jnp.eye(K), q), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
 def test_trees_are_dequantized_and_reported_as_what_they_stand_for(dtype):
     params = {"w": normal(2, K, N).astype(dtype), "b": normal(N)}
@@ -66,6 +69,7 @@ def test_trees_are_dequantized_and_reported_as_what_they_stand_for(dtype):
     assert abs(row.sqnr - plain) < 2
 
 
+@pytest.mark.slow
 def test_scales_that_do_not_say_what_is_contracted_are_an_error():
     config = jq.ArrayConfig(per_tensor=True)
     q: Any = jq.tree.quantize({"w": normal(K, N)}, jq.Rule("w", config, method=[jq.methods.SINQ()]))

@@ -70,6 +70,7 @@ def digest(params):
     return found.hexdigest()
 
 
+@pytest.mark.slow
 def test_every_format_round_trips_bit_for_bit_in_this_and_a_new_process(tmp_path):
     params, path = every_format(), tmp_path / "all.safetensors"
     save(path, params)

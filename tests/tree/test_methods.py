@@ -36,6 +36,7 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_nearest_is_plain_quantization_in_every_layout(name):
     shape, rule = LAYOUTS[name]
@@ -64,6 +65,8 @@ def second_moment(channels, seed=0):
     return SecondMoment((x.T @ x).astype(np.float32), np.float32(len(x)))
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", ["(K, N)", "(D, heads, size)", "boxes", "(heads, size, D)"])
 def test_error_feedback_sees_the_contracted_elements_in_order(name):
     shape, rule = LAYOUTS[name]
@@ -115,6 +118,8 @@ def test_a_smaller_statistic_is_a_part_of_a_larger_one():
     assert_equal(found, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("transforms", [[SINQ()], [Rotation(block=8)], [SINQ(), Rotation(block=8)]])
 @pytest.mark.parametrize("name", ["(K, N)", "layers", "(heads, size, D)"])
 def test_transforms_leave_the_product_as_it_is(name, transforms):
@@ -138,6 +143,7 @@ def test_transforms_leave_the_product_as_it_is(name, transforms):
     np.testing.assert_allclose(found, expected, atol=0.15)
 
 
+@pytest.mark.slow
 def test_a_chain_may_need_several_statistics():
     params, rule = {"w": kernel((32, 6))}, jq.Rule("*", G4, axis=0)
     x = kernel((50, 32), 1)

@@ -45,6 +45,7 @@ CONTAINERS = {
 }
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("scheme", [W8A8, W4A16], ids=["W8A8", "W4A16"])
 @pytest.mark.parametrize("build", CONTAINERS.values(), ids=CONTAINERS)
 def test_quantizing_a_pytree_keeps_its_structure(build, scheme):
@@ -238,6 +239,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("scheme, axis, platform, stored", ORDERS)
 def test_weights_are_stored_in_the_order_that_suits_the_platform(scheme, axis, platform, stored):
     x = jnp.asarray(normal(*KERNEL))
@@ -343,6 +345,7 @@ print(size, peak() - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_peak_memory_stays_below_three_times_the_float_weights():
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}

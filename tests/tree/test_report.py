@@ -94,6 +94,7 @@ def test_the_total_of_an_empty_report_is_zero():
     assert "0 of 0 leaves quantized" in str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme", [W8A8, W4A16_ASYM, NVFP4A16], ids=["W8A8", "W4A16_ASYM", "NVFP4A16"]
 )
@@ -170,6 +171,7 @@ def test_without_the_float_tree_bytes_before_are_those_of_its_dtype():
     assert (row.bytes_before, row.bytes_after) == (64 * 32 * 2, 64 * 32 + 32 * 4)
 
 
+@pytest.mark.some_rows(4)
 @pytest.mark.parametrize(
     "scheme, text",
     [
@@ -195,6 +197,7 @@ def test_schemes_are_described_in_the_words_of_the_field(scheme, text):
         assert tree.describe(q.reorder(order)) == text
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     "config, bins",
     [
@@ -247,6 +250,7 @@ def test_codes_are_counted_exactly_for_any_size_dtype_and_devices():
         assert rows[name].codes == tuple(wanted.tolist())
 
 
+@pytest.mark.some_rows(5)
 @pytest.mark.parametrize(
     "path, shape, rules, text",
     [

@@ -50,6 +50,7 @@ def test_the_divergence_is_that_of_the_definition():
     np.testing.assert_allclose(divergence(jnp.asarray(found), jnp.asarray(exact)), expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_loss_falls_and_the_codes_stay(name):
     quantized = jq.tree.quantize(params(), CONFIGS[name])

@@ -64,6 +64,7 @@ def by_qronos():
     return sequential(block, layers(), batches(), RULES, method=GPTQ(repair=1))
 
 
+@pytest.mark.slow
 def test_each_layer_gets_the_statistics_of_both_models():
     """One weight per layer, so that the statistics are those of the inputs of the layers."""
 
@@ -91,6 +92,7 @@ def test_each_layer_gets_the_statistics_of_both_models():
         quantized = np.tanh(quantized @ weight)
 
 
+@pytest.mark.slow
 def test_errors_are_below_those_of_all_layers_at_once():
     xs, unseen = batches(), batches(seed=5)
     rules = [jq.Rule("*", CONFIG, axis=1)]
@@ -115,6 +117,7 @@ def test_a_list_gives_the_same_as_a_stack():
             np.testing.assert_array_equal(q.dequantize(), expected.dequantize())
 
 
+@pytest.mark.slow
 def test_layers_share_one_program_and_progress_names_their_errors():
     traced, shown = [], []
 
@@ -136,6 +139,8 @@ def test_layers_share_one_program_and_progress_names_their_errors():
     assert all(f"layer {i}, error " in args[2] for i, args in enumerate(shown))
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("method", [None, Importance(), [SINQ()], GPTQ(repair=1)])
 def test_training_lowers_the_error(method):
     xs = batches(1)
@@ -153,6 +158,7 @@ def test_training_lowers_the_error(method):
     assert first_error(trained) <= most * first_error(plain)
 
 
+@pytest.mark.slow
 def test_training_sees_quantized_activations():
     xs, scheme = batches(1), jq.Scheme(CONFIG, jq.ArrayConfig(format=jq.INT4))
     rules = [jq.Rule("*", scheme, axis=0)]
@@ -164,6 +170,7 @@ def test_training_sees_quantized_activations():
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 def test_training_never_ends_above_its_start():
     """Weights that are codes already: every step makes them worse."""
     config = jq.ArrayConfig(format=jq.INT4)
@@ -174,6 +181,7 @@ def test_training_never_ends_above_its_start():
         np.testing.assert_allclose(q.dequantize(), exact[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_of_several_kinds_and_trees_of_activations():
     def two(params, x):
         out = jnp.tanh(x["a"] @ params["kernel"])
@@ -189,6 +197,7 @@ def test_layers_of_several_kinds_and_trees_of_activations():
     assert found[1]["scale"] == 2
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_llama(tmp_path):
     model = demo.load_llama(llamas.write_folder(tmp_path, llamas.random_arrays()))
     (stack,) = model.params["layers"]

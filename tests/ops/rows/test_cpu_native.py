@@ -72,6 +72,7 @@ def stored(name, shape=(K, N), seed=1):
     return weight(WEIGHTS[name], shape, seed).reorder((-1, -2))
 
 
+@pytest.mark.some_rows(3)
 @needs_native
 @pytest.mark.parametrize("name", [n for n in WEIGHTS if n not in ("int4", "int8-blocks", "mxfp4")])
 def test_every_combination_matches_numpy_and_is_selected(name):
@@ -138,6 +139,7 @@ def by_xla(rows, q, dtype=None):
     return jax.jit(product)(rows, q)
 
 
+@pytest.mark.some_rows(3)
 @needs_native
 @pytest.mark.parametrize(
     "config, dtype, rows",

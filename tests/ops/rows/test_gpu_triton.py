@@ -55,6 +55,8 @@ def stored(config: Any = G128, order=(-1, -2), seed=1):
     return weight(config, (K, N), seed).reorder(order)
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", LEFT)
 def test_products_of_operands_as_they_are_stored_match_numpy(name):
     q, config = stored(RIGHT[name]), LEFT[name]
