@@ -12,10 +12,10 @@ import numpy as np
 from jaxquant.methods import MeanSquare, SecondMoment
 
 # Types of llama.cpp with blocks of 32, which divide all widths, by their codes.
-GGML_TYPES: Mapping[str, tuple[int, float]] = {
-    "llama.cpp Q4_0, imatrix": (2, 4.5),
-    "llama.cpp IQ4_NL, imatrix": (20, 4.5),
-    "llama.cpp Q4_1, imatrix": (3, 5.0),
+GGML_TYPES: Mapping[str, int] = {
+    "llama.cpp Q4_0, imatrix": 2,
+    "llama.cpp IQ4_NL, imatrix": 20,
+    "llama.cpp Q4_1, imatrix": 3,
 }
 
 
@@ -41,6 +41,12 @@ class _Traits(ctypes.Structure):
         ("is_quantized", ctypes.c_bool),
         ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
     )
+
+
+def bits_of(library: Any, number: int) -> float:
+    """Bits per weight of a type of ggml."""
+    traits = library.ggml_get_type_traits(number).contents
+    return 8 * traits.nbytes / traits.elements
 
 
 def by_ggml(library: Any, number: int, layers: Any, statistics: Mapping[str, Any]) -> Any:

@@ -14,11 +14,11 @@ def plot(results: Sequence[Any], path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name in dict.fromkeys(r.name for r in results):
+    for name in dict.fromkeys(r["name"] for r in results):
         points = {}
         for r in results:
-            if r.name == name:
-                points.setdefault(r.bits_per_weight, []).append(r.divergence)
+            if r["name"] == name:
+                points.setdefault(r["bits_per_weight"], []).append(r["divergence"])
         bits = sorted(points)
         style: dict[str, Any] = {"alpha": 0.8}
         if name == "nearest":

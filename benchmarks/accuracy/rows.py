@@ -8,22 +8,28 @@ import jaxquant as jq
 from jaxquant.methods import AWQ, GPTQ, HQQ, SINQ, AutoRound, Importance, Nearest, Rotation
 
 _INT3 = jq.FILE_FORMATS["int3"]
-# The widths are 576 and 1536. Scales have 16 bits; codes of 3 bits count as 3, as packed files
-# store them (in memory they take 4).
-CONFIGS: Mapping[str, jq.ArrayConfig] = {
-    "4.5": jq.ArrayConfig(format=jq.INT4, group_size=32, scale_dtype="bfloat16"),
-    "3.2": jq.ArrayConfig(format=_INT3, group_size=96, symmetric=False, scale_dtype="bfloat16"),
-    "2.6": jq.ArrayConfig(format=jq.INT2, group_size=32, symmetric=False, scale_dtype="bfloat16"),
+_INT4 = jq.ArrayConfig(format=jq.INT4, group_size=32, scale_dtype="bfloat16")
+# The widths are 576 and 1536. Scales have 16 bits.
+CONFIGS: Mapping[str, jq.Scheme] = {
+    "4.5": jq.Scheme(_INT4),
+    "3.2": jq.Scheme(
+        jq.ArrayConfig(format=_INT3, group_size=96, symmetric=False, scale_dtype="bfloat16")
+    ),
+    "2.6": jq.Scheme(
+        jq.ArrayConfig(format=jq.INT2, group_size=32, symmetric=False, scale_dtype="bfloat16")
+    ),
+    "W8A8": jq.W8A8,
+    "W4A8": jq.Scheme(_INT4, jq.ArrayConfig(group_size=32)),
+    "W4A4": jq.Scheme(_INT4, jq.ArrayConfig(format=jq.INT4, group_size=32)),
 }
-_CODE_BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
-
-
-def bits_of(config: jq.ArrayConfig) -> float:
-    """Bits per weight with scales and zero points, in a packed file."""
-    code = _CODE_BITS[config.format.name]
-    size = config.group_size
-    assert isinstance(size, int), "rows have groups along one axis"
-    return code + (16 + code * (not config.symmetric)) / size
+# What `allocate` chooses from, within the bits of the config. Those of 2 bits are worse than their
+# scores say.
+_EIGHT = jq.ArrayConfig(group_size=96, scale_dtype="bfloat16")
+_MANY = {"3.2 bits": CONFIGS["3.2"].weights, "4.5 bits": _INT4, "8.2 bits": _EIGHT}
+OPTIONS: Mapping[str, Mapping[str, jq.ArrayConfig]] = {
+    "4.5": _MANY,
+    "3.2": {"2.6 bits": CONFIGS["2.6"].weights, **_MANY},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +41,22 @@ class Row:
         search: whether the config's range is the one with the least squared error.
         is_sequential: whether layers are quantized one after another, with the activations of
             those quantized before (`tuning.sequential`).
+        iterations: of training the rounding of each layer, if is_sequential.
+        is_allocated: whether layers may differ in bits (`allocate`), with as many as the config has
+            on the whole.
+        tunes: name of another row, whose scales are trained afterwards (`tuning.distill`).
     """
 
     method: Any = None
     search: bool = False
     is_sequential: bool = False
+    iterations: int = 0
+    is_allocated: bool = False
+    tunes: str | None = None
 
 
 _FEEDBACK = GPTQ(importance=True)
+_QEP = GPTQ(importance=True, repair=0.5)
 ROWS: Mapping[str, Row] = {
     "nearest": Row(),
     "least squared error": Row(search=True),
@@ -55,6 +69,11 @@ ROWS: Mapping[str, Row] = {
     "GPTQ, importance": Row(_FEEDBACK),
     "rotation, GPTQ": Row([Rotation(block=64), _FEEDBACK]),
     "AutoRound from GPTQ": Row(AutoRound(start=_FEEDBACK)),
-    "QEP": Row(GPTQ(importance=True, repair=0.5), is_sequential=True),
+    "QEP": Row(_QEP, is_sequential=True),
     "Qronos": Row(GPTQ(importance=True, repair=1.0), is_sequential=True),
+    "AutoRound of layers from QEP": Row(_QEP, is_sequential=True, iterations=200),
+    "allocated, nearest": Row(is_allocated=True),
+    "allocated, GPTQ, importance": Row(_FEEDBACK, is_allocated=True),
+    "GPTQ, importance, tuned": Row(tunes="GPTQ, importance"),
+    "QEP, tuned": Row(tunes="QEP"),
 }

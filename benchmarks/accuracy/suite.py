@@ -2,24 +2,20 @@
 
 import argparse
 import dataclasses
+import json
 import resource
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import rich.console
 import rich.table
 
-import jaxquant as jq
-from jaxquant import demo
-from jaxquant.methods import MaxAbs, MeanAbs, SecondMoment
-
 from . import language, peers, rows
+from .trees import Trees, bits_per_weight
 
-_CALIBRATION, _TEST = 48, 16
+_TEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,94 +24,80 @@ class Result:
 
     Attributes:
         bits: name of the config.
-        bits_per_weight: of the kernels; the embedding has 8 bits everywhere.
+        bits_per_weight: of the kernels, in packed files; the embedding has 8 bits everywhere.
         name: of the method.
+        divergence, agreement, perplexity: as for `language.Distance`.
+        seconds: that quantizing took, compilation included, without what earlier rows share.
+        peak_mib: most memory of the process so far.
         text: that it was tested on; it was calibrated on another.
         seed: of the windows.
-        divergence, agreement, perplexity: as for `language.Distance`.
-        seconds: that quantizing took, compilation included, without the statistics.
-        peak_mib: most memory of the process so far.
     """
 
     bits: str
     bits_per_weight: float
     name: str
-    text: str
-    seed: int
     divergence: float
     agreement: float
     perplexity: float
     seconds: float
     peak_mib: float
+    text: str = ""
+    seed: int = 0
 
 
 def suite(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs all rows, prints the table and returns the results."""
     console = rich.console.Console()
     model = language.load_model(channel_scales=arguments.channel_scales)
-    texts = list(language.texts())
+    texts = language.texts()
     found: list[Result] = []
     for seed in range(arguments.seeds):
-        for text in texts[: arguments.texts]:
-            (other,) = (name for name in texts if name != text)
-            found += _run(model, other, text, seed, arguments, console)
+        for name in list(texts)[: arguments.texts]:
+            (other,) = (text for key, text in texts.items() if key != name)
+            calibrating = language.windows(model, other, arguments.windows, seed)
+            judge = language.Judge(model, language.windows(model, texts[name], _TEST, seed))
+            trees = Trees(model, list(language.batches(calibrating)))
+            for result in _results(trees, judge, arguments.bits, arguments.only):
+                found.append(dataclasses.replace(result, text=name, seed=seed))
+                console.print(found[-1])
+                if arguments.json:  # A run that is cut off loses one row.
+                    arguments.json.write_text(json.dumps(_as_json(found), indent=1))
             console.print(table(found))
     if arguments.picture:
         from .picture import plot
 
-        plot(found, arguments.picture)
+        plot(_as_json(found)["results"], arguments.picture)
+    return _as_json(found)
+
+
+def _as_json(found: Sequence[Result]) -> dict[str, Any]:
     return {"results": [dataclasses.asdict(r) for r in found]}
 
 
-def _run(
-    model: language.LanguageModel,
-    calibration: str,
-    test: str,
-    seed: int,
-    arguments: argparse.Namespace,
-    console: rich.console.Console,
-) -> list[Result]:
-    """All rows of one seed and one pair of texts."""
-    texts = language.texts()
-    calibrating = language.windows(model, texts[calibration], arguments.windows, seed)
-    judge = language.Judge(model, language.windows(model, texts[test], _TEST, seed))
-    batches = list(language.batches(calibrating))
-    collect = partial(
-        jq.collect, partial(language.apply, config=model.config), model.params, batches
-    )
-    start = time.perf_counter()
-    statistics = collect(
-        language.rules(jq.ArrayConfig()), [SecondMoment, MeanAbs, MaxAbs], progress=True
-    )
-    console.print(f"Statistics of {calibrating.size} tokens: {time.perf_counter() - start:.0f} s")
-    found = []
-    for bits in arguments.bits or rows.CONFIGS:
-        config = rows.CONFIGS[bits]
-        for name, row in rows.ROWS.items():
-            if not _is_wanted(name, arguments.only):
-                continue
-            start = time.perf_counter()
-            if row.is_sequential:
-                tree = _layer_by_layer(model, config, row, batches)
-            else:
-                tree = quantized(model, config, row, statistics)
-            seconds = time.perf_counter() - start
-            distance = judge.distance(tree)
-            count = rows.bits_of(config)
-            found.append(_result(bits, count, name, test, seed, distance, seconds))
-            console.print(found[-1])
+def _results(
+    trees: Trees, judge: language.Judge, bits: Sequence[str] | None, only: Sequence[str] | None
+) -> Iterator[Result]:
+    """The rows of one seed and one pair of texts."""
     library = peers.ggml()
-    for name, (number, bits) in peers.GGML_TYPES.items() if library else ():
-        if not _is_wanted(name, arguments.only):
+    for name, number in peers.GGML_TYPES.items() if library else ():
+        if not _is_wanted(name, only):
             continue
         start = time.perf_counter()
-        layers = peers.by_ggml(library, number, model.params["layers"][0], statistics)
+        layers = trees.model.params["layers"][0]
+        decoded = peers.by_ggml(library, number, layers, trees.statistics)
         seconds = time.perf_counter() - start
-        tree = {**quantized_head(model), "layers": (layers,)}
-        distance = judge.distance(tree)
-        found.append(_result(f"{bits}", bits, name, test, seed, distance, seconds))
-        console.print(found[-1])
-    return found
+        distance = judge.distance({**trees.with_head, "layers": (decoded,)})
+        count = peers.bits_of(library, number)
+        yield _result(f"{count:g}", count, name, distance, seconds)
+    for config in bits or rows.CONFIGS:
+        for name, row in rows.ROWS.items():
+            if not _is_wanted(name, only) or (row.is_allocated and config not in rows.OPTIONS):
+                continue
+            start = time.perf_counter()
+            tree = trees.quantized(config, name)
+            seconds = time.perf_counter() - start
+            count = bits_per_weight(tree["layers"])
+            yield _result(config, count, name, judge.distance(tree), seconds)
 
 
 def _is_wanted(name: str, only: Sequence[str] | None) -> bool:
@@ -124,54 +106,12 @@ def _is_wanted(name: str, only: Sequence[str] | None) -> bool:
     return not only or any(word == name or (word not in names and word in name) for word in only)
 
 
-def quantized(model: language.LanguageModel, config: Any, row: rows.Row, statistics: Any) -> Any:
-    """The model in one row's format."""
-    if row.search:
-        config = dataclasses.replace(config, range=jq.MinMSE())
-    rules = [jq.Rule("embedding", None), *language.rules(config)[1:]]
-    tree = jq.tree.quantize(quantized_head(model), rules, method=row.method, statistics=statistics)
-    return jax.block_until_ready(tree)
-
-
-def _layer_by_layer(
-    model: language.LanguageModel, config: jq.ArrayConfig, row: rows.Row, batches: Sequence[Any]
-) -> Any:
-    """The model whose layers are quantized with the activations of those quantized before."""
-
-    def block(weights: Any, x: jax.Array) -> jax.Array:
-        return demo.decoder_layer(weights, model.config, model.params["frequencies"], x)
-
-    embedded = [jq.take(model.params["embedding"], tokens, axis=0) for tokens in batches]
-    layers = jq.tuning.sequential(
-        block,
-        model.params["layers"][0],
-        embedded,
-        [jq.Rule("*/kernel", config, axis=-1)],
-        method=row.method,
-        progress=True,
-    )
-    return {**quantized_head(model), "layers": (layers,)}
-
-
-def quantized_head(model: language.LanguageModel) -> Any:
-    """The parameters with the embedding, which is also the head, in 8 bits, as in all rows."""
-    return jq.tree.quantize(model.params, language.rules(jq.W8A16)[:1])
-
-
 def _result(
-    bits: str,
-    bits_per_weight: float,
-    name: str,
-    text: str,
-    seed: int,
-    distance: language.Distance,
-    seconds: float,
+    bits: str, bits_per_weight: float, name: str, distance: language.Distance, seconds: float
 ) -> Result:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     figures = dataclasses.asdict(distance)
-    return Result(
-        bits, bits_per_weight, name, text, seed, **figures, seconds=seconds, peak_mib=peak
-    )
+    return Result(bits, bits_per_weight, name, **figures, seconds=seconds, peak_mib=peak)
 
 
 def table(found: Sequence[Result]) -> rich.table.Table:

@@ -1,0 +1,121 @@
+"""The accuracy suite on a tiny language model."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from benchmarks import machine
+from benchmarks.__main__ import main
+from benchmarks.accuracy import language, picture, rows
+from benchmarks.accuracy.trees import Trees, bits_per_weight, by_stack
+from jaxquant.demo import llama
+from jaxquant.methods import MeanSquare
+
+WIDTH, HIDDEN, VOCABULARY, LAYERS = 96, 192, 60, 4
+
+
+class Tokenizer:
+    """Characters as ids."""
+
+    def encode(self, text):
+        return [ord(c) % VOCABULARY for c in text]
+
+
+def tiny_model(**_):
+    random = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(random.normal(size=shape) * shape[-1] ** -0.5, jnp.float32)
+
+    sizes = {"query": (WIDTH, WIDTH), "key": (48, WIDTH), "value": (48, WIDTH)}
+    sizes |= {"out": (WIDTH, WIDTH), "gate": (HIDDEN, WIDTH), "up": (HIDDEN, WIDTH)}
+    layers = {k: {"kernel": normal(LAYERS, *v)} for k, v in sizes.items()}
+    for name in ("query", "key"):  # They need fewer bits.
+        layers[name]["kernel"] *= 0.01
+    layers["down"] = {"kernel": normal(LAYERS, WIDTH, HIDDEN)}
+    layers |= {k: jnp.ones((LAYERS, WIDTH)) for k in ("attention_norm", "mlp_norm")}
+    params = {
+        "embedding": 3 * normal(VOCABULARY, WIDTH),
+        "layers": (layers,),
+        "norm": jnp.ones(WIDTH),
+        "frequencies": jnp.asarray([1.0] * 12),
+    }
+    return language.LanguageModel(params, llama.LlamaConfig(4, 2, LAYERS, 1e-5), Tokenizer())
+
+
+@pytest.fixture(scope="module")
+def trees():
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, (2, 16)).astype(np.int32)
+    return Trees(tiny_model(), list(language.batches(tokens)))
+
+
+SIZES = {"4.5": 4 + 16 / 32, "3.2": 3 + (16 + 4) / 96, "2.6": 2 + (16 + 2) / 32, "W4A4": 4.5}
+
+
+@pytest.mark.parametrize("bits", SIZES)
+def test_bits_count_packed_codes_scales_and_zero_points(bits):
+    q = jq.quantize(jnp.ones((8, WIDTH)), rows.CONFIGS[bits].weights, axis=1)
+    assert bits_per_weight([q, jnp.ones(3)]) == pytest.approx(SIZES[bits])
+
+
+def test_layers_differ_in_bits_within_those_of_the_config(trees, capsys):
+    tree = trees.quantized("4.5", "allocated, nearest")
+    leaves = jax.tree.leaves(tree["layers"], is_leaf=jq.tree.is_quantized)
+    kinds = [x.format for x in leaves if jq.tree.is_quantized(x)]
+    assert len(tree["layers"]) == 2
+    assert len(set(kinds)) > 1
+    assert 4.2 < bits_per_weight(tree["layers"]) <= 4.5
+    assert "Allocation of bits" in capsys.readouterr().out
+
+
+def test_statistics_of_stacks_of_layers_are_those_of_their_layers():
+    whole = MeanSquare(np.arange(8.0).reshape(4, 2), np.arange(1.0, 5))
+    found = by_stack({"layers/0/up/kernel": {MeanSquare: whole}})
+    parts = [found[f"layers/{i}/up/kernel"][MeanSquare] for i in range(2)]
+    assert [len(x.count) for x in parts] == [3, 1]
+    np.testing.assert_array_equal(np.concatenate([x.finish() for x in parts]), whole.finish())
+
+
+def test_tuned_rows_are_closer_to_the_float_model_on_the_batches(trees, monkeypatch):
+    pytest.importorskip("optax")
+    monkeypatch.setitem(rows.ROWS, "tuned", rows.Row(tunes="nearest"))
+    judge = language.Judge(trees.model, np.concatenate(trees.batches))
+    with jax.numpy_dtype_promotion("standard"):  # Optax relies on it.
+        trees.quantized("3.2", "tuned")
+    before, after = (
+        judge.distance(trees.quantized("3.2", name)).divergence for name in ("nearest", "tuned")
+    )
+    assert after < before
+
+
+def test_a_run_that_is_cut_off_has_written_its_rows(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "found.json"
+    monkeypatch.setattr(language, "load_model", tiny_model)
+    monkeypatch.setattr(language, "texts", lambda: {"a": "plain " * 900, "b": "other " * 900})
+    monkeypatch.setattr(rows, "ROWS", {"nearest": rows.Row(), "wrong": rows.Row(tunes="missing")})
+    monkeypatch.setattr(machine, "description", lambda: {"processor": "a test"})
+    options = f"--bits 4.5 --texts 1 --seeds 1 --windows 1 --json {path}"
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--suite", "accuracy", *options.split()])
+    with pytest.raises(KeyError, match="missing"):
+        main()
+    (row,) = json.loads(path.read_text())["results"]
+    assert (row["name"], row["text"], row["bits_per_weight"]) == ("nearest", "a", 4.5)
+    assert row["divergence"] > 0
+    assert "name='nearest'" in capsys.readouterr().out
+
+
+def test_the_picture_has_a_line_for_each_method(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = [
+        {"name": name, "bits_per_weight": bits, "divergence": 1 / bits}
+        for name in ("nearest", "GPTQ")
+        for bits in (3.2, 4.5)
+    ]
+    picture.plot(found, tmp_path / "found.svg")
+    text = (tmp_path / "found.svg").read_text()
+    assert "<svg" in text
