@@ -47,8 +47,9 @@ W8A8: dict[str, Any] = {"inputs": INT8_INPUTS}
 G128: dict[str, Any] = {"format": INT4, "group_size": 128}
 
 
-# With other instructions, XLA multiplies many rows.
+# Of floats and of codes; with other instructions, XLA multiplies many rows.
 HAS_PANELS = cpu.instruction_sets()[:1] == ("AVX512-VNNI",)
+HAS_INTEGER_PANELS = cpu.instruction_sets()[:1] in (("AVX512-VNNI",), ("AVX2",))
 
 
 if_native = {True: "native"}.get(HAS_NATIVE, "blocks")
@@ -56,6 +57,10 @@ if_native = {True: "native"}.get(HAS_NATIVE, "blocks")
 
 def if_panels(otherwise):
     return {True: "native"}.get(HAS_PANELS, otherwise)
+
+
+def if_integer_panels(otherwise):
+    return {True: "native"}.get(HAS_INTEGER_PANELS, otherwise)
 
 
 SMALL = stored((64, 24))

@@ -26,8 +26,8 @@ from jaxquant.ops import record
 from ..ops.products import weight
 from .operands import (
     G128,
+    HAS_INTEGER_PANELS,
     HAS_NATIVE,
-    HAS_PANELS,
     INT8_INPUTS,
     PLATFORMS,
     SMALL,
@@ -35,6 +35,7 @@ from .operands import (
     K,
     X,
     floats,
+    if_integer_panels,
     if_native,
     if_panels,
     stored,
@@ -66,7 +67,7 @@ CASES = {
     "W8A8, many rows": (
         matmul,
         (floats(600, K), stored(**W8A8)),
-        if_panels("integer"),
+        if_integer_panels("integer"),
         "integer",
         "integer",
     ),
@@ -148,7 +149,7 @@ def test_groups_of_4_bits_are_integers_in_the_native_kernels_and_floats_in_xla(r
     assert (
         row.is_integer
         == (row.implementation == "native")
-        == (HAS_PANELS or (HAS_NATIVE and rows == 5))
+        == (HAS_INTEGER_PANELS or (HAS_NATIVE and rows == 5))
     )
     (row,) = explain(matmul, floats(5, K), stored(format=INT4, **W8A8), platform="tpu")
     assert (row.implementation, row.is_integer) == ("integer", True)

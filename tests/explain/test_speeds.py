@@ -28,6 +28,7 @@ from .operands import (
     SMALL,
     W8A8,
     floats,
+    if_integer_panels,
     if_panels,
     stacked,
     stored,
@@ -221,6 +222,6 @@ def test_results_of_the_suite_become_lines_of_the_table():
     found = lines(products, "float32")
     assert found == [
         f"int4 g128 | float | {if_panels('dequantize')} | 384x701 | 600:2.00",
-        f"int8 | int8 | {if_panels('integer')} | 384x701 | 600:1.23 700:0.50",
+        f"int8 | int8 | {if_integer_panels('integer')} | 384x701 | 600:1.23 700:0.50",
     ]
     assert [tables._line(line).by_rows for line in found] == [{600: 2.0}, {600: 1.23, 700: 0.5}]

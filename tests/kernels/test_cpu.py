@@ -278,6 +278,19 @@ def test_int4_products_of_8_neighbors_are_exact(rows, instructions):
 
 @needs_native
 @by_all_instructions
+@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("x, w", [(-128, 7), (127, 7), (-128, -8), (127, -8)])
+def test_the_largest_int4_products_are_exact(rows, x, w, instructions):
+    left = jnp.asarray(np.full((rows, 4096), x, np.int8))
+    right = jnp.asarray(np.full((5, 4096), w, np.int8)).astype(jnp.int4)
+    for groups in (1, 128):
+        scale = jnp.asarray(np.ones((5, groups), np.float32))
+        found = cpu.int4_dot(left, right, scale, None, instructions=instructions)
+        np.testing.assert_array_equal(found, 4096 * x * w)
+
+
+@needs_native
+@by_all_instructions
 @pytest.mark.parametrize("rows", [3, 18])
 def test_a_table_may_hold_any_sixteen_values(rows, instructions):
     table = floats(16, seed=3)

@@ -86,7 +86,21 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 }
 
 #include "few_rows.h"
+#include "panels_avx2.h"
 #include "quantize_rows.h"
+
+// Rows from which rearranging the weights into panels pays.
+constexpr int64_t kInt8Panels = 12, kInt4Panels = 12;
+
+void DotInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
+  if (M >= kInt8Panels && w.K) PanelInt8(pool, x, M, w, out);
+  else FewRowsInt8(pool, x, M, w, out);
+}
+
+void DotInt4(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
+  if (M >= kInt4Panels && w.K) PanelInt4(pool, x, M, w, out);
+  else FewRowsInt4(pool, x, M, w, out);
+}
 
 END_TARGET
 
@@ -95,7 +109,7 @@ END_TARGET
 
 const jaxquant::Kernels jaxquant::kAvx2 = {
     avx2::IsSupported, avx2::QuantizeRows<float>, avx2::QuantizeRows<uint16_t>,
-    avx2::FewRowsInt8, avx2::FewRowsInt4,         avx2::FewRowsLookup,
+    avx2::DotInt8,     avx2::DotInt4,             avx2::FewRowsLookup,
     avx2::FewRowsWiden};
 
 #endif  // JAXQUANT_X86

@@ -79,7 +79,7 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 }
 
 #include "few_rows.h"
-#include "panels.h"
+#include "panels_avx512.h"
 #include "quantize_rows.h"
 
 // Rows from which rearranging the weights into panels pays.

@@ -5,7 +5,8 @@
 //
 // avx512.cc, avx2.cc and neon.cc each define vectors of one instruction set and include few_rows.h
 // and quantize_rows.h, which are written in terms of these vectors; avx512.cc also includes
-// panels.h. handlers.cc calls the kernels from XLA's FFI; parallel.cc runs them on XLA's threads.
+// panels_avx512.h, and avx2.cc panels_avx2.h. handlers.cc calls the kernels from XLA's FFI; parallel.cc
+// runs them on XLA's threads.
 
 #ifndef JAXQUANT_KERNELS_CPU_COMMON_H_
 #define JAXQUANT_KERNELS_CPU_COMMON_H_

@@ -20,14 +20,16 @@ from .parts import parts_of
 # Smaller weights were not measured; XLA computes them.
 _LEAST_SIZE = 2**15
 # Rows of activations up to which the kernels beat XLA, by bits of the weights and whether the
-# activations are codes, if there is a limit. Measured at 4096 x 4096 on 2 cores, as speeds in units
-# of XLA's float32, kernels against XLA's best form of the same product. AVX512: codes by 8 bits 3.0
-# against 1.7 at 64 rows, 3.8 against 1.7 at 512; float32 1.1 against 0.9 at 512. AVX2: codes by 8
-# bits 2.3 against 2.1 at 8 rows, 1.7 against 1.8 at 16; float32 by 8 bits 1.4 against 1.3 at 8, 0.9
-# against 1.1 at 16; codes by 4 bits 1.3 against 0.7 at 32; float32 by 4 bits 1.0 against 0.7 at 8,
-# 0.6 against 0.7 at 16. NEON was not measured, and has the limits of AVX2.
-_FEW_ROWS = {(8, True): 8, (8, False): 8, (4, True): 32, (4, False): 8}
-_MOST_ROWS = {"AVX512-VNNI": {}, "AVX2": _FEW_ROWS, "NEON": _FEW_ROWS}
+# activations are codes, if there is a limit. Measured on 2 cores, as speeds in units of XLA's
+# float32, kernels against XLA's best form of the same product. AVX512, 4096 x 4096: codes by 8 bits
+# 3.0 against 1.7 at 64 rows, 3.8 against 1.7 at 512; float32 1.1 against 0.9 at 512. AVX2, 576 x 576
+# to 4096 x 4096: codes by 8 bits 1.2 to 2.4 against 1.1 to 1.4 at 64, 1.3 to 1.7 against 0.9 to 1.1
+# at 512; codes by 4 bits 1.4 to 2.1 against 0.5 to 0.8 at 64, 1.2 to 1.8 against 0.8 to 1.0 at 512;
+# float32 by 8 bits 1.4 against 1.3 at 8, 0.9 against 1.1 at 16, and by 4 bits 1.0 against 0.7 at 8,
+# 0.6 against 0.7 at 16. NEON was not measured; it does not have kernels for many rows.
+_FEW_FLOATS = {(8, False): 8, (4, False): 8}
+_FEW_ROWS = {(8, True): 8, (4, True): 32, **_FEW_FLOATS}
+_MOST_ROWS = {"AVX512-VNNI": {}, "AVX2": _FEW_FLOATS, "NEON": _FEW_ROWS}
 # Dtypes in which the kernels write their results.
 _RESULTS = (jnp.float32, jnp.bfloat16)
 
