@@ -443,6 +443,7 @@ def test_generate_streams_a_text_and_its_speed(run, llama, monkeypatch):
     assert options == {"file": sys.stderr}
 
 
+@pytest.mark.slow
 def test_generate_requantizes_and_prints_json(run, llama):
     status, out, err = run(
         "generate", "in 12", "--model", llama, "--max-tokens", "4", "--scheme", "w4a16",

@@ -18,6 +18,7 @@ CASES = cases.cases_of(INT6, cases.SHORT) | cases.cases_of(SQUARES8, OF_CODEBOOK
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @each_case
 def test_a_format_of_one_line_passes_every_check(case):
@@ -33,6 +34,7 @@ def test_a_format_of_one_line_passes_every_check(case):
         checks.check_grid_round_trip(case, seed=0)
 
 
+@pytest.mark.slow
 def test_a_format_of_one_line_runs_under_jit_and_vmap():
     checks.check_jit_and_eager_agree(CASES[f"{INT6}-asym_blocks"], cases.gaussian())
     checks.check_vmap_is_a_loop(CASES[f"{INT6}-asym_g32"], cases.gaussian((3, *cases.SHAPE)))

@@ -206,6 +206,7 @@ def leaves_of(q):
     return jax.tree.leaves(q, is_leaf=jq.tree.is_quantized)
 
 
+@pytest.mark.slow
 def test_options_may_have_methods_and_what_changes_activations_is_undone():
     params, x = parameters(), normal(200, K, seed=3)
     options = {
@@ -228,6 +229,7 @@ def test_options_may_have_methods_and_what_changes_activations_is_undone():
     assert 0.2 < scores["rotated"] / nearest.rows[0].scores[0] < 2
 
 
+@pytest.mark.slow
 def test_parameters_together_share_an_option():
     params, x = layers(), normal(64, K, seed=50)
     pattern = "re:layer[0-9]"

@@ -203,6 +203,7 @@ def run_suite(options, path, monkeypatch):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_quantization_in_training_is_measured_on_the_converted_tree(tiny, tmp_path, monkeypatch):
     seen = []
 

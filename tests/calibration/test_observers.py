@@ -127,6 +127,7 @@ def test_histograms_of_the_smallest_and_largest_floats_are_finite(size):
     np.testing.assert_allclose(ends(observer, ASYMMETRIC), np.minimum(want, 2.0**126), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format, symmetric", [(INT8, False), (INT4, True)], ids=str)
 def test_mse_histogram_equals_min_mse_when_elements_are_bin_centers(format, symmetric):
     x = all_elements(batches())

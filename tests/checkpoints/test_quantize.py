@@ -169,6 +169,7 @@ def stored(tmp_path_factory):
     return checkpoints.open(path)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_slices_of_quantized_tensors_are_dequantized(stored, data):
@@ -295,6 +296,7 @@ sys.exit(main(["quantize", sys.argv[1], sys.argv[2], "--scheme", "W8A8"]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_what_the_next_goes_on_with(folder, tmp_path):
     target = tmp_path / "a"
     command = [sys.executable, "-c", SCRIPT, str(folder), str(target)]

@@ -49,6 +49,7 @@ def by_definition(x, signs, block):
     return out
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("channels", "block", "dtype"),
     [

@@ -224,6 +224,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("shape, axis", SHAPES, ids=str)
 def test_any_rank_any_odd_size_and_any_axis(shape, axis):
     x = np.random.default_rng(3).normal(size=shape).astype(np.float32)

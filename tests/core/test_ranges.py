@@ -126,6 +126,7 @@ def squared_errors(x, config, axis=1):
     return np.array([square[where].sum() for _, where in oracles.blocks(x.shape, config, axis)[1]])
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("config, axis", MSE_CASES, ids=str)
 def test_min_mse_is_never_worse_than_abs_max_in_any_group(config, axis):
     x = cases.gaussian()

@@ -36,6 +36,7 @@ def neighbours(vectors):
     return sets
 
 
+@pytest.mark.slow
 def test_compare_measures_float32_and_each_scheme(encoder):
     params, config, tokens = encoder
     calls = []

@@ -68,6 +68,7 @@ def classes(model):
     return {x.name: type(x) for x in sublayers(model) if x.variables}
 
 
+@pytest.mark.slow
 def test_convert_changes_only_the_classes_and_to_stock_undoes_it():
     model, inputs = whole_model(), whole_inputs()
     model.get_layer("inner").get_layer("conv").trainable = False
@@ -268,6 +269,7 @@ def stock_model():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("mode", STOCK_MODES)
 def test_to_stock_gives_the_same_codes(mode):

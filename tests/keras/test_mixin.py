@@ -149,6 +149,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.some_rows(4)
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failed_quantize_does_not_change_the_layer(name):
     make, mode, kind, message = FAILURES[name]
@@ -295,6 +296,7 @@ def test_several_weights_are_built_by_name():
 
 
 # Keras does not support float16 with int8: see FAILURES.
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("policy", "mode"),
     [

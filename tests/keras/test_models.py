@@ -149,6 +149,7 @@ def test_quantize_shows_a_progress_bar(capsys, monkeypatch):
     assert "head/kernel" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fit_after_quantize_needs_compile_and_keeps_the_weights():
     model: Any = keras.models.clone_model(small_model())
     x, y = tokens(), np.random.default_rng(1).normal(size=(4, 6, 3))

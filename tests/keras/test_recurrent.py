@@ -52,6 +52,7 @@ def assert_close(found, wanted):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU before"])
 def test_float_layer_equals_the_stock_layer(kind):
     keras.utils.set_random_seed(1)
@@ -87,6 +88,7 @@ def test_cell_keeps_arguments_that_are_not_in_the_config():
     assert layer.cell.name == "lstm_cell"
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_layer_equals_the_stock_layer_with_dequantized_weights(kind):

@@ -28,6 +28,7 @@ def fit(model, epochs=2):
     return model.fit(*data(), epochs=epochs, verbose=0, shuffle=False).history["loss"]
 
 
+@pytest.mark.slow
 def test_training_continues_after_quantizing():
     model = model_of(keras.optimizers.SGD(0.03, momentum=0.9))
     fit(model)

@@ -83,6 +83,7 @@ def test_one_scale_per_tensor_needs_no_axes():
 
 
 # Padding of more and of less than half a group, no padding, and shorter than a group.
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("length", "columns", "block_size", "axis"),

@@ -246,6 +246,7 @@ def cancelling(length, group):
     return x, w
 
 
+@pytest.mark.some_rows(3)
 @needs_native
 @by_all_instructions
 @pytest.mark.parametrize("rows", [1, 3, 20])

@@ -118,6 +118,7 @@ def assert_exact(got, x, w, row_scale, column_scale):
     np.testing.assert_array_equal(got, want.astype(got.dtype), strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", SCALED)
 def test_scaled_dot_of_int8_is_exact(name):
@@ -147,6 +148,7 @@ def test_scaled_dot_of_float8_matches_numpy_and_nan_stays_in_its_row():
     assert np.isnan(got[3]).all()
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("dtype", pallas_gpu.SUMS, ids=str)
 @pytest.mark.parametrize("rows", [8, 300])
 def test_codes_reach_the_kernel_as_they_are_and_sums_stay_inside(rows, dtype):

@@ -42,6 +42,7 @@ def assert_runs(*command):
 
 
 @missing(ARM_COMPILER, EMULATOR)
+@pytest.mark.slow
 def test_neon_matches_plain_loops_in_an_emulator(tmp_path):
     options = "-static", "-march=armv8.2-a+dotprod"
     program = compiled(tmp_path, ARM_COMPILER, "NEON", *options)

@@ -78,6 +78,7 @@ def test_sliced_arrays_are_equal_or_unsupported(q, data):
     equal_or_unsupported(lambda: carriers.slice(q, starts, limits, strides), expected)
 
 
+@pytest.mark.slow
 @SETTINGS
 @hypothesis.given(q=quantized_arrays(), data=st.data())
 def test_transposed_arrays_are_equal(q, data):

@@ -67,6 +67,7 @@ def test_codes_are_those_of_algorithm_1(name, group):
     assert np.mean(np.asarray(q.codes, int) == codes) > 0.995
 
 
+@pytest.mark.slow
 def test_the_gain_on_correlated_activations_is_the_predicted_one():
     second = correlated(256)
     weight = weights(outputs=256, channels=256)
@@ -78,6 +79,7 @@ def test_the_gain_on_correlated_activations_is_the_predicted_one():
     assert ratio == pytest.approx(10 ** (-predicted / 10), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_white_activations_leave_rounding_to_nearest(name):
@@ -90,6 +92,7 @@ def test_white_activations_leave_rounding_to_nearest(name):
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_output_error_falls_in_every_format(name):
     weight, config, second = weights(), CONFIGS[name], correlated(CHANNELS)

@@ -91,6 +91,7 @@ def test_factors_match_the_oracle_and_keep_the_product(case):
     np.testing.assert_allclose(changed.weight * changed.multiplier[None], weight, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_each_tile_keeps_the_largest_exponent_with_an_allowed_error(case):

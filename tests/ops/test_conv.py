@@ -57,6 +57,7 @@ def assert_conv(got, x, q, strides, padding, groups=1, tolerance=2e-6, **dilatio
     assert_close(got, run(*arrays), run(*map(np.abs, arrays)), tolerance)
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_mixture_of_formats_and_orders_matches_loops(name):
     strides, padding, _ = WINDOWS["strides"]

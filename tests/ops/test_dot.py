@@ -112,6 +112,7 @@ BATCHED = {
 }
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("case", BATCHED)
 def test_any_dimension_numbers_match_numpy(case):
     lhs_shape, rhs_shape, equation, numbers = BATCHED[case]
@@ -327,6 +328,7 @@ WIDE = {
 }
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     "name, columns", [(name, 512) for name in WIDE] + [("asym blocks", 600), ("int8", 600)]
 )

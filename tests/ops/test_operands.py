@@ -101,6 +101,7 @@ def results_of_treatments():
     return run(X, {name: with_inputs(q, inputs) for name, (inputs, _) in TREATMENTS.items()})
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", TREATMENTS)
 def test_inputs_say_how_a_float_operand_is_treated(name):
     inputs, treat = TREATMENTS[name]
@@ -207,6 +208,7 @@ WITH_GRADIENTS += [("int8-asym", "per token"), ("int8-blocks", "static"), ("nf4"
 WITH_GRADIENTS += [("int4-asym-g32", "asymmetric"), ("fp8_e4m3", "mxfp8"), ("nvfp4", "static")]
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("weights, name", WITH_GRADIENTS)
 def test_a_float_operand_gets_the_gradient_of_the_product_where_it_is_not_clipped(weights, name):
     q = with_inputs(weight(WEIGHTS[weights]).reorder((-1, -2)), TREATMENTS[name][0])

@@ -68,6 +68,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_body_gets_each_layer_as_it_was_stacked(name):
     options = OPTIONS.get(name, {})
@@ -155,6 +156,7 @@ def transformed():
     return jax.jit(lambda x, q: {n: both(run, x, q) for n, run in TRANSFORMED.items()})(X, SQUARE)
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_transformations_equal_those_of_the_plain_scan(name):
     run = TRANSFORMED[name]

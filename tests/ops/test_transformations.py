@@ -140,6 +140,7 @@ PLACED = [("int8", "columns"), ("int8", "contracted"), ("int4-g4", "rows"), ("in
 PLACED += [("int4-g4", "contracted"), ("fp8", "both")]
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name, sharding", PLACED)
 def test_products_of_parts_on_eight_devices_match_numpy(name, sharding):
     of_x, of_weight, of_result, summed = SHARDINGS[sharding]
@@ -189,6 +190,7 @@ EXPLICIT = {
 }
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", EXPLICIT)
 def test_the_result_lies_where_out_sharding_says(name):
     config, order, implementation = EXPLICIT[name]

@@ -139,6 +139,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize(("product", "name", "dtype"), CASES)
 def test_each_product_matches_its_definition(product, name, dtype):
@@ -211,6 +212,7 @@ def test_codes_are_multiplied_exactly(index):
     np.testing.assert_array_equal(found, expected.astype(np.float32))
 
 
+@pytest.mark.slow
 def test_stochastic_gradients_are_unbiased():
     config = dataclasses.replace(INT8_TRAINING, gradient=ArrayConfig(value_range=(-7, 7)))
     count, (lhs, rhs, out) = 1000, PRODUCTS["matmul"]
@@ -309,6 +311,7 @@ def test_loops_over_examples_and_rematerialization_change_nothing(config):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), found, expected)
 
 
+@pytest.mark.slow
 def test_devices_share_the_observed_amax():
     """Per-tensor scales come from the history, so that parts give what the whole gives."""
     params, x = weights_and_inputs()
@@ -355,6 +358,7 @@ def test_equal_configs_share_one_compilation():
     assert FP8_TRAINING.gradient == ArrayConfig(format=FP8_E5M2, per_tensor=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shapes", [((6, 10), (10, 4)), ((3, 6, 10), (10, 4)), ((3, 2, 6, 10), (3, 2, 10, 4))], ids=str
 )

@@ -120,6 +120,7 @@ def surrogate(x, ends, config, moved):
     return (codes - zero) * step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANGES)
 def test_a_learned_range_matches_finite_differences_of_a_float_surrogate(name):
     case = RANGES[name]
@@ -191,6 +192,7 @@ def test_bfloat16_weights_give_float32_gradients_to_steps():
     np.testing.assert_allclose(of_step.scale, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_key_rounds_stochastically_without_changing_the_gradient():
     key = jax.random.key(0)
     values, of_x, _ = gradients(X, GROUPED, None, COTANGENT, key)

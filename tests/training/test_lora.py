@@ -348,6 +348,7 @@ def test_results_lie_where_out_sharding_says():
         assert_adapted(out, "mk,kn->nm", w, x)
 
 
+@pytest.mark.slow
 def test_a_rank_4_adapter_learns_a_shift_of_rank_4_over_int4():
     optax = pytest.importorskip("optax")
     random = np.random.default_rng(0)

@@ -128,6 +128,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("given", LAYOUTS, ids=str)
 def test_blocks_run_along_the_last_axis_where_they_divide_it(given):
     length, shape = given
@@ -193,6 +194,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_any_transformation_takes_the_same_steps_as_in_float(name):

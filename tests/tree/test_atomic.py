@@ -94,6 +94,7 @@ def test_file_names_of_maximum_length_work(tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_the_next_save_of_a_file_removes_what_a_killed_save_left(tmp_path):
     script = (
         "import os, signal, sys\nimport numpy as np\nfrom jaxquant import save\n"

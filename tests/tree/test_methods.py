@@ -82,6 +82,7 @@ def test_error_feedback_sees_the_contracted_elements_in_order(name):
     assert loss < 0.75 * before
 
 
+@pytest.mark.slow
 def test_each_layer_has_its_own_statistic():
     params, rule = {"w": kernel((2, 32, 6))}, jq.Rule("*", G4, axis=1)
     parts = [second_moment(32, seed) for seed in (0, 1)]

@@ -79,6 +79,7 @@ def test_matrices_are_floating_point_with_two_or_more_axes(path, leaf, wanted):
 MATRIX, EMBEDDING, LEFT = -2, -1, None
 
 
+@pytest.mark.some_rows(8)
 @pytest.mark.parametrize(
     "path, shape, axis",
     [
@@ -142,6 +143,7 @@ def test_default_rules_apply_block_shapes_to_embeddings():
     )
 
 
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     "config, bits",
     [
