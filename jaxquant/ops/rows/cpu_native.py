@@ -22,7 +22,7 @@ _LEAST_SIZE = 2**15
 # Rows of activations up to which the kernels beat XLA, by bits of the weights and whether the
 # activations are codes, if there is a limit. Measured on 2 cores, as speeds in units of XLA's
 # float32, kernels against XLA's best form of the same product. AVX512, 4096 x 4096: codes by 8 bits
-# 3.0 against 1.7 at 64 rows, 3.8 against 1.7 at 512; float32 1.1 against 0.9 at 512. AVX2, from 576 x
+# 3.0 against 1.7 at 64 rows, 3.8 against 1.7 at 512; float32 1.1 against 0.9 at 512. AVX2, 576 x
 # 576 to 4096 x 4096: codes by 8 bits 1.2 to 2.4 against 1.1 to 1.4 at 64, 1.3 to 1.7 against 0.9 to
 # 1.1 at 512; by 4 bits 1.4 to 2.1 against 0.5 to 0.8 at 64, 1.2 to 1.8 against 0.8 to 1.0 at 512;
 # float32 by 8 bits 1.4 against 1.3 at 8, 0.9 against 1.1 at 16, and by 4 bits 1.0 against 0.7 at 8,
