@@ -84,7 +84,7 @@ CASES = {
     "grouped int8": (
         matmul,
         (floats(5, K), stored(axis=0, group_size=64)),
-        "blocks",
+        if_native,
         "fused",
         "dequantize",
     ),

@@ -50,11 +50,11 @@ void CheckInt8(int64_t M, int64_t K, int64_t N) {
   }
 }
 
-void CheckInt4(int64_t M, int64_t K, int64_t N, int64_t group) {
+void CheckGroups(int64_t M, int64_t K, int64_t N, int64_t group, int bits) {
   std::mt19937 random(1);
   const int64_t G = K / group;
   std::vector<int8_t> x(M * K);
-  std::vector<uint8_t> w(N * K / 2);
+  std::vector<uint8_t> w(N * K * bits / 8);
   std::vector<float> real(M * K), scale(N * G), zero(N * G), table(16), floats(M * N), sums(M * N);
   for (auto& v : x) v = random();
   for (auto& v : w) v = random();
@@ -63,23 +63,26 @@ void CheckInt4(int64_t M, int64_t K, int64_t N, int64_t group) {
   for (auto& v : zero) v = static_cast<int>(random() % 16) - 8;
   for (int i = 0; i < 16; ++i) table[i] = (i ^ 8) - 8;
 
-  Weights weights{w.data(), N, K, 4, scale.data(), zero.data(), G};
+  Weights weights{w.data(), N, K, bits, scale.data(), zero.data(), G};
   std::vector<float> row(M, 0.5f);
+  const bool is_widened = bits == 8 && (G == 1 || group % 16 == 0);
   Result halved{floats.data(), N, Result::kFloat32, row.data()};
-  KERNELS.dot_int4(pool, x.data(), M, weights, halved);
-  KERNELS.dot_lookup(pool, real.data(), M, weights, table.data(), sums.data());
+  KERNELS.dot_groups(pool, x.data(), M, weights, halved);
+  if (bits == 4) KERNELS.dot_lookup(pool, real.data(), M, weights, table.data(), sums.data());
+  else if (is_widened) KERNELS.dot_widen(pool, real.data(), M, weights, sums.data());
   for (int64_t i = 0; i < M * N; ++i) {
     const int64_t m = i / N, n = i % N;
     double by_codes = 0, by_floats = 0;
     for (int64_t k = 0; k < K; ++k) {
-      const int bits = w[(n * K + k) / 2] >> (4 * (k % 2)) & 15;
+      const int nibble = w[(n * K + k) * bits / 8] >> (4 * (k % 2)) & 15;
+      const int code = bits == 4 ? (nibble ^ 8) - 8 : static_cast<int8_t>(w[n * K + k]);
       const int64_t at = n * G + k / group;
-      const double value = ((bits ^ 8) - 8 - zero[at]) * static_cast<double>(scale[at]);
+      const double value = (code - zero[at]) * static_cast<double>(scale[at]);
       by_codes += x[m * K + k] * value;
       by_floats += real[m * K + k] * value;
     }
-    Expect(floats[i], by_codes / 2, 0.05 * std::sqrt(K), "int8 by int4");
-    Expect(sums[i], by_floats, 2e-3 * std::sqrt(K), "float by table");
+    Expect(floats[i], by_codes / 2, bits * 0.02 * std::sqrt(K), "int8 by groups");
+    if (bits == 4 || is_widened) Expect(sums[i], by_floats, bits * 1e-3 * std::sqrt(K), "float by groups");
   }
 }
 
@@ -120,6 +123,6 @@ int main() {
   for (auto [M, K, N, group] : std::vector<std::array<int64_t, 4>>{
            {1, 128, 5, 128}, {7, 256, 7, 32}, {4, 512, 9, 16}, {3, 384, 6, 384}, {6, 1024, 5, 256},
            {9, 102, 3, 102}, {2, 576, 5, 96}, {1, 120, 1, 24}, {1, 6, 1, 6}, {18, 4232, 67, 184}})
-    CheckInt4(M, K, N, group);
+    CheckGroups(M, K, N, group, 4), CheckGroups(M, K, N, group, 8);
   return wrong > 0;
 }

@@ -70,23 +70,25 @@ def test_products_of_int8_codes_are_those_of_numpy_int64(rows, length, columns, 
 def test_products_of_floats_by_int8_codes_match_numpy(rows, length, columns, instructions):
     dtype = jnp.bfloat16 if rows == 3 else jnp.float32
     x, w = floats(rows, length).astype(dtype), int8(columns, length, seed=1)
-    found = jax.jit(partial(cpu.widen_dot, instructions=instructions))(x, w)
-    exact = np.asarray(x, np.float64)
-    assert_near(found, exact @ w.T.astype(np.float64), np.abs(exact) @ np.abs(w.T.astype(float)))
+    scale = np.random.default_rng(2).uniform(0.5, 2, (columns, 1)).astype(np.float32)
+    found = jax.jit(partial(cpu.widen_dot, instructions=instructions))(x, w, scale, None)
+    exact, weights = np.asarray(x, np.float64), w.astype(np.float64) * scale
+    assert_near(found, exact @ weights.T, np.abs(exact) @ np.abs(weights.T))
 
 
-def grouped(length, columns, group, has_zero):
+def grouped(length, columns, group, has_zero, bits=4):
     """Codes, scales, zero points, and the weights they stand for."""
     rng = np.random.default_rng(2)
-    codes = rng.integers(-8, 8, (columns, length)).astype(np.int8)
+    least = -(2 ** (bits - 1))
+    codes = rng.integers(least, -least, (columns, length)).astype(np.int8)
     scale = rng.uniform(0.5, 2, (columns, length // group)).astype(np.float32)
-    zero = rng.integers(-8, 8, scale.shape).astype(np.int8) if has_zero else None
+    zero = rng.integers(least, -least, scale.shape).astype(np.int8) if has_zero else None
     less = np.zeros(scale.shape) if zero is None else zero.astype(np.float64)
     repeated = (np.repeat(x.astype(np.float64), group, 1) for x in (less, scale))
     less, step = repeated
-    as_int4 = jnp.asarray(codes.astype(jnp.int4))
+    stored = jnp.asarray(codes.astype(f"int{bits}"))
     zero = None if zero is None else jnp.asarray(zero)
-    return as_int4, jnp.asarray(scale), zero, (codes - less) * step
+    return stored, jnp.asarray(scale), zero, (codes - less) * step
 
 
 def round_to_bfloat16(x):
@@ -136,7 +138,7 @@ def test_ties_are_rounded_to_even_in_bfloat16(rows, instructions):
 def test_scales_of_rows_are_folded_into_products_by_int4(rows, group, instructions):
     codes, scale, zero, _ = grouped(4480, 67, group, True)
     x, row = jnp.asarray(int8(rows, 4480)), floats(rows, seed=2)
-    product = partial(cpu.int4_dot, instructions=instructions)
+    product = partial(cpu.grouped_dot, instructions=instructions)
     wanted = np.asarray(product(x, codes, scale, zero)) * row[:, None]
     found, narrow = in_both_dtypes(product, x, codes, scale, zero, row)
     np.testing.assert_array_equal(found, wanted)
@@ -214,25 +216,32 @@ def test_rows_are_quantized_along_any_axes_and_on_several_threads():
 @pytest.mark.some_rows(4)
 @needs_native
 @pytest.mark.parametrize("rows, length, columns, group", GROUPS, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
 @by_all_instructions
-def test_products_by_int4_groups_match_numpy(rows, length, columns, group, instructions):
-    codes, scale, zero, with_zeros = grouped(length, columns, group, True)
-    without = grouped(length, columns, group, False)[-1]
-    operands = int8(rows, length), floats(rows, length)
+def test_products_by_groups_match_numpy(rows, length, columns, group, bits, instructions):
+    codes, scale, zero, with_zeros = grouped(length, columns, group, True, bits)
+    without = grouped(length, columns, group, False, bits)[-1]
+    kernels = [(cpu.grouped_dot, int8(rows, length))]
+    if bits == 4:
+        kernels += [(partial(cpu.lookup_dot, table=jnp.asarray(SIGNED)), floats(rows, length))]
+    elif cpu.why_unsupported_groups(length, length // group, is_widened=True) is None:
+        kernels += [(cpu.widen_dot, floats(rows, length))]
 
     @jax.jit
-    def products(x, y, codes, scale, *zeros):
+    def products(inputs, codes, scale, *zeros):
         return [
-            (
-                cpu.int4_dot(x, codes, scale, zero, instructions=instructions),
-                cpu.lookup_dot(y, codes, scale, zero, jnp.asarray(SIGNED), instructions),
-            )
+            [
+                kernel(x, codes, scale, zero, instructions=instructions)
+                for (kernel, _), x in zip(kernels, inputs, strict=True)
+            ]
             for zero in zeros
         ]
 
-    found = products(*operands, codes, scale, None, zero)
-    for pair, weights in zip(found, (without, with_zeros), strict=True):
-        for got, x in zip(pair, operands, strict=True):
+    inputs = [x for _, x in kernels]
+    for found, weights in zip(
+        products(inputs, codes, scale, None, zero), (without, with_zeros), strict=True
+    ):
+        for got, x in zip(found, inputs, strict=True):
             exact = x.astype(np.float64)
             assert_near(got, exact @ weights.T, np.abs(exact) @ np.abs(weights.T))
 
@@ -256,7 +265,7 @@ def test_int4_products_that_cancel_stay_within_the_stated_bound(group, rows, ins
     scale = np.random.default_rng(4).uniform(0.5, 2, (20, 4096 // group)).astype(np.float32)
     x, codes = x[:rows], jnp.asarray(w).astype(jnp.int4)
     operands = jnp.asarray(x), codes, jnp.asarray(scale)
-    found = cpu.int4_dot(*operands, None, instructions=instructions)
+    found = cpu.grouped_dot(*operands, None, instructions=instructions)
     weights = w * np.repeat(scale, group, 1).astype(np.float64)
     bound = (4096 / 32 + 4096 / group + 8) * 2.0**-24 * (np.abs(x) * 1.0 @ np.abs(weights).T)
     assert np.all(np.abs(found - x @ weights.T) <= bound)
@@ -272,7 +281,7 @@ def test_int4_products_of_8_neighbors_are_exact(rows, instructions):
     scale[:, 77] = 0.3
     w[:, 77 * 8] += 1
     operands = jnp.asarray(x[:rows]), jnp.asarray(w).astype(jnp.int4), jnp.asarray(scale)
-    found = cpu.int4_dot(*operands, None, instructions=instructions)
+    found = cpu.grouped_dot(*operands, None, instructions=instructions)
     exact = x[:rows, 77 * 8, None] * np.float32(0.3)
     np.testing.assert_array_equal(found, np.broadcast_to(exact, (rows, 20)))
 
@@ -286,7 +295,7 @@ def test_the_largest_int4_products_are_exact(rows, x, w, instructions):
     right = jnp.asarray(np.full((5, 4096), w, np.int8)).astype(jnp.int4)
     for groups in (1, 128):
         scale = jnp.asarray(np.ones((5, groups), np.float32))
-        found = cpu.int4_dot(left, right, scale, None, instructions=instructions)
+        found = cpu.grouped_dot(left, right, scale, None, instructions=instructions)
         np.testing.assert_array_equal(found, 4096 * x * w)
 
 
@@ -313,7 +322,8 @@ def test_nan_and_inf_stay_in_their_row(bad, rows):
     codes, scale, zero, _ = grouped(256, 67, 32, True)
     for found in (
         cpu.lookup_dot(jnp.asarray(x), codes, scale, zero, jnp.asarray(SIGNED + 0.5)),
-        cpu.widen_dot(jnp.asarray(x), jnp.asarray(int8(67, 256) | 1)),
+        cpu.widen_dot(jnp.asarray(x), jnp.asarray(int8(67, 256) | 1), scale[:, :1], None),
+        cpu.widen_dot(jnp.asarray(x), jnp.asarray(int8(67, 256)), scale, jnp.float32(zero) + 0.5),
     ):
         assert not np.isfinite(np.asarray(found)[4]).any()
         assert np.isfinite(np.delete(np.asarray(found), 4, 0)).all()
@@ -329,7 +339,9 @@ def test_nan_and_inf_scales_stay_in_their_column(rows, instructions):
     scale = jnp.asarray(scale)
     table = jnp.asarray(SIGNED)
     for found in (
-        cpu.int4_dot(jnp.asarray(int8(rows, 256)), codes, scale, zero, instructions=instructions),
+        cpu.grouped_dot(
+            jnp.asarray(int8(rows, 256)), codes, scale, zero, instructions=instructions
+        ),
         cpu.lookup_dot(jnp.asarray(floats(rows, 256)), codes, scale, zero, table, instructions),
     ):
         assert np.isnan(np.asarray(found)[:, 65]).all()
@@ -407,6 +419,13 @@ def test_slices_are_batched_over_stacks_indices_or_both():
 def test_groups_that_do_not_fit_are_named(length, groups, size):
     reason = f"groups of {size} along {length} elements are not multiples of 8"
     assert cpu.why_unsupported_groups(length, groups) == reason
+
+
+def test_floats_by_8_bits_need_groups_of_16():
+    reason = "groups of 24 along 72 elements are not multiples of 16"
+    assert cpu.why_unsupported_groups(72, 3, is_widened=True) == reason
+    assert cpu.why_unsupported_groups(72, 3) is None
+    assert cpu.why_unsupported_groups(96, 3, is_widened=True) is None
 
 
 @pytest.mark.parametrize(

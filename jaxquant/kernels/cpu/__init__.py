@@ -1,6 +1,6 @@
 """Native kernels for CPUs, called through XLA's FFI."""
 
-from .handlers import int4_dot as int4_dot
+from .handlers import grouped_dot as grouped_dot
 from .handlers import int8_dot as int8_dot
 from .handlers import lookup_dot as lookup_dot
 from .handlers import quantize_rows as quantize_rows

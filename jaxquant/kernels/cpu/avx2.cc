@@ -34,6 +34,12 @@ inline Ints Dot(Ints acc, Bytes w, Bytes x) {
   return _mm256_add_epi32(
       acc, DotHalf(_mm256_extracti128_si256(w, 1), _mm256_extracti128_si256(x, 1)));
 }
+// Sums of the products of 4 neighbors.
+inline Ints DotQuads(Bytes w, Bytes x) {
+  Ints low = DotHalf(_mm256_castsi256_si128(w), _mm256_castsi256_si128(x));
+  Ints high = DotHalf(_mm256_extracti128_si256(w, 1), _mm256_extracti128_si256(x, 1));
+  return _mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0xd8);
+}
 // Sums of four products of a nibble and a byte fit into 16 bits.
 inline Ints DotNibbles(Bytes even, Bytes odd, Bytes x, Bytes y) {
   Ints pairs = _mm256_add_epi16(_mm256_maddubs_epi16(even, x), _mm256_maddubs_epi16(odd, y));
@@ -90,16 +96,17 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 #include "quantize_rows.h"
 
 // Rows from which rearranging the weights into panels pays.
-constexpr int64_t kInt8Panels = 12, kInt4Panels = 12;
+constexpr int64_t kPanels = 12;
 
 void DotInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
-  if (M >= kInt8Panels && w.K) PanelInt8(pool, x, M, w, out);
+  if (M >= kPanels && w.K) PanelInt8(pool, x, M, w, out);
   else FewRowsInt8(pool, x, M, w, out);
 }
 
-void DotInt4(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
-  if (M >= kInt4Panels && w.K) PanelInt4(pool, x, M, w, out);
-  else FewRowsInt4(pool, x, M, w, out);
+void DotGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
+  const bool has_panels = M >= kPanels && w.K;
+  if (w.bits == 4) (has_panels ? PanelGroups<Quads> : FewRowsGroups<4>)(pool, x, M, w, out);
+  else (has_panels ? PanelGroups<Pairs> : FewRowsGroups<8>)(pool, x, M, w, out);
 }
 
 END_TARGET
@@ -109,7 +116,7 @@ END_TARGET
 
 const jaxquant::Kernels jaxquant::kAvx2 = {
     avx2::IsSupported, avx2::QuantizeRows<float>, avx2::QuantizeRows<uint16_t>,
-    avx2::DotInt8,     avx2::DotInt4,             avx2::FewRowsLookup,
+    avx2::DotInt8,     avx2::DotGroups,           avx2::FewRowsLookup,
     avx2::FewRowsWiden};
 
 #endif  // JAXQUANT_X86

@@ -38,6 +38,8 @@ inline Bytes Low(Bytes both) { return _mm512_and_si512(both, _mm512_set1_epi8(15
 inline Bytes High(Bytes both) { return Low(_mm512_srli_epi16(both, 4)); }
 // acc + weights (plus kOffset) * activations, summed over the 4 bytes of each lane.
 inline Ints Dot(Ints acc, Bytes w, Bytes x) { return _mm512_dpbusd_epi32(acc, w, x); }
+// Sums of the products of 4 neighbors.
+inline Ints DotQuads(Bytes w, Bytes x) { return Dot(_mm512_setzero_si512(), w, x); }
 // The same for two vectors of nibbles, without an accumulator.
 inline Ints DotNibbles(Bytes even, Bytes odd, Bytes x, Bytes y) {
   return Dot(Dot(_mm512_setzero_si512(), even, x), odd, y);
@@ -83,16 +85,16 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 #include "quantize_rows.h"
 
 // Rows from which rearranging the weights into panels pays.
-constexpr int64_t kInt8Panels = 16, kInt4Panels = 8, kLookupPanels = 10, kWidenPanels = 16;
+constexpr int64_t kInt8Panels = 16, kGroupPanels = 8, kLookupPanels = 10, kWidenPanels = 16;
 
 void DotInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
   if (M >= kInt8Panels && w.K) PanelInt8(pool, x, M, w, out);
   else FewRowsInt8(pool, x, M, w, out);
 }
 
-void DotInt4(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
-  if (M >= kInt4Panels && w.K) PanelInt4(pool, x, M, w, out);
-  else FewRowsInt4(pool, x, M, w, out);
+void DotGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
+  if (M >= kGroupPanels && w.K) PanelGroups(pool, x, M, w, out);
+  else (w.bits == 4 ? FewRowsGroups<4> : FewRowsGroups<8>)(pool, x, M, w, out);
 }
 
 void DotLookup(ThreadPool& pool, const float* x, int64_t M, const Weights& w, const float* table,
@@ -113,7 +115,7 @@ END_TARGET
 
 const jaxquant::Kernels jaxquant::kAvx512 = {
     avx512::IsSupported, avx512::QuantizeRows<float>, avx512::QuantizeRows<uint16_t>,
-    avx512::DotInt8,     avx512::DotInt4,             avx512::DotLookup,
+    avx512::DotInt8,     avx512::DotGroups,           avx512::DotLookup,
     avx512::DotWiden};
 
 #endif  // JAXQUANT_X86

@@ -126,6 +126,13 @@ std::vector<T> EvensThenOdds(const T* x, int64_t M, int64_t K, int64_t block, in
   return arranged;
 }
 
+// Rows of K codes as rows of `stride`, with zeros at their ends.
+inline std::vector<int8_t> WithStride(const int8_t* x, int64_t M, int64_t K, int64_t stride) {
+  std::vector<int8_t> wide(M * stride);
+  for (int64_t m = 0; m < M; ++m) std::copy_n(x + m * K, K, wide.data() + m * stride);
+  return wide;
+}
+
 // The exact sum of codes. There is none for floats: the compiler must keep their order of addition.
 inline int32_t SumOf(const int8_t* x, int64_t count) {
   int32_t sum = 0;
@@ -161,13 +168,13 @@ struct Kernels {
                            int64_t qmax, int8_t* codes, float* scales);
   void (*quantize_bfloat16)(ThreadPool&, const uint16_t* x, int64_t M, int64_t K, int64_t qmin,
                             int64_t qmax, int8_t* codes, float* scales);
-  // 8-bit codes by 8-bit codes, and by 4-bit codes in groups.
+  // 8-bit codes by 8-bit codes, and by 4-bit or 8-bit codes in groups.
   void (*dot_int8)(ThreadPool&, const int8_t* x, int64_t M, const Weights&, const Result& out);
-  void (*dot_int4)(ThreadPool&, const int8_t* x, int64_t M, const Weights&, const Result& out);
+  void (*dot_groups)(ThreadPool&, const int8_t* x, int64_t M, const Weights&, const Result& out);
   // Floats by 4-bit codes in groups, each looked up in a table of 16 values.
   void (*dot_lookup)(ThreadPool&, const float* x, int64_t M, const Weights&, const float* table,
                      float* out);
-  // Floats by 8-bit codes.
+  // Floats by 8-bit codes, perhaps in groups.
   void (*dot_widen)(ThreadPool&, const float* x, int64_t M, const Weights&, float* out);
 };
 

@@ -66,5 +66,6 @@ void ForTiles(ThreadPool& pool, int64_t M, const Weights& w, int64_t input_bytes
   });
 }
 
-#include "few_rows_4_bits.h"
-#include "few_rows_8_bits.h"
+#include "few_rows_int8.h"
+#include "few_rows_groups.h"
+#include "few_rows_floats.h"

@@ -32,19 +32,25 @@ const float* OrNull(const In<ffi::F32>& values) {
   return values.element_count() ? values.typed_data() : nullptr;
 }
 
-// 4-bit weights, and the activations (M, K) that they are multiplied with. Where K is odd, both are
-// copied, with a zero at the end of each row: the kernels expect that rows begin with a byte.
+Weights InGroups(const ffi::AnyBuffer& w, int64_t K, const In<ffi::F32>& scale,
+                 const In<ffi::F32>& zero) {
+  return {static_cast<const uint8_t*>(w.untyped_data()), scale.dimensions()[0], K,
+          w.element_type() == ffi::S8 ? 8 : 4, scale.typed_data(), OrNull(zero),
+          std::max<int64_t>(1, scale.dimensions()[1])};
+}
+
+// Weights in groups, and the activations (M, K) that they are multiplied with. Where K is odd
+// and codes have 4 bits, both are copied, with a zero at the end of each row: the kernels expect that
+// rows begin with a byte.
 template <typename T>
-struct Int4 {
+struct Operands {
   Weights weights;
   const T* x;
 
-  Int4(const ffi::AnyBuffer& w, const T* x, int64_t M, int64_t K, const In<ffi::F32>& scale,
-       const In<ffi::F32>& zero)
-      : weights{static_cast<const uint8_t*>(w.untyped_data()), scale.dimensions()[0], K, 4,
-                scale.typed_data(), OrNull(zero), std::max<int64_t>(1, scale.dimensions()[1])},
-        x(x) {
-    if (K % 2 == 0) return;
+  Operands(const ffi::AnyBuffer& w, const T* x, int64_t M, int64_t K, const In<ffi::F32>& scale,
+           const In<ffi::F32>& zero)
+      : weights(InGroups(w, K, scale, zero)), x(x) {
+    if (weights.bits == 8 || K % 2 == 0) return;
     const int64_t bytes = (K + 1) / 2;
     rows_.resize(weights.N * bytes);
     for (int64_t i = 0; i < weights.N * K; ++i) {
@@ -92,12 +98,12 @@ ffi::Error DotInt8(ThreadPool pool, int64_t set, In<ffi::S8> x, In<ffi::S8> w,
   return ffi::Error::Success();
 }
 
-ffi::Error DotInt4(ThreadPool pool, int64_t set, In<ffi::S8> x, ffi::AnyBuffer w,
+ffi::Error DotGroups(ThreadPool pool, int64_t set, In<ffi::S8> x, ffi::AnyBuffer w,
                    In<ffi::F32> scale, In<ffi::F32> zero, In<ffi::F32> row,
                    ffi::Result<ffi::AnyBuffer> out) {
   int64_t M = x.dimensions()[0], K = x.dimensions()[1];
-  const Int4<int8_t> operands(w, x.typed_data(), M, K, scale, zero);
-  kSets[set]->dot_int4(pool, operands.x, M, operands.weights, To(out, row, nullptr));
+  const Operands<int8_t> operands(w, x.typed_data(), M, K, scale, zero);
+  kSets[set]->dot_groups(pool, operands.x, M, operands.weights, To(out, row, nullptr));
   return ffi::Error::Success();
 }
 
@@ -105,15 +111,16 @@ ffi::Error DotLookup(ThreadPool pool, int64_t set, In<ffi::F32> x, ffi::AnyBuffe
                      In<ffi::F32> scale, In<ffi::F32> zero, In<ffi::F32> table,
                      Out<ffi::F32> out) {
   int64_t M = x.dimensions()[0], K = x.dimensions()[1];
-  const Int4<float> operands(w, x.typed_data(), M, K, scale, zero);
+  const Operands<float> operands(w, x.typed_data(), M, K, scale, zero);
   kSets[set]->dot_lookup(pool, operands.x, M, operands.weights, table.typed_data(),
                          out->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error DotWiden(ThreadPool pool, int64_t set, In<ffi::F32> x, In<ffi::S8> w,
-                    Out<ffi::F32> out) {
-  kSets[set]->dot_widen(pool, x.typed_data(), x.dimensions()[0], Int8(w), out->typed_data());
+ffi::Error DotWiden(ThreadPool pool, int64_t set, In<ffi::F32> x, ffi::AnyBuffer w,
+                    In<ffi::F32> scale, In<ffi::F32> zero, Out<ffi::F32> out) {
+  const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
+  kSets[set]->dot_widen(pool, x.typed_data(), M, InGroups(w, K, scale, zero), out->typed_data());
   return ffi::Error::Success();
 }
 
@@ -145,11 +152,12 @@ HANDLER(jaxquant_quantize_rows, QuantizeRows,
         .Attr<int64_t>("qmin").Attr<int64_t>("qmax").Arg<ffi::AnyBuffer>() RET(S8) RET(F32));
 HANDLER(jaxquant_dot_int8, DotInt8,
         ARG(S8) ARG(S8) ARG(F32) ARG(F32).Ret<ffi::AnyBuffer>());
-HANDLER(jaxquant_dot_int4, DotInt4,
+HANDLER(jaxquant_dot_groups, DotGroups,
         ARG(S8).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32).Ret<ffi::AnyBuffer>());
 HANDLER(jaxquant_dot_lookup, DotLookup,
         ARG(F32).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32) RET(F32));
-HANDLER(jaxquant_dot_widen, DotWiden, ARG(F32) ARG(S8) RET(F32));
+HANDLER(jaxquant_dot_widen, DotWiden,
+        ARG(F32).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) RET(F32));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_slice, Slice,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

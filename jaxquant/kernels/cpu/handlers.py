@@ -15,15 +15,20 @@ from jax import lax
 from ...core import bits_of
 from .library import INSTRUCTIONS, instruction_sets, unavailable
 
-# Neighbors in a group of a 4-bit weight that a kernel adds as integers.
-_NEIGHBORS = 8
+# Elements of a group that kernels read at a time: floats by 8-bit codes, and all others.
+_WIDENED_TOGETHER, _TOGETHER = 16, 8
 
 
-def why_unsupported_groups(length: int, groups: int) -> str | None:
-    """Why 4-bit weights with this many groups along `length` elements are unsupported, or None."""
-    size = length // max(groups, 1)
-    if groups > 1 and size % _NEIGHBORS:
-        return f"groups of {size} along {length} elements are not multiples of {_NEIGHBORS}"
+def why_unsupported_groups(length: int, groups: int, is_widened: bool = False) -> str | None:
+    """Why weights with this many groups along `length` elements are unsupported, or None.
+
+    Args:
+        length, groups: of a row of weights.
+        is_widened: whether `widen_dot` multiplies them.
+    """
+    size, multiple = length // max(groups, 1), _WIDENED_TOGETHER if is_widened else _TOGETHER
+    if groups > 1 and size % multiple:
+        return f"groups of {size} along {length} elements are not multiples of {multiple}"
     return None
 
 
@@ -79,7 +84,7 @@ def scaled_int8_dot(
     return _call("dot_int8", _result(x, w, dtype), instructions, x, w, *scales)
 
 
-def int4_dot(
+def grouped_dot(
     x: jax.Array,
     w: jax.Array,
     scale: jax.Array,
@@ -92,20 +97,20 @@ def int4_dot(
 
     Args:
         x: int8, (M, K).
-        w: int4, (N, K), in groups that `why_unsupported_groups` accepts.
+        w: int4 or int8, (N, K), in groups that `why_unsupported_groups` accepts.
         scale, zero: (N, groups); a zero of None means 0.
         row: scales of rows, (M,); None means 1.
         dtype: of the result, float32 or bfloat16.
         instructions: as for `quantize_rows`.
 
-    Error: for integer zero points, sums of 8 neighboring elements are exact. They are multiplied
-        by their scale and added in float32, also within a group: the error before `row` is at
-        most (K / 32 + groups + 8) * 2**-24 * sum of |x * (w - zero) * scale|, and not 0 where the
-        sum of a group cancels.
+    Error: for integer zero points, sums of 8 neighboring elements (4 of int8) are exact. They are
+        multiplied by their scale and added in float32, also within a group: the error before `row`
+        is at most (K / 32 + groups + 8) * 2**-24 (K / 16 for int8) * sum of
+        |x * (w - zero) * scale|, and not 0 where the sum of a group cancels.
     """
     row = jnp.zeros(0, jnp.float32) if row is None else _float(row)
     others = w, *_floats(scale, zero), row
-    return _call("dot_int4", _result(x, w, dtype), instructions, x, *others)
+    return _call("dot_groups", _result(x, w, dtype), instructions, x, *others)
 
 
 def lookup_dot(
@@ -120,16 +125,28 @@ def lookup_dot(
 
     Args:
         x: floats, (M, K).
-        w, scale, zero, instructions: as for `int4_dot`.
+        w, scale, zero, instructions: as for `grouped_dot`.
         table: (16,), the value of each pattern of 4 bits.
     """
     others = w, *_floats(scale, zero), _float(table)
     return _call("dot_lookup", _result(x, w, jnp.float32), instructions, _float(x), *others)
 
 
-def widen_dot(x: jax.Array, w: jax.Array, instructions: str | None = None) -> jax.Array:
-    """x @ w.T in float32, for floats (M, K) and int8 codes (N, K)."""
-    return _call("dot_widen", _result(x, w, jnp.float32), instructions, _float(x), w)
+def widen_dot(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    instructions: str | None = None,
+) -> jax.Array:
+    """x @ ((w - zero) * scale).T in float32, for floats (M, K) and int8 codes (N, K).
+
+    Args:
+        x: floats, (M, K).
+        w, scale, zero, instructions: as for `grouped_dot`.
+    """
+    result = _result(x, w, jnp.float32)
+    return _call("dot_widen", result, instructions, _float(x), w, *_floats(scale, zero))
 
 
 def take_slice(stack: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:

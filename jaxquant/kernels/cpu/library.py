@@ -13,7 +13,7 @@ import jax
 
 # The folder that the kernels are built into.
 _FOLDER = pathlib.Path(__file__).parents[1]
-_KERNELS = ("quantize_rows", "dot_int8", "dot_int4", "dot_lookup", "dot_widen", "slice")
+_KERNELS = ("quantize_rows", "dot_int8", "dot_groups", "dot_lookup", "dot_widen", "slice")
 # Instruction sets, the best first, in the order of `kSets` in handlers.cc.
 INSTRUCTIONS = ("AVX512-VNNI", "AVX2", "NEON")
 

@@ -41,6 +41,7 @@ inline Bytes High(Bytes both) {
   return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(both), 4));
 }
 inline Ints Dot(Ints acc, Bytes w, Bytes x) { return vdotq_s32(acc, w, x); }
+inline Ints DotQuads(Bytes w, Bytes x) { return Dot(vdupq_n_s32(0), w, x); }
 inline Ints DotNibbles(Bytes even, Bytes odd, Bytes x, Bytes y) {
   return Dot(Dot(vdupq_n_s32(0), even, x), odd, y);
 }
@@ -88,6 +89,10 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 #include "few_rows.h"
 #include "quantize_rows.h"
 
+void DotGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
+  (w.bits == 4 ? FewRowsGroups<4> : FewRowsGroups<8>)(pool, x, M, w, out);
+}
+
 END_TARGET
 
 }  // namespace
@@ -95,7 +100,7 @@ END_TARGET
 
 const jaxquant::Kernels jaxquant::kNeon = {
     neon::IsSupported, neon::QuantizeRows<float>, neon::QuantizeRows<uint16_t>,
-    neon::FewRowsInt8, neon::FewRowsInt4,         neon::FewRowsLookup,
+    neon::FewRowsInt8, neon::DotGroups,           neon::FewRowsLookup,
     neon::FewRowsWiden};
 
 #endif  // JAXQUANT_ARM

@@ -11,9 +11,10 @@ constexpr int64_t kTileRows = 6;
 // Elements along K for which a panel stays in the L2 cache.
 constexpr int64_t kDepth = 2048;
 
-// How codes of 8 bits are multiplied: in pairs, exactly.
+// How codes of 8 bits are multiplied: in pairs, exactly. Sums over kMost elements are exact as floats.
 struct Pairs {
-  static constexpr int64_t kCodes = 2;
+  static constexpr int64_t kCodes = 2, kMost = 256;
+  static constexpr float kAdded = 0;
   // 16 bytes of a row.
   static Ints Widen(const uint8_t* from) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -27,9 +28,10 @@ struct Pairs {
   static Ints Total(Ints acc) { return acc; }
 };
 
-// How unsigned nibbles are multiplied: in quads, whose sums fit into 16 bits 8 times.
+// How codes of 4 bits, plus 8, are multiplied: in quads, whose sums over kMost elements fit into 16 bits.
 struct Quads {
-  static constexpr int64_t kCodes = 4;
+  static constexpr int64_t kCodes = 4, kMost = 8 * kCodes;
+  static constexpr float kAdded = 8;
   // 16 bytes of a row.
   static Ints Widen(const uint8_t* from) {
     Ints wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -45,9 +47,6 @@ struct Quads {
   }
   static Ints Total(Ints acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
 };
-// Quads whose sums of products of nibbles and bytes fit into 16 bits.
-constexpr int64_t kMostQuads = 8;
-
 // Transposes 8 rows of 8 lanes.
 inline void Transpose(Ints (&x)[8]) {
   Ints y[8];
@@ -188,25 +187,27 @@ void PanelInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, c
   });
 }
 
-// A part of a group whose sum of products fits into 16 bits: `steps` quads from `first` on.
+// A part of a group with an exact sum of products: `steps` steps from `first` on.
 struct GroupPart {
   int64_t first, steps, group;
 };
 
 // The parts of the groups of a row of weights, none of which lies in two panels.
-inline std::vector<GroupPart> PartsOf(const Weights& w) {
+template <typename Codes>
+std::vector<GroupPart> PartsOf(const Weights& w) {
   std::vector<GroupPart> parts;
   for (int64_t k = 0, end; k < w.K; k = end) {
     const int64_t group = std::min(k / w.group(), w.G - 1);
-    end = std::min(k + kMostQuads * Quads::kCodes, (k / kDepth + 1) * kDepth);
+    end = std::min(k + Codes::kMost, (k / kDepth + 1) * kDepth);
     end = std::min(end, group + 1 < w.G ? (group + 1) * w.group() : w.K);
-    parts.push_back({k / Quads::kCodes, (end - k + Quads::kCodes - 1) / Quads::kCodes, group});
+    parts.push_back({k / Codes::kCodes, (end - k + Codes::kCodes - 1) / Codes::kCodes, group});
   }
   return parts;
 }
 
 // Adds the sums of the parts of groups within one panel to those before.
-struct Int4Tile {
+template <typename Codes>
+struct GroupsTile {
   const int32_t* x;
   int64_t stride, n;
   const float* sums;  // (M, parts): of the activations of each part
@@ -224,7 +225,7 @@ struct Int4Tile {
     if (!first) std::fill_n(total + m * kVectors, R * kVectors, Broadcast(0));
     for (int64_t p = first; p < last; ++p) {
       Ints products[R][kVectors];
-      SumSteps<Quads, R>(products, x + m * stride + parts[p].first, stride, steps, parts[p].steps);
+      SumSteps<Codes, R>(products, x + m * stride + parts[p].first, stride, steps, parts[p].steps);
       steps += parts[p].steps * kVectors;
       UNROLLED(r, R) {
         const Floats sum = Broadcast(sums[(m + r) * count + p]);
@@ -242,39 +243,42 @@ struct Int4Tile {
 };
 
 // The scales and zero points of the columns of a panel, from n on, for each part of a group.
-inline void PackScales(const Weights& w, int64_t n, const std::vector<GroupPart>& parts,
-                       float* scale, float* zero) {
+inline void PackScales(const Weights& w, float added, int64_t n,
+                       const std::vector<GroupPart>& parts, float* scale, float* zero) {
   for (const GroupPart& part : parts)
     for (int64_t i = 0; i < kPanel; ++i) {
       const int64_t at = std::min(n + i, w.N - 1) * w.G + part.group;
       *scale++ = w.scale[at];
-      *zero++ = w.zero ? 8 + w.zero[at] : 8;
+      *zero++ = added + (w.zero ? w.zero[at] : 0);
     }
 }
 
-void PanelInt4(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
-  const std::vector<GroupPart> parts = PartsOf(w);
+template <typename Codes>
+void PanelGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
+                 const Result& out) {
+  const std::vector<GroupPart> parts = PartsOf<Codes>(w);
   const int64_t count = parts.size();
   std::vector<float> sums(M * count);
   for (int64_t m = 0; m < M; ++m)
     for (int64_t p = 0; p < count; ++p) {
-      const int64_t k = parts[p].first * Quads::kCodes;
-      const int64_t end = std::min(k + parts[p].steps * Quads::kCodes, w.K);
+      const int64_t k = parts[p].first * Codes::kCodes;
+      const int64_t end = std::min(k + parts[p].steps * Codes::kCodes, w.K);
       sums[m * count + p] = SumOf(x + m * w.K + k, end - k);
     }
-  const std::vector<int32_t> steps = Steps<Quads>(x, M, w.K);
+  const std::vector<int32_t> steps = Steps<Codes>(x, M, w.K);
   Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t end) {
-    Ints* panel = Scratch<Ints>(0, kVectors * kDepth / Quads::kCodes);
+    Ints* panel = Scratch<Ints>(0, kVectors * kDepth / Codes::kCodes);
     Floats *scale = Scratch<Floats>(1, 2 * count * kVectors), *zero = scale + count * kVectors;
     Floats* total = Scratch<Floats>(2, M * kVectors);
     for (int64_t n = begin; n < end; n += kPanel) {
-      PackScales(w, n, parts, reinterpret_cast<float*>(scale), reinterpret_cast<float*>(zero));
+      PackScales(w, Codes::kAdded, n, parts, reinterpret_cast<float*>(scale),
+                 reinterpret_cast<float*>(zero));
       for (int64_t first = 0, last; first < count; first = last) {
-        const int64_t k = parts[first].first * Quads::kCodes;
+        const int64_t k = parts[first].first * Codes::kCodes;
         const int64_t k1 = std::min((k / kDepth + 1) * kDepth, w.K);
-        for (last = first + 1; last < count && parts[last].first * Quads::kCodes < k1;) ++last;
-        Pack<Quads>(w, n, k, k1, panel);
-        ForRows(M, Int4Tile{steps.data(), static_cast<int64_t>(steps.size()) / M, n, sums.data(),
+        for (last = first + 1; last < count && parts[last].first * Codes::kCodes < k1;) ++last;
+        Pack<Codes>(w, n, k, k1, panel);
+        ForRows(M, GroupsTile<Codes>{steps.data(), static_cast<int64_t>(steps.size()) / M, n, sums.data(),
                             parts, first, last, panel, scale, zero, total, out});
       }
     }

@@ -194,7 +194,7 @@ void PanelInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
 }
 
 // Sums over groups, added to those of earlier parts of K. A sum within a part of a group is exact.
-struct Int4Tile {
+struct GroupsTile {
   const int8_t* x;
   const float* sums;  // (M, parts): of the activations of each part of a group
   const uint8_t* panel;
@@ -235,18 +235,20 @@ struct Int4Tile {
   }
 };
 
-// Where the parts of groups that lie within one panel start, in elements, and the end.
-inline std::vector<int64_t> Parts(int64_t K, int64_t group) {
+// Where the parts of groups that lie within one panel start, in elements, and the end. Sums of 8-bit
+// products are shorter, to be exact as floats.
+inline std::vector<int64_t> Parts(const Weights& w) {
+  const int64_t K = w.K, group = w.group(), most = w.bits == 4 ? kDepth : 512;
   std::vector<int64_t> parts;
-  for (int64_t k = 0; k < K; k = std::min((k / group + 1) * group, (k / kDepth + 1) * kDepth))
+  for (int64_t k = 0; k < K; k = std::min((k / group + 1) * group, (k / most + 1) * most))
     parts.push_back(k);
   parts.push_back(K);
   return parts;
 }
 
-void PanelInt4(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
+void PanelGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
                const Result& out) {
-  std::vector<int64_t> parts = Parts(w.K, w.group());
+  std::vector<int64_t> parts = Parts(w);
   const int64_t count = parts.size() - 1;
   std::vector<float> sums(M * count);
   for (int64_t m = 0; m < M; ++m)
@@ -264,13 +266,13 @@ void PanelInt4(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
         for (int64_t i = 0; i < kPanel; ++i) {
           int64_t at = std::min(n + i, w.N - 1) * w.G + parts[p] / w.group();
           scale[p * kPanel + i] = w.scale[at];
-          zero[p * kPanel + i] = w.zero ? 8 + w.zero[at] : 8;
+          zero[p * kPanel + i] = (w.bits == 4 ? 8 : 128) + (w.zero ? w.zero[at] : 0);
         }
       for (int64_t first = 0, last; first < count; first = last) {
         int64_t k1 = std::min(parts[first] + kDepth, w.K);
         last = std::lower_bound(parts.begin(), parts.end(), k1) - parts.begin();
         PackCodes(w, n, parts[first], k1, panel);
-        ForRows(M, Int4Tile{tiles.data(), sums.data(), panel, scale, zero, quads, first, last, n,
+        ForRows(M, GroupsTile{tiles.data(), sums.data(), panel, scale, zero, quads, first, last, n,
                             part, out});
       }
     }

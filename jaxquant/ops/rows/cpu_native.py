@@ -85,13 +85,14 @@ def why_unsupported(lhs: Operand, rhs: Any, spec: DotSpec) -> str | None:
     if integer.is_of_8_bits(lhs, rhs, spec):
         return _why_unsupported_size(lhs, rhs, by_codes=True)
     why_not = why_unsupported_float64(spec)
-    why_not = why_not or _why_unsupported_size(lhs, rhs, multiplies_codes(lhs, rhs))
-    return why_not or _why_unsupported_weights(rhs)
+    by_codes = multiplies_codes(lhs, rhs)
+    why_not = why_not or _why_unsupported_weights(rhs, by_codes)
+    return why_not or _why_unsupported_size(lhs, rhs, by_codes)
 
 
 def multiplies_codes(lhs: Operand, rhs: QTensor) -> bool:
-    """Whether the kernel for 4-bit weights multiplies the codes of the left operand."""
-    if not isinstance(lhs, QTensor) or lhs.zero_point is not None or rhs.format.bits != 4:
+    """Whether the kernel for groups multiplies the codes of the left operand."""
+    if not isinstance(lhs, QTensor) or lhs.zero_point is not None:
         return False
     # The kernel makes codes unsigned by an offset.
     is_signed = jnp.issubdtype(rhs.format.dtype, jnp.signedinteger)
@@ -117,12 +118,12 @@ def _by_weights(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
     if multiplies_codes(lhs, rhs):
         x = lhs.codes.astype(jnp.int8)
         row_scale = _per_row(in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec), x.shape)
-        out = cpu.int4_dot(_rows(x), rhs.codes, scale, zero, row_scale, _result(spec.dtype))
+        out = cpu.grouped_dot(_rows(x), rhs.codes, scale, zero, row_scale, _result(spec.dtype))
     elif rhs.format.bits == 4:
         table = jnp.asarray(_table(rhs.format))
         out = cpu.lookup_dot(_rows(x), rhs.codes, scale, zero, table)
     else:
-        out = cpu.widen_dot(_rows(x), rhs.codes) * scale.reshape(1, -1)
+        out = cpu.widen_dot(_rows(x), rhs.codes, scale, zero)
     return out.reshape(*x.shape[:-1], rhs.codes.shape[0])
 
 
@@ -140,16 +141,14 @@ def _why_unsupported_size(lhs: Operand, rhs: QTensor, by_codes: bool) -> str | N
     return None
 
 
-def _why_unsupported_weights(rhs: QTensor) -> str | None:
+def _why_unsupported_weights(rhs: QTensor, by_codes: bool) -> str | None:
     """Why `_by_weights` does not multiply by these weights, or None."""
-    groups = rhs.scale.shape[1]
-    if rhs.format.bits == 4:
-        return cpu.why_unsupported_groups(rhs.codes.shape[1], groups)
-    if rhs.format.bits != 8:
+    if rhs.format.bits not in (4, 8):
         return f"{rhs.format} weights have codes of neither 4 nor 8 bits"
-    if why_unsupported_codes(rhs) is not None or rhs.zero_point is not None or groups > 1:
-        return "8-bit weights by float rows must be integers with one scale per column and no zero"
-    return None
+    is_wide = rhs.format.bits == 8
+    why_not = why_unsupported_codes(rhs) if is_wide else None
+    counts = rhs.codes.shape[1], rhs.scale.shape[1]
+    return why_not or cpu.why_unsupported_groups(*counts, is_widened=is_wide and not by_codes)
 
 
 def _rows(x: jax.Array | np.ndarray) -> jax.Array:

@@ -42,6 +42,9 @@ K, N = 384, 701
 WEIGHTS = {
     "int8": ArrayConfig(),
     "int8-tensor": ArrayConfig(per_tensor=True),
+    "int8-asym": ArrayConfig(symmetric=False),
+    "int8-g32": ArrayConfig(group_size=32),
+    "int8-asym-g96": ArrayConfig(group_size=96, symmetric=False),
     "int8-blocks": Case(ArrayConfig(group_size=(K, 1)), (0, 1)),
     "int4": ArrayConfig(format=INT4),
     "int4-asym": ArrayConfig(format=INT4, symmetric=False),
@@ -94,9 +97,11 @@ SIZES = [("int4", (576, 192), 32), ("int4-asym", (576, 192), 96), ("nf4-g64", (8
 SIZES += [("int4-asym", (1536, 67), 16), ("int4", (4864, 9), 256), ("nf4-g64", (11008, 6), 128)]
 SIZES += [("int4-asym", (1000, 1003), 40), ("int4", (1003, 36), None), ("nf4-g64", (33000, 1), 8)]
 SIZES += [("int4-asym", (102, 700), None), ("nf4-g64", (576, 100), 192)]
+SIZES += [("int8", (576, 192), 32), ("int8-asym", (1003, 66), None), ("int8-asym", (4848, 7), 48)]
 
 
 @needs_native
+@pytest.mark.some_rows(5)
 @pytest.mark.parametrize("name, shape, group", SIZES, ids=str)
 def test_every_width_and_group_is_native_and_matches_numpy(name, shape, group):
     q = weight(dataclasses.replace(WEIGHTS[name], group_size=group), shape).reorder((-1, -2))
@@ -358,9 +363,9 @@ UNSUPPORTED = {
         normal(2, K),
         weight(ArrayConfig(format=INT4, group_size=12), (K, N)).reorder((-1, -2)),
     ),
-    "must be integers with one scale per column and no zero": lambda: (
+    "fp8_e4m3 codes are not integers within int8": lambda: (
         normal(2, K),
-        weight(ArrayConfig(symmetric=False), (K, N)).reorder((-1, -2)),
+        weight(ArrayConfig(format=FP8_E4M3), (K, N)).reorder((-1, -2)),
     ),
     "int2 weights have codes of neither 4 nor 8 bits": lambda: (
         normal(2, K),

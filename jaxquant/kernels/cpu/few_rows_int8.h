@@ -1,4 +1,4 @@
-// Products of few rows of activations by 8-bit weights. Included by few_rows.h.
+// Products of few rows of 8-bit activations by 8-bit weights with one scale per column. Included by few_rows.h.
 
 // 8-bit activations, 8-bit weights: exact sums of codes.
 struct Int8ByInt8 {
@@ -58,54 +58,8 @@ struct Int8ByInt8 {
   }
 };
 
-// Float activations, 8-bit weights: sums of activations * codes.
-struct FloatByInt8 {
-  const float* x;
-  Weights w;
-  float* out;
-
-  // Stores a sum over full vectors plus the rest of the row.
-  void Put(int64_t m, int64_t n, float sum) const {
-    for (int64_t k = w.K / kLanes * kLanes; k < w.K; ++k)
-      sum += x[m * w.K + k] * static_cast<int8_t>(*w.at(n, k));
-    out[m * w.N + n] = sum;
-  }
-
-  NOINLINE void One(int64_t m, int64_t n) const {
-    const int8_t* row = reinterpret_cast<const int8_t*>(w.at(n, 0));
-    const float* in = x + m * w.K;
-    Put(m, n, Sum(SumBlocks(w.K, kLanes, Broadcast(0), [=](Floats sum, int64_t k) {
-          if (k % 64 == 0) PrefetchFar(row + k + kAheadInRow);
-          return MulAdd(ToFloats(Widen(row + k)), Load(in + k), sum);
-        })));
-  }
-
-  template <int R, int C>
-  void Tile(int64_t m, int64_t n) const {
-    const int64_t K = w.K;
-    const int8_t* rows = reinterpret_cast<const int8_t*>(w.at(n, 0));
-    Floats acc[R][C];
-    UNROLLED(r, R)
-      UNROLLED(c, C) acc[r][c] = Broadcast(0);
-    for (int64_t k = 0; k + kLanes <= K; k += kLanes)
-      UNROLLED(c, C) {
-        const int8_t* from = rows + c * K + k;
-        if (k % 64 == 0) PrefetchFar(from + kAhead * C * K);
-        Floats weights = ToFloats(Widen(from));
-        UNROLLED(r, R)
-          acc[r][c] = MulAdd(weights, Load(x + (m + r) * K + k), acc[r][c]);
-      }
-    UNROLLED(r, R)
-      UNROLLED(c, C) Put(m + r, n + c, Sum(acc[r][c]));
-  }
-};
-
 void FewRowsInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
                  const Result& out) {
   std::vector<int32_t> sums = SumsOf<int32_t>(x, M, w.K);
   ForTiles(pool, M, w, w.K, Int8ByInt8{x, sums.data(), w, out});
-}
-
-void FewRowsWiden(ThreadPool& pool, const float* x, int64_t M, const Weights& w, float* out) {
-  ForTiles(pool, M, w, 4 * w.K, FloatByInt8{x, w, out});
 }
