@@ -29,9 +29,13 @@ from ..jaxprs import (
     walk,
 )
 from ..ops import Choice, Dequantization, Record, bytes_of, operations_of
+from .estimates import estimated_speed
 from .machines import Machine, machine_for
 from .speeds import Measurement, measurement_for, speeds_near
 from .table import DequantizedRow, Explanation, ExplanationRow
+
+# Estimates below this are far enough from 1 for a warning.
+_SLOWER = 0.87
 
 
 def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> Explanation:
@@ -138,6 +142,7 @@ def _row(
     size, operations = bytes_of(record, product.copies), operations_of(record, product.copies)
     is_bound_by_memory = operations < size * machine.operations_per_byte(choice.is_integer)
     speeds = () if measurement is None else _speeds(product, choice, measurement)
+    estimate = None if speeds else _estimate(product, choice, machine)
     trips = 1 if product.site.times is None else product.site.times
     return ExplanationRow(
         path=_path(product.site),
@@ -156,7 +161,8 @@ def _row(
         operations=trips * operations,
         bound="memory" if is_bound_by_memory else "arithmetic",
         speeds=speeds,
-        warning=_warning(product, choice, machine, speeds, measurement),
+        estimate=estimate,
+        warning=_warning(product, choice, machine, speeds, measurement, estimate),
     )
 
 
@@ -208,7 +214,13 @@ def _speeds(product, choice, measurement):
     return speeds_near(lines, (record.length, columns), record.rows)
 
 
-def _warning(product, choice, machine, speeds, measurement):
+def _estimate(product, choice, machine):
+    if product.copies[0] > 1 or product.is_partitioned:
+        return None
+    return estimated_speed(product.record, choice, machine)
+
+
+def _warning(product, choice, machine, speeds, measurement, estimate):
     """A warning if the product is slower than necessary, or None."""
     words = []
     # Computations that unpack codes copy them anyway, which costs as much as slicing.
@@ -222,6 +234,9 @@ def _warning(product, choice, machine, speeds, measurement):
         verb = "is" if max(found) < 1 else "may be"
         source = ", by estimate" if measurement.is_estimate else ""
         words.append(f"{measurement.reference} {verb} faster{source}")
+    if estimate is not None and estimate < _SLOWER:
+        slow = f"this has {estimate:.2f} of its speed"
+        words.append(f"XLA's float32 product is faster, by estimate: {slow}")
     return "; ".join(words) or None
 
 

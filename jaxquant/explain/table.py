@@ -38,7 +38,9 @@ class ExplanationRow:
             rates.
         speeds: (rows, (K, N), speed relative to the float product) as measured for the same
             computation at this size, or at the nearest sizes below and above; empty if unmeasured.
-        warning: says if the float product was faster, or if slicing the weights is slow; else None.
+        estimate: speed relative to the float product by a model of the machine, where `speeds` is
+            empty and there is a model: on CPU, for rows by one matrix; else None.
+        warning: says if the float product is faster, or if slicing the weights is slow; else None.
 
     Example:
         >>> q = jq.quantize(jnp.ones((64, 8)), jq.ArrayConfig(), axis=0)
@@ -63,6 +65,7 @@ class ExplanationRow:
     operations: int
     bound: str
     speeds: tuple[tuple[int, tuple[int, int], float], ...]
+    estimate: float | None
     warning: str | None
 
 
@@ -148,6 +151,8 @@ class Explanation:
             f"({self.machine.source}).",
         ]
         words += [f"Speeds: {m.reference} = 1, from {m.how}." for m in self.measurements]
+        if any(row.estimate is not None for row in self.rows):
+            words += ["Speeds with about: estimates from these rates, not measured."]
         return " ".join(words)
 
     def __rich__(self) -> "rich.table.Table":
@@ -174,10 +179,10 @@ _COLUMNS: tuple[tuple[str, "rich.console.JustifyMethod"], ...] = (
 
 
 def speed_range(row: ExplanationRow) -> str:
-    """Lowest and highest speed measured at the nearest sizes."""
+    """Lowest and highest speed measured at the nearest sizes, or the estimate."""
     speeds = [speed for *_, speed in row.speeds]
     if not speeds:
-        return "not measured"
+        return "not measured" if row.estimate is None else f"about {row.estimate:.2f}"
     low, high = f"{min(speeds):.2f}", f"{max(speeds):.2f}"
     return low if low == high else f"{low} to {high}"
 

@@ -78,4 +78,5 @@ def test_4_bit_weights_that_xla_slices_have_a_warning_on_cpu(name):
 def test_a_loop_copies_nothing_that_xla_reads_itself():
     layers = stacked(stored((128, 128), **G128))
     (row,) = explain(partial(by_a, jax.lax.scan), floats(5, 128), layers, platform="cpu")
-    assert (row.implementation, row.warning) == ("dequantize", None)
+    assert row.implementation == "dequantize"
+    assert "slices" not in (row.warning or "")

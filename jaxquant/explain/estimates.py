@@ -1,0 +1,111 @@
+"""Estimated speeds of products on a CPU that were not measured, from the rates of the machine.
+
+Time is the larger of what memory and what arithmetic take; XLA's computations also write weights as
+floats. Rates were fitted to `python -m benchmarks --suite cpu` and hold within a factor of two on a
+quiet machine.
+"""
+
+import dataclasses
+import math
+
+from ..kernels import cpu
+from ..ops import Choice, Record
+from .machines import Machine
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rates:
+    """Rates of the native kernels for one instruction set.
+
+    Attributes:
+        integer, floats: of products of codes and of floats, relative to XLA's of floats.
+        read: weights by float activations per second, relative to floats read from memory.
+    """
+
+    integer: float
+    floats: float
+    read: float
+
+
+_BY_INSTRUCTIONS = {
+    "AVX512-VNNI": _Rates(3.6, 1.05, 3.7),
+    "AVX2": _Rates(1.5, 0.9, 1.5),
+    "NEON": _Rates(1.5, 0.9, 1.5),
+}
+# XLA's products of 8-bit codes relative to float32.
+_XLA_INTEGER = 1.4
+# Weights that XLA dequantizes per second: in blocks that stay in the cache, as a whole that stays
+# there, and as a whole that does not; and up to how many stay there.
+_IN_BLOCKS, _IN_CACHE, _IN_MEMORY, _CACHED = 6e9, 2.5e9, 0.7e9, 2**21
+# Seconds that each call takes besides. Products of codes are two: one quantizes activations.
+_CALL = 15e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What a product takes, in seconds.
+
+    Attributes:
+        count: number of weights.
+        stored: memory moves the operands as they are stored, and the result.
+        read: memory moves the weights as floats.
+        arithmetic: that of the float product.
+        as_floats: all of the float product.
+    """
+
+    count: int
+    stored: float
+    read: float
+    arithmetic: float
+    as_floats: float
+
+
+def estimated_speed(record: Record, choice: Choice, machine: Machine) -> float | None:
+    """Speed relative to the float32 product, or None if there is no model of it.
+
+    Args:
+        record: a product, without copies.
+        choice: what computes it.
+        machine: whose rates count.
+    """
+    if machine.name not in _MODELS or record.rows is None or not record.rhs.is_quantized:
+        return None
+    work = _work(record, machine)
+    return work.as_floats / _MODELS[machine.name].get(choice.implementation, _whole)(work, choice)
+
+
+def _work(record: Record, machine: Machine) -> _Work:
+    count = math.prod(record.rhs.shape)
+    moved = 4 * (math.prod(record.lhs.shape) + math.prod(record.shape))
+    read = 4 * count / machine.bytes_per_second
+    arithmetic = 2 * (record.rows or 0) * count / machine.float_per_second
+    return _Work(
+        count=count,
+        stored=(record.rhs.bytes + moved) / machine.bytes_per_second,
+        read=read,
+        arithmetic=arithmetic,
+        as_floats=_CALL + max(read + moved / machine.bytes_per_second, arithmetic),
+    )
+
+
+def _native(work: _Work, choice: Choice) -> float:
+    rates = _BY_INSTRUCTIONS[cpu.instruction_sets()[0]]
+    if choice.is_integer:
+        return 2 * _CALL + max(work.stored, work.arithmetic / rates.integer)
+    return _CALL + max(work.stored, work.read / rates.read, work.arithmetic / rates.floats)
+
+
+def _integer(work: _Work, _: Choice) -> float:
+    return 2 * _CALL + max(work.stored, work.arithmetic / _XLA_INTEGER)
+
+
+def _blocks(work: _Work, _: Choice) -> float:
+    return work.as_floats + work.count / _IN_BLOCKS
+
+
+def _whole(work: _Work, _: Choice) -> float:
+    return work.as_floats + work.count / (_IN_CACHE if work.count <= _CACHED else _IN_MEMORY)
+
+
+# By machine and computation; all others of a machine dequantize the weights as a whole.
+_MODELS = {"cpu": {"native": _native, "integer": _integer, "blocks": _blocks}}

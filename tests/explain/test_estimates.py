@@ -1,0 +1,97 @@
+"""Estimated speeds of products on CPU that were not measured."""
+
+import math
+
+import jax
+import pytest
+
+from jaxquant import INT4, NF4, explain, matmul
+from jaxquant.explain import estimates, speeds
+from jaxquant.explain.estimates import estimated_speed
+from jaxquant.explain.machines import MACHINES, machine_for
+from jaxquant.kernels import cpu
+from jaxquant.ops import Choice
+from jaxquant.ops.record import OperandRecord, Record
+
+from .operands import HAS_NATIVE, W8A8, floats, stored
+
+BITS = {"int4 g128": 4.25, "int8": 8, "nf4 g64": 4.5}
+
+
+def record_of(rows, shape, bits):
+    lhs = OperandRecord(
+        (rows, shape[0]), False, "float32", "float32", "float32", 4 * rows * shape[0]
+    )
+    size = int(math.prod(shape) * bits / 8)
+    rhs = OperandRecord(shape, True, "int", "int", "float32", size)
+    result = rows, shape[1]
+    return Record("dot_general", lhs, rhs, result, 4 * math.prod(result), shape[0], rows, (), False)
+
+
+def test_estimates_agree_with_what_was_measured(monkeypatch):
+    monkeypatch.setattr(cpu, "instruction_sets", lambda: ("AVX512-VNNI",))
+    measured = next(m for m in speeds.MEASUREMENTS if m.machine == "cpu")
+    wrong, total = [], 0
+    for line in measured.speeds:
+        choice = Choice("cpu", None, line.implementation, line.inputs == "int8", True, ())
+        for rows, speed in line.by_rows.items():
+            record = record_of(rows, line.shape, BITS[line.weights])
+            estimate = estimated_speed(record, choice, MACHINES[0])
+            assert estimate is not None
+            assert 0.5 < estimate / speed < 2, (line, rows, estimate)
+            total += 1
+            is_near = min(speed, estimate) > 0.87 and max(speed, estimate) < 1.15
+            if (speed > 1) != (estimate > 1) and not is_near:
+                wrong += [(line.weights, line.shape, rows, speed, estimate)]
+    assert len(wrong) <= 0.05 * total, wrong
+
+
+def row_of(rows, weights, dtype="float32", **options):
+    x = jax.ShapeDtypeStruct((rows, weights.shape[0]), dtype)
+    found = explain(lambda x, q: matmul(x, q, **options), x, weights, platform="cpu")
+    return found.rows[0], str(found)
+
+
+GROUPED = {"format": INT4, "group_size": 32, "axis": 0}
+
+
+def test_dequantizing_is_estimated_and_warned_of():
+    row, text = row_of(256, stored((2048, 2048), **GROUPED), implementation="dequantize")
+    assert row.speeds == ()
+    assert 0 < (row.estimate or 0) < 0.87
+    words = (
+        f"XLA's float32 product is faster, by estimate: this has {row.estimate:.2f} of its speed"
+    )
+    assert row.warning == words
+    assert f"about {row.estimate:.2f}" in text
+    assert "not measured" not in text.replace("estimates from these rates, not measured", "")
+    few, _ = row_of(1, stored((2048, 2048), **GROUPED), implementation="dequantize")
+    assert 0 < (few.estimate or 0) < (row.estimate or 0)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="XLA dequantizes then")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_native_products_are_estimated_to_be_faster_without_a_warning(dtype):
+    for options in (W8A8, {}):
+        weights = stored((576, 1536), **GROUPED, **options).astype(dtype)
+        row, text = row_of(1, weights, dtype)
+        assert row.implementation == "native"
+        assert (row.estimate or 0) > 1
+        assert row.warning is None
+        assert f"about {row.estimate:.2f}" in text
+
+
+def test_measured_products_and_those_without_a_model_have_no_estimate():
+    measured = [(1, stored((384, 1536), axis=0), "cpu")] if HAS_NATIVE else []
+    for rows, weights, platform in (*measured, (8, stored((384, 700), format=NF4), "tpu")):
+        row = explain(matmul, floats(rows, 384), weights, platform=platform).rows[0]
+        assert row.estimate is None
+        assert bool(row.speeds) == (platform == "cpu")
+    copies = jax.vmap(matmul, (0, None))
+    row = explain(copies, floats(3, 2, 384), stored((384, 700), **GROUPED), platform="cpu").rows[0]
+    assert row.estimate is None
+
+
+def test_instruction_sets_all_have_rates():
+    assert set(estimates._BY_INSTRUCTIONS) == {"AVX512-VNNI", "AVX2", "NEON"}
+    assert machine_for("cpu").platform == "cpu"
