@@ -1,7 +1,9 @@
 """The accuracy suite on a tiny language model."""
 
 import json
+import re
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,15 @@ import pytest
 import jaxquant as jq
 from benchmarks import machine
 from benchmarks.__main__ import main
-from benchmarks.accuracy import language, picture, rows
+from benchmarks.accuracy import cost, encoder, language, picture, rows
 from benchmarks.accuracy.trees import Trees, bits_per_weight, by_stack
 from jaxquant.demo import llama
 from jaxquant.methods import MeanSquare
 
+from ..demo import encoders
+
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 96, 192, 60, 4
+WORDS = ("cat", "dog", "tree", "lake")
 
 
 class Tokenizer:
@@ -63,6 +68,7 @@ def test_bits_count_packed_codes_scales_and_zero_points(bits):
     assert bits_per_weight([q, jnp.ones(3)]) == pytest.approx(SIZES[bits])
 
 
+@pytest.mark.slow
 def test_layers_differ_in_bits_within_those_of_the_config(trees, capsys):
     tree = trees.quantized("4.5", "allocated, nearest")
     leaves = jax.tree.leaves(tree["layers"], is_leaf=jq.tree.is_quantized)
@@ -81,6 +87,7 @@ def test_statistics_of_stacks_of_layers_are_those_of_their_layers():
     np.testing.assert_array_equal(np.concatenate([x.finish() for x in parts]), whole.finish())
 
 
+@pytest.mark.slow
 def test_tuned_rows_are_closer_to_the_float_model_on_the_batches(trees, monkeypatch):
     pytest.importorskip("optax")
     monkeypatch.setitem(rows.ROWS, "tuned", rows.Row(tunes="nearest"))
@@ -119,3 +126,31 @@ def test_the_picture_has_a_line_for_each_method(tmp_path):
     picture.plot(found, tmp_path / "found.svg")
     text = (tmp_path / "found.svg").read_text()
     assert "<svg" in text
+
+
+def test_the_fit_of_seconds_over_sizes_finds_the_terms():
+    parts = np.array([0.5, 2e-9, 3e-8])
+    seconds = [parts @ [1, k**3, n * k**2] for n, k in cost.SIZES]
+    np.testing.assert_allclose(cost.fitted(cost.SIZES, seconds), parts, rtol=1e-6)
+    (cells,) = [list(c.cells) for c in cost.estimate(parts).columns if c.header == "seconds each"]
+    assert cells[0] == f"{0.5 + 3.2e-8 * 4096**3:.0f}"
+
+
+@pytest.mark.slow
+def test_tuned_scales_bring_the_vectors_of_an_encoder_closer(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optax")
+    encoders.write_encoder(tmp_path)
+    config = jq.ArrayConfig(format=jq.INT4, group_size=16, scale_dtype="bfloat16")
+    monkeypatch.setattr(encoder, "CONFIGS", {"4.63": jq.Scheme(config)})
+    monkeypatch.setattr(encoder, "packaged_encoder", lambda: tmp_path)
+    monkeypatch.setattr(encoder, "tokenize", partial(encoder.tokenize, length=16))
+    sentences = [f"The {a} sat on the {b} {c}." for a in WORDS for b in WORDS for c in WORDS]
+    monkeypatch.setattr(encoder, "documentation_sentences", lambda _: sentences)
+    command = ["encoder", "--bits", "4.63", "--only", "nearest", "nearest, tuned", "SmoothQuant"]
+    monkeypatch.setattr(sys, "argv", command)
+    with jax.numpy_dtype_promotion("standard"):  # Optax relies on it.
+        encoder.main()
+    rows = re.findall(r"│ 4.63 │ (\w+(?:, tuned)?) +│ (\S+) +│ (\S+) +│", capsys.readouterr().out)
+    # Activations are not quantized here.
+    assert [name for name, *_ in rows] == ["nearest", "nearest, tuned"]
+    assert 1 - float(rows[1][2]) < 0.9 * (1 - float(rows[0][2]))
