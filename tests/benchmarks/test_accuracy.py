@@ -116,21 +116,23 @@ def test_a_run_that_is_cut_off_has_written_its_rows(tmp_path, monkeypatch, capsy
     assert "name='nearest'" in capsys.readouterr().out
 
 
-def test_the_picture_has_a_line_for_each_method(tmp_path):
+def test_the_picture_has_a_line_for_each_method_that_quantizes_weights_alone(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     found = [
-        {"name": name, "bits_per_weight": bits, "divergence": 1 / bits}
-        for name in ("nearest", "GPTQ")
-        for bits in (3.2, 4.5)
+        {"name": name, "bits": bits, "bits_per_weight": 3.0, "divergence": 0.1}
+        for name, bits in (("nearest", "3.2"), ("GPTQ", "3.2"), ("rotated", "W4A4"))
     ]
-    picture.plot(found, tmp_path / "found.svg")
-    text = (tmp_path / "found.svg").read_text()
-    assert "<svg" in text
+    source, path = tmp_path / "found.json", tmp_path / "found.svg"
+    source.write_text(json.dumps({"results": found}))
+    monkeypatch.setattr(sys, "argv", ["picture", str(path), str(source)])
+    picture.main()
+    text = path.read_text()
+    assert [name in text for name in ("nearest", "GPTQ", "rotated")] == [True, True, False]
 
 
 def test_the_fit_of_seconds_over_sizes_finds_the_terms():
     parts = np.array([0.5, 2e-9, 3e-8])
-    seconds = [parts @ [1, k**3, n * k**2] for n, k in cost.SIZES]
+    seconds = [float(parts @ [1, k**3, n * k**2]) for n, k in cost.SIZES]
     np.testing.assert_allclose(cost.fitted(cost.SIZES, seconds), parts, rtol=1e-6)
     (cells,) = [list(c.cells) for c in cost.estimate(parts).columns if c.header == "seconds each"]
     assert cells[0] == f"{0.5 + 3.2e-8 * 4096**3:.0f}"
