@@ -67,6 +67,7 @@ def main() -> None:
         apply, params, batches, _rules(CONFIGS["4.63"]), list(filter(None, _ALL.values())),
         mask=lambda batch: batch[1], progress=True,
     )  # fmt: skip
+    console = rich.console.Console()
     table = rich.table.Table(title="MiniLM-L6: overlap of 10 nearest neighbours")
     for name in ("bits", "method", "overlap", "cosine"):
         table.add_column(name)
@@ -82,7 +83,8 @@ def main() -> None:
             found = embed_all(tree, config, test)
             cosine = float(np.mean(np.sum(found * exact, 1)))
             table.add_row(bits, name, f"{overlap_of(found, exact):.3f}", f"{cosine:.4f}")
-    rich.console.Console().print(table)
+            console.print(*(list(column.cells)[-1] for column in table.columns))
+    console.print(table)
 
 
 def _rules(scheme: jq.Scheme) -> list[jq.Rule]:

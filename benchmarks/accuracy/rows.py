@@ -67,6 +67,7 @@ ROWS: Mapping[str, Row] = {
     "AWQ, importance": Row([AWQ(), Importance()]),
     "GPTQ": Row(GPTQ()),
     "GPTQ, importance": Row(_FEEDBACK),
+    "rotation": Row([Rotation(block=64), Nearest()]),
     "rotation, GPTQ": Row([Rotation(block=64), _FEEDBACK]),
     "AutoRound from GPTQ": Row(AutoRound(start=_FEEDBACK)),
     "QEP": Row(_QEP, is_sequential=True),
