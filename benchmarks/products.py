@@ -13,12 +13,22 @@ import jax.numpy as jnp
 import jaxquant as jq
 from jaxquant.core import packed_bytes
 
+
+def _in_groups(scheme: jq.Scheme) -> jq.Scheme:
+    """The scheme in groups of 32."""
+    return dataclasses.replace(scheme, weights=dataclasses.replace(scheme.weights, group_size=32))
+
+
 SCHEMES = {
     "W8A8": jq.W8A8,
     "W8A16": jq.W8A16,
     "W4A16": jq.W4A16,
     "W4A8": jq.W4A8,
     "NF4A16": jq.NF4A16,
+    # The groups of GGUF files, which also divide the widths of small models.
+    "W4A8 g32": _in_groups(jq.W4A8),
+    "W4A16 g32": _in_groups(jq.W4A16),
+    "W8A8 g32": _in_groups(jq.W8A8),
 }
 
 

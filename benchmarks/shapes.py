@@ -13,4 +13,11 @@ WEIGHTS = {
     # Widths that are not powers of two: a 13B model's up projection, and a 7B model's attention.
     "wide": (5120, 13824),
     "mid": (3584, 3584),
+    # Small language models: attention, keys, up and down of SmolLM2-135M; those of Qwen2-0.5B.
+    "smol": (576, 576),
+    "smol-keys": (576, 192),
+    "smol-up": (576, 1536),
+    "smol-down": (1536, 576),
+    "qwen-up": (896, 4864),
+    "qwen-down": (4864, 896),
 }

@@ -24,7 +24,7 @@ _LEAST_SIZE = 2**15
 # float32, kernels against XLA's best form of the same product. AVX512, 4096 x 4096: codes by 8 bits
 # 3.0 against 1.7 at 64 rows, 3.8 against 1.7 at 512; float32 1.1 against 0.9 at 512. AVX2, 576 x
 # 576 to 4096 x 4096: codes by 8 bits 1.2 to 2.4 against 1.1 to 1.4 at 64, 1.3 to 1.7 against 0.9 to
-# 1.1 at 512; by 4 bits 1.4 to 2.1 against 0.5 to 0.8 at 64, 1.2 to 1.8 against 0.8 to 1.0 at 512;
+# 1.1 at 512; by 4 bits 1.4 to 2.1 against 0.5 to 0.8 at 64, 1.1 to 1.8 against 0.8 to 1.0 at 512;
 # float32 by 8 bits 1.4 against 1.3 at 8, 0.9 against 1.1 at 16, and by 4 bits 1.0 against 0.7 at 8,
 # 0.6 against 0.7 at 16. NEON was not measured; it does not have kernels for many rows.
 _FEW_FLOATS = {(8, False): 8, (4, False): 8}
