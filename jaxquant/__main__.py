@@ -189,7 +189,7 @@ def _demo(options: argparse.Namespace) -> None:
     encoder = _if_installed(_compare_encoder, options, missing)
     language = _if_installed(_compare_language, options, missing)
     if missing and not (encoder or language):
-        raise FileNotFoundError(" ".join(missing))
+        raise FileNotFoundError(f"No model is installed. {' '.join(missing)}")
     if options.json:
         tables = {"encoder": encoder, "language": language}
         rows = {name: [dataclasses.asdict(r) for r in found] for name, found in tables.items()}

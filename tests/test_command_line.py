@@ -345,6 +345,7 @@ def tiny(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_demo_compares_the_requested_schemes(run, tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(
@@ -383,7 +384,7 @@ def test_demo_without_any_model_says_what_to_install(run, monkeypatch):
     monkeypatch.setattr(demo, "packaged_llama", not_installed)
     status, out, err = run("demo")
     assert (status, out) == (2, "")
-    assert err == "jaxquant demo: llm-x is not installed llm-x is not installed\n"
+    assert err == "jaxquant demo: No model is installed. llm-x is not installed llm-x is not installed\n"
 
 
 @pytest.fixture(scope="module")
@@ -427,6 +428,7 @@ def continued(llama, prompt, count, scheme=None, store=jnp.bfloat16, is_chat=Fal
     return list(vocabulary.pieces(demo.generate(model, ids, count, store=store)))
 
 
+@pytest.mark.slow
 def test_generate_streams_a_text_and_its_speed(run, llama, monkeypatch):
     written = []
 

@@ -66,6 +66,7 @@ def by_hand(product, x, w, dw, loss):
     return np.square((g * moved).reshape(*y.shape[: y.ndim - outputs], -1).sum(-1)).sum() / 2
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_scores_are_sums_over_rows_of_squared_derivatives(name):
@@ -334,6 +335,7 @@ def test_losses_say_which_outputs_they_need(outputs):
         random_projection({"ids": jnp.arange(3)}, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_tables_and_pictures_have_each_parameter(tmp_path):
     found = jq.allocate(residual, layers(), [normal(M, K)], OPTIONS, 6.5)
     text = str(found)

@@ -100,6 +100,7 @@ def test_tuned_rows_are_closer_to_the_float_model_on_the_batches(trees, monkeypa
     assert after < before
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_has_written_its_rows(tmp_path, monkeypatch, capsys):
     path = tmp_path / "found.json"
     monkeypatch.setattr(language, "load_model", tiny_model)

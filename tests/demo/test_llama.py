@@ -287,6 +287,7 @@ def test_greedy_tokens_are_the_most_probable(stored_model):
         assert token == llamas.logits(decoded, prompt + found[:i])[-1].argmax()
 
 
+@pytest.mark.slow
 def test_samples_follow_seed_and_temperature(float_model):
     model, _ = float_model
     prompt = drawn(3).tolist()

@@ -82,6 +82,7 @@ def gemma(params, tokens):
     return (rms(x) + hidden @ params["down"]) @ params["embed"].T
 
 
+@pytest.mark.slow
 def test_kernels_in_one_array_and_a_tied_embedding():
     checks.check_schemes(gemma, GEMMA, checks.tokens(), matrices=6)
 

@@ -292,6 +292,7 @@ def test_to_stock_gives_the_same_codes(mode):
         assert error < 1e-5 * np.linalg.norm(wanted[name]), name
 
 
+@pytest.mark.slow
 def test_to_stock_lists_what_stock_keras_lacks():
     original, inputs = whole_model(), whole_inputs()
     model = convert(original)

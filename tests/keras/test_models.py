@@ -109,6 +109,7 @@ def test_quantize_lists_all_problems_and_changes_nothing():
     assert type(model.get_layer("head")) is keras.layers.Dense
 
 
+@pytest.mark.slow
 def test_quantize_raises_for_invalid_arguments():
     model = small_model()
     with pytest.raises(ValueError, match="the rules select no weight; quantizable are table/emb"):

@@ -106,6 +106,7 @@ def test_lora_trains_and_is_merged_into_files(mode, tmp_path):
     assert again[-1] < again[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "int4"])
 def test_lora_on_a_table(mode):
     tokens = np.random.default_rng(0).integers(0, 9, (64, 5))

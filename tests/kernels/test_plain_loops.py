@@ -49,6 +49,7 @@ def test_neon_matches_plain_loops_in_an_emulator(tmp_path):
     assert_runs(EMULATOR, "-cpu", "max", program)
 
 
+@pytest.mark.slow
 @missing("g++")
 @pytest.mark.skipif(platform.system() != "Linux", reason="the sanitizers are those of Linux")
 @pytest.mark.parametrize("instructions", cpu.instruction_sets())

@@ -111,6 +111,7 @@ def test_prepared_parameters_get_the_gradients_of_the_operations(x):
     assert float(jnp.abs(found["first"].weight).max()) > 0
 
 
+@pytest.mark.slow
 def test_adapters_get_the_gradients_of_the_operations(x):
     adapted = jq.training.lora_init(floats(), RULES, 4, key=jax.random.key(0))
     # One of both is zero at first, and so is the gradient of the other one.

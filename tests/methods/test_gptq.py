@@ -204,6 +204,7 @@ def test_repairing_the_input_lowers_the_error_on_quantized_activations(seed):
     assert errors[2] < errors[1] < errors[0]
 
 
+@pytest.mark.slow
 def test_the_repaired_weights_are_the_least_squares_ones():
     _, _, both = moments()
     weight, fine = weights(), jq.ArrayConfig(format=jq.Format("int16", "int16", -32767, 32767))

@@ -79,6 +79,7 @@ def test_channels_that_count_for_nothing_change_nothing():
     assert np.any(scale[:, 0] != other[:, 0])
 
 
+@pytest.mark.slow
 def test_the_method_vectorizes():
     pairs = [matrix(seed) for seed in range(3)]
     weight, mean_square = (np.stack(x) for x in zip(*pairs, strict=True))

@@ -65,6 +65,7 @@ def test_moments_are_those_of_rotated_activations():
     np.testing.assert_allclose(found[SecondMoment], second[1], 0, 1e-4)
 
 
+@pytest.mark.slow
 def test_chains_rotate_parameters_and_gptq_keeps_its_gain():
     random = np.random.default_rng(0)
     x = random.normal(size=(400, 4)) @ random.normal(size=(4, 48)) + 0.1 * random.normal(

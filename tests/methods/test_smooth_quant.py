@@ -65,6 +65,7 @@ def test_the_best_of_all_candidates_is_chosen(case):
     np.testing.assert_allclose(changed.weight * changed.multiplier[None], weight, rtol=1e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0, 3))
 def test_the_score_never_rises(seed, spread):

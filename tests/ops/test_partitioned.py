@@ -81,6 +81,7 @@ def weight_of(scheme, k=K, n=N, seed=0):
 ALIKE = ("W8A16", "W4A16", "FP8", "NF4A16", "MXFP8A8", "MXFP4A16")
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ALIKE])
 def test_sharded_weights_stay_where_they_are(scheme):

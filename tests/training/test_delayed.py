@@ -111,6 +111,7 @@ def test_amax_is_inf_if_a_single_element_is_not_finite(value):
     assert amax_of(x).dtype == jnp.float32
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # Optax mixes dtypes.
 def test_skip_scaling_hides_states_from_the_optimizer():
     params: Any = {"w": jnp.array([3.0, 4.0]), "s": [DelayedScaling.init(2), None]}

@@ -35,6 +35,7 @@ def test_an_empty_history_falls_back_to_the_scale_of_the_array(size):
     assert np.linalg.norm(found - x) < 0.04 * np.linalg.norm(x)
 
 
+@pytest.mark.slow
 def test_the_stored_scale_is_used_and_casts_saturate():
     x = jnp.array([0.3, -500.0, 1.0, 2.0])
     found = fake_cast.cast_operand(x, *scaling(0.5, [3.0]))

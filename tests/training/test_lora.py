@@ -178,6 +178,7 @@ def test_only_the_base_meets_quantized_inputs(order):
     assert_adapted(jax.jit(matmul)(x, w), "mk,kn->mn", w, x, met=met)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "shape"), [(INT4_INT8, (2, K, N)), (NF4_G32, (K, N))], ids=["W4A8", "NF4"]
 )
@@ -435,6 +436,7 @@ MERGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("name", "dtype"),

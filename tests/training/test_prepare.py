@@ -152,6 +152,7 @@ def test_axes_count_from_the_end_so_that_a_slice_of_a_stack_is_quantized_alike()
     assert prepare(weights(blocks, shape=(3, 32, 8)), blocks)["w"].axis == (-2, -1)
 
 
+@pytest.mark.slow
 def test_a_prepared_weight_can_be_cast_to_another_dtype():
     prepared = prepare(weights({"w": W8A16}), {"w": W8A16})["w"]
     narrow = prepared.astype(jnp.bfloat16)
