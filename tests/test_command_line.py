@@ -384,7 +384,10 @@ def test_demo_without_any_model_says_what_to_install(run, monkeypatch):
     monkeypatch.setattr(demo, "packaged_llama", not_installed)
     status, out, err = run("demo")
     assert (status, out) == (2, "")
-    assert err == "jaxquant demo: No model is installed. llm-x is not installed llm-x is not installed\n"
+    assert (
+        err
+        == "jaxquant demo: No model is installed. llm-x is not installed llm-x is not installed\n"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,7 @@ def columns_of(name, shape):
     return jax.NamedSharding(mesh(), P(None, "a") if shape[-1:] == (128,) and shape[1:] else P())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", [rows_of, columns_of])
 def test_each_device_quantizes_its_part(folder, tmp_path, small_parts, sharding):
     opened = checkpoints.open(folder)

@@ -10,6 +10,7 @@ from .. import cases, checks
 GRID = {n: c for n, c in cases.CASES.items() if not isinstance(c.config.range, Percentile)}
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(13)
 @pytest.mark.parametrize("case", GRID.values(), ids=GRID)
 def test_values_on_the_grid_come_back_exactly(case):

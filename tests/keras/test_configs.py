@@ -179,6 +179,7 @@ MIXED = {
 }
 
 
+@pytest.mark.slow
 def test_the_first_rule_that_matches_the_path_applies(tmp_path):
     model, inputs = make_model(), some_inputs()
     wanted = np.asarray(model(inputs))

@@ -92,6 +92,7 @@ def quantize_stock(model, mode, **config: Any):
         model.layers[-1].quantize(mode)
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("case", CASES)
 def test_int8_files_interchange_with_stock_keras(case, tmp_path):
@@ -144,6 +145,7 @@ def check_stock_int4(case, block_size, path):
 
 if HAS_BLOCKS:
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("case, block_size", rows(UNLIKE_OURS))
     def test_int4_files_of_stock_keras_with_other_groups_are_read(case, block_size, tmp_path):
         with pytest.raises(ValueError, match=r"no groups of shape .* can represent them"):

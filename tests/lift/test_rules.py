@@ -32,6 +32,7 @@ def both(fn, q, **options):
     return lifted(q), jitted(fn)(jitted(jq.dequantize)(q))
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(21)
 @pytest.mark.parametrize("name, quantized", PAIRS)
 def test_results_are_those_on_the_dequantized_array(name, quantized):

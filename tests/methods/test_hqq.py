@@ -42,6 +42,7 @@ def oracle(group, scale, qmin, qmax, store, iterations=20, p=0.7, beta=10.0):
     return best, least
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", [n for n in CASES if n != "int4-row"])
 def test_offsets_match_the_oracle(name):

@@ -56,6 +56,7 @@ def test_w8a8_multiplies_int8_by_int8_into_int32(chip):
     assert products(program) == [("s8", "s8", "s32")]
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("chip, rows", [("v5e", 8), ("v5e", 512), ("v6e", 8), ("v6e", 512)])
 def test_xla_reads_grouped_int4_weights_once_at_half_a_byte(chip, rows):

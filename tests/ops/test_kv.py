@@ -109,6 +109,7 @@ def test_batches_of_different_lengths_equal_the_loop(name):
     assert cache.lengths.tolist() == [6, 8, 6]
 
 
+@pytest.mark.slow
 def test_eager_calls_compute_the_same():
     for _, found, want in itertools.islice(in_steps(INT8, kv.append, kv.attend), 2):
         assert_close(found, want)

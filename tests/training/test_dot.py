@@ -161,6 +161,7 @@ def test_each_product_matches_its_definition(product, name, dtype):
         assert error <= (0.01 if dtype == "bfloat16" else 2e-6) * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     ("product", "dtype", "options"),
@@ -196,6 +197,7 @@ def test_without_quantization_it_is_that_of_lax(product, dtype, options):
         assert not np.array_equal(switched[1], expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(3), ids=["out", "lhs gradient", "rhs gradient"])
 def test_codes_are_multiplied_exactly(index):
     """Integers with 127 among those that share a scale are their own codes."""
@@ -324,6 +326,7 @@ def test_devices_share_the_observed_amax():
     assert expected["scaling"].lhs[0] == np.abs(x).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "contracted"])
 def test_gradients_lie_where_their_operands_do(axis):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))

@@ -58,6 +58,7 @@ def test_every_code_survives_a_round_trip(format):
     np.testing.assert_allclose(q.dequantize()[0], book, rtol=5e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [POSITIVE_8, POSITIVE_4], ids=str)
 def test_positive_elements_never_become_zero(format):
     x = np.array([[0, 1e-30, 1e-9, 1.0], [0, 0, 0, 0], [-1, 0, -1e-9, 0.5]], np.float32)
@@ -69,6 +70,7 @@ def test_positive_elements_never_become_zero(format):
         assert np.asarray(q.dequantize())[2, :3].tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @each_format
 def test_stochastic_rounding_is_unbiased_between_neighboring_codes(format):

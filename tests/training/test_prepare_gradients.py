@@ -195,6 +195,7 @@ def test_optax_trains_a_prepared_tree_and_the_converted_tree_has_the_same_loss(s
     np.testing.assert_allclose(loss(trained), loss(served), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_shards_of_a_batch_give_the_gradient_of_the_whole():
     prepared = learn(weights({"w": W8A8}), {"w": W8A8})
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -204,6 +204,7 @@ def test_another_structure_raises(tmp_path, params, like, text):
     assert_equal_trees(load(tmp_path / "a"), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme, layers, width", [(W4A16, 1, 1536), (cases.CASES["nvfp4-row"].config, 12, 256)]
 )

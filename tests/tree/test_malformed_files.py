@@ -104,6 +104,7 @@ def replace_by(odd):
 CHANGES = {"drop": drop, "repeat": repeat, **{json.dumps(v): replace_by(v) for v in ODD}}
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(9)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("part", ["header", "manifest", "contents"])

@@ -36,6 +36,7 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_nearest_is_plain_quantization_in_every_layout(name):

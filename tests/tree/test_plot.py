@@ -12,6 +12,7 @@ from .trees import normal, parameters
 image = pytest.importorskip("matplotlib.image", reason="pictures need jaxquant[plot]")
 
 
+@pytest.mark.slow
 def test_plot_writes_a_picture_that_is_not_blank(tmp_path):
     params = parameters()
     rules = [Rule("*kernel", W4A16, group_size=32), *tree.default_rules(W8A8)]
@@ -48,6 +49,7 @@ def test_the_picture_says_which_leaves_were_not_compared(tmp_path):
     assert "<!-- not compared -->" in (tmp_path / "report.svg").read_text()
 
 
+@pytest.mark.slow
 def test_the_picture_grows_with_the_leaves(tmp_path):
     q = quantize(normal(64, 32), W8A8.weights)
     for count in (2, 40):

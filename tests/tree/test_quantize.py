@@ -370,6 +370,7 @@ def test_a_1x1_convolution_kernel_is_not_reordered():
     assert tree.quantize({"kernel": kernel}, rule, platform="cpu")["kernel"].order is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["W4A16_ASYM", "NF4A16", "FP8"])
 def test_stored_codes_scales_and_zero_points_equal_those_of_quantize(name):
     kernel = jnp.asarray(normal(128, 32) + np.float32(0.5))

@@ -171,6 +171,7 @@ def test_without_the_float_tree_bytes_before_are_those_of_its_dtype():
     assert (row.bytes_before, row.bytes_after) == (64 * 32 * 2, 64 * 32 + 32 * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(4)
 @pytest.mark.parametrize(
     "scheme, text",
