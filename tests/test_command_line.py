@@ -56,6 +56,7 @@ def scales_of(path):
     return {k: q.scale.shape for k, q in load(path).items() if isinstance(q, QTensor)}
 
 
+@pytest.mark.slow
 def test_quantize_writes_a_tree_and_prints_the_report(model, run, tmp_path):
     status, out, err = run("quantize", model, tmp_path / "small", "--scheme", "W8A8")
     assert status == 0, err

@@ -92,6 +92,7 @@ def test_install_commands_name_extras_that_exist():
     assert set(",".join(commands).split(",")) <= set(project["optional-dependencies"])
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="--plot needs the extra plot")
     monkeypatch.chdir(tmp_path)

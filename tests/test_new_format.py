@@ -19,7 +19,7 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @each_case
 def test_a_format_of_one_line_passes_every_check(case):
     x = cases.gaussian()

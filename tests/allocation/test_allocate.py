@@ -67,7 +67,7 @@ def by_hand(product, x, w, dw, loss):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_scores_are_sums_over_rows_of_squared_derivatives(name):
     shape, axis, product, rows = PRODUCTS[name]
@@ -116,6 +116,7 @@ def test_rows_of_further_axes_are_added_before_they_are_squared(row_axes):
     np.testing.assert_allclose(found.rows[0].scores[0], want, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_batches_add_up_and_parameters_are_scored_together():
     params, batches = parameters(), [normal(M, K, seed=s) for s in range(3)]
 
@@ -243,6 +244,7 @@ def test_parameters_together_share_an_option():
     assert apart.score <= found.score
 
 
+@pytest.mark.slow
 def test_options_that_do_not_fit_are_left_out():
     params = {"a": normal(40, 32), "b": normal(32, 40, seed=1)}
     options: dict[str, Any] = {"g16": W4, "g8": dataclasses.replace(W4, group_size=8)}
@@ -311,6 +313,7 @@ def test_what_cannot_be_allocated_is_an_error(apply, x, change, text):
         jq.allocate(apply, parameters(), **arguments | change, loss=sines)
 
 
+@pytest.mark.slow
 def test_parameters_in_other_forms_are_errors():
     params = {"a": normal(2, K // 2, N), "b": normal(N, 40)}
     rules = jq.Rule("a", FEW["4 bits"])

@@ -36,6 +36,7 @@ def problems(draw):
     return bits, scores, sum(known) + draw(st.integers(0, 40))
 
 
+@pytest.mark.slow
 @hypothesis.given(problems())
 @hypothesis.settings(max_examples=300)
 def test_the_choice_is_within_one_item_of_the_optimum_and_in_the_budget(problem):

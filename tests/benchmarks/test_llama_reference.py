@@ -24,6 +24,7 @@ def test_errors_are_relative_and_ignore_what_all_logits_share(capsys):
     assert "turned: 8 tokens, relative error 1." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_float_file_holds_the_same_model(tmp_path):
     path, floats = tmp_path / "a.gguf", tmp_path / "b.gguf"
     llamas.write_gguf(path, llamas.random_arrays())

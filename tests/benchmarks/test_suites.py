@@ -105,6 +105,7 @@ def test_wrong_options_raise_with_the_reason(options, monkeypatch, capsys):
     assert WRONG[options] in f"{error.value} {capsys.readouterr().err}"
 
 
+@pytest.mark.slow
 def test_encoders_are_compared_with_float32(tmp_path, monkeypatch):
     monkeypatch.setattr(end_to_end, "BUDGET", 0.0)
     encoders.write_encoder(tmp_path)

@@ -102,7 +102,7 @@ def normal(*shape):
     return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("is_kernel", [False, True], ids=["weight", "kernel"])
 def test_quantized_weights_replace_float_ones(tmp_path, kind, is_kernel):
@@ -200,6 +200,7 @@ def quantized(axis=1, shape=(2, 256), **config) -> Any:
     return quantize(jnp.asarray(normal(*shape)), ArrayConfig(**config), axis=axis)
 
 
+@pytest.mark.slow
 def test_what_gguf_cannot_hold_is_an_error(tmp_path):
     asymmetric = quantized(format=INT4, symmetric=False, **HALF_32)
     expect_error(tmp_path, asymmetric, "'w' has a zero point.*Q4_1 cannot hold.*symmetric scheme")

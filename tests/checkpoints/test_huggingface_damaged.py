@@ -55,7 +55,7 @@ def is_same(a, b):
     )
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("family", [*GOLDEN, *MADE])
 def test_damaged_folders(family, tmp_path):
     rng = np.random.default_rng(0)

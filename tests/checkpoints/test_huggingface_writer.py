@@ -80,7 +80,7 @@ def assert_equal_parts(a, b):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True)
 
 
-@pytest.mark.some_rows(7)
+@pytest.mark.some_rows(6)
 @pytest.mark.parametrize("is_swapped", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_weights_are_written_as_they_are(tmp_path, scheme, is_swapped):
@@ -187,7 +187,7 @@ def test_weights_of_another_folder(tmp_path):
     assert files[0] == files[1]
 
 
-@pytest.mark.some_rows(5)
+@pytest.mark.some_rows(4)
 @pytest.mark.parametrize(
     "change, match",
     [
@@ -373,6 +373,7 @@ write_folder(sys.argv[1], Params(), {})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_what_a_killed_process_left_is_removed(tmp_path):
     run = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "model"], check=False)

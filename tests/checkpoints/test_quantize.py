@@ -73,6 +73,7 @@ SCHEMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("parts", [PART, 2**24], ids=["parts", "whole"])
@@ -183,6 +184,7 @@ def test_slices_of_quantized_tensors_are_dequantized(stored, data):
     np.testing.assert_array_equal(source.read(index), whole[index])
 
 
+@pytest.mark.slow
 def test_what_is_quantized_already_is_quantized_again_if_asked(stored, tmp_path, small_parts):
     rules = [jq.Rule("e", None), jq.Rule("*", jq.W8A8, axis=-1)]
     floats = {name: q.dequantize() for name, q in stored_quantized().items()}

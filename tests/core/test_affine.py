@@ -11,7 +11,7 @@ GRID = {n: c for n, c in cases.CASES.items() if not isinstance(c.config.range, P
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(13)
+@pytest.mark.some_rows(10)
 @pytest.mark.parametrize("case", GRID.values(), ids=GRID)
 def test_values_on_the_grid_come_back_exactly(case):
     checks.check_grid_round_trip(case, seed=0)

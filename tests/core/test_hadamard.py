@@ -13,7 +13,7 @@ from jaxquant.core import check_block, hadamard
 ORDERS = (1, 2, 4, 8, 12, 20, 24, 28, 36, 40, 44, 48, 52, 60, 68, 76, 84, 100, 108, 384, 576, 1536)
 
 
-@pytest.mark.some_rows(6)
+@pytest.mark.some_rows(5)
 @pytest.mark.parametrize("n", ORDERS)
 def test_columns_are_orthogonal_and_have_entries_of_one(n):
     matrix = hadamard(n)
@@ -49,7 +49,7 @@ def by_definition(x, signs, block):
     return out
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("channels", "block", "dtype"),
     [

@@ -46,6 +46,7 @@ def cube(name, seed=0):
     return x, quantize(x, *CUBES[name])
 
 
+@pytest.mark.some_rows(2)
 @few_cases
 def test_dequantize_is_the_convention_eagerly_as_under_jit(case):
     q = quantize(cases.gaussian(), *case)
@@ -151,6 +152,7 @@ def with_scale(q, scale):
     return dataclasses.replace(q, scale=scale)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", ["int8-row", "int4-asym_g32", "nf4-g64", "fp8_e4m3-blocks"])
 def test_gradients_with_respect_to_scales_are_sums_of_codes(name):
     x = cases.gaussian()

@@ -30,7 +30,7 @@ few_cases = pytest.mark.parametrize("case", cases.FEW.values(), ids=cases.FEW)
 each_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 
 
-@pytest.mark.some_rows(14)
+@pytest.mark.some_rows(11)
 @each_case
 def test_codes_scales_and_zero_points_match_the_oracle(case):
     checks.check_matches_the_oracle(case, cases.gaussian())
@@ -41,7 +41,7 @@ def test_each_code_is_the_nearest_one(case):
     checks.check_is_nearest(case, cases.gaussian())
 
 
-@pytest.mark.some_rows(8)
+@pytest.mark.some_rows(6)
 @pytest.mark.parametrize(
     "case",
     [c for c in cases.CASES.values() if c.config.format.rounds],
@@ -51,6 +51,7 @@ def test_error_is_at_most_half_a_step(case):
     checks.check_error_bound(case, cases.gaussian())
 
 
+@pytest.mark.some_rows(11)
 @each_case
 def test_nan_and_infinity_make_only_their_own_group_nan(case):
     checks.check_non_finite_marks_its_group(case, cases.gaussian())
@@ -81,7 +82,7 @@ def test_jit_and_eager_agree_and_eval_shape_predicts_the_result(name):
 VMAPPED = ["int4-percentile", "int4-asym_nested_scales", "int2-asym_blocks", "nvfp4-row"]
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", [*VMAPPED, "nf4-g32_nested_scales"])
 def test_vmap_is_a_loop(name):
     checks.check_vmap_is_a_loop(cases.FEW[name], cases.gaussian((3, *cases.SHAPE)))
@@ -106,6 +107,7 @@ def test_min_mse_is_above_abs_max_in_signal_to_noise():
     assert best > plain + 0.5
 
 
+@pytest.mark.some_rows(6)
 @pytest.mark.parametrize("magnitude", [1e-10, 1e-30, 1e30])
 @each_format
 def test_relative_precision_does_not_depend_on_the_magnitude(format, magnitude):
@@ -136,6 +138,7 @@ def test_groups_on_one_side_of_zero_keep_their_values(mean):
     assert np.all(np.abs(values - x) < 0.06 * np.abs(x))
 
 
+@pytest.mark.some_rows(4)
 @pytest.mark.parametrize("symmetric", [True, False])
 @each_format
 def test_values_near_the_largest_float_do_not_overflow(format, symmetric):
@@ -169,7 +172,7 @@ NEAR_THE_LARGEST = [(name, "float32") for name in NEAR_THE_LARGEST] + [
 ]
 
 
-@pytest.mark.some_rows(5)
+@pytest.mark.some_rows(4)
 @pytest.mark.parametrize("name, dtype", NEAR_THE_LARGEST)
 def test_finite_values_near_the_largest_come_back_finite(name, dtype):
     largest = float(jnp.finfo(dtype).max)
@@ -224,7 +227,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("shape, axis", SHAPES, ids=str)
 def test_any_rank_any_odd_size_and_any_axis(shape, axis):
     x = np.random.default_rng(3).normal(size=shape).astype(np.float32)
@@ -283,7 +286,7 @@ def test_narrow_floats_are_computed_in_float32(name, dtype):
 WIDE = ["int8-asym_tensor", "int4-percentile", "int4-min_mse", "nf4-g32_nested_scales"]
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", [*WIDE, "fp8_e4m3-g32_float16_scales", "mxfp4-row"])
 def test_float64_stays_float64(name):
     with jax.enable_x64(True):
@@ -514,7 +517,7 @@ SPANS = {
 }
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", SPANS)
 def test_the_range_that_is_found_and_the_same_that_is_given_are_alike(name):
     case, x = cases.CASES[name], cases.gaussian()

@@ -41,6 +41,7 @@ PERCENTILES = [(i % 2 == 0, *row) for i, row in enumerate(PERCENTILES)]
 PERCENTILES += [(False, 101, 99.99), (True, 1000, 75)]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("symmetric, count, p", PERCENTILES)
 def test_percentile_is_that_of_numpy(symmetric, count, p):
     random = np.random.default_rng(count)
@@ -126,7 +127,7 @@ def squared_errors(x, config, axis=1):
     return np.array([square[where].sum() for _, where in oracles.blocks(x.shape, config, axis)[1]])
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("config, axis", MSE_CASES, ids=str)
 def test_min_mse_is_never_worse_than_abs_max_in_any_group(config, axis):
     x = cases.gaussian()
@@ -145,6 +146,8 @@ NESTED = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("config, axis", NESTED, ids=str)
 def test_min_mse_is_never_worse_than_abs_max_where_scales_are_nested(config, axis):
     x = np.random.default_rng(0).standard_t(4, cases.SHAPE).astype(np.float32)
@@ -155,6 +158,7 @@ def test_min_mse_is_never_worse_than_abs_max_where_scales_are_nested(config, axi
     assert best.sum() < plain.sum() or config.format.bits == 8
 
 
+@pytest.mark.slow
 def test_min_mse_is_never_worse_than_abs_max_in_a_stack_with_nested_scales():
     stack = np.random.default_rng(0).standard_t(4, (3, 32, 64)).astype(np.float32)
     stack *= np.array([1e-3, 1, 1e3], np.float32)[:, None, None]
@@ -169,6 +173,7 @@ def test_min_mse_is_never_worse_than_abs_max_in_a_stack_with_nested_scales():
         np.testing.assert_array_equal(whole.dequantize()[i], alone.dequantize())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["lower", "upper"])
 def test_min_mse_searches_each_end_of_an_asymmetric_range_finely(end):
     # Many elements at one end and an outlier at the other, whose end is to be searched alone.

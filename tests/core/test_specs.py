@@ -107,7 +107,7 @@ WIDTHS = [
 REFINED = [(*row, (None, (-1, -2))[i % 2]) for i, row in enumerate(WIDTHS)]
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(("width", "block", "count", "form"), REFINED, ids=str)
 def test_blocks_that_devices_would_share_are_refined(width, block, count, form):
     config = ArrayConfig(format=INT4, group_size=block, symmetric=False)
@@ -133,6 +133,7 @@ def test_blocks_that_devices_would_share_are_refined(width, block, count, form):
     np.testing.assert_array_equal(jax.jit(part)(placed), q.dequantize())
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [
@@ -178,6 +179,7 @@ def test_shapes_are_refined_like_arrays():
     assert refine_blocks(q, P("a"), mesh(8)).scale.shape == (8, 24)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("spec", [P("a", None), P(None, "a"), P("a", "b")], ids=str)
 def test_divided_arrays_dequantize_to_the_same_values(spec):
     q = quantize(X, ArrayConfig(format=INT4, group_size=32, symmetric=False), axis=0)

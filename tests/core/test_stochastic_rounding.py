@@ -40,7 +40,8 @@ def rows():
     return x
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.slow
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "name, dtype", [(n, "bfloat16" if n == "int4 asymmetric" else "float32") for n in CONFIGS]
 )

@@ -59,6 +59,7 @@ def test_padding_does_not_change_results(tiny):
     np.testing.assert_allclose(demo.embed(params, config, other, longer_mask), short, atol=1e-5)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme, group_size, least",
@@ -83,6 +84,7 @@ def test_quantized_encoders_stay_close(tiny, scheme, group_size, least):
     assert similar.max() < 1 - 1e-7
 
 
+@pytest.mark.slow
 def test_float_and_quantized_runs_do_not_change_each_other(tiny):
     folder, _ = tiny
     params, config = demo.load_encoder(folder)

@@ -67,6 +67,7 @@ def test_a_quantized_file_equals_the_arrays_that_it_decodes_to(stored_model):
     assert_close(found[0], llamas.logits(decoded, ids))
 
 
+@pytest.mark.slow
 def test_prefill_and_decoding_equal_one_pass(stored_model):
     model, decoded = stored_model
     tokens, lengths = drawn(3, 9), (5, 2, 4)
@@ -80,6 +81,7 @@ def test_prefill_and_decoding_equal_one_pass(stored_model):
             assert_close(found[b, 0], want)
 
 
+@pytest.mark.slow
 def test_quantized_parameters_equal_their_dequantized_values(float_model):
     model, _ = float_model
     quantized = demo.requantize(model.params, jq.W4A16)
@@ -101,6 +103,7 @@ def test_eight_bit_activations_stay_close(float_model):
     assert_close(found[0], llamas.logits(arrays, ids), 0.1)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(("name", "bound"), [("bfloat16", 0.03), ("int8", 0.03), ("int4", 0.4)])
 def test_quantized_caches_stay_close(float_model, name, bound):
     model, arrays = float_model

@@ -117,6 +117,7 @@ def implementation_in(text):
 ALIKE = ("scaled", "fused")
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", CASES)
 def test_the_row_names_what_is_lowered_on_each_platform(name):
     function, arguments, *wanted = CASES[name]

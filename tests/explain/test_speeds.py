@@ -143,6 +143,7 @@ def test_every_line_of_the_table_is_of_what_still_runs():
             assert (row.warning is None) == (speed >= 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_every_estimate_for_a_tpu_is_of_what_still_runs_and_warns_as_an_estimate(chip):
     floating = {"fp8_e4m3": {"format": FP8_E4M3}, "nvfp4 g16": {"format": NVFP4}}

@@ -103,6 +103,7 @@ def experts(params, x):
     return jnp.zeros_like(x).at[order].set(lax.ragged_dot(hidden, params["down"], sizes))
 
 
+@pytest.mark.slow
 def test_experts():
     # The router stays in float: an error there would send rows to other experts.
     x, expert = checks.normal(16, WIDTH), {n: EXPERTS[n] for n in ("up", "down")}
@@ -133,6 +134,7 @@ def generate(params, prompts, length):
     return lax.while_loop(lambda state: state[0] < length - 1, step, (0, tokens, cache))[1]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme",

@@ -42,6 +42,7 @@ def mesh(*lengths):
     return jax.make_mesh(lengths, names, axis_types=(AxisType.Auto,) * len(names))
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("on", "spec"),
     [

@@ -57,6 +57,7 @@ def model_of(layer_class) -> Any:
     return keras.Sequential([keras.Input((24,)), layer_class()])
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("mode", BOUNDS)
 def test_a_weight_under_another_attribute_is_read_dequantized(mode, tmp_path):
     model = model_of(Renamed)

@@ -57,7 +57,7 @@ SECOND = {
 }
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", SECOND)
 def test_nan_in_the_second_weight_leaves_the_first_in_float(name):
     make, shape, second = SECOND[name]

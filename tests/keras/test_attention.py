@@ -79,6 +79,7 @@ def test_projections_keep_settings_that_are_not_in_the_config():
     assert [x.name for x in projections(layer)] == ["query", "key", "value", "attention_output"]
 
 
+@pytest.mark.slow
 @each_kind
 def test_quantized_layer_equals_the_stock_layer_with_dequantized_weights(kind):
     layer, stock = make(kind, **gate(kind)), make(kind, keras.layers, **gate(kind))

@@ -60,6 +60,7 @@ def test_lora_of_rank_zero_raises_and_changes_nothing():
     layer.enable_lora(2)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_trains_after_quantizing_without_a_call(tmp_path):
     inputs, targets = np.ones((8, 4), np.float32), np.ones((8, 3), np.float32)
     model = keras.Sequential([keras.Input((4,)), layers.Dense(5), layers.Dense(3)])

@@ -147,7 +147,8 @@ def test_configs_survive_serialization(name):
     assert Float8QuantizationConfig.from_config({"training": True}).is_training
 
 
-@pytest.mark.some_rows(4)
+@pytest.mark.slow
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n not in SAME | RUN_ELSEWHERE])
 def test_a_dense_layer_runs_with_each_config_and_round_trips_through_files(name, tmp_path):
     make_config, bound = CONFIGS[name]
@@ -227,6 +228,7 @@ def test_a_rule_may_name_the_axis():
     assert layer.quantized_weight("kernel").reorder(None).scale.shape == (8, 1)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "block_size, groups", [(128, 1), (96, 1), (40, 3), (1, 96), (None, 1), (-1, 1)]
 )

@@ -270,7 +270,7 @@ def stock_model():
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("mode", STOCK_MODES)
 def test_to_stock_gives_the_same_codes(mode):
     rng, model = np.random.default_rng(0), stock_model() if mode in SHAPES else stock_dense()
@@ -313,6 +313,7 @@ def test_to_stock_lists_what_stock_keras_lacks():
         assert error < 0.05 * np.linalg.norm(wanted)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "config, words",
     [

@@ -158,6 +158,7 @@ def test_keras_loads_no_layer_partially(is_quantized, saved, tmp_path):
             assert after[name] == saved[1][name], "Keras goes on after an error"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_quantized", [False, True], ids=["float", "quantized"])
 def test_no_altered_byte_of_a_quantizable_layer_is_loaded_silently(is_quantized, saved, tmp_path):
     path, model = tmp_path / "model.weights.h5", target(is_quantized)

@@ -55,6 +55,7 @@ def test_int4_error_shrinks_with_the_block_size(block_size, bound):
     assert relative_error(layer.kernel, kernel) < bound
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("mode, bound", [("int8", 0.02), ("int4", 0.15), ("float8", 0.07)])
 def test_time_distributed_layers_use_weights_and_not_codes(mode, bound):
     keras.utils.set_random_seed(0)
@@ -113,6 +114,7 @@ def test_a_failed_quantize_leaves_the_layer_in_float():
     np.testing.assert_array_equal(layer(inputs), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [Int8QuantizationConfig(), Float8QuantizationConfig(training=True)]
 )
@@ -217,6 +219,7 @@ def test_subclasses_of_dense_are_quantized():
     assert 0 < relative_error(model(inputs), wanted) < 0.02
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
 def test_a_reloaded_simple_scale_is_not_quantized_again(mode, tmp_path):
     keras.utils.set_random_seed(0)
@@ -259,6 +262,7 @@ def test_configs_printed_in_the_guides_work(kind):
     assert Int8QuantizationConfig(kind(axis=0, value_range=(-100, 100))).mode == "int8"
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
 def test_a_model_with_nan_in_one_kernel_is_not_partially_quantized(mode):
     parts: list[Any] = [layers.Dense(4, name=name) for name in ("first", "second", "third")]

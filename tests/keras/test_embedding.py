@@ -51,6 +51,7 @@ def test_float_layer_equals_the_stock_layer(is_tied):
     assert ours.get_config() == stock.get_config()
 
 
+@pytest.mark.some_rows(2)
 @TIES
 @pytest.mark.parametrize("scheme", [W8A8.weights, W4A16], ids=["int8", "int4 groups"])
 def test_quantized_layer_equals_the_stock_layer_with_dequantized_weights(scheme, is_tied):

@@ -93,7 +93,7 @@ def quantize_stock(model, mode, **config: Any):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("case", CASES)
 def test_int8_files_interchange_with_stock_keras(case, tmp_path):
     path, inputs = tmp_path / "model.weights.h5", inputs_of(case)
@@ -145,6 +145,7 @@ def check_stock_int4(case, block_size, path):
 
 if HAS_BLOCKS:
 
+    @pytest.mark.some_rows(2)
     @pytest.mark.slow
     @pytest.mark.parametrize("case, block_size", rows(UNLIKE_OURS))
     def test_int4_files_of_stock_keras_with_other_groups_are_read(case, block_size, tmp_path):
@@ -152,7 +153,7 @@ if HAS_BLOCKS:
             check_stock_int4(case, block_size, tmp_path / "model.weights.h5")
 
     @pytest.mark.slow
-    @pytest.mark.some_rows(3)
+    @pytest.mark.some_rows(2)
     @pytest.mark.parametrize("case, block_size", rows(BLOCK_SIZES))
     def test_int4_files_of_stock_keras_are_read(case, block_size, tmp_path):
         config = check_stock_int4(case, block_size, tmp_path / "model.weights.h5")
@@ -195,6 +196,7 @@ def dense(units=7, rows=20, mode=None) -> Any:
     return layer
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("size", [8, 3, 20])
 def test_int4_entries_decode_to_the_documented_weight(size):
     store, weight = stock_int4(20, 7, size, np.random.default_rng(0))
@@ -317,6 +319,7 @@ def test_a_truncated_file_raises(tmp_path):
     np.testing.assert_array_equal(fresh(inputs), before)
 
 
+@pytest.mark.slow
 def test_float8_files_of_stock_keras_need_a_layer_in_training(tmp_path):
     path, inputs = tmp_path / "model.weights.h5", inputs_of("dense")
     stock, ours = model_of("dense", keras.layers), model_of("dense", layers)

@@ -23,6 +23,7 @@ def layer_of(kind, **kwargs) -> Any:
     return layer
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("size", [1e-3, 1e4])
 @pytest.mark.parametrize("kind", ["Dense", "EinsumDense"])
 def test_a_layer_is_accurate_before_its_first_batch(kind, size):

@@ -55,6 +55,8 @@ def saved_and_loaded(model, path) -> Any:
     return keras.saving.load_model(path / "model.keras")
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("kind", "config"), [("ours", CONFIGS[0]), ("ours", CONFIGS[1]), ("stock", CONFIGS[1])]
 )
@@ -83,6 +85,7 @@ def test_the_restricted_range_holds_for_weights_and_activations(kind, config, tm
     np.testing.assert_array_equal(saved_and_loaded(model, tmp_path)(x), model(x))
 
 
+@pytest.mark.slow
 def test_int4_weights_only(tmp_path):
     AbsMaxQuantizer, model = QUANTIZERS["stock"], get_model()
     x = inputs_for(model)
@@ -152,6 +155,7 @@ class PercentileQuantizer(keras.quantizers.Quantizer):
         }
 
 
+@pytest.mark.slow
 def test_a_custom_quantizer_for_activations(tmp_path):
     AbsMaxQuantizer, model = QUANTIZERS["ours"], get_model()
     x = inputs_for(model)
@@ -169,6 +173,7 @@ def test_a_custom_quantizer_for_activations(tmp_path):
     np.testing.assert_array_equal(loaded(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_custom_quantizer_for_weights_too(tmp_path):
     model = get_model()
     x, kernel = inputs_for(model), np.asarray(model.layers[0].kernel)
@@ -282,7 +287,8 @@ SCALES: dict[str, Any] = {"mixin": SimpleScale, "by hand": HandWrittenScale}
 BOUNDS = {"int8": 0.01, "int4": 0.15, "float8": 0.05}
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.slow
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("name", "mode", "width"),
     [
@@ -331,6 +337,7 @@ def quantized_dense(mode="int8", width=10, units=3, config: Any = None) -> Any:
     return layer
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
 def test_tip_no_float_kernel_is_allocated_on_reload(mode, monkeypatch):
     asked = []

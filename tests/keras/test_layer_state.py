@@ -145,6 +145,7 @@ def calls(model, inputs, training):
     return {case: np.asarray([x[case] for x in found]) for case in found[0]}
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", MODELS.values(), ids=MODELS)
 def test_copies_of_a_model_have_the_state_of_its_layers(cases, tmp_path):
@@ -191,6 +192,7 @@ def test_copies_do_not_share_state_with_the_model():
     np.testing.assert_array_equal(model(inputs)["LSTM"], first)
 
 
+@pytest.mark.slow
 def test_a_kernel_shared_by_a_wrapper_stays_in_float(tmp_path):
     start = keras.Input((6,))
     wrapper = stock.SpectralNormalization(stock.Dense(5, name="inner"), name="norm")

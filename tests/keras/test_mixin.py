@@ -149,7 +149,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.some_rows(4)
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failed_quantize_does_not_change_the_layer(name):
     make, mode, kind, message = FAILURES[name]
@@ -185,6 +185,7 @@ def test_model_quantize_does_not_hide_attribute_errors_of_a_layer():
         model.quantize("int8")
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_quantizing_twice_raises(mode):
     layer = dense()
@@ -296,7 +297,7 @@ def test_several_weights_are_built_by_name():
 
 
 # Keras does not support float16 with int8: see FAILURES.
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("policy", "mode"),
     [
@@ -337,6 +338,7 @@ if hasattr(keras.dtype_policies, "Int4DTypePolicy"):
     POLICIES += [("int4", "int4/8_from_float32", 3)]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("mode, policy, groups", POLICIES)
 def test_a_quantized_policy_can_be_set_at_construction_or_later(mode, policy, groups):
     layer = dense(policy)
@@ -425,7 +427,7 @@ AUTHORS: dict[str, Any] = {
 }
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("name", "mode"),
     [("auto", "int8"), ("auto", "int4"), ("own", "int8"), ("own", None), ("dense", "int8")],
@@ -468,6 +470,7 @@ def test_from_config_restores_the_quantization_config(config):
 # Gradients, compilation.
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_inputs_get_the_gradient_of_the_dequantized_product(mode):
     layer = dense()
@@ -599,6 +602,7 @@ def wrapped_model():
     return keras.Model(inputs, keras.layers.TimeDistributed(layers.Dense(3, name="step"))(steps))
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "mode"),

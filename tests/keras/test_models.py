@@ -77,7 +77,7 @@ def test_quantize_reports_padded_groups_in_the_shape_of_the_weight():
     assert row.sqnr == pytest.approx(-20 * math.log10(noise), abs=0.01)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "rules, scheme",
     [

@@ -93,7 +93,7 @@ CALLS += [("own", "bfloat16", 0), ("abs-max", "float16", 0)]
 CALLS += [("own", "float32", axis) for axis in (-1, (0, 1), None)]
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(("name", "dtype", "axis"), CALLS)
 def test_codes_are_rounded_with_the_returned_scale(name, dtype, axis):
     x = jnp.asarray(draw(40, 6).astype(dtype))
@@ -128,6 +128,7 @@ def test_quantizers_round_trip_through_their_configs(name):
         assert saved.array_config(INT4) == quantizer.array_config(INT4)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "policy", "mode"),
@@ -173,7 +174,7 @@ def per_channel():
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("name", "mode"),
     [

@@ -52,6 +52,7 @@ def assert_close(found, wanted):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=2e-6)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU before"])
 def test_float_layer_equals_the_stock_layer(kind):
@@ -89,7 +90,7 @@ def test_cell_keeps_arguments_that_are_not_in_the_config():
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_layer_equals_the_stock_layer_with_dequantized_weights(kind):
     options = {"return_sequences": True, "return_state": True, "go_backwards": True}
@@ -103,6 +104,7 @@ def test_quantized_layer_equals_the_stock_layer_with_dequantized_weights(kind):
     assert_close(found, stock(sequences(), mask=mask, initial_state=state))
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU"])
 def test_cell_accepts_states_like_the_stock_cell(kind):
     layer, stock = quantized(kind)
@@ -114,6 +116,7 @@ def test_cell_accepts_states_like_the_stock_cell(kind):
         assert_close(layer.cell(x, state), stock.cell(x, state))
 
 
+@pytest.mark.slow
 def test_unrolled_stateful_and_dropout_layers_match_the_stock_ones():
     layer, stock = quantized("LSTM", stateful=True, unroll=True)
     for _ in range(2):

@@ -56,7 +56,7 @@ def check_outputs(model, kind, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_models_saved_by_earlier_versions_give_the_same_outputs(kind, folder):
     model: Any = keras.saving.load_model(folder / f"{kind}.keras", compile=False)
@@ -67,7 +67,7 @@ def test_models_saved_by_earlier_versions_give_the_same_outputs(kind, folder):
         assert config.get_config() == wanted.get_config()
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_weights_saved_by_earlier_versions_give_the_same_outputs(kind, folder):
     model = float_model(kind)

@@ -127,6 +127,7 @@ def test_lora_on_a_table(mode):
     assert np.linalg.norm(table.embeddings - values) <= bound * np.linalg.norm(values)
 
 
+@pytest.mark.slow
 def test_the_low_rank_path_equals_the_product_with_the_sum():
     layer: Any = layers.Dense(7, use_bias=False)
     layer.build((None, 20))

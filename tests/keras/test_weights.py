@@ -32,6 +32,7 @@ def last_axis(shape, axes):
     return axes[-1] % len(shape)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(shapes_and_axes(), st.integers(1, 200))
 def test_groups_fit_in_the_block_size_and_tile_the_padded_shape(case, block_size):
@@ -84,7 +85,7 @@ def test_one_scale_per_tensor_needs_no_axes():
 
 # Padding of more and of less than half a group, no padding, and shorter than a group.
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("length", "columns", "block_size", "axis"),
     [(37, 3, 8, 0), (9, 4, 5, 1), (12, 2, 4, 1), (7, 3, 50, 0), (5, 1, 1, 0)],

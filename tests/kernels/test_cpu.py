@@ -179,7 +179,7 @@ def rows_of_every_kind(count, length, dtype):
         return jnp.asarray(x.astype(np.float32).astype(dtype))
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @needs_native
 @pytest.mark.parametrize("bounds", [(-127, 127), (-128, 100), (-100, 127), (-1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -255,7 +255,7 @@ def cancelling(length, group):
     return x, w
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @needs_native
 @by_all_instructions
 @pytest.mark.parametrize("rows", [1, 3, 20])
@@ -370,6 +370,7 @@ def test_many_calls_at_once_wait_for_none_another():
     assert found == [int(np.int32(wanted))] * 64
 
 
+@pytest.mark.slow
 @needs_native
 def test_vmap_over_either_side_is_a_loop():
     x, w = jnp.asarray(int8(3, 5, 100)), jnp.asarray(int8(3, 7, 100, seed=1))
@@ -387,6 +388,7 @@ SLICED += [("int8", (4, 3), 0), ("float32", (2, 3), 0), ("int4", (2, 1 << 19), 0
 SLICED += [("int4", (0, 3, 4), 1), ("int4", (3, 0), 0)]
 
 
+@pytest.mark.some_rows(2)
 @needs_native
 @pytest.mark.parametrize("dtype, shape, axis", SLICED, ids=str)
 def test_slices_are_those_of_numpy(dtype, shape, axis):
@@ -402,6 +404,7 @@ def test_slices_are_those_of_numpy(dtype, shape, axis):
         np.testing.assert_array_equal(np.asarray(got), wanted)
 
 
+@pytest.mark.slow
 @needs_native
 def test_slices_are_batched_over_stacks_indices_or_both():
     stacks = jnp.asarray(int8(2, 3, 4, 6) % 8).astype(jnp.int4)

@@ -44,6 +44,7 @@ def in_numpy(equation, lhs, rhs):
     return np.einsum(equation, lhs.astype(np.int64), rhs.astype(np.int64))
 
 
+@pytest.mark.slow
 def test_products_are_those_of_numpy_int64():
     operands = {case: (codes(p[0], 0), codes(p[1], 1)) for case, p in PRODUCTS.items()}
 
@@ -72,7 +73,7 @@ def test_the_longest_sums_of_the_largest_codes_are_exact(rows):
     np.testing.assert_array_equal(got, np.full((rows, 2), 128 * 128 * length))
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("rows, columns", [(1, 1), (1, 3), (2, 1), (2, 3)])
 def test_vmap_and_scan_are_exact(rows, columns):
     lhs, rhs = jnp.asarray(codes((4, rows, 9), 0)), jnp.asarray(codes((4, 9, columns), 1))

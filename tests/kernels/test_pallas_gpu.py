@@ -34,7 +34,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", CASES)
 def test_grouped_dot_matches_numpy(name):
     dtype, rows, shape, config, splits = CASES[name]
@@ -119,7 +119,7 @@ def assert_exact(got, x, w, row_scale, column_scale):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", SCALED)
 def test_scaled_dot_of_int8_is_exact(name):
     *sizes, dtype = SCALED[name]
@@ -127,6 +127,7 @@ def test_scaled_dot_of_int8_is_exact(name):
     assert_exact(np.asarray(scaled(*operands, dtype=dtype)), *operands)
 
 
+@pytest.mark.slow
 def test_tiles_of_rows_that_run_together_cover_all_rows(monkeypatch):
     tiles = dataclasses.replace(pallas_gpu._FOR_MANY, most_rows=16, columns=32)
     monkeypatch.setattr(pallas_gpu, "_FOR_MANY", tiles)
@@ -148,7 +149,7 @@ def test_scaled_dot_of_float8_matches_numpy_and_nan_stays_in_its_row():
     assert np.isnan(got[3]).all()
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("dtype", pallas_gpu.SUMS, ids=str)
 @pytest.mark.parametrize("rows", [8, 300])
 def test_codes_reach_the_kernel_as_they_are_and_sums_stay_inside(rows, dtype):

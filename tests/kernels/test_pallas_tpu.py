@@ -50,7 +50,7 @@ def grouped_dot(x, q, dtype=jnp.float32):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", CASES)
 def test_grouped_dot_matches_numpy(small_tiles, name):
     config, rows, scales_sums = CASES[name]
@@ -86,7 +86,7 @@ def rows_of_every_kind(dtype):
     return jnp.asarray(x, dtype)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("bounds", [None, (-128, 100)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_quantize_rows_gives_the_bits_of_quantize(small_tiles, dtype, bounds):

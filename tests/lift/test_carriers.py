@@ -131,6 +131,7 @@ def test_a_factor_per_element_of_a_group_is_unsupported():
         carriers.multiply(q, jnp.ones((64, 1)), lax.mul)
 
 
+@pytest.mark.slow
 def test_values_in_training_are_carried_along():
     prepared = jq.training.prepare({"w": jnp.ones((64, 96)) / 3}, jq.W8A16)["w"]
 
@@ -198,6 +199,7 @@ def test_axes_that_are_stored_swapped_are_joined_in_their_logical_order():
     assert equal_or_unsupported(lambda: carriers.reshape(q, (expected.size,)), expected)
 
 
+@pytest.mark.slow
 def test_axes_in_their_order_are_not_stored_in_another():
     q = cases.parameter("int8")
     assert carriers.transpose(q, (0, 1)).order is None

@@ -92,6 +92,7 @@ def test_explain_lists_what_is_dequantized_and_why():
     assert "tanh: it has no form" in str(found)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", ["multiplier", "permutation", "rotation"])
 def test_what_changes_the_activations_may_not_be_dropped(name):
     rotation = jq.BlockRotation(jnp.ones(64, jnp.int8), 16)

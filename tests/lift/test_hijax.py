@@ -88,7 +88,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_they_stay_quantized_and_have_gradients(name):
     fn, q, x = FUNCTIONS[name], cases.parameter("int4 g32"), cases.rows() / 8

@@ -73,7 +73,8 @@ PASSING = {
 }
 
 
-@pytest.mark.some_rows(6)
+@pytest.mark.slow
+@pytest.mark.some_rows(5)
 @pytest.mark.parametrize("name", PASSING)
 @pytest.mark.parametrize("quantized", ["int8", "int4 g32", "nf4 g32 nested"])
 def test_a_parameter_that_is_passed_on_stays_quantized(name, quantized):
@@ -139,6 +140,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_cache_that_a_loop_writes_is_dequantized_and_the_reason_is_given(name):
     cache, rows = cases.parameter("int8"), cases.rows(96)

@@ -50,6 +50,7 @@ def apply(w, x):
     return y @ swapped, w
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "quantized, is_swapped", [("int4 g32", False), ("int4 g16 asymmetric", True)]
 )

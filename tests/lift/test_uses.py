@@ -172,6 +172,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_lie_along_contracted_axes(name):
     size, shape, fn, counts = GROUPS[name]

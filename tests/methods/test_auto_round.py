@@ -50,7 +50,7 @@ def error(q, weight, x):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @each_case
 def test_no_adjustment_gives_the_start(name):
     """The codes of error feedback, which are not the nearest ones."""
@@ -69,6 +69,7 @@ def test_no_adjustment_gives_the_start(name):
     np.testing.assert_allclose(values, start.dequantize(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.some_rows(2)
 @each_case
 def test_values_are_those_of_the_quantized_array(name):
     config, weight = CASES[name], jnp.asarray(inputs.weights(SHAPE))
@@ -84,6 +85,7 @@ def test_values_are_those_of_the_quantized_array(name):
     assert np.any(np.asarray(found.codes) != np.asarray(start.codes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gradients_are_straight_through(symmetric):
     """d q / d v = scale, and d q / d range, from the definition in float64."""
@@ -122,7 +124,7 @@ def test_gradients_are_straight_through(symmetric):
         np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @each_case
 def test_errors_fall(name):
     config, weight = CASES[name], inputs.weights(SHAPE)

@@ -45,7 +45,7 @@ def error(weight, multiplier, x, config, axis):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_best_of_all_candidates_is_chosen(case):
     config, axis = case

@@ -42,7 +42,7 @@ def output_error(params, x):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", CHAINS)
 def test_chains_with_several_statistics_lower_the_error(name):
     x = jnp.asarray(inputs.activations(CHANNELS, rows=300))

@@ -57,6 +57,7 @@ def algorithm_1(weight, second, damping, group):
     return codes, np.stack(scales, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, group", [("int4 per channel", CHANNELS), ("int4 groups", 16)])
 def test_codes_are_those_of_algorithm_1(name, group):
     weight, second = weights(), correlated(CHANNELS)
@@ -80,7 +81,7 @@ def test_the_gain_on_correlated_activations_is_the_predicted_one():
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_white_activations_leave_rounding_to_nearest(name):
     weight, config = weights(), CONFIGS[name]
@@ -92,7 +93,7 @@ def test_white_activations_leave_rounding_to_nearest(name):
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_output_error_falls_in_every_format(name):
     weight, config, second = weights(), CONFIGS[name], correlated(CHANNELS)
@@ -126,6 +127,7 @@ def test_act_order_rounds_large_channels_first():
     assert np.mean(np.asarray(q.codes, int)[:, order] == codes) > 0.995
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("size", [(24, 200), (24, 96), (1, 1)])
 def test_any_number_of_channels_works_without_groups(size):
     outputs, channels = size
@@ -159,7 +161,7 @@ def test_damping_that_suffices_is_kept():
     assert float(notes["damping"]) == pytest.approx(0.02)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", ["int4 per channel", "int4 groups"])
 @pytest.mark.parametrize("method", [GPTQ(), GPTQ(act_order=True)], ids=["in order", "act_order"])
 def test_nan_gives_no_plausible_numbers(name, method):
@@ -190,6 +192,7 @@ def run_pair(method, weight, both, config):
     return q
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_repairing_the_input_lowers_the_error_on_quantized_activations(seed):

@@ -43,7 +43,7 @@ def oracle(group, scale, qmin, qmax, store, iterations=20, p=0.7, beta=10.0):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", [n for n in CASES if n != "int4-row"])
 def test_offsets_match_the_oracle(name):
     config: Any = CASES[name]
@@ -73,6 +73,7 @@ def test_offsets_match_the_oracle(name):
             np.testing.assert_array_equal(codes[~ties], nearest[~ties])
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0, 3))
 def test_no_group_is_worse_than_at_its_start(seed, mean):
@@ -84,6 +85,7 @@ def test_no_group_is_worse_than_at_its_start(seed, mean):
     assert np.all(errors[0] <= errors[1] * (1 + 1e-4))
 
 
+@pytest.mark.slow
 def test_it_is_better_than_an_integer_zero_point():
     weight = inputs.weights((64, 96))
     config = ArrayConfig(format=INT4, group_size=32, symmetric=False)
@@ -93,7 +95,7 @@ def test_it_is_better_than_an_integer_zero_point():
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", CASES)
 def test_zeros_constants_and_tiny_weights(name):
     config = CASES[name]

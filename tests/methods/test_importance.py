@@ -37,7 +37,7 @@ def run(weight, mean_square, config, **arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c.format))
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**20))
@@ -101,6 +101,7 @@ def test_bad_steps(steps):
 REPEATED = jq.ArrayConfig(format=jq.INT4, range=jq.MinMSE())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_importance_counts_like_repeated_elements(symmetric):
     config = jq.ArrayConfig(format=jq.INT4, range=jq.MinMSE(), symmetric=symmetric)

@@ -19,6 +19,7 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("channels", "block", "found"),
     [

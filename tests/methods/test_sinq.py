@@ -77,7 +77,7 @@ def error(weight, multiplier, config, axis):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_factors_match_the_oracle_and_keep_the_product(case):
     config, axis = case
@@ -92,7 +92,7 @@ def test_factors_match_the_oracle_and_keep_the_product(case):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_each_tile_keeps_the_largest_exponent_with_an_allowed_error(case):
     config, axis = case
@@ -143,6 +143,7 @@ def least_imbalance(tile):
     return min(tried)
 
 
+@pytest.mark.slow
 def test_under_jit_and_vmap():
     stack = jnp.stack([jnp.asarray(matrix(seed)) for seed in range(3)])
 
@@ -155,6 +156,7 @@ def test_under_jit_and_vmap():
             np.testing.assert_allclose(found[i], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_columns_and_tiles_without_spread_keep_their_factor():
     weight = matrix()
     weight[:, 5] = 0

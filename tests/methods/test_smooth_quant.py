@@ -51,7 +51,7 @@ def score(weight, multiplier, x, config, activations):
     return total
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_best_of_all_candidates_is_chosen(case):
     weight, x = inputs.weights(), inputs.activations()
@@ -76,6 +76,7 @@ def test_the_score_never_rises(seed, spread):
     assert found <= plain * (1 + 1e-4)
 
 
+@pytest.mark.slow
 def test_outputs_are_closer_with_quantized_activations():
     weight, x = inputs.weights((16, 48)), inputs.activations(48, spread=1.5)
     changed = inputs.transform(SmoothQuant(), jnp.asarray(weight), inputs.means_of(x), W8, 1)

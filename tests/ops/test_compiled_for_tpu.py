@@ -50,6 +50,7 @@ def taking_weights(program):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_w8a8_multiplies_int8_by_int8_into_int32(chip):
     program = compiled(chip, matmul, 64, weights(W8A8))
@@ -57,7 +58,7 @@ def test_w8a8_multiplies_int8_by_int8_into_int32(chip):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("chip, rows", [("v5e", 8), ("v5e", 512), ("v6e", 8), ("v6e", 512)])
 def test_xla_reads_grouped_int4_weights_once_at_half_a_byte(chip, rows):
     program = compiled(chip, partial(matmul, implementation="fused"), rows, weights(W4A16))
@@ -79,6 +80,7 @@ def kernels(program):
 
 
 # By this process, which has no TPU.
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "chip, rows, dtypes",
     [("v5e", 8, ["bf16 s4 f32"]), ("v5e", 300, []), ("v6e", 512, ["bf16 s4 f32"])],
@@ -90,6 +92,7 @@ def test_the_chip_that_is_compiled_for_decides_about_kernels(chip, rows, dtypes)
     assert row.implementation == ("pallas" if dtypes else "fused")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_three_products_of_many_rows_quantize_their_input_by_one_kernel(chip):
     def run(x, *weights):

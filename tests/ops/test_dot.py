@@ -66,7 +66,7 @@ def every_mixture(inputs, q):
     return right, left
 
 
-@pytest.mark.some_rows(5)
+@pytest.mark.some_rows(4)
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_mixture_of_formats_and_orders_matches_numpy(name):
     q = weight(WEIGHTS[name])
@@ -112,7 +112,7 @@ BATCHED = {
 }
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("case", BATCHED)
 def test_any_dimension_numbers_match_numpy(case):
     lhs_shape, rhs_shape, equation, numbers = BATCHED[case]
@@ -298,6 +298,7 @@ def dots(lowered):
     return re.findall(pattern, lowered.as_text())
 
 
+@pytest.mark.some_rows(6)
 @pytest.mark.parametrize("rows", [1, M])
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 @pytest.mark.parametrize("name", ["int8", "int8-asym", "int4", "int8-tensor", "int8-columns"])
@@ -328,7 +329,7 @@ WIDE = {
 }
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "name, columns", [(name, 512) for name in WIDE] + [("asym blocks", 600), ("int8", 600)]
 )
@@ -371,6 +372,7 @@ FLOORS = [
 ]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("weights, inputs, floor", FLOORS)
 def test_signal_to_noise_of_a_gaussian_product_is_above_its_floor(weights, inputs, floor):
     random = np.random.default_rng(0)

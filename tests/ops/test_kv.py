@@ -98,7 +98,7 @@ def in_steps(store, append=append, attend=attend, dtype: Any = np.float32, layer
         yield cache, found, sequences.step(query, keys, values, counts)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "int4-half", "fp8"])
 def test_batches_of_different_lengths_equal_the_loop(name):
     store = STORES[name]
@@ -193,6 +193,7 @@ def test_no_floats_as_large_as_the_cache_are_scaled():
     assert large == ["convert_element_type"] * 2
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("store", [jnp.bfloat16, INT4, FP8], ids=["bfloat16", "int4", "fp8"])
 def test_a_token_that_does_not_fit_is_an_error_or_nan(store):
     _, keys, values = drawn(S - 2)

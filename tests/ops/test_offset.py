@@ -52,6 +52,7 @@ each_order = pytest.mark.parametrize("order", ORDERS, ids=str)
 dequantize = jax.jit(QTensor.dequantize)
 
 
+@pytest.mark.some_rows(2)
 @each_kind
 @each_order
 def test_dequantizing_adds_the_offset(kind, order):
@@ -246,6 +247,7 @@ def test_one_program_per_config():
 PERMUTATION = np.random.default_rng(0).permutation(K)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("multiplier", [None, jnp.linspace(0.5, 2, K)], ids=["alone", "multiplied"])
 @pytest.mark.parametrize("config", [None, ArrayConfig()], ids=["float", "int8"])
 def test_activations_are_permuted_then_multiplied_then_quantized(multiplier, config):

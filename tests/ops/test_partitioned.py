@@ -82,7 +82,7 @@ ALIKE = ("W8A16", "W4A16", "FP8", "NF4A16", "MXFP8A8", "MXFP4A16")
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ALIKE])
 def test_sharded_weights_stay_where_they_are(scheme):
     q, x = weight_of(scheme), jnp.asarray(normal(ROWS, K))
@@ -104,7 +104,7 @@ PRODUCTS = {"columns": jax.P(None, "a"), "rows": jax.P("a", None), "both": jax.P
 COLLECTIVES = {"columns": [], "rows": ["all-reduce"], "both": ["all-reduce"]}
 
 
-@pytest.mark.some_rows(4)
+@pytest.mark.some_rows(3)
 @needs_native
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16", "W4A8", "NVFP4A16"])
@@ -167,7 +167,8 @@ def test_blocks_that_span_devices_are_cut(shape):
     np.testing.assert_allclose(jax.jit(matmul)(x, parts), wanted, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.slow
+@pytest.mark.some_rows(2)
 @needs_native
 @pytest.mark.parametrize(
     ("scheme", "k", "spec", "name"),
@@ -278,6 +279,7 @@ def test_abstract_meshes_and_other_numbers_of_devices():
     assert implementations(x, parts) == ["integer"]
 
 
+@pytest.mark.slow
 @needs_native
 def test_gradients_loops_and_vmap_divide_alike():
     layers = [weight_of("W4A16", 512, 512, seed) for seed in range(2)]
@@ -299,6 +301,7 @@ def test_gradients_loops_and_vmap_divide_alike():
     np.testing.assert_allclose(each(x[:, None], part)[:, 0], wanted, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("implementation", [None, "images"])
 def test_sharded_kernels_of_convolutions_stay_where_they_are(axis, implementation):
@@ -320,7 +323,7 @@ def test_sharded_kernels_of_convolutions_stay_where_they_are(axis, implementatio
     np.testing.assert_allclose(compiled(x, sharded(q, axis)), wanted, rtol=2e-3, atol=2e-2)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @needs_native
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
 @pytest.mark.parametrize("name", ["columns", "rows"])

@@ -52,7 +52,7 @@ def assert_ragged(got, x, q, sizes=SIZES, tolerance=2e-6):
     assert_close(got, slow_ragged_dot(lhs, rhs, sizes), size, tolerance)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", EXPERTS)
 def test_every_mixture_of_formats_and_orders_matches_a_product_per_group(name):
     q = experts(EXPERTS[name])

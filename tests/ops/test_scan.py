@@ -68,7 +68,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_body_gets_each_layer_as_it_was_stacked(name):
     options = OPTIONS.get(name, {})
@@ -156,7 +156,7 @@ def transformed():
     return jax.jit(lambda x, q: {n: both(run, x, q) for n, run in TRANSFORMED.items()})(X, SQUARE)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_transformations_equal_those_of_the_plain_scan(name):
     run = TRANSFORMED[name]
@@ -261,6 +261,7 @@ def place(q, mesh, partition):
     return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec(leaf))), q)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("partition", [(None, "a", None), (None, None, "a"), (None, None, None)])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_sharded_layers_are_sliced_where_they_lie(partition, kind):

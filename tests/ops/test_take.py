@@ -36,7 +36,7 @@ def assert_same(got, want):
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_take_equals_jnp_take_from_the_dequantized_array(name):
     # Stored in either order.
@@ -174,7 +174,7 @@ PLACES = [jax.P("b"), jax.P("b", None, "a"), jax.P(None, "a", "b"), jax.P()]
 STORED = [(s, (-1, -2)) for s in ("W8A16", "W4A16_ASYM", "NF4A16", "NVFP4A16")]
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("scheme, order", [*STORED, ("W4A16", None)])
 def test_the_result_of_take_lies_where_out_sharding_says(scheme, order):
     q = quantized(normal(64, 256), SCHEMES[scheme].weights, axis=1)
@@ -195,6 +195,7 @@ def test_the_result_of_take_lies_where_out_sharding_says(scheme, order):
             assert_same(np.asarray(out), want)
 
 
+@pytest.mark.slow
 def test_out_sharding_reaches_flattened_and_plain_arrays_and_adapters():
     q, key = quantized(TABLE, *CONFIGS["per row"]), jax.random.key(0)
     params = lora_init({"table": jnp.asarray(TABLE)}, Rule("table", W8A16, axis=-1), 2, key)

@@ -52,7 +52,8 @@ def stack_of_layers(name):
     return layers, jax.tree.map(lambda *a: np.stack(a), *layers)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.slow
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", STACKS)
 def test_a_scan_over_stacked_layers_equals_the_loop(name):
     layers, stack = stack_of_layers(name)
@@ -140,7 +141,7 @@ PLACED = [("int8", "columns"), ("int8", "contracted"), ("int4-g4", "rows"), ("in
 PLACED += [("int4-g4", "contracted"), ("fp8", "both")]
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name, sharding", PLACED)
 def test_products_of_parts_on_eight_devices_match_numpy(name, sharding):
     of_x, of_weight, of_result, summed = SHARDINGS[sharding]
@@ -190,7 +191,7 @@ EXPLICIT = {
 }
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", EXPLICIT)
 def test_the_result_lies_where_out_sharding_says(name):
     config, order, implementation = EXPLICIT[name]

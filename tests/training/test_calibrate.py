@@ -78,6 +78,7 @@ def test_each_slice_of_stacked_layers_gets_its_own_scale(make):
     jax.jit(apply)(got, BATCHES[0])
 
 
+@pytest.mark.slow
 def test_rules_quantize_first_and_the_products_use_the_scale():
     got = calibrate(lambda p, x: matmul(x, p["kernel"]), PARAMS["out"], BATCHES, STATIC)
     scale = got["kernel"].inputs.scale
@@ -114,6 +115,7 @@ def test_a_multiplier_comes_before_the_scale():
     np.testing.assert_array_equal(got["kernel"].inputs.multiplier, multiplier)
 
 
+@pytest.mark.slow
 def test_a_weight_used_twice_spans_both_and_experts_share_a_scale():
     params = {"kernel": normal(WIDTH, WIDTH), "experts": {"kernel": normal(4, WIDTH, OUT)}}
 
@@ -133,6 +135,7 @@ def test_a_weight_used_twice_spans_both_and_experts_share_a_scale():
     assert experts.shape == ()
 
 
+@pytest.mark.slow
 def test_each_layer_of_experts_gets_a_scale_and_weights_without_inputs_none():
     layers = tree.quantize({"kernel": normal(2, 3, WIDTH, WIDTH)}, STATIC)
     alone = tree.quantize(PARAMS["out"], W8A16)["kernel"]

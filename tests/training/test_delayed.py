@@ -25,6 +25,7 @@ def cast(x, limit, dtype):
     return codes.astype(np.float64) * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margin", [0, 1])
 def test_ranges_follow_the_history_in_each_step(margin):
     """Growing, shrinking, zero and non-finite operands."""
@@ -101,6 +102,7 @@ def test_stacked_states_are_updated_separately():
     assert moved["s"].margin == 2
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_amax_is_inf_if_a_single_element_is_not_finite(value):
     """XLA's CPU backend drops NaN in a maximum of many."""

@@ -140,7 +140,7 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(("product", "name", "dtype"), CASES)
 def test_each_product_matches_its_definition(product, name, dtype):
     config, (lhs, rhs, out) = ROWS[name], PRODUCTS[product]
@@ -162,7 +162,7 @@ def test_each_product_matches_its_definition(product, name, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("product", "dtype", "options"),
     [
@@ -197,6 +197,7 @@ def test_without_quantization_it_is_that_of_lax(product, dtype, options):
         assert not np.array_equal(switched[1], expected[1])
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(3), ids=["out", "lhs gradient", "rhs gradient"])
 def test_codes_are_multiplied_exactly(index):
@@ -235,6 +236,7 @@ def test_stochastic_gradients_are_unbiased():
     assert not np.array_equal(run(key=jax.random.key(1))[1], samples[0])
 
 
+@pytest.mark.slow
 def test_other_values_pass_where_nan_and_inf_show():
     labels = PRODUCTS["matmul"]
     x, y, gradient = (normal(a, seed) for seed, a in enumerate(labels))
@@ -256,6 +258,7 @@ def test_other_values_pass_where_nan_and_inf_show():
     assert all(np.all(np.isnan(a)) for a in scaled)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)], ids=str)
 def test_empty_products(shape):
     m, k, n = shape
@@ -265,6 +268,7 @@ def test_empty_products(shape):
         np.testing.assert_allclose(result, np.full(result.shape, length), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_residuals_are_stored_as_codes():
     x, y, _ = (normal(a, seed) for seed, a in enumerate(PRODUCTS["matmul"]))
 
@@ -361,6 +365,7 @@ def test_equal_configs_share_one_compilation():
     assert FP8_TRAINING.gradient == ArrayConfig(format=FP8_E5M2, per_tensor=True)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shapes", [((6, 10), (10, 4)), ((3, 6, 10), (10, 4)), ((3, 2, 6, 10), (3, 2, 10, 4))], ids=str

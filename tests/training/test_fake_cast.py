@@ -26,6 +26,8 @@ def scaling(scale=1.0, history=()):
     return jnp.float32(scale), jnp.zeros(8).at[: len(history)].set(jnp.array(history))
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
 def test_an_empty_history_falls_back_to_the_scale_of_the_array(size):
     x = size * np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
@@ -45,6 +47,7 @@ def test_the_stored_scale_is_used_and_casts_saturate():
     np.testing.assert_array_equal(jnp.isfinite(broken), [False, False, True])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradient_slots_return_the_next_scale_and_history(dtype):
     x = jnp.array([0.25, -7.0], dtype)
@@ -69,6 +72,7 @@ def test_zero_and_non_finite_arrays_leave_the_scale_unchanged(value):
     assert not np.any(history)
 
 
+@pytest.mark.slow
 def test_gradients_are_cast_to_e5m2():
     y = jnp.arange(4.0)
     upstream = jnp.array([1e-6, 3.3e-6, -7e-6, 0.0])

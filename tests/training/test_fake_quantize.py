@@ -52,7 +52,7 @@ IN_BFLOAT16 = ("int8-row", "int4-asym_min_mse", "mxfp4-row")
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, "bfloat16" if name in IN_BFLOAT16 else "float32") for name in cases.FEW],
@@ -82,7 +82,7 @@ def test_values_equal_quantize_and_the_gradient_is_one_up_to_half_a_step_beyond_
     np.testing.assert_array_equal(np.asarray(of_x)[is_clear], want[is_clear])
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", STEPS)
 def test_a_learned_step_follows_lsq_and_clips_gradients_at_the_outermost_codes(name, sign):
@@ -120,6 +120,7 @@ def surrogate(x, ends, config, moved):
     return (codes - zero) * step
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RANGES)
 def test_a_learned_range_matches_finite_differences_of_a_float_surrogate(name):
@@ -148,6 +149,7 @@ def test_a_learned_range_matches_finite_differences_of_a_float_surrogate(name):
         np.testing.assert_allclose(gradient, want, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_range_end_on_the_wrong_side_of_zero_counts_as_zero():
     case = cases.along(0, format=INT4, per_tensor=True, symmetric=False)
     for low, high, wanted in [(0.5, 3.0, (0.0, 3.0)), (-3.0, -1.0, (-3.0, 0.0))]:
@@ -163,6 +165,7 @@ def test_a_range_end_on_the_wrong_side_of_zero_counts_as_zero():
     np.testing.assert_array_equal(values, np.clip(np.round(X), 0, 15))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [FP8_E4M3, NF4], ids=str)
 def test_learned_steps_of_float_and_codebook_formats_get_the_rounding_error_as_gradient(format):
     case = cases.along(1, format=format)
@@ -244,6 +247,7 @@ def test_steps_of_empty_arrays_have_zero_gradients():
     np.testing.assert_array_equal(of_step.scale, jnp.zeros((3, 1)))
 
 
+@pytest.mark.slow
 def test_no_gradient_flows_through_the_range_of_x():
     # Otherwise the largest element of each row would get the gradients of the whole row.
     config = ArrayConfig(format=INT4, range=Percentile(100))

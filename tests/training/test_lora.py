@@ -96,7 +96,7 @@ PRODUCTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_are_those_of_the_base_plus_those_of_the_adapters(name):
     equation, shape, scheme, of_a, of_b = PRODUCTS[name]
@@ -244,6 +244,7 @@ def test_gradients_are_those_of_the_float_product_and_the_base_gets_none(scheme)
     assert not np.any(of_w.base.scale)
 
 
+@pytest.mark.slow
 def test_gradients_pass_a_table_and_a_dequantized_array_too():
     w, rows = adapted(NF4_G32), jnp.array([3, 3, 0])
     cotangent = jnp.asarray(normal(3, N, seed=4))
@@ -305,6 +306,7 @@ def test_stacks_are_sliced_by_every_transformation():
         assert_adapted(got, "mk,kn->mn", part, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("of_x", "of_base", "of_adapters"),
     [("bfloat16", "bfloat16", "float32"), ("float32", "float32", "bfloat16")],
@@ -437,7 +439,7 @@ MERGED = {
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, "float32") for name in MERGED] + [("int4", "bfloat16"), ("int8", "bfloat16")],

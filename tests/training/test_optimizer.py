@@ -128,7 +128,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("given", LAYOUTS, ids=str)
 def test_blocks_run_along_the_last_axis_where_they_divide_it(given):
     length, shape = given
@@ -195,7 +195,7 @@ TRANSFORMATIONS = {
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_any_transformation_takes_the_same_steps_as_in_float(name):
     """The first step equals that of float, from a state of zeros; later states are rounded."""
@@ -325,6 +325,7 @@ def test_small_and_narrow_arrays_stay_in_float():
     assert stored_in(trace) == {}
 
 
+@pytest.mark.slow
 @each_state
 def test_init_under_jit_is_not_folded_into_constants(bits):
     """XLA would run the quantization of zeros while it compiles: 30 s for 1024 x 2048."""
@@ -371,6 +372,7 @@ def test_scan_and_shard_map_take_the_same_steps_as_a_loop():
     )
 
 
+@pytest.mark.slow
 def test_states_survive_files_and_flattening(tmp_path):
     optimizer = quantized_state(optax.adamw(1e-2), key=jax.random.PRNGKey(0))
     params = tree(0)
@@ -388,6 +390,7 @@ def test_states_survive_files_and_flattening(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, updates, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_gradients_make_their_block_nan_in_the_next_step(bad):
     shapes = {"rows": (16, 512)}
@@ -406,6 +409,7 @@ def test_non_finite_gradients_make_their_block_nan_in_the_next_step(bad):
         np.testing.assert_array_equal(is_bad, where)
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_follows_a_slow_average():
     """Rounded to nearest, updates of 1 % are lost between codes that are 10 % apart."""
     wanted = jnp.tile(jnp.linspace(0.1, 1, 8, dtype=jnp.float32), (16, 64))

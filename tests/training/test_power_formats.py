@@ -17,7 +17,7 @@ def case_of(format):
     return cases.along(1, format=format, group_size=64)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @each_format
 def test_codes_are_the_nearest_entries_of_the_codebook(format):
     case, x = case_of(format), cases.gaussian()
@@ -46,7 +46,7 @@ def test_formats_of_averages_reach_smaller_values(format, smallest):
     assert min(v for v in format.codebook if v > 0) == pytest.approx(smallest, rel=1e-12)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @each_format
 def test_every_code_survives_a_round_trip(format):
     """Each entry of the codebook, in a group that contains the largest."""
@@ -71,7 +71,7 @@ def test_positive_elements_never_become_zero(format):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @each_format
 def test_stochastic_rounding_is_unbiased_between_neighboring_codes(format):
     random = np.random.default_rng(0)

@@ -43,6 +43,7 @@ from .prepared import (
 )
 
 
+@pytest.mark.slow
 def test_values_in_training_are_those_of_quantize_whatever_the_range():
     """Compiled as users compile; below, ranges are those of the largest magnitude."""
     chosen = {name: cases.FEW[name] for name in ("int4-percentile", "int4-asym_min_mse")}
@@ -61,6 +62,7 @@ REST = [rule for rule in ALL if rule not in NARROW and rule.pattern not in ALIKE
 FEW = [rule for rule in ALL if rule.pattern in ("W8A8", "W4A16_ASYM", "W4A4", "blocks")]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "make, rules, dtype",
@@ -94,7 +96,7 @@ def test_products_are_those_of_the_converted_tree_bit_for_bit(make, rules, dtype
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_equals_that_with_the_converted_weight(name):
     prepared, x, outputs = operation_case(name)
@@ -112,6 +114,7 @@ def test_a_w8a8_product_is_an_integer_product():
     np.testing.assert_allclose(jax.jit(products)(prepared, X)["w"], want, rtol=3e-7)
 
 
+@pytest.mark.slow
 def test_a_prepared_tree_is_saved_and_loaded(tmp_path):
     rules = {"a": W8A8, "b": GROUPED}
     prepared = moved(learn(weights(rules), rules)) | {"bias": jnp.ones(3)}

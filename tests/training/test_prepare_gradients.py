@@ -34,7 +34,7 @@ from .prepared import (
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_passes_gradients_on(name):
     prepared, x, outputs = operation_case(name)
@@ -73,6 +73,8 @@ class _WithValues(jq.core.TrainedArray):
         )
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("scheme", [W8A8, W8A16, W4A16_ASYM], ids=["W8A8", "W8A16", "W4A16_ASYM"])
 def test_weights_get_the_gradient_of_the_float_product_and_inputs_theirs(scheme):
     prepared = prepare(weights({"w": scheme}), {"w": scheme})
@@ -109,6 +111,7 @@ def test_learned_leaves_get_the_gradient_of_lsq():
     np.testing.assert_allclose(got.learned.scale, want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [-2, None])
 def test_a_calibrated_scale_of_inputs_is_trained_as_a_step(axis):
     scheme = Scheme(ArrayConfig(), ArrayConfig(format=INT4, per_tensor=True))

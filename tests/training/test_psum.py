@@ -87,6 +87,7 @@ def test_sums_and_errors_match_numpy():
         assert close.mean() > 0.99
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config, most",
@@ -127,6 +128,7 @@ def bytes_sent(text):
     return total
 
 
+@pytest.mark.slow
 def test_eight_bits_send_little_more_than_a_quarter_of_the_bytes():
     shapes = {"w": (256, 256), "up": (256, 1024), "odd": (123, 45), "bias": (256,), "small": (10,)}
     x = {k: jax.ShapeDtypeStruct((DEVICES, *s), jnp.float32) for k, s in shapes.items()}
@@ -145,6 +147,7 @@ def test_eight_bits_send_little_more_than_a_quarter_of_the_bytes():
     assert bytes_sent(text(lambda x: (quantized_psum(x, "a", four),), (P(),))) <= 0.14 * plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_or_inf_on_one_device_makes_its_block_nan_on_all(bad):
     x = {"even": gradients()["even"]}
@@ -156,6 +159,7 @@ def test_nan_or_inf_on_one_device_makes_its_block_nan_on_all(bad):
     np.testing.assert_array_equal(np.isnan(rest["even"]).any((0, 2)), where[:, 0])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_summed_over_several_axes_without_error_feedback():
     x = np.random.default_rng(0).normal(size=(DEVICES, 600)).astype(np.float32)
 

@@ -182,6 +182,7 @@ def test_replacing_a_file_does_not_affect_a_running_read(tmp_path):
         np.testing.assert_array_equal(file.read("a"), normal(100))
 
 
+@pytest.mark.slow
 def test_loading_during_a_save_returns_the_old_or_the_new_tree(tmp_path):
     versions = [{"a": np.full(n, n, np.float32), "n": n} for n in (10, 1000, 3000)]
     save(tmp_path / "a", versions[0])

@@ -20,7 +20,7 @@ def normal(*shape, seed=0):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("shape", "axes"), [((K, N), (0,)), ((2, K, N), (1,)), ((2, H, D, N), (1, 2)), ((N, K), (1,))]
 )

@@ -99,7 +99,7 @@ def dense(block, channels, seed):
     return np.kron(np.eye(channels // block), one)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(("width", "block"), [(24, None), (24, 4), (384, None), (576, None)])
 def test_a_residual_stream_is_rotated_by_one_matrix(width, block):
     params = model(width)

@@ -105,7 +105,7 @@ CHANGES = {"drop": drop, "repeat": repeat, **{json.dumps(v): replace_by(v) for v
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(9)
+@pytest.mark.some_rows(8)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("part", ["header", "manifest", "contents"])
 def test_any_change_of_a_part_raises_a_valueerror_with_the_file_name(tmp_path, saved, part, change):

@@ -37,7 +37,7 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_nearest_is_plain_quantization_in_every_layout(name):
     shape, rule = LAYOUTS[name]
@@ -46,6 +46,7 @@ def test_nearest_is_plain_quantization_in_every_layout(name):
     assert_equal(found, jq.tree.quantize(params, rule))
 
 
+@pytest.mark.slow
 def test_progress_is_called_after_each_leaf():
     calls, rules = [], [jq.Rule("b", G4, axis=0, method=SINQ()), jq.Rule("*", G4, axis=0)]
     params = {name: kernel((8, 6)) for name in "abc"}
@@ -67,7 +68,7 @@ def second_moment(channels, seed=0):
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", ["(K, N)", "(D, heads, size)", "boxes", "(heads, size, D)"])
 def test_error_feedback_sees_the_contracted_elements_in_order(name):
     shape, rule = LAYOUTS[name]
@@ -109,6 +110,7 @@ def test_a_layer_without_rows_is_rounded_to_nearest():
     assert np.any(q.dequantize()[0] != expected[0])
 
 
+@pytest.mark.slow
 def test_a_smaller_statistic_is_a_part_of_a_larger_one():
     params, rule = {"w": kernel((32, 6))}, jq.Rule("*", G4, axis=0)
     second = second_moment(32)
@@ -121,7 +123,7 @@ def test_a_smaller_statistic_is_a_part_of_a_larger_one():
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("transforms", [[SINQ()], [Rotation(block=8)], [SINQ(), Rotation(block=8)]])
 @pytest.mark.parametrize("name", ["(K, N)", "layers", "(heads, size, D)"])
 def test_transforms_leave_the_product_as_it_is(name, transforms):
@@ -166,6 +168,7 @@ def test_a_rule_may_have_its_own_method():
     assert np.any(found["a"].scale != jq.quantize(params["a"], G4, 0).reorder((-1, -2)).scale)
 
 
+@pytest.mark.slow
 def test_a_nearly_singular_moment_is_reported():
     x = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
     statistics = {"w": {SecondMoment: SecondMoment(x.T @ x, np.float32(3))}}

@@ -32,6 +32,7 @@ def test_plot_writes_a_picture_that_is_not_blank(tmp_path):
     assert (hues < -0.5).any()
 
 
+@pytest.mark.slow
 def test_the_picture_names_leaves_and_schemes_and_the_noise(tmp_path):
     params = {"a$b": jnp.asarray(normal(64, 32)), "x$^{$": jnp.asarray(normal(64, 32, seed=1))}
     params |= {"lossless": jnp.full((8, 4), 127.0), "left": jnp.ones(3)}

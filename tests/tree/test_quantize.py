@@ -239,7 +239,7 @@ ORDERS = [
 ]
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("scheme, axis, platform, stored", ORDERS)
 def test_weights_are_stored_in_the_order_that_suits_the_platform(scheme, axis, platform, stored):
     x = jnp.asarray(normal(*KERNEL))
@@ -370,6 +370,7 @@ def test_a_1x1_convolution_kernel_is_not_reordered():
     assert tree.quantize({"kernel": kernel}, rule, platform="cpu")["kernel"].order is None
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["W4A16_ASYM", "NF4A16", "FP8"])
 def test_stored_codes_scales_and_zero_points_equal_those_of_quantize(name):

@@ -94,6 +94,7 @@ def test_the_total_of_an_empty_report_is_zero():
     assert "0 of 0 leaves quantized" in str(report)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme", [W8A8, W4A16_ASYM, NVFP4A16], ids=["W8A8", "W4A16_ASYM", "NVFP4A16"]
@@ -126,6 +127,7 @@ def test_signal_to_noise_of_float64_is_computed_in_float64(magnitude):
     assert found == pytest.approx(wanted, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_signal_to_noise_is_infinite_without_noise_and_absent_without_a_comparison():
     grid = jnp.asarray(np.arange(-127, 129, 2).reshape(8, 16), jnp.float32)
     lossless = jnp.clip(grid, -127, 127).at[0].set(127)
@@ -172,7 +174,7 @@ def test_without_the_float_tree_bytes_before_are_those_of_its_dtype():
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(4)
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize(
     "scheme, text",
     [
@@ -198,7 +200,7 @@ def test_schemes_are_described_in_the_words_of_the_field(scheme, text):
         assert tree.describe(q.reorder(order)) == text
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "config, bins",
     [
@@ -251,7 +253,7 @@ def test_codes_are_counted_exactly_for_any_size_dtype_and_devices():
         assert rows[name].codes == tuple(wanted.tolist())
 
 
-@pytest.mark.some_rows(5)
+@pytest.mark.some_rows(4)
 @pytest.mark.parametrize(
     "path, shape, rules, text",
     [

@@ -79,7 +79,7 @@ def test_matrices_are_floating_point_with_two_or_more_axes(path, leaf, wanted):
 MATRIX, EMBEDDING, LEFT = -2, -1, None
 
 
-@pytest.mark.some_rows(8)
+@pytest.mark.some_rows(6)
 @pytest.mark.parametrize(
     "path, shape, axis",
     [
@@ -143,7 +143,7 @@ def test_default_rules_apply_block_shapes_to_embeddings():
     )
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "config, bits",
     [
@@ -205,6 +205,7 @@ FORMS = {
 }
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("rules", [*FORMS.values()], ids=[*FORMS])
 def test_rules_may_be_a_dict_pairs_or_rules(rules):
     params = parameters()

@@ -50,6 +50,7 @@ def test_the_divergence_is_that_of_the_definition():
     np.testing.assert_allclose(divergence(jnp.asarray(found), jnp.asarray(exact)), expected, 1e-5)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_loss_falls_and_the_codes_stay(name):
@@ -62,6 +63,7 @@ def test_the_loss_falls_and_the_codes_stay(name):
         assert np.any(tuned[key].scale != q.scale)
 
 
+@pytest.mark.slow
 def test_offsets_are_trained_too():
     config = CONFIGS["asymmetric"]
     quantized = jq.tree.quantize(params(), config, method=jq.methods.HQQ())
@@ -86,6 +88,8 @@ def test_another_loss():
     assert mean_loss(tuned, squared) < mean_loss(quantized, squared)
 
 
+@pytest.mark.slow
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "config, count, epochs, message",
     [

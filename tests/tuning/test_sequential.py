@@ -107,6 +107,7 @@ def test_errors_are_below_those_of_all_layers_at_once():
     assert errors[0] < errors[1] < errors[2]
 
 
+@pytest.mark.slow
 def test_a_list_gives_the_same_as_a_stack():
     parts = [sliced(layers(), i) for i in range(LAYERS)]
     found = sequential(block, parts, batches(), RULES, method=GPTQ(repair=1))
@@ -140,7 +141,7 @@ def test_layers_share_one_program_and_progress_names_their_errors():
 
 
 @pytest.mark.slow
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("method", [None, Importance(), [SINQ()], GPTQ(repair=1)])
 def test_training_lowers_the_error(method):
     xs = batches(1)

@@ -144,7 +144,7 @@ def by_xla(rows, q, dtype=None):
     return jax.jit(product)(rows, q)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @needs_native
 @pytest.mark.parametrize(
     "config, dtype, rows",
@@ -277,6 +277,7 @@ def test_gradients_and_vmap_are_those_of_the_other_implementations():
         )
 
 
+@pytest.mark.some_rows(2)
 @needs_native
 @pytest.mark.parametrize("shape", [(K,), (0, K), (2, 0, K), (2, 3, K)], ids=str)
 @pytest.mark.parametrize("name", ["int8", "int4-g128"])
@@ -335,6 +336,7 @@ def test_exported_programs_do_without():
     assert_product(read.call(x, q), "mk,kn->mn", quantize(x, W8A8.inputs, -1), q)
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("name", ["int8", "int4-g128"])
 def test_columns_and_rows_may_lie_on_several_devices(name):
