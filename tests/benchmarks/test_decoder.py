@@ -71,7 +71,7 @@ def test_a_quantized_decoder_is_close_to_float32_and_compared_with_it(params, mo
     monkeypatch.setattr(end_to_end, "BUDGET", 0.0)
     others = [of_xla("bfloat16")]
     models = end_to_end.decoders(params, others, ["W8A8", "bfloat16"])
-    assert list(models) == ["float32", "W8A8", *(c.name for c in others)]
+    assert list(models) == ["float32", "W8A8", "W8A8 g32", *(c.name for c in others)]
     kernels = models["W8A8"][0]["layers"][1]
     assert isinstance(kernels["down"]["kernel"], jq.QTensor)
     assert kernels["norms"] is params["layers"][1]["norms"]
