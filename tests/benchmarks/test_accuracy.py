@@ -13,7 +13,7 @@ import pytest
 import jaxquant as jq
 from benchmarks import machine
 from benchmarks.__main__ import main
-from benchmarks.accuracy import cost, encoder, language, picture, rows
+from benchmarks.accuracy import cost, encoder, language, peers, picture, rows
 from benchmarks.accuracy.trees import Trees, bits_per_weight, by_stack
 from jaxquant.demo import llama
 from jaxquant.methods import MeanSquare
@@ -106,6 +106,7 @@ def test_a_run_that_is_cut_off_has_written_its_rows(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(language, "load_model", tiny_model)
     monkeypatch.setattr(language, "texts", lambda: {"a": "plain " * 900, "b": "other " * 900})
     monkeypatch.setattr(rows, "ROWS", {"nearest": rows.Row(), "wrong": rows.Row(tunes="missing")})
+    monkeypatch.setattr(peers, "ggml", lambda: None)
     monkeypatch.setattr(machine, "description", lambda: {"processor": "a test"})
     options = f"--bits 4.5 --texts 1 --seeds 1 --windows 1 --json {path}"
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--suite", "accuracy", *options.split()])
