@@ -1,8 +1,10 @@
 """Compiles the CPU kernels where there is a C++ compiler; everything else is in pyproject.toml."""
 
+import concurrent.futures
 import pathlib
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 SOURCES = pathlib.Path("jaxquant/kernels/cpu")
 FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra"]
@@ -28,4 +30,22 @@ def kernels():
     ]
 
 
-setup(ext_modules=kernels())
+class BuildSideBySide(build_ext):
+    """Compiles the sources of an extension at once, since each takes many seconds."""
+
+    def build_extension(self, ext):
+        def compiled(source):
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                extra_postargs=ext.extra_compile_args,
+                depends=ext.depends,
+            )
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            ext.extra_objects = sum(pool.map(compiled, ext.sources), [])
+        ext.sources = []
+        super().build_extension(ext)
+
+
+setup(ext_modules=kernels(), cmdclass={"build_ext": BuildSideBySide})
