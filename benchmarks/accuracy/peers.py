@@ -1,87 +1,150 @@
-"""Other programs' quantizers, on the same weights and importance: what their files decode to."""
+"""Methods of other libraries, with the same weights and statistics of the activations.
 
-import ctypes
+Each gets a matrix and what it asks for of the activations; its result is decoded to floats, so that
+all run in the same model. Bits count scales of 16 bits, also where a library stores 32.
+"""
+
+import dataclasses
 import importlib.util
-import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.methods import MeanSquare, SecondMoment
+from jaxquant.methods import MaxAbs, MeanAbs, SecondMoment
 
+from . import ggml
+
+GROUP_SIZE = 32
+_SYMMETRIC = 4 + 16 / GROUP_SIZE
+_ASYMMETRIC = 4 + (16 + 4) / GROUP_SIZE
 # Types of llama.cpp with blocks of 32, which divide all widths, by their codes.
-GGML_TYPES: Mapping[str, int] = {
+_GGML_TYPES: Mapping[str, int] = {
     "llama.cpp Q4_0, imatrix": 2,
     "llama.cpp IQ4_NL, imatrix": 20,
     "llama.cpp Q4_1, imatrix": 3,
 }
 
 
-def ggml() -> Any:
-    """The C functions of ggml in the package `xllamacpp`, or None if it is not installed."""
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(str(next(pathlib.Path(spec.origin).parent.glob("xllamacpp*.so"))))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
-    return library
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A method of another library.
+
+    Attributes:
+        name: of the library and the method.
+        bits: per weight.
+        module: which must be installed.
+        quantize: (weights (L, N, K), means of statistics by class, each (L, ...)) -> the decoded
+            weights (L, N, K).
+    """
+
+    name: str
+    bits: float
+    module: str
+    quantize: Callable[[jax.Array, Mapping[Any, jax.Array]], Any]
 
 
-class _Traits(ctypes.Structure):
-    """`struct ggml_type_traits` of ggml.h."""
-
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("elements", ctypes.c_int64),
-        ("interleave", ctypes.c_int64),
-        ("nbytes", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-    )
+def installed() -> Iterator[Peer]:
+    """The peers whose library is installed."""
+    for peer in PEERS:
+        if importlib.util.find_spec(peer.module):
+            yield peer
 
 
-def bits_of(library: Any, number: int) -> float:
-    """Bits per weight of a type of ggml."""
-    traits = library.ggml_get_type_traits(number).contents
-    return 8 * traits.nbytes / traits.elements
-
-
-def by_ggml(library: Any, number: int, layers: Any, statistics: Mapping[str, Any]) -> Any:
-    """The kernels of stacked layers, quantized with an importance matrix and decoded again."""
+def quantized(peer: Peer, layers: Any, statistics: Mapping[str, Any]) -> Any:
+    """The kernels of stacked layers, quantized by a peer and decoded again."""
     out = dict(layers)
     for name, layer in layers.items():
-        if not isinstance(layer, Mapping) or "kernel" not in layer:
-            continue
-        second = statistics[f"layers/0/{name}/kernel"][SecondMoment]
-        square = MeanSquare(np.diagonal(second.total, axis1=-2, axis2=-1), second.count).finish()
-        kernel = np.asarray(layer["kernel"], np.float32)
-        pairs = zip(kernel, np.asarray(square, np.float32), strict=True)
-        decoded = np.stack([_round_trip(library, number, *pair) for pair in pairs])
-        out[name] = {**layer, "kernel": jnp.asarray(decoded)}
+        if isinstance(layer, Mapping) and "kernel" in layer:
+            found = statistics[f"layers/0/{name}/kernel"]
+            means = {kind: jnp.asarray(statistic.finish()) for kind, statistic in found.items()}
+            decoded = peer.quantize(layer["kernel"].astype(jnp.float32), means)
+            out[name] = {**layer, "kernel": jnp.asarray(decoded, layer["kernel"].dtype)}
     return out
 
 
-def _round_trip(
-    library: Any, number: int, weight: np.ndarray, importance: np.ndarray
-) -> np.ndarray:
-    """A matrix (N, K) through a type of ggml."""
-    traits = library.ggml_get_type_traits(number).contents
-    rows, columns = weight.shape
-    weight, importance = np.ascontiguousarray(weight), np.ascontiguousarray(importance)
-    blocks = np.empty(weight.size // traits.elements * traits.nbytes, np.uint8)
-    pointers = [ctypes.c_void_p(x.ctypes.data) for x in (weight, blocks, importance)]
-    library.ggml_quantize_chunk(
-        ctypes.c_int(number),
-        pointers[0],
-        pointers[1],
-        ctypes.c_int64(0),
-        ctypes.c_int64(rows),
-        ctypes.c_int64(columns),
-        pointers[2],
+def _by_ggml(number: int, weights: jax.Array, means: Mapping[Any, jax.Array]) -> Any:
+    squares = jnp.diagonal(means[SecondMoment], axis1=-2, axis2=-1)
+    pairs = zip(np.asarray(weights), np.asarray(squares), strict=True)
+    return np.stack([ggml.round_trip(number, *pair) for pair in pairs])
+
+
+def _by_keras_gptq(weights: jax.Array, means: Mapping[Any, jax.Array]) -> Any:
+    from keras.src.quantizers import gptq, quantizers
+
+    parameters = partial(
+        quantizers.compute_quantization_parameters,
+        bits=4,
+        symmetric=True,
+        per_channel=True,
+        group_size=GROUP_SIZE,
     )
-    decoded = np.empty_like(weight)
-    traits.to_float(blocks.ctypes.data, decoded.ctypes.data, decoded.size)
-    return decoded
+
+    def of_matrix(pair: tuple[jax.Array, jax.Array]) -> Any:
+        weight, moment = pair
+        damping = 0.01 * jnp.mean(jnp.diagonal(moment))  # As its class does.
+        inverse = jnp.linalg.inv(moment + damping * jnp.eye(len(moment)))
+        codes, scale, zero, index = gptq.gptq_quantize_matrix(
+            weight, inverse, group_size=GROUP_SIZE, compute_scale_zero=parameters
+        )
+        return quantizers.dequantize_with_sz_map(codes, scale, zero, index)
+
+    return jax.jit(partial(jax.lax.map, of_matrix))((weights, means[SecondMoment]))
+
+
+def _by_keras_awq(weights: jax.Array, means: Mapping[Any, jax.Array]) -> Any:
+    from keras.src.quantizers import awq, quantizers
+
+    def of_matrix(weight: jax.Array, largest: jax.Array) -> Any:
+        codes, scale, zero, factors, index = awq.awq_quantize_matrix(
+            weight, largest, group_size=GROUP_SIZE
+        )
+        return quantizers.dequantize_with_sz_map(codes, scale, zero, index) / factors
+
+    return jnp.stack([of_matrix(*pair) for pair in zip(weights, means[MaxAbs], strict=True)])
+
+
+def _how() -> Any:
+    from qwix import QArray  # noqa: F401 (its modules must be loaded in this order)
+    from qwix._src.core import qarray
+
+    return qarray.HowToQuantize(
+        qtype=jnp.int4,
+        channelwise_axes=(0,),
+        tiled_axes={1: GROUP_SIZE},
+        calibration_method="absmax",
+    )
+
+
+def _by_qwix_gptq(weights: jax.Array, means: Mapping[Any, jax.Array]) -> Any:
+    from qwix._src.core import qarray
+    from qwix.contrib import gptq_core
+
+    def of_matrix(pair: tuple[jax.Array, jax.Array]) -> Any:
+        return qarray.dequantize(gptq_core.quantize_weight(*pair, _how())[0])
+
+    return jax.jit(partial(jax.lax.map, of_matrix))((weights, means[SecondMoment]))
+
+
+def _by_qwix_awq(weights: jax.Array, means: Mapping[Any, jax.Array]) -> Any:
+    from qwix._src.core import qarray
+    from qwix.contrib import awq_core
+
+    def of_matrix(pair: tuple[jax.Array, jax.Array]) -> Any:
+        found, factors = awq_core.quantize_weight(*pair, _how())
+        return qarray.dequantize(found) / factors
+
+    return jax.jit(partial(jax.lax.map, of_matrix))((weights, means[MeanAbs]))
+
+
+PEERS = (
+    *(Peer(name, 5.0 if "Q4_1" in name else 4.5, "xllamacpp", partial(_by_ggml, number))
+      for name, number in _GGML_TYPES.items()),
+    Peer("Keras GPTQ", _SYMMETRIC, "keras", _by_keras_gptq),
+    Peer("Keras AWQ", _ASYMMETRIC, "keras", _by_keras_awq),
+    Peer("Qwix GPTQ", _SYMMETRIC, "qwix", _by_qwix_gptq),
+    Peer("Qwix AWQ", _SYMMETRIC, "qwix", _by_qwix_awq),
+)  # fmt: skip

@@ -78,17 +78,14 @@ def _results(
     trees: Trees, judge: language.Judge, bits: Sequence[str] | None, only: Sequence[str] | None
 ) -> Iterator[Result]:
     """The rows of one seed and one pair of texts."""
-    library = peers.ggml()
-    for name, number in peers.GGML_TYPES.items() if library else ():
-        if not _is_wanted(name, only):
-            continue
-        start = time.perf_counter()
-        layers = trees.model.params["layers"][0]
-        decoded = peers.by_ggml(library, number, layers, trees.statistics)
-        seconds = time.perf_counter() - start
-        distance = judge.distance({**trees.with_head, "layers": (decoded,)})
-        count = peers.bits_of(library, number)
-        yield _result(f"{count:g}", count, name, distance, seconds)
+    for peer in peers.installed():
+        if _is_wanted(peer.name, only):
+            statistics = trees.statistics  # Not timed.
+            start = time.perf_counter()
+            layers = peers.quantized(peer, trees.model.params["layers"][0], statistics)
+            seconds = time.perf_counter() - start
+            distance = judge.distance({**trees.with_head, "layers": (layers,)})
+            yield _result(f"{peer.bits:.3g}", peer.bits, peer.name, distance, seconds)
     for config in bits or rows.CONFIGS:
         for name, row in rows.ROWS.items():
             if not _is_wanted(name, only) or (row.is_allocated and config not in rows.OPTIONS):
@@ -102,7 +99,7 @@ def _results(
 
 def _is_wanted(name: str, only: Sequence[str] | None) -> bool:
     """Whether a row is among those asked for: a whole name means that row alone."""
-    names = {*rows.ROWS, *peers.GGML_TYPES}
+    names = {*rows.ROWS, *(peer.name for peer in peers.PEERS)}
     return not only or any(word == name or (word not in names and word in name) for word in only)
 
 

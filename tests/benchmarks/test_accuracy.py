@@ -100,13 +100,25 @@ def test_tuned_rows_are_closer_to_the_float_model_on_the_batches(trees, monkeypa
     assert after < before
 
 
+@pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
+def test_peers_are_closer_than_a_quarter_of_the_weights(trees, peer):
+    pytest.importorskip(peer.module)
+    layers = trees.model.params["layers"][0]
+    statistics = trees.statistics
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        found = peers.quantized(peer, layers, statistics)
+    for name in ("up", "down"):
+        exact, decoded = np.asarray(layers[name]["kernel"]), np.asarray(found[name]["kernel"])
+        assert 0 < np.linalg.norm(decoded - exact) < np.linalg.norm(exact) / 4
+
+
 @pytest.mark.slow
 def test_a_run_that_is_cut_off_has_written_its_rows(tmp_path, monkeypatch, capsys):
     path = tmp_path / "found.json"
     monkeypatch.setattr(language, "load_model", tiny_model)
     monkeypatch.setattr(language, "texts", lambda: {"a": "plain " * 900, "b": "other " * 900})
     monkeypatch.setattr(rows, "ROWS", {"nearest": rows.Row(), "wrong": rows.Row(tunes="missing")})
-    monkeypatch.setattr(peers, "ggml", lambda: None)
+    monkeypatch.setattr(peers, "PEERS", ())
     monkeypatch.setattr(machine, "description", lambda: {"processor": "a test"})
     options = f"--bits 4.5 --texts 1 --seeds 1 --windows 1 --json {path}"
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--suite", "accuracy", *options.split()])
