@@ -185,35 +185,26 @@ def _rule(text: str) -> tuple[str, Scheme | None]:
 
 def _demo(options: argparse.Namespace) -> None:
     _use_compilation_cache()
-    missing: list[str] = []
-    encoder = _if_installed(_compare_encoder, options, missing)
-    language = _if_installed(_compare_language, options, missing)
-    if missing and not (encoder or language):
+    found: dict[str, list[Any]] = {}
+    missing = []
+    for name, compare in (("encoder", _compare_encoder), ("language", _compare_language)):
+        try:
+            found[name] = compare(options)
+        except demo.NotInstalledError as error:
+            found[name] = []
+            missing.append(str(error))
+    if missing and not any(found.values()):
         raise FileNotFoundError(f"No model is installed. {' '.join(missing)}")
     if options.json:
-        tables = {"encoder": encoder, "language": language}
-        rows = {name: [dataclasses.asdict(r) for r in found] for name, found in tables.items()}
+        rows = {name: [dataclasses.asdict(r) for r in table] for name, table in found.items()}
         print(json.dumps(rows | {"missing": missing}))
         return
-    if encoder:
-        _console().print(demo.table(encoder))
-    if language:
-        _console().print(demo.language_table(language))
+    if found["encoder"]:
+        _console().print(demo.table(found["encoder"]))
+    if found["language"]:
+        _console().print(demo.language_table(found["language"]))
     for text in missing:
         print(f"A table was left out. {text}", file=sys.stderr)
-
-
-def _if_installed(
-    compare: Callable[[argparse.Namespace], list[Any]],
-    options: argparse.Namespace,
-    missing: list[str],
-) -> list[Any]:
-    """The results; none if the model is not installed, and `missing` gets what to install."""
-    try:
-        return compare(options)
-    except demo.NotInstalledError as error:
-        missing.append(str(error))
-        return []
 
 
 def _chosen(rows: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -102,36 +102,49 @@ def distill(
         )
     lifted = lift(apply)
 
-    def tree_with(factors: Any, leaves: list[Any]) -> Any:
-        scaled = [_scaled(x, factors[i]) if i in factors else x for i, x in enumerate(leaves)]
-        return jax.tree.unflatten(treedef, scaled)
-
-    def loss_of(factors: Any, leaves: list[Any], params: Any, batch: Any) -> jax.Array:
+    def loss_of(factors: Any, fixed: Any, batch: Any) -> jax.Array:
+        leaves, params = fixed
         exact = jax.lax.stop_gradient(lifted(params, batch))
-        return loss(lifted(tree_with(factors, leaves), batch), exact)
+        tree = treedef.unflatten(_all_scaled(leaves, factors))
+        return loss(lifted(tree, batch), exact)
+
+    with progress_bar(progress, epochs, "Distilling") as report:
+        fixed = (leaves, params)
+        best = _best_epoch(loss_of, factors, fixed, batches, optimizer, epochs, report)
+    return treedef.unflatten(_all_scaled(leaves, best))
+
+
+def _best_epoch(
+    loss_of: Callable[[Any, Any, Any], jax.Array],
+    factors: Any,
+    fixed: Any,
+    batches: Sequence[Any],
+    optimizer: Any,
+    epochs: int,
+    report: Progress,
+) -> Any:
+    """The factors after the epoch with the least mean loss, or those at the start."""
 
     @jax.jit
-    def step(factors: Any, state: Any, leaves: list[Any], params: Any, batch: Any) -> Any:
-        gradients = jax.grad(loss_of)(factors, leaves, params, batch)
+    def step(factors: Any, state: Any, fixed: Any, batch: Any) -> Any:
+        gradients = jax.grad(loss_of)(factors, fixed, batch)
         updates, state = optimizer.update(gradients, state, factors)
         return jax.tree.map(jnp.add, factors, updates), state
 
     evaluate = jax.jit(loss_of)
 
     def mean_loss(factors: Any) -> float:
-        return float(np.mean([evaluate(factors, leaves, params, batch) for batch in batches]))
+        return float(np.mean([evaluate(factors, fixed, batch) for batch in batches]))
 
-    state, best = optimizer.init(factors), factors
-    least = mean_loss(factors)
-    with progress_bar(progress, epochs, "Distilling") as report:
-        for epoch in range(1, epochs + 1):
-            for batch in batches:
-                factors, state = step(factors, state, leaves, params, batch)
-            found = mean_loss(factors)
-            if found < least:
-                least, best = found, factors
-            report(epoch, epochs, f"loss {found:.3g}")
-    return tree_with(best, leaves)
+    state, best, least = optimizer.init(factors), factors, mean_loss(factors)
+    for epoch in range(1, epochs + 1):
+        for batch in batches:
+            factors, state = step(factors, state, fixed, batch)
+        found = mean_loss(factors)
+        if found < least:
+            least, best = found, factors
+        report(epoch, epochs, f"loss {found:.3g}")
+    return best
 
 
 def _factors(leaf: Any) -> dict[str, jax.Array]:
@@ -144,6 +157,11 @@ def _factors(leaf: Any) -> dict[str, jax.Array]:
         for name, x in parts.items()
         if isinstance(x, jax.Array | np.ndarray) and bits_of(x.dtype) >= 16
     }
+
+
+def _all_scaled(leaves: list[Any], factors: dict[int, dict[str, jax.Array]]) -> list[Any]:
+    """Leaves with their scales and offsets times the factors, which some of them have."""
+    return [_scaled(x, factors[i]) if i in factors else x for i, x in enumerate(leaves)]
 
 
 def _scaled(q: QTensor, factors: dict[str, jax.Array]) -> QTensor:
