@@ -82,6 +82,7 @@ def test_quantize_writes_a_tree_and_prints_the_report(model, run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_json_is_the_report_and_nothing_else(model, run, tmp_path):
     status, out, err = run("quantize", model, tmp_path / "small", "--scheme", "w4a16", "--json")
     assert (status, err) == (0, "")

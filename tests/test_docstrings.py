@@ -18,7 +18,7 @@ PROTOCOLS = [f"methods.{name}" for name in ("Method", "Statistic", "Transform", 
 CASES = {name: value for name, value in CASES.items() if name not in PROTOCOLS}
 
 
-@pytest.mark.some_rows(30)
+@pytest.mark.some_rows(16)
 @pytest.mark.parametrize("name", CASES)
 def test_the_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

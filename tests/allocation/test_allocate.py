@@ -100,6 +100,7 @@ def parameters(seed=0):
 FEW = {"4 bits": dataclasses.replace(W4, group_size=None), "8 bits": jq.W8A16}
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("row_axes", [1, 2, None])
 def test_rows_of_further_axes_are_added_before_they_are_squared(row_axes):
     w, x = normal(K, N), normal(3, M, K, seed=1) * 4
@@ -258,6 +259,7 @@ def test_options_that_do_not_fit_are_left_out():
         jq.allocate(two_layers, params, [x], {"g16": W4}, 9.0, loss=sines)
 
 
+@pytest.mark.slow
 def test_sizes_count_what_is_stored_or_what_dense_files_take():
     int3 = jq.FILE_FORMATS["int3"]
     params, x = parameters(), normal(M, K)

@@ -36,6 +36,7 @@ def test_codes_scales_and_zero_points_match_the_oracle(case):
     checks.check_matches_the_oracle(case, cases.gaussian())
 
 
+@pytest.mark.some_rows(24)
 @each_case
 def test_each_code_is_the_nearest_one(case):
     checks.check_is_nearest(case, cases.gaussian())
@@ -274,6 +275,7 @@ def test_arrays_without_elements_in_formats_with_groups(format):
 NARROW = [(name, dtype) for name, dtype in NEAR_THE_LARGEST if dtype != "float32"]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name, dtype", NARROW)
 def test_narrow_floats_are_computed_in_float32(name, dtype):
     case, x = cases.CASES[name], cases.gaussian().astype(dtype)

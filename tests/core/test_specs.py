@@ -107,7 +107,7 @@ WIDTHS = [
 REFINED = [(*row, (None, (-1, -2))[i % 2]) for i, row in enumerate(WIDTHS)]
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize(("width", "block", "count", "form"), REFINED, ids=str)
 def test_blocks_that_devices_would_share_are_refined(width, block, count, form):
     config = ArrayConfig(format=INT4, group_size=block, symmetric=False)

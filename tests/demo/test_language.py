@@ -87,6 +87,7 @@ def test_variants_are_measured_against_float32(model, monkeypatch):
     assert keys.divergence > 1e-6
 
 
+@pytest.mark.slow
 def test_the_time_of_one_window_does_not_include_compilation(model, monkeypatch):
     traced, measured = [], demo.language.time.perf_counter
     forward = demo.language.forward

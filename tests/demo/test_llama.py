@@ -96,6 +96,7 @@ def is_quantized(x):
     return isinstance(x, jq.QTensor)
 
 
+@pytest.mark.slow
 def test_eight_bit_activations_stay_close(float_model):
     model, arrays = float_model
     (ids,) = tokens = drawn(1, 7)
@@ -103,7 +104,7 @@ def test_eight_bit_activations_stay_close(float_model):
     assert_close(found[0], llamas.logits(arrays, ids), 0.1)
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize(("name", "bound"), [("bfloat16", 0.03), ("int8", 0.03), ("int4", 0.4)])
 def test_quantized_caches_stay_close(float_model, name, bound):
     model, arrays = float_model
@@ -282,6 +283,7 @@ def generated(model, prompt, count, **options):
     return list(demo.generate(model, prompt, count, **options))
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_the_most_probable(stored_model):
     model, decoded = stored_model
     prompt = drawn(18).tolist()

@@ -69,7 +69,7 @@ def test_convolution_equals_that_of_the_dequantized_kernel(padding, rest):
     assert_like_stock(built(layer, shape), images(shape))
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize(
     ("kind", "rest"),
     [("DepthwiseConv2D", STRIDES), ("DepthwiseConv2D", DILATION), ("SeparableConv2D", DILATION)],
@@ -94,6 +94,7 @@ UPSAMPLING = [
 ]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(("padding", "step"), UPSAMPLING, ids=str)
 def test_transpose_equals_that_of_the_dequantized_kernel(padding, step):
     strides, dilation, output_padding = step
@@ -142,7 +143,7 @@ def test_depthwise_supports_scales_of_any_shape(name):
     assert_like_stock(layer, images((20, 4)), DEPTHWISE[name])
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize(
     ("kind", "block_size", "kernel_size"),
     [("Conv2D", 11, 1), ("Conv2D", 4, 3), ("Conv2DTranspose", 2, 3), ("Conv2DTranspose", 4, 3)],
@@ -186,7 +187,7 @@ def test_int8_accumulates_in_int32(case):
         assert convolutions(layer, images(case.input_shape), "cpu") == wanted
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @each([CONVOLUTION[i] for i in (0, 1, 4, 7)])  # One of each family.
 def test_int8_scales_are_per_image(case):
     inputs = images(case.input_shape)
@@ -196,7 +197,7 @@ def test_int8_scales_are_per_image(case):
     assert relative_error(layer(inputs), stock_of(layer)(rounded)) < 1e-5
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @each([case for case in CONVOLUTION if "2D" in case.name])
 def test_lora_adds_to_the_quantized_convolution(case):
     layer = built(case.make(), case.input_shape)

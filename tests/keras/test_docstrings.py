@@ -10,7 +10,7 @@ from ..docstrings import public, run_examples
 CASES = public(jk)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(16)
 @pytest.mark.parametrize("name", CASES)
 def test_the_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

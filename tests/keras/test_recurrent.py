@@ -104,7 +104,7 @@ def test_quantized_layer_equals_the_stock_layer_with_dequantized_weights(kind):
     assert_close(found, stock(sequences(), mask=mask, initial_state=state))
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU"])
 def test_cell_accepts_states_like_the_stock_cell(kind):
     layer, stock = quantized(kind)

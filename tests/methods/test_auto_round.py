@@ -77,7 +77,7 @@ def test_no_adjustment_gives_the_start(name):
     np.testing.assert_allclose(values, start.dequantize(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @each_case
 def test_values_are_those_of_the_quantized_array(name):
     config, weight = CASES[name], jnp.asarray(inputs.weights(SHAPE))
@@ -132,7 +132,7 @@ def test_gradients_are_straight_through(symmetric):
         np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @each_case
 def test_errors_fall(name):
     config, weight = CASES[name], inputs.weights(SHAPE)
@@ -166,6 +166,7 @@ def test_no_row_is_worse_than_at_its_start(seed, spread, name, from_gptq):
     assert np.all(error(found, weight, x) <= error(plain, weight, x) * (1 + 1e-3) + 1e-9)
 
 
+@pytest.mark.slow
 def test_under_jit_and_vmap():
     stack = jnp.stack([jnp.asarray(inputs.weights(SHAPE, seed)) for seed in range(2)])
     second = jnp.stack(
@@ -197,6 +198,7 @@ def test_nan_statistics_and_dead_channels():
     assert np.array_equal(np.isnan(found), np.isnan(quantize(broken, G8, 1).dequantize()))
 
 
+@pytest.mark.slow
 def test_it_is_a_method_with_the_statistics_of_its_start():
     assert isinstance(AutoRound(), Method)
     assert AutoRound().statistics == (SecondMoment,)

@@ -74,6 +74,7 @@ def test_the_error_of_outputs_never_rises(seed, spread, moment):
     assert found <= plain * (1 + 1e-4)
 
 
+@pytest.mark.slow
 def test_under_jit_and_vmap():
     stack = jnp.stack([jnp.asarray(inputs.weights(seed=seed)) for seed in range(3)])
     x = [inputs.activations(seed=seed) for seed in range(3)]

@@ -93,7 +93,7 @@ def test_white_activations_leave_rounding_to_nearest(name):
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_output_error_falls_in_every_format(name):
     weight, config, second = weights(), CONFIGS[name], correlated(CHANNELS)
@@ -216,6 +216,7 @@ def test_the_repaired_weights_are_the_least_squares_ones():
     np.testing.assert_allclose(q.dequantize(), expected, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_equal_moments_repair_nothing():
     weight, second, config = weights(), correlated(CHANNELS), CONFIGS["int4 groups"]
     q = run_pair(GPTQ(repair=1.0), weight, np.stack([second, second]), config)

@@ -48,6 +48,7 @@ def test_the_weighted_error_is_never_above_that_of_the_largest_magnitude(config,
     assert found <= nearest * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_refinements_lower_the_error():
     weight, mean_square = matrix(0, rows=64)
     config = CONFIGS[0]
@@ -162,6 +163,7 @@ def test_nan_stays_in_its_group():
     np.testing.assert_array_equal(run(weight, mean_square, CONFIGS[0]).dequantize(), expected)
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("method", [Importance(), GPTQ(importance=True)])
 def test_ranges_that_minimize_no_error_raise(method):
     config = jq.ArrayConfig(format=jq.INT4, range=jq.Percentile(90))

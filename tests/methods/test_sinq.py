@@ -173,6 +173,7 @@ def test_columns_and_tiles_without_spread_keep_their_factor():
     np.testing.assert_array_equal(single.multiplier, 1)
 
 
+@pytest.mark.slow
 def test_nan_stays_in_its_tile():
     weight = matrix()
     expected = inputs.transform(SINQ(), jnp.asarray(weight), {}, GROUPS, 1)

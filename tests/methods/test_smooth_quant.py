@@ -51,7 +51,7 @@ def score(weight, multiplier, x, config, activations):
     return total
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_best_of_all_candidates_is_chosen(case):
     weight, x = inputs.weights(), inputs.activations()

@@ -98,7 +98,7 @@ def in_steps(store, append=append, attend=attend, dtype: Any = np.float32, layer
         yield cache, found, sequences.step(query, keys, values, counts)
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "int4-half", "fp8"])
 def test_batches_of_different_lengths_equal_the_loop(name):
     store = STORES[name]
@@ -121,6 +121,7 @@ def test_queries_in_bfloat16(store):
         assert_close(found, want, 0.03)
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("store", [jnp.float32, INT4], ids=["float32", "int4"])
 def test_one_layer_of_several_is_used_alone(store):
     empty = kv.init(B, H, S, D, store=store, layers=3)

@@ -156,7 +156,7 @@ def transformed():
     return jax.jit(lambda x, q: {n: both(run, x, q) for n, run in TRANSFORMED.items()})(X, SQUARE)
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_transformations_equal_those_of_the_plain_scan(name):
     run = TRANSFORMED[name]

@@ -101,7 +101,7 @@ SIZES += [("int8", (576, 192), 32), ("int8-asym", (1003, 66), None), ("int8-asym
 
 
 @needs_native
-@pytest.mark.some_rows(5)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name, shape, group", SIZES, ids=str)
 def test_every_width_and_group_is_native_and_matches_numpy(name, shape, group):
     q = weight(dataclasses.replace(WEIGHTS[name], group_size=group), shape).reorder((-1, -2))

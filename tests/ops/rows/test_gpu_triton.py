@@ -71,7 +71,7 @@ def test_products_of_operands_as_they_are_stored_match_numpy(name):
 FRACTIONS = [(7.5, 2e-6), (3.3, 2.0**-8)]
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("zero, tolerance", FRACTIONS)
 @pytest.mark.parametrize("name", ["bfloat16", "int8 per row"])
 def test_fractions_of_zero_points_are_kept(name, zero, tolerance):
