@@ -12,6 +12,7 @@ _INT4 = jq.ArrayConfig(format=jq.INT4, group_size=32, scale_dtype="bfloat16")
 # The widths are 576 and 1536. Scales have 16 bits.
 CONFIGS: Mapping[str, jq.Scheme] = {
     "4.5": jq.Scheme(_INT4),
+    "4.6": jq.Scheme(dataclasses.replace(_INT4, symmetric=False)),
     "3.2": jq.Scheme(
         jq.ArrayConfig(format=_INT3, group_size=96, symmetric=False, scale_dtype="bfloat16")
     ),
@@ -25,7 +26,8 @@ CONFIGS: Mapping[str, jq.Scheme] = {
 # What `allocate` chooses from, within the bits of the config. Those of 2 bits are worse than their
 # scores say.
 _EIGHT = jq.ArrayConfig(group_size=96, scale_dtype="bfloat16")
-_MANY = {"3.2 bits": CONFIGS["3.2"].weights, "4.5 bits": _INT4, "8.2 bits": _EIGHT}
+_NF4 = dataclasses.replace(_INT4, format=jq.NF4)
+_MANY = {"3.2 bits": CONFIGS["3.2"].weights, "4.5 bits": _NF4, "8.2 bits": _EIGHT}
 OPTIONS: Mapping[str, Mapping[str, jq.ArrayConfig]] = {
     "4.5": _MANY,
     "3.2": {"2.6 bits": CONFIGS["2.6"].weights, **_MANY},
@@ -38,6 +40,7 @@ class Row:
 
     Attributes:
         method: as for `tree.quantize`.
+        format: in place of INT4, for symmetric weights of 4 bits.
         search: whether the config's range is the one with the least squared error.
         is_sequential: whether layers are quantized one after another, with the activations of
             those quantized before (`tuning.sequential`).
@@ -48,11 +51,29 @@ class Row:
     """
 
     method: Any = None
+    format: jq.Format | None = None
     search: bool = False
     is_sequential: bool = False
     iterations: int = 0
     is_allocated: bool = False
     tunes: str | None = None
+
+    def scheme(self, bits: str) -> jq.Scheme:
+        """The scheme of these bits, with the format and range of the row."""
+        scheme = CONFIGS[bits]
+        weights = scheme.weights
+        if self.format is not None:
+            weights = dataclasses.replace(weights, format=self.format)
+        if self.search:
+            weights = dataclasses.replace(weights, range=jq.MinMSE())
+        return dataclasses.replace(scheme, weights=weights)
+
+    def is_for(self, bits: str) -> bool:
+        """Whether the row makes sense for a config."""
+        if self.is_allocated:
+            return bits in OPTIONS
+        weights = CONFIGS[bits].weights
+        return self.format is None or (weights.format == jq.INT4 and weights.symmetric)
 
 
 _FEEDBACK = GPTQ(importance=True)
@@ -67,14 +88,19 @@ ROWS: Mapping[str, Row] = {
     "AWQ, importance": Row([AWQ(), Importance()]),
     "GPTQ": Row(GPTQ()),
     "GPTQ, importance": Row(_FEEDBACK),
+    "importance, NF4": Row(Importance(), jq.NF4),
+    "importance, IQ4_NL": Row(Importance(), jq.core.IQ4_NL),
+    "GPTQ, importance, NF4": Row(_FEEDBACK, jq.NF4),
     "rotation": Row([Rotation(block=64), Nearest()]),
     "rotation, GPTQ": Row([Rotation(block=64), _FEEDBACK]),
     "AutoRound from GPTQ": Row(AutoRound(start=_FEEDBACK)),
     "QEP": Row(_QEP, is_sequential=True),
+    "QEP, NF4": Row(_QEP, jq.NF4, is_sequential=True),
     "Qronos": Row(GPTQ(importance=True, repair=1.0), is_sequential=True),
     "AutoRound of layers from QEP": Row(_QEP, is_sequential=True, iterations=200),
     "allocated, nearest": Row(is_allocated=True),
     "allocated, GPTQ, importance": Row(_FEEDBACK, is_allocated=True),
     "GPTQ, importance, tuned": Row(tunes="GPTQ, importance"),
     "QEP, tuned": Row(tunes="QEP"),
+    "QEP, NF4, tuned": Row(None, jq.NF4, tunes="QEP, NF4"),
 }

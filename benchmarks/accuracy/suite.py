@@ -88,7 +88,7 @@ def _results(
             yield _result(f"{peer.bits:.3g}", peer.bits, peer.name, distance, seconds)
     for config in bits or rows.CONFIGS:
         for name, row in rows.ROWS.items():
-            if not _is_wanted(name, only) or (row.is_allocated and config not in rows.OPTIONS):
+            if not (_is_wanted(name, only) and row.is_for(config)):
                 continue
             start = time.perf_counter()
             tree = trees.quantized(config, name)

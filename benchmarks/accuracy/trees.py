@@ -53,17 +53,14 @@ class Trees:
     @cache  # noqa: B019 (as long-lived as the program)
     def quantized(self, bits: str, name: str) -> Any:
         """The model in a row's format."""
-        scheme, row = rows.CONFIGS[bits], rows.ROWS[name]
+        row = rows.ROWS[name]
+        scheme = row.scheme(bits)
         if row.tunes:
             return self._tuned(self.quantized(bits, row.tunes))
         if row.is_allocated:
             return self._allocated(bits, row)
         if row.is_sequential:
             return self._layer_by_layer(scheme, row)
-        if row.search:
-            scheme = dataclasses.replace(
-                scheme, weights=dataclasses.replace(scheme.weights, range=jq.MinMSE())
-            )
         return self._at_once(self.with_head, language.rules(scheme)[1:], row, self.statistics)
 
     def _at_once(self, params: Any, layers: list[jq.Rule], row: rows.Row, statistics: Any) -> Any:

@@ -3,9 +3,10 @@
     range(groups, axes, symmetric, error) -> (low, high)
 
 `groups` is an array whose groups extend along `axes`. `low` and `high` have length 1 along these
-axes, with `low <= 0 <= high`, and `low = -high` if `symmetric`. `error(low, high)` returns the
-summed squared error of quantizing each group with that range. To add a range, add a class to this
-module and to `RANGES`.
+axes, with `low <= 0 <= high`, and `low = -high` if `symmetric`. A symmetric range may also be
+mirrored, with `high < 0 < low`, for a negative scale. `error(low, high)` returns the summed squared
+error of quantizing each group with that range. To add a range, add a class to this module and to
+`RANGES`.
 """
 
 import dataclasses
@@ -97,6 +98,11 @@ class MinMSE:
     shrunk as a whole first, then at each end. The search starts from the range of `AbsMax()`, so
     its error is never larger.
 
+    Attributes:
+        mirrored: whether negative scales are tried, too. Symmetric INT4 has codes from -8 to 7, so
+            that a group whose largest element is positive is better off with the codes negated. Of
+            formats with as many codes on both sides, and of scales of 8 bits, nothing changes.
+
     Source: Banner et al. 2019, arXiv:1810.05723, section 3, solved by search.
 
     Example:
@@ -104,24 +110,21 @@ class MinMSE:
         >>> def error(range):
         ...     q = jq.quantize(x, jq.ArrayConfig(format=jq.INT4, range=range))
         ...     return float(jnp.sum((q.dequantize() - x) ** 2))
-        >>> error(jq.MinMSE()) < error(jq.AbsMax())
+        >>> error(jq.MinMSE(mirrored=True)) < error(jq.MinMSE()) < error(jq.AbsMax())
         True
     """
+
+    mirrored: bool = False
 
     def __call__(self, groups, axes, symmetric, error):
         """Returns (low, high)."""
         low, high = AbsMax()(groups, axes, symmetric, error)
-        ratio = jnp.ones_like(low)
-        coarse, fine = np.linspace(-0.95, -0.05, 19), np.linspace(-0.045, 0.045, 19)
-        both, lower, upper = (1, 1), (1, 0), (0, 1)
-        searches = [(coarse, both), (fine, both)]
-        if not symmetric:
-            searches += [(coarse, lower), (fine, lower), (coarse, upper), (fine, upper)]
-        best = error(low, high), ratio, ratio
-        for steps, ends in searches:
-            best = _search(best, steps, ends, lambda a, b: error(low * a, high * b))
-        _, low_ratio, high_ratio = best
-        return low * low_ratio, high * high_ratio
+        best = _least(low, high, symmetric, error)
+        if self.mirrored and symmetric:
+            other = _least(high, low, symmetric, error)
+            is_better = other[0] < best[0]
+            best = [jnp.where(is_better, a, b) for a, b in zip(other, best, strict=True)]
+        return best[1], best[2]
 
 
 def largest_magnitude(groups: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -136,6 +139,21 @@ def largest_magnitude(groups: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 RANGES = {r.__name__: r for r in (AbsMax, Percentile, MinMSE)}
+
+
+def _least(low, high, symmetric, error):
+    """The least error of ranges within (low, high), and that range."""
+    ratio = jnp.ones_like(low)
+    coarse, fine = np.linspace(-0.95, -0.05, 19), np.linspace(-0.045, 0.045, 19)
+    both, lower, upper = (1, 1), (1, 0), (0, 1)
+    searches = [(coarse, both), (fine, both)]
+    if not symmetric:
+        searches += [(coarse, lower), (fine, lower), (coarse, upper), (fine, upper)]
+    best = error(low, high), ratio, ratio
+    for steps, ends in searches:
+        best = _search(best, steps, ends, lambda a, b: error(low * a, high * b))
+    least, low_ratio, high_ratio = best
+    return least, low * low_ratio, high * high_ratio
 
 
 def _search(best, steps, ends, error):

@@ -193,9 +193,9 @@ def _is_nested(dtype: str) -> bool:
 def store_scale(scale: jax.Array, dtype: str, unit: jax.Array | None) -> jax.Array | QTensor:
     """Casts scales to their stored dtype, or to a QTensor if the range of the dtype is too small.
 
-    Scales below the smallest positive number of the dtype are raised to it, so that none becomes
-    zero. Scales above the largest number become NaN, because their groups would be clipped. A
-    scale of 0, from an empty range, becomes 1.
+    Magnitudes below the smallest positive number of the dtype are raised to it, so that none
+    becomes zero. Magnitudes above the largest number become NaN, because their groups would be
+    clipped. A scale of 0, from an empty range, becomes 1.
     """
     if _is_nested(dtype):
         return _store_nested(scale, _unit_of(scale) if unit is None else unit)
@@ -205,8 +205,9 @@ def store_scale(scale: jax.Array, dtype: str, unit: jax.Array | None) -> jax.Arr
         return scale.astype(dtype)
     # Subnormals of float32 and bfloat16 are flushed to zero, but those of float16 are not.
     smallest = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
-    scale = jnp.where(scale > float(info.max), jnp.nan, scale)
-    return jnp.maximum(scale, smallest).astype(dtype)
+    scale = jnp.where(jnp.abs(scale) > float(info.max), jnp.nan, scale)
+    raised = jnp.where(scale < 0, jnp.minimum(scale, -smallest), jnp.maximum(scale, smallest))
+    return raised.astype(dtype)
 
 
 def _unit_of(scale: jax.Array) -> jax.Array:

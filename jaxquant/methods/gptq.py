@@ -45,8 +45,8 @@ class GPTQ:
             `tuning.sequential`, where the layers before are final. With `collect(quantized=)` of a
             whole model every layer repairs what the repaired layers before it no longer cause:
             SmolLM2 got worse than by rounding to nearest.
-        importance: whether scales are chosen by the least error weighted with D instead of
-            the range of the config alone.
+        importance: whether scales, of either sign, are chosen by the least error weighted with D
+            instead of the range of the config alone.
         act_order: whether channels with large mean squares are rounded first; then all scales are
             fitted before, on the original weights.
 

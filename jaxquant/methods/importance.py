@@ -13,6 +13,7 @@ from ..core import (
     Groups,
     MinMSE,
     QTensor,
+    bits_of,
     encode,
     fit,
     group,
@@ -29,9 +30,17 @@ from .statistics import MeanSquare, Statistic
 
 
 def searching(config: ArrayConfig) -> ArrayConfig:
-    """The config with `MinMSE` in place of `AbsMax`, the default, which minimizes no error."""
-    is_default = isinstance(config.range, AbsMax)
-    return dataclasses.replace(config, range=MinMSE()) if is_default else config
+    """The config with a searched range in place of `AbsMax`, which minimizes no error.
+
+    Negative scales are tried if the values of the codes are not symmetric, and scales have a sign.
+    """
+    if not isinstance(config.range, AbsMax):
+        return config
+    values = config.format.codebook or config.bounds
+    is_lopsided = any(a != -b for a, b in zip(values, values[::-1], strict=True))
+    has_sign = bits_of(config.stored_scale_dtype) >= 16
+    mirrored = config.symmetric and is_lopsided and has_sign
+    return dataclasses.replace(config, range=MinMSE(mirrored=mirrored))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +50,10 @@ class Importance:
         minimizes sum over n, k of E[x_k^2] sqrt(s_n^2 + w_nk^2) (w_nk - q_nk)^2 in each group,
         s_n^2 = mean over k of w_nk^2
 
-    First the ranges of the config (`MinMSE` in place of `AbsMax`) are searched, then the scales are
-    refined: scale = sum(weight w c) / sum(weight c^2) for the codes c (minus the zero point), and
-    the codes are rounded again, while the error falls.
+    First the ranges of the config are searched (in place of `AbsMax`: `MinMSE`, with scales of
+    either sign if the format's values are not symmetric), then the scales are refined: scale =
+    sum(weight w c) / sum(weight c^2) for the codes c (minus the zero point), and the codes are
+    rounded again, while the error falls.
 
     Attributes:
         steps: the most refinements.
@@ -61,7 +71,9 @@ class Importance:
         >>> mean_squares = {jq.methods.MeanSquare: jnp.array([0.01, 1.0, 0.01])}
         >>> q = jq.methods.Importance()(w, mean_squares, config, axis=1)
         >>> [round(x, 2) for x in q.dequantize()[0].tolist()]  # The second column counts most.
-        [0.53, 0.53, 0.53]
+        [1.05, 0.53, 0.53]
+        >>> round(float(q.scale[0, 0]), 2)  # INT2 has codes from -2 to 1.
+        -0.53
     """
 
     steps: int = 4
@@ -120,14 +132,16 @@ def _refined(
 
     def step(state, _):
         scale, values, error = state
-        codes = values / groups.per_element(scale_values(scale))
+        before = groups.per_element(scale_values(scale))
+        codes = values / before
         products = jnp.sum(parts * codes * groups.values, groups.axes, keepdims=True)
         squares = jnp.sum(parts * codes * codes, groups.axes, keepdims=True)
+        is_same_sign = jnp.sign(products) == jnp.sign(before)
         wanted = products / jnp.where(squares > 0, squares, 1)
-        wanted = groups.per_group(jnp.where(products > 0, wanted, 0))
+        wanted = groups.per_group(jnp.where(is_same_sign, wanted, 0))
         candidate = store_scale(wanted, config.stored_scale_dtype, unit)
         new_values, new_error = decoded(candidate)
-        is_better = (new_error < error) & (products > 0)
+        is_better = (new_error < error) & is_same_sign
         by_group = groups.per_group(is_better)
         return (
             _chosen(by_group, candidate, scale),

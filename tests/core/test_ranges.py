@@ -1,6 +1,7 @@
 import dataclasses
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from jaxquant import (
     quantize,
     quantize_with_range,
 )
+from jaxquant.core import store_scale
 
 from .. import cases, checks, oracles
 from ..cases import along
@@ -207,6 +209,36 @@ def test_min_mse_comes_near_to_the_best_of_all_ratios(format):
     best = np.array([oracles.best_squared_error(row, config, ratios) for row in x])
     assert np.all(got <= 1.015 * best)
     assert got.sum() <= 1.005 * best.sum()
+
+
+@pytest.mark.parametrize("scale_dtype", [None, "float16"])
+@pytest.mark.parametrize("format", [INT4, INT2, NF4], ids=str)
+def test_mirrored_ranges_are_the_better_of_x_and_minus_x(format, scale_dtype):
+    x = np.random.default_rng(0).standard_t(3, (24, 64)).astype(np.float32)
+    plain = ArrayConfig(format=format, range=MinMSE(), scale_dtype=scale_dtype)
+    config = dataclasses.replace(plain, range=MinMSE(mirrored=True))
+    signs = squared_errors(x, plain), squared_errors(-x, plain)
+    np.testing.assert_allclose(squared_errors(x, config), np.minimum(*signs), rtol=1e-5)
+    is_negative = np.asarray(quantize(x, config, 1).scale)[:, 0] < 0
+    np.testing.assert_array_equal(is_negative, signs[1] < signs[0])
+    assert 0 < is_negative.sum() < len(x)
+
+
+@pytest.mark.parametrize("format", [FP8_E4M3, MXFP4, NVFP4], ids=str)
+def test_mirrored_ranges_change_nothing_where_codes_are_symmetric(format):
+    x = np.random.default_rng(0).standard_t(3, (8, 64)).astype(np.float32)
+    config = ArrayConfig(format=format, range=MinMSE())
+    mirrored = dataclasses.replace(config, range=MinMSE(mirrored=True))
+    chex.assert_trees_all_equal(quantize(x, mirrored, 1), quantize(x, config, 1))
+
+
+def test_scales_of_either_sign_are_stored_within_the_range_of_their_dtype():
+    scales = jnp.array([1e-9, -1e-9, 0.5, -0.5, 1e6, -1e6, 0])
+    smallest = float(jnp.finfo(jnp.float16).smallest_subnormal)
+    np.testing.assert_array_equal(
+        store_scale(scales, "float16", None),
+        np.array([smallest, -smallest, 0.5, -0.5, np.nan, np.nan, 1], np.float16),
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -13,6 +13,7 @@ from jaxquant import (
     ArrayConfig,
     Format,
     Inputs,
+    MinMSE,
     Percentile,
     QTensor,
     quantize,
@@ -29,6 +30,17 @@ from .. import cases, checks
 
 def through_json(value):
     return json.loads(json.dumps(value))
+
+
+def test_ranges_keep_their_attributes():
+    config = ArrayConfig(format=INT4, range=MinMSE(mirrored=True))
+    assert config_from_json(through_json(config_to_json(config))) == config
+
+
+def test_a_range_of_before_it_had_attributes_is_read():
+    fields = config_to_json(ArrayConfig(range=MinMSE()))
+    fields["range"] = {"name": "MinMSE"}
+    assert config_from_json(fields) == ArrayConfig(range=MinMSE())
 
 
 @pytest.mark.parametrize("name", cases.CASES)

@@ -68,6 +68,21 @@ def test_refined_scales_are_the_weighted_least_squares_ones():
     np.testing.assert_allclose(np.asarray(jax.tree.leaves(q.scale)[0])[:, 0], best, rtol=1e-4)
 
 
+@pytest.mark.parametrize("format", [jq.INT4, jq.NF4], ids=str)
+def test_scales_are_negative_where_that_is_better(format):
+    weight, mean_square = matrix(3, rows=32)
+    config = jq.ArrayConfig(format=format)
+    plain = jq.ArrayConfig(format=format, range=jq.MinMSE())
+    q = run(weight, mean_square, config)
+    is_negative = np.asarray(q.scale)[:, 0] < 0
+    assert 0 < is_negative.sum() < len(weight)
+    found = weighted_error(q, weight, mean_square)
+    of_signs = [
+        weighted_error(run(w, mean_square, plain), w, mean_square) for w in (weight, -weight)
+    ]
+    assert found < 0.99 * min(of_signs)
+
+
 def test_channels_that_count_for_nothing_change_nothing():
     weight, mean_square = matrix(2)
     mean_square[16:] = 0

@@ -154,8 +154,8 @@ def test_training_lowers_the_error(method):
         return float(jnp.sum(jnp.square(wrong)))
 
     assert jax.tree.structure(plain) == jax.tree.structure(trained)
-    # Error feedback leaves little to gain.
-    most = 1 if isinstance(method, GPTQ) else 0.9
+    # Error feedback and searched scales leave little to gain.
+    most = 1 if isinstance(method, GPTQ | Importance) else 0.9
     assert first_error(trained) <= most * first_error(plain)
 
 
