@@ -16,7 +16,8 @@ import jax
 import rich.console
 import rich.table
 
-from . import checkpoints, demo, tree
+from . import checkpoints, demo, methods, tree
+from .calibration import Statistics
 from .core import SCHEMES, Scheme
 from .tree.internal import (
     check_target,
@@ -37,6 +38,15 @@ _EXAMPLES = """examples:
   jaxquant inspect small.safetensors --plot small.png
 """
 _AS_STORED = "as-stored"
+# The last two need no statistics.
+_METHODS = {
+    "importance": methods.Importance(),
+    "gptq": methods.GPTQ(importance=True),
+    "awq": [methods.AWQ(), methods.Importance()],
+    "autoround": methods.AutoRound(start=methods.GPTQ(importance=True)),
+    "sinq": [methods.SINQ(), methods.Nearest()],
+    "hqq": methods.HQQ(),
+}
 # Metadata key of the SQNR, which cannot be computed later without the float weights.
 _SQNR = "jaxquant.sqnr"
 # Files that hold tensors, but not a tree of quantized arrays.
@@ -132,6 +142,10 @@ def _add_quantize(commands: Commands) -> None:
         help="contracted axis of the matrices: -1 (default) for (out, in), as in PyTorch; -2 for "
         "(in, out), as in JAX and Keras",
     )  # fmt: skip
+    text = "how codes are chosen; sinq and hqq need no statistics; default: rounding to nearest"
+    parser.add_argument("--method", choices=list(_METHODS), help=text)
+    text = "of the activations, by the names of tensors, as jq.Statistics.save writes them"
+    parser.add_argument("--statistics", type=Path, metavar="FILE", help=text)
     parser.add_argument(
         "--requantize", action="store_true",
         help="dequantize tensors that are stored quantized, such as those of most GGUF files",
@@ -304,13 +318,17 @@ def _quantize(options: argparse.Namespace) -> None:
             f"{options.source} and {options.target} are the same file; name another for the result"
         )
     checkpoint = checkpoints.open(options.source)
-    progress = not options.json
+    how = {
+        "method": options.method and _METHODS[options.method],
+        "statistics": options.statistics and Statistics.load(options.statistics),
+        "progress": not options.json,
+    }
     if checkpoint.is_tree:
         # It may have any structure, which the result keeps.
         params, _ = read_tree(options.source)
         if options.requantize:
             params = _dequantized(params, rules)
-        quantized = tree.quantize(params, rules, progress=progress)
+        quantized = tree.quantize(params, rules, **how)
         report = tree.report(params, quantized, rules)
         tree.save(options.target, quantized, _sqnr_metadata(report))
     else:
@@ -320,7 +338,7 @@ def _quantize(options: argparse.Namespace) -> None:
             rules,
             requantize=options.requantize,
             metadata=_sqnr_metadata,
-            progress=progress,
+            **how,
         )
     _print(report.table(), report.to_json(), options)
 

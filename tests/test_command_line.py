@@ -13,7 +13,18 @@ import rich.progress
 import safetensors.numpy
 
 import jaxquant
-from jaxquant import SCHEMES, QTensor, checkpoints, demo, load, quantize, save, tree
+from jaxquant import (
+    SCHEMES,
+    QTensor,
+    Statistics,
+    checkpoints,
+    demo,
+    load,
+    methods,
+    quantize,
+    save,
+    tree,
+)
 from jaxquant.__main__ import main
 from jaxquant.tree.internal import read_arrays
 
@@ -122,6 +133,44 @@ def test_without_a_scheme_rules_leave_the_rest_in_float(model, run, tmp_path):
     status, _, err = run("quantize", model, tmp_path / "small", "--rule", "lm_head.weight=W8A8")
     assert status == 0, err
     assert set(scales_of(tmp_path / "small")) == {"lm_head.weight"}
+
+
+def test_quantize_by_a_method_with_statistics(model, run, tmp_path):
+    scheme, arrays = "NF4A16", read_arrays(model)
+    names = ["layers.0.gate.weight", "lm_head.weight"]
+    moments = {
+        name: methods.SecondMoment.init(arrays[name].shape[1]).update(
+            jnp.asarray(normal(50, arrays[name].shape[1], seed=i))
+        )
+        for i, name in enumerate(names)
+    }
+    found = Statistics({name: {methods.SecondMoment: m} for name, m in moments.items()})
+    found.save(tmp_path / "statistics")
+    for source in (model, tmp_path / "saved"):
+        save(tmp_path / "saved", arrays)
+        status, _, err = run(
+            "quantize", source, tmp_path / "small", "--rule", f"{names[0]}={scheme}",
+            "--rule", f"{names[1]}={scheme}", "--method", "gptq",
+            "--statistics", tmp_path / "statistics",
+        )  # fmt: skip
+        assert status == 0, err
+        rules = [tree.Rule(name, SCHEMES[scheme], axis=-1) for name in names]
+        wanted = tree.quantize(
+            arrays, rules, method=methods.GPTQ(importance=True), statistics=found
+        )
+        for name in names:
+            np.testing.assert_array_equal(
+                load(tmp_path / "small")[name].dequantize(), wanted[name].dequantize()
+            )
+
+
+def test_methods_that_lack_statistics_say_so(model, run, tmp_path):
+    arguments = ["quantize", model, tmp_path / "small", "--scheme", "W4A16", "--axis", "-1"]
+    status, _, err = run(*arguments, "--method", "importance")
+    assert (status, "statistics must have those of layers.0.gate.weight" in err) == (2, True)
+    assert not (tmp_path / "small").exists()
+    status, _, err = run(*arguments, "--statistics", model, "--method", "sinq")
+    assert (status, "was not written by jaxquant.save" in err) == (2, True), err
 
 
 @pytest.mark.parametrize("option, name", [("-2", "a.weight"), ("-1", "a.kernel")])

@@ -102,15 +102,17 @@ def _by_keras_awq(weights: jax.Array, means: Mapping[Any, jax.Array]) -> Any:
         codes, scale, zero, factors, index = awq.awq_quantize_matrix(
             weight, largest, group_size=GROUP_SIZE
         )
-        return quantizers.dequantize_with_sz_map(codes, scale, zero, index) / factors
+        return jnp.asarray(quantizers.dequantize_with_sz_map(codes, scale, zero, index)) / factors
 
     return jnp.stack([of_matrix(*pair) for pair in zip(weights, means[MaxAbs], strict=True)])
 
 
-def _how() -> Any:
-    from qwix import QArray  # noqa: F401 (its modules must be loaded in this order)
-    from qwix._src.core import qarray
+def _qwix(name: str) -> Any:
+    importlib.import_module("qwix")  # Before its other modules.
+    return importlib.import_module(name)
 
+
+def _how(qarray: Any) -> Any:
     return qarray.HowToQuantize(
         qtype=jnp.int4,
         channelwise_axes=(0,),
@@ -120,21 +122,19 @@ def _how() -> Any:
 
 
 def _by_qwix_gptq(weights: jax.Array, means: Mapping[Any, jax.Array]) -> Any:
-    from qwix._src.core import qarray
-    from qwix.contrib import gptq_core
+    qarray, core = _qwix("qwix._src.core.qarray"), _qwix("qwix.contrib.gptq_core")
 
     def of_matrix(pair: tuple[jax.Array, jax.Array]) -> Any:
-        return qarray.dequantize(gptq_core.quantize_weight(*pair, _how())[0])
+        return qarray.dequantize(core.quantize_weight(*pair, _how(qarray))[0])
 
     return jax.jit(partial(jax.lax.map, of_matrix))((weights, means[SecondMoment]))
 
 
 def _by_qwix_awq(weights: jax.Array, means: Mapping[Any, jax.Array]) -> Any:
-    from qwix._src.core import qarray
-    from qwix.contrib import awq_core
+    qarray, core = _qwix("qwix._src.core.qarray"), _qwix("qwix.contrib.awq_core")
 
     def of_matrix(pair: tuple[jax.Array, jax.Array]) -> Any:
-        found, factors = awq_core.quantize_weight(*pair, _how())
+        found, factors = core.quantize_weight(*pair, _how(qarray))
         return qarray.dequantize(found) / factors
 
     return jax.jit(partial(jax.lax.map, of_matrix))((weights, means[MeanAbs]))

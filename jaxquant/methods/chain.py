@@ -64,7 +64,7 @@ def apply_chain(
     config: ArrayConfig,
     axis: Axes,
     stacked: int,
-) -> tuple[QTensor, dict[str, np.ndarray]]:
+) -> tuple[QTensor, dict[str, jax.Array]]:
     """Quantizes a parameter by a chain of methods.
 
     Args:
@@ -83,9 +83,9 @@ def apply_chain(
     found = _found(needed(chain), statistics or {})
     stacked = max((np.ndim(s.count) for s in found.values()), default=stacked)
     layout = Layout.of(weight.shape, config, axis, stacked)
-    means = [_means(kind, statistic, layout) for kind, statistic in found.items()]
-    q, notes = _run(weight, means, tuple(found), chain, config, layout)
-    return q, {name: np.asarray(x) for name, x in notes.items()}
+    with jax.ensure_compile_time_eval():  # Statistics are known, also while the form is traced.
+        means = [_means(kind, statistic, layout) for kind, statistic in found.items()]
+    return _run(weight, means, tuple(found), chain, config, layout)
 
 
 def _found(

@@ -7,4 +7,5 @@ from .chain import apply_chain as apply_chain
 from .chain import as_chain as as_chain
 from .chain import needed as needed
 from .layout import stack_axes as stack_axes
+from .method import Notes as Notes
 from .statistics import STATISTICS as STATISTICS

@@ -13,7 +13,10 @@ from .fold_paths import matched as matched
 from .paths import check_like as check_like
 from .paths import leaves_with_paths as leaves_with_paths
 from .progress import progress_bar as progress_bar
+from .quantize import apply_method as apply_method
+from .quantize import check_statistics as check_statistics
 from .quantize import is_finite as is_finite
+from .quantize import quantize_by_plan as quantize_by_plan
 from .quantize import quantize_in_order as quantize_in_order
 from .quantize import quantize_leaf as quantize_leaf
 from .quantize import select as select

@@ -23,7 +23,7 @@ from ..core import (
 )
 from ..core import quantize as quantize_array
 from ..jaxprs import is_tracer
-from ..methods.internal import apply_chain, as_chain, needed, stack_axes
+from ..methods.internal import Notes, apply_chain, as_chain, needed, stack_axes
 from ..ops import best_order
 from .effective import effective
 from .paths import is_quantized, leaves_with_paths
@@ -96,14 +96,14 @@ def quantize(
     if method is not None:
         chain = as_chain(method)
         chosen = [plan and plan._replace(method=plan.method or chain) for plan in chosen]
-    _check_statistics(paths, chosen, statistics or {})
+    check_statistics(paths, chosen, statistics or {})
     total = sum(plan is not None for plan in chosen)
     platform = platform or jax.default_backend()
     result, done = [], 0
     with progress_bar(progress, total) as report:
         for path, leaf, plan in zip(paths, leaves, chosen, strict=True):
             if plan is not None:
-                leaf = _quantize_by_plan(path, leaf, plan, (statistics or {}).get(path), platform)
+                leaf = quantize_by_plan(path, leaf, plan, (statistics or {}).get(path), platform)
                 done += 1
                 report(done, total, path)
             result.append(leaf)
@@ -209,38 +209,38 @@ def quantize_in_order(leaf: jax.Array, plan: Plan, order: tuple[int, ...] | None
     return q if scheme.inputs is None else dataclasses.replace(q, inputs=Inputs(scheme.inputs))
 
 
-def _quantize_by_plan(
-    path: str, leaf: jax.Array, plan: Plan, statistics: Any, platform: str
+def quantize_by_plan(
+    path: str, leaf: jax.Array, plan: Plan, statistics: Any, platform: str | None = None
 ) -> QTensor:
     """Quantizes one selected leaf, by a method if its plan has one."""
     if plan.method is None or not leaf.size:
         return quantize_leaf(leaf, plan, platform)
-    return _quantize_by_method(path, leaf, plan, statistics, platform)
-
-
-def _quantize_by_method(
-    path: str, leaf: jax.Array, plan: Plan, statistics: Any, platform: str
-) -> QTensor:
-    """Quantizes one selected leaf by the method of its plan."""
-    scheme, axis, chain = plan
-    assert chain is not None, "the plan has a method"
-    contracted = normalize_axes(axis, leaf.ndim)
-    stacked = stack_axes(leaf.ndim, contracted)
     try:
-        q, notes = apply_chain(chain, leaf, statistics, scheme.weights, axis, stacked)
+        q, notes = apply_method(leaf, plan, statistics, platform)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    wanted = getattr(chain[-1], "damping", None)
+    wanted = getattr(plan.method[-1], "damping", None)
     if wanted is not None and "damping" in notes and np.any(notes["damping"] > 1.5 * wanted):
         warnings.warn(
             f"{path}: the second moment of the activations is nearly singular; damping was raised "
             f"from {wanted} to {np.max(notes['damping']):.2g}. Collect more rows.",
-            stacklevel=4,
+            stacklevel=3,
         )
+    return jax.block_until_ready(q)
+
+
+def apply_method(
+    leaf: jax.Array, plan: Plan, statistics: Any, platform: str | None = None
+) -> tuple[QTensor, Notes]:
+    """Quantizes one leaf by the method of its plan. May be traced for the form of the result."""
+    scheme, axis, chain = plan
+    assert chain is not None, "the plan has a method"
+    stacked = stack_axes(leaf.ndim, normalize_axes(axis, leaf.ndim))
+    q, notes = apply_chain(chain, leaf, statistics, scheme.weights, axis, stacked)
     inputs = q.inputs or Inputs()
     if scheme.inputs is not None or inputs.changes_weight:
         q = dataclasses.replace(q, inputs=dataclasses.replace(inputs, config=scheme.inputs))
-    return jax.block_until_ready(_reordered(q, stored_order(leaf, plan, platform)))
+    return _reordered(q, stored_order(leaf, plan, platform)), notes
 
 
 @partial(jax.jit, static_argnames="order")
@@ -248,7 +248,7 @@ def _reordered(q: QTensor, order: tuple[int, ...] | None) -> QTensor:
     return q.reorder(order)
 
 
-def _check_statistics(
+def check_statistics(
     paths: list[str], chosen: list[Plan | None], statistics: Mapping[str, Any]
 ) -> None:
     """Raises one error that names the leaves whose methods have no statistics."""

@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -25,8 +27,8 @@ from jaxquant.tree.internal import TreeWriter
 
 P = jax.P
 PART = 2000
-# The module, which has the name of its function.
-MODULE: Any = sys.modules["jaxquant.checkpoints.quantize"]
+QUANTIZE: Any = sys.modules["jaxquant.checkpoints.quantize"]
+MODULE: Any = sys.modules["jaxquant.checkpoints.tensor_task"]
 
 
 def normal(*shape, seed=0):
@@ -63,6 +65,12 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(MODULE, "_PART", PART)
 
 
+def check_same_report(found, want):
+    for row, other in zip(found.rows, want.rows, strict=True):
+        assert dataclasses.replace(row, sqnr=None) == dataclasses.replace(other, sqnr=None)
+        assert row.sqnr == pytest.approx(other.sqnr, abs=0.3)
+
+
 SCHEMES = {
     "W4A16": jq.Scheme(jq.ArrayConfig(format=jq.INT4, group_size=32)),
     "W8A8": jq.W8A8,
@@ -88,15 +96,7 @@ def test_files_are_those_of_the_quantized_tree(folder, tmp_path, monkeypatch, na
     )
     assert (tmp_path / "found").read_bytes() == (tmp_path / "want").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["found", "want"]
-    for row, other in zip(report.rows, jq.tree.report(ARRAYS, want, rules).rows, strict=True):
-        assert (row.path, row.scheme, row.bytes_after) == (
-            other.path,
-            other.scheme,
-            other.bytes_after,
-        )
-        assert (row.codes, row.reason) == (other.codes, other.reason)
-        if other.sqnr is not None:
-            assert row.sqnr == pytest.approx(other.sqnr, abs=0.3)
+    check_same_report(report, jq.tree.report(ARRAYS, want, rules))
 
 
 def test_quantize_returns_the_quantized_tree(folder):
@@ -210,15 +210,81 @@ def test_what_would_be_lost_by_quantizing_again_is_an_error(tmp_path):
     assert kept.inputs.multiplier.shape == (64,)
 
 
-def test_rules_with_a_method_are_an_error(folder, tmp_path):
+METHODS = {
+    "hqq": (jq.methods.HQQ(), jq.W4A16_ASYM),
+    "sinq": ([jq.methods.SINQ(), jq.methods.Nearest()], jq.W4A8),
+    "importance": (jq.methods.Importance(), jq.NF4A16),
+    "gptq": (jq.methods.GPTQ(importance=True), jq.W4A16),
+}
+
+
+def statistics_of(names):
+    x = normal(64, 128, seed=7)
+    moment = jq.methods.SecondMoment.init(128).update(jnp.asarray(x))
+    return {name: {jq.methods.SecondMoment: moment} for name in names}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_give_the_files_of_the_quantized_tree(folder, tmp_path, small_parts, name):
+    method, scheme = METHODS[name]
+    weights = [key for key, x in ARRAYS.items() if np.ndim(x) == 2 and x.dtype != int]
+    rules = [jq.Rule(key, scheme, axis=-1) for key in weights]
+    statistics = statistics_of(weights)
+    options = {"method": method, "statistics": statistics}
+    want = jq.tree.quantize(ARRAYS, rules, **options)
     opened = checkpoints.open(folder)
-    rules = [jq.Rule("embed.weight", jq.W8A8, axis=-1, method=jq.methods.HQQ())]
-    error = r"embed.weight: its rule has the method .*HQQ.* call tree.quantize, or drop the method"
-    with pytest.raises(ValueError, match=error):
-        checkpoints.quantize(opened, rules)
-    with pytest.raises(ValueError, match=error):
-        checkpoints.write_quantized(tmp_path / "a", opened, rules)
+    found = checkpoints.quantize(opened, rules, **options)
+    chex.assert_trees_all_equal({w: found[w] for w in weights}, {w: want[w] for w in weights})
+    report = checkpoints.write_quantized(tmp_path / "found", opened, rules, **options)
+    jq.save(tmp_path / "want", want)
+    assert (tmp_path / "found").read_bytes() == (tmp_path / "want").read_bytes()
+    check_same_report(report, jq.tree.report(ARRAYS, want, rules))
+
+
+def test_a_rule_with_a_method_keeps_it(folder):
+    rules = [
+        jq.Rule("embed.weight", jq.W4A16, axis=-1, method=jq.methods.Nearest()),
+        jq.Rule("layers.*.w", jq.W4A16, axis=-1),
+    ]
+    found = checkpoints.quantize(checkpoints.open(folder), rules, method=[jq.methods.SINQ()])
+    assert found["embed.weight"].inputs is None
+    assert found["layers.0.w"].inputs.multiplier.shape == (128,)
+
+
+def test_tensors_with_a_method_are_divided_among_devices(folder):
+    mesh = jax.make_mesh((4,), ("x",))
+    sharding = {name: jax.NamedSharding(mesh, P()) for name in ARRAYS}
+    sharding["embed.weight"] = jax.NamedSharding(mesh, P("x"))
+    rules = [jq.Rule("embed.weight", jq.W4A16, axis=-1, method=jq.methods.GPTQ())]
+    statistics = statistics_of(["embed.weight"])
+    alone, divided = (
+        checkpoints.quantize(checkpoints.open(folder), rules, statistics=statistics, sharding=where)
+        for where in (None, sharding)
+    )
+    q, other = alone["embed.weight"], divided["embed.weight"]
+    np.testing.assert_array_equal(q.dequantize(), other.dequantize())
+    assert {s.data.shape for s in other.codes.addressable_shards} == {(25, 128)}
+
+
+def test_missing_statistics_are_an_error_before_anything_is_read(folder, tmp_path):
+    rules = [jq.Rule("embed.weight", jq.W4A16, axis=-1)]
+    error = "statistics must have those of embed.weight; got none"
+    for act in (checkpoints.quantize, partial(checkpoints.write_quantized, tmp_path / "a")):
+        with pytest.raises(ValueError, match=error):
+            act(checkpoints.open(folder), rules, method=jq.methods.GPTQ())
     assert not list(tmp_path.glob("a*"))
+
+
+def test_other_statistics_start_from_the_beginning(folder, tmp_path, monkeypatch):
+    rules = [jq.Rule("embed.weight", jq.W4A16, axis=-1, method=jq.methods.GPTQ())]
+    opened, statistics = checkpoints.open(folder), statistics_of(["embed.weight"])
+    wrong = jax.tree.map(lambda x: x * 2, statistics)
+    tasks = []
+    monkeypatch.setattr(QUANTIZE, "TreeWriter", lambda path, task: tasks.append(task) or 1 / 0)
+    for found in (statistics, statistics, wrong):
+        with pytest.raises(ZeroDivisionError):
+            checkpoints.write_quantized(tmp_path / "a", opened, rules, statistics=found)
+    assert tasks[0] == tasks[1] != tasks[2]
 
 
 def test_nan_is_found_by_name_and_leaves_the_old_file(tmp_path, small_parts):
@@ -345,6 +411,7 @@ def test_parts_of_a_leaf_are_joined(tmp_path):
 
 DISTRIBUTED = """
 import sys
+from functools import partial
 from typing import Any
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
