@@ -99,9 +99,8 @@ def _by_keras_awq(weights: jax.Array, means: Mapping[Any, jax.Array]) -> Any:
     from keras.src.quantizers import awq, quantizers
 
     def of_matrix(weight: jax.Array, largest: jax.Array) -> Any:
-        codes, scale, zero, factors, index = awq.awq_quantize_matrix(
-            weight, largest, group_size=GROUP_SIZE
-        )
+        found: Any = awq.awq_quantize_matrix(weight, largest, group_size=GROUP_SIZE)
+        codes, scale, zero, factors, index = found
         return jnp.asarray(quantizers.dequantize_with_sz_map(codes, scale, zero, index)) / factors
 
     return jnp.stack([of_matrix(*pair) for pair in zip(weights, means[MaxAbs], strict=True)])
