@@ -1,7 +1,5 @@
 """How many bits a quantized parameter takes."""
 
-import math
-
 from ..core import QTensor
 
 
@@ -19,10 +17,9 @@ def stored_bits(q: QTensor) -> int:
 
 
 def dense_bits(q: QTensor) -> int:
-    """Bits in a file that packs codes without gaps: INT3 codes take 3 bits each.
+    """Bits in a file of `jaxquant.save`, which packs codes without gaps: INT3 codes take 3 bits.
 
-    This is the size that a checkpoint or a kernel with dense 3-bit codes would have; arrays of
-    jaxquant in memory are `stored_bits` long.
+    Arrays in memory are `stored_bits` long.
 
     Example:
         >>> config = jq.ArrayConfig(format=jq.FILE_FORMATS["int3"])
@@ -30,12 +27,4 @@ def dense_bits(q: QTensor) -> int:
         >>> jq.allocation.dense_bits(q), jq.allocation.stored_bits(q)
         (1792, 2304)
     """
-    format = q.format
-    if format.codebook is not None:
-        levels = sum(format.qmin <= v <= format.qmax for v in format.codebook)
-    elif format.rounds:
-        levels = int(format.qmax - format.qmin) + 1
-    else:
-        levels = 2**format.bits
-    saved = format.bits - min(math.ceil(math.log2(levels)), format.bits)
-    return stored_bits(q) - saved * q.size
+    return stored_bits(q) - (q.format.bits - q.format.dense_bits) * q.size

@@ -36,12 +36,12 @@ def open(path: str | os.PathLike, *, names: str | None = None) -> Checkpoint:
         Checkpoint('model.safetensors', jaxquant, tensors=1)
     """
     path = Path(path)
-    start = b""
+    start, size = b"", 0
     if not path.is_dir():
         check_regular(path)
         with path.open("rb") as file:
-            start = file.read(4)
-    if start in (b"GGUF", b"FUGG"):
+            start, size = file.read(9), os.fstat(file.fileno()).st_size
+    if start[:4] in (b"GGUF", b"FUGG"):
         return open_gguf(path, names or "stored")
     if names is not None:
         raise ValueError(f"names is for GGUF files; got {names!r} for {path}. Leave it None.")
@@ -49,11 +49,14 @@ def open(path: str | os.PathLike, *, names: str | None = None) -> Checkpoint:
         return open_folder(path)
     if path.suffix in _ELSEWHERE:
         raise ValueError(f"{path} is not read here: {_ELSEWHERE[path.suffix]}.")
-    if path.suffix in _PICKLES or start[:2] in (b"PK", b"\x80\x02"):
+    # A file of safetensors starts with the length of its header, which may be any bytes.
+    is_safetensors = start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
+    is_pickle = start[:2] in (b"PK", b"\x80\x02") and not is_safetensors
+    if path.suffix in _PICKLES or is_pickle:
         raise ValueError(
             f"{path} is not safetensors or GGUF but may hold pickled objects, which can run code "
             "when they are read. Convert it to safetensors with the library that wrote it."
         )
-    if start.lstrip().startswith(b"{"):
+    if start.lstrip().startswith(b"{") and not is_safetensors:
         return open_folder(path)
     return open_own(path) if has_manifest(path) else open_folder(path)

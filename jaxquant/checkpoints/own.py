@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..core import QTensor, bits_of, describe, packed_bytes
-from ..tree.internal import DTYPES, TensorFile, check_tensor, leaves_with_paths, map_tree
-from .bits import unpack
+from ..tree.internal import (
+    DTYPES,
+    TensorFile,
+    check_size,
+    check_tensor,
+    from_bits,
+    leaves_with_paths,
+    map_tree,
+    unpack,
+)
 from .checkpoint import Checkpoint
 from .source import Index, Source
 from .stored import Stored
@@ -38,41 +45,36 @@ class _Mapped:
             self.is_checked = True
         return self.array
 
-    def restore(self, dtype: np.dtype | None, shape: tuple[int, ...] | None) -> Source:
-        """The array that it stores: itself, or bytes of an array of this dtype and shape."""
+    def restore(
+        self, dtype: np.dtype | None, shape: tuple[int, ...] | None, bits: int | None = None
+    ) -> Source:
+        """The array that it stores: itself, or bytes of an array of this dtype, shape and bits."""
         array = self.array
         if dtype is None or shape is None:
             return Source(array.shape, array.dtype, lambda i: np.array(self.read()[i]), array)
         form = jax.ShapeDtypeStruct(shape, dtype)
-        if packed_bytes(form) != array.nbytes:
-            raise ValueError(f"{dtype} of shape {shape} does not take {array.nbytes} bytes")
-        part = _packed_part if bits_of(dtype) < 8 else _part
-        return Source(shape, dtype, lambda index: part(self.read(), form, index), array)
+        check_size(array.nbytes, dtype, shape, bits)
+        if (bits or bits_of(dtype)) < 8:
+            return Source(shape, dtype, lambda i: _packed_part(self.read(), form, bits, i), array)
+        return Source(shape, dtype, lambda index: _part(self.read(), form, index), array)
 
 
 def _part(stored: np.ndarray, form: jax.ShapeDtypeStruct, index: Index) -> np.ndarray:
     return np.array(stored.view(form.dtype).reshape(form.shape)[index])
 
 
-def _packed_part(stored: np.ndarray, form: jax.ShapeDtypeStruct, index: Index) -> np.ndarray:
+def _packed_part(
+    stored: np.ndarray, form: jax.ShapeDtypeStruct, bits: int | None, index: Index
+) -> np.ndarray:
     """`_part` of codes of less than a byte, packed along the flat array: unpacks whole rows."""
-    bits, inner = bits_of(form.dtype), math.prod(form.shape[1:])
+    bits, inner = bits or bits_of(form.dtype), math.prod(form.shape[1:])
     first, *rest = index or (slice(0, 1),)
     start, stop = first.start * inner, first.stop * inner
-    begin = start * bits // 8
-    codes = unpack(stored.view(np.uint8)[begin : -(-stop * bits // 8)], bits)
-    codes = codes[start - begin * 8 // bits :][: stop - start]
+    begin = start // 8 * 8  # Eight codes take whole bytes.
+    codes = unpack(stored.view(np.uint8)[begin * bits // 8 : -(-stop * bits // 8)], bits)
+    codes = codes[start - begin :][: stop - start]
     rows = codes.reshape(first.stop - first.start, *form.shape[1:])[(slice(None), *rest)]
-    return from_bits(rows, form.dtype).reshape(rows.shape if form.shape else ())
-
-
-def from_bits(codes: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Bit patterns in the low bits of bytes, as elements of a dtype of less than 8 bits."""
-    if not jnp.issubdtype(dtype, jnp.signedinteger):
-        is_integer = jnp.issubdtype(dtype, jnp.integer)
-        return codes.astype(dtype) if is_integer else codes.view(dtype)
-    sign = 2 ** (bits_of(dtype) - 1)
-    return ((codes ^ sign).astype(np.int8) - sign).astype(dtype)
+    return from_bits(rows, bits, form.dtype).reshape(rows.shape if form.shape else ())
 
 
 def open_own(path: str | os.PathLike) -> Checkpoint:

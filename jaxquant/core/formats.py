@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,17 @@ class Format:
     def bits(self) -> int:
         """Bits per code in device memory."""
         return bits_of(self.dtype)
+
+    @property
+    def dense_bits(self) -> int:
+        """Bits that tell the codes apart, as files pack them: 3 for INT3, which memory has as 4."""
+        if self.codebook is not None:
+            levels = len(self.codebook)
+        elif self.rounds:
+            levels = int(self.qmax - self.qmin) + 1
+        else:
+            return self.bits
+        return min(math.ceil(math.log2(levels)), self.bits)
 
     def __repr__(self) -> str:
         return self.name

@@ -10,6 +10,11 @@ from .files import map_tree as map_tree
 from .files import read_arrays as read_arrays
 from .files import read_tree as read_tree
 from .fold_paths import matched as matched
+from .manifest import check_size as check_size
+from .packed_codes import from_bits as from_bits
+from .packed_codes import pack as pack
+from .packed_codes import unpack as unpack
+from .packed_codes import words_for as words_for
 from .paths import check_like as check_like
 from .paths import leaves_with_paths as leaves_with_paths
 from .progress import progress_bar as progress_bar

@@ -97,8 +97,8 @@ class TreeWriter:
         pieces: list[list[list[int]]] = [[] for _ in names]
         sums = [checksum(np.dtype(f.dtype), f.shape, ()) for f in forms]
         for part in parts:
-            for i, array in enumerate(_in_order(part)):
-                sums[i] = self._write(array, pieces[i], sums[i])
+            for i, (array, bits) in enumerate(_in_order(part)):
+                sums[i] = self._write(to_stored(array, bits), pieces[i], sums[i])
         self._data.flush()
         stored = {
             n: _Stored(np.dtype(f.dtype), tuple(f.shape), total, places)
@@ -150,8 +150,7 @@ class TreeWriter:
                 ) from error
             raise
 
-    def _write(self, array: Any, pieces: list[list[int]], total: int) -> int:
-        stored = to_stored(array)
+    def _write(self, stored: np.ndarray, pieces: list[list[int]], total: int) -> int:
         data = next(bytes_of_array(np.ascontiguousarray(stored)))
         start = self._data.seek(0, os.SEEK_END)
         self._data.write(data)
@@ -211,8 +210,13 @@ def _finished_leaf(text: bytes) -> tuple[dict[str, Any] | None, int]:
     return line, max(ends, default=0)
 
 
-def _in_order(leaf: Any) -> list[Any]:
-    """The arrays of a leaf, in the order in which an Encoder stores them."""
-    encoder = Encoder(lambda array: array)
-    encoder.encode(leaf, "leaf")
-    return list(encoder.arrays.values())
+def _in_order(leaf: Any) -> list[tuple[Any, int | None]]:
+    """The arrays of a leaf and their bits, in the order in which an Encoder stores them."""
+    found: list[tuple[Any, int | None]] = []
+
+    def keep(array: Any, bits: int | None) -> Any:
+        found.append((array, bits))
+        return array
+
+    Encoder(keep).encode(leaf, "leaf")
+    return found

@@ -49,6 +49,25 @@ def test_other_files_are_refused_by_name(tmp_path, name, data, text):
         jq.checkpoints.open(tmp_path / name)
 
 
+# The last is how JSON starts.
+@pytest.mark.parametrize("length", [0x280, int.from_bytes(b"PK", "little"), 0x7B])
+def test_any_length_of_the_header_is_safetensors(tmp_path, length):
+    entry = {"w": {"dtype": "F32", "shape": [2, 32], "data_offsets": [0, W.nbytes]}}
+    header = json.dumps(entry).encode().ljust(length)
+    data = length.to_bytes(8, "little") + header + W.tobytes()
+    (tmp_path / "a").write_bytes(data)
+    np.testing.assert_array_equal(jq.checkpoints.open(tmp_path / "a").load()["w"], W)
+
+
+def test_an_index_may_look_like_safetensors(tmp_path):
+    safetensors.numpy.save_file({"w": W}, tmp_path / "model.safetensors")
+    text = '{"meta":{},"weight_map":{"w":"model.safetensors"}}'
+    assert text[8] == "{"
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    found = jq.checkpoints.open(tmp_path / "model.safetensors.index.json")
+    np.testing.assert_array_equal(found.load()["w"], W)
+
+
 def test_names_are_those_of_gguf_files(tmp_path):
     metadata = [("general.architecture", STRING, "llama")]
     data = gguf(metadata, [("output_norm.weight", (32,), 0, W[0].tobytes())])

@@ -23,6 +23,7 @@ import safetensors
 import safetensors.numpy
 
 from jaxquant import (
+    FILE_FORMATS,
     FORMATS,
     INT4,
     NVFP4,
@@ -134,6 +135,44 @@ def test_rotations_round_trip_in_files_of_version_3(tmp_path):
     with safetensors.safe_open(tmp_path / "a", "numpy") as file:
         assert json.loads(file.metadata()["jaxquant"])["version"] == 3
     assert_equal_trees(checkpoints.open(tmp_path / "a").load(), params)
+
+
+TERNARY = Format("ternary", "uint4", -1.0, 1.0, codebook=(-1.0, 0.0, 1.0))
+NARROW = {"int3": 3, "uint3": 3, "int5": 5, "uint5": 5, "int6": 6, "uint6": 6, "ternary": 2}
+
+
+@pytest.mark.parametrize("shape", [(24, 32), (7, 11), (3, 5, 1), (0, 4)], ids=str)
+@pytest.mark.parametrize("name", NARROW)
+def test_codes_take_as_many_bits_as_tell_them_apart_in_files_of_version_4(tmp_path, name, shape):
+    format, bits = {**FILE_FORMATS, "ternary": TERNARY}[name], NARROW[name]
+    x = normal(*shape)
+    config = ArrayConfig(format=format, symmetric=name == "ternary" or format.has_negative)
+    q = quantize(x, config)
+    save(tmp_path / "a", {"q": q})
+    assert_equal_trees(load(tmp_path / "a"), {"q": q})
+    with safetensors.safe_open(tmp_path / "a", "numpy") as file:
+        assert json.loads(file.metadata()["jaxquant"])["version"] == 4
+        stored = file.get_tensor("q/codes")
+    assert (stored.dtype, stored.size) == (np.uint8, -(-x.size * bits // 8))
+    # Code i takes bits [i * bits, (i + 1) * bits), the lowest first.
+    stream = np.unpackbits(stored, bitorder="little")[: x.size * bits].reshape(-1, bits)
+    codes = (stream * 2 ** np.arange(bits)).sum(1).reshape(shape)
+    np.testing.assert_array_equal(codes, np.asarray(q.codes, int) % 2**bits)
+    lazy = checkpoints.open(tmp_path / "a")
+    assert_equal_trees(lazy.load(), {"q": q})
+    value: Any = lazy["q"].value
+    for start in range(shape[0] - 1):
+        part = value.codes.read((slice(start, start + 2), *map(slice, shape[1:])))
+        np.testing.assert_array_equal(part, np.asarray(q.codes)[start : start + 2])
+
+
+def test_codes_beyond_their_format_are_an_error(tmp_path):
+    q = quantize(normal(8, 4), ArrayConfig(format=FILE_FORMATS["int3"]))
+    q = dataclasses.replace(q, codes=q.codes.at[0, 0].set(5))
+    message = r"q/codes: codes must be from -4 to 3 in a format of 3 bits; got -\d to 5"
+    with pytest.raises(ValueError, match=message):
+        save(tmp_path / "a", {"q": q})
+    assert not (tmp_path / "a").exists()
 
 
 def test_quantized_trees_run_the_same_after_loading(tmp_path):
@@ -510,11 +549,11 @@ def test_a_changed_manifest_is_detected(tmp_path, saved, read):
 
 
 @pytest.mark.parametrize("read", [load, tree.read_metadata])
-@pytest.mark.parametrize("version", [4, 17])
+@pytest.mark.parametrize("version", [5, 17])
 def test_a_newer_version_raises(tmp_path, saved, read, version):
     (tmp_path / "a").write_bytes(with_manifest(saved, version=version, tree="of another kind"))
     with pytest.raises(
-        ValueError, match=f"a has version {version}; this jaxquant reads up to 3. U"
+        ValueError, match=f"a has version {version}; this jaxquant reads up to 4. U"
     ):
         read(tmp_path / "a")
 

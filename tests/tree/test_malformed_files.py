@@ -12,7 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import INT4, W8A8, ArrayConfig, Inputs, load, quantize, save, tree
+from jaxquant import (
+    FILE_FORMATS,
+    INT4,
+    W8A8,
+    ArrayConfig,
+    Inputs,
+    checkpoints,
+    load,
+    quantize,
+    save,
+    tree,
+)
 from jaxquant.tree.internal import read_arrays, read_tree
 
 from .trees import normal
@@ -182,6 +193,21 @@ def test_the_error_says_what_is_malformed(tmp_path, saved, part, place, value, t
     (tmp_path / "a").write_bytes(joined(parts, data))
     with pytest.raises(ValueError, match=f"a(:| was altered:) its {text}"):
         load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("read", [load, lambda path: checkpoints.open(path).load()])
+@pytest.mark.parametrize("bits", [0, 2, 4, 8, -3, "3", True])
+def test_codes_of_another_number_of_bits_are_malformed(tmp_path, bits, read):
+    config = ArrayConfig(format=FILE_FORMATS["int3"])
+    save(tmp_path / "a", {"q": quantize(normal(8, 4), config)})
+    parts, data = parts_of((tmp_path / "a").read_bytes())
+    text = json.dumps(parts["contents"])
+    assert text.count('"int4", [8, 4], 3]') == 1
+    text = text.replace('"int4", [8, 4], 3]', f'"int4", [8, 4], {json.dumps(bits)}]')
+    parts["contents"] = json.loads(text)
+    (tmp_path / "a").write_bytes(joined(parts, data))
+    with pytest.raises(ValueError, match="a: its structure is malformed, "):
+        read(tmp_path / "a")
 
 
 def test_a_structure_with_a_wrong_dtype_is_malformed(tmp_path, saved):
