@@ -99,7 +99,9 @@ class Collector:
             if plan is not None
         }
         self._has_pairs = CrossMoment in kinds
-        self._run = _compiled(apply, leaves, treedef, self._sums, mask, self._has_pairs)
+        # The selected leaves in the order in which the model, once it ran, multiplies with them.
+        self.order: list[int] = []
+        self._run = _compiled(apply, leaves, treedef, self._sums, mask, self._has_pairs, self._meet)
 
     def __call__(
         self,
@@ -108,8 +110,10 @@ class Collector:
         quantized: Any = None,
         allow_missing: bool = False,
         progress: Progress | bool | None = None,
+        only: Iterable[int] | None = None,
     ) -> Statistics:
-        """The statistics of a tree; arguments as for `collect`."""
+        """The statistics of a tree; arguments as for `collect`, `only` the numbers of leaves."""
+        chosen = tuple(self._sums if only is None else only)
         leaves = jax.tree.leaves(params)
         selected, rest = _parted(leaves, self._sums)
         if self._has_pairs:
@@ -119,17 +123,22 @@ class Collector:
         total = len(batches) if isinstance(batches, Sized) else None
         with progress_bar(progress, total, "Collecting") as report:
             for done, batch in enumerate(batches, 1):
-                self._add(selected, arrays, batch)
+                self._add(selected, arrays, batch, chosen)
                 report(done, total, f"batch {done}")
-        found = {sums.parameter.path: sums.finish(allow_missing) for sums in self._sums.values()}
+        sums = [self._sums[i] for i in chosen]
+        found = {s.parameter.path: s.finish(allow_missing) for s in sums}
         return Statistics(found, is_complete=not allow_missing)
 
-    def _add(self, selected: Any, arrays: Any, batch: Any) -> None:
+    def _add(self, selected: Any, arrays: Any, batch: Any, chosen: tuple[int, ...]) -> None:
         """Runs a batch and adds its sums."""
-        self._run(selected, arrays, batch)
+        self._run(selected, arrays, batch, chosen)
         jax.effects_barrier()
-        for sums in self._sums.values():
-            sums.add()
+        for i in chosen:
+            self._sums[i].add()
+
+    def _meet(self, number: int) -> None:
+        if number not in self.order:
+            self.order.append(number)
 
 
 def _others(quantized: Any, params: Any) -> list[Any]:
@@ -156,28 +165,30 @@ def _compiled(
     sums: Mapping[int, Sums],
     mask: Callable[[Any], jax.Array] | None,
     has_pairs: bool,
-) -> Callable[[Any, Any, Any], None]:
+    meet: Callable[[int], None],
+) -> Callable[[Any, Any, Any, tuple[int, ...]], None]:
     """A function (selected leaves, other arrays, batch) that runs the model with taps."""
     lifted = lift(apply)
 
-    def model(selected, rest, batch, weights):
-        tapped = {
-            i: with_statistics(selected[i], s.parameter, s.kinds, weights, s.take)
-            for i, s in sums.items()
-        }
+    def model(selected, rest, batch, weights, chosen):
+        tapped = dict(selected)
+        for i in chosen:
+            parameter, kinds, take = sums[i].parameter, sums[i].kinds, sums[i].take
+            met = partial(meet, i)
+            tapped[i] = with_statistics(selected[i], parameter, kinds, weights, take, met)
         filled = [tapped.get(i, leaf) for i, leaf in enumerate(rest)]
         return lifted(jax.tree.unflatten(treedef, filled), batch)
 
-    def pair(selected, rest, batch, weights):
-        run = partial(model, rest=rest, batch=batch, weights=weights)
+    def pair(selected, rest, batch, weights, chosen):
+        run = partial(model, rest=rest, batch=batch, weights=weights, chosen=chosen)
         return jax.vmap(run, axis_name=PAIR)(selected)
 
     _, whole = split_arrays(_parted(leaves, sums)[1])
 
-    @jax.jit
-    def run(selected, arrays, batch):
+    @partial(jax.jit, static_argnums=3)
+    def run(selected, arrays, batch, chosen):
         weights = None if mask is None else jnp.asarray(mask(batch), jnp.float32)
-        (pair if has_pairs else model)(selected, whole(arrays), batch, weights)
+        (pair if has_pairs else model)(selected, whole(arrays), batch, weights, chosen)
         # Not the model's results, so that XLA computes only what the sums need.
 
     return run

@@ -68,13 +68,14 @@ def with_statistics(
     kinds: tuple[type[Statistic], ...],
     mask: jax.Array | None,
     take: Callable[..., None],
+    meet: Callable[[], None],
 ) -> QTensor:
     """A parameter that sends statistics of its activations to `take`, with numbers of slices."""
     leading = parameter.leading
     numbers = jnp.arange(math.prod(leading), dtype=jnp.int32).reshape(leading)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*leading, *mask.shape))
-    tap = _Tap(numbers, mask, parameter=parameter, kinds=kinds, take=take)
+    tap = _Tap(numbers, mask, parameter=parameter, kinds=kinds, take=take, meet=meet)
     return with_tap(weight, parameter.axes, tap)
 
 
@@ -89,6 +90,7 @@ class _Tap:
         parameter: what is multiplied, static.
         kinds: which statistics, static.
         take: gets the numbers and the sums, static.
+        meet: called when a product is traced, static.
     """
 
     numbers: jax.Array
@@ -96,12 +98,14 @@ class _Tap:
     parameter: Parameter = dataclasses.field(kw_only=True, metadata={"static": True})
     kinds: tuple[type[Statistic], ...] = dataclasses.field(kw_only=True, metadata={"static": True})
     take: Callable[..., None] = dataclasses.field(kw_only=True, metadata={"static": True})
+    meet: Callable[[], None] = dataclasses.field(kw_only=True, metadata={"static": True})
 
     def __call__(self, activations: Activations) -> None:
         x = activations.unfolded()
         if x is None:
             return
         self._check(activations, x.shape[-1])
+        self.meet()
         batch = activations.batch
         weights = self._weights(x.shape[batch:-1])
         x = x.reshape(*x.shape[:batch], weights.size, x.shape[-1])

@@ -1,10 +1,11 @@
 """Quantizes a model layer by layer, with the activations of the layers quantized before."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import tree
 from ..calibration.internal import PAIR, Collector
@@ -12,7 +13,7 @@ from ..lift import lift
 from ..methods import CrossMoment, Statistic
 from ..methods.internal import as_chain, needed
 from ..tree import Progress, Rules
-from ..tree.internal import Plan, progress_bar, select
+from ..tree.internal import Plan, leaves_with_paths, progress_bar, quantize_by_plan, select
 from .block_rounding import Block, BlockRounding, squared_error
 
 
@@ -32,14 +33,16 @@ def sequential(
 
         for each layer p:
             y = block(p, x)                                    of the floating-point model
-            q = method(p, statistics of x and of x_q)
+            q = method(p, statistics of block(p, x) and of block(q, x_q)), parameter by parameter
             q = argmin over roundings of |block(q, x_q) - y|^2          if iterations > 0
             x, x_q = y, block(q, x_q)
 
-    With `GPTQ(repair=1)` this is Qronos in its exact form: each layer repairs what the quantized
-    layers before it cause. With `iterations`, it is AutoRound as published: rounding offsets and
-    ranges of all weights of a layer (see `methods.AutoRound`) are trained by signed gradient
-    descent, from the codes of `method`.
+    Parameters of a layer are quantized in the order in which it multiplies with them, those with
+    the same activations at once, and each sees what the ones before leave of the activations. With
+    `GPTQ(repair=1)` this is Qronos: each parameter repairs what all before it cause. With
+    `iterations`, it is AutoRound as published: rounding offsets and ranges of all weights of a
+    layer (see `methods.AutoRound`) are trained by signed gradient descent, from the codes of
+    `method`.
 
     Layers of the same structure share one compiled program. Memory holds the activations of one
     layer, three times.
@@ -95,11 +98,12 @@ def sequential(
     with progress_bar(progress, len(parts)) as report:
         for number, params in enumerate(parts):
             outputs = [_checked(run(params, x), x) for x in exact]
-            plans = _plans(params, rules, method)
-            statistics = collectors.collect(params, rules, plans, exact, found)
-            quantized = tree.quantize(
-                params, rules, method=method, statistics=statistics, platform=platform
-            )
+            paths, leaves, plans, treedef = _selected(params, rules, method)
+            for stage, statistics in collectors.stages(params, rules, plans, exact, found, leaves):
+                for i in stage:
+                    of_leaf = statistics.get(paths[i])
+                    leaves[i] = quantize_by_plan(paths[i], leaves[i], plans[i], of_leaf, platform)
+            quantized = jax.tree.unflatten(treedef, leaves)
             if iterations:
                 pairs = list(zip(found, outputs, strict=True))
                 quantized = train(params, quantized, plans, pairs)
@@ -126,48 +130,92 @@ def _parts(layers: Any) -> Sequence[Any]:
     return [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count or 0)]
 
 
-def _plans(params: Any, rules: Rules, method: Any) -> dict[int, Plan]:
-    """The plans of the selected leaves, by number, each with its method if there is one."""
-    _, _, plans, _ = select(params, rules)
+def _selected(
+    params: Any, rules: Rules, method: Any
+) -> tuple[list[str], list[Any], dict[int, Plan], Any]:
+    """Paths, leaves, the plans of those that are quantized, by number, and the structure."""
+    paths, leaves, plans, treedef = select(params, rules)
     chain = None if method is None else as_chain(method)
-    return {
+    chosen = {
         i: plan._replace(method=plan.method or chain)
         for i, plan in enumerate(plans)
         if plan is not None
     }
+    return paths, list(leaves), chosen, treedef
 
 
 class _Collectors:
-    """Collects the statistics of layers, with one compiled program for each kind of layer."""
+    """Collects the statistics of layers, with one collector for each kind of layer."""
 
     def __init__(self, block: Block):
         self._block = block
         self._collectors: dict[Any, Collector] = {}
+        self._stages: dict[Any, list[tuple[int, ...]]] = {}
 
-    def collect(
-        self, params: Any, rules: Rules, plans: dict[int, Plan], exact: list[Any], found: list[Any]
-    ) -> Any:
-        """Statistics of the activations of both models; None if no method needs any."""
-        methods = [plan.method for plan in plans.values() if plan.method is not None]
-        kinds: dict[type[Statistic], None] = {}
-        for chain in methods:
-            kinds |= dict.fromkeys(needed(chain))
+    def stages(
+        self,
+        params: Any,
+        rules: Rules,
+        plans: Mapping[int, Plan],
+        exact: list[Any],
+        found: list[Any],
+        leaves: list[Any],
+    ) -> Iterator[tuple[tuple[int, ...], Mapping[str, Any]]]:
+        """Numbers of leaves that are quantized next, and the statistics of their activations.
+
+        Args:
+            params, rules, plans: of the layer.
+            exact, found: activations of the float model and of the quantized one.
+            leaves: those of the layer, in which the caller replaces what is quantized before it
+                asks for the next.
+        """
+        kinds = dict.fromkeys(
+            kind for plan in plans.values() if plan.method for kind in needed(plan.method)
+        )
         if not kinds:
-            return None
-        leaves, treedef = jax.tree.flatten(params)
-        key = treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+            yield tuple(plans), {}
+            return
+        treedef = jax.tree.structure(params)
+        key = treedef, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
         if key not in self._collectors:
             apply = self._of_both if CrossMoment in kinds else self._block
             self._collectors[key] = Collector(apply, params, rules, list(kinds))
-        if CrossMoment not in kinds:
-            return self._collectors[key](params, found)
+        collector, statistics = self._collectors[key], None
         pairs = list(zip(exact, found, strict=True))
-        return self._collectors[key](params, pairs, params)
+
+        def collected(only: Iterable[int]) -> Mapping[str, Any]:
+            now = tree.dequantize(jax.tree.unflatten(treedef, leaves))
+            if CrossMoment in kinds:
+                return collector(params, pairs, now, only=only)
+            return collector(now, found, only=only)
+
+        if key not in self._stages:
+            statistics = collected(plans)
+            self._stages[key] = _with_equal_activations(collector.order, params, statistics)
+        for stage in self._stages[key]:
+            yield stage, statistics or collected(stage)
+            statistics = None
 
     def _of_both(self, params: Any, pair: tuple[Any, Any]) -> Any:
         """The block on the activations of one of the models that run side by side."""
         is_exact = jax.lax.axis_index(PAIR) == 0
         return self._block(params, jax.tree.map(lambda a, b: jnp.where(is_exact, a, b), *pair))
+
+
+def _with_equal_activations(
+    order: Sequence[int], params: Any, statistics: Mapping[str, Any]
+) -> list[tuple[int, ...]]:
+    """Leaves in the order of their products, those that meet the same activations together."""
+    paths, _, _ = leaves_with_paths(params)
+    stages: list[tuple[int, ...]] = []
+    for i in order:
+        is_equal = stages and _are_equal(statistics[paths[stages[-1][0]]], statistics[paths[i]])
+        stages = [*stages[:-1], (*stages[-1], i)] if is_equal else [*stages, (i,)]
+    return stages
+
+
+def _are_equal(a: Mapping[Any, Statistic], b: Mapping[Any, Statistic]) -> bool:
+    return all(np.array_equal(statistic.total, b[kind].total) for kind, statistic in a.items())
 
 
 def _checked(outputs: Any, x: Any) -> Any:

@@ -92,6 +92,31 @@ def test_each_layer_gets_the_statistics_of_both_models():
         quantized = np.tanh(quantized @ weight)
 
 
+def test_parameters_see_what_those_before_them_in_their_layer_leave():
+    """Of query and key, which have the same activations, and of out, which comes after both."""
+
+    def attend(params, x):
+        return x + jnp.tanh(x @ params["query"]) * (x @ params["key"]) @ params["a_out"]
+
+    random = np.random.default_rng(0)
+    names = ("query", "key", "a_out")  # Not in the order of the tree.
+    one = {n: random.normal(size=(WIDTH, WIDTH)).astype(np.float32) / 4 for n in names}
+    x = np.asarray(batches(1)[0])
+    found = sequential(attend, [one], [jnp.asarray(x)], RULES, method=GPTQ(repair=1))[0]
+
+    def expected(name, exact, quantized):
+        rows = [CrossMoment.init(WIDTH).update(jnp.stack([exact, quantized]), jnp.ones(len(x)))]
+        q, _ = GPTQ(repair=1)(one[name].T, {CrossMoment: rows[0].finish()}, CONFIG, 1)
+        return np.asarray(q.dequantize()).T
+
+    weights = {name: np.asarray(q.dequantize()) for name, q in found.items()}
+    for name in ("query", "key"):
+        assert np.mean(np.abs(weights[name] - expected(name, x, x)) > 1e-4) < 0.02
+    hidden, seen = (np.tanh(x @ p["query"]) * (x @ p["key"]) for p in (one, weights))
+    assert np.mean(np.abs(weights["a_out"] - expected("a_out", hidden, seen)) > 1e-4) < 0.02
+    assert np.mean(np.abs(weights["a_out"] - expected("a_out", hidden, hidden)) > 1e-4) > 0.1
+
+
 @pytest.mark.slow
 def test_errors_are_below_those_of_all_layers_at_once():
     xs, unseen = batches(), batches(seed=5)
@@ -134,7 +159,7 @@ def test_layers_share_one_program_and_progress_names_their_errors():
     sequential(counted, many, batches(), RULES, progress=progress, **options)
     in_six = len(traced)
     traced.clear()
-    sequential(counted, sliced(many, slice(0, 1)), batches(), RULES, **options)
+    sequential(counted, sliced(many, slice(0, 2)), batches(), RULES, **options)
     assert in_six == len(traced)
     assert [args[:2] for args in shown] == [(i, 2 * LAYERS) for i in range(1, 2 * LAYERS + 1)]
     assert all(f"layer {i}, error " in args[2] for i, args in enumerate(shown))
