@@ -77,7 +77,9 @@ class Row:
 
 
 _FEEDBACK = GPTQ(importance=True)
-_QEP = GPTQ(importance=True, repair=0.5)
+# Of 8,192 tokens, the correction of the input error is noisy with less damping.
+_QEP = GPTQ(importance=True, repair=0.5, damping=0.1)
+_QRONOS = GPTQ(importance=True, repair=1.0, damping=0.1)
 ROWS: Mapping[str, Row] = {
     "nearest": Row(),
     "least squared error": Row(search=True),
@@ -91,12 +93,14 @@ ROWS: Mapping[str, Row] = {
     "importance, NF4": Row(Importance(), jq.NF4),
     "importance, IQ4_NL": Row(Importance(), jq.core.IQ4_NL),
     "GPTQ, importance, NF4": Row(_FEEDBACK, jq.NF4),
+    "GPTQ, importance, IQ4_NL": Row(_FEEDBACK, jq.core.IQ4_NL),
     "rotation": Row([Rotation(block=64), Nearest()]),
     "rotation, GPTQ": Row([Rotation(block=64), _FEEDBACK]),
     "AutoRound from GPTQ": Row(AutoRound(start=_FEEDBACK)),
     "QEP": Row(_QEP, is_sequential=True),
     "QEP, NF4": Row(_QEP, jq.NF4, is_sequential=True),
-    "Qronos": Row(GPTQ(importance=True, repair=1.0), is_sequential=True),
+    "Qronos": Row(_QRONOS, is_sequential=True),
+    "Qronos, NF4": Row(_QRONOS, jq.NF4, is_sequential=True),
     "AutoRound of layers from QEP": Row(_QEP, is_sequential=True, iterations=200),
     "allocated, nearest": Row(is_allocated=True),
     "allocated, GPTQ, importance": Row(_FEEDBACK, is_allocated=True),
