@@ -26,7 +26,13 @@ _INT4 = jq.ArrayConfig(format=jq.INT4, group_size=32, symmetric=False, scale_dty
 _INT3 = jq.ArrayConfig(
     format=jq.FILE_FORMATS["int3"], group_size=96, symmetric=False, scale_dtype="bfloat16"
 )
-CONFIGS = {"W8A8": jq.W8A8, "4.63": jq.Scheme(_INT4), "3.2": jq.Scheme(_INT3)}
+_NF4 = jq.ArrayConfig(format=jq.NF4, group_size=32, scale_dtype="bfloat16")
+CONFIGS = {
+    "W8A8": jq.W8A8,
+    "4.63": jq.Scheme(_INT4),
+    "4.5, NF4": jq.Scheme(_NF4),
+    "3.2": jq.Scheme(_INT3),
+}
 METHODS: dict[str, Any] = {
     "nearest": None,
     "SINQ": [SINQ(), Nearest()],
@@ -94,7 +100,8 @@ def _rules(scheme: jq.Scheme) -> list[jq.Rule]:
 def _quantized(params: Any, scheme: jq.Scheme, method: Any, statistics: Any) -> Any:
     of_tables = scheme.weights
     if method is not None:
-        of_tables = dataclasses.replace(of_tables, range=jq.MinMSE())
+        range = jq.MinMSE(mirrored=of_tables.symmetric)
+        of_tables = dataclasses.replace(of_tables, range=range)
     tables = [jq.Rule("re:embeddings/.*", of_tables, axis=-1, where=lambda _, x: x.ndim > 1)]
     params = jq.tree.quantize(params, tables)
     left = [jq.Rule("re:embeddings/.*", None), *_rules(scheme)]

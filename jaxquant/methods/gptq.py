@@ -38,7 +38,7 @@ class GPTQ:
 
     Attributes:
         damping: d, in units of the mean of diag(S); ten times as much until S + d I has a Cholesky
-            factor.
+            factor. With `repair` and few rows, 0.1 is better: W* fits their noise with less.
         repair: how much of the error that quantized layers before this one cause is corrected,
             from 0 to 1: 0 is GPTQ, 0.5 is QEP, 1 is Qronos. W is replaced by W + repair (W* - W),
             W* = W (C + d I) (S + d I)^-1, C = E[x q^T], S = E[q q^T]. More than 0 is for
