@@ -98,11 +98,10 @@ def sequential(
     with progress_bar(progress, len(parts)) as report:
         for number, params in enumerate(parts):
             outputs = [_checked(run(params, x), x) for x in exact]
-            paths, leaves, plans, treedef = _selected(params, rules, method)
-            for stage, statistics in collectors.stages(params, rules, plans, exact, found, leaves):
-                for i in stage:
-                    of_leaf = statistics.get(paths[i])
-                    leaves[i] = quantize_by_plan(paths[i], leaves[i], plans[i], of_leaf, platform)
+            plans = _plans(params, rules, method)
+            _, leaves, treedef = leaves_with_paths(params)
+            for stage in collectors.stages(params, rules, plans, exact, found, leaves):
+                _quantize(leaves, plans, *stage, platform)
             quantized = jax.tree.unflatten(treedef, leaves)
             if iterations:
                 pairs = list(zip(found, outputs, strict=True))
@@ -130,18 +129,27 @@ def _parts(layers: Any) -> Sequence[Any]:
     return [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count or 0)]
 
 
-def _selected(
-    params: Any, rules: Rules, method: Any
-) -> tuple[list[str], list[Any], dict[int, Plan], Any]:
-    """Paths, leaves, the plans of those that are quantized, by number, and the structure."""
-    paths, leaves, plans, treedef = select(params, rules)
+def _plans(params: Any, rules: Rules, method: Any) -> dict[int, Plan]:
+    """The plans of the selected leaves, by number, each with its method if there is one."""
+    _, _, plans, _ = select(params, rules)
     chain = None if method is None else as_chain(method)
-    chosen = {
+    return {
         i: plan._replace(method=plan.method or chain)
         for i, plan in enumerate(plans)
         if plan is not None
     }
-    return paths, list(leaves), chosen, treedef
+
+
+def _quantize(
+    leaves: list[Any],
+    plans: Mapping[int, Plan],
+    paths: Mapping[int, str],
+    statistics: Mapping[str, Any],
+    platform: str | None,
+) -> None:
+    """Replaces leaves, whose paths are given by number, with QTensors."""
+    for i, path in paths.items():
+        leaves[i] = quantize_by_plan(path, leaves[i], plans[i], statistics.get(path), platform)
 
 
 class _Collectors:
@@ -160,8 +168,8 @@ class _Collectors:
         exact: list[Any],
         found: list[Any],
         leaves: list[Any],
-    ) -> Iterator[tuple[tuple[int, ...], Mapping[str, Any]]]:
-        """Numbers of leaves that are quantized next, and the statistics of their activations.
+    ) -> Iterator[tuple[dict[int, str], Mapping[str, Any]]]:
+        """Paths of the leaves that are quantized next, and the statistics of their activations.
 
         Args:
             params, rules, plans: of the layer.
@@ -172,10 +180,10 @@ class _Collectors:
         kinds = dict.fromkeys(
             kind for plan in plans.values() if plan.method for kind in needed(plan.method)
         )
+        names, _, treedef = leaves_with_paths(params)
         if not kinds:
-            yield tuple(plans), {}
+            yield {i: names[i] for i in plans}, {}
             return
-        treedef = jax.tree.structure(params)
         key = treedef, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
         if key not in self._collectors:
             apply = self._of_both if CrossMoment in kinds else self._block
@@ -191,9 +199,9 @@ class _Collectors:
 
         if key not in self._stages:
             statistics = collected(plans)
-            self._stages[key] = _with_equal_activations(collector.order, params, statistics)
+            self._stages[key] = _with_equal_activations(collector.order, names, statistics)
         for stage in self._stages[key]:
-            yield stage, statistics or collected(stage)
+            yield {i: names[i] for i in stage}, statistics or collected(stage)
             statistics = None
 
     def _of_both(self, params: Any, pair: tuple[Any, Any]) -> Any:
@@ -203,10 +211,9 @@ class _Collectors:
 
 
 def _with_equal_activations(
-    order: Sequence[int], params: Any, statistics: Mapping[str, Any]
+    order: Sequence[int], paths: Sequence[str], statistics: Mapping[str, Any]
 ) -> list[tuple[int, ...]]:
     """Leaves in the order of their products, those that meet the same activations together."""
-    paths, _, _ = leaves_with_paths(params)
     stages: list[tuple[int, ...]] = []
     for i in order:
         is_equal = stages and _are_equal(statistics[paths[stages[-1][0]]], statistics[paths[i]])

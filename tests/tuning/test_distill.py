@@ -72,6 +72,7 @@ def test_offsets_are_trained_too():
     assert np.any(tuned["up"].offset != quantized["up"].offset)
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_too_high_keeps_the_start():
     quantized = jq.tree.quantize(params(), CONFIGS["int4"])
     tuned = distill(apply, params(), quantized, batches(), optax.sgd(1e4), epochs=2)
