@@ -173,6 +173,7 @@ def test_methods_that_lack_statistics_say_so(model, run, tmp_path):
     assert (status, "was not written by jaxquant.save" in err) == (2, True), err
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("option, name", [("-2", "a.weight"), ("-1", "a.kernel")])
 def test_quantize_warns_where_the_axis_may_be_wrong(run, tmp_path, option, name):
     arrays = {name: normal(64, 32), "query": normal(4, 64, 32), "head": normal(64, 32)}

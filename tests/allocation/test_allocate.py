@@ -100,7 +100,7 @@ def parameters(seed=0):
 FEW = {"4 bits": dataclasses.replace(W4, group_size=None), "8 bits": jq.W8A16}
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("row_axes", [1, 2, None])
 def test_rows_of_further_axes_are_added_before_they_are_squared(row_axes):
     w, x = normal(K, N), normal(3, M, K, seed=1) * 4
@@ -131,6 +131,7 @@ def test_batches_add_up_and_parameters_are_scored_together():
     np.testing.assert_allclose(one.rows[0].scores, scores(batches)[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_of_sampled_tokens_are_divergences():
     params, x = {"w": 2 * normal(K, N)}, 2 * normal(64, K, seed=1)
 
@@ -294,6 +295,7 @@ def convolved(params, x):
     return jax.lax.conv(x[None, None], params["a"][None, None], (1, 1), "VALID")[0, 0]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("apply", "x", "change", "text"),
     [

@@ -62,6 +62,7 @@ def trees():
 SIZES = {"4.5": 4 + 16 / 32, "3.2": 3 + (16 + 4) / 96, "2.6": 2 + (16 + 2) / 32, "W4A4": 4.5}
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("bits", SIZES)
 def test_bits_count_packed_codes_scales_and_zero_points(bits):
     q = jq.quantize(jnp.ones((8, WIDTH)), rows.CONFIGS[bits].weights, axis=1)

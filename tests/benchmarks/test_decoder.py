@@ -50,6 +50,7 @@ def test_steps_with_a_cache_equal_the_slow_decoder(params):
     np.testing.assert_allclose(np.concatenate(found, 1), wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_generation_is_greedy(params):
     prompt = np.random.default_rng(2).integers(0, 37, (2, 5))
     tokens, logits = generate(params, CONFIG, jnp.asarray(prompt, jnp.int32), 10)

@@ -111,6 +111,7 @@ def test_half_of_the_digits_are_held_out_and_the_loss_is_the_cross_entropy():
     assert loop.held_out_loss(task, params) == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_learned_steps_move_by_a_lower_rate_and_do_not_decay(params):
     rules = jq.Rule("up/kernel", qat.SCHEMES["W4A4"])
     layer = {"up": params["layers"][0]["up"]}

@@ -81,6 +81,7 @@ def test_moving_average_weights_batches_by_age(decay, sign):
     np.testing.assert_allclose(ends(observer, SYMMETRIC)[1], max(-low, high), rtol=1e-6)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("p", [75, 99, 100])
 def test_percentile_matches_all_elements_within_one_bin(p):
     x = all_elements(batches())
@@ -145,6 +146,7 @@ def test_mse_histogram_equals_min_mse_when_elements_are_bin_centers(format, symm
     np.testing.assert_array_equal(checks.zero_point_of(got), checks.zero_point_of(best))
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", FIRST)
 def test_observers_can_be_scanned_and_compile_once(name):
     seen = jnp.stack([batches()[0] * k for k in (1.0, 3.0, 0.5)])
@@ -170,6 +172,7 @@ def test_non_finite_elements_raise_at_the_end(name, bad):
         observer.finish(SYMMETRIC)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", FIRST)
 def test_finish_without_data_raises(name):
     for seen in ([], [jnp.zeros((0, 2))], [jnp.zeros((64, 30))]):

@@ -45,7 +45,7 @@ def test_the_golden_file_has_every_type():
     assert all(NAMES[t.number] == t.name for t in BLOCK_TYPES.values() if t.format)
 
 
-@pytest.mark.some_rows(5)
+@pytest.mark.some_rows(2)
 @each_type
 def test_values_equal_those_of_ggml_bit_for_bit(tmp_path, name):
     stored, values = opened(tmp_path, name)

@@ -165,6 +165,7 @@ def test_experts_of_gpt_oss_that_are_malformed(tmp_path, suffix, value, match):
         open_model(tmp_path, config, tensors)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "algorithm, inputs",
     [

@@ -80,7 +80,7 @@ def assert_equal_parts(a, b):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True)
 
 
-@pytest.mark.some_rows(6)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("is_swapped", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_weights_are_written_as_they_are(tmp_path, scheme, is_swapped):
@@ -187,7 +187,7 @@ def test_weights_of_another_folder(tmp_path):
     assert files[0] == files[1]
 
 
-@pytest.mark.some_rows(4)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "change, match",
     [
@@ -336,6 +336,7 @@ def test_a_configuration_that_is_not_a_mapping(tmp_path, config):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("format", [INT8, FP8_E4M3, NVFP4], ids=str)
 @pytest.mark.parametrize("name", ["table.weight", "table"])
 def test_plain_matrices_of_8_bits_beside_quantized_weights_are_read_again(tmp_path, format, name):

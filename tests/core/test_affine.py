@@ -17,6 +17,7 @@ def test_values_on_the_grid_come_back_exactly(case):
     checks.check_grid_round_trip(case, seed=0)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", [n for n in cases.FEW if n in GRID])
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))

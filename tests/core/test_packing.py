@@ -25,6 +25,7 @@ def codes_for(shape, bits, is_signed, seed=0):
     return random.integers(low, low + 2**bits, shape, np.int8 if is_signed else np.uint8)
 
 
+@pytest.mark.some_rows(1)
 @each_pair
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
@@ -51,6 +52,7 @@ def test_every_pair_of_codes_survives(pack, unpack, oracle, bits):
     assert (fields.min(), fields.max()) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
+@pytest.mark.some_rows(2)
 @each_pair
 @pytest.mark.parametrize("sign", ["", "u"])
 def test_native_dtypes_pack_like_bytes(pack, unpack, oracle, bits, sign):
@@ -77,6 +79,7 @@ def test_packing_runs_under_vmap_and_eval_shape(pack, unpack, oracle, bits):
     assert shape.shape == packed.shape
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "shape, axis, dtype", [((5,), 0, "int8"), ((5, 3), -1, "uint8"), ((2, 3, 5), 1, "int8")]
 )

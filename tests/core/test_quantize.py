@@ -30,7 +30,7 @@ few_cases = pytest.mark.parametrize("case", cases.FEW.values(), ids=cases.FEW)
 each_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 
 
-@pytest.mark.some_rows(11)
+@pytest.mark.some_rows(2)
 @each_case
 def test_codes_scales_and_zero_points_match_the_oracle(case):
     checks.check_matches_the_oracle(case, cases.gaussian())
@@ -42,7 +42,7 @@ def test_each_code_is_the_nearest_one(case):
     checks.check_is_nearest(case, cases.gaussian())
 
 
-@pytest.mark.some_rows(6)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "case",
     [c for c in cases.CASES.values() if c.config.format.rounds],
@@ -108,7 +108,7 @@ def test_min_mse_is_above_abs_max_in_signal_to_noise():
     assert best > plain + 0.5
 
 
-@pytest.mark.some_rows(6)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("magnitude", [1e-10, 1e-30, 1e30])
 @each_format
 def test_relative_precision_does_not_depend_on_the_magnitude(format, magnitude):
@@ -139,7 +139,7 @@ def test_groups_on_one_side_of_zero_keep_their_values(mean):
     assert np.all(np.abs(values - x) < 0.06 * np.abs(x))
 
 
-@pytest.mark.some_rows(4)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("symmetric", [True, False])
 @each_format
 def test_values_near_the_largest_float_do_not_overflow(format, symmetric):
@@ -173,7 +173,7 @@ NEAR_THE_LARGEST = [(name, "float32") for name in NEAR_THE_LARGEST] + [
 ]
 
 
-@pytest.mark.some_rows(4)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name, dtype", NEAR_THE_LARGEST)
 def test_finite_values_near_the_largest_come_back_finite(name, dtype):
     largest = float(jnp.finfo(dtype).max)
@@ -200,6 +200,7 @@ def test_percentile_between_far_elements_does_not_overflow():
     np.testing.assert_allclose(quantize(x, config, axis=1).dequantize(), x, rtol=0.03)
 
 
+@pytest.mark.some_rows(2)
 @each_format
 def test_negative_zero_is_zero(format):
     x = np.array([[-0.0, 1, -0.0, -1] * 16, *[[-0.0] * 64] * 3], np.float32)
@@ -236,6 +237,7 @@ def test_any_rank_any_odd_size_and_any_axis(shape, axis):
     checks.check_matches_the_oracle(cases.Case(config, axis), x)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("axis, group_size", [(1, 1), (-2, 3), ((1, 2), 2), ((-2, 0), 6)], ids=str)
 def test_groups_along_inner_axes(axis, group_size):
     x = np.random.default_rng(4).normal(size=(6, 12, 6)).astype(np.float32)
@@ -258,6 +260,7 @@ EMPTY = [(shape, axis, ArrayConfig(symmetric=False)) for shape, axis in EMPTY] +
 ]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("shape, axis, config", EMPTY, ids=str)
 def test_arrays_without_elements(shape, axis, config):
     q = quantize(np.zeros(shape, np.float32), config, axis)
@@ -458,6 +461,7 @@ def test_named_quantizers_are_quantize_for_their_range(function, config, other):
 GIVEN = [((), True), ((1, 1), False), ((64, 1), True), ((64, 8), False), ((4, 8), True)]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("shape, has_zero_point", [*GIVEN, ((1, 256), True)], ids=str)
 def test_a_given_scale_is_used_as_it_is(shape, has_zero_point):
     x, random = cases.gaussian(), np.random.default_rng(5)
@@ -478,6 +482,7 @@ def test_a_given_scale_is_used_as_it_is(shape, has_zero_point):
     np.testing.assert_allclose(q.dequantize(), (checks.codes_of(q) - zero) * whole, rtol=1e-6)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", ["int4-asym_min_mse", "int2-asym_blocks", "nf4-g64", "nvfp4-row"])
 def test_quantizing_with_its_own_scale_changes_nothing(name):
     case, x = cases.CASES[name], cases.gaussian()
@@ -532,6 +537,7 @@ def test_the_range_that_is_found_and_the_same_that_is_given_are_alike(name):
     checks.assert_equal_quantized(given, quantize(x, *case))
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "low, high, config, scale, zero_point",
     [

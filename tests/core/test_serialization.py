@@ -85,6 +85,7 @@ EXPORTED = [
 ]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("case, order, inputs", EXPORTED, ids=str)
 def test_functions_of_qtensors_survive_export(case, order, inputs):
     x = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)

@@ -133,7 +133,7 @@ def test_blocks_that_devices_would_share_are_refined(width, block, count, form):
     np.testing.assert_array_equal(jax.jit(part)(placed), q.dequantize())
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [

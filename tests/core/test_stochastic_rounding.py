@@ -72,6 +72,7 @@ def test_the_mean_of_many_draws_is_the_value_and_each_is_a_neighbour(name, dtype
     np.testing.assert_array_equal(values[:, np.asarray(x) == 0], 0)
 
 
+@pytest.mark.slow
 def test_the_scale_is_that_of_rounding_to_nearest_and_keys_differ():
     config, x = CONFIGS["int4 asymmetric"], rows()
     nearest = quantize(x, config, axis=1)

@@ -28,6 +28,7 @@ def operands():
     return x, scale, zero, random.normal(size=SHAPE).astype(np.float32)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("config", [SYMMETRIC, ASYMMETRIC], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_derivatives_are_those_of_the_equations(config, dtype):

@@ -104,6 +104,7 @@ def test_float_and_quantized_runs_do_not_change_each_other(tiny):
     assert len({a.tobytes() for a in alone.values()}) == 3
 
 
+@pytest.mark.slow
 def test_a_quantized_encoder_runs_the_same_from_its_file(tiny, tmp_path):
     folder, _ = tiny
     params, config = demo.load_encoder(folder)

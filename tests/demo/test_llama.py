@@ -270,6 +270,7 @@ def test_progress_names_each_stack(tmp_path):
     assert "layers/1/down/kernel" in [name for *_, name in calls]
 
 
+@pytest.mark.slow
 def test_tokens_beyond_the_cache_give_nan(float_model):
     model, _ = float_model
     cache = demo.init_cache(model.params, model.config, 1, 4)

@@ -45,6 +45,7 @@ def weight(scheme, platform="cpu", dtype=jnp.float32):
 X = jax.ShapeDtypeStruct((3, K), jnp.float32)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.skipif(not HAS_NATIVE, reason=str(cpu.unavailable()))
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16"])
 def test_the_row_names_what_is_lowered_for_one_cpu_and_for_several(scheme):

@@ -55,7 +55,7 @@ def has_markers(function, arguments):
     return marker_p.name in str(jax.make_jaxpr(function)(*arguments))
 
 
-@pytest.mark.some_rows(4)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("is_explained_first", [True, False])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_programs_have_no_markers_unless_they_are_explained(name, is_explained_first):

@@ -48,6 +48,7 @@ def same_values(layer, stock):
         theirs.bias.assign(ours.bias)
 
 
+@pytest.mark.some_rows(1)
 @each_kind
 def test_float_layer_equals_the_stock_layer(kind):
     keras.utils.set_random_seed(1)

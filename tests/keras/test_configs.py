@@ -228,7 +228,7 @@ def test_a_rule_may_name_the_axis():
     assert layer.quantized_weight("kernel").reorder(None).scale.shape == (8, 1)
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize(
     "block_size, groups", [(128, 1), (96, 1), (40, 3), (1, 96), (None, 1), (-1, 1)]
 )

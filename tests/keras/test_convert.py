@@ -313,7 +313,7 @@ def test_to_stock_lists_what_stock_keras_lacks():
         assert error < 0.05 * np.linalg.norm(wanted)
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize(
     "config, words",
     [

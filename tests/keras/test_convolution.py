@@ -59,6 +59,7 @@ def assert_like_stock(layer, inputs, config: Any = WEIGHTS_ONLY):
     assert relative_error(layer(inputs), stock_of(layer)(inputs)) < 1e-5
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("padding", "rest"), [("same", STRIDES), ("valid", DILATION), ("causal", DILATION)], ids=str
 )
@@ -112,7 +113,7 @@ def test_transpose_equals_that_of_the_dequantized_kernel(padding, step):
     assert_like_stock(built(layer, shape), images(shape))
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("kind", ["Conv3D", "Conv3DTranspose", "Conv1DTranspose"])
 def test_other_ranks_equal_those_of_the_dequantized_kernel(kind):
     rank = int(kind[4])
@@ -136,7 +137,7 @@ DEPTHWISE = {
 }
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("name", DEPTHWISE)
 def test_depthwise_supports_scales_of_any_shape(name):
     layer = built(layers.DepthwiseConv1D(16, depth_multiplier=3), (20, 4))

@@ -55,7 +55,7 @@ def test_int4_error_shrinks_with_the_block_size(block_size, bound):
     assert relative_error(layer.kernel, kernel) < bound
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("mode, bound", [("int8", 0.02), ("int4", 0.15), ("float8", 0.07)])
 def test_time_distributed_layers_use_weights_and_not_codes(mode, bound):
     keras.utils.set_random_seed(0)
@@ -82,6 +82,7 @@ class ReadsKernel(keras.layers.Layer):
         return keras.ops.matmul(inputs, self.child.kernel)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("mode, bound", [("int8", 0.01), ("int4", 0.15), ("float8", 0.05)])
 def test_the_kernel_of_a_quantized_layer_is_its_weight(mode, bound):
     keras.utils.set_random_seed(0)
@@ -153,6 +154,7 @@ def test_small_weights_keep_their_relative_precision(size, mode, bound):
     assert relative_error(layer.kernel, kernel) < bound
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("policy", ["float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("mode, bound", [("int8", 0.01), ("int4", 0.15), ("float8", 0.05)])
 def test_scales_stay_accurate_under_every_policy(policy, mode, bound):
@@ -262,7 +264,7 @@ def test_configs_printed_in_the_guides_work(kind):
     assert Int8QuantizationConfig(kind(axis=0, value_range=(-100, 100))).mode == "int8"
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
 def test_a_model_with_nan_in_one_kernel_is_not_partially_quantized(mode):
     parts: list[Any] = [layers.Dense(4, name=name) for name in ("first", "second", "third")]

@@ -101,7 +101,7 @@ def assert_same(model, wanted):
         np.testing.assert_array_equal(found, held)
 
 
-@pytest.mark.some_rows(4)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize(
     ("case", "mode", "policy"), ROWS, ids=lambda x: x if isinstance(x, str) else x.name
 )

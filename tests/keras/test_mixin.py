@@ -185,7 +185,7 @@ def test_model_quantize_does_not_hide_attribute_errors_of_a_layer():
         model.quantize("int8")
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_quantizing_twice_raises(mode):
     layer = dense()
@@ -242,6 +242,7 @@ def test_the_call_of_a_mode_can_be_overridden(mode):
     assert relative_error(other(INPUTS), wanted) < 0.2
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_build_of_a_mode_can_be_extended(mode):
     def build(self, shape, name=None):
@@ -445,6 +446,7 @@ def test_custom_layers_round_trip_with_their_arguments(name, mode, tmp_path):
     np.testing.assert_array_equal(loaded(INPUTS), model(INPUTS))
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "config",
     [
@@ -560,6 +562,7 @@ def quantized_store(mode=None, config=None):
     return store_of(layer)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", WRONG_FILES)
 def test_a_file_that_does_not_fit_raises_and_changes_nothing(name):
     make, message = WRONG_FILES[name]

@@ -127,6 +127,7 @@ def test_unrolled_stateful_and_dropout_layers_match_the_stock_ones():
     assert_close(layer(sequences(), training=True), stock(sequences(), training=True))
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU"])
 def test_int8_cell_multiplies_codes(kind):
     cell = built(make(kind)).cell

@@ -53,7 +53,7 @@ def with_every_bit(dtype, shape):
 OF_SHAPES = [(d, shape) for d in ("bfloat16", "float8_e4m3fn", "int4") for shape in SHAPES]
 
 
-@pytest.mark.some_rows(5)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("dtype", "shape"), [*((d, (3, 2, 6)) for d in DTYPES), *OF_SHAPES], ids=str
 )

@@ -64,6 +64,7 @@ def test_products_of_int8_codes_are_those_of_numpy_int64(rows, length, columns, 
     np.testing.assert_array_equal(found, x.astype(np.int64) @ w.astype(np.int64).T)
 
 
+@pytest.mark.some_rows(2)
 @needs_native
 @pytest.mark.parametrize("rows, length, columns", SHAPES + EMPTY, ids=str)
 @by_all_instructions

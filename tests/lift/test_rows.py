@@ -17,7 +17,7 @@ ROWS = {
 }
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("quantized", ["int8", "nf4 g32 nested"])
 def test_a_row_is_looked_up(name, quantized):

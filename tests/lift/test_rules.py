@@ -43,7 +43,7 @@ def test_results_are_those_on_the_dequantized_array(name, quantized):
     jax.tree.map(is_close, found, expected)
 
 
-@pytest.mark.some_rows(24)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", cases.ANY_GROUPS)
 @pytest.mark.parametrize("quantized", ["int4 g32", "nf4 g32 nested", MOST])
 def test_nothing_is_dequantized_before_its_product(name, quantized):
@@ -51,7 +51,7 @@ def test_nothing_is_dequantized_before_its_product(name, quantized):
     assert not jq.explain(jq.lift(cases.ANY_GROUPS[name]), cases.parameter(quantized)).dequantized
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", cases.SCALING)
 @pytest.mark.parametrize("quantized", ["int8 per tensor", "nf4 g32 nested", MOST])
 def test_a_factor_becomes_part_of_the_scale(name, quantized):

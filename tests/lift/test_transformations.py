@@ -55,6 +55,7 @@ def test_it_computes_what_the_operations_compute(params, x):
     np.testing.assert_allclose(found, jax.jit(by_hand)(params, x), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("labels", ["kn,bk->nb", "kn,bk->bn", "hkn,hbk->hnb", "hkn,bhk->bhn"])
 def test_a_parameter_on_the_left_is_multiplied_on_the_right(labels):
     shapes = {"k": 64, "n": 96, "b": 3, "h": 2}
@@ -263,7 +264,7 @@ def test_activations_are_calibrated_through_it(x):
     assert float(observed["first"].inputs.scale) >= float(2 * jnp.abs(x).max() / 127)
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("spec", [jax.P("d", None), jax.P(None, "d"), jax.P(None, None)])
 @pytest.mark.parametrize("quantized", ["int8", "int4 g32", "int4 g16 asymmetric", "mxfp4"])
 def test_shard_map_divides_codes_and_scales(spec, quantized):

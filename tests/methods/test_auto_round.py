@@ -132,6 +132,7 @@ def test_gradients_are_straight_through(symmetric):
         np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(1)
 @each_case
 def test_errors_fall(name):

@@ -102,6 +102,7 @@ def test_the_output_error_falls_in_every_format(name):
     assert loss(run(GPTQ(), weight, second, config)[0], weight, second) < 0.5 * nearest
 
 
+@pytest.mark.slow
 def test_scales_chosen_by_importance_lower_the_error_further():
     weight, config, second = weights(), CONFIGS["int4 per channel"], correlated(CHANNELS)
     plain = loss(run(GPTQ(), weight, second, config)[0], weight, second)
@@ -127,7 +128,7 @@ def test_act_order_rounds_large_channels_first():
     assert np.mean(np.asarray(q.codes, int)[:, order] == codes) > 0.995
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("size", [(24, 200), (24, 96), (1, 1)])
 def test_any_number_of_channels_works_without_groups(size):
     outputs, channels = size

@@ -104,6 +104,7 @@ def test_zeros_constants_and_tiny_weights(name):
         np.testing.assert_allclose(q.dequantize(), value, rtol=1e-2 if name == "bfloat16" else 1e-5)
 
 
+@pytest.mark.slow
 def test_nan_stays_in_its_group():
     weight = inputs.weights()
     expected = HQQ()(jnp.asarray(weight), {}, CONFIG, 1).dequantize()

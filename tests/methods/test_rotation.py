@@ -51,6 +51,7 @@ def test_signs_depend_on_the_seed_and_the_width_alone():
     assert {*np.unique(signs[2])} == {-1, 1}
 
 
+@pytest.mark.slow
 def test_moments_are_those_of_rotated_activations():
     x, q = normal(50, 24), normal(50, 24, seed=1)
     rotation = Rotation(12).rotation(24)

@@ -80,7 +80,7 @@ def kernels(program):
 
 
 # By this process, which has no TPU.
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize(
     "chip, rows, dtypes",
     [("v5e", 8, ["bf16 s4 f32"]), ("v5e", 300, []), ("v6e", 512, ["bf16 s4 f32"])],
@@ -103,6 +103,7 @@ def test_three_products_of_many_rows_quantize_their_input_by_one_kernel(chip):
     assert products(program) == [("s8", "s8", "s32")] * 3
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 @pytest.mark.parametrize("is_before", [True, False], ids=["before", "by each product"])
 def test_an_input_of_three_products_is_quantized_once(chip, is_before):

@@ -82,6 +82,7 @@ def test_every_mixture_of_formats_and_orders_matches_loops(name):
             assert_conv(got, x, q, strides, padding)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("kind", ["float", "int8"])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_every_window_matches_loops(window, kind):

@@ -66,7 +66,7 @@ def every_mixture(inputs, q):
     return right, left
 
 
-@pytest.mark.some_rows(4)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_mixture_of_formats_and_orders_matches_numpy(name):
     q = weight(WEIGHTS[name])
@@ -84,6 +84,7 @@ def test_every_mixture_of_formats_and_orders_matches_numpy(name):
 matrix_product = jax.jit(partial(dot_general, dimension_numbers=MATRICES))
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", FEW)
 def test_one_row_matches_numpy(name):
     q, x = weight(WEIGHTS[name]), normal(1, K)
@@ -154,6 +155,7 @@ def codes_at_the_ends(shape, seed):
     return codes.astype(np.int8)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("shape", EXACT, ids=str)
 def test_int8_products_are_those_of_numpy_int64_in_every_transformation(shape):
     m, k, n = shape
@@ -183,6 +185,7 @@ integer_product = jax.jit(
 )
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("rhs_zero", [None, -127, 3])
 @pytest.mark.parametrize("lhs_zero", [None, -128, 5, 127])
 def test_zero_points_on_either_side_are_exact(lhs_zero, rhs_zero):
@@ -200,6 +203,7 @@ def test_zero_points_on_either_side_are_exact(lhs_zero, rhs_zero):
 LENGTHS = [(131071, None, None), (65793, 127, None), (65793, None, 127), (33025, 127, 127)]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("length, lhs_zero, rhs_zero", LENGTHS)
 def test_sums_that_may_leave_int32_are_not_computed_as_integers(length, lhs_zero, rhs_zero):
     def product(length, implementation):
@@ -219,6 +223,7 @@ def test_sums_that_may_leave_int32_are_not_computed_as_integers(length, lhs_zero
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("lhs_dtype, rhs_dtype", list(itertools.product(DTYPES, DTYPES)))
 def test_the_result_has_the_dtype_that_jnp_gives(lhs_dtype, rhs_dtype):
     x, q = inputs()["int8"].astype(lhs_dtype), weight(ArrayConfig()).astype(rhs_dtype)
@@ -249,6 +254,7 @@ def test_dtypes_mix_only_as_far_as_jnp_mixes_them():
             product()
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("inputs", ["float", "int8"])
 @pytest.mark.parametrize("name", ["int8", "int4-g32"])
 def test_bfloat16_operands_round_the_result_once(name, inputs):

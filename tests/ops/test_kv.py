@@ -115,6 +115,7 @@ def test_eager_calls_compute_the_same():
         assert_close(found, want)
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("store", [jnp.bfloat16, INT8], ids=["bfloat16", "int8"])
 def test_queries_in_bfloat16(store):
     for _, found, want in in_steps(store, dtype=jnp.dtype(jnp.bfloat16)):
@@ -134,6 +135,7 @@ def test_one_layer_of_several_is_used_alone(store):
         assert not np.asarray(cache.keys[i]).any()
 
 
+@pytest.mark.slow
 def test_all_tokens_are_appended_without_counts():
     query, keys, values = drawn(4)
     cache = kv.append(kv.init(B, H, S, D, store=jnp.float32), keys, values)
@@ -144,6 +146,7 @@ def test_all_tokens_are_appended_without_counts():
     np.testing.assert_allclose(scaled, kv.attend(query, cache), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("store", [jnp.bfloat16, INT4], ids=["bfloat16", "int4"])
 def test_vmap_is_a_loop(store):
     query, keys, values = (np.stack([a, b]) for a, b in zip(drawn(4), drawn(4, 1), strict=True))
@@ -169,6 +172,7 @@ def test_a_cache_takes_the_bytes_of_its_codes_and_scales(name):
     assert str(cache) == f"Cache({name}, (7, {B}, {H}, {S}) by {D})"
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize(("store", "bound"), [(INT8, 1 / 254), (INT4, 1 / 14)], ids=["8", "4"])
 def test_codes_are_within_half_a_step(store, bound):
     keys = normal(B, 1, H, D)
@@ -215,6 +219,7 @@ def test_a_token_that_does_not_fit_is_an_error_or_nan(store):
     assert np.isfinite(found[[0, 2]]).all()
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("store", [jnp.float64, INT8], ids=["float64", "int8"])
 def test_arrays_of_64_bits_are_rounded_without_warnings(store):
     query, keys, values = drawn(2)

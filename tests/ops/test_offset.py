@@ -110,6 +110,7 @@ def test_products_add_the_offset(case):
         assert_product(found, "mk,kn->mn", inputs()[name], q)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="no native kernels")
 @pytest.mark.parametrize("shape", [(256, 512), (256, 128)], ids=str)
 @pytest.mark.parametrize("inputs", [None, ArrayConfig()], ids=["float", "int8"])
@@ -147,6 +148,7 @@ def test_both_operands_may_have_an_offset():
     assert_product(jq.matmul(turned, right, implementation="scaled"), "mk,kn->mn", turned, right)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     ("equation", "shape"),
     [

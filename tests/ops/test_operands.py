@@ -101,7 +101,7 @@ def results_of_treatments():
     return run(X, {name: with_inputs(q, inputs) for name, (inputs, _) in TREATMENTS.items()})
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", TREATMENTS)
 def test_inputs_say_how_a_float_operand_is_treated(name):
     inputs, treat = TREATMENTS[name]
@@ -165,6 +165,7 @@ SPOILED = {
 }
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", SPOILED)
 def test_nan_or_inf_in_a_row_spoils_this_row_and_no_other(name):
     weights = "int4-g32" if name in ("per token", "mxfp8") else "int8"
@@ -208,7 +209,7 @@ WITH_GRADIENTS += [("int8-asym", "per token"), ("int8-blocks", "static"), ("nf4"
 WITH_GRADIENTS += [("int4-asym-g32", "asymmetric"), ("fp8_e4m3", "mxfp8"), ("nvfp4", "static")]
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("weights, name", WITH_GRADIENTS)
 def test_a_float_operand_gets_the_gradient_of_the_product_where_it_is_not_clipped(weights, name):
     q = with_inputs(weight(WEIGHTS[weights]).reorder((-1, -2)), TREATMENTS[name][0])
@@ -255,6 +256,7 @@ def test_gradients_pass_through_the_multiplier_and_reach_it(name):
 SCALED = [("int8", None), ("int8-asym", (-1, -2)), ("int8-blocks", (-1, -2)), ("fp8_e4m3", None)]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name, order", [*SCALED, ("int4-asym-g32", (-1, -2))])
 def test_scales_get_their_gradient(name, order):
     q = weight(WEIGHTS[name]).reorder(order)
@@ -313,6 +315,7 @@ def test_a_sum_without_a_product_gives_no_gradient_to_codes():
     np.testing.assert_allclose(gradient.scale, want, rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", ["nothing", "per token", "multiplier"])
 def test_forward_derivatives_are_those_of_the_float_product(name):
     inputs, _ = TREATMENTS[name]

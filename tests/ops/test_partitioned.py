@@ -104,7 +104,7 @@ PRODUCTS = {"columns": jax.P(None, "a"), "rows": jax.P("a", None), "both": jax.P
 COLLECTIVES = {"columns": [], "rows": ["all-reduce"], "both": ["all-reduce"]}
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(1)
 @needs_native
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16", "W4A8", "NVFP4A16"])
@@ -126,6 +126,7 @@ def test_each_device_multiplies_its_part_by_the_native_kernel(scheme, name):
     assert out.sharding.is_equivalent_to(wanted, 3)
 
 
+@pytest.mark.some_rows(1)
 @needs_native
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
 def test_rows_of_activations_and_columns_are_divided_at_once(scheme):
@@ -151,6 +152,7 @@ def test_rows_of_activations_and_columns_are_divided_at_once(scheme):
     np.testing.assert_allclose(jax.jit(matmul)(x, parts), matmul(x, q), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.some_rows(1)
 @needs_native
 @pytest.mark.parametrize("shape", [(3072, 512), (512, 3072)], ids=str)
 def test_blocks_that_span_devices_are_cut(shape):
@@ -323,7 +325,7 @@ def test_sharded_kernels_of_convolutions_stay_where_they_are(axis, implementatio
     np.testing.assert_allclose(compiled(x, sharded(q, axis)), wanted, rtol=2e-3, atol=2e-2)
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @needs_native
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
 @pytest.mark.parametrize("name", ["columns", "rows"])

@@ -61,6 +61,7 @@ def test_a_rotated_weight_gives_the_product_of_the_given_one():
     np.testing.assert_allclose(r.matrix().T @ w, stored, 0, 1e-5)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("equation", ["mhd,hdn->mn", "mhd,dhn->mn", "mhd,hnd->mn"])
 def test_several_contracted_axes_are_flattened_in_the_order_of_the_weight(equation):
     sizes = {"m": M, "h": 6, "d": 8, "n": N}

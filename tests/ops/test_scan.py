@@ -68,7 +68,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_body_gets_each_layer_as_it_was_stacked(name):
     options = OPTIONS.get(name, {})

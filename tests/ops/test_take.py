@@ -54,6 +54,7 @@ def test_take_equals_jnp_take_from_the_dequantized_array(name):
         assert_same(got, want)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("indices", [7, -3, [], [[]], [3], np.zeros((2, 0, 3)), np.ones((2, 1, 3))])
 def test_indices_of_every_shape_match(indices):
     q = quantized(normal(4, 10, 6), ArrayConfig(), axis=2).reorder((-2, -1))
@@ -67,6 +68,7 @@ def test_indices_of_every_shape_match(indices):
         assert_same(got, want)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "uint32"])
 def test_narrow_and_unsigned_indices_reach_long_axes(dtype):
     # Longer than what 16 bits hold, with and without a sign.
@@ -84,6 +86,7 @@ def test_narrow_and_unsigned_indices_reach_long_axes(dtype):
         assert_same(one, other)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("fill_value", [0.0, -2.5, None])
 def test_indices_out_of_bounds_are_filled(fill_value):
     q = quantized(TABLE.astype(jnp.bfloat16), *CONFIGS["groups"])
@@ -174,7 +177,7 @@ PLACES = [jax.P("b"), jax.P("b", None, "a"), jax.P(None, "a", "b"), jax.P()]
 STORED = [(s, (-1, -2)) for s in ("W8A16", "W4A16_ASYM", "NF4A16", "NVFP4A16")]
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("scheme, order", [*STORED, ("W4A16", None)])
 def test_the_result_of_take_lies_where_out_sharding_says(scheme, order):
     q = quantized(normal(64, 256), SCHEMES[scheme].weights, axis=1)

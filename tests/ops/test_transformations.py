@@ -163,6 +163,7 @@ def test_products_of_parts_on_eight_devices_match_numpy(name, sharding):
     assert_product(product(x, q), "mk,kn->mn", x, q)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name, sharding", PLACED)
 def test_the_compiler_divides_products_of_sharded_arrays(name, sharding):
     of_x, of_weight, _, _ = SHARDINGS[sharding]
@@ -217,6 +218,7 @@ def test_the_result_lies_where_out_sharding_says(name):
             assert_product(out, f"mk,kn->{labels}", x, q)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("output", ["nbm", "mnb"])
 @pytest.mark.parametrize("implementation", ["integer", "dequantize"])
 def test_out_sharding_names_the_axes_of_the_result_however_they_are_turned(output, implementation):

@@ -65,6 +65,7 @@ def entered(names):
     return [f for before, f in zip([None, *files], files, strict=False) if f != before]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", CALLS)
 def test_the_path_to_the_multiplication_is_short_and_straight(name):
     function, path = CALLS[name]

@@ -89,6 +89,7 @@ def test_rules_quantize_first_and_the_products_use_the_scale():
     np.testing.assert_allclose(matmul(x, got["kernel"]), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("make, dtype", [(tree.quantize, jnp.int8), (prepare, jnp.float32)])
 def test_asymmetric_inputs_get_a_zero_point(make, dtype):
     scheme = Scheme(W8A8.weights, ArrayConfig(per_tensor=True, symmetric=False))
@@ -181,6 +182,7 @@ def test_training_goes_on_from_the_static_scale():
     )
 
 
+@pytest.mark.slow
 def test_progress_is_reported_per_batch(capsys):
     seen = []
     calibrate(apply, PARAMS, BATCHES, STATIC, progress=lambda *step: seen.append(step))

@@ -222,6 +222,7 @@ def test_a_single_rule_needs_no_sequence():
     assert {k for k, leaf in q.items() if leaf is not leaves_of(params)[k]} == {"out/0"}
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("scheme", [W8A8, FP8, W8A8.weights], ids=["W8A8", "FP8", "config"])
 def test_a_single_scheme_or_config_means_the_default_rules(scheme):
     q = leaves_of(tree.quantize(parameters(), scheme))

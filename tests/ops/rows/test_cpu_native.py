@@ -75,7 +75,7 @@ def stored(name, shape=(K, N), seed=1):
     return weight(WEIGHTS[name], shape, seed).reorder((-1, -2))
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @needs_native
 @pytest.mark.parametrize("name", [n for n in WEIGHTS if n not in ("int4", "int8-blocks", "mxfp4")])
 def test_every_combination_matches_numpy_and_is_selected(name):
@@ -126,6 +126,7 @@ def test_inputs_of_either_kind_are_quantized_first():
         assert_product(run(x, q), "abk,kn->abn", quantize(x, config, -1), q)
 
 
+@pytest.mark.some_rows(2)
 @needs_native
 @pytest.mark.parametrize("zero", [7.5, 3.3])
 @pytest.mark.parametrize("inputs", [None, ArrayConfig()], ids=["float rows", "int8 rows"])
@@ -195,6 +196,7 @@ def calls(function, *arguments):
     return jax.jit(function).lower(*arguments).as_text().count("@jaxquant_quantize_rows")
 
 
+@pytest.mark.some_rows(2)
 @needs_native
 @pytest.mark.parametrize(
     "case, dtype",
@@ -377,6 +379,7 @@ UNSUPPORTED = {
 }
 
 
+@pytest.mark.some_rows(2)
 @needs_native
 @pytest.mark.parametrize("reason", UNSUPPORTED)
 def test_unsupported_native_raises_with_the_reason(reason):

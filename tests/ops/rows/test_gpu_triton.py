@@ -71,6 +71,7 @@ def test_products_of_operands_as_they_are_stored_match_numpy(name):
 FRACTIONS = [(7.5, 2e-6), (3.3, 2.0**-8)]
 
 
+@pytest.mark.slow
 @pytest.mark.some_rows(1)
 @pytest.mark.parametrize("zero, tolerance", FRACTIONS)
 @pytest.mark.parametrize("name", ["bfloat16", "int8 per row"])
@@ -127,7 +128,7 @@ CODES = {
 }
 
 
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("name", CODES)
 def test_products_of_int8_codes_have_the_bits_of_the_integer_row(name):
     left, right = CODES[name]

@@ -44,6 +44,7 @@ RIGHT = {
 product = jax.jit(partial(tpu_pallas.run, interpret=True), static_argnames="dtype")
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", LEFT)
 def test_products_of_operands_as_they_are_stored_match_numpy(name):
     q, x = weight(RIGHT[name], (K, N)), jnp.asarray(normal(2, 3, K), jnp.bfloat16)
@@ -173,6 +174,7 @@ CHOSEN = [
 ]
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("chip, group_size, rows, quantizes, count", CHOSEN, ids=str)
 def test_the_chip_and_the_rows_decide(monkeypatch, chip, group_size, rows, quantizes, count):
     monkeypatch.setattr(chips, "target", lambda module: chip)
@@ -193,6 +195,7 @@ def on_v6e(monkeypatch):
     monkeypatch.setattr(chips, "target", lambda module: "v6e")
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize(
     "config",
     [

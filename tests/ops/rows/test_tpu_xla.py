@@ -29,6 +29,7 @@ WAITING = {
 NOT_WAITING = ("int8-asym", "int4-asym-g32", "nf4", "mxfp8")
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("kind", ["float", "int8", "fp8", "int8-asym", "mxfp8"])
 def test_codes_that_are_scaled_after_the_product_match_numpy(kind):
     x = normal(M, K) if kind == "float" else quantized(normal(M, K), INPUTS[kind], axis=-1)
@@ -77,6 +78,7 @@ def test_float8_codes_reach_the_product_as_they_are():
     assert f"(tensor<{M}x{K}xf8E4M3FN>, tensor<{K}x{N}xf8E4M3FN>) -> tensor<{M}x{N}xf32>" in text
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", ["int4-g32", "int4-asym-g32", "nf4", "nvfp4", "int8-blocks"])
 def test_grouped_weights_by_a_computed_array_match_numpy(name, monkeypatch):
     # What v6e runs.
