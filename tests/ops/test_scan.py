@@ -332,6 +332,7 @@ def test_it_can_be_transposed():
         np.testing.assert_allclose(got, np.asarray(X) * -30, rtol=1e-6)
 
 
+@needs_native  # Without kernels, explain warns that float32 is faster.
 def test_explain_has_one_row_per_product_and_no_warning_where_bytes_are_copied():
     q = stack(ArrayConfig(format=INT4, group_size=128), (256, 256))
     x = jnp.ones((2, 256))
