@@ -106,7 +106,7 @@ def test_parameters_see_what_those_before_them_in_their_layer_leave():
 
     def expected(name, exact, quantized):
         rows = [CrossMoment.init(WIDTH).update(jnp.stack([exact, quantized]), jnp.ones(len(x)))]
-        q, _ = GPTQ(repair=1)(one[name].T, {CrossMoment: rows[0].finish()}, CONFIG, 1)
+        q, _ = GPTQ(repair=1)(jnp.asarray(one[name]).T, {CrossMoment: rows[0].finish()}, CONFIG, 1)
         return np.asarray(q.dequantize()).T
 
     weights = {name: np.asarray(q.dequantize()) for name, q in found.items()}
