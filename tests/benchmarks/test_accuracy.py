@@ -1,6 +1,7 @@
 """The accuracy suite on a tiny language model."""
 
 import json
+import pathlib
 import re
 import sys
 from functools import partial
@@ -13,13 +14,14 @@ import pytest
 import jaxquant as jq
 from benchmarks import machine
 from benchmarks.__main__ import main
-from benchmarks.accuracy import cost, encoder, language, peers, picture, rows
+from benchmarks.accuracy import cost, encoder, language, peers, picture, rows, tables
 from benchmarks.accuracy.trees import Trees, bits_per_weight, by_stack
 from jaxquant.demo import llama
 from jaxquant.methods import MeanSquare
 
 from ..demo import encoders
 
+ROOT = pathlib.Path(__file__).parents[2]
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 96, 192, 60, 4
 WORDS = ("cat", "dog", "tree", "lake")
 
@@ -129,6 +131,30 @@ def test_a_run_that_is_cut_off_has_written_its_rows(tmp_path, monkeypatch, capsy
     assert (row["name"], row["text"], row["bits_per_weight"]) == ("nearest", "a", 4.5)
     assert row["divergence"] > 0
     assert "name='nearest'" in capsys.readouterr().out
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results():
+    text = (ROOT / "docs/accuracy.md").read_text()
+    for path in sorted(tables.RESULTS.glob("*.json")):
+        (lines,) = tables.tables(json.loads(path.read_text())["results"])
+        assert "\n".join(lines) in text
+
+
+def test_tables_are_relative_to_nearest_and_start_with_the_closest(capsys, monkeypatch, tmp_path):
+    found = [
+        {"name": name, "bits": "3.2", "bits_per_weight": 3.21, "divergence": divergence,
+         "agreement": 0.5, "perplexity": 20.0, "seconds": 3.4}
+        for name, divergence in (("nearest", 0.5), ("GPTQ", 0.1))
+    ]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps({"results": found}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    tables.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| 3.21 bits | mean KL |")
+    assert lines[2:4] == [
+        "| GPTQ | 0.100 | 0.20 | 0.500 | 20.0 | 3 |",
+        "| nearest | 0.500 | 1.00 | 0.500 | 20.0 | 3 |",
+    ]
 
 
 def test_the_picture_has_a_line_for_each_method_that_quantizes_weights_alone(tmp_path, monkeypatch):
