@@ -8,10 +8,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = pathlib.Path("jaxquant/kernels/cpu")
-FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra"]
 # GCC copies whole kernels for each condition that stays the same in a loop. Where it does so for
 # small loops alone, it takes two thirds of the time, and the kernels are as fast.
-FLAGS.append("--param=max-unswitch-insns=20")
+FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "--param=max-unswitch-insns=20"]
 
 
 def kernels():

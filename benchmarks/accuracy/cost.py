@@ -1,8 +1,8 @@
 """`python -m benchmarks.accuracy.cost`: time and memory of GPTQ over sizes, and what 8B would need.
 
-Each size runs in a process of its own, since the largest resident size of a process never falls.
-The seconds of matrices (N, K) are fitted by a + b K^3 + c N K^2: a Cholesky factor, and the
-feedback of each channel to later ones.
+Each size runs in a separate process, because peak resident memory never falls within one. The
+seconds of matrices (N, K) are fitted by a + b K^3 + c N K^2: a Cholesky factor, and the feedback of
+each channel to later ones.
 """
 
 import argparse

@@ -10,10 +10,15 @@ import numpy as np
 
 
 @cache
-def _library() -> Any:
+def library() -> Any:
+    """The shared library of the package.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
     spec = importlib.util.find_spec("xllamacpp")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("install xllamacpp")
+        raise ModuleNotFoundError("ggml is in a package: pip install --no-deps xllamacpp")
     found = ctypes.CDLL(str(next(pathlib.Path(spec.origin).parent.glob("xllamacpp*.so"))))
     found.ggml_quantize_chunk.restype = ctypes.c_size_t
     found.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
@@ -35,13 +40,13 @@ class _Traits(ctypes.Structure):
 
 def round_trip(number: int, weight: np.ndarray, importance: np.ndarray) -> np.ndarray:
     """A matrix (N, K) through a type of ggml, with the importance (K,) of its columns."""
-    library = _library()
-    traits = library.ggml_get_type_traits(number).contents
+    ggml = library()
+    traits = ggml.ggml_get_type_traits(number).contents
     rows, columns = weight.shape
     weight, importance = np.ascontiguousarray(weight), np.ascontiguousarray(importance)
     blocks = np.empty(weight.size // traits.elements * traits.nbytes, np.uint8)
     pointers = [ctypes.c_void_p(x.ctypes.data) for x in (weight, blocks, importance)]
-    library.ggml_quantize_chunk(
+    ggml.ggml_quantize_chunk(
         ctypes.c_int(number),
         pointers[0],
         pointers[1],

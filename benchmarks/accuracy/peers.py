@@ -21,12 +21,6 @@ from . import ggml
 GROUP_SIZE = 32
 _SYMMETRIC = 4 + 16 / GROUP_SIZE
 _ASYMMETRIC = 4 + (16 + 4) / GROUP_SIZE
-# Types of llama.cpp with blocks of 32, which divide all widths, by their codes.
-_GGML_TYPES: Mapping[str, int] = {
-    "llama.cpp Q4_0, imatrix": 2,
-    "llama.cpp IQ4_NL, imatrix": 20,
-    "llama.cpp Q4_1, imatrix": 3,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +134,12 @@ def _by_qwix_awq(weights: jax.Array, means: Mapping[Any, jax.Array]) -> Any:
 
 
 PEERS = (
-    *(Peer(name, 5.0 if "Q4_1" in name else 4.5, "xllamacpp", partial(_by_ggml, number))
-      for name, number in _GGML_TYPES.items()),
+    # Types of ggml with blocks of 32, which divide all widths, by their codes.
+    Peer("llama.cpp Q4_0, imatrix", 4.5, "xllamacpp", partial(_by_ggml, 2)),
+    Peer("llama.cpp IQ4_NL, imatrix", 4.5, "xllamacpp", partial(_by_ggml, 20)),
+    Peer("llama.cpp Q4_1, imatrix", 5.0, "xllamacpp", partial(_by_ggml, 3)),
     Peer("Keras GPTQ", _SYMMETRIC, "keras", _by_keras_gptq),
     Peer("Keras AWQ", _ASYMMETRIC, "keras", _by_keras_awq),
     Peer("Qwix GPTQ", _SYMMETRIC, "qwix", _by_qwix_gptq),
     Peer("Qwix AWQ", _SYMMETRIC, "qwix", _by_qwix_awq),
-)  # fmt: skip
+)

@@ -167,7 +167,11 @@ def _compiled(
     has_pairs: bool,
     meet: Callable[[int], None],
 ) -> Callable[[Any, Any, Any, tuple[int, ...]], None]:
-    """A function (selected leaves, other arrays, batch) that runs the model with taps."""
+    """A function that runs the model with taps.
+
+    Its arguments are the selected leaves, the other arrays, a batch, and, static, the numbers of
+    the leaves that get a tap.
+    """
     lifted = lift(apply)
 
     def model(selected, rest, batch, weights, chosen):

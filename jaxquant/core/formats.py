@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -110,14 +109,15 @@ class Format:
 
     @property
     def dense_bits(self) -> int:
-        """Bits that tell the codes apart, as files pack them: 3 for INT3, which memory has as 4."""
-        if self.codebook is not None:
-            levels = len(self.codebook)
-        elif self.rounds:
-            levels = int(self.qmax - self.qmin) + 1
-        else:
+        """Bits that hold every code, as files pack them: 3 for INT3, which memory has as 4."""
+        if self.codebook is None and not self.rounds:
             return self.bits
-        return min(math.ceil(math.log2(levels)), self.bits)
+        ends = (self.qmin, self.qmax) if self.codebook is None else (0, len(self.codebook) - 1)
+        low, high = map(int, ends)
+        if jnp.issubdtype(self.dtype, jnp.signedinteger):
+            # Two's complement, in which ~q is -q - 1.
+            return 1 + max(high, ~low if low < 0 else low).bit_length()
+        return high.bit_length()
 
     def __repr__(self) -> str:
         return self.name

@@ -260,7 +260,7 @@ def check_statistics(
         raise ValueError(
             f"statistics must have those of {', '.join(lacking[:8])}{more}; got "
             f"{', '.join(list(statistics)[:8]) or 'none'}. Pass statistics=jq.collect(apply, "
-            "params, batches, rules, method), with the same rules."
+            "params, batches, rules, method), with the same rules, or --statistics."
         )
 
 

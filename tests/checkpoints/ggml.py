@@ -6,11 +6,11 @@ writes tests/checkpoints/golden/gguf.npz: for each type, random blocks and the v
 decodes them to. The package is not needed to run the tests that read this file.
 """
 
-import ctypes
-import importlib.util
 import pathlib
 
 import numpy as np
+
+from benchmarks.accuracy.ggml import library
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "gguf.npz"
 # Each type that files may have, by its code.
@@ -42,29 +42,6 @@ NAMES = {
     42: "Q2_0",
 }
 MXFP4, NVFP4 = 39, 40
-
-
-class Traits(ctypes.Structure):
-    """`struct ggml_type_traits` of ggml.h."""
-
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("elements", ctypes.c_int64),
-        ("interleave", ctypes.c_int64),
-        ("nbytes", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-    )
-
-
-def library():
-    """The shared library of the package."""
-    spec = importlib.util.find_spec("xllamacpp")
-    assert spec is not None, "pip install xllamacpp --no-deps"
-    assert spec.origin is not None
-    lib = ctypes.CDLL(str(next(pathlib.Path(spec.origin).parent.glob("xllamacpp*.so"))))
-    lib.ggml_get_type_traits.restype = ctypes.POINTER(Traits)
-    return lib
 
 
 def decode(lib, number, blocks):

@@ -137,16 +137,24 @@ def test_rotations_round_trip_in_files_of_version_3(tmp_path):
     assert_equal_trees(checkpoints.open(tmp_path / "a").load(), params)
 
 
-TERNARY = Format("ternary", "uint4", -1.0, 1.0, codebook=(-1.0, 0.0, 1.0))
-NARROW = {"int3": 3, "uint3": 3, "int5": 5, "uint5": 5, "int6": 6, "uint6": 6, "ternary": 2}
+MINE = {
+    "ternary": Format("ternary", "uint4", -1.0, 1.0, codebook=(-1.0, 0.0, 1.0)),
+    "signed": Format("signed", "int8", -1.0, 1.0, codebook=(-1.0, -0.5, 0.0, 0.5, 1.0)),
+    # As many codes as 2, 3 and 4 bits have, but not those of two's complement.
+    "upwards": Format("upwards", "int4", -1, 2),
+    "shifted": Format("shifted", "int8", -3, 4),
+    "nonnegative": Format("nonnegative", "int8", 0, 15),
+}
+NARROW = {"int3": 3, "uint3": 3, "int5": 5, "uint5": 5, "int6": 6, "uint6": 6}
+NARROW |= {"ternary": 2, "signed": 4, "upwards": 3, "shifted": 4, "nonnegative": 5}
 
 
 @pytest.mark.parametrize("shape", [(24, 32), (7, 11), (3, 5, 1), (0, 4)], ids=str)
 @pytest.mark.parametrize("name", NARROW)
 def test_codes_take_as_many_bits_as_tell_them_apart_in_files_of_version_4(tmp_path, name, shape):
-    format, bits = {**FILE_FORMATS, "ternary": TERNARY}[name], NARROW[name]
+    format, bits = {**FILE_FORMATS, **MINE}[name], NARROW[name]
     x = normal(*shape)
-    config = ArrayConfig(format=format, symmetric=name == "ternary" or format.has_negative)
+    config = ArrayConfig(format=format, symmetric=not format.rounds or format.has_negative)
     q = quantize(x, config)
     save(tmp_path / "a", {"q": q})
     assert_equal_trees(load(tmp_path / "a"), {"q": q})

@@ -91,6 +91,17 @@ def test_every_combination_matches_numpy_and_is_selected(name):
         np.testing.assert_array_equal(chosen, got)
 
 
+@needs_native
+@pytest.mark.parametrize("name", ["int8", "int8-g32", "int4-g128", "int4-asym-g32", "nf4-g64"])
+def test_scales_may_be_negative(name):
+    q = stored(name)
+    negative = dataclasses.replace(q, scale=-q.scale)
+    for rows in (1, 5, 18):
+        x = jnp.asarray(normal(rows, K))
+        for left in (x, quantized(x, ArrayConfig(), axis=-1)):
+            np.testing.assert_array_equal(run(left, negative), -run(left, q))
+
+
 # (K, N) and elements per group, or None: rows that end within a vector or a byte, one column, and
 # widths and groups of models.
 SIZES = [("int4", (576, 192), 32), ("int4-asym", (576, 192), 96), ("nf4-g64", (896, 130), 64)]
