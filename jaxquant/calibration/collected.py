@@ -128,7 +128,8 @@ class Statistics(Mapping[str, Mapping[type[Statistic], Any]]):
                 means = kinds[SecondMoment].finish()
                 means = means.reshape(-1, *means.shape[-2:])
                 gains = np.asarray(jax.lax.map(predicted_gain, means))
-                gain = f"{np.nanmean(gains):.1f} dB"
+                known = gains[np.isfinite(gains)]  # Of slices that met activations.
+                gain = f"{known.mean():.1f} dB" if known.size else ""
             table.add_row(
                 rich.markup.escape(path),
                 ", ".join(kind.__name__ for kind in kinds),

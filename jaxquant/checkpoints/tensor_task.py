@@ -82,7 +82,7 @@ class TensorTask:
         leaf: Any = jax.ShapeDtypeStruct(self.value.shape, self.value.dtype)
         if plan.method is not None and leaf.size:
             found = self.statistics.get(self.name)
-            return jax.eval_shape(lambda x: apply_method(x, plan, found)[0], leaf)
+            return jax.eval_shape(lambda x: apply_method(self.name, x, plan, found)[0], leaf)
         q = jax.eval_shape(partial(quantize_array, axis=axis), leaf, scheme.weights)
         order = stored_order(leaf, plan)
         q = jax.eval_shape(lambda q: q.reorder(order), q)

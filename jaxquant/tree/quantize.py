@@ -215,10 +215,7 @@ def quantize_by_plan(
     """Quantizes one selected leaf, by a method if its plan has one."""
     if plan.method is None or not leaf.size:
         return quantize_leaf(leaf, plan, platform)
-    try:
-        q, notes = apply_method(leaf, plan, statistics, platform)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    q, notes = apply_method(path, leaf, plan, statistics, platform)
     wanted = getattr(plan.method[-1], "damping", None)
     if wanted is not None and "damping" in notes and np.any(notes["damping"] > 1.5 * wanted):
         warnings.warn(
@@ -230,13 +227,16 @@ def quantize_by_plan(
 
 
 def apply_method(
-    leaf: jax.Array, plan: Plan, statistics: Any, platform: str | None = None
+    path: str, leaf: jax.Array, plan: Plan, statistics: Any, platform: str | None = None
 ) -> tuple[QTensor, Notes]:
     """Quantizes one leaf by the method of its plan. May be traced for the form of the result."""
     scheme, axis, chain = plan
     assert chain is not None, "the plan has a method"
     stacked = stack_axes(leaf.ndim, normalize_axes(axis, leaf.ndim))
-    q, notes = apply_chain(chain, leaf, statistics, scheme.weights, axis, stacked)
+    try:
+        q, notes = apply_chain(chain, leaf, statistics, scheme.weights, axis, stacked)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     inputs = q.inputs or Inputs()
     if scheme.inputs is not None or inputs.changes_weight:
         q = dataclasses.replace(q, inputs=dataclasses.replace(inputs, config=scheme.inputs))

@@ -133,6 +133,17 @@ def test_each_expert_of_a_ragged_product_has_its_own_statistics():
             assert_means(one, part)
 
 
+def test_the_table_has_no_gain_of_parameters_that_met_nothing():
+    params = {"unused": jnp.ones((4, 2)), "used": jnp.ones((4, 2))}
+    rules = [jq.Rule("*", jq.ArrayConfig(), axis=0)]
+    found = jq.collect(
+        lambda params, x: x @ params["used"], params, [rows(7, 4)], rules, KINDS, allow_missing=True
+    )
+    gains = list(list(found.table().columns)[-1].cells)
+    assert gains[0] == ""
+    assert gains[1].endswith(" dB")
+
+
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 def test_the_rows_of_a_convolution_are_its_windows(padding):
     kernel, images = rows(2, 3, 2, 4), rows(2, 5, 6, 2, seed=1)

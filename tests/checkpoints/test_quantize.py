@@ -275,6 +275,16 @@ def test_missing_statistics_are_an_error_before_anything_is_read(folder, tmp_pat
     assert not list(tmp_path.glob("a*"))
 
 
+def test_statistics_of_other_channels_are_an_error_that_names_the_tensor(folder, tmp_path):
+    rules = [jq.Rule("embed.weight", jq.W8A8, axis=0)]
+    options = {"method": jq.methods.GPTQ(), "statistics": statistics_of(["embed.weight"])}
+    error = r"^embed.weight: SecondMoment must have the shape \(100, 100\)"
+    for act in (checkpoints.quantize, partial(checkpoints.write_quantized, tmp_path / "a")):
+        with pytest.raises(ValueError, match=error):
+            act(checkpoints.open(folder), rules, **options)
+    assert not list(tmp_path.glob("a*"))
+
+
 def test_other_statistics_start_from_the_beginning(folder, tmp_path, monkeypatch):
     rules = [jq.Rule("embed.weight", jq.W4A16, axis=-1, method=jq.methods.GPTQ())]
     opened, statistics = checkpoints.open(folder), statistics_of(["embed.weight"])
