@@ -103,6 +103,7 @@ def test_tuned_rows_are_closer_to_the_float_model_on_the_batches(trees, monkeypa
     assert after < before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
 def test_peers_are_closer_than_a_quarter_of_the_weights(trees, peer):
     pytest.importorskip(peer.module)
