@@ -37,6 +37,8 @@ from .formats import INT4 as INT4
 from .formats import INT5 as INT5
 from .formats import INT6 as INT6
 from .formats import INT8 as INT8
+from .formats import IQ2_NL as IQ2_NL
+from .formats import IQ3_NL as IQ3_NL
 from .formats import IQ4_NL as IQ4_NL
 from .formats import MXFP4 as MXFP4
 from .formats import MXFP8 as MXFP8

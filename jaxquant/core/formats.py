@@ -185,11 +185,16 @@ UINT8 = Format("uint8", "uint8", 0, 255)
 # The values of ggml's IQ4_NL and IQ4_XS, from ggml-common.h.
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 IQ4_NL = Format("iq4_nl", "uint4", -127.0, 113.0, codebook=tuple(map(float, _IQ4_NL)))
+# The values of 2-bit and 3-bit codes in ik_llama.cpp (its IQ2_K and IQ3_K), from its ggml-common.h.
+IQ2_NL = Format("iq2_nl", "uint2", -31.0, 17.0, codebook=(-31.0, -13.0, 1.0, 17.0))
+_IQ3_NL = (-63, -40, -23, -10, 1, 13, 28, 47)
+IQ3_NL = Format("iq3_nl", "uint4", -63.0, 47.0, codebook=tuple(map(float, _IQ3_NL)))
 # The values of 4-bit floats in bitsandbytes: 0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1 and negatives.
 _BNB_FP4 = tuple(n / 192 for n in (0, 1, 32, 48, 64, 96, 128, 192))
 BNB_FP4 = Format(
     "bnb_fp4", "uint4", -1.0, 1.0, codebook=(*(-v for v in _BNB_FP4[:0:-1]), *_BNB_FP4)
 )
 
-_OF_FILES = (INT3, INT5, INT6, UINT2, UINT3, UINT4, UINT5, UINT6, UINT8, IQ4_NL, BNB_FP4)
+_OF_FILES = (INT3, INT5, INT6, UINT2, UINT3, UINT4, UINT5, UINT6, UINT8)
+_OF_FILES += (IQ2_NL, IQ3_NL, IQ4_NL, BNB_FP4)
 FILE_FORMATS = {f.name: f for f in _OF_FILES}

@@ -1,11 +1,13 @@
+import dataclasses
+
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from scipy import special
 
-from jaxquant import FORMATS, NF4, ArrayConfig, Format, quantize
-from jaxquant.core import bits_of
+from jaxquant import FORMATS, NF4, AbsMax, ArrayConfig, Format, MinMSE, einsum, quantize
+from jaxquant.core import BNB_FP4, IQ2_NL, IQ3_NL, IQ4_NL, bits_of
 
 from .. import cases, checks
 
@@ -87,3 +89,26 @@ def test_a_format_without_negative_codes_requires_zero_points():
     x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     q = quantize(x, ArrayConfig(format=unsigned, symmetric=False), axis=1)
     assert (np.abs(q.dequantize() - x) <= 0.5001 * checks.scale_of(q)).all()
+
+
+@pytest.mark.parametrize("format", [IQ2_NL, IQ3_NL, IQ4_NL, BNB_FP4], ids=str)
+def test_codebooks_of_other_programs_are_rounded_to_the_nearest_value(format):
+    x = np.random.default_rng(0).normal(size=(24, 8, 32)).astype(np.float32)
+    config = ArrayConfig(format=format, group_size=32)
+    errors = []
+    for range in (AbsMax(), MinMSE(), MinMSE(mirrored=True)):
+        q = quantize(x.reshape(24, -1), dataclasses.replace(config, range=range), axis=1)
+        scale = np.asarray(q.scale, np.float64).reshape(24, 8, 1, 1)
+        distance = np.abs(x[..., None] - scale * np.asarray(format.codebook))
+        found = np.take_along_axis(distance, np.asarray(q.codes, int).reshape(*x.shape, 1), -1)
+        np.testing.assert_allclose(found[..., 0], distance.min(-1), atol=1e-5)
+        errors.append((found**2).sum((2, 3)))
+        if range == AbsMax():
+            np.testing.assert_allclose(scale[..., 0, 0], abs(x).max(-1) / format.qmax, rtol=1e-6)
+        product = einsum("mk,nk->mn", x[:4].reshape(4, -1), q)
+        expected = x[:4].reshape(4, -1) @ q.dequantize().T
+        np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-4)
+    plain, searched, mirrored = errors
+    assert (searched <= plain).all()
+    assert (mirrored <= searched * (1 + 1e-5)).all()
+    assert (mirrored < searched).any() == (format != BNB_FP4)

@@ -145,7 +145,7 @@ MINE = {
     "shifted": Format("shifted", "int8", -3, 4),
     "nonnegative": Format("nonnegative", "int8", 0, 15),
 }
-NARROW = {"int3": 3, "uint3": 3, "int5": 5, "uint5": 5, "int6": 6, "uint6": 6}
+NARROW = {"int3": 3, "uint3": 3, "int5": 5, "uint5": 5, "int6": 6, "uint6": 6, "iq3_nl": 3}
 NARROW |= {"ternary": 2, "signed": 4, "upwards": 3, "shifted": 4, "nonnegative": 5}
 
 
