@@ -32,6 +32,15 @@ OPTIONS: Mapping[str, Mapping[str, jq.ArrayConfig]] = {
     "4.5": _MANY,
     "3.2": {"2.6 bits": CONFIGS["2.6"].weights, **_MANY},
 }
+# Formats of as many bits as that of the config.
+_OF_4_BITS = (jq.NF4, jq.core.IQ4_NL)
+CODEBOOKS: Mapping[str, tuple[jq.Format, ...]] = {
+    "4.5": _OF_4_BITS,
+    "3.2": (jq.core.IQ3_NL,),
+    "2.6": (jq.core.IQ2_NL,),
+    "W4A8": _OF_4_BITS,
+    "W4A4": _OF_4_BITS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Row:
 
     Attributes:
         method: as for `tree.quantize`.
-        format: in place of INT4, for symmetric weights of 4 bits.
+        format: in place of that of the config, one of `CODEBOOKS`.
         search: whether the config's range is the one with the least squared error.
         is_sequential: whether layers are quantized one after another, with the activations of
             those quantized before (`tuning.sequential`).
@@ -63,7 +72,7 @@ class Row:
         scheme = CONFIGS[bits]
         weights = scheme.weights
         if self.format is not None:
-            weights = dataclasses.replace(weights, format=self.format)
+            weights = dataclasses.replace(weights, format=self.format, symmetric=True)
         if self.search:
             weights = dataclasses.replace(weights, range=jq.MinMSE())
         return dataclasses.replace(scheme, weights=weights)
@@ -72,8 +81,9 @@ class Row:
         """Whether the row makes sense for a config."""
         if self.is_allocated:
             return bits in OPTIONS
-        weights = CONFIGS[bits].weights
-        return self.format is None or (weights.format == jq.INT4 and weights.symmetric)
+        if isinstance(self.method, HQQ) and CONFIGS[bits].weights.symmetric:
+            return False  # It chooses offsets.
+        return self.format is None or self.format in CODEBOOKS.get(bits, ())
 
 
 _FEEDBACK = GPTQ(importance=True)
@@ -94,11 +104,17 @@ ROWS: Mapping[str, Row] = {
     "importance, IQ4_NL": Row(Importance(), jq.core.IQ4_NL),
     "GPTQ, importance, NF4": Row(_FEEDBACK, jq.NF4),
     "GPTQ, importance, IQ4_NL": Row(_FEEDBACK, jq.core.IQ4_NL),
+    "importance, IQ3_NL": Row(Importance(), jq.core.IQ3_NL),
+    "importance, IQ2_NL": Row(Importance(), jq.core.IQ2_NL),
+    "GPTQ, importance, IQ3_NL": Row(_FEEDBACK, jq.core.IQ3_NL),
+    "GPTQ, importance, IQ2_NL": Row(_FEEDBACK, jq.core.IQ2_NL),
     "rotation": Row([Rotation(block=64), Nearest()]),
     "rotation, GPTQ": Row([Rotation(block=64), _FEEDBACK]),
     "AutoRound from GPTQ": Row(AutoRound(start=_FEEDBACK)),
     "QEP": Row(_QEP, is_sequential=True),
     "QEP, NF4": Row(_QEP, jq.NF4, is_sequential=True),
+    "QEP, IQ3_NL": Row(_QEP, jq.core.IQ3_NL, is_sequential=True),
+    "QEP, IQ2_NL": Row(_QEP, jq.core.IQ2_NL, is_sequential=True),
     "Qronos": Row(_QRONOS, is_sequential=True),
     "Qronos, NF4": Row(_QRONOS, jq.NF4, is_sequential=True),
     "AutoRound of layers from QEP": Row(_QEP, is_sequential=True, iterations=200),

@@ -48,15 +48,12 @@ def embed(params: Params, config: EncoderConfig, ids: jax.Array, mask: jax.Array
 
     Source: Devlin et al. 2019, arXiv:1810.04805; Reimers and Gurevych 2019, arXiv:1908.10084.
     """
-    tables = params["embeddings"]
-    x = take(tables["word"], ids, axis=0) + take(tables["type"], jnp.zeros_like(ids), axis=0)
-    positions = take(tables["position"], jnp.arange(ids.shape[1]), axis=0)
-    x = _normalize(x + positions[None], tables["norm"], config.epsilon)
+    x = embed_tokens(params["embeddings"], ids, config)
     # Added to the scores of padding, so that its attention weights are zero.
     bias = jnp.where(mask[:, None, None, :] > 0, 0.0, -1e9).astype(x.dtype)
 
     def layer(x, weights):
-        return _layer(x, weights, bias, config), None
+        return encoder_layer(x, weights, bias, config), None
 
     x, _ = scan(layer, x, params["layers"])
     weight = mask[:, :, None].astype(x.dtype)
@@ -64,7 +61,17 @@ def embed(params: Params, config: EncoderConfig, ids: jax.Array, mask: jax.Array
     return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
 
 
-def _layer(x: jax.Array, weights: Params, bias: jax.Array, config: EncoderConfig) -> jax.Array:
+def embed_tokens(tables: Params, ids: jax.Array, config: EncoderConfig) -> jax.Array:
+    """Activations before the first layer, (B, T, D), from the tables and (B, T) token ids."""
+    x = take(tables["word"], ids, axis=0) + take(tables["type"], jnp.zeros_like(ids), axis=0)
+    positions = take(tables["position"], jnp.arange(ids.shape[1]), axis=0)
+    return _normalize(x + positions[None], tables["norm"], config.epsilon)
+
+
+def encoder_layer(
+    x: jax.Array, weights: Params, bias: jax.Array, config: EncoderConfig
+) -> jax.Array:
+    """One layer on (B, T, D) activations; bias is added to scores of shape (B, heads, T, T)."""
     x = _normalize(x + _attend(x, weights, bias, config), weights["attention_norm"], config.epsilon)
     up = _dense(x, weights["up"])
     # jax.nn.gelu uses erfc instead, which takes twice as long on XLA's CPU backend.
