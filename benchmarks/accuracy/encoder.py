@@ -119,9 +119,8 @@ def _in_order(params: Any, config: Any, scheme: jq.Scheme, method: Any, text: To
     def block(weights: Any, x: jax.Array) -> jax.Array:
         return encoder_layer(x, weights, jnp.zeros((1, 1, 1, x.shape[1]), x.dtype), config)
 
-    batches: list[Any] = [
-        embed_tokens(params["embeddings"], ids, config) for ids in _by_length(text)
-    ]
+    tables = params["embeddings"]
+    batches = [embed_tokens(tables, jnp.asarray(ids), config) for ids in _by_length(text)]
     rules = [jq.Rule("*/kernel", scheme, axis=-1)]
     return jq.tuning.sequential(
         block, params["layers"], batches, rules, method=method, progress=True
