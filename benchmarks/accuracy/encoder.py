@@ -29,6 +29,8 @@ from jaxquant.demo.encoder import (
 from jaxquant.demo.text import Tokens, documentation_sentences, tokenize
 from jaxquant.methods import AWQ, GPTQ, SINQ, AutoRound, Importance, Nearest, SmoothQuant
 
+from .rows import ROWS
+
 _INT4 = jq.ArrayConfig(format=jq.INT4, group_size=32, symmetric=False, scale_dtype="bfloat16")
 _INT3 = jq.ArrayConfig(
     format=jq.FILE_FORMATS["int3"], group_size=96, symmetric=False, scale_dtype="bfloat16"
@@ -56,10 +58,7 @@ WITH_INPUTS: dict[str, Any] = {
     "SmoothQuant, GPTQ": [SmoothQuant(), GPTQ()],
 }
 # Layer by layer, with the activations of those quantized before.
-IN_ORDER: dict[str, Any] = {
-    "QEP": GPTQ(importance=True, repair=0.5, damping=0.1),
-    "Qronos": GPTQ(importance=True, repair=1.0, damping=0.1),
-}
+IN_ORDER: dict[str, Any] = {name: ROWS[name].method for name in ("QEP", "Qronos")}
 _AT_ONCE = {**METHODS, **WITH_INPUTS}
 _ALL = {**_AT_ONCE, **IN_ORDER}
 _RATE = 3e-3

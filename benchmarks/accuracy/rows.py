@@ -57,6 +57,7 @@ class Row:
         is_allocated: whether layers may differ in bits (`allocate`), with as many as the config has
             on the whole.
         tunes: name of another row, whose scales are trained afterwards (`tuning.distill`).
+        chooses_offsets: whether the method needs an asymmetric config.
     """
 
     method: Any = None
@@ -66,6 +67,7 @@ class Row:
     iterations: int = 0
     is_allocated: bool = False
     tunes: str | None = None
+    chooses_offsets: bool = False
 
     def scheme(self, bits: str) -> jq.Scheme:
         """The scheme of these bits, with the format and range of the row."""
@@ -81,8 +83,8 @@ class Row:
         """Whether the row makes sense for a config."""
         if self.is_allocated:
             return bits in OPTIONS
-        if isinstance(self.method, HQQ) and CONFIGS[bits].weights.symmetric:
-            return False  # It chooses offsets.
+        if self.chooses_offsets and CONFIGS[bits].weights.symmetric:
+            return False
         return self.format is None or self.format in CODEBOOKS.get(bits, ())
 
 
@@ -94,7 +96,7 @@ ROWS: Mapping[str, Row] = {
     "nearest": Row(),
     "least squared error": Row(search=True),
     "SINQ": Row([SINQ(), Nearest()]),
-    "HQQ": Row(HQQ()),
+    "HQQ": Row(HQQ(), chooses_offsets=True),
     "importance": Row(Importance()),
     "AWQ": Row([AWQ(), Nearest()]),
     "AWQ, importance": Row([AWQ(), Importance()]),

@@ -17,6 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.accuracy import cost, encoder, language, peers, picture, rows, tables
 from benchmarks.accuracy.trees import Trees, bits_per_weight, by_stack
 from jaxquant.demo import llama
+from jaxquant.demo.text import Tokens
 from jaxquant.methods import MeanSquare
 
 from ..demo import encoders
@@ -181,7 +182,9 @@ def test_the_fit_of_seconds_over_sizes_finds_the_terms():
 
 
 @pytest.mark.slow
-def test_tuned_scales_bring_the_vectors_of_an_encoder_closer(tmp_path, monkeypatch, capsys):
+def test_tuned_scales_and_layers_in_order_bring_the_vectors_of_an_encoder_closer(
+    tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("optax")
     encoders.write_encoder(tmp_path)
     config = jq.ArrayConfig(format=jq.INT4, group_size=16, scale_dtype="bfloat16")
@@ -190,11 +193,42 @@ def test_tuned_scales_bring_the_vectors_of_an_encoder_closer(tmp_path, monkeypat
     monkeypatch.setattr(encoder, "tokenize", partial(encoder.tokenize, length=16))
     sentences = [f"The {a} sat on the {b} {c}." for a in WORDS for b in WORDS for c in WORDS]
     monkeypatch.setattr(encoder, "documentation_sentences", lambda _: sentences)
-    command = ["encoder", "--bits", "4.63", "--only", "nearest", "nearest, tuned", "SmoothQuant"]
-    monkeypatch.setattr(sys, "argv", command)
+    command = ["encoder", "--bits", "4.63", "--only", "nearest", "Qronos", "SmoothQuant"]
+    monkeypatch.setattr(sys, "argv", [*command, "nearest, tuned"])
     with jax.numpy_dtype_promotion("standard"):  # Optax relies on it.
         encoder.main()
     rows = re.findall(r"│ 4.63 │ (\w+(?:, tuned)?) +│ (\S+) +│ (\S+) +│", capsys.readouterr().out)
     # Activations are not quantized here.
-    assert [name for name, *_ in rows] == ["nearest", "nearest, tuned"]
-    assert 1 - float(rows[1][2]) < 0.9 * (1 - float(rows[0][2]))
+    assert [name for name, *_ in rows] == ["nearest", "Qronos", "nearest, tuned"]
+    for row in rows[1:]:
+        assert 1 - float(row[2]) < 0.9 * (1 - float(rows[0][2])), row
+
+
+def test_sentences_of_one_length_are_a_batch_without_padding():
+    mask = np.arange(12) < np.array([3, 5, 9, 4, 12])[:, None]
+    ids = np.where(mask, np.arange(1, 13) + 100 * np.arange(5)[:, None], 0)
+    found = encoder._by_length(Tokens(ids.reshape(5, 1, 12), mask.reshape(5, 1, 12), 5))
+    expected = [ids[[1, 3], :4], ids[[2], :8], ids[[4], :12]]
+    assert len(found) == 3
+    for got, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    "name, configs",
+    [
+        ("nearest", set(rows.CONFIGS)),
+        ("HQQ", {"4.6", "3.2", "2.6"}),
+        ("importance, NF4", {"4.5", "W4A8", "W4A4"}),
+        ("QEP, IQ3_NL", {"3.2"}),
+        ("QEP, IQ2_NL", {"2.6"}),
+        ("allocated, nearest", {"4.5", "3.2"}),
+    ],
+)
+def test_rows_are_run_for_the_configs_that_they_make_sense_for(name, configs):
+    row = rows.ROWS[name]
+    assert {bits for bits in rows.CONFIGS if row.is_for(bits)} == configs
+    for bits in configs if row.format else ():
+        weights, replaced = row.scheme(bits).weights, rows.CONFIGS[bits].weights
+        assert weights.symmetric
+        assert weights.format.dense_bits == replaced.format.dense_bits
