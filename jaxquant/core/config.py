@@ -59,7 +59,7 @@ class ArrayConfig:
         if not (self.symmetric or self.format.rounds):
             raise ValueError(
                 "symmetric=False needs a format with integer codes, such as INT8 or INT4; got "
-                f"format={self.format}, which represents zero exactly. Leave symmetric=True."
+                f"format={self.format}, which has no zero point. Leave symmetric=True."
             )
         if not callable(self.range) or isinstance(self.range, type):
             raise ValueError(

@@ -103,6 +103,11 @@ class Format:
         return self.qmin < 0
 
     @property
+    def has_zero(self) -> bool:
+        """Whether the format represents zero, so that zeros come back exactly."""
+        return self.codebook is None or 0 in self.codebook
+
+    @property
     def bits(self) -> int:
         """Bits per code in device memory."""
         return bits_of(self.dtype)

@@ -81,7 +81,7 @@ def fit_range(
 
     def error(low, high):
         scale = groups.per_group(affine.fit_scale(low, high, config))
-        scale = store_scale(scale, config.stored_scale_dtype, unit)
+        scale = store_scale(scale, config, unit)
         step = groups.per_element(scale_values(scale))
         zero_point = None if config.symmetric else affine.fit_zero_point(low, step, config)
         codes = affine.encode(values, step, zero_point, config)
@@ -153,7 +153,7 @@ def fit_scale(
     scale = affine.fit_scale(low, high, config)
     # Tested here and not in the ranges, so that custom ranges cannot hide NaN or Inf.
     scale = jnp.where(is_finite(groups), scale, jnp.nan)
-    return store_scale(groups.per_group(scale), config.stored_scale_dtype, unit)
+    return store_scale(groups.per_group(scale), config, unit)
 
 
 def fit_zero_point(
@@ -190,21 +190,25 @@ def _is_nested(dtype: str) -> bool:
     return bits_of(dtype) == 8 and not affine.has_exponent_only(dtype)
 
 
-def store_scale(scale: jax.Array, dtype: str, unit: jax.Array | None) -> jax.Array | QTensor:
+def store_scale(
+    scale: jax.Array, config: ArrayConfig, unit: jax.Array | None
+) -> jax.Array | QTensor:
     """Casts scales to their stored dtype, or to a QTensor if the range of the dtype is too small.
 
     Magnitudes below the smallest positive number of the dtype are raised to it, so that none
     becomes zero. Magnitudes above the largest number become NaN, because their groups would be
-    clipped. A scale of 0, from an empty range, becomes 1.
+    clipped. A scale of 0, from an empty range, becomes 1, or the smallest positive number if the
+    format does not represent zero.
     """
+    dtype = config.stored_scale_dtype
     if _is_nested(dtype):
         return _store_nested(scale, _unit_of(scale) if unit is None else unit)
     info = jnp.finfo(dtype)
-    scale = jnp.where(scale == 0, 1, scale)
-    if info.bits >= jnp.finfo(scale.dtype).bits or affine.has_exponent_only(dtype):
-        return scale.astype(dtype)
     # Subnormals of float32 and bfloat16 are flushed to zero, but those of float16 are not.
     smallest = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
+    scale = jnp.where(scale == 0, 1 if config.format.has_zero else smallest, scale)
+    if info.bits >= jnp.finfo(scale.dtype).bits or affine.has_exponent_only(dtype):
+        return scale.astype(dtype)
     scale = jnp.where(jnp.abs(scale) > float(info.max), jnp.nan, scale)
     raised = jnp.where(scale < 0, jnp.minimum(scale, -smallest), jnp.maximum(scale, smallest))
     return raised.astype(dtype)

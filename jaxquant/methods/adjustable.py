@@ -117,7 +117,7 @@ class AdjustableRounding:
         wanted = before * (high if start.zero_point is None else high - low)
         unit: Any = start.scale.scale if isinstance(start.scale, QTensor) else None
         fixed = groups.per_group(jax.lax.stop_gradient(wanted))
-        scale = store_scale(fixed, config.stored_scale_dtype, unit)
+        scale = store_scale(fixed, config, unit)
         step = _straight_through(wanted, groups.per_element(scale_values(scale)))
         zero_point = None
         if start.zero_point is not None:

@@ -139,7 +139,7 @@ def _refined(
         is_same_sign = jnp.sign(products) == jnp.sign(before)
         wanted = products / jnp.where(squares > 0, squares, 1)
         wanted = groups.per_group(jnp.where(is_same_sign, wanted, 0))
-        candidate = store_scale(wanted, config.stored_scale_dtype, unit)
+        candidate = store_scale(wanted, config, unit)
         new_values, new_error = decoded(candidate)
         is_better = (new_error < error) & is_same_sign
         by_group = groups.per_group(is_better)

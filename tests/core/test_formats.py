@@ -6,8 +6,19 @@ import numpy as np
 import pytest
 from scipy import special
 
-from jaxquant import FORMATS, NF4, AbsMax, ArrayConfig, Format, MinMSE, einsum, quantize
+from jaxquant import (
+    FORMATS,
+    NF4,
+    AbsMax,
+    ArrayConfig,
+    Format,
+    MinMSE,
+    Percentile,
+    einsum,
+    quantize,
+)
 from jaxquant.core import BNB_FP4, IQ2_NL, IQ3_NL, IQ4_NL, bits_of
+from jaxquant.core.config import SCALE_DTYPES
 
 from .. import cases, checks
 
@@ -112,3 +123,19 @@ def test_codebooks_of_other_programs_are_rounded_to_the_nearest_value(format):
     assert (searched <= plain).all()
     assert (mirrored <= searched * (1 + 1e-5)).all()
     assert (mirrored < searched).any() == (format != BNB_FP4)
+
+
+@pytest.mark.parametrize("range", [AbsMax(), MinMSE(mirrored=True), Percentile(75)], ids=str)
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES[1:])  # The first needs 64-bit JAX.
+def test_groups_of_zeros_stay_near_zero_in_formats_without_one(range, scale_dtype):
+    x = np.zeros((3, 8), np.float32)
+    x[1] = np.arange(8) - 3
+    x[2, 0] = 5  # Above the percentile.
+    for format in (IQ2_NL, IQ4_NL):
+        config = ArrayConfig(format=format, range=range, scale_dtype=scale_dtype)
+        q = jax.jit(lambda x, config=config: quantize(x, config, axis=1))(x)
+        assert np.all(checks.scale_of(q) != 0)
+        found = np.asarray(q.dequantize())
+        assert np.isfinite(found).all()
+        assert np.abs(found[0]).max() < 0.01
+        assert np.abs(found[1]).max() > 1

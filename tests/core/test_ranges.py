@@ -24,7 +24,7 @@ from jaxquant import (
     quantize,
     quantize_with_range,
 )
-from jaxquant.core import store_scale
+from jaxquant.core import IQ4_NL, store_scale
 
 from .. import cases, checks, oracles
 from ..cases import along
@@ -236,10 +236,12 @@ def test_mirrored_ranges_change_nothing_where_codes_are_symmetric(format):
 def test_scales_of_either_sign_are_stored_within_the_range_of_their_dtype():
     scales = jnp.array([1e-9, -1e-9, 0.5, -0.5, 1e6, -1e6, 0])
     smallest = float(jnp.finfo(jnp.float16).smallest_subnormal)
-    np.testing.assert_array_equal(
-        store_scale(scales, "float16", None),
-        np.array([smallest, -smallest, 0.5, -0.5, np.nan, np.nan, 1], np.float16),
-    )
+    # Without codes for zero, that of an empty range is as small as possible.
+    for format, empty in ((INT4, 1), (IQ4_NL, smallest)):
+        np.testing.assert_array_equal(
+            store_scale(scales, ArrayConfig(format=format, scale_dtype="float16"), None),
+            np.array([smallest, -smallest, 0.5, -0.5, np.nan, np.nan, empty], np.float16),
+        )
 
 
 @pytest.mark.parametrize("sign", [1, -1])
