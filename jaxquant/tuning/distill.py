@@ -10,8 +10,8 @@ import numpy as np
 
 from ..core import QTensor, bits_of
 from ..lift import lift
-from ..tree import Progress, is_quantized
-from ..tree.internal import progress_bar
+from ..tree import Progress, Rule, is_quantized
+from ..tree.internal import leaves_with_paths, progress_bar
 
 Loss = Callable[[Any, Any], jax.Array]
 
@@ -40,17 +40,19 @@ def distill(
     batches: Sequence[Any],
     optimizer: Any,
     *,
+    also: str | Sequence[str] = (),
     loss: Loss = divergence,
     epochs: int = 1,
     progress: Progress | bool | None = None,
 ) -> Any:
     """Trains the scales and offsets of a quantized tree, and leaves its codes as they are.
 
-        minimizes mean over batches of loss(apply(q, batch), apply(params, batch)) over factors f,
-        q = (codes - zero_point) * scale * f + offset * f'
+        minimizes mean over batches of loss(apply(q, batch), apply(params, batch)) over f, f', g,
+        q = (codes - zero_point) * scale * f + offset * f',    b = b_0 + rms(b_0) (g - 1)
 
     The last step after `tree.quantize`, for any method and format with scales of 16 bits or more.
     Factors are float32 and start at 1; scales are rounded to their stored dtype in every step.
+    Norms and biases, if `also` names them, undo what the errors of quantization shift on average.
 
     Args:
         apply: (params, batch) -> outputs; any function that `jaxquant.lift` transforms.
@@ -58,6 +60,8 @@ def distill(
         quantized: the same tree, quantized.
         batches: arguments of apply, in the order of training.
         optimizer: of the factors, such as `optax.adam(1e-3)`; its updates are relative changes.
+        also: patterns of floating-point leaves b to train, as in `Rule`: such as "*/bias". Their
+            changes are relative to the root mean square of the leaf; zeros change by the updates.
         loss: (outputs, outputs of the float model) -> scalar.
         epochs: passes over the batches.
         progress: as for `tree.quantize`, per epoch, with the mean loss.
@@ -66,11 +70,13 @@ def distill(
         The quantized tree with other scales.
 
     Raises:
-        ValueError: there are no batches or no scales to train, or epochs is not positive.
+        ValueError: there are no batches or no scales to train, epochs is not positive, or a pattern
+            matches no floating-point leaf.
 
     Guarantee: the mean loss over the batches is not larger than before, because the best epoch is
         kept.
-    Source: Chen et al. 2024 (EfficientQAT), arXiv:2407.11062, section 3.3.
+    Source: Chen et al. 2024 (EfficientQAT), arXiv:2407.11062, section 3.3; for norms, Li et al.
+        2023 (Norm Tweaking), arXiv:2309.02784.
 
     Example:
         >>> import optax
@@ -92,7 +98,7 @@ def distill(
             "distill needs batches and a positive number of epochs; got "
             f"{len(batches)} batches and epochs={epochs}."
         )
-    leaves, treedef = jax.tree.flatten(quantized, is_leaf=is_quantized)
+    paths, leaves, treedef = leaves_with_paths(quantized)
     factors = {i: found for i, leaf in enumerate(leaves) if (found := _factors(leaf))}
     if not factors:
         raise ValueError(
@@ -100,6 +106,7 @@ def distill(
             f"{sum(map(is_quantized, leaves))} quantized leaves without. Choose another "
             "scale_dtype."
         )
+    factors |= _floats(also, paths, leaves)
     lifted = lift(apply)
 
     def loss_of(factors: Any, fixed: Any, batch: Any) -> jax.Array:
@@ -159,13 +166,42 @@ def _factors(leaf: Any) -> dict[str, jax.Array]:
     }
 
 
+def _floats(
+    patterns: str | Sequence[str], paths: list[str], leaves: list[Any]
+) -> dict[int, dict[str, jax.Array]]:
+    """Factors of 1 for the floating-point leaves that the patterns match."""
+    floats = [not is_quantized(x) and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+    found = {}
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        rule = Rule(pattern, None)
+        new = [
+            i
+            for i, (path, x) in enumerate(zip(paths, leaves, strict=True))
+            if floats[i] and rule.matches(path, x)
+        ]
+        if not new:
+            names = [path for path, is_float in zip(paths, floats, strict=True) if is_float]
+            raise ValueError(
+                f"also={pattern!r} matches no floating-point leaf; those are "
+                f"{', '.join(names[:8]) or 'none'}. Patterns are globs over the whole path, as in "
+                "Rule."
+            )
+        found |= {i: {"array": jnp.ones(np.shape(leaves[i]), jnp.float32)} for i in new}
+    return found
+
+
 def _all_scaled(leaves: list[Any], factors: dict[int, dict[str, jax.Array]]) -> list[Any]:
     """Leaves with their scales and offsets times the factors, which some of them have."""
     return [_scaled(x, factors[i]) if i in factors else x for i, x in enumerate(leaves)]
 
 
-def _scaled(q: QTensor, factors: dict[str, jax.Array]) -> QTensor:
-    """The array with its scales times the factors, in their stored dtype."""
+def _scaled(q: Any, factors: dict[str, jax.Array]) -> Any:
+    """The array with its scales times the factors, in their stored dtype; or a float array."""
+    if not isinstance(q, QTensor):
+        wide = q.astype(jnp.promote_types(q.dtype, jnp.float32))
+        unit = jnp.sqrt(jnp.mean(jnp.square(wide)))
+        change = (factors["array"] - 1).astype(wide.dtype) * jnp.where(unit > 0, unit, 1)
+        return (wide + change).astype(q.dtype)
     parts = {}
     for name, factor in factors.items():
         x: Any = getattr(q, name)

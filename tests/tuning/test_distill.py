@@ -104,3 +104,67 @@ def test_bad_arguments(config, count, epochs, message):
     quantized = jq.tree.quantize(floats, config)
     with pytest.raises(ValueError, match=message):
         distill(apply, floats, quantized, batches(count), optax.adam(1e-3), epochs=epochs)
+
+
+def with_bias(dtype=jnp.float32):
+    return params() | {"norm": {"bias": jnp.zeros(8, dtype), "gain": jnp.full(24, 2, dtype)}}
+
+
+def apply_biased(params, x):
+    hidden = jax.nn.gelu(x @ params["up"]) * params["norm"]["gain"][None].astype(x.dtype)
+    return hidden @ params["down"] + params["norm"]["bias"][None].astype(x.dtype)
+
+
+def squared(found, exact):
+    return jnp.mean(jnp.square(found - exact))
+
+
+@pytest.mark.parametrize(
+    "also, trained", [("*/bias", {"bias"}), (["*/bias", "re:norm/g.*"], {"bias", "gain"})]
+)
+def test_floats_are_trained_too(also, trained):
+    floats = with_bias(jnp.bfloat16)
+    rules = [jq.Rule("re:up|down", CONFIGS["int4"])]
+    quantized = jq.tree.quantize(floats, rules)
+
+    def run(also):
+        optimizer = optax.adam(3e-3)
+        return distill(
+            apply_biased, floats, quantized, batches(), optimizer, also=also, loss=squared, epochs=5
+        )
+
+    def loss(tree):
+        lifted = jq.lift(apply_biased)
+        return np.mean([squared(lifted(tree, x), apply_biased(floats, x)) for x in batches()])
+
+    alone, found = run(()), run(also)
+    assert loss(found) < loss(alone)
+    for name, x in floats["norm"].items():
+        assert found["norm"][name].dtype == x.dtype
+        assert np.any(found["norm"][name] != x) == (name in trained)
+        np.testing.assert_array_equal(alone["norm"][name], x)
+
+
+@pytest.mark.parametrize("value, step", [(3.0, 0.03), (0.0, 0.01)])
+def test_changes_of_floats_are_relative_to_their_size(value, step):
+    floats = {"w": jnp.eye(8), "bias": jnp.full(8, value)}
+    quantized = jq.tree.quantize(floats, [jq.Rule("w", CONFIGS["int4"])])
+
+    def apply(params, x):
+        return x @ params["w"] + params["bias"][None]
+
+    def loss(found, exact):
+        return jnp.sum(jnp.square(found - exact - 1))  # The bias must grow.
+
+    x = jnp.zeros((1, 8))
+    tuned = distill(apply, floats, quantized, [x], optax.sign_sgd(0.01), also="bias", loss=loss)
+    np.testing.assert_allclose(tuned["bias"], value + step, rtol=1e-6)
+
+
+@pytest.mark.parametrize("also", ["*/scale", ["norm/bias", "up"]])
+def test_patterns_that_match_no_float(also):
+    floats = with_bias()
+    quantized = jq.tree.quantize(floats, [jq.Rule("re:up|down", CONFIGS["int4"])])
+    message = "matches no floating-point leaf; those are norm/bias, norm/gain. Patterns are globs"
+    with pytest.raises(ValueError, match=message):
+        distill(apply_biased, floats, quantized, batches(), optax.adam(1e-3), also=also)
