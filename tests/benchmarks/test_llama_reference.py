@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import llama_reference
+from benchmarks import llama_cpp, llama_reference
 from jaxquant import demo
 
 from ..demo import llamas
@@ -28,7 +28,7 @@ def test_errors_are_relative_and_ignore_what_all_logits_share(capsys):
 def test_the_float_file_holds_the_same_model(tmp_path):
     path, floats = tmp_path / "a.gguf", tmp_path / "b.gguf"
     llamas.write_gguf(path, llamas.random_arrays())
-    llama_reference.write_floats(floats, path)
+    llama_cpp.write(floats, path)
     stored, dequantized = demo.load_llama(path), demo.load_llama(floats)
     assert isinstance(dequantized.params["embedding"], type(jnp.zeros(1)))
     window = jnp.arange(5)
@@ -39,6 +39,6 @@ def test_the_float_file_holds_the_same_model(tmp_path):
 
 
 def test_the_library_is_asked_for(monkeypatch):
-    monkeypatch.setattr(llama_reference.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install --no-deps xllamacpp"):
-        llama_reference.library(None)
+        llama_cpp.library()
