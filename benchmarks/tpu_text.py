@@ -23,7 +23,10 @@ _FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
 # Views and bookkeeping, which do not move data; `-done` waits for what `-start` moved.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _SLICES = {"slice", "dynamic-slice"}
-_UPDATE = "dynamic-update-slice"
+# Operations that change their first operand in place, and the operand that is written.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+# Inside fusions, which copy only what their result needs.
+_VIEWS = {"parameter", "bitcast", "copy"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +227,7 @@ class Program:
                 if inner is None:
                     return None
                 total += inner
-            elif user.opcode != _UPDATE or position:
+            elif user.opcode not in _UPDATES or position:
                 return None
         return total
 
@@ -238,20 +241,21 @@ class Program:
                     yield user, position
 
     def _is_view(self, instruction: Instruction) -> bool:
-        """Whether an instruction only reshapes its operand."""
+        """Whether an instruction inside a fusion only reshapes its operand, or lays it out anew."""
         if instruction.opcode != "fusion":
-            return instruction.opcode == "bitcast"
+            return instruction.opcode in _VIEWS
         fused = self.computations[instruction.called("calls")[0]]
-        return all(i.opcode in ("parameter", "bitcast") for i in fused.values())
+        return all(i.opcode in _VIEWS for i in fused.values())
 
     def _written(self, fused: str, instruction: Instruction) -> int:
         """Bytes that a fusion writes: only the update if it updates an array in place."""
         computation = self.computations[fused]
-        updates = [i for i in computation.values() if i.opcode == _UPDATE]
+        updates = [i for i in computation.values() if i.opcode in _UPDATES]
         written = sum(a.hbm_bytes for a in instruction.arrays)
         if not updates or any(a.is_on_chip for a in instruction.arrays):
             return written
-        update = sum(computation[i.operands[1]].arrays[0].bytes for i in updates)
+        operands = [computation[i.operands[_UPDATES[i.opcode]]] for i in updates]
+        update = sum(operand.arrays[0].bytes for operand in operands)
         return min(written, update)
 
 

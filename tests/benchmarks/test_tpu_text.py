@@ -27,9 +27,17 @@ MAIN = """HloModule jit_f, is_scheduled=true
   ROOT %u = f32[16,32]{{1,0}} dynamic-update-slice(%p.4, %p.5, %p.6)
 }}
 
+%fused_scatter (p.9: f32[16,32], p.10: f32[1,32], p.11: s32[]) -> f32[16,32] {{
+  %p.9 = f32[16,32]{{1,0}} parameter(0)
+  %p.10 = f32[1,32]{{1,0}} parameter(1)
+  %p.11 = s32[] parameter(2)
+  ROOT %sc = f32[16,32]{{1,0}} scatter(%p.9, %p.11, %p.10), update_window_dims={{1}}
+}}
+
 %fused_view (p.7: s8[16,64,32]) -> s8[16,64,32] {{
   %p.7 = s8[16,64,32]{{2,1,0}} parameter(0)
-  ROOT %v = s8[16,64,32]{{2,1,0}} bitcast(%p.7)
+  %bits = s8[16,64,32]{{2,1,0}} bitcast(%p.7)
+  ROOT %v = s8[16,64,32]{{2,1,0:T(8,128)(4,1)}} copy(%bits)
 }}
 
 %fused_whole (p.8: s8[16,64,32]) -> s8[16,64,32] {{
@@ -143,8 +151,9 @@ def test_an_unknown_trip_count_is_reported():
     assert (work.times, work.trips_are_known) == (1, False)
 
 
-def test_an_in_place_update_reads_and_writes_only_the_update():
-    line = "  %f = f32[16,32]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%fused_update"
+@pytest.mark.parametrize("fused", ["update", "scatter"])
+def test_an_in_place_update_reads_and_writes_only_the_update(fused):
+    line = f"  %f = f32[16,32]{{1,0}} fusion(%a, %b, %i), kind=kLoop, calls=%fused_{fused}"
     assert only(line).hbm_bytes == 2 * 32 * 4 + 4
 
 
