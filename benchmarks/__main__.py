@@ -6,7 +6,7 @@ import math
 import pathlib
 from collections.abc import Callable
 
-from . import accuracy, cpu, end_to_end, gpu, machine, quantize, tpu, tpu_compiler, training
+from . import accuracy, cpu, end_to_end, gpu, llm, machine, quantize, tpu, tpu_compiler, training
 from .shapes import ROWS, WEIGHTS
 
 SUITES = {
@@ -14,14 +14,16 @@ SUITES = {
     "cpu": cpu.suite,
     "end-to-end": end_to_end.suite,
     "gpu": gpu.suite,
+    "llm": llm.suite,
     "quantize": quantize.suite,
     "tpu-compile": tpu.suite,
     "training": training.suite,
 }
 _SUITES_HELP = """accuracy: methods on a language model at equal bits; cpu: matrix multiplication,
  by shape and rows; end-to-end: a sentence encoder and a text-generating decoder; gpu: matrix
- multiplication on a GPU; quantize: time and memory of quantizing weights; tpu-compile: estimates by
- the TPU compiler; training: losses, speed and memory of training with quantization"""
+ multiplication on a GPU; llm: a language model, against llama.cpp; quantize: time and memory of
+ quantizing weights; tpu-compile: estimates by the TPU compiler; training: losses, speed and memory
+ of training with quantization"""
 # To be called before JAX initializes its devices.
 PREPARATIONS = {"gpu": gpu.prepare, "tpu-compile": tpu_compiler.prepare}
 
@@ -62,7 +64,7 @@ def main() -> None:
     )
     chips = parser.add_argument_group("options of tpu-compile")
     chips.add_argument("--chips", nargs="+", choices=tpu_compiler.CHIPS, help="generations")
-    other = parser.add_argument_group("options of end-to-end, quantize and tpu-compile")
+    other = parser.add_argument_group("options of end-to-end, llm, quantize and tpu-compile")
     other.add_argument(
         "--only",
         nargs="+",
