@@ -11,6 +11,8 @@ import dataclasses
 import math
 from collections.abc import Collection
 
+from ..kernels import cpu
+
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
@@ -41,6 +43,7 @@ class Measurement:
         how: the command, and the machine that ran it.
         speeds: the results.
         is_estimate: whether these are estimates by the compiler.
+        instructions: those of the native kernels that were measured; None if none were.
     """
 
     machine: str
@@ -49,6 +52,7 @@ class Measurement:
     how: str
     speeds: tuple[Speeds, ...]
     is_estimate: bool = False
+    instructions: str | None = None
 
 
 def _read(text):
@@ -172,6 +176,7 @@ MEASUREMENTS = (
         reference="XLA's float32 product",
         how="`python -m benchmarks --suite cpu`, 2 cores with AVX512-VNNI, weights out of cache",
         speeds=_read(_ON_CPU),
+        instructions="AVX512-VNNI",
     ),
     *(
         Measurement(
@@ -189,9 +194,13 @@ MEASUREMENTS = (
 
 
 def measurement_for(machine: str, dtype: str) -> Measurement | None:
-    """The measurement on a machine for activations of a dtype, or None."""
+    """The measurement on a machine for activations of a dtype, or None.
+
+    Those of native kernels count only where the same instructions run.
+    """
+    best = next(iter(cpu.instruction_sets()), None)
     found = (m for m in MEASUREMENTS if (m.machine, m.dtype) == (machine, dtype))
-    return next(found, None)
+    return next((m for m in found if m.instructions in (None, best)), None)
 
 
 def speeds_near(

@@ -13,7 +13,7 @@ from jaxquant.kernels import cpu
 from jaxquant.ops import Choice
 from jaxquant.ops.record import OperandRecord, Record
 
-from .operands import HAS_NATIVE, W8A8, floats, stored
+from .operands import HAS_NATIVE, HAS_PANELS, W8A8, floats, stored
 
 BITS = {"int4 g128": 4.25, "int8": 8, "nf4 g64": 4.5}
 
@@ -82,7 +82,7 @@ def test_native_products_are_estimated_to_be_faster_without_a_warning(dtype):
 
 
 def test_measured_products_and_those_without_a_model_have_no_estimate():
-    measured = [(1, stored((384, 1536), axis=0), "cpu")] if HAS_NATIVE else []
+    measured = [(1, stored((384, 1536), axis=0), "cpu")] if HAS_PANELS else []
     for rows, weights, platform in (*measured, (8, stored((384, 700), format=NF4), "tpu")):
         row = explain(matmul, floats(rows, 384), weights, platform=platform).rows[0]
         assert row.estimate is None
@@ -90,6 +90,19 @@ def test_measured_products_and_those_without_a_model_have_no_estimate():
     copies = jax.vmap(matmul, (0, None))
     row = explain(copies, floats(3, 2, 384), stored((384, 700), **GROUPED), platform="cpu").rows[0]
     assert row.estimate is None
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the native kernels were not measured then")
+def test_what_other_instructions_were_measured_at_does_not_count(monkeypatch):
+    product = matmul, floats(1, 384), stored((384, 1536), axis=0)
+    found = {}
+    for instructions in ("AVX512-VNNI", "AVX2"):
+        monkeypatch.setattr(cpu, "instruction_sets", lambda i=instructions: (i,))
+        found[instructions] = explain(*product, platform="cpu").rows[0]
+    assert found["AVX512-VNNI"].speeds
+    assert found["AVX512-VNNI"].estimate is None
+    assert found["AVX2"].speeds == ()
+    assert (found["AVX2"].estimate or 0) > 0
 
 
 def test_instruction_sets_all_have_rates():
