@@ -1,10 +1,16 @@
-"""Compiles the CPU kernels where there is a C++ compiler; everything else is in pyproject.toml."""
+"""Compiles the CPU kernels where there is a C++ compiler; everything else is in pyproject.toml.
+
+They are a plain shared library, which does not use Python: one wheel per platform is for all
+versions of Python.
+"""
 
 import concurrent.futures
 import itertools
 import pathlib
+import re
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = pathlib.Path("jaxquant/kernels/cpu")
@@ -14,17 +20,20 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "--param=max-unswitch-i
 
 
 def kernels():
-    """The extension. If it cannot be compiled, the package is installed without it."""
+    """The shared library. If it cannot be compiled, the package is installed without it."""
     try:
         import jaxlib
     except ImportError:
         return []
     headers = pathlib.Path(jaxlib.__file__).parent / "include"
+    version = re.findall(r"\d+", jaxlib.__version__)[:3]
+    sources = sorted(map(str, SOURCES.glob("*.cc")))
     return [
         Extension(
             "jaxquant.kernels._cpu",
-            sorted(map(str, SOURCES.glob("*.cc"))),
-            depends=sorted(map(str, SOURCES.glob("*.h"))),
+            sources,
+            depends=[*sources, *sorted(map(str, SOURCES.glob("*.h")))],
+            define_macros=[("JAXQUANT_JAXLIB", ", ".join(version))],
             # -isystem: no warnings from XLA's headers.
             extra_compile_args=[*FLAGS, "-isystem", str(headers)],
             language="c++",
@@ -33,14 +42,19 @@ def kernels():
     ]
 
 
-class BuildSideBySide(build_ext):
-    """Compiles the sources of an extension at once, since each takes many seconds."""
+class BuildLibrary(build_ext):
+    """Compiles the sources of a library at once, since each takes many seconds."""
+
+    def get_ext_filename(self, fullname):
+        """The name of the library, the same for all versions of Python."""
+        return f"{fullname.replace('.', '/')}.so"
 
     def build_extension(self, ext):
         def compiled(source):
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
+                macros=ext.define_macros,
                 extra_postargs=ext.extra_compile_args,
                 depends=ext.depends,
             )
@@ -52,4 +66,14 @@ class BuildSideBySide(build_ext):
         super().build_extension(ext)
 
 
-setup(ext_modules=kernels(), cmdclass={"build_ext": BuildSideBySide})
+class PlatformWheel(bdist_wheel):
+    """A wheel for one platform and every Python 3."""
+
+    def get_tag(self):
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(
+    ext_modules=kernels(),
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+)

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import ctypes
-import importlib.machinery
 import itertools
 from functools import partial
 
@@ -441,15 +440,44 @@ def test_groups_that_fit(length, groups):
 
 def test_unavailable_says_why(monkeypatch, tmp_path):
     load = library._loaded.__wrapped__
-    monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(library, "_PATH", tmp_path / "_cpu.so")
     assert "they need a C++ compiler" in str(load()[0])
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    (tmp_path / f"_cpu{suffix}").write_text("not a library")
-    assert f"_cpu{suffix} cannot be loaded" in str(load()[0])
+    (tmp_path / "_cpu.so").write_text("not a library")
+    assert "_cpu.so cannot be loaded" in str(load()[0])
 
     class OldProcessor:
         def __init__(self, path):
             self.jaxquant_has = lambda number: 0
+            self.jaxquant_jaxlib = (0, 10, 2).__getitem__
 
     monkeypatch.setattr(ctypes, "CDLL", OldProcessor)
     assert load() == ("this processor supports none of AVX512-VNNI, AVX2, NEON", ())
+
+
+@pytest.mark.parametrize("built_with, is_newer", [((99, 0, 0), True), (library.JAXLIB, False)])
+def test_kernels_of_a_newer_jaxlib_are_not_registered(monkeypatch, tmp_path, built_with, is_newer):
+    class Library:
+        def __init__(self, path):
+            self.jaxquant_has = lambda number: 1
+            self.jaxquant_jaxlib = built_with.__getitem__
+
+        def __getattr__(self, name):
+            raise LookupError(name)
+
+    (tmp_path / "_cpu.so").touch()
+    monkeypatch.setattr(library, "_PATH", tmp_path / "_cpu.so")
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    if is_newer:
+        reason, found = library._loaded.__wrapped__()
+        assert not found
+        here = ".".join(map(str, library.JAXLIB))
+        assert f"built for jaxlib 99.0.0 or later, and this is {here}" in str(reason)
+    else:
+        with pytest.raises(LookupError, match="jaxquant_quantize_rows"):
+            library._loaded.__wrapped__()
+
+
+@needs_native
+def test_the_kernels_say_which_jaxlib_they_were_built_with():
+    built = ctypes.CDLL(str(library._PATH))
+    assert (0, 10, 2) <= tuple(built.jaxquant_jaxlib(i) for i in range(3)) <= library.JAXLIB

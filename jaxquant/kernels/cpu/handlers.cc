@@ -168,6 +168,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_slice, Slice,
                                   .Arg<In<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>());
 
+// Number i of the version of jaxlib whose headers this was compiled with.
+extern "C" int jaxquant_jaxlib(int i) {
+  constexpr int version[] = {JAXQUANT_JAXLIB};
+  return version[i];
+}
+
 // Whether this processor supports an instruction set of kSets.
 extern "C" int jaxquant_has(int set) { return kSets[set] && kSets[set]->is_supported(); }
 

@@ -1,19 +1,23 @@
 """Loads the native kernels and registers them with XLA.
 
-They are compiled when the package is installed, if there is a C++ compiler. Without them, or on a
-processor without their instruction sets, `unavailable` says why, and XLA computes instead.
+They are a shared library that does not use Python, so one file is for all versions of Python. It is
+part of a wheel, or compiled when the package is installed from source, if there is a C++ compiler.
+Without it, or on a processor without its instruction sets, `unavailable` says why, and XLA computes
+instead.
 """
 
 import ctypes
 import functools
-import importlib.machinery
 import pathlib
 
 import jax
+import jaxlib.version
 
-# The folder that the kernels are built into.
-_FOLDER = pathlib.Path(__file__).parents[1]
+# The library, as setup.py names it.
+_PATH = pathlib.Path(__file__).parents[1] / "_cpu.so"
 _KERNELS = ("quantize_rows", "dot_int8", "dot_groups", "dot_lookup", "dot_widen", "slice")
+# The version of jaxlib that runs here.
+JAXLIB = jaxlib.version.__version_info__
 # Instruction sets, the best first, in the order of `kSets` in handlers.cc.
 INSTRUCTIONS = ("AVX512-VNNI", "AVX2", "NEON")
 
@@ -31,14 +35,17 @@ def instruction_sets() -> tuple[str, ...]:
 @functools.cache
 def _loaded() -> tuple[str | None, tuple[str, ...]]:
     """Loads the library. Returns why that failed, and the supported instruction sets."""
-    files = [_FOLDER / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((p for p in files if p.exists()), None)
-    if path is None:
+    if not _PATH.exists():
         return "the native kernels were not built at installation: they need a C++ compiler", ()
     try:
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(_PATH))
     except OSError as error:
-        return f"{path.name} cannot be loaded: {error}", ()
+        return f"{_PATH.name} cannot be loaded: {error}", ()
+    built_with = tuple(library.jaxquant_jaxlib(i) for i in range(3))
+    if built_with > JAXLIB:
+        # Registered nevertheless, they would keep JAX from using CPUs at all.
+        wanted, found = (".".join(map(str, version)) for version in (built_with, JAXLIB))
+        return f"{_PATH.name} was built for jaxlib {wanted} or later, and this is {found}", ()
     found = [name for number, name in enumerate(INSTRUCTIONS) if library.jaxquant_has(number)]
     if not found:
         return f"this processor supports none of {', '.join(INSTRUCTIONS)}", ()
