@@ -56,6 +56,8 @@ LATE_IMPORTS = {
 }
 # Optional packages, which `import jaxquant` must not need.
 OPTIONAL = ["jinja2", "keras", "optax", "matplotlib", "rich", "safetensors", "tokenizers"]
+# Slow to import, and needed by few programs.
+SLOW = ["jax.experimental.pallas.tpu", "jax.experimental.pallas.triton", "jax.scipy.linalg"]
 # Parts of JAX without a promise of stability: one folder names them, and these tests.
 INTERNALS = ("jax._src", "jax.core", "jax.extend", "jax.interpreters")
 READS_INTERNALS = {
@@ -328,8 +330,8 @@ def test_nothing_public_is_missing_from_the_list():
     assert len(public_names()) == len(listed)
 
 
-def test_importing_the_package_imports_nothing_optional():
-    code = f"import sys, jaxquant; print([m for m in {OPTIONAL} if m in sys.modules])"
+def test_importing_the_package_imports_nothing_optional_or_slow():
+    code = f"import sys, jaxquant; print([m for m in {OPTIONAL + SLOW} if m in sys.modules])"
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT.parent,

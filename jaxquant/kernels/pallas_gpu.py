@@ -7,21 +7,25 @@ lowers such a kernel; they run only where `implementation="triton"` asks for the
 
 import dataclasses
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 
-triton: Any
-try:
-    from jax.experimental.pallas import triton
-except ImportError:  # jaxlib for Windows lacks it, and a later JAX will drop it.
-    triton = None
+from .lazy import LazyModule
+
+if TYPE_CHECKING:
+    from jax.experimental import pallas as pl
+else:  # Slow to import, and only programs for GPUs need it.
+    pl = LazyModule("jax.experimental.pallas")
+triton: Any = LazyModule("jax.experimental.pallas.triton")
+# jaxlib for Windows lacks the first, and a later JAX will drop the second.
+_TRITON = ("jaxlib.triton", "jax.experimental.pallas.triton")
 
 # Tiles of x (rows, step) and of w (columns, step), powers of two as Triton requires. Tensor cores
 # multiply at least 16 rows and 16 elements.
@@ -67,9 +71,11 @@ _TILES_TOGETHER = 16
 _MOST_OFFSETS = 2**31
 
 
+@functools.cache
 def why_unsupported_platform() -> str | None:
     """Why no kernel here can be compiled, or None."""
-    return "this JAX does not include Triton" if triton is None else None
+    has_triton = all(importlib.util.find_spec(module) for module in _TRITON)
+    return None if has_triton else "this JAX does not include Triton"
 
 
 def why_unsupported_groups(length: int, groups: int) -> str | None:

@@ -8,13 +8,20 @@ clock rate, as printed by `benchmarks/pallas_tpu.py`.
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+
+from .lazy import LazyModule
+
+if TYPE_CHECKING:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+else:  # They take twice as long to import as this package, and only programs for TPUs need them.
+    pl = LazyModule("jax.experimental.pallas")
+    pltpu = LazyModule("jax.experimental.pallas.tpu")
 
 # Tiles of x (rows, K) and of w (K, N). They are large, because a grid step costs a third of a
 # microsecond, and take at most 24 MiB of VMEM when double-buffered.
@@ -262,7 +269,7 @@ def _cost_of_dot(
     scale: jax.Array,
     parameters: int,
     dtype: jax.typing.DTypeLike,
-) -> pl.CostEstimate:
+) -> "pl.CostEstimate":
     """Memory traffic: x once per tile of columns, w and its scales once per tile of rows."""
     rows, (length, columns) = x.shape[0], w.shape
     per_row_tile = length * columns // 2 + parameters * 4 * scale.size

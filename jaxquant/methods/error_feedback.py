@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
+from jax.lax.linalg import triangular_solve
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -33,9 +33,8 @@ class Factor(NamedTuple):
 
     def solve(self, b: jax.Array) -> jax.Array:
         """(S + damping I)^-1 b."""
-        return solve_triangular(
-            self.root, solve_triangular(self.root, b, lower=False), trans="T", lower=False
-        )
+        once = triangular_solve(self.root, b, left_side=True)
+        return triangular_solve(self.root, once, left_side=True, transpose_a=True)
 
 
 def factorize(second_moment: jax.Array, damping: float) -> Factor:
@@ -123,7 +122,9 @@ def feed_back(
         w = jax.lax.dynamic_slice(target, (start, 0), (block, outputs))
         # Rows of `errors` from this block on are still zero.
         back = jnp.matmul(columns.T, errors, precision=_PRECISION)
-        best = w + solve_triangular(here, back, trans="T", lower=False, unit_diagonal=True)
+        best = w + triangular_solve(
+            here, back, left_side=True, transpose_a=True, unit_diagonal=True
+        )
         fitted = fit(start, best)
 
         def of_row(j, state):

@@ -77,9 +77,14 @@ def test_the_groups_of_the_benchmarks_are_taken(shape):
         assert pallas_gpu.why_unsupported_groups(length, length // group) is None
 
 
-def test_without_triton_the_reason_is_said(monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "triton", None)
-    assert pallas_gpu.why_unsupported_platform() == "this JAX does not include Triton"
+@pytest.mark.parametrize("missing", range(2))
+def test_without_triton_the_reason_is_said(monkeypatch, missing):
+    assert pallas_gpu.why_unsupported_platform() is None
+    modules = list(pallas_gpu._TRITON)
+    modules[missing] += "_of_another_release"
+    monkeypatch.setattr(pallas_gpu, "_TRITON", modules)
+    why = pallas_gpu.why_unsupported_platform.__wrapped__()
+    assert why == "this JAX does not include Triton"
 
 
 def test_sizes_beyond_the_offsets_of_the_kernels_raise():

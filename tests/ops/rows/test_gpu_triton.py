@@ -191,7 +191,9 @@ def test_sums_that_may_overflow_int32_raise():
 
 
 def test_without_triton_nothing_is_taken(monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "triton", None)
+    why = pallas_gpu.why_unsupported_platform.__wrapped__
+    monkeypatch.setattr(pallas_gpu, "_TRITON", ("jaxlib.no_triton",))
+    monkeypatch.setattr(pallas_gpu, "why_unsupported_platform", why)
     x = jnp.zeros((2, K))
     for left, right in ((x, stored()), (quantized(x, *PER_ROW), stored(PER_COLUMN))):
         assert (
