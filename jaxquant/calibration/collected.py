@@ -70,7 +70,7 @@ class Statistics(Mapping[str, Mapping[type[Statistic], Any]]):
         }
         return Statistics(merged, self.is_complete and other.is_complete)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file.
 
         Raises:
@@ -83,7 +83,7 @@ class Statistics(Mapping[str, Mapping[type[Statistic], Any]]):
         save(path, {"kind": _KIND, "is_complete": int(self.is_complete), "by_path": tree})
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Statistics":
+    def load(cls, path: str | os.PathLike[str]) -> "Statistics":
         """Reads a file that `save` wrote.
 
         Raises:

@@ -16,7 +16,7 @@ _ELSEWHERE = {
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".npz")
 
 
-def open(path: str | os.PathLike, *, names: str | None = None) -> Checkpoint:
+def open(path: str | os.PathLike[str], *, names: str | None = None) -> Checkpoint:
     """Opens a checkpoint. Only headers are read; tensors are read when they are loaded.
 
     Args:

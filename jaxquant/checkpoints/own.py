@@ -77,7 +77,7 @@ def _packed_part(
     return from_bits(rows, bits, form.dtype).reshape(rows.shape if form.shape else ())
 
 
-def open_own(path: str | os.PathLike) -> Checkpoint:
+def open_own(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a file that `jaxquant.save` wrote. Tensors are named by their paths in the tree.
 
     A tensor is checked against its checksum when its first slice is read.

@@ -98,7 +98,7 @@ def quantize(
 
 
 def write_quantized(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     checkpoint: Checkpoint,
     rules: Rules,
     *,

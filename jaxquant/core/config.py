@@ -52,7 +52,7 @@ class ArrayConfig:
     value_range: tuple[int, int] | None = None
     scale_dtype: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.format, Format):
             raise ValueError(f"format must be a Format such as jaxquant.INT8; got {self.format!r}.")
         self._check_groups()
@@ -162,7 +162,7 @@ class Scheme:
     weights: ArrayConfig = ArrayConfig()
     inputs: ArrayConfig | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.weights, ArrayConfig):
             raise ValueError(f"weights must be an ArrayConfig; got {self.weights!r}.")
         if not isinstance(self.inputs, ArrayConfig | None):

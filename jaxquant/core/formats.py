@@ -48,7 +48,7 @@ class Format:
     scale_dtype: str = "float32"
     power: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             is_whole = jnp.issubdtype(self.dtype, jnp.integer)
             info = jnp.iinfo(self.dtype) if is_whole else jnp.finfo(self.dtype)

@@ -302,8 +302,8 @@ def scale_values(scale: jax.Array | QTensor) -> jax.Array:
     return scale if scale.dtype == jnp.float64 else scale.astype(jnp.float32)
 
 
-def packed_bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array in device memory, where 4-bit elements are packed two per byte."""
+def packed_bytes(x: Any) -> int:
+    """Bytes of an array or ShapeDtypeStruct in device memory, with two 4-bit elements per byte."""
     is_number = jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)
     bits = bits_of(x.dtype) if is_number else 8 * x.dtype.itemsize
     return -(-math.prod(x.shape) * bits // 8)

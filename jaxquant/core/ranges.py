@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# (low, high) -> the error of each group, quantized with this range.
+Error = Callable[[jax.Array, jax.Array], jax.Array]
+
 
 class Range(Protocol):
     """The type of `ArrayConfig.range`: a hashable callable, as described in this module."""
@@ -26,7 +29,7 @@ class Range(Protocol):
         groups: jax.Array,
         axes: tuple[int, ...],
         symmetric: bool,
-        error: Callable[[jax.Array, jax.Array], jax.Array],
+        error: Error,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns (low, high)."""
         ...
@@ -44,7 +47,9 @@ class AbsMax:
         [2.0]
     """
 
-    def __call__(self, groups, axes, symmetric, error):
+    def __call__(
+        self, groups: jax.Array, axes: tuple[int, ...], symmetric: bool, error: Error
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns (low, high)."""
         if symmetric:
             high = largest_magnitude(groups, axes)
@@ -76,11 +81,13 @@ class Percentile:
 
     p: float = 99.9
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.p, int | float) or not 50 < self.p <= 100:
             raise ValueError(f"p must be above 50 and at most 100 (percent); got {self.p!r}.")
 
-    def __call__(self, groups, axes, symmetric, error):
+    def __call__(
+        self, groups: jax.Array, axes: tuple[int, ...], symmetric: bool, error: Error
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns (low, high)."""
         if symmetric:
             high = _percentile(jnp.abs(groups), self.p, axes)
@@ -116,7 +123,9 @@ class MinMSE:
 
     mirrored: bool = False
 
-    def __call__(self, groups, axes, symmetric, error):
+    def __call__(
+        self, groups: jax.Array, axes: tuple[int, ...], symmetric: bool, error: Error
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns (low, high)."""
         low, high = AbsMax()(groups, axes, symmetric, error)
         best = _least(low, high, symmetric, error)

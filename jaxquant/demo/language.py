@@ -35,7 +35,7 @@ class Variant:
     as_stored: bool = False
     store: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.as_stored and self.scheme is not None:
             raise ValueError(
                 f"as_stored leaves parameters as they are; got it with scheme={self.scheme}. Give "

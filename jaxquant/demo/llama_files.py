@@ -53,7 +53,7 @@ class LlamaModel:
 
 
 def load_llama(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     dtype: jax.typing.DTypeLike = jnp.float32,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> LlamaModel:
@@ -88,7 +88,7 @@ def load_llama(
     return LlamaModel(params, config, settings.context_length, checkpoint)
 
 
-def open_model(path: str | os.PathLike) -> Checkpoint:
+def open_model(path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint under the names of Hugging Face."""
     if Path(path).is_dir():
         return checkpoints.open_folder(path)

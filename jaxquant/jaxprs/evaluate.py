@@ -54,8 +54,8 @@ class Environment:
     """
 
     def __init__(self, program: ClosedJaxpr, values: Sequence[Any]):
-        self.jaxpr = program.jaxpr
-        self.equations = live_equations(self.jaxpr)
+        self.jaxpr: Jaxpr = program.jaxpr
+        self.equations: list[JaxprEqn] = live_equations(self.jaxpr)
         variables = [*self.jaxpr.constvars, *self.jaxpr.invars]
         self._values = dict(zip(variables, [*program.consts, *values], strict=True))
         self._makers = {}
@@ -68,11 +68,11 @@ class Environment:
         self._flush()
         return [v.val if isinstance(v, Literal) else self._values[v] for v in atoms]
 
-    def peek(self, atom: Var | Literal) -> Any:
+    def peek(self, atom: Any) -> Any:
         """The value of a variable that is there already, else None."""
         return None if isinstance(atom, Literal) else self._values.get(atom)
 
-    def maker(self, atom: Var | Literal) -> JaxprEqn | None:
+    def maker(self, atom: Any) -> Any:
         """The equation whose result a variable is; None for inputs and literals."""
         return None if isinstance(atom, Literal) else self._makers.get(atom)
 

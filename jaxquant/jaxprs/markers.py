@@ -6,6 +6,7 @@ every transformation of the program transforms it as well.
 
 import contextlib
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,16 +55,16 @@ def mark(
 
 # Parameters: the record, the parameter that it is about, and the copies of the result, of lhs and
 # of rhs that `vmap` made.
-marker_p = Primitive("quantized_product")
+marker_p: Primitive = Primitive("quantized_product")
 
 
 @marker_p.def_abstract_eval
-def _(out, lhs, rhs, **parameters):
+def _(out: Any, lhs: Any, rhs: Any, **parameters: Any) -> Any:
     return out
 
 
 @marker_p.def_impl
-def _(out, lhs, rhs, **parameters):
+def _(out: Any, lhs: Any, rhs: Any, **parameters: Any) -> Any:
     return out
 
 

@@ -85,7 +85,7 @@ def is_sharded(x: jax.Array) -> bool:
     return any(name is not None for name in jax.typeof(x).sharding.spec)
 
 
-def varying_axes(x: jax.Array) -> frozenset:
+def varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes along which an array varies between devices, inside `shard_map`."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 

@@ -53,9 +53,9 @@ class Quantizer(keras.quantizers.Quantizer):
     ):
         super().__init__(output_dtype=output_dtype)
         # Tuples come back from JSON as lists.
-        self.axis = _as_axes(axis)
+        self.axis: Any = _as_axes(axis)
         check_axis(self.axis)
-        self.value_range = _as_pair(value_range)
+        self.value_range: tuple[int, int] = _as_pair(value_range)
         _check_holds_codes(output_dtype)
         self.array_config()
 
@@ -177,7 +177,9 @@ class QuantizerRange:
     quantizer: Any
     qmax: float
 
-    def __call__(self, groups, axes, symmetric, error):
+    def __call__(
+        self, groups: jax.Array, axes: tuple[int, ...], symmetric: bool, error: Any
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns (low, high)."""
         _, scale = self.quantizer(groups, axis=axes)
         high = self.qmax / jnp.asarray(scale, groups.dtype)

@@ -88,7 +88,7 @@ class Equation:
     options: Options
 
     @property
-    def params(self):
+    def params(self) -> dict[str, Any]:
         """The parameters of the primitive."""
         return self.eqn.params
 

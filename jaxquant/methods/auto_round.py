@@ -52,7 +52,7 @@ class AutoRound:
     iterations: int = 200
     start: Any = Nearest()  # noqa: RUF009 (frozen, so it can be shared)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("iterations", self.iterations, 1)
         if not is_method(self.start):
             raise ValueError(

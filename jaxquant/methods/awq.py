@@ -50,7 +50,7 @@ class AWQ:
     moment: type[Statistic] = SecondMoment
     grid: int = 20
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_search(self.moment, self.grid)
 
     @property

@@ -72,7 +72,7 @@ class GPTQ:
     importance: bool = False
     act_order: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.damping < 1:
             raise ValueError(f"damping must be above 0 and below 1; got {self.damping!r}.")
         if not 0 <= self.repair <= 1:

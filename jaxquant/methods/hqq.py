@@ -63,7 +63,7 @@ class HQQ:
     beta: float = 10.0
     iterations: int = 20
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("iterations", self.iterations, 0)
         if not 0 < self.p <= 1 or not self.beta > 0:
             raise ValueError(

@@ -79,7 +79,7 @@ class Importance:
     steps: int = 4
     statistics: tuple[type[Statistic], ...] = dataclasses.field(default=(MeanSquare,), init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("steps", self.steps, 0)
 
     def __call__(

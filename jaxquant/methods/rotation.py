@@ -53,7 +53,7 @@ class Rotation:
     seed: int = 0
     statistics: tuple[type[Statistic], ...] = dataclasses.field(default=(), init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         is_int = isinstance(self.block, int) and not isinstance(self.block, bool)
         if self.block is not None and not (is_int and self.block > 0):
             raise ValueError(f"block must be a positive int or None; got {self.block!r}.")

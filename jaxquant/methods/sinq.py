@@ -57,7 +57,7 @@ class SINQ:
     iterations: int = 16
     tolerance: float = 0.05
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("iterations", self.iterations, 0)
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must not be negative; got {self.tolerance}.")

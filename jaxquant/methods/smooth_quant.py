@@ -61,7 +61,7 @@ class SmoothQuant:
     moment: type[Statistic] = SecondMoment
     grid: int = 20
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_search(self.moment, self.grid)
         if not isinstance(self.inputs, ArrayConfig | None):
             raise ValueError(

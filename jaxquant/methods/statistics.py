@@ -91,7 +91,7 @@ class OfPairs(Statistic):
     """Base class of statistics of pairs of channels, (..., K, K), which rotations keep."""
 
     @staticmethod
-    def scaled(mean, factor):
+    def scaled(mean: jax.Array, factor: jax.Array) -> jax.Array:
         """The mean of activations that are multiplied with factors (K,)."""
         return mean * factor[:, None] * factor[None, :]
 
@@ -121,7 +121,7 @@ class MeanSquare(Statistic):
         return jnp.sum(x * x * weights[:, None], 0)
 
     @staticmethod
-    def scaled(mean, factor):
+    def scaled(mean: jax.Array, factor: jax.Array) -> jax.Array:
         """The mean of activations that are multiplied with factors (K,)."""
         return mean * jnp.square(factor)
 
@@ -144,7 +144,7 @@ class MeanAbs(Statistic):
         return jnp.sum(jnp.abs(x) * weights[:, None], 0)
 
     @staticmethod
-    def scaled(mean, factor):
+    def scaled(mean: jax.Array, factor: jax.Array) -> jax.Array:
         """The mean of activations that are multiplied with factors (K,)."""
         return mean * jnp.abs(factor)
 
@@ -181,7 +181,7 @@ class MaxAbs(Statistic):
         return jnp.max(magnitude, 0, initial=0)
 
     @staticmethod
-    def scaled(mean, factor):
+    def scaled(mean: jax.Array, factor: jax.Array) -> jax.Array:
         """The maximum of activations that are multiplied with factors (K,)."""
         return mean * jnp.abs(factor)
 

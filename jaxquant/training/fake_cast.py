@@ -49,7 +49,6 @@ def fake_cast(x: jax.Array, scale: jax.Array, dtype: str) -> jax.Array:
     return (clipped.astype(dtype).astype(jnp.float32) * scale).astype(x.dtype)
 
 
-@jax.custom_vjp
 def cast_operand(x: jax.Array, scale: jax.Array, history: jax.Array) -> jax.Array:
     """Casts an operand of the forward pass to e4m3 and back.
 
@@ -61,26 +60,35 @@ def cast_operand(x: jax.Array, scale: jax.Array, history: jax.Array) -> jax.Arra
     Returns:
         Array of the shape and dtype of x; gradients pass to x unchanged.
     """
+    return _cast_operand(x, scale, history)
+
+
+@jax.custom_vjp
+def _cast_operand(x, scale, history):
     return fake_cast(x, current_scale(x, scale, history, FORWARD), FORWARD)
 
 
 def _operand_forward(x, scale, history):
-    return cast_operand(x, scale, history), next_scaling(x, scale, history, FORWARD)
+    return _cast_operand(x, scale, history), next_scaling(x, scale, history, FORWARD)
 
 
 def _operand_backward(scaling, gradient):
     return gradient, *scaling
 
 
-cast_operand.defvjp(_operand_forward, _operand_backward)
+_cast_operand.defvjp(_operand_forward, _operand_backward)
 
 
-@jax.custom_vjp
 def cast_gradient(y: jax.Array, scale: jax.Array, history: jax.Array) -> jax.Array:
     """Returns y unchanged; its gradient is cast to e5m2 and back.
 
     Arguments and their gradient slots are those of `cast_operand`.
     """
+    return _cast_gradient(y, scale, history)
+
+
+@jax.custom_vjp
+def _cast_gradient(y, scale, history):
     return y
 
 
@@ -94,4 +102,4 @@ def _gradient_backward(scaling, gradient):
     return rounded, *next_scaling(gradient, scale, history, BACKWARD)
 
 
-cast_gradient.defvjp(_gradient_forward, _gradient_backward)
+_cast_gradient.defvjp(_gradient_forward, _gradient_backward)

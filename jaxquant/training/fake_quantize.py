@@ -165,13 +165,17 @@ def quantize_for_training(
     return dataclasses.replace(q, values=straight_through(x, q, config, *parameters, margin=False))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
     """Returns x; its gradient is multiplied by `factor`."""
+    return _scale_gradient(x, factor)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _scale_gradient(x, factor):
     return x
 
 
-@scale_gradient.defjvp
+@_scale_gradient.defjvp
 def _(factor, primals, tangents):
     return primals[0], tangents[0] * factor
 

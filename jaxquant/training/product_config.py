@@ -47,7 +47,7 @@ class ProductConfig:
     quantizes_rhs_gradient: bool = True
     rounds_stochastically: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, config in self._operands():
             if not isinstance(config, ArrayConfig | None):
                 raise ValueError(f"{name} must be an ArrayConfig or None; got {config!r}.")

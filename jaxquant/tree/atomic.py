@@ -16,7 +16,7 @@ except ImportError:  # Windows.
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Yields a new file, which takes the place of `path` once it is written and on disk.
 
     Until then it has a temporary name in the same folder, and is locked. What earlier processes
@@ -49,7 +49,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def creating_folder(path: str | os.PathLike) -> Iterator[Path]:
+def creating_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a new folder, which is renamed to `path` once its files are written.
 
     Until then it is locked. Folders that earlier processes left there, when they were killed while

@@ -39,7 +39,9 @@ _MANIFEST, _CHECKSUM = "jaxquant", "jaxquant.crc32"
 _MAX_CONTENT_BYTES = MAX_HEADER_BYTES
 
 
-def save(path: str | os.PathLike, tree: Any, metadata: Mapping[str, str] | None = None) -> None:
+def save(
+    path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes a tree of arrays and QTensors to a safetensors file, bit for bit.
 
     The file appears whole or not at all: it is written under a temporary name in the same folder,
@@ -93,7 +95,7 @@ def header_of(
     return {_MANIFEST: text, _CHECKSUM: str(zlib.crc32(text.encode()))}
 
 
-def check_target(path: str | os.PathLike) -> None:
+def check_target(path: str | os.PathLike[str]) -> None:
     """Raises if `save` cannot write to `path`. Call it before long work whose result is saved.
 
     Args:
@@ -119,7 +121,7 @@ def check_target(path: str | os.PathLike) -> None:
         check_regular(path)
 
 
-def load(path: str | os.PathLike, *, like: Any = None) -> Any:
+def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
     """Reads a tree that `save` wrote.
 
     Args:
@@ -146,7 +148,7 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
     return tree if like is None else _restructure(tree, like, path)
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Returns the strings that were passed to `save`, without reading any tensor.
 
     Raises:
@@ -161,7 +163,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         return _read_manifest(file)["metadata"]
 
 
-def read_tree(path: str | os.PathLike) -> tuple[Any, dict[str, str]]:
+def read_tree(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
     """Returns the tree of any safetensors file, and the metadata that was passed to `save`.
 
     Returns:
@@ -179,7 +181,7 @@ def read_tree(path: str | os.PathLike) -> tuple[Any, dict[str, str]]:
 
 
 def map_tree(
-    path: str | os.PathLike, get: Callable[..., Any], restore: Callable[..., Any]
+    path: str | os.PathLike[str], get: Callable[..., Any], restore: Callable[..., Any]
 ) -> tuple[Any, dict[str, str]]:
     """The tree and the metadata of a file that `save` wrote, with arrays that are read later.
 
@@ -202,7 +204,7 @@ def map_tree(
         return _decode(file, manifest, read, restore), manifest["metadata"]
 
 
-def has_manifest(path: str | os.PathLike) -> bool:
+def has_manifest(path: str | os.PathLike[str]) -> bool:
     """Whether `save` wrote a safetensors file.
 
     Raises:
@@ -212,7 +214,7 @@ def has_manifest(path: str | os.PathLike) -> bool:
         return _MANIFEST in file.metadata
 
 
-def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of any safetensors file, by name.
 
     Raises:

@@ -53,8 +53,8 @@ class Encoder:
     """
 
     def __init__(self, store: Callable[[Any, int | None], Any] | None = None) -> None:
-        self.store = store or to_stored
-        self.version = 1
+        self.store: Callable[[Any, int | None], Any] = store or to_stored
+        self.version: int = 1
         self.arrays: dict[str, Any] = {}
         self.statics: list[Any] = []
 
@@ -167,7 +167,7 @@ class Decoder:
     ) -> None:
         self.statics = statics
         self.read = read
-        self.restore = restore or _from_stored
+        self.restore: Callable[..., Any] = restore or _from_stored
 
     def decode(self, node: list[Any]) -> Any:
         """The tree of a node."""

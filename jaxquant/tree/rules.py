@@ -63,7 +63,7 @@ class Rule:
     note: str | None = None
     method: Any = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
             raise ValueError(
                 f'A rule\'s pattern must be a str; got {self.pattern!r}. Write Rule("*/kernel", '

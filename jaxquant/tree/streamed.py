@@ -55,10 +55,10 @@ class TreeWriter:
         OSError, ValueError: as for `check_target`; or another process writes the same file.
     """
 
-    def __init__(self, path: str | os.PathLike, task: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], task: str) -> None:
         check_target(path)
-        self.path = Path(path)
-        self.folder = Path(f"{path}.partial")
+        self.path: Path = Path(path)
+        self.folder: Path = Path(f"{path}.partial")
         self.notes: dict[str, Any] = {}
         self._encoder = Encoder(stored_form)
         self._nodes: dict[str, Any] = {}

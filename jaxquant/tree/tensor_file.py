@@ -72,7 +72,7 @@ class TensorFile:
         metadata: strings of the header.
     """
 
-    path: str | os.PathLike
+    path: str | os.PathLike[str]
     file: io.BufferedReader
     start: int
     entries: dict[str, Entry]
@@ -99,7 +99,7 @@ class TensorFile:
 
 
 @contextlib.contextmanager
-def open_tensors(path: str | os.PathLike) -> Iterator[TensorFile]:
+def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
     """Yields a safetensors file, open for reading.
 
     Raises:
@@ -122,7 +122,7 @@ def open_tensors(path: str | os.PathLike) -> Iterator[TensorFile]:
         yield TensorFile(path, file, 8 + length, entries, metadata)
 
 
-def check_regular(path: str | os.PathLike) -> None:
+def check_regular(path: str | os.PathLike[str]) -> None:
     """Raises if there is something other than a regular file at `path`.
 
     Raises:

@@ -162,7 +162,7 @@ _VALUES: dict[int, Callable[[_Cursor, int, str], list[Any]]] = {
 }
 
 
-def read_container(path: str | os.PathLike) -> Container:
+def read_container(path: str | os.PathLike[str]) -> Container:
     """Maps one file and reads its header.
 
     Raises:
@@ -276,7 +276,7 @@ def aligned(position: int, alignment: int) -> int:
     return -(-position // alignment) * alignment
 
 
-def read_containers(path: str | os.PathLike) -> list[Container]:
+def read_containers(path: str | os.PathLike[str]) -> list[Container]:
     """The containers of a model: one, or all shards of which `path` names one.
 
     Raises:

@@ -103,14 +103,15 @@ class HuggingFaceNames:
     """
 
     def __init__(self, path: Any, metadata: Mapping[str, Any]):
-        self.path, self.metadata = path, metadata
-        self.prefix = metadata.get("general.architecture")
+        self.path: Any = path
+        self.metadata: Mapping[str, Any] = metadata
+        self.prefix: Any = metadata.get("general.architecture")
         if self.prefix not in ARCHITECTURES:
             raise ValueError(
                 f"{path}: general.architecture: {self.prefix!r} has no table of Hugging Face's "
                 f"names; {', '.join(ARCHITECTURES)} have. Open it with names='stored'."
             )
-        self.architecture = ARCHITECTURES[self.prefix]
+        self.architecture: Architecture = ARCHITECTURES[self.prefix]
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Renamed:
         """What the tensor of a name and a shape is called."""

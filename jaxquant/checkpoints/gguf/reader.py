@@ -20,7 +20,7 @@ _FACTOR_NOTE = "the factor of the tensor is rounded with each scale, by at most 
 _SHIFT_NOTE = "the file stores norms plus {}, which is subtracted"
 
 
-def open_gguf(path: str | os.PathLike, names: str = "stored") -> Checkpoint:
+def open_gguf(path: str | os.PathLike[str], names: str = "stored") -> Checkpoint:
     """Opens a GGUF file. Only its header is read; arrays are mapped.
 
     Weights are (N, K) with groups along the last axis, and decode to the float32 values that ggml's

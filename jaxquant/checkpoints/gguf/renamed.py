@@ -17,7 +17,9 @@ class Entry(NamedTuple):
     factor: TensorInfo | None
 
 
-def read_entries(path: str | os.PathLike, names: str) -> tuple[list[Container], dict[str, Entry]]:
+def read_entries(
+    path: str | os.PathLike[str], names: str
+) -> tuple[list[Container], dict[str, Entry]]:
     """The files of a model, and its tensors by name. `names` is that of `open_gguf`.
 
     Raises:

@@ -28,8 +28,8 @@ class Planned(NamedTuple):
 
 
 def write_gguf(
-    path: str | os.PathLike,
-    template: str | os.PathLike,
+    path: str | os.PathLike[str],
+    template: str | os.PathLike[str],
     tensors: Mapping[str, Array | QTensor],
     names: str = "stored",
 ) -> None:

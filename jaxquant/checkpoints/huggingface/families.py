@@ -73,7 +73,7 @@ _PARTS = (
 )
 
 
-def open_folder(path: str | os.PathLike) -> Checkpoint:
+def open_folder(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a folder of safetensors files, their index, or one such file. Reads headers only.
 
     The configuration in config.json says how weights are quantized. Small tensors that say how

@@ -24,7 +24,7 @@ class Pool:
 
     def __init__(self, folder: Folder):
         self.folder = folder
-        self.rest = dict(folder.tensors)
+        self.rest: dict[str, Tensor] = dict(folder.tensors)
 
     def modules(self, *suffixes: str) -> Iterator["Module"]:
         """Each module that has a tensor with one of the suffixes: "weight" finds "a.b.weight"."""

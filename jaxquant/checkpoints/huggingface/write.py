@@ -19,7 +19,7 @@ Array = np.ndarray | jax.Array | Source
 
 
 def write_folder(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     params: Mapping[str, Array | QTensor],
     config: Mapping[str, Any],
     *,

@@ -7,6 +7,7 @@ the last axis, the first element in the lowest bits.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def to_storage_array(x: jax.Array) -> jax.Array:
     return x if bits >= 8 else _PACK[bits](x, axis=-1)
 
 
-def from_storage_array(stored: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+def from_storage_array(stored: jax.Array, like: Any) -> jax.Array:
     """Undoes `to_storage_array`, given the shape and dtype of what was stored."""
     if stored.dtype == like.dtype:
         return stored
@@ -69,12 +70,12 @@ def from_storage_array(stored: jax.Array, like: jax.Array | jax.ShapeDtypeStruct
     return lax.slice_in_dim(whole, 0, like.shape[-1], axis=-1)
 
 
-def _unpack_int4(stored: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+def _unpack_int4(stored: jax.Array, like: Any) -> jax.Array:
     # XLA on CPU (jaxlib 0.10.2) folds this bitcast of a constant, such as a weight that a jitted
     # function closes over, to wrong codes. A barrier prevents the folding.
     pairs = lax.bitcast_convert_type(lax.optimization_barrier(stored), like.dtype)
     return pairs.reshape(*stored.shape[:-1], 2 * stored.shape[-1])
 
 
-def _unpack_int2(stored: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+def _unpack_int2(stored: jax.Array, like: Any) -> jax.Array:
     return unpack_int2(stored, like.shape[-1], axis=-1).astype(like.dtype)

@@ -56,9 +56,9 @@ class LoraMixin(QuantizableMixin):
                 setattr(self, variable, created)
         if name in self.float_weights:
             self.float_weights[name].trainable = False
-        self.lora_enabled = True
+        self.lora_enabled: bool = True
         self.lora_rank = rank
-        self.lora_alpha = rank if lora_alpha is None else lora_alpha
+        self.lora_alpha: float = rank if lora_alpha is None else lora_alpha
         self.renew_optimizers()
 
     def lora_operand(self, name: str) -> LowRank | QTensor | jax.Array:

@@ -53,7 +53,7 @@ class QuantizableMixin(PolicyMixin):
     quantization_config: Any = None
     weight_state: LayerState
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         declared = {}
         for base in reversed(cls.__mro__):
@@ -64,7 +64,7 @@ class QuantizableMixin(PolicyMixin):
         if cls.get_config is QuantizableMixin.get_config and inherited is not None:
             cls.get_config = compat.with_default_mark(QuantizableMixin.get_config, inherited)
 
-    def __new__(cls, *args: Any, **kwargs: Any):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         layer = super().__new__(cls, *args, **kwargs)
         # Not by setattr: Keras would track the variables in the state a second time.
         layer.__dict__["weight_state"] = LayerState(layer)
@@ -140,7 +140,7 @@ class QuantizableMixin(PolicyMixin):
         """The quantization mode; None while building, so that `build` takes its float path."""
         return None if self.weight_state.is_building else super().quantization_mode
 
-    def add_weight(self, *args: Any, name: str | None = None, **kwargs: Any):
+    def add_weight(self, *args: Any, name: str | None = None, **kwargs: Any) -> Any:
         """Creates a variable; for a declared weight of a quantized layer, codes and scales."""
         if name not in self.declared_weights:
             return super().add_weight(*args, name=name, **kwargs)
@@ -182,7 +182,7 @@ class QuantizableMixin(PolicyMixin):
         optimizer_slots.note_model(self.weight_state.models)
         return super().__call__(*args, **kwargs)
 
-    def quantized_call(self, *args: Any, **kwargs: Any):
+    def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the hook of the mode."""
         return getattr(self, f"_{self.quantization_mode}_call")(*args, **kwargs)
 
@@ -200,7 +200,9 @@ class QuantizableMixin(PolicyMixin):
 
     # Quantizing: every weight is computed and checked before anything changes.
 
-    def quantize(self, mode: str | None = None, config: Any = None, type_check: bool = True):
+    def quantize(
+        self, mode: str | None = None, config: Any = None, type_check: bool = True
+    ) -> None:
         """Quantizes the declared weights in place, all of them or none.
 
         Args:
@@ -389,7 +391,7 @@ class QuantizableMixin(PolicyMixin):
         return {**config, "quantization_config": keras.saving.serialize_keras_object(quantization)}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]):
+    def from_config(cls, config: dict[str, Any]) -> Any:
         """Makes the layer that `get_config` describes, with its quantization config."""
         config = dict(config)
         quantization = config.pop("quantization_config", None)

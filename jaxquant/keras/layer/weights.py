@@ -59,9 +59,9 @@ class QuantizedWeight:
     def __init__(self, axis: int | tuple[int, ...] | Callable[[Any], Any], inputs: bool = True):
         self.axis = axis
         self.inputs = inputs
-        self.name = ""
+        self.name: str = ""
 
-    def __set_name__(self, owner, name):
+    def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
     def axes(self, layer: keras.layers.Layer) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class QuantizedWeight:
         axis = self.axis(layer) if callable(self.axis) else self.axis
         return axis if isinstance(axis, tuple) else (axis,)
 
-    def __get__(self, layer, owner=None):
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
         if layer is None:
             return self
         stored = layer.stored_weights.get(self.name)
@@ -85,7 +85,7 @@ class QuantizedWeight:
             value = compat.autocast(stored.dequantize())
         return layer.adapted(self.name, value)
 
-    def __set__(self, layer, value):
+    def __set__(self, layer: Any, value: Any) -> None:
         stored = layer.stored_weights.get(self.name)
         if stored is not None and value is stored.codes:
             return

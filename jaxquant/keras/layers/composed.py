@@ -24,7 +24,9 @@ class ComposedMixin(PolicyMixin):
         ours = self.ours.get(type(value))
         super().__setattr__(name, value if ours is None else _made_again(value, ours))
 
-    def quantize(self, mode: str | None = None, config: Any = None, type_check: bool = True):
+    def quantize(
+        self, mode: str | None = None, config: Any = None, type_check: bool = True
+    ) -> None:
         """Raises an error, because the layer itself does not have weights.
 
         Raises:

@@ -111,7 +111,7 @@ class _ConvolvingMixin(KernelLayerMixin):
 class ConvolutionMixin(_ConvolvingMixin):
     """A Keras convolution: images with K channels -> images with `filters` channels."""
 
-    kernel = QuantizedWeight(axis=_spatial_and_inputs)
+    kernel: QuantizedWeight = QuantizedWeight(axis=_spatial_and_inputs)
 
     def has_codes(self, name: str) -> bool:
         """See `QuantizableMixin`; False where a subclass has its own `convolution_op`."""
@@ -127,7 +127,7 @@ class ConvolutionMixin(_ConvolvingMixin):
 class ConvolutionTransposeMixin(_ConvolvingMixin):
     """A Keras transposed convolution, with a kernel (spatial..., out, in)."""
 
-    kernel = QuantizedWeight(axis=lambda layer: (*_spatial(layer), layer.rank + 1))
+    kernel: QuantizedWeight = QuantizedWeight(axis=lambda layer: (*_spatial(layer), layer.rank + 1))
 
     def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
         """The gradient of a convolution: dilated inputs and a flipped kernel."""
@@ -149,7 +149,7 @@ class ConvolutionTransposeMixin(_ConvolvingMixin):
 class DepthwiseConvolutionMixin(_ConvolvingMixin):
     """A Keras depthwise convolution: K channels -> K * `depth_multiplier` channels."""
 
-    kernel = QuantizedWeight(axis=_spatial)
+    kernel: QuantizedWeight = QuantizedWeight(axis=_spatial)
 
     def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
         """The convolution of each channel on its own."""
@@ -159,8 +159,8 @@ class DepthwiseConvolutionMixin(_ConvolvingMixin):
 class SeparableConvolutionMixin(KernelLayerMixin):
     """A Keras separable convolution: a depthwise one, then a product of the channels."""
 
-    depthwise_kernel = QuantizedWeight(axis=_spatial)
-    pointwise_kernel = QuantizedWeight(axis=_spatial_and_inputs)
+    depthwise_kernel: QuantizedWeight = QuantizedWeight(axis=_spatial)
+    pointwise_kernel: QuantizedWeight = QuantizedWeight(axis=_spatial_and_inputs)
 
     def call(self, inputs: jax.Array) -> Any:
         """The forward pass: Keras' own in float, on codes if a kernel is quantized."""

@@ -20,8 +20,8 @@ class CellMixin(QuantizableMixin):
     A subclass defines `step`.
     """
 
-    kernel = QuantizedWeight(axis=0)
-    recurrent_kernel = QuantizedWeight(axis=0)
+    kernel: QuantizedWeight = QuantizedWeight(axis=0)
+    recurrent_kernel: QuantizedWeight = QuantizedWeight(axis=0)
 
     def step(
         self,

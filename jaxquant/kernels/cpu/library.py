@@ -17,7 +17,7 @@ import jaxlib.version
 _PATH = pathlib.Path(__file__).parents[1] / "_cpu.so"
 _KERNELS = ("quantize_rows", "dot_int8", "dot_groups", "dot_lookup", "dot_widen", "slice")
 # The version of jaxlib that runs here.
-JAXLIB = jaxlib.version.__version_info__
+JAXLIB: tuple[int, ...] = jaxlib.version.__version_info__
 # Instruction sets, the best first, in the order of `kSets` in handlers.cc.
 INSTRUCTIONS = ("AVX512-VNNI", "AVX2", "NEON")
 
