@@ -1,9 +1,12 @@
-"""Files written in version 1 of the format load bit for bit.
+"""Files of every version of the format load bit for bit.
 
-`data/` holds what the code of November 2026 saved; the digests are of what it loaded from them.
+`data/` holds what the code of November 2026 saved; the digests are of what it loaded from them. They
+stay as they are: a file that somebody saved is not changed by an update. A new version of the format
+adds a file.
 """
 
 import hashlib
+import json
 from pathlib import Path
 
 import jax
@@ -12,6 +15,8 @@ import pytest
 
 from jaxquant import W8A8, load, tree
 from jaxquant.core import LowRank, QTensor
+from jaxquant.tree import files
+from jaxquant.tree.internal import open_tensors
 
 DATA = Path(__file__).parent / "data"
 DIGESTS = {
@@ -21,7 +26,12 @@ DIGESTS = {
     "inputs": "d650bad1491a441e5dadf0e9659214d99341e4462dab9c0b11a21bfc4e204558",
     "low_rank": "84f899b2820c2d98e4afb0adab11d534ba3b619ec8d6501596d9cd73fdf8e1ef",
     "containers": "a3f1b337b4b5410555c28927eab331019d144addb416acfe4a4afc53746edf05",
+    "offset_permutation": "8ca604a22fb5496225cd70a5057840ec613797f3c8a6cb5b7c6e073fc620bdb2",
+    "rotation": "a8e30cce6ab79d091557604af463f3cc783005d908aeb3bf75c83ac6510794fb",
+    "dense_bits": "f669b390d39e3a100d650af28f0e5ed6095e3747928da9349f648fbb8a04fe19",
 }
+# The version of the files; 1 of all that are not named.
+VERSIONS = {"offset_permutation": 2, "rotation": 3, "dense_bits": 4}
 
 
 def leaves_of(params, path=""):
@@ -44,6 +54,8 @@ def static_of(leaf):
         return []
     config = leaf.inputs and leaf.inputs.config
     inputs = [config.format.name, config.group_size, repr(config.range)] if config else []
+    if leaf.inputs is not None and leaf.inputs.rotation is not None:
+        inputs.append(leaf.inputs.rotation.block)
     return [leaf.format.name, np.dtype(leaf.dtype).name, leaf.order, *inputs, static_of(leaf.scale)]
 
 
@@ -60,14 +72,21 @@ def digest(params):
 
 
 @pytest.mark.parametrize("name", DIGESTS)
-def test_a_file_of_version_1_loads_bit_for_bit(name):
+def test_an_old_file_loads_bit_for_bit(name):
     path = DATA / f"{name}.safetensors"
     assert digest(load(path)) == DIGESTS[name]
     assert tree.read_metadata(path) == {"note": name}
+    with open_tensors(path) as file:
+        manifest = json.loads(file.metadata["jaxquant"])
+    assert manifest["version"] == VERSIONS.get(name, 1)
 
 
-def test_every_file_of_version_1_is_tested():
+def test_every_old_file_is_tested():
     assert {p.stem for p in DATA.glob("*.safetensors")} == set(DIGESTS)
+
+
+def test_every_version_has_a_file():
+    assert {1, *VERSIONS.values()} == set(range(1, files.VERSION + 1))
 
 
 def test_the_inputs_of_an_old_file_are_read():
