@@ -143,9 +143,14 @@ FAILURES = {
         lambda: dense("float16"),
         "int8",
         ValueError,
-        "mode='int8' doesn't work well with compute_dtype='float16'",
+        "got dtype_policy='float16', which computes in float16",
     ),
-    "mixed_float16": (lambda: dense("mixed_float16"), "int8", ValueError, "'int8' doesn't work"),
+    "mixed_float16": (
+        lambda: dense("mixed_float16"),
+        "int8",
+        ValueError,
+        "Load the model with dtype='mixed_bfloat16', 'bfloat16' or 'float32', or quantize to int4",
+    ),
 }
 
 

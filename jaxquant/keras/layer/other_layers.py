@@ -4,6 +4,7 @@ from typing import Any
 
 from .. import compat
 from ..configs import SchemeConfig
+from .policy import check_compute_dtype
 
 
 def check_other_layers(layer: Any, config: SchemeConfig) -> None:
@@ -20,6 +21,7 @@ def check_other_layers(layer: Any, config: SchemeConfig) -> None:
     for other in layers[layers.index(layer) + 1 :]:
         is_ours = hasattr(other, "check_quantization")
         if not (is_ours and other.trains_in_float8 and not config.is_training):
+            check_compute_dtype(other, config.mode)
             compat.check_quantize_arguments(other, config.mode)
         if is_ours:
             other.check_quantization(config)

@@ -1,6 +1,22 @@
 """The dtype policy of a layer. If setting it fails, it is unchanged."""
 
+from typing import Any
+
 from .. import compat
+
+
+def check_compute_dtype(layer: Any, mode: str) -> None:
+    """Checks that Keras has a quantized policy for the layer's dtype: none for int8 in float16.
+
+    Raises:
+        ValueError: it does not. Keras raises one too, which recommends mixed_float16.
+    """
+    if mode == "int8" and layer.compute_dtype == "float16":
+        raise ValueError(
+            f"{layer.name} must compute in float32 or bfloat16 to be quantized to int8; got "
+            f"dtype_policy={layer.dtype_policy.name!r}, which computes in float16. Load the model "
+            "with dtype='mixed_bfloat16', 'bfloat16' or 'float32', or quantize to int4 or float8."
+        )
 
 
 class PolicyMixin(compat.KerasLayer):

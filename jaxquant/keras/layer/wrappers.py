@@ -11,6 +11,7 @@ from .. import compat
 from ..configs import SchemeConfig, as_config, config_of_policy
 from .aliases import alias, check_reachable
 from .other_layers import check_other_layers
+from .policy import check_compute_dtype
 
 
 def own_policy(layer: Any) -> Any:
@@ -53,6 +54,7 @@ def quantize_with_config(layer: Any, quantize: Callable[..., Any]) -> Callable[.
         try:
             config = config_of_policy(policy) if is_named else as_config(mode, config)
             if isinstance(config, SchemeConfig):
+                check_compute_dtype(layer, config.mode)
                 check_other_layers(layer, config)
             with _training_ends(layer, config):
                 return quantize(mode=mode, config=config, **kwargs)
