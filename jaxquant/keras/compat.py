@@ -109,7 +109,12 @@ def running_layer() -> keras.layers.Layer | None:
 
 def has_slots_for(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> bool:
     """Whether an optimizer was built for these variables."""
-    return {id(v) for v in optimizer._trainable_variables} == {id(v) for v in variables}
+    return {id(v) for v in optimized_variables(optimizer)} == {id(v) for v in variables}
+
+
+def optimized_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """The variables that an optimizer was built for."""
+    return list(optimizer._trainable_variables)
 
 
 def autocast(x: jax.Array) -> jax.Array:

@@ -72,7 +72,8 @@ def test_a_loaded_model_trains_after_quantizing_without_a_call(tmp_path):
     steps = int(loaded.optimizer.iterations)
     loaded.quantize("int8")
     codes = [np.asarray(layer.quantized_weight("kernel").codes) for layer in loaded.layers]
-    loaded.fit(inputs, targets, batch_size=4, verbose="0")
+    with pytest.warns(UserWarning, match="2 of its 4 trainable variables were quantized"):
+        loaded.fit(inputs, targets, batch_size=4, verbose="0")
 
     assert int(loaded.optimizer.iterations) == steps + 2
     assert np.all(np.isfinite(loaded.predict(inputs, verbose="0")))

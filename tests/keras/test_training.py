@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from jaxquant.keras import Float8QuantizationConfig, layers
+from jaxquant.keras import Float8QuantizationConfig, layers, quantize
 
 
 def data():
@@ -43,7 +43,8 @@ def test_training_continues_after_quantizing():
 
     codes = np.asarray(dense.quantized_weight("kernel").codes)
     bias = np.asarray(dense.bias)
-    model.optimizer.build(model.trainable_variables)
+    with pytest.warns(UserWarning, match="2 of its 4 trainable variables were quantized or frozen"):
+        model.optimizer.build(model.trainable_variables)
     for variable in model.optimizer.variables:
         np.testing.assert_array_equal(variable, moments[variable.path])
     losses = fit(model, 4)
@@ -62,8 +63,33 @@ def test_training_continues_in_float8_and_back():
     losses += fit(model)
     for layer in model.layers[1:]:
         layer.quantize("int8")
-    losses += fit(model)
+    # Of each layer the kernel, and the scale and the history of three operands.
+    with pytest.warns(UserWarning, match="14 of its 16 trainable variables were quantized"):
+        losses += fit(model)
     assert losses == sorted(losses, reverse=True)
+
+
+def test_a_model_that_was_compiled_before_says_what_no_longer_trains():
+    model: Any = keras.Sequential([keras.Input((20,)), layers.Dense(3, name="dense")], name="net")
+    model.compile("sgd", "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.quantize("int8")
+    text = (
+        r"before 1 of its 2 trainable variables were quantized or frozen \(net/dense/kernel\)\. "
+        r"Training continues .* for the 1 trainable variables it has now\. Compile it again"
+    )
+    with pytest.warns(UserWarning, match=text):
+        fit(model, 1)
+    fit(model, 1)  # Once is enough.
+    again: Any = keras.Sequential([keras.Input((20,)), layers.Dense(3)])
+    again.compile("sgd", "mse")
+    again.optimizer.build(again.trainable_variables)
+    again.quantize("int8")
+    again.compile("sgd", "mse")
+    fit(again, 1)
+    copy, _ = quantize(keras.Sequential([keras.Input((20,)), layers.Dense(3)]), "int8")
+    with pytest.raises(ValueError, match="call `compile"):
+        fit(copy, 1)
 
 
 def test_quantize_compile_fit():

@@ -1,6 +1,7 @@
 """Optimizers of models in which trainable variables are added or removed."""
 
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -66,15 +67,17 @@ def successor(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimiz
     """A new optimizer, not yet built, that continues from the state of another one.
 
     When it is built it copies the other's number of iterations, its learning rate, and its state
-    of the variables that both optimize.
+    of the variables that both optimize, and warns if the other one optimized more of them.
     """
     fresh = type(optimizer).from_config(optimizer.get_config())
     build, held = fresh.build, optimizer.variables
+    before = compat.optimized_variables(optimizer)
 
     @functools.wraps(build)
     def build_and_copy(variables):
         del fresh.__dict__["build"]
         build(variables)
+        _warn_of_frozen(before, variables)
         counts = Counter(v.path for v in held)
         values = {(v.path, tuple(v.shape)): v for v in held if counts[v.path] == 1}
         for variable in fresh.variables:
@@ -85,3 +88,18 @@ def successor(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimiz
 
     fresh.__dict__["build"] = build_and_copy
     return fresh
+
+
+def _warn_of_frozen(before: list[keras.Variable], variables: list[keras.Variable]) -> None:
+    """Warns if training continues without some variables that were trained before."""
+    left = {id(v) for v in variables}
+    frozen = [v.path for v in before if id(v) not in left]
+    if frozen:
+        shown = ", ".join(frozen[:3]) + (", ..." if len(frozen) > 3 else "")
+        warnings.warn(
+            f"The model was compiled before {len(frozen)} of its {len(before)} trainable variables "
+            f"were quantized or frozen ({shown}). Training continues with the state of its "
+            f"optimizer, for the {len(variables)} trainable variables it has now. Compile it "
+            "again to start with a new optimizer.",
+            stacklevel=2,
+        )
