@@ -206,3 +206,32 @@ def test_a_kernel_shared_by_a_wrapper_stays_in_float(tmp_path):
     quantized.save(tmp_path / "model.keras")
     loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(np.ones((2, 6))), wanted)
+
+
+WORDS = np.array([["a", "b"], ["b", "c"], ["c", "c"]])
+COUNTED = np.array([[12, 3], [4, 12], [4, 4]])
+# Layers that need TensorFlow, which a model of the JAX backend holds and does not run.
+LOOKUPS: dict[str, Any] = {
+    "StringLookup": (lambda: stock.StringLookup(output_mode="tf_idf"), WORDS, "string"),
+    "IntegerLookup": (lambda: stock.IntegerLookup(output_mode="tf_idf"), COUNTED, "int64"),
+    "TextVectorization": (
+        lambda: stock.TextVectorization(output_mode="tf_idf"),
+        np.array([["a b c"], ["c d"], ["b b a"]]),
+        "string",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_copies_have_the_vocabulary(name):
+    pytest.importorskip("tensorflow", reason="pip install tensorflow-cpu")
+    make, data, dtype = LOOKUPS[name]
+    layer = make()
+    layer.adapt(data)
+    start = keras.Input(data.shape[1:], dtype=dtype)
+    model: Any = keras.Sequential([start, layer, stock.Dense(2)])
+    ours, (quantized, _) = convert(model), quantize(model, "int8")
+    for copy in (ours, to_stock(ours), quantized):
+        assert copy.layers[0] is not layer
+        assert copy.layers[0].get_vocabulary() == layer.get_vocabulary()
+        np.testing.assert_array_equal(copy.layers[0](data), layer(data))
