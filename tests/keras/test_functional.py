@@ -20,6 +20,7 @@ from jaxquant.keras import (
     layers,
     quantize,
 )
+from jaxquant.methods import MeanSquare
 
 # Each kind of layer and of format, but not all combinations: `functional` depends only on
 # variables and formats.
@@ -189,6 +190,77 @@ def test_apply_raises_for_other_params():
     late.quantize("int8")
     with pytest.raises(ValueError, match="are not those it had when `functional` was called"):
         apply(params, jnp.ones((1, 4)))
+
+
+class Router(keras.layers.Layer):
+    """Weights of its own, used without a stock layer."""
+
+    def build(self, input_shape):
+        self.experts = self.add_weight(name="experts", shape=(3, input_shape[-1], 32))
+
+    def call(self, inputs):
+        return keras.ops.max(keras.ops.einsum("bk,ekn->ebn", inputs, self.experts), axis=0)
+
+
+class Subclassed(keras.Model):
+    """Layers in a list and a dict, made without an argument of `__init__`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.blocks = [keras.layers.Dense(64, name="first"), Router(name="router")]
+        self.named = {"head": keras.layers.Dense(32, name="head", bias_initializer="normal")}
+
+    def call(self, inputs):
+        return self.project(self.blocks[0](inputs))
+
+    def project(self, inputs, factor=1.0):
+        return factor * self.named["head"](self.blocks[1](inputs))
+
+
+def subclassed() -> Any:
+    keras.utils.set_random_seed(0)
+    model, x = Subclassed(name="sub"), np.random.default_rng(0).normal(size=(3, 64)).astype("f")
+    return model, x, model(x)
+
+
+def test_a_stock_model_of_any_class_runs_lifted():
+    model, x, wanted = subclassed()
+    apply, params = functional(model)
+    assert sorted(params["sub"]) == ["first", "head", "router"]
+    np.testing.assert_array_equal(apply(params, x), wanted)
+    uses = jaxquant.uses(apply, params, x)
+    assert uses.contracted == {
+        "sub/first/kernel": (0,),
+        "sub/router/experts": (1,),
+        "sub/head/kernel": (0,),
+    }
+    rules = uses.rules(W8A8)
+    statistics = jaxquant.collect(apply, params, [x], rules, MeanSquare)
+    assert set(statistics) == set(uses.contracted)
+    quantized = jaxquant.tree.quantize(params, rules)
+    lifted = jaxquant.lift(apply, strict=True)
+    assert_close(jax.jit(lifted)(quantized, x), wanted, 0.02)
+    assert not isinstance(model.blocks[0], layers.Dense)
+    with pytest.raises(ValueError, match=r"array of shape \(64, 64\).*Call jaxquant.lift\(apply\)"):
+        apply(quantized, x)
+
+
+def test_functional_calls_a_method():
+    model, x, _ = subclassed()
+    apply, params = functional(model, "project")
+    np.testing.assert_array_equal(apply(params, x, factor=2.0), model.project(x, 2.0))
+    doubled = jax.tree.map(lambda a: 2 * a, params)
+    np.testing.assert_allclose(apply(doubled, x), _doubled(model, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(functional(model, "__call__")[0](params, x), model(x))
+    for method in ("generate", "name"):
+        with pytest.raises(ValueError, match=f"method of Subclassed.*; got '{method}'"):
+            functional(model, method)
+
+
+def _doubled(model, x):
+    """`project` with twice the weights, in NumPy."""
+    experts, kernel, bias = (np.asarray(v) for v in model.weights[-3:])
+    return np.einsum("bk,ekn->ebn", x, 2 * experts).max(0) @ (2 * kernel) + 2 * bias
 
 
 def test_layers_with_the_same_path_get_separate_params():

@@ -15,29 +15,40 @@ from ..layer import StoredWeight, replaced
 Params = dict[str, Any]
 
 
-def functional(model: keras.Model) -> tuple[Callable[..., Any], Params]:
+def functional(model: keras.Model, method: str | None = None) -> tuple[Callable[..., Any], Params]:
     """Splits a model into a pure function and its weights.
 
         apply, params = functional(model)
         outputs = jax.jit(apply)(params, inputs)
 
+    A stock model needs no conversion: `jaxquant.lift(apply)` computes with quantized params.
+
+        rules = jaxquant.uses(apply, params, inputs).rules(jaxquant.W8A8)
+        quantized = jaxquant.tree.quantize(params, rules)
+        outputs = jax.jit(jaxquant.lift(apply))(quantized, inputs)
+
     Args:
-        model: built, of any class; its layers may be quantized or not. Do not quantize it or
+        model: built, of any class: functional, subclassed, or of a library such as KerasHub. Its
+            layers may be stock or quantizable, in float or quantized. Do not quantize it or
             change its layers afterwards.
+        method: name of a method to call in place of the model, such as "call_with_cache". It must
+            return what it computes, not keep it in the model.
 
     Returns:
         apply: (params, *inputs) -> the outputs of `model(inputs)` in inference. It reads all
             weights from params, under jit, grad and vmap and in any thread, and does not change
             the model: seeds and moving statistics stay the same. Pass several inputs one by one,
-            or in the structure that the model expects.
+            or in the structure that the model expects. With a method, (params, *args, **kwargs)
+            -> `model.method(*args, **kwargs)`.
         params: nested dicts by the parts of a weight's path, such as ["encoder"]["dense"]
             ["kernel"]: a QTensor for each quantized weight, in the dtype of its format and in
             the order of axes that is fast on this machine, and an array for everything else.
             They are copies: `apply` refers to the model, but not to its values.
 
     Raises:
-        ValueError: the model is not built. `apply` raises it for params of another structure,
-            and if the model was quantized, or gained or lost weights, in the meantime.
+        ValueError: the model is not built, or has no such method. `apply` raises it for params of
+            another structure, and if the model was quantized, or gained or lost weights, in the
+            meantime.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), jk.layers.Dense(2)])
@@ -51,9 +62,9 @@ def functional(model: keras.Model) -> tuple[Callable[..., Any], Params]:
             f"Model {model.name!r} must be built; got built={model.built} and {len(places)} "
             "weights. Call it on data, or give it an Input."
         )
-    known = _identity(model)
+    known, call = _identity(model), _call_of(model, method)
 
-    def apply(params: Params, *inputs: Any) -> Any:
+    def apply(params: Params, *args: Any, **kwargs: Any) -> Any:
         if _identity(model) != known:
             raise ValueError(
                 f"The variables of model {model.name!r} are not those it had when `functional` "
@@ -62,10 +73,8 @@ def functional(model: keras.Model) -> tuple[Callable[..., Any], Params]:
         values = _checked(params, places)
         stored = [(x, values[k]) for k, x in places.items() if isinstance(x, StoredWeight)]
         plain = [(x, values[k]) for k, x in places.items() if not isinstance(x, StoredWeight)]
-        # A model is called with one argument, a structure.
-        structure = inputs[0] if len(inputs) == 1 else list(inputs)
         with replaced(stored), keras.StatelessScope(state_mapping=plain):
-            return model(structure, training=False)
+            return call(*args, **kwargs)
 
     params: Params = {}
     for (*folders, name), place in places.items():
@@ -76,6 +85,19 @@ def functional(model: keras.Model) -> tuple[Callable[..., Any], Params]:
         # Keras donates the model's arrays, in `predict` too.
         inner[name] = jax.tree.map(jnp.copy, value)
     return apply, params
+
+
+def _call_of(model: keras.Model, method: str | None) -> Callable[..., Any]:
+    """What `apply` calls: a method, or the model with one argument, a structure."""
+    if method is None:
+        return lambda *xs: model(xs[0] if len(xs) == 1 else list(xs), training=False)
+    call = getattr(model, method, None)
+    if not callable(call):
+        raise ValueError(
+            f"method must be the name of a method of {type(model).__name__}, such as 'call'; got "
+            f"{method!r}."
+        )
+    return call
 
 
 def _places(model: keras.Model) -> dict[tuple[str, ...], StoredWeight | keras.Variable]:
@@ -125,7 +147,8 @@ def _checked(
         shape = place.like.shape if is_stored else tuple(place.shape)
         if isinstance(leaf, QTensor) != is_stored or np.shape(leaf) != shape:
             wanted = f"a QTensor like {place.like!r}" if is_stored else f"an array of shape {shape}"
-            raise ValueError(f"params at {'/'.join(key)} must be {wanted}; got {leaf!r}.")
+            advice = " Call jaxquant.lift(apply) with it." if isinstance(leaf, QTensor) else ""
+            raise ValueError(f"params at {'/'.join(key)} must be {wanted}; got {leaf!r}.{advice}")
     return found
 
 
