@@ -115,16 +115,27 @@ def blocks_between(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> tupl
 
 
 def split(x: jax.Array, blocks: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
-    """Splits the axes of x that have several blocks. Also returns the axes within a block."""
-    shape, inner = [], []
-    for length, block in zip(x.shape, blocks, strict=True):
-        if block in (1, length):
-            inner += [len(shape)] * (block != 1)
-            shape += [length]
-        else:
-            inner += [len(shape) + 1]
-            shape += [length // block, block]
-    return x.reshape(shape), tuple(inner)
+    """Splits the axes of x that have several blocks. Also returns the axes within a block.
+
+    One axis per reshape, because JAX cannot tell how an array is sharded after two are split.
+    """
+    inner, place = [], 0
+    for block in blocks:
+        length = x.shape[place]
+        if block not in (1, length):
+            x = x.reshape(*x.shape[:place], length // block, block, *x.shape[place + 1 :])
+            place += 1
+        inner += [place] * (block != 1)
+        place += 1
+    return x, tuple(inner)
+
+
+def join(x: jax.Array, shape: tuple[int, ...], blocks: tuple[int, ...]) -> jax.Array:
+    """Inverse of `split`, for an array of `shape`."""
+    for axis, (length, block) in enumerate(zip(shape, blocks, strict=True)):
+        if block not in (1, length):
+            x = x.reshape(*x.shape[:axis], length, *x.shape[axis + 2 :])
+    return x
 
 
 def to_blocks(scale: jax.Array, blocks: tuple[int, ...]) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import affine
 from .block_rotation import BlockRotation
-from .blocks import blocks_between, split, to_blocks
+from .blocks import blocks_between, join, split, to_blocks
 from .config import ArrayConfig
 from .formats import Format, bits_of
 
@@ -260,7 +260,7 @@ def _decode(q):
     # A value that rounding moved above the largest finite number is that number, not Inf.
     largest = float(min(jnp.finfo(q.dtype).max, jnp.finfo(values.dtype).max))
     values = jnp.clip(values, -largest, largest)
-    return values.reshape(q.codes.shape).astype(q.dtype)
+    return join(values, q.codes.shape, blocks).astype(q.dtype)
 
 
 class TrainedArray(abc.ABC):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from . import affine
-from .blocks import Axes, Groups, block_shape, split_groups, to_blocks
+from .blocks import Axes, Groups, block_shape, join, split_groups, to_blocks
 from .config import ArrayConfig
 from .formats import FP8_E4M3, bits_of
 from .qtensor import QTensor, scale_values
@@ -176,7 +176,8 @@ def encode(
     """The nearest codes for the stored scales; with a key, codes are rounded stochastically."""
     step = groups.per_element(scale_values(scale))
     zero = None if zero_point is None else to_blocks(zero_point, groups.blocks)
-    codes = affine.encode(groups.values, step, zero, config, key).reshape(groups.shape)
+    codes = affine.encode(groups.values, step, zero, config, key)
+    codes = join(codes, groups.shape, groups.blocks)
     return QTensor(codes, scale, zero_point, format=config.format, dtype=groups.dtype)
 
 

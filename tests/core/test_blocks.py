@@ -1,11 +1,15 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxquant import MXFP4, NVFP4, ArrayConfig, quantize
 from jaxquant.core import block_shape, normalize_axes, shared_axes
+from jaxquant.core.blocks import join, split
 
-from .. import cases
+from .. import cases, checks
 
 AXES = [
     (None, 3, (0, 1, 2)),
@@ -101,3 +105,23 @@ def test_arrays_are_reached_by_splitting_axes_and_never_by_moving_them():
     for case in cases.FEW.values():
         jaxpr = jax.make_jaxpr(lambda x, c=case: quantize(x, *c))(cases.gaussian())
         assert "transpose" not in str(jaxpr)
+
+
+@pytest.mark.parametrize("spec", [("d", None), (None, "d")], ids=str)
+def test_blocks_along_two_axes_of_a_sharded_array(spec):
+    """With explicit axes, JAX rejects a reshape that splits or joins two axes at once."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = np.random.default_rng(0).normal(size=(16, 32)).astype(np.float32)
+    config = ArrayConfig(group_size=(2, 4))
+    sharding = jax.NamedSharding(mesh, jax.P(*spec))
+    q = quantize(jax.device_put(x, sharding), config, (0, 1))
+    assert q.codes.sharding == q.dequantize().sharding == sharding
+    checks.assert_equal_quantized(q, quantize(jnp.asarray(x), config, (0, 1)))
+
+
+def test_join_is_the_inverse_of_split():
+    x = jnp.arange(2 * 6 * 4 * 5).reshape(2, 6, 4, 5)
+    for blocks in itertools.product((1, 2), (1, 2, 6), (1, 2, 4), (1, 5)):
+        values, inner = split(x, blocks)
+        assert [values.shape[a] for a in inner] == [n for n in blocks if n > 1]
+        np.testing.assert_array_equal(join(values, x.shape, blocks), x)
