@@ -60,6 +60,7 @@ from .sharding import is_sharded as is_sharded
 from .sharding import names_along as names_along
 from .sharding import reshard_like as reshard_like
 from .sharding import run_with_out_sharding as run_with_out_sharding
+from .sharding import sharding_for as sharding_for
 from .sharding import vary_alike as vary_alike
 from .sharding import varying_axes as varying_axes
 from .sharding import without_names as without_names
@@ -68,3 +69,4 @@ from .slices import is_narrow as is_narrow
 from .slices import is_sliced as is_sliced
 from .walker import Site as Site
 from .walker import walk as walk
+from .zeros import zero_results as zero_results

@@ -5,6 +5,9 @@ from typing import Any
 
 import jax
 
+from ..core import devices_of
+from .params import is_tracer
+
 OutSharding = jax.sharding.NamedSharding | jax.P | None
 
 
@@ -83,6 +86,29 @@ def without_names(out_sharding: OutSharding, names: set[str]) -> OutSharding:
 def is_sharded(x: jax.Array) -> bool:
     """Whether the type of an array says that it is sharded along an explicit mesh axis."""
     return any(name is not None for name in jax.typeof(x).sharding.spec)
+
+
+def sharding_for(shape: tuple[int, ...], like: jax.Array) -> jax.NamedSharding | None:
+    """The sharding of an array for one of another shape, such as its scales.
+
+    Axes that the devices cannot share evenly are not sharded.
+
+    Args:
+        shape: of the rank of `like`.
+        like: an array, or a tracer whose type says how it is sharded.
+
+    Returns:
+        The sharding; None if `like` does not have a named one.
+    """
+    sharding = jax.typeof(like).sharding if is_tracer(like) else like.sharding
+    if not isinstance(sharding, jax.NamedSharding) or not any(sharding.spec):
+        return None
+    spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
+    names = (
+        name if n > 1 and n % devices_of(name, sharding.mesh) == 0 else None
+        for name, n in zip(spec, shape, strict=True)
+    )
+    return sharding.update(spec=jax.P(*names))
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxquant.jaxprs import before_transpose, is_sharded, reshard_like, vary_alike, varying_axes
+from jaxquant.jaxprs import (
+    before_transpose,
+    is_sharded,
+    reshard_like,
+    sharding_for,
+    vary_alike,
+    varying_axes,
+)
 
 X = np.arange(24.0, dtype=np.float32).reshape(4, 6)
 
@@ -73,3 +80,19 @@ def test_arrays_vary_along_the_axes_that_any_of_them_varies_along():
         run, mesh=mesh(AxisType.Auto), in_specs=(jax.P("a"), jax.P()), out_specs=jax.P("a")
     )(X, X[:2])
     assert seen == [[{"a"}, set()], [{"a"}, {"a"}]]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_sharding_for_another_shape_leaves_out_what_devices_cannot_share(kind):
+    sharding = jax.NamedSharding(mesh(kind), jax.P(None, "a"))
+    x = jax.device_put(X, sharding)
+    assert sharding_for((4, 8), x) == sharding
+    for shape in ((4, 1), (4, 3)):
+        found = sharding_for(shape, x)
+        assert found is not None
+        assert found.spec == jax.P(None, None)
+    assert sharding_for((4, 6), jnp.asarray(X)) is None
+    found = []
+    with jax.set_mesh(mesh(kind)):
+        jax.jit(lambda x: found.append(sharding_for((4, 8), x)))(x)
+    assert [s and s.spec for s in found] == [sharding.spec if kind == AxisType.Explicit else None]
