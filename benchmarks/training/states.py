@@ -9,8 +9,7 @@ from jaxquant import training
 from . import versus
 from .loop import PRETRAINING_RATE, Result, Setting, adamw, held_out_loss, make_step, train
 
-# (rules, whether to round at random: to nearest, 4-bit averages stay where they are)
-WAYS = {"8-bit": (training.STATE_8_BIT, False), "4-bit": (training.STATE_4_BIT, True)}
+WAYS = {"8-bit": training.STATE_8_BIT, "4-bit": training.STATE_4_BIT}
 # Loss above float32's that is lost, and bytes of the state, as shares.
 GOALS = {"8-bit": 0.005, "4-bit": 0.015}
 BYTES = {"8-bit": 0.27, "4-bit": 0.15}
@@ -23,9 +22,8 @@ def run(setting: Setting) -> list[Result]:
     exact = adamw(PRETRAINING_RATE, steps)
     full = _bytes(exact, task)
     results = [_result("float32", s, loss, full, full) for s, loss in setting.losses.items()]
-    for name, (rules, is_random) in WAYS.items():
-        key = jax.random.key(0) if is_random else None
-        optimizer = training.quantized_state(exact, rules, key=key)
+    for name, rules in WAYS.items():
+        optimizer = training.quantized_state(exact, rules)
         step, size = make_step(task, optimizer), _bytes(optimizer, task)
         for seed in setting.losses:
             params = task.init(jax.random.key(seed))

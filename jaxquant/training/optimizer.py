@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from ..core import ArrayConfig, Scheme, bits_of, packed_bytes
+from ..jaxprs import zero_results
 from ..tree import Rule, Rules
 from ..tree.internal import as_rules, leaves_with_paths, match_rules, unused_rules
-from .blockwise import Blockwise, quantize_blocks
+from .blockwise import Blockwise, quantize_blocks, zero_blocks
 from .power_formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
 from .transformation import AnyTransformation, check_transformation
 
@@ -47,7 +48,7 @@ def _state_rules(signed, positive, length):
     )
 
 
-STATE_8_BIT = _state_rules(SIGNED_8, POSITIVE_8, 256)
+STATE_8_BIT = _state_rules(SIGNED_8, POSITIVE_8, 128)
 STATE_4_BIT = _state_rules(SIGNED_4, POSITIVE_4, 128)
 
 
@@ -59,7 +60,7 @@ class QuantizedState:
     Attributes:
         inner: state of the transformation, with a `Blockwise` in place of each array that the
             rules select.
-        key: random key of the next step; None to round to nearest.
+        count: number of updates, int32. The noise of each update depends on it.
 
     Example:
         >>> state = jq.training.quantized_state(optax.adam(1e-3)).init({"w": jnp.zeros(8192)})
@@ -68,13 +69,14 @@ class QuantizedState:
     """
 
     inner: Any
-    key: jax.Array | None = None
+    count: jax.Array
 
 
 def quantized_state(
     transformation: AnyTransformation,
     rules: Rules = STATE_8_BIT,
     *,
+    rounds_stochastically: bool = True,
     key: jax.Array | None = None,
     min_size: int = 4096,
 ) -> AnyTransformation:
@@ -85,30 +87,30 @@ def quantized_state(
     Each step computes in float exactly as the transformation does; then its state is rounded.
 
     Rounded to nearest, a moving average gets stuck once its updates are smaller than half a
-    quantization step. This affects 4-bit states, and 8-bit averages whose decay is near 1: with
-    b2 = 0.999, Adam's second moment does not follow gradients that shrink (it was 20.6 times too
-    large after 2,700 steps; 0.98 times with a key). Pass a key for 4-bit states, and for 8-bit
-    states when gradients shrink and b2 is near 1.
+    quantization step. With b2 = 0.999, Adam's second moment then does not follow gradients that
+    shrink: 2,700 steps after they fell tenfold, it is 20 times too large. So states are rounded
+    stochastically, with noise that is a function of the key and of the number of updates.
 
     Args:
         transformation: any `optax.GradientTransformation`, chains and wrappers included.
         rules: `STATE_8_BIT`, `STATE_4_BIT`, an ArrayConfig for every array, or rules as for
             `tree.quantize` for the paths of the state, such as "0/mu/layers/0/kernel"; the first
-            match decides. The group size of a config is the number of elements per block (None:
-            256). The two constants are written for optax's field names: they store averages of
-            squares without a sign and never as zero, and leave partial sums (`optax.MultiSteps`)
-            and copies of parameters in float. They do not suit `optax.sm3`, whose `nu` is an
-            average of gradients.
-        key: random key for stochastic rounding, kept in the state; None rounds to nearest.
-        min_size: arrays with fewer elements stay in float.
+            match decides. The group size of a config is the largest number of elements per block
+            (None: 128). The two constants are written for optax's field names: they store averages
+            of squares without a sign and never as zero, and leave partial sums
+            (`optax.MultiSteps`) and copies of parameters in float. They do not suit `optax.sm3`,
+            whose `nu` is an average of gradients.
+        rounds_stochastically: whether states are rounded stochastically; False rounds to nearest.
+        key: random key of the noise; None for `jax.random.key(0)`.
+        min_size: arrays with fewer elements stay in float, as scalars do.
 
     Returns:
         A transformation of the same type. Its state is a `QuantizedState`.
 
     Raises:
-        ValueError: the transformation does not have init and update, the rules are invalid, or
-            min_size is not positive; in `init`: a required rule matches nothing in the state, or
-            as for `quantize`.
+        ValueError: the transformation does not have init and update, the rules are invalid, a key
+            is given to round to nearest, or min_size is not positive; in `init`: a required rule
+            matches nothing in the state, or as for `quantize`.
 
     Error: NaN or Inf in an array of the state makes its whole block NaN in the next step.
     Source: Dettmers et al. 2022, arXiv:2110.02861, section 2; 4 bits: Li et al. 2023,
@@ -120,23 +122,27 @@ def quantized_state(
         >>> jq.training.state_bytes(optax.adamw(1e-3).init(params))
         65540
         >>> jq.training.state_bytes(optimizer.init(params))
-        16900
+        16904
     """
     check_transformation(transformation)
     rules = _checked(rules, min_size)
+    if key is not None and not rounds_stochastically:
+        raise ValueError(
+            f"key must be None with rounds_stochastically=False; got {key}. Leave out one of them."
+        )
 
     def init(params):
         inner = transformation.init(params)
         _check_used(rules, inner)
-        # Initial states are zeros: under jit, XLA would quantize the constants while it compiles,
-        # which takes 30 s for 1024 x 2048 parameters.
-        inner = jax.lax.optimization_barrier(inner)
-        return QuantizedState(_store(inner, rules, min_size, None), key)
+        is_zero = zero_results(transformation.init, params)
+        return QuantizedState(_store_first(inner, rules, min_size, is_zero), jnp.int32(0))
 
     def update(updates, state, params=None, **extra):
-        later, now = (None, None) if state.key is None else jax.random.split(state.key)
         updates, inner = transformation.update(updates, _restore(state.inner), params, **extra)
-        return updates, QuantizedState(_store(inner, rules, min_size, now), later)
+        noise = None
+        if rounds_stochastically:
+            noise = jax.random.fold_in(jax.random.key(0) if key is None else key, state.count)
+        return updates, QuantizedState(_store(inner, rules, min_size, noise), state.count + 1)
 
     # Of the same named tuple type, which optax checks.
     return transformation._replace(init=init, update=update)
@@ -174,7 +180,7 @@ def _checked(rules, min_size):
 
 
 def _check_used(rules, inner):
-    paths, leaves, _ = leaves_with_paths(inner, None)
+    paths, leaves, _ = leaves_with_paths(inner, _is_box)
     found = unused_rules(rules, paths, leaves)
     if found:
         raise ValueError(
@@ -185,17 +191,46 @@ def _check_used(rules, inner):
 
 def _store(inner, rules, min_size, key):
     """The state with a Blockwise in place of each array that the rules select."""
-    paths, leaves, treedef = leaves_with_paths(inner, None)
-    stored = []
-    for i, (leaf, rule) in enumerate(zip(leaves, match_rules(rules, paths, leaves), strict=True)):
+
+    def stored(leaf, config, place):
+        noise = None if key is None else jax.random.fold_in(key, place)
+        return quantize_blocks(leaf, config, noise)
+
+    return _map_selected(stored, inner, rules, min_size)
+
+
+def _store_first(inner, rules, min_size, is_zero):
+    """`_store` of the first state; is_zero says which arrays are zeros."""
+
+    def stored(leaf, config, place):
+        if is_zero[place]:
+            return zero_blocks(leaf, config)
+        return quantize_blocks(jax.lax.optimization_barrier(leaf), config)
+
+    return _map_selected(stored, inner, rules, min_size)
+
+
+def _map_selected(store, inner, rules, min_size):
+    """Replaces each array that the rules select by `store(array, config, its place)`."""
+    paths, boxes, treedef = leaves_with_paths(inner, _is_box)
+    rules_of = match_rules(rules, paths, [jax.tree.leaves(box)[0] for box in boxes])
+    found = []
+    for place, (box, rule) in enumerate(zip(boxes, rules_of, strict=True)):
+        (leaf,), around = jax.tree.flatten(box)
         config = _config_of(leaf, rule, min_size)
-        noise = None if key is None else jax.random.fold_in(key, i)
-        stored.append(leaf if config is None else quantize_blocks(leaf, config, noise))
-    return jax.tree.unflatten(treedef, stored)
+        found.append(box if config is None else store(leaf, config, place).put_in(around))
+    return jax.tree.unflatten(treedef, found)
 
 
 def _restore(inner):
-    return jax.tree.map(lambda x: x.dequantize() if _is_stored(x) else x, inner, is_leaf=_is_stored)
+    return jax.tree.map(lambda x: x.restore() if _is_stored(x) else x, inner, is_leaf=_is_stored)
+
+
+def _is_box(x: object) -> bool:
+    """Whether x is a node around a single value, such as Flax's variables and their metadata."""
+    children, _ = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
+    is_single = jax.tree.structure(x).num_leaves == 1
+    return is_single and [path for path, _ in children] == [(jax.tree_util.GetAttrKey("value"),)]
 
 
 def _is_stored(x: object) -> bool:
@@ -206,7 +241,7 @@ def _config_of(leaf: Any, rule: Rule | None, min_size: int) -> ArrayConfig | Non
     """The config that a leaf is stored with, or None if it stays in float."""
     scheme = rule and rule.resolve()
     is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    if scheme is None or leaf.size < min_size or not is_floating:
+    if scheme is None or not is_floating or leaf.size < min_size or not leaf.ndim:
         return None
     config = scheme.weights
     return config if bits_of(leaf.dtype) > config.format.bits else None

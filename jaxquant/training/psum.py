@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core import ArrayConfig, bits_of, quantize
-from .blockwise import block_length, blocks_of
 from .power_formats import GRADIENT_8
+from .state_blocks import block_length, blocks_of
 
 GRADIENT_8_BIT = ArrayConfig(format=GRADIENT_8, group_size=256)
 
@@ -36,7 +36,7 @@ def quantized_psum(
         x: pytree of float arrays, such as gradients; each device has its own values.
         axis_name: axis of the mesh to sum over, or several.
         config: format, scale dtype, and group size as the number of elements per block (None:
-            256). Arrays smaller than a block are summed in float.
+            128). Arrays smaller than a block are summed in float.
         key: random key for stochastic rounding, the same on all devices and different in each
             step; None rounds to nearest.
         error: None, or the error that was not sent yet, a tree like x: zeros at first, then the
