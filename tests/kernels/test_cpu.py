@@ -481,3 +481,19 @@ def test_kernels_of_a_newer_jaxlib_are_not_registered(monkeypatch, tmp_path, bui
 def test_the_kernels_say_which_jaxlib_they_were_built_with():
     built = ctypes.CDLL(str(library._PATH))
     assert (0, 10, 2) <= tuple(built.jaxquant_jaxlib(i) for i in range(3)) <= library.JAXLIB
+
+
+@needs_native
+def test_the_environment_leaves_out_instruction_sets(monkeypatch):
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *args, **options: None)
+    load, everything = library._loaded.__wrapped__, cpu.instruction_sets()
+    for best in cpu.instruction_sets():
+        monkeypatch.setenv("JAXQUANT_CPU_INSTRUCTIONS", best)
+        assert load() == (None, everything[everything.index(best) :])
+    monkeypatch.setenv("JAXQUANT_CPU_INSTRUCTIONS", "")
+    assert load() == (None, everything)
+    monkeypatch.setenv("JAXQUANT_CPU_INSTRUCTIONS", "none")
+    assert load() == ("JAXQUANT_CPU_INSTRUCTIONS is none", ())
+    monkeypatch.setenv("JAXQUANT_CPU_INSTRUCTIONS", "avx2")
+    with pytest.raises(ValueError, match="the best of AVX512-VNNI, AVX2, NEON to be used, or none"):
+        load()

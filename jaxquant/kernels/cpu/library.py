@@ -3,11 +3,12 @@
 They are a shared library that does not use Python, so one file is for all versions of Python. It is
 part of a wheel, or compiled when the package is installed from source, if there is a C++ compiler.
 Without it, or on a processor without its instruction sets, `unavailable` says why, and XLA computes
-instead.
+instead. JAXQUANT_CPU_INSTRUCTIONS=AVX2 leaves out better sets than AVX2, and "none" all of them.
 """
 
 import ctypes
 import functools
+import os
 import pathlib
 
 import jax
@@ -20,6 +21,7 @@ _KERNELS = ("quantize_rows", "dot_int8", "dot_groups", "dot_lookup", "dot_widen"
 JAXLIB: tuple[int, ...] = jaxlib.version.__version_info__
 # Instruction sets, the best first, in the order of `kSets` in handlers.cc.
 INSTRUCTIONS = ("AVX512-VNNI", "AVX2", "NEON")
+_VARIABLE = "JAXQUANT_CPU_INSTRUCTIONS"
 
 
 def unavailable() -> str | None:
@@ -46,10 +48,30 @@ def _loaded() -> tuple[str | None, tuple[str, ...]]:
         # Registered nevertheless, they would keep JAX from using CPUs at all.
         wanted, found = (".".join(map(str, version)) for version in (built_with, JAXLIB))
         return f"{_PATH.name} was built for jaxlib {wanted} or later, and this is {found}", ()
-    found = [name for number, name in enumerate(INSTRUCTIONS) if library.jaxquant_has(number)]
+    allowed = _allowed()
+    if not allowed:
+        return f"{_VARIABLE} is none", ()
+    found = [name for i, name in enumerate(INSTRUCTIONS) if library.jaxquant_has(i)]
+    found = [name for name in found if name in allowed]
     if not found:
-        return f"this processor supports none of {', '.join(INSTRUCTIONS)}", ()
+        return f"this processor supports none of {', '.join(allowed)}", ()
     for name in _KERNELS:
         handler = jax.ffi.pycapsule(getattr(library, f"jaxquant_{name}"))
         jax.ffi.register_ffi_target(f"jaxquant_{name}", handler, platform="cpu")
     return None, tuple(found)
+
+
+def _allowed() -> tuple[str, ...]:
+    """The instruction sets that the environment allows.
+
+    Raises:
+        ValueError: the variable names none of them.
+    """
+    sets = {name: INSTRUCTIONS[i:] for i, name in enumerate(INSTRUCTIONS)} | {"none": ()}
+    best = os.environ.get(_VARIABLE) or INSTRUCTIONS[0]
+    if best not in sets:
+        raise ValueError(
+            f"{_VARIABLE} must be the best of {', '.join(INSTRUCTIONS)} to be used, or none; got "
+            f"{best!r}."
+        )
+    return sets[best]
