@@ -6,7 +6,19 @@ import math
 import pathlib
 from collections.abc import Callable
 
-from . import accuracy, cpu, end_to_end, gpu, llm, machine, quantize, tpu, tpu_compiler, training
+from . import (
+    accuracy,
+    cpu,
+    end_to_end,
+    gpu,
+    llm,
+    machine,
+    quantize,
+    tpu,
+    tpu_compiler,
+    tpu_models,
+    training,
+)
 from .shapes import ROWS, WEIGHTS
 
 SUITES = {
@@ -17,15 +29,19 @@ SUITES = {
     "llm": llm.suite,
     "quantize": quantize.suite,
     "tpu-compile": tpu.suite,
+    "tpu-models": tpu_models.suite,
     "training": training.suite,
 }
 _SUITES_HELP = """accuracy: methods on a language model at equal bits; cpu: matrix multiplication,
  by shape and rows; end-to-end: a sentence encoder and a text-generating decoder; gpu: matrix
  multiplication on a GPU; llm: a language model, against llama.cpp; quantize: time and memory of
- quantizing weights; tpu-compile: estimates by the TPU compiler; training: losses, speed and memory
- of training with quantization"""
+ quantizing weights; tpu-compile: estimates by the TPU compiler; tpu-models: the same of a whole
+ language model; training: losses, speed and memory of training with quantization"""
 # To be called before JAX initializes its devices.
-PREPARATIONS = {"gpu": gpu.prepare, "tpu-compile": tpu_compiler.prepare}
+PREPARATIONS = {
+    "gpu": gpu.prepare,
+    **dict.fromkeys(("tpu-compile", "tpu-models"), tpu_compiler.prepare),
+}
 
 
 def above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
@@ -62,9 +78,11 @@ def main() -> None:
     products.add_argument(
         "--full", action="store_true", help="gpu and tpu-compile: all shapes and rows, for hours"
     )
-    chips = parser.add_argument_group("options of tpu-compile")
+    chips = parser.add_argument_group("options of tpu-compile and tpu-models")
     chips.add_argument("--chips", nargs="+", choices=tpu_compiler.CHIPS, help="generations")
-    other = parser.add_argument_group("options of end-to-end, llm, quantize and tpu-compile")
+    other = parser.add_argument_group(
+        "options of end-to-end, llm, quantize, tpu-compile and tpu-models"
+    )
     other.add_argument(
         "--only",
         nargs="+",

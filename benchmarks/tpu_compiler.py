@@ -89,7 +89,7 @@ def prepare() -> None:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise SystemExit(
-            "The suite tpu-compile needs the TPU compiler, but libtpu is not installed. Run "
+            "The suite needs the TPU compiler, but libtpu is not installed. Run "
             "pip install -e '.[tpu]'."
         )
     for name, value in _ENVIRONMENT.items():

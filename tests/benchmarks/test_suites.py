@@ -92,6 +92,7 @@ WRONG = {
     "--suite training --parts all": "argument --parts: invalid choice: 'all' (choose from",
     "--suite training": "needs optax, and found none: pip install optax.",
     "--suite tpu-compile": "needs the TPU compiler, but libtpu is not installed",
+    "--suite tpu-models": "needs the TPU compiler, but libtpu is not installed",
 }
 
 
