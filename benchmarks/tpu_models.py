@@ -1,0 +1,221 @@
+"""Estimates by the TPU compiler for a whole language model, divided among eight chips.
+
+    python -m benchmarks --suite tpu-models [--chips v5e v6e] [--only W8A8 W4A16]
+
+Needs libtpu (extra `tpu`) but no TPU: nothing runs. Llama 3 8B as shapes, in bfloat16 and
+quantized, is tensor-parallel on 2 x 4 chips, under plain `jit`: kernels that read activations are
+divided along their columns, `out` and `down` along their rows. Steps decode one token of 1, 8 or 64
+sequences with 8,192 tokens each, or prefill 4,096. Keys and values are in bfloat16 beside bfloat16
+kernels, and in int8 beside quantized ones.
+
+Every figure is an ESTIMATE by the compiler, not a measurement: operations one after another, each
+as the longer of its cycles and its bytes, without the time that data takes between chips. Cells:
+milliseconds, the speed relative to bfloat16, GB of memory on each chip, and the largest array that
+is gathered if it is larger than the activations: weights never should be. Red: slower than
+bfloat16, or too large for the chip.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+from jax.experimental import topologies
+
+import jaxquant as jq
+from jaxquant import demo
+from jaxquant.ops import kv
+
+from .tpu_compiler import CHIPS, estimate
+from .tpu_text import parse_arrays
+
+REFERENCE = "bfloat16"
+SCHEMES = ("W8A8", "W8A16", "W4A16", "W4A8", "FP8")
+DEVICES = 8
+# GB of memory of a chip, by Google's data sheets.
+MEMORY = {"v5e": 16, "v6e": 32}
+CONTEXT = 8192
+_COLUMNS, _ROWS = jax.P(None, "model", None), jax.P(None, None, "model")
+_SPECS = {
+    **dict.fromkeys(("query", "key", "value", "gate", "up"), _COLUMNS),
+    **dict.fromkeys(("out", "down"), _ROWS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one program does: `tokens` further tokens of each sequence."""
+
+    sequences: int
+    tokens: int
+
+    def __str__(self) -> str:
+        if self.tokens > 1:
+            return f"prefill {self.tokens}"
+        return f"decode {self.sequences} x {CONTEXT}"
+
+
+STEPS = (Step(1, 1), Step(8, 1), Step(64, 1), Step(1, 4096))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model of the Llama family; the defaults are those of Llama 3 8B."""
+
+    layers: int = 32
+    width: int = 4096
+    hidden: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+    head: int = 128
+    vocabulary: int = 128256
+
+    @property
+    def config(self) -> demo.LlamaConfig:
+        """Of the demo's model."""
+        return demo.LlamaConfig(self.heads, self.kv_heads, self.layers, 1e-5)
+
+    def params(self, dtype: Any = jnp.bfloat16) -> Any:
+        """Shapes of the parameters, as `demo.load_llama` has them."""
+
+        def array(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        def kernel(columns: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+            return {"kernel": array(self.layers, columns, rows)}
+
+        queries, keys = self.heads * self.head, self.kv_heads * self.head
+        layers = {
+            "attention_norm": array(self.layers, self.width),
+            "mlp_norm": array(self.layers, self.width),
+            "query": kernel(queries, self.width),
+            "key": kernel(keys, self.width),
+            "value": kernel(keys, self.width),
+            "out": kernel(self.width, queries),
+            "gate": kernel(self.hidden, self.width),
+            "up": kernel(self.hidden, self.width),
+            "down": kernel(self.width, self.hidden),
+        }
+        return {
+            "embedding": array(self.vocabulary, self.width),
+            "head": array(self.vocabulary, self.width),
+            "norm": array(self.width),
+            "frequencies": jax.ShapeDtypeStruct((self.head // 2,), jnp.float32),
+            "layers": [layers],
+        }
+
+
+def placed(params: Any, mesh: Any) -> Any:
+    """Shapes of the parameters, with how they are divided among the devices of a mesh."""
+
+    def place(path: Any, x: Any) -> Any:
+        names = [getattr(key, "key", None) for key in path]
+        spec = next((_SPECS[name] for name in names if name in _SPECS), jax.P())
+        if names[0] in ("embedding", "head"):
+            spec = jax.P("model")
+        if not isinstance(x, jq.QTensor):
+            return _with(x, mesh, spec)
+        specs = jq.specs(x, spec, mesh)
+        return jax.tree.map(lambda a, s: _with(a, mesh, s), x, specs)
+
+    return jax.tree_util.tree_map_with_path(place, params, is_leaf=jq.tree.is_quantized)
+
+
+def _with(x: Any, mesh: Any, spec: jax.P) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+
+def lowered(sizes: Sizes, scheme: str, step: Step, mesh: Any) -> Any:
+    """A step of the model, lowered for the devices of a mesh."""
+    params, store = sizes.params(), jnp.bfloat16
+    if scheme != REFERENCE:
+        rule, store = jq.Rule("layers/*/kernel", jq.SCHEMES[scheme], axis=-1), jq.ArrayConfig()
+        params = jax.eval_shape(lambda p: jq.tree.quantize(p, rule, platform="tpu"), params)
+    length = max(CONTEXT, step.tokens)
+    cache = jax.eval_shape(
+        lambda: kv.init(
+            step.sequences, sizes.kv_heads, length, sizes.head, store=store, layers=sizes.layers
+        )
+    )
+    heads = jax.P(None, None, "model")
+    cache = jax.tree.map(lambda x: _with(x, mesh, heads if x.ndim > 2 else jax.P()), cache)
+    tokens = jax.ShapeDtypeStruct((step.sequences, step.tokens), jnp.int32)
+    tokens = _with(tokens, mesh, jax.P())
+    return demo.next_token.lower(placed(params, mesh), sizes.config, tokens, cache)
+
+
+def gathered(text: str, least: int) -> int:
+    """Bytes of the largest array that a program gathers, if it has more elements than `least`."""
+    lines = re.findall(r"= (.*?) (?:all-gather|all-to-all)(?:-start)?\(", text)
+    arrays = [a for line in lines for a in parse_arrays(line) if a.size > least]
+    return max((a.bytes for a in arrays), default=0)
+
+
+def measure(chip: str, scheme: str, step: Step, sizes: Sizes) -> dict[str, Any]:
+    """One result."""
+    name = CHIPS[chip].topology.replace("2x2", "2x4")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(DEVICES), ("model",))
+    compiled = lowered(sizes, scheme, step, mesh).compile()
+    found, memory = estimate(chip, compiled), compiled.memory_analysis()
+    activations = step.sequences * step.tokens * max(sizes.hidden, sizes.width)
+    return {
+        "chip": chip,
+        "contender": scheme,
+        "step": str(step),
+        "compiler_estimate_milliseconds": found.microseconds / 1e3,
+        "hbm_bytes": found.hbm_bytes,
+        "memory_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "gathered_bytes": gathered(compiled.as_text(), activations),
+        "is_whole": found.is_whole,
+    }
+
+
+def suite(arguments: Any) -> dict[str, Any]:
+    """Runs the suite, prints its tables, and returns what the JSON file holds."""
+    chips = [chip for chip in arguments.chips or MEMORY if chip in MEMORY]
+    words = arguments.only or [""]
+    schemes = [REFERENCE, *(s for s in SCHEMES if any(word in s for word in words))]
+    console = rich.console.Console(width=max(120, rich.console.Console().width))
+    results = []
+    with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
+        task = bar.add_task("", total=len(chips) * len(schemes) * len(STEPS))
+        for chip in chips:
+            part = []
+            for scheme in schemes:
+                for step in STEPS:
+                    bar.update(task, description=f"{chip}, {scheme}, {step}")
+                    part.append(measure(chip, scheme, step, Sizes()))
+                    bar.advance(task)
+            console.print(table(chip, part))
+            results += part
+    return {"is_estimate_of_the_compiler": True, "models": results}
+
+
+def table(chip: str, results: list[dict[str, Any]]) -> rich.table.Table:
+    """One line per scheme, one column per step."""
+    steps = list(dict.fromkeys(r["step"] for r in results))
+    found = rich.table.Table(
+        "by", *steps, title=f"Llama 3 8B on {DEVICES} {chip}, by the compiler's estimate"
+    )
+    cells = {(r["contender"], r["step"]): r for r in results}
+    for name in dict.fromkeys(r["contender"] for r in results):
+        found.add_row(name, *(_cell(cells[name, s], cells[REFERENCE, s]) for s in steps))
+    return found
+
+
+def _cell(result: dict[str, Any], reference: dict[str, Any]) -> str:
+    time = result["compiler_estimate_milliseconds"]
+    speed = reference["compiler_estimate_milliseconds"] / time
+    size = result["memory_bytes"] / 1e9
+    text = f"{'' if result['is_whole'] else '> '}{time:.2f} ms · {speed:.2f} · {size:.1f} GB"
+    if result["gathered_bytes"]:
+        text += f" · gathers {result['gathered_bytes'] / 1e6:.0f} MB"
+    is_bad = speed < 1 or size > MEMORY[result["chip"]] or math.isnan(time)
+    return f"[red]{text}[/red]" if is_bad else text
