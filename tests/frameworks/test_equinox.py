@@ -111,6 +111,24 @@ def test_a_whole_module_is_served_by_filter_jit():
     assert len(jq.explain(lifted, quantized, X)) == 2
 
 
+def test_optimizer_states_by_filter_grad():
+    def train(optimizer, wrapper, steps):
+        model, state = MODEL, optimizer.init(eqx.filter(MODEL, eqx.is_inexact_array))
+
+        @wrapper
+        def step(model, state):
+            gradients = eqx.filter_grad(loss)(model)
+            arrays = eqx.filter(model, eqx.is_inexact_array)
+            updates, state = optimizer.update(gradients, state, arrays)
+            return eqx.apply_updates(model, updates), state
+
+        for _ in range(steps):
+            model, state = step(model, state)
+        return loss(model), state
+
+    checks.check_states(train, eqx.filter_jit)
+
+
 def test_qat_by_filter_grad():
     rules = jq.uses(batched, MODEL, X).rules(checks.INT2)
     prepared = training.prepare(MODEL, rules)

@@ -140,6 +140,33 @@ def test_qat_by_a_train_state():
     assert loss(converted) < 0.5 * loss(jq.tree.quantize(params, rules))
 
 
+def test_optimizer_states_by_a_train_state():
+    def train(optimizer, wrapper, steps):
+        params, _ = parameters_and_uses()
+        state = TrainState.create(apply_fn=lifted, params=params, tx=optimizer)
+
+        @wrapper
+        def step(state):
+            return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+        for _ in range(steps):
+            state = step(state)
+        return loss(state.params), state.opt_state
+
+    checks.check_states(train, jax.jit)
+
+
+def test_optimizer_states_of_partitioned_parameters():
+    """Boxes with names of mesh axes stay around the codes, and name their axes."""
+    kernel = nn.Partitioned(jnp.ones((64, 128)), names=("model", None))
+    optimizer = training.quantized_state(optax.adam(1e-3))
+    params = {"kernel": kernel}
+    updates, state = optimizer.update(params, optimizer.init(params))
+    codes = nn.get_partition_spec(state).inner[0].mu["kernel"].q.codes
+    assert codes == jax.P("model", None)
+    assert isinstance(updates["kernel"], nn.Partitioned)
+
+
 def test_qlora_by_a_train_state():
     params, uses = parameters_and_uses()
     rules = uses.rules(checks.NF4)

@@ -202,6 +202,42 @@ def test_qat_by_nnx_optimizer():
     assert loss(converted) < 0.5 * before
 
 
+def test_optimizer_states_by_nnx_optimizer():
+    def train(transformation, wrapper, steps):
+        model = Regression(nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
+
+        @wrapper
+        def step(model, optimizer):
+            optimizer.update(model, nnx.grad(loss)(model))
+
+        for _ in range(steps):
+            step(model, optimizer)
+        return loss(model), nnx.state(optimizer)
+
+    checks.check_states(train, nnx.jit)
+
+
+def test_optimizer_states_of_variables():
+    """Variables keep their metadata around codes, and a state of them is updated as it is."""
+    params = nnx.state(Regression(nnx.Rngs(0)), nnx.Param)
+    params["up"]["kernel"] = params["up"]["kernel"].replace(note="a")
+    optimizer = training.quantized_state(optax.adam(1e-3))
+    state = optimizer.init(params)
+    kernel = state.inner[0].mu["up"]["kernel"]
+    assert kernel.q.codes.get_metadata("note") == "a"
+    update = jax.jit(optimizer.update)
+    updates, after = update(params, state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert (
+        checks.distance(
+            after.inner[0].mu["up"]["kernel"].dequantize(), 0.1 * params["up"]["kernel"].get_value()
+        )
+        < 0.05
+    )
+
+
 def test_qlora():
     model = Regression(nnx.Rngs(0))
     rules = jq.uses(call, model, X).rules(checks.NF4)

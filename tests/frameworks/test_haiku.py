@@ -102,6 +102,22 @@ def test_qat_by_optax():
     assert loss(converted) < 0.5 * loss(jq.tree.quantize(PARAMS, rules))
 
 
+def test_optimizer_states():
+    def train(optimizer, wrapper, steps):
+        params, state = PARAMS, optimizer.init(PARAMS)
+
+        @wrapper
+        def step(params, state):
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(steps):
+            params, state = step(params, state)
+        return loss(params), state
+
+    checks.check_states(train, jax.jit)
+
+
 def test_qlora_by_optax():
     rules = jq.uses(MODEL.apply, PARAMS, X).rules(checks.NF4)
     adapted = training.lora_init(PARAMS, rules, rank=4, key=KEY)
