@@ -11,13 +11,15 @@ from .formats import Format
 from .noise import uniform_noise
 
 
-def fit_scale(low: jax.Array, high: jax.Array, config: ArrayConfig) -> jax.Array:
+def fit_scale(
+    low: jax.Array, high: jax.Array, config: ArrayConfig, *, covers: bool = False
+) -> jax.Array:
     """The scale at which the codes span [low, high], before it is rounded to its dtype.
 
     Symmetric: high / config.symmetric_qmax. Asymmetric: (high - low) / (qmax - qmin). An empty
     range has scale 0. A power-of-two scale (e8m0) is that scale rounded up to a power of two. With
     floating-point codes it is 2^(floor(log2(high)) - floor(log2(qmax))) instead, the rule of
-    OCP MX v1.0, section 6.3, which may clip the largest values.
+    OCP MX v1.0, section 6.3, which may clip the largest values, unless `covers`.
     """
     qmin, qmax = config.bounds
     span, code_span = high, config.symmetric_qmax
@@ -27,7 +29,7 @@ def fit_scale(low: jax.Array, high: jax.Array, config: ArrayConfig) -> jax.Array
     if has_exponent_only(config.stored_scale_dtype):
         mantissa, exponent = jnp.frexp(span / code_span)
         exponent = jnp.where(mantissa == 0.5, exponent - 1, exponent)
-        if not (config.format.rounds or config.format.codebook):
+        if not (covers or config.format.rounds or config.format.codebook):
             exponent = jnp.frexp(span)[1] - int(np.frexp(code_span)[1])
         scale = jnp.ldexp(jnp.ones_like(span), jnp.clip(exponent, -126, 126))
         return jnp.where(span == 0, 0, scale)
@@ -39,6 +41,12 @@ def fit_scale(low: jax.Array, high: jax.Array, config: ArrayConfig) -> jax.Array
 def has_exponent_only(dtype: str) -> bool:
     """Whether a floating-point dtype represents only powers of two."""
     return jnp.finfo(dtype).nmant == 0
+
+
+def round_up(values: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The nearest numbers of a floating-point dtype that are not smaller in magnitude."""
+    step = _float_step(values, dtype)
+    return jnp.copysign(jnp.ceil(jnp.abs(values) / step) * step, values)
 
 
 def fit_zero_point(low: jax.Array, scale: jax.Array, config: ArrayConfig) -> jax.Array:

@@ -40,7 +40,8 @@ def quantize(
         axis: the axis, or a tuple of axes, along which elements share a scale, as in
             `jnp.sum(x, axis)`. For weights, pass the contracted axes. None for all axes. Static.
         key: random key for stochastic rounding to one of the two neighbouring codes, so that
-            the expectation equals the value unless it is clipped. None rounds to nearest.
+            the expectation equals the value unless it is clipped; scales are rounded up to their
+            dtype, so that `AbsMax()` clips nothing. None rounds to nearest.
         importance: nonnegative weights of the squared errors that `config.range` minimizes, such
             as the mean squares of the activations; with the rank of x, and lengths that are those
             of x or 1. None weights all elements alike.
@@ -91,7 +92,7 @@ def _quantize(
 ):
     _check(x, config)
     groups = group(x, config, axis)
-    scale, zero_point = fit(groups, config, _spread(importance, x))
+    scale, zero_point = fit(groups, config, _spread(importance, x), covers=key is not None)
     return encode(groups, scale, zero_point, config, key)
 
 
@@ -152,7 +153,7 @@ def _quantize_with_range(x, low, high, config, axis, key):
     _check(x, config)
     groups = group(x, config, axis)
     low, high = _given_range(groups, low, high, config)
-    scale = fit_scale(groups, low, high, config)
+    scale = fit_scale(groups, low, high, config, covers=key is not None)
     return encode(groups, scale, fit_zero_point(groups, low, scale, config), config, key)
 
 

@@ -39,6 +39,8 @@ def fit(
     config: ArrayConfig,
     importance: jax.Array | None = None,
     unit: jax.Array | None = None,
+    *,
+    covers: bool = False,
 ) -> tuple[jax.Array | QTensor, jax.Array | None]:
     """The stored scales and the zero points that `config` leads to.
 
@@ -47,10 +49,11 @@ def fit(
         config: format, range and scale dtype.
         importance: as for `fit_range`.
         unit: from `scale_unit` of an array that the groups are a part of; None if they are all.
+        covers: as for `fit_scale`.
     """
     unit = scale_unit(groups, config) if unit is None else unit
     low, high = fit_range(groups, config, importance, unit)
-    scale = fit_scale(groups, low, high, config, unit)
+    scale = fit_scale(groups, low, high, config, unit, covers=covers)
     return scale, fit_zero_point(groups, low, scale, config)
 
 
@@ -138,6 +141,8 @@ def fit_scale(
     high: jax.Array,
     config: ArrayConfig,
     unit: jax.Array | None = None,
+    *,
+    covers: bool = False,
 ) -> jax.Array | QTensor:
     """The scales at which the codes span [low, high], as they are stored.
 
@@ -146,14 +151,16 @@ def fit_scale(
         low, high: from `fit_range`.
         config: format and scale dtype.
         unit: from `scale_unit`; None computes the outer scale from the scales.
+        covers: whether scales are rounded up to their dtype, so that the codes span no less than
+            the range. Otherwise they are rounded to nearest, which may clip.
 
     Returns:
         One scale per group; NaN for a group that contains NaN or Inf.
     """
-    scale = affine.fit_scale(low, high, config)
+    scale = affine.fit_scale(low, high, config, covers=covers)
     # Tested here and not in the ranges, so that custom ranges cannot hide NaN or Inf.
     scale = jnp.where(is_finite(groups), scale, jnp.nan)
-    return store_scale(groups.per_group(scale), config, unit)
+    return store_scale(groups.per_group(scale), config, unit, covers=covers)
 
 
 def fit_zero_point(
@@ -192,18 +199,18 @@ def _is_nested(dtype: str) -> bool:
 
 
 def store_scale(
-    scale: jax.Array, config: ArrayConfig, unit: jax.Array | None
+    scale: jax.Array, config: ArrayConfig, unit: jax.Array | None, *, covers: bool = False
 ) -> jax.Array | QTensor:
     """Casts scales to their stored dtype, or to a QTensor if the range of the dtype is too small.
 
     Magnitudes below the smallest positive number of the dtype are raised to it, so that none
     becomes zero. Magnitudes above the largest number become NaN, because their groups would be
     clipped. A scale of 0, from an empty range, becomes 1, or the smallest positive number if the
-    format does not represent zero.
+    format does not represent zero. `covers` is as for `fit_scale`.
     """
     dtype = config.stored_scale_dtype
     if _is_nested(dtype):
-        return _store_nested(scale, _unit_of(scale) if unit is None else unit)
+        return _store_nested(scale, _unit_of(scale) if unit is None else unit, covers)
     info = jnp.finfo(dtype)
     # Subnormals of float32 and bfloat16 are flushed to zero, but those of float16 are not.
     smallest = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
@@ -212,7 +219,7 @@ def store_scale(
         return scale.astype(dtype)
     scale = jnp.where(jnp.abs(scale) > float(info.max), jnp.nan, scale)
     raised = jnp.where(scale < 0, jnp.minimum(scale, -smallest), jnp.maximum(scale, smallest))
-    return raised.astype(dtype)
+    return (affine.round_up(raised, dtype) if covers else raised).astype(dtype)
 
 
 def _unit_of(scale: jax.Array) -> jax.Array:
@@ -224,9 +231,11 @@ def _unit_of(scale: jax.Array) -> jax.Array:
     return jnp.where(unit == 0, 1, unit)
 
 
-def _store_nested(scale: jax.Array, unit: jax.Array) -> QTensor:
+def _store_nested(scale: jax.Array, unit: jax.Array, covers: bool) -> QTensor:
     """Quantizes scales to FP8_E4M3 with an outer scale per matrix. NaN scales stay NaN."""
     is_nan = jnp.isnan(scale)
+    if covers:
+        scale = affine.round_up(scale / unit, FP8_E4M3.dtype) * unit
     codes = affine.encode(jnp.where(is_nan, 0, scale), unit, None, _E4M3).astype(scale.dtype)
     # Groups of zeros or tiny values get the smallest positive code, because a zero scale would
     # divide by zero. A scale of 1 could be far larger than all other scales.

@@ -14,9 +14,12 @@ from jaxquant import (
     MXFP4,
     MXFP8,
     NF4,
+    NVFP4,
     ArrayConfig,
     Percentile,
+    QTensor,
     quantize,
+    quantize_with_range,
 )
 
 from .. import checks, oracles
@@ -123,3 +126,46 @@ def test_keys_share_one_compilation():
     for seed in range(3):
         f(jnp.ones((8, 3)), jax.random.key(seed))
     assert len(traces) == 1
+
+
+NARROW = {
+    "mxfp4": ArrayConfig(format=MXFP4),
+    "mxfp8": ArrayConfig(format=MXFP8),
+    "nvfp4": ArrayConfig(format=NVFP4),
+    "bfloat16": ArrayConfig(format=INT4, group_size=32, scale_dtype="bfloat16"),
+    "float16": ArrayConfig(format=INT8, group_size=32, scale_dtype="float16"),
+    "float8_e4m3fn": ArrayConfig(format=NF4, group_size=32, scale_dtype="float8_e4m3fn"),
+}
+
+
+def next_below(scale):
+    """The stored scales that are one step smaller, in float64."""
+    if isinstance(scale, QTensor):
+        below = next_below(scale.codes) * np.asarray(scale.scale, np.float64)
+        return np.where(np.asarray(scale.codes, np.float32) > 2.0**-9, below, 0)
+    values = np.asarray(scale)
+    if "e8m0" in scale.dtype.name:
+        return values.astype(np.float64) / 2
+    return np.nextafter(values, np.zeros_like(values)).astype(np.float64)
+
+
+@pytest.mark.some_rows(3)
+@pytest.mark.parametrize("name", NARROW)
+def test_stored_scales_are_rounded_up_so_that_nothing_is_clipped(name):
+    """Rounded to nearest, scales clip the largest elements of their groups: the mean shrinks."""
+    config, random = NARROW[name], np.random.default_rng(0)
+    x = random.normal(size=(64, 128)) * 10 ** random.uniform(-1, 1, (64, 1))
+    x = x.astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 64)
+    draws = jax.jit(jax.vmap(lambda key: quantize(x, config, 1, key)))(keys)
+
+    one = jax.tree.map(lambda leaf: leaf[0], draws)
+    scale, end = checks.scale_of(one), config.symmetric_qmax
+    largest = np.abs(x).reshape(*scale.shape, -1).max(-1)
+    assert np.all(largest <= end * scale * (1 + 1e-6))
+    assert np.all(largest > end * next_below(one.scale) * (1 - 1e-6))
+    assert np.any(largest > end * checks.scale_of(quantize(x, config, 1)) * (1 + 1e-4))
+    mean = np.asarray(jax.vmap(QTensor.dequantize)(draws), np.float64).mean(0)
+    assert abs(np.sum(mean * x) / np.sum(x.astype(np.float64) ** 2) - 1) < 1e-3
+    given = jnp.asarray(largest, jnp.float32)
+    checks.assert_equal_quantized(quantize_with_range(x, -given, given, config, 1, keys[0]), one)
