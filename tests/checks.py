@@ -24,7 +24,9 @@ def zero_point_of(q):
 
 
 def codes_of(q):
-    return np.asarray(q.codes).astype(np.float64)
+    """The codes in float64; those of codebooks as indices."""
+    codes = np.asarray(q.codes).astype(np.float64)
+    return codes % 2**q.format.bits if q.format.codebook else codes
 
 
 def assert_equal_quantized(q, other):

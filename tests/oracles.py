@@ -39,7 +39,8 @@ def code_values(codes, format):
     """What each code stands for when the scale is 1."""
     codes = np.asarray(codes)
     if format.codebook is not None:
-        return np.asarray(format.codebook, np.float64)[codes.astype(np.int64)]
+        index = codes.astype(np.int64) % 2**format.bits
+        return np.asarray(format.codebook, np.float64)[index]
     return codes.astype(np.float64)
 
 

@@ -78,7 +78,7 @@ def encode(
         codes = find(values, format, noise)
         if not format.has_negative:
             codes = jnp.maximum(codes, (values > 0).astype(codes.dtype))
-        return codes.astype(format.dtype)
+        return _code_of(codes, format)
     if format.rounds:
         values = jnp.round(values) if noise is None else _round_by(noise, values)
     elif noise is not None:
@@ -158,11 +158,24 @@ def _nearest_power(values, format, noise=None):
 
 def _power_value(codes, format, dtype):
     """Entries of a power codebook, computed from their codes."""
-    book = format.codebook
+    book, index = format.codebook, _index_of(codes, format).astype(dtype)
     if not format.has_negative:
-        return _raise(codes.astype(dtype) / (len(book) - 1), format.power)
-    value = (codes.astype(dtype) - len(book) // 2) / (len(book) // 2)
+        return _raise(index / (len(book) - 1), format.power)
+    value = (index - len(book) // 2) / (len(book) // 2)
     return jnp.sign(value) * _raise(value, format.power)
+
+
+def _code_of(index, format):
+    """The codes of codebook entries: the bits of their indices."""
+    unsigned = index.astype(f"uint{format.bits}")
+    return jax.lax.bitcast_convert_type(unsigned, jnp.dtype(format.dtype))
+
+
+def _index_of(codes, format):
+    """The indices of codebook entries, from their codes."""
+    if jnp.issubdtype(codes.dtype, jnp.unsignedinteger):
+        return codes
+    return codes.astype(jnp.int16) & (2**format.bits - 1)
 
 
 def _raise(x, power):

@@ -20,7 +20,8 @@ class Format:
         dtype: dtype of the codes. XLA stores sub-byte dtypes with two or four codes per byte.
         qmin, qmax: the smallest and the largest value of a code. Abs-max quantization maps the
             largest magnitude to qmax.
-        codebook: ascending values that the codes index; None if each code is its own value.
+        codebook: ascending values that the codes index; None if each code is its own value. Codes
+            of a signed dtype are the bits of the index: -8 in int4 is entry 8.
         group_size: elements per scale, if the format fixes it; None leaves it to the config.
         scale_dtype: default dtype of the scales.
         power: 2 or 4 if the codebook is `power_codebook(power, ...)`, whose codes are computed
@@ -58,7 +59,7 @@ class Format:
                 f"{self.dtype!r}."
             ) from error
         if self.codebook is not None:
-            self._check_codebook(self.codebook, int(info.max) + 1 if is_whole else 0)
+            self._check_codebook(self.codebook, 2**info.bits if is_whole else 0)
         elif not float(info.min) <= self.qmin < self.qmax <= float(info.max):
             raise ValueError(
                 f"{self.name}: qmin must be less than qmax, and both within the range of "
@@ -84,7 +85,7 @@ class Format:
         if not is_ascending or not 1 < len(book) <= most:
             raise ValueError(
                 f"{self.name}: codebook must be an ascending tuple of at least 2 floats and at "
-                f"most {most}, the number of nonnegative {self.dtype} codes; got {book}."
+                f"most {most}, the number of {self.dtype} codes; got {book}."
             )
         if not book[0] <= self.qmin < self.qmax <= book[-1]:
             raise ValueError(

@@ -229,6 +229,7 @@ def histogram(q: Any) -> tuple[int, ...]:
     total = np.zeros(bins, int)
     for codes in _parts(q.codes):
         values, counts = _code_counts(np.asarray(codes))
+        values = np.mod(values, 2**q.format.bits) if levels else values
         places = np.floor((np.nan_to_num(values, nan=low) - low) / (high - low) * bins)
         np.add.at(total, np.clip(places, 0, bins - 1).astype(int), counts)
     return tuple(total.tolist())

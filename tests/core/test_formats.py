@@ -15,10 +15,13 @@ from jaxquant import (
     MinMSE,
     Percentile,
     einsum,
+    matmul,
     quantize,
 )
 from jaxquant.core import BNB_FP4, IQ2_NL, IQ3_NL, IQ4_NL, bits_of
 from jaxquant.core.config import SCALE_DTYPES
+from jaxquant.training.power_formats import POSITIVE_8, SIGNED_8
+from jaxquant.tree.internal import histogram
 
 from .. import cases, checks
 
@@ -82,7 +85,7 @@ def test_nf4_holds_quantiles_of_a_normal_distribution():
         (("a", "float8_e4m3fn", -448.0, 449.0), "both within the range of float8_e4m3fn"),
         (
             ("a", "uint2", -1.0, 1.0, (-1.0, 0.0, 0.2, 0.5, 1.0)),
-            r"at most 4, the number of nonnegative uint2 codes",
+            r"at most 4, the number of uint2 codes",
         ),
         (("a", "uint4", -1.0, 1.0, (-1.0, 1.0, 0.0)), "codebook must be an ascending tuple"),
         (("a", "uint4", -2.0, 1.0, (-1.0, 0.0, 1.0)), "both within the codebook, -1.0 to 1.0"),
@@ -139,3 +142,17 @@ def test_groups_of_zeros_stay_near_zero_in_formats_without_one(range, scale_dtyp
         assert np.isfinite(found).all()
         assert np.abs(found[0]).max() < 0.01
         assert np.abs(found[1]).max() > 1
+
+
+def test_codes_of_a_signed_dtype_are_the_bits_of_the_index():
+    """As TensorStore keeps them, which does not know uint4."""
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    for format, dtype in ((NF4, "int4"), (SIGNED_8, "int8"), (POSITIVE_8, "int8")):
+        signed = dataclasses.replace(format, name="signed", dtype=dtype)
+        q, other = (quantize(x, ArrayConfig(format=f, group_size=16)) for f in (format, signed))
+        assert other.codes.dtype == dtype
+        bits = jax.lax.bitcast_convert_type(other.codes, q.codes.dtype)
+        np.testing.assert_array_equal(bits, q.codes)
+        np.testing.assert_array_equal(other.dequantize(), q.dequantize())
+        np.testing.assert_array_equal(matmul(x.T, other), matmul(x.T, q))
+        assert histogram(other) == histogram(q)

@@ -79,7 +79,7 @@ def test_stochastic_rounding_is_unbiased_between_neighboring_codes(format):
     wanted[:8] *= -1 if format.has_negative else 1
     x = np.concatenate([np.repeat(wanted, 1023, 1), np.ones((16, 1), np.float32)], 1)
     q = quantize(x, ArrayConfig(format=format), 1, jax.random.key(0))
-    codes, values = np.asarray(q.codes).astype(int)[:, :-1], np.asarray(q.dequantize())[:, :-1]
+    codes, values = checks.codes_of(q)[:, :-1], np.asarray(q.dequantize())[:, :-1]
     assert np.ptp(codes, 1).max() <= 1
     gaps = values.max(1) - values.min(1)
     assert np.all(np.abs(values.mean(1) - wanted[:, 0]) <= 4.5 * gaps / 2 / 32 + 1e-6)

@@ -173,4 +173,4 @@ def _table(format: Format) -> np.ndarray:
     if format.codebook is None:
         return codes
     # A codebook may have fewer entries: the other patterns do not occur.
-    return np.take(np.asarray(format.codebook), codes, mode="clip")
+    return np.take(np.asarray(format.codebook), bits, mode="clip")
