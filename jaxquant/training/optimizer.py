@@ -11,7 +11,7 @@ from ..jaxprs import zero_results
 from ..tree import Rule, Rules
 from ..tree.internal import as_rules, leaves_with_paths, match_rules, unused_rules
 from .blockwise import Blockwise, quantize_blocks, zero_blocks
-from .power_formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
+from .power_formats import GRADIENT_8, POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
 from .transformation import AnyTransformation, check_transformation
 
 # Fields of optax states that are never negative, such as averages of squares.
@@ -48,6 +48,10 @@ def _state_rules(signed, positive, length):
     )
 
 
+# The mean of the gradients of some batches, in `optax.MultiSteps`. To use it, put it before others.
+ACCUMULATOR_8_BIT = Rule(
+    rf"re:{_OUTER}acc_grads(/.*)?", ArrayConfig(format=GRADIENT_8, group_size=128)
+)
 STATE_8_BIT = _state_rules(SIGNED_8, POSITIVE_8, 128)
 STATE_4_BIT = _state_rules(SIGNED_4, POSITIVE_4, 128)
 
@@ -97,9 +101,10 @@ def quantized_state(
             `tree.quantize` for the paths of the state, such as "0/mu/layers/0/kernel"; the first
             match decides. The group size of a config is the largest number of elements per block
             (None: 128). The two constants are written for optax's field names: they store averages
-            of squares without a sign and never as zero, and leave partial sums
-            (`optax.MultiSteps`) and copies of parameters in float. They do not suit `optax.sm3`,
-            whose `nu` is an average of gradients.
+            of squares without a sign and never as zero, and leave partial sums and copies of
+            parameters in float. `(ACCUMULATOR_8_BIT, *STATE_8_BIT)` also stores the accumulated
+            gradients of `optax.MultiSteps` in 8 bits. They do not suit `optax.sm3`, whose `nu` is
+            an average of gradients.
         rounds_stochastically: whether states are rounded stochastically; False rounds to nearest.
         key: random key of the noise; None for `jax.random.key(0)`.
         min_size: arrays with fewer elements stay in float, as scalars do.

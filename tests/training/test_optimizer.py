@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxquant as jq
 from jaxquant import FP8_E4M3, INT4, MXFP8, ArrayConfig, training
 from jaxquant.training import STATE_4_BIT, STATE_8_BIT, Blockwise, state_bytes
-from jaxquant.training.power_formats import POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
+from jaxquant.training.power_formats import GRADIENT_8, POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
 from jaxquant.tree import Rule
 from jaxquant.tree.internal import leaves_with_paths
 
@@ -208,6 +208,28 @@ def test_any_transformation_takes_the_same_steps_as_in_float(name):
         assert np.linalg.norm(a - b) <= 0.1 * np.linalg.norm(a)
 
 
+def test_accumulated_gradients_in_8_bits():
+    """Their mean over several batches is unbiased, and its error a fraction of its size."""
+    steps = optax.MultiSteps(optax.sgd(1.0), 8).gradient_transformation()
+    quantized = quantized_state(steps, (training.ACCUMULATOR_8_BIT, *STATE_8_BIT))
+    gradients = [{"acc_grads": tree(seed)["rows"]} for seed in range(8)]
+
+    def last(optimizer):
+        step = jax.jit(optimizer.update)
+        state = optimizer.init(gradients[0])
+        for gradient in gradients:
+            updates, state = step(gradient, state, gradient)
+        return updates["acc_grads"], state
+
+    (exact, full), (found, state) = last(steps), last(quantized)
+    assert set(stored_in(state).values()) == {GRADIENT_8.name}
+    assert state_bytes(state) < 0.27 * state_bytes(full)
+    assert 0 < np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact)
+    assert abs(np.vdot(found, exact) / np.vdot(exact, exact) - 1) < 0.002
+    with pytest.raises(ValueError, match=r"No array of the state matches.*acc_grads"):
+        quantized_state(ADAM, (training.ACCUMULATOR_8_BIT, *STATE_8_BIT)).init(gradients[0])
+
+
 def test_row_and_column_averages_of_adafactor_are_unsigned():
     params = {k: jax.ShapeDtypeStruct(s, "float32") for k, s in (("a", (384, 256)), ("b", (10,)))}
     state = jax.eval_shape(quantized_state(optax.adafactor(0.1), min_size=256).init, params)
@@ -339,6 +361,20 @@ def test_the_first_state_is_written_and_not_computed(rules):
             for name in params:
                 checks.assert_equal_quantized(found[name].q, expected[name].q)
                 assert not np.any(found[name].dequantize())
+
+
+def test_functions_of_optax_read_the_inner_state():
+    optimizer = optax.contrib.schedule_free_adamw(0.1, warmup_steps=2)
+    params = {"w": tree(0)["rows"]}
+    found = []
+    for transformation in (optimizer, quantized_state(optimizer)):
+        state, now = transformation.init(params), params
+        for seed in (1, 2):
+            updates, state = transformation.update({"w": tree(seed)["rows"]}, state, now)
+            now = optax.apply_updates(now, updates)
+        state = getattr(state, "inner", state)
+        found.append(optax.contrib.schedule_free_eval_params(state, now)["w"] - params["w"])
+    assert 0 < np.linalg.norm(found[1] - found[0]) < 0.05 * np.linalg.norm(found[0])
 
 
 def test_first_states_that_are_not_zero_are_quantized():
