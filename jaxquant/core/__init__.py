@@ -1,5 +1,6 @@
 """Quantized arrays. Independent of operations, models and frameworks."""
 
+from .affine import cast_stochastically as cast_stochastically
 from .block_rotation import BlockRotation as BlockRotation
 from .block_rotation import check_block as check_block
 from .blocks import Axes as Axes
@@ -16,6 +17,7 @@ from .config import MXFP4A16 as MXFP4A16
 from .config import MXFP8A8 as MXFP8A8
 from .config import NF4A16 as NF4A16
 from .config import NVFP4A16 as NVFP4A16
+from .config import SCALE_DTYPES as SCALE_DTYPES
 from .config import SCHEMES as SCHEMES
 from .config import W4A8 as W4A8
 from .config import W4A16 as W4A16
@@ -59,6 +61,8 @@ from .low_rank import LowRank as LowRank
 from .low_rank import add_low_rank as add_low_rank
 from .low_rank import low_rank_product as low_rank_product
 from .low_rank import low_rank_shapes as low_rank_shapes
+from .noise import Seed as Seed
+from .noise import draw_seeds as draw_seeds
 from .packing import pack_int2 as pack_int2
 from .packing import pack_int4 as pack_int4
 from .packing import unpack_int2 as unpack_int2

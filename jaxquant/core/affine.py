@@ -8,7 +8,7 @@ import numpy as np
 
 from .config import ArrayConfig
 from .formats import Format
-from .noise import uniform_noise
+from .noise import Seed, uniform_noise
 
 
 def fit_scale(
@@ -61,7 +61,7 @@ def encode(
     scale: jax.Array,
     zero_point: jax.Array | None,
     config: ArrayConfig,
-    key: jax.Array | None = None,
+    key: jax.Array | Seed | None = None,
 ) -> jax.Array:
     """The nearest code to x/scale + zero_point, clipped. Arrays broadcast.
 
@@ -87,6 +87,18 @@ def encode(
     if zero_point is not None:
         values = values + zero_point.astype(values.dtype)
     return jnp.clip(values, *config.bounds).astype(format.dtype)
+
+
+def cast_stochastically(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) -> jax.Array:
+    """Casts float32 to a narrower floating dtype, to one of the two neighbours at random.
+
+    The expectation is the value. Numbers of the dtype, NaN and Inf are not changed; below 1.5e-36,
+    bfloat16 is rounded to multiples of 1.2e-38, the smallest normal number.
+    """
+    noise = uniform_noise(key, x.shape, x.dtype)
+    # The step around tiny numbers would be subnormal, and flushed to zero.
+    step = jnp.maximum(_float_step(x, dtype), float(jnp.finfo(x.dtype).tiny))
+    return (_round_by(noise, x / step) * step).astype(dtype)
 
 
 def _round_by(noise, values):

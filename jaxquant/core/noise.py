@@ -1,5 +1,6 @@
 """Noise for stochastic rounding, cheap enough for every element of a matrix multiplication."""
 
+import dataclasses
 import math
 
 import jax
@@ -9,7 +10,30 @@ import jax.numpy as jnp
 _STEPS = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
 
 
-def uniform_noise(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seed:
+    """What the noise of one array is computed from, in place of a random key. A pytree.
+
+    Attributes:
+        words: two words of 32 random bits.
+    """
+
+    words: jax.Array
+
+
+def draw_seeds(key: jax.Array, count: int) -> list[Seed]:
+    """Seeds for the noise of several arrays, drawn at once.
+
+    XLA compiles each call of `jax.random` anew: 120 keys, of the states of 60 parameters, took it
+    40 s.
+    """
+    return [Seed(words) for words in jax.random.bits(key, (count, 2), jnp.uint32)]
+
+
+def uniform_noise(
+    key: jax.Array | Seed, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
+) -> jax.Array:
     """Uniform noise in [0, 1): a hash of each element's position and two words of the key.
 
         noise = floor(mix(mix(position ^ word 0) + word 1) / 2^8) / 2^24
@@ -19,13 +43,14 @@ def uniform_noise(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTyp
     rounding; do not use it where statistical independence matters.
 
     Args:
-        key: random key of any implementation.
+        key: random key of any implementation, or the two words.
         shape: shape of the result. Positions are counted in row-major order, modulo 2^32.
         dtype: a floating-point dtype with at least the 24-bit mantissa of float32.
 
     Source: finalizer: Appleby 2011, MurmurHash3, `fmix32`.
     """
-    first, second = jax.random.bits(key, (2,), jnp.uint32)
+    is_drawn = isinstance(key, Seed)
+    first, second = key.words if is_drawn else jax.random.bits(key, (2,), jnp.uint32)
     place = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32

@@ -9,6 +9,7 @@ import numpy as np
 
 from .blocks import Axes, Groups, blocks_between, check_axis, split_groups
 from .config import ArrayConfig
+from .noise import Seed
 from .qtensor import QTensor
 from .ranges import AbsMax, Percentile
 from .steps import encode, fit, fit_scale, fit_zero_point, group, is_finite
@@ -18,7 +19,7 @@ def quantize(
     x: jax.Array | np.ndarray,
     config: ArrayConfig,
     axis: Axes = 0,
-    key: jax.Array | None = None,
+    key: jax.Array | Seed | None = None,
     *,
     importance: jax.Array | np.ndarray | None = None,
 ) -> QTensor:
@@ -87,7 +88,7 @@ def _quantize(
     x: jax.Array,
     config: ArrayConfig,
     axis: Axes,
-    key: jax.Array | None,
+    key: jax.Array | Seed | None,
     importance: jax.Array | None,
 ):
     _check(x, config)

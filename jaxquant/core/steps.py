@@ -19,6 +19,7 @@ from . import affine
 from .blocks import Axes, Groups, block_shape, join, split_groups, to_blocks
 from .config import ArrayConfig
 from .formats import FP8_E4M3, bits_of
+from .noise import Seed
 from .qtensor import QTensor, scale_values
 from .ranges import AbsMax, Percentile, largest_magnitude
 
@@ -178,7 +179,7 @@ def encode(
     scale: jax.Array | QTensor,
     zero_point: jax.Array | None,
     config: ArrayConfig,
-    key: jax.Array | None = None,
+    key: jax.Array | Seed | None = None,
 ) -> QTensor:
     """The nearest codes for the stored scales; with a key, codes are rounded stochastically."""
     step = groups.per_element(scale_values(scale))

@@ -100,7 +100,7 @@ def sharding_for(shape: tuple[int, ...], like: jax.Array) -> jax.NamedSharding |
     Returns:
         The sharding; None if `like` does not have a named one.
     """
-    sharding = jax.typeof(like).sharding if is_tracer(like) else like.sharding
+    sharding = jax.typeof(like).sharding if is_tracer(like) else getattr(like, "sharding", None)
     if not isinstance(sharding, jax.NamedSharding) or not any(sharding.spec):
         return None
     spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))

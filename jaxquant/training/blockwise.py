@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import ArrayConfig, QTensor, quantize
+from ..core import ArrayConfig, QTensor, Seed, quantize
 from ..jaxprs import sharding_for
 from .state_blocks import Padding, block_length, blocks_of, layout_of
 
@@ -56,7 +56,9 @@ class Blockwise:
         return jax.tree.unflatten(jax.tree.structure(self.q.codes), [self.dequantize()])
 
 
-def quantize_blocks(x: jax.Array, config: ArrayConfig, key: jax.Array | None = None) -> Blockwise:
+def quantize_blocks(
+    x: jax.Array, config: ArrayConfig, key: jax.Array | Seed | None = None
+) -> Blockwise:
     """Quantizes an array in the blocks that `layout_of` chooses.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..core import ArrayConfig, Scheme, bits_of, packed_bytes
+from ..core import ArrayConfig, Scheme, bits_of, draw_seeds, packed_bytes
 from ..jaxprs import zero_results
 from ..tree import Rule, Rules
 from ..tree.internal import as_rules, leaves_with_paths, match_rules, unused_rules
@@ -197,9 +197,10 @@ def _check_used(rules, inner):
 def _store(inner, rules, min_size, key):
     """The state with a Blockwise in place of each array that the rules select."""
 
+    seeds = None if key is None else draw_seeds(key, len(jax.tree.leaves(inner)))
+
     def stored(leaf, config, place):
-        noise = None if key is None else jax.random.fold_in(key, place)
-        return quantize_blocks(leaf, config, noise)
+        return quantize_blocks(leaf, config, None if seeds is None else seeds[place])
 
     return _map_selected(stored, inner, rules, min_size)
 
