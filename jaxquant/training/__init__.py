@@ -6,6 +6,7 @@ from ..calibration import Observer as Observer
 from ..calibration import PercentileHistogram as PercentileHistogram
 from ..calibration import RunningAbsMax as RunningAbsMax
 from ..core import LowRank as LowRank
+from .apply_updates import apply_updates as apply_updates
 from .blockwise import Blockwise as Blockwise
 from .calibrate import calibrate as calibrate
 from .delayed import DelayedScaling as DelayedScaling

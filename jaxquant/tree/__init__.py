@@ -15,6 +15,7 @@ from .quantize import reorder as reorder
 from .report import Report as Report
 from .report import report as report
 from .report_row import ReportRow as ReportRow
+from .requantize import requantize as requantize
 from .rules import Rule as Rule
 from .rules import Rules as Rules
 from .rules import default_rules as default_rules
