@@ -98,8 +98,8 @@ def check_schemes(
             assert distance(found, expected) < 1e-5, name
 
 
-# Rules of an optimizer's state, and how much the loss of float32 states may change.
-STATES = {"8": (training.STATE_8_BIT, 0.005), "4": (training.STATE_4_BIT, 0.03)}
+# Rules of an optimizer's state, and how far the loss may be above that of float32 states.
+STATES = {"8": (training.STATE_8_BIT, 0.005), "4": (training.STATE_4_BIT, 0.015)}
 
 
 def check_states(train: Callable[[Any, Any, int], tuple[Any, Any]], jit: Any) -> None:
@@ -117,6 +117,7 @@ def check_states(train: Callable[[Any, Any, int], tuple[Any, Any]], jit: Any) ->
         plain, full = train(adam, wrapper, 50)
         found, state = train(training.quantized_state(adam, rules), wrapper, 50)
         assert plain < 0.8 * before
-        change = abs(found / plain - 1)
-        assert 0 < change < bound, (bits, change)
+        change = found / plain - 1
+        assert change != 0
+        assert -0.1 < change < bound, (bits, change)
         assert training.state_bytes(state) < 0.4 * training.state_bytes(full)
