@@ -6,17 +6,21 @@ from .. import compat
 
 
 def check_compute_dtype(layer: Any, mode: str) -> None:
-    """Checks that Keras has a quantized policy for the layer's dtype: none for int8 in float16.
+    """Checks that Keras has a policy of this mode for the layer's dtype: none for int8 in float16.
 
     Raises:
         ValueError: it does not. Keras raises one too, which recommends mixed_float16.
     """
-    if mode == "int8" and layer.compute_dtype == "float16":
+    if (mode, layer.compute_dtype) in _WITHOUT_POLICY:
         raise ValueError(
-            f"{layer.name} must compute in float32 or bfloat16 to be quantized to int8; got "
+            f"{layer.name} must compute in float32 or bfloat16 to be quantized to {mode}; got "
             f"dtype_policy={layer.dtype_policy.name!r}, which computes in float16. Load the model "
             "with dtype='mixed_bfloat16', 'bfloat16' or 'float32', or quantize to int4 or float8."
         )
+
+
+# Modes and dtypes that Keras has no policy for.
+_WITHOUT_POLICY = {("int8", "float16")}
 
 
 class PolicyMixin(compat.KerasLayer):
