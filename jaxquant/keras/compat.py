@@ -17,6 +17,7 @@ from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.common.masking import set_keras_mask
 from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.models.functional import Functional
+from keras.src.quantizers.quantization_config import validate_and_resolve_config
 from keras.src.quantizers.utils import should_quantize_layer
 from keras.src.saving.serialization_lib import SafeModeScope
 
@@ -92,6 +93,19 @@ def layers_being_quantized() -> list[Any]:
     return [x for x in sublayers(model) if not children(x) and should_quantize_layer(x, filters)]
 
 
+@contextlib.contextmanager
+def policies_in_float(layer: keras.layers.Layer) -> Iterator[None]:
+    """A context in which quantized sublayers have the policies that they were quantized from."""
+    found = [(x, x._dtype_policy) for x in sublayers(layer) if x.quantization_mode is not None]
+    for inner, policy in found:
+        inner._dtype_policy = keras.dtype_policies.get(policy.name.rpartition("_from_")[2])
+    try:
+        yield
+    finally:
+        for inner, policy in found:
+            inner._dtype_policy = policy
+
+
 def check_quantize_arguments(layer: keras.layers.Layer, mode: str | None) -> None:
     """Keras' own check before a layer is quantized: that it is built, and not already quantized.
 
@@ -99,6 +113,36 @@ def check_quantize_arguments(layer: keras.layers.Layer, mode: str | None) -> Non
         ValueError: it is not, or the mode is unknown.
     """
     layer._check_quantize_args(mode, layer.compute_dtype)
+
+
+def checked_quantize(layer: Any) -> Callable[..., None]:
+    """The `quantize` of the layer's class, wrapped as Keras wraps it for a new layer."""
+
+    def quantize(mode: str | None = None, config: Any = None, **kwargs: Any) -> None:
+        config = validate_and_resolve_config(mode, config)
+        check_quantize_arguments(layer, config.mode)
+        with unlocked(layer):
+            type(layer).quantize(layer, mode=config.mode, config=config, **kwargs)
+
+    return quantize
+
+
+def detached(layer: Any) -> Any:
+    """A second layer with the attributes of a built one, and so its variables and sublayers.
+
+    It is not part of the graphs that the first one is in.
+    """
+    twin = object.__new__(type(layer))
+    own = {"_inbound_nodes": [], "_outbound_nodes": []}
+    vars(twin).update({**vars(layer), **own})
+    return twin
+
+
+def rename(layer: Any, name: str, path: str | None, variables: list[tuple[Any, str]]) -> None:
+    """Gives a layer a name and a path, and its variables paths."""
+    layer.name, layer._path = name, path
+    for variable, variable_path in variables:
+        variable._path = variable_path
 
 
 def running_layer() -> keras.layers.Layer | None:

@@ -6,6 +6,7 @@ from .kernel_layer import KernelLayerMixin as KernelLayerMixin
 from .lora import LoraMixin as LoraMixin
 from .mixin import QuantizableMixin as QuantizableMixin
 from .policy import PolicyMixin as PolicyMixin
+from .recast import recast as recast
 from .weights import QuantizedWeight as QuantizedWeight
 from .weights import StoredWeight as StoredWeight
 from .weights import replaced as replaced

@@ -15,11 +15,12 @@ from ...core import INT4, INT8, AbsMax, QTensor, blocks_between, scale_values
 from .. import compat, layers
 from ..files import other_variables, repeat_groups
 from ..layer import QuantizableMixin
-from .rewrite import Keep, ModelRewriter, is_stock
+from .composite import SHARE_WEIGHTS, counterpart, in_float, is_stock, original_class
+from .rewrite import Keep, ModelRewriter
 from .state import copy_variables
 
 
-def convert(model: keras.Model, *, keep: Keep = ()) -> Any:
+def convert(model: keras.Model, *, keep: Keep = (), strict: bool = True) -> Any:
     """Copies a model of stock layers into one of `jaxquant.keras.layers`.
 
     The copy has the same outputs bit for bit, and the same names, trainable flags, weights and
@@ -27,23 +28,30 @@ def convert(model: keras.Model, *, keep: Keep = ()) -> Any:
     normalization, stay stock layers; quantizable layers are copied as they are. The given model
     is not changed.
 
+    Custom layers, subclassed models and those of libraries such as KerasHub are made again from
+    their config. The stock layers that their code creates become quantizable in the copy. The
+    class of such a copy is a subclass of the original's, under its name, and can be saved.
+
     Args:
-        model: functional or Sequential, with nested models, shared layers and wrappers. A model
-            of a custom class keeps that class if it inherits the constructor of keras.Model or
-            keras.Sequential, and otherwise becomes one of these two.
+        model: of any class, with nested models, shared layers and wrappers. A functional model
+            whose class has a constructor of its own, and cannot be made from its config, becomes
+            a keras.Model or keras.Sequential.
         keep: names and classes of layers to copy as they are.
+        strict: False copies custom layers as they are whose own weights are not quantizable, and
+            lets the copy share layers with the model that cannot be made from their config.
 
     Raises:
-        ValueError: lists what cannot be converted: subclassed models; layers with weights that
-            are neither stock nor quantizable; layers that stock Keras has quantized, or that
-            cannot be made from their config; entries of `keep` that match no layer.
+        ValueError: lists what cannot be converted: custom layers whose own weights are multiplied
+            with something, and are not quantizable; layers that stock Keras has quantized, that
+            are not built, or that cannot be made from their config; entries of `keep` that match
+            no layer.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
         >>> type(jk.convert(model).layers[0]) is jk.layers.Dense
         True
     """
-    return converter(keep).copy(model)
+    return converter(keep, strict).copy(model)
 
 
 def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -> Any:
@@ -78,22 +86,21 @@ def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -
         found = None if dequantize else form(layer)
         return _why_no_stock_class(layer) or (found if isinstance(found, str) else None)
 
-    rewriter = ModelRewriter(stock_class, why_unsupported, _in_float, tuple(keep))
+    rewriter = ModelRewriter(stock_class, why_unsupported, prepare=in_float, keep=tuple(keep))
     return rewriter.copy(model, functools.partial(_fill_stock, form))
 
 
-def converter(keep: Keep) -> ModelRewriter:
+def converter(keep: Keep, strict: bool = True) -> ModelRewriter:
     """The rewriter from stock layers to quantizable ones."""
     return ModelRewriter(
-        counterpart, _why_unsupported, keep=tuple(keep), always_keep=_SHARE_WEIGHTS
+        counterpart,
+        _why_unsupported,
+        _why_not_quantizable,
+        replaces_inside=True,
+        keep=tuple(keep),
+        always_keep=SHARE_WEIGHTS,
+        strict=strict,
     )
-
-
-def counterpart(cls: type) -> type | None:
-    """The quantizable layer that replaces exactly this stock class, or None."""
-    ours = vars(layers).get(cls.__name__)
-    is_ours = isinstance(ours, type) and issubclass(ours, cls) and ours is not cls
-    return ours if is_ours and is_stock(cls) else None
 
 
 def stock_class(cls: type) -> type | None:
@@ -104,21 +111,24 @@ def stock_class(cls: type) -> type | None:
 
 def _why_unsupported(layer: Any) -> str | None:
     """Why a layer cannot be part of a converted model, or None."""
-    cls = type(layer)
-    if isinstance(layer, QuantizableMixin):
+    if isinstance(layer, QuantizableMixin) or layer.quantization_mode is None:
         return None
-    if layer.quantization_mode is not None:
-        return (
-            f"{cls.__name__} is quantized to {layer.quantization_mode} by stock Keras; convert the "
-            "float model and quantize that"
-        )
-    if is_stock(cls) or not compat.own_variables(layer):
+    return (
+        f"{type(layer).__name__} is quantized to {layer.quantization_mode} by stock Keras; convert "
+        "the float model and quantize that"
+    )
+
+
+def _why_not_quantizable(layer: Any) -> str | None:
+    """Why the layer's own weights cannot be quantized, or None."""
+    cls = original_class(type(layer))
+    if isinstance(layer, QuantizableMixin) or is_stock(cls) or not compat.own_variables(layer):
         return None
     stock = next((base for base in cls.__mro__ if counterpart(base)), None)
     base = f"jaxquant.keras.layers.{stock.__name__}" if stock else "jaxquant.keras.QuantizableMixin"
     return (
         f"{cls.__name__} holds weights and is not quantizable; derive it from {base}, or pass "
-        f"keep=[{layer.name!r}]"
+        f"keep=[{layer.name!r}], or strict=False to leave all such layers in float"
     )
 
 
@@ -133,20 +143,6 @@ def _why_no_stock_class(layer: Any) -> str | None:
         f"{type(layer).__name__} is a quantizable layer that Keras does not have; pass "
         f"keep=[{layer.name!r}], and its users need jaxquant"
     )
-
-
-def _in_float(config: Any) -> Any:
-    """A config without quantization, also in the configs of inner layers."""
-    if isinstance(config, list | tuple):
-        return type(config)([_in_float(x) for x in config])
-    if not isinstance(config, dict):
-        return config
-    name = str(config.get("class_name"))
-    if name.endswith("DTypePolicy"):
-        policy = keras.dtype_policies.deserialize(config)
-        floats = keras.dtype_policies.get(policy.name.rpartition("_from_")[2])
-        return keras.dtype_policies.serialize(floats) if policy.quantization_mode else config
-    return {key: _in_float(x) for key, x in config.items() if key != "quantization_config"}
 
 
 def _fill_stock(form: Callable[[Any], Any], old: Any, new: Any) -> None:
@@ -255,9 +251,5 @@ def _stock_inputs(q: QTensor) -> Any:
     return keras.quantizers.AbsMaxQuantizer(axis=-1, value_range=(low, high))
 
 
-# Stock wrappers that hold a weight of their layer as a variable too, and save it as their own.
-_SHARE_WEIGHTS = {
-    keras.layers.SpectralNormalization: "SpectralNormalization shares it with its layer"
-}
 _WITH_FORMS = (layers.Dense, layers.EinsumDense, layers.Embedding)
 _FORMS = {INT8: _int8_form, INT4: _int4_form}

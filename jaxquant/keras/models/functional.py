@@ -13,6 +13,8 @@ from .. import compat
 from ..layer import StoredWeight, replaced
 
 Params = dict[str, Any]
+# Stored weights and the other variables, by the parts of their paths.
+Places = dict[tuple[str, ...], StoredWeight | keras.Variable]
 
 
 def functional(model: keras.Model, method: str | None = None) -> tuple[Callable[..., Any], Params]:
@@ -56,6 +58,13 @@ def functional(model: keras.Model, method: str | None = None) -> tuple[Callable[
         >>> jax.jit(apply)(params, jnp.ones((3, 4))).shape
         (3, 2)
     """
+    apply, places = pure_call(model, method)
+    # Copies: Keras donates the model's arrays, in `predict` too.
+    return apply, nested({k: jax.tree.map(jnp.copy, _value(x)) for k, x in places.items()})
+
+
+def pure_call(model: keras.Model, method: str | None = None) -> tuple[Callable[..., Any], Places]:
+    """The function of `functional`, and where the weights of its params are kept."""
     places = _places(model)
     if not model.built or not places:
         raise ValueError(
@@ -76,15 +85,22 @@ def functional(model: keras.Model, method: str | None = None) -> tuple[Callable[
         with replaced(stored), keras.StatelessScope(state_mapping=plain):
             return call(*args, **kwargs)
 
+    return apply, places
+
+
+def nested(values: Mapping[tuple[str, ...], Any]) -> Params:
+    """Nested dicts of values by the parts of their paths."""
     params: Params = {}
-    for (*folders, name), place in places.items():
+    for (*folders, name), value in values.items():
         inner = params
         for folder in folders:
             inner = inner.setdefault(folder, {})
-        value = place.tensor() if isinstance(place, StoredWeight) else place.value
-        # Keras donates the model's arrays, in `predict` too.
-        inner[name] = jax.tree.map(jnp.copy, value)
-    return apply, params
+        inner[name] = value
+    return params
+
+
+def _value(place: StoredWeight | keras.Variable) -> Any:
+    return place.tensor() if isinstance(place, StoredWeight) else place.value
 
 
 def _call_of(model: keras.Model, method: str | None) -> Callable[..., Any]:
@@ -100,9 +116,8 @@ def _call_of(model: keras.Model, method: str | None) -> Callable[..., Any]:
     return call
 
 
-def _places(model: keras.Model) -> dict[tuple[str, ...], StoredWeight | keras.Variable]:
-    """Stored weights and the other variables, by the parts of their paths."""
-    places: dict[tuple[str, ...], Any] = {}
+def _places(model: keras.Model) -> Places:
+    places: Places = {}
     taken = set()
     for layer in compat.sublayers(model):
         stored = list(getattr(layer, "stored_weights", {}).values())
@@ -131,9 +146,7 @@ def _identity(model: keras.Model) -> list[int]:
     return [id(v) for layer in compat.sublayers(model) for v in compat.own_variables(layer)]
 
 
-def _checked(
-    params: Params, places: Mapping[tuple[str, ...], StoredWeight | keras.Variable]
-) -> dict[tuple[str, ...], Any]:
+def _checked(params: Params, places: Places) -> dict[tuple[str, ...], Any]:
     """The leaves of params by path, once their kinds and shapes are checked."""
     found = dict(_leaves(params))
     odd = ["/".join(key) for key in found.keys() ^ places.keys()]

@@ -25,29 +25,35 @@ def quantize(
     *,
     progress: Progress | bool | None = None,
     keep: Keep = (),
+    strict: bool = True,
 ) -> tuple[Any, Report]:
     """Copies a model as `convert` does, and quantizes the copy.
 
     The given model is not changed. If any weight cannot be quantized, an error lists all such
     weights and nothing is returned. The quantized model is not compiled: compile it to train its
-    biases or LoRA weights.
+    biases or LoRA weights, or to choose the sampler of a CausalLM of KerasHub, whose `generate`
+    then runs on codes.
 
     Args:
-        model: built; as for `convert`. Its layers may be quantizable already.
+        model: built, of any class; as for `convert`. Its layers may be quantizable already.
         rules: "int8", "int4" or "float8"; a Scheme or ArrayConfig for every quantizable weight;
             rules by path, such as {"encoder/*": NF4A16, "*/kernel": W8A8}, as for
             `QuantizationConfig`; or a config of `jaxquant.keras`, or of Keras.
         progress: True for a progress bar on standard error, or a function that is called after
             each weight with (number done, total, path).
         keep: names and classes of layers that are copied as they are and not quantized.
+        strict: False leaves in float what cannot be quantized, and reports the reason: weights
+            that hold NaN or Inf, or do not fit the scheme; custom layers that multiply with
+            weights of their own; and layers that cannot be made from their config, which the
+            copy then shares with the model.
 
     Returns:
         The quantized model, and a report with one row per weight.
 
     Raises:
         ValueError: lists all problems: what `convert` does not support; rules that match no
-            weight, or select none; weights that hold NaN or Inf, are already quantized, or cannot
-            be quantized in this way.
+            weight, or select none; weights that are already quantized; and those that hold NaN or
+            Inf or do not fit the scheme, unless `strict` is False and others are quantized.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
@@ -61,7 +67,7 @@ def quantize(
             f"Model {model.name!r} must be built; got built={model.built} and "
             f"{len(model.weights)} weights. Call it on data, or give it an Input."
         )
-    rewriter = converter(keep)
+    rewriter = converter(keep, strict)
     copy = rewriter.copy(model, share_variables)
     why_kept = {id(x): why for x, why in rewriter.walk(copy)}
     ours = [x for x in compat.sublayers(copy) if isinstance(x, QuantizableMixin)]
@@ -69,10 +75,12 @@ def quantize(
     chosen = [(layer, _chosen(layer, config)) for layer in layers]
     chosen += [(layer, []) for layer in ours if why_kept[id(layer)] is not None]
     raise_problems(model, _mismatches(config, layers, chosen))
-    rows, problems = _quantize(chosen, config, progress)
-    raise_problems(model, problems)
+    rows, failed = _quantize(chosen, config, progress)
+    if strict or not rows:
+        raise_problems(model, [f"{x.path or x.name}: {why}" for x, why in failed])
+    why_left = {**why_kept, **{id(x): why for x, why in failed}}
     for layer in compat.sublayers(copy):
-        rows += _rows_left(layer, config, why_kept[id(layer)])
+        rows += _rows_left(layer, config, why_left[id(layer)])
     _own(copy, model)
     places = {v.path: place for place, v in enumerate(model.weights)}
     rows.sort(key=lambda row: places.get(row.path, len(places)))
@@ -81,20 +89,20 @@ def quantize(
 
 def _quantize(
     chosen: list[tuple[Any, list[str]]], config: SchemeConfig, progress: Progress | bool | None
-) -> tuple[list[ReportRow], list[str]]:
-    """Quantizes the chosen weights of each layer; returns their rows, and the problems."""
-    rows, problems, done = [], [], 0
+) -> tuple[list[ReportRow], list[tuple[Any, str]]]:
+    """Quantizes the chosen weights of each layer; returns their rows, and where that failed."""
+    rows, failed, done = [], [], 0
     total = sum(len(names) for _, names in chosen)
     with progress_bar(progress, total) as tell:
         for layer, names in chosen:
             try:
                 rows += _quantize_layer(layer, names, config)
             except (NotImplementedError, ValueError) as error:
-                problems.append(f"{layer.path or layer.name}: {error}")
+                failed.append((layer, str(error)))
             for name in names:
                 done += 1
                 tell(done, total, _path(layer, name))
-    return rows, problems
+    return rows, failed
 
 
 def _quantize_layer(layer: Any, names: list[str], config: SchemeConfig) -> list[ReportRow]:

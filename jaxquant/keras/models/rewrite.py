@@ -1,5 +1,6 @@
 """Copies models layer by layer and replaces the classes of layers."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -7,14 +8,21 @@ from typing import Any
 import keras
 
 from .. import compat
-from .state import copy_other_state, copy_variables, matched
+from ..layer import QuantizableMixin
+from .composite import (
+    identity,
+    is_stock,
+    mark_composites,
+    original_class,
+    original_config,
+    quantizable_inside,
+    replace_inside,
+    undo_composites,
+)
+from .multiplied import multiplied
+from .state import copy_other_state, copy_variables, matched, quantize_like
 
 Keep = Iterable[str | type]
-
-
-def is_stock(cls: type) -> bool:
-    """Whether Keras itself has the class."""
-    return cls.__module__.partition(".")[0] == keras.__name__
 
 
 def raise_problems(model: keras.Model, problems: list[str]) -> None:
@@ -29,24 +37,38 @@ def raise_problems(model: keras.Model, problems: list[str]) -> None:
 class ModelRewriter:
     """Copies one model, with layers of other classes.
 
+    Layers, and models of classes with their own constructor, are made from their config. Other
+    models are copied by their graph.
+
     Attributes:
         replace: class of a layer -> class of its copy, or None for the same.
         why_unsupported: layer -> why it cannot be copied, or None.
+        why_not_quantizable: layer -> why its own weights cannot be quantized, or None.
         prepare: config of a layer -> config to make its copy from.
+        replaces_inside: whether stock layers that custom layers create are made quantizable.
         keep: names and classes of layers that are copied as they are, with all layers in them.
         always_keep: more such classes -> the reason, for reports.
+        strict: False copies layers as they are whose own weights cannot be quantized, and shares
+            those that cannot be copied with the model.
+        copies: the copy of each layer and model by the id of the original.
+        left: by the id of a copy, why it is kept although `keep` does not name it.
     """
 
     replace: Callable[[type], type | None]
     why_unsupported: Callable[[Any], str | None]
+    why_not_quantizable: Callable[[Any], str | None] = lambda layer: None
     prepare: Callable[[Any], Any] = lambda config: config
+    replaces_inside: bool = False
     keep: tuple[str | type, ...] = ()
     always_keep: Mapping[type, str] = dataclasses.field(default_factory=dict)
+    strict: bool = True
     copies: dict[int, Any] = dataclasses.field(default_factory=dict)
+    left: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def why_kept(self, cls: type, name: str) -> str | None:
         """Why a layer is copied as it is, or None."""
-        return "kept" if name in self.keep or cls in self.keep else self.always_keep.get(cls)
+        is_named = name in self.keep or original_class(cls) in self.keep
+        return "kept" if is_named else self.always_keep.get(cls)
 
     def target(self, cls: type, name: str) -> type | None:
         """The class that replaces a layer's, or None."""
@@ -56,16 +78,16 @@ class ModelRewriter:
         """Returns a copy of a model, not compiled.
 
         Args:
-            model: functional or Sequential.
+            model: built, or a Sequential model of layers that are not built.
             fill: called with each layer and its copy; copies the layer's own variables.
 
         Raises:
             ValueError: lists every layer that cannot be copied.
         """
-        layers = list(_unique(_graph_layers(model)))
-        self._check(model, layers)
+        units = list(_unique(self._units(model)))
+        self._check(model, units)
         copy = self._copy(model)
-        pairs = [pair for layer in layers for pair in self._pairs(layer)]
+        pairs = [pair for unit in units for pair in self._pairs(model, unit)]
         for old, new in pairs:
             fill(old, new)
             if old.built:
@@ -75,70 +97,89 @@ class ModelRewriter:
 
     def walk(self, layer: Any, why_kept: str | None = None) -> Iterator[tuple[Any, str | None]]:
         """A layer and all layers in it, each with the reason why it is kept, or None."""
-        why_kept = why_kept or self.why_kept(type(layer), layer.name)
+        found = self.left.get(id(layer)) or self.why_kept(type(layer), layer.name)
+        why_kept = why_kept or found
         yield layer, why_kept
         for inner in compat.children(layer):
             yield from self.walk(inner, why_kept)
 
     # First: can every layer be copied?
 
-    def _check(self, model: Any, layers: list[Any]) -> None:
-        rewritten = _unique(x for x, why_kept in self.walk(model) if why_kept is None)
-        found = [(x, why) for x in rewritten if (why := self._why_unsupported(x))]
+    def _units(self, layer: Any) -> Iterator[Any]:
+        """What is copied from its config; other models are copied by their graph."""
+        is_made = not _has_graph(layer)
+        if is_made or (not _has_stock_constructor(layer) and self._make(layer) is None):
+            yield layer
+            return
+        for inner in layer.layers:
+            if not isinstance(inner, keras.layers.InputLayer):
+                yield from self._units(inner)
+
+    def _check(self, model: Any, units: list[Any]) -> None:
+        rewritten = list(_unique(x for x, why_kept in self.walk(model) if why_kept is None))
+        found = [(x, why) for x in rewritten if (why := self.why_unsupported(x))]
+        if self.strict:
+            found += self._not_quantizable(model, rewritten)
         known = {id(x) for x, _ in found}
-        for layer in layers:
-            why = self._make(layer) or self._why_not_replaced(layer)
-            found += [(layer, why)] if why and id(layer) not in known else []
-        problems = [f"{layer.path or layer.name}: {why}" for layer, why in found]
-        present = [x for layer in compat.sublayers(model) for x in (layer.name, type(layer))]
+        for unit in units:
+            why = self._why_not_made(model, unit)
+            found += [(unit, why)] if why and id(unit) not in known else []
+        problems = [f"{x.path or x.name}: {why}" for x, why in found]
+        present = [x for y in compat.sublayers(model) for x in (y.name, original_class(type(y)))]
         problems += [f"keep: no layer is {x!r}" for x in self.keep if x not in present]
         raise_problems(model, problems)
 
-    def _why_unsupported(self, layer: Any) -> str | None:
-        if isinstance(layer, keras.Model) and not _has_graph(layer):
-            return (
-                f"{type(layer).__name__} is a subclassed model, which creates its layers in code; "
-                "write it with layers of jaxquant.keras.layers, or as a functional model"
-            )
-        return self.why_unsupported(layer)
+    def _not_quantizable(self, model: Any, layers: list[Any]) -> list[tuple[Any, str]]:
+        """Custom layers that multiply with weights of their own, each with the reason."""
+        found = [(x, why) for x in layers if (why := self.why_not_quantizable(x))]
+        found = [(x, why) for x, why in found if any(len(v.shape) > 1 for v in _own(x))]
+        used = multiplied(model) if found else None
+        return [(x, why) for x, why in found if used is None or used & {id(v) for v in _own(x)}]
+
+    def _why_not_made(self, model: Any, unit: Any) -> str | None:
+        """Makes the copy of a unit; returns why that is an error, or None."""
+        why = None if id(unit) in self.copies else self._make(unit)
+        if why is None:
+            return self._why_not_built(unit)
+        is_kept = self.why_kept(type(unit), unit.name) is not None
+        if unit is model or not unit.built or (self.strict and not is_kept):
+            return why
+        twin = self.copies[id(unit)] = compat.detached(unit)
+        self.left[id(twin)] = f"shared with the given model: {why}"
+        return None
+
+    def _why_not_built(self, unit: Any) -> str | None:
+        """Why layers inside of a unit cannot be replaced yet, or None."""
+        if unit.built or not self.replaces_inside or self.why_kept(type(unit), unit.name):
+            return None
+        names = [x.name for x in compat.sublayers(self.copies[id(unit)]) if self.replace(type(x))]
+        why = f"{original_class(type(unit)).__name__} is not built; call the model on data first"
+        return why if names else None
 
     def _make(self, layer: Any) -> str | None:
         """Makes the copy of a layer, not yet built, or returns why it cannot be made."""
-        classes = {type(x) for x in compat.sublayers(layer)}
+        classes = {original_class(type(x)) for x in compat.sublayers(layer)}
         custom = {cls.__name__: cls for cls in classes if not is_stock(cls)}
-        cls = self.target(type(layer), layer.name) or type(layer)
+        cls = self.target(type(layer), layer.name) or original_class(type(layer))
         is_kept = self.why_kept(type(layer), layer.name) is not None
         try:
-            config = self._translated(self.prepare(layer.get_config()), is_kept)
+            config = self._translated(self.prepare(original_config(layer)), is_kept)
             with keras.saving.CustomObjectScope(custom), compat.trusted():
                 copy = cls.from_config(config)
-        except (NotImplementedError, TypeError, ValueError) as error:
+        except Exception as error:  # `get_config` and the constructor are the user's.
+            text = " ".join(str(error).partition("Example:")[0].split())
             return (
-                f"{type(layer).__name__} cannot be made from its config: {error}. Write its "
-                "get_config, and register the objects in it with keras.saving"
+                f"{original_class(type(layer)).__name__} cannot be made from its config: "
+                f"{type(error).__name__}: {text.rstrip('.')}. Write its get_config, and register "
+                "the objects in it with keras.saving"
             )
+        undo_composites(copy)
         self.copies[id(layer)] = copy
         # A config holds the code of a function, but not the variables that it closes over.
         pairs = zip(_lambdas(layer), _lambdas(copy), strict=False)
         for old, new in pairs:
             new.function = old.function
         return None
-
-    def _why_not_replaced(self, layer: Any) -> str | None:
-        """Why layers that a custom layer creates cannot be replaced, or None."""
-        cls = type(layer)
-        if self.why_kept(cls, layer.name) or is_stock(cls) or self.replace(cls) is not None:
-            return None
-        expected = {x.name for x in compat.sublayers(layer) if self.target(type(x), x.name)}
-        copies = compat.sublayers(self.copies[id(layer)])
-        left = expected - {x.name for x in copies if self.replace(type(x)) is None}
-        if not left:
-            return None
-        return (
-            f"{cls.__name__} creates {sorted(left)} in its own code, where they cannot be "
-            "replaced. Use layers of jaxquant.keras.layers there, or pass "
-            f"keep=[{layer.name!r}]"
-        )
 
     def _translated(self, config: Any, is_kept: bool) -> Any:
         """A config in which the layers that are not kept have their new classes."""
@@ -154,7 +195,7 @@ class ModelRewriter:
             # A layer that is built on its own would not have the path of its parent.
             config.pop("build_config", None)
         target = cls and not is_kept and isinstance(inner, dict) and self.replace(cls)
-        return {**config, **_identity(target)} if target else config
+        return {**config, **identity(target)} if target else config
 
     # Then the graph.
 
@@ -182,11 +223,75 @@ class ModelRewriter:
             return self._copy(operation)
         return type(operation).from_config(operation.get_config())
 
-    def _pairs(self, layer: Any) -> list[tuple[Any, Any]]:
-        copy = self.copies[id(layer)]
-        if layer.built and not copy.built:
-            copy.build_from_config(layer.get_build_config())
-        return matched(compat.sublayers(layer), compat.sublayers(copy))
+    def _pairs(self, model: Any, unit: Any) -> list[tuple[Any, Any]]:
+        """The layers of a unit with their copies, once those are built and of their classes."""
+        copy = self.copies[id(unit)]
+        if id(copy) in self.left:
+            return []
+        if unit.built and not copy.built:
+            copy.build_from_config(unit.get_build_config())
+        layers, copies = compat.sublayers(unit), compat.sublayers(copy)
+        if len(layers) != len(copies):
+            name = original_class(type(unit)).__name__
+            why = f"{name} makes {len(copies)} layers from its config; got one with {len(layers)}"
+            raise_problems(model, [f"{unit.path or unit.name}: {why}. Write its get_config"])
+        pairs = matched(layers, copies)
+        for old, new in reversed(pairs):  # Inner layers first.
+            _build_like(old, new)
+            _name_like(old, new)
+        if self.replaces_inside:
+            self._replace_inside(copy, pairs)
+        else:
+            raise_problems(model, self._not_replaced(pairs))
+        return pairs
+
+    def _replace_inside(self, copy: Any, pairs: list[tuple[Any, Any]]) -> None:
+        """Makes layers that custom layers have created quantizable, and quantized as they were."""
+        ours = [(old, new) for old, new in pairs if isinstance(old, QuantizableMixin)]
+        chosen = [(new, type(old)) for old, new in ours if type(new) is not type(old)]
+        kept = {id(x) for x, why in self.walk(copy) if why} | {id(x) for x, _ in chosen}
+        chosen += [(x, cls) for x, cls in quantizable_inside(copy) if id(x) not in kept]
+        replace_inside(chosen)
+        mark_composites(copy, {id(x) for x, _ in chosen})
+        for old, new in ours:
+            quantize_like(old, new)
+
+    def _not_replaced(self, pairs: list[tuple[Any, Any]]) -> list[str]:
+        """Layers that a custom layer creates in its own code, of classes to be replaced."""
+        targets = [self.target(type(new), new.name) or type(new) for _, new in pairs]
+        left = [p for p, cls in zip(pairs, targets, strict=True) if type(p[1]) is not cls]
+        kept = {id(x) for old, _ in pairs for x, why in self.walk(old) if why}
+        return [
+            f"{old.path or old.name}: a custom layer creates it as {type(new).__name__} of "
+            f"jaxquant in its own code; pass keep=[{old.name!r}]"
+            for old, new in left
+            if id(old) not in kept
+        ]
+
+
+def _own(layer: Any) -> list[Any]:
+    return compat.own_variables(layer)
+
+
+def _build_like(old: Any, new: Any) -> None:
+    """Builds a layer, which the code that created it did not build, at the path of another."""
+    if not old.built or new.built:
+        return
+    if all(inner.built for inner in compat.children(new)):
+        new.built = True  # Keras' own `build_from_config` of a model does not set it.
+    if compat.children(new):
+        return
+    with contextlib.ExitStack() as scopes:
+        for name in (old.path or old.name).split("/")[:-1]:
+            scopes.enter_context(keras.name_scope(name))
+        new.build_from_config(old.get_build_config())
+
+
+def _name_like(old: Any, new: Any) -> None:
+    """Names a layer, to which its creator gave no name, as another; Keras counts such layers."""
+    if (new.name, new.path) != (old.name, old.path) and new.built:
+        variables = zip(_own(new), _own(old), strict=False)
+        compat.rename(new, old.name, old.path, [(v, w.path) for v, w in variables])
 
 
 def _unique(items: Iterable[Any]) -> Iterable[Any]:
@@ -197,19 +302,14 @@ def _has_graph(model: Any) -> bool:
     return isinstance(model, keras.Sequential) or compat.is_functional(model)
 
 
+def _has_stock_constructor(model: Any) -> bool:
+    maker = next(cls for cls in type(model).__mro__ if "__init__" in vars(cls))
+    return is_stock(maker)
+
+
 def _class_of_copy(model: Any, stock: type) -> type:
     """The model's class, or the stock one if the class defines its own constructor."""
-    maker = next(cls for cls in type(model).__mro__ if "__init__" in vars(cls))
-    return type(model) if is_stock(maker) else stock
-
-
-def _graph_layers(model: Any) -> Iterator[Any]:
-    """Layers of the graph, those of nested models in their place."""
-    for layer in model.layers if _has_graph(model) else []:
-        if isinstance(layer, keras.Model):
-            yield from _graph_layers(layer)
-        elif not isinstance(layer, keras.layers.InputLayer):
-            yield layer
+    return type(model) if _has_stock_constructor(model) else stock
 
 
 def _start(tensor: Any) -> Any:
@@ -238,14 +338,6 @@ def _class_in(config: dict[str, Any]) -> Any:
     registered = keras.saving.get_registered_object(config.get("registered_name") or "")
     is_stock_layer = registered is None and config.get("module") == "keras.layers"
     return getattr(keras.layers, name, None) if is_stock_layer else registered
-
-
-def _identity(cls) -> dict[str, Any]:
-    """How a serialized layer names its class."""
-    if is_stock(cls):
-        return {"module": "keras.layers", "class_name": cls.__name__, "registered_name": None}
-    registered = keras.saving.get_registered_name(cls)
-    return {"module": cls.__module__, "class_name": cls.__name__, "registered_name": registered}
 
 
 def _set_trainable(old: Any, new: Any, copies: Mapping[int, Any]) -> None:

@@ -49,6 +49,16 @@ def share_variables(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
             target.trainable = source.trainable
 
 
+def quantize_like(old: QuantizableMixin, new: QuantizableMixin) -> None:
+    """Gives a float layer the quantized weights, or the training in float8, of its original."""
+    config = old.quantization_config
+    if old.stored_weights and not new.stored_weights:
+        tensors = {name: old.quantized_weight(name) for name in old.stored_weights}
+        new.take_over(config, tensors)
+    elif old.trains_in_float8 and not new.trains_in_float8:
+        new.start_training(config)
+
+
 def copy_other_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
     """Copies the state of a stock layer that is not in its variables.
 
