@@ -14,7 +14,7 @@ from ..jaxprs import Function, chips, is_sharded, mark
 from . import record
 from .gradient import tangent_of
 from .inputs import observe, treat, treat_straight_through
-from .operands import AxesOfBoth, Operand, as_array
+from .operands import AxesOfBoth, Operand, as_array, has_symbolic_shape
 from .record import Choice, Record
 
 
@@ -193,12 +193,15 @@ def select_row(
 ) -> tuple[Implementation, NotSelected]:
     """The first row for a platform that supports the operands; the last row always does.
 
+    Rows for some platforms only, which depend on sizes, are not for operands of symbolic shapes.
+
     Returns:
         The row, and (name, why it was passed over) of those before it that are for the platform.
     """
     not_selected = []
+    platforms = () if has_symbolic_shape(lhs) or has_symbolic_shape(rhs) else (platform,)
     for row in table[:-1]:
-        if row.platforms is not None and platform not in row.platforms:
+        if row.platforms is not None and not {*platforms} & {*row.platforms}:
             continue
         why_not = row.why_unsupported(lhs, rhs, spec) or row.why_slower(lhs, rhs, spec, chip)
         if why_not is None:

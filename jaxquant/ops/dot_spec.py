@@ -128,7 +128,8 @@ def in_result(values: jax.Array, side: int, operands: tuple[Any, Any], spec: Dot
     """Shapes what one operand has per block, and 1 long if contracted, like the product."""
     x = operands[side]
     free, batch = spec.free(x, side), spec.batch[side]
-    grouped = [a for a in (*batch, *free) if values.shape[a] > 1]
+    # Not `> 1`, which is not known of symbolic dimensions.
+    grouped = [a for a in (*batch, *free) if values.shape[a] != 1]
     values = repeat_groups(values, x.codes.shape, grouped)
     values = values.transpose(*batch, *free, *spec.contract[side])
     kept = values.shape[: len(batch) + len(free)]

@@ -25,7 +25,7 @@ from ..core import (
 )
 from ..jaxprs import Function, by_generation, is_sharded, on_one_cpu, on_one_tpu
 from ..kernels import cpu, pallas_tpu
-from .operands import AxesOfBoth, Operand
+from .operands import AxesOfBoth, Operand, has_symbolic_shape
 
 # Rows of activations from which one pass over the memory beats XLA's two. 4096 x 4096, bfloat16,
 # microseconds: v5e 62 against 336, v6e 31 against 190. Fewer are left to XLA, to fuse with what
@@ -174,6 +174,8 @@ def _branches_at_once(x: jax.Array, config: ArrayConfig, axis: Axes) -> dict[str
 def _is_of_rows(x: jax.Array, config: ArrayConfig, axis: Axes) -> bool:
     """Whether the config asks for 8-bit codes with one float32 scale per row."""
     if not isinstance(x, jax.Array) or x.dtype not in _FLOATS or is_sharded(x):
+        return False
+    if has_symbolic_shape(x):
         return False
     if 0 in (x.ndim, x.size):
         return False

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from ..core import LowRank, QTensor, TrainedArray
 
@@ -53,6 +54,11 @@ def without_adapters(
                 f"{x!r}. Merge it first, with jaxquant.training.merge."
             )
     return as_operands(given, implementation)  # pyright: ignore[reportReturnType] (checked)
+
+
+def has_symbolic_shape(x: Operand) -> bool:
+    """Whether a dimension is not known, as in programs that `jax.export` writes for any batch."""
+    return any(is_symbolic_dim(n) for n in np.shape(x))
 
 
 def as_array(x: Operand) -> jax.Array | np.ndarray:
