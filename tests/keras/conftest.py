@@ -1,4 +1,5 @@
 import jax
+import jax.export
 import numpy as np
 import pytest
 from keras.src.backend.jax import numpy, random  # Public functions compile for each shape.
@@ -33,9 +34,13 @@ def _initial_values_from_numpy():
         return jax.numpy.asarray(rng.uniform(minval, maxval, shape).astype(dtype or "float32"))
 
     def full(value):
-        return lambda shape, dtype=None: jax.numpy.asarray(
-            np.full(shape, value, dtype or "float32")
-        )
+        def run(shape, dtype=None):
+            dtype = dtype or "float32"
+            if any(map(jax.export.is_symbolic_dim, np.atleast_1d(np.array(shape, object)))):
+                return jax.numpy.full(shape, value, dtype)
+            return jax.numpy.asarray(np.full(shape, value, dtype))
+
+        return run
 
     with pytest.MonkeyPatch.context() as patch:
         for draw in (normal, uniform):
