@@ -40,6 +40,11 @@ class SchemeConfig(keras.quantizers.QuantizationConfig):
 
     is_training = False
 
+    def __init__(self, weight_quantizer: Any = None, activation_quantizer: Any = None):
+        # Not those of Keras' subclasses, which have other defaults.
+        self.weight_quantizer = weight_quantizer
+        self.activation_quantizer = activation_quantizer
+
     def rule_for(self, path: str) -> Rule | None:
         """The rule for the weight at a path such as "dense/kernel"; None leaves it in float."""
         raise NotImplementedError(f"{type(self).__name__} must define rule_for.")
@@ -75,7 +80,7 @@ class _OneRule(SchemeConfig):
 
 
 @_register
-class Int8QuantizationConfig(_OneRule):
+class Int8QuantizationConfig(_OneRule, keras.quantizers.Int8QuantizationConfig):
     """int8 weights with one scale per output channel, int8 activations with one scale per row.
 
     Args:
@@ -101,7 +106,7 @@ class Int8QuantizationConfig(_OneRule):
 
 
 @_register
-class Int4QuantizationConfig(_OneRule):
+class Int4QuantizationConfig(_OneRule, keras.quantizers.Int4QuantizationConfig):
     """int4 weights with one scale per group, activations in float (weight-only).
 
     By default groups are asymmetric. With one scale per channel they are symmetric.
@@ -152,7 +157,7 @@ class Int4QuantizationConfig(_OneRule):
 
 
 @_register
-class Float8QuantizationConfig(_OneRule):
+class Float8QuantizationConfig(_OneRule, keras.quantizers.Float8QuantizationConfig):
     """float8 (e4m3) weights with one scale per output channel, activations with one per row.
 
     Args:
@@ -264,7 +269,7 @@ def as_config(mode: str | None, config: Any) -> Any:
     if config is None or isinstance(config, str):
         return _DEFAULTS[mode]() if mode in _DEFAULTS else None
     kind = next((kind for kind in _STOCK if isinstance(config, kind)), None)
-    if kind is None:
+    if kind is None or isinstance(config, SchemeConfig):
         return config
     if config.get_config() == kind().get_config():
         # `model.quantize("int4")` passes this config, which stands for the default here.

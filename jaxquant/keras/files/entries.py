@@ -49,8 +49,7 @@ def save(layer: Any, store: Any) -> None:
     for i, value in enumerate(entries):
         store[str(i)] = keras.ops.convert_to_numpy(value)
     if not is_plain:
-        text = json.dumps(keras.saving.serialize_keras_object(layer.quantization_config))
-        store[MARK] = np.frombuffer(text.encode(), np.uint8)
+        store[MARK] = np.frombuffer(_as_text(layer.quantization_config).encode(), np.uint8)
 
 
 def load(layer: Any, store: Any) -> None:
@@ -262,13 +261,22 @@ def _config_in(layer: Any, store: Any) -> SchemeConfig | None:
     """The config in a store, or None if it has none, like stores of stock Keras."""
     if MARK not in set(store.keys()):
         return None
-    data = np.asarray(store[MARK])
+    text = np.asarray(store[MARK]).tobytes()
+    own = layer.quantization_config
+    if own is not None and _as_text(own).encode() == text:
+        return own  # It was made with the `custom_objects` of `load_model`.
     try:
-        config = keras.saving.deserialize_keras_object(json.loads(data.tobytes()))
-    except (TypeError, ValueError, KeyError) as error:
+        config = keras.saving.deserialize_keras_object(json.loads(text))
+    except TypeError as error:
+        raise ValueError(
+            f"The quantization config of layer {layer.name!r} cannot be made; got the classes "
+            f"{_classes_in(json.loads(text))}. Register them with keras.saving, or load the file "
+            "within keras.saving.CustomObjectScope({...})."
+        ) from error
+    except (ValueError, KeyError) as error:
         raise ValueError(
             f"The entry {MARK!r} of layer {layer.name!r} must describe a config; got "
-            f"{data.tobytes()[:60]!r}. The file is damaged, or of a newer version."
+            f"{text[:60]!r}. The file is damaged, or of a newer version."
         ) from error
     if not isinstance(config, SchemeConfig):
         raise ValueError(
@@ -276,6 +284,18 @@ def _config_in(layer: Any, store: Any) -> SchemeConfig | None:
             f"jaxquant.keras; got {config!r}. The file is damaged."
         )
     return config
+
+
+def _classes_in(config: Any) -> list[str]:
+    """The names of the classes that a serialized object is made of."""
+    if not isinstance(config, dict):
+        return []
+    names = [str(config["class_name"])] if "class_name" in config else []
+    return names + [name for inner in config.values() for name in _classes_in(inner)]
+
+
+def _as_text(config: Any) -> str:
+    return json.dumps(keras.saving.serialize_keras_object(config))
 
 
 def _is_plain(config: Any) -> bool:

@@ -7,8 +7,10 @@ quantized, reading such an attribute must not return the variable of its codes.
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import keras
 
+from ...core import scale_values
 from .. import compat
 
 
@@ -18,6 +20,34 @@ def alias(layer: Any, variable: keras.Variable, name: str) -> None:
         if value is variable:
             del layer.__dict__[attribute]
             layer.weight_state.aliases[attribute] = name
+
+
+def read_attribute(state: Any, name: str) -> Any:
+    """The declared weight of which an attribute is an alias; its scale or zero point as Keras has
+    it, by the names that Keras gives them; None for any other attribute.
+
+    Scales of integer codes per channel are 127 / max|x|, without the axes that share one. Others
+    are the step between codes, in the order of the weight's axes, like zero points.
+    """
+    layer = state.layer
+    if name in state.aliases:
+        return getattr(layer, state.aliases[name])
+    weight, _, part = name.rpartition("_")
+    if part not in _PARTS or weight not in state.stored_weights:
+        return None
+    q = state.stored_weights[weight].tensor().reorder(None)
+    if part == "zero":
+        return q.zero_point
+    step = scale_values(q.scale)
+    shared = {a % q.ndim for a in layer.declared_weights[weight].axes(layer)}
+    is_per_channel = all(step.shape[a] == 1 for a in shared) and q.zero_point is None
+    if not is_per_channel or not q.format.rounds:
+        return step
+    return jnp.asarray(layer.scale_to_stock(weight, 1 / step, q))
+
+
+# Ends of the names of variables that belong to a weight.
+_PARTS = ("scale", "zero")
 
 
 def check_reachable(layer: Any, name: str, variable: keras.Variable) -> None:

@@ -11,7 +11,7 @@ from ...core import QTensor
 from .. import compat, files
 from ..configs import SchemeConfig, as_config, config_of_policy
 from . import optimizer_slots
-from .aliases import check_reachable
+from .aliases import check_reachable, read_attribute
 from .policy import PolicyMixin
 from .weight_state import LayerState
 from .weights import QuantizedWeight, StoredWeight, store_weight
@@ -126,10 +126,11 @@ class QuantizableMixin(PolicyMixin):
         return self.quantization_config and self.quantization_config.activation_quantizer
 
     def __getattr__(self, name: str) -> Any:
-        """Reads a declared weight through another attribute that held its variable."""
+        """Reads a declared weight by another name, or its scale or zero point."""
         state = self.__dict__.get("weight_state")
-        if state is not None and name in state.aliases:
-            return getattr(self, state.aliases[name])
+        found = None if state is None else read_attribute(state, name)
+        if found is not None:
+            return found
         # Raises the first error again, such as that of a property or a declaration.
         return super().__getattribute__(name)
 
