@@ -1,8 +1,7 @@
 """Files of every version of the format load bit for bit.
 
-`data/` holds what the code of November 2026 saved; the digests are of what it loaded from them. They
-stay as they are: a file that somebody saved is not changed by an update. A new version of the format
-adds a file.
+`data/` holds what the code of November 2026 saved; the digests are of what it loaded from them. A
+new version of the format adds a file, and none is ever changed.
 """
 
 import hashlib
