@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import io
+import itertools
 import pathlib
 import re
 import shlex
@@ -19,12 +20,13 @@ from benchmarks import quality
 from jaxquant import __main__ as command_line
 from jaxquant import demo, training, tree
 from jaxquant.core import packed_bytes
+from jaxquant.tree import files
 
 from .demo import llamas
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # What pages about other libraries need, by the name of the page.
 LIBRARIES = {
     "howto/equinox.md": "equinox",
@@ -83,6 +85,26 @@ def test_links_lead_to_files(path):
 def test_modules_and_files_in_backticks_exist(path):
     for name in re.findall(r"`((?:jaxquant|tests)/[\w/]+\.py)`", path.read_text()):
         assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_the_table_of_extras_lists_each_and_no_other():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "docs" / "install.md").read_text()
+    listed = re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)
+    assert sorted(listed) == sorted(project["optional-dependencies"])
+
+
+def test_the_table_of_file_versions_lists_each():
+    text = (ROOT / "docs" / "stability.md").read_text()
+    listed = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
+    assert listed == [str(n) for n in range(1, files.VERSION + 1)]
+
+
+def test_the_upper_bounds_are_those_that_are_documented():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = itertools.chain(*project["optional-dependencies"].values())
+    bounded = {r for r in (*project["dependencies"], *extras) if "<" in r or "==" in r}
+    assert bounded == {"transformers>=4.57,<5"}
 
 
 def test_install_commands_name_extras_that_exist():
