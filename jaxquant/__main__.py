@@ -25,6 +25,8 @@ from .tree.internal import (
     match_rules,
     progress_bar,
     read_tree,
+    sqnr_metadata,
+    stored_sqnr,
 )
 from .version import __version__
 
@@ -47,8 +49,6 @@ _METHODS = {
     "sinq": [methods.SINQ(), methods.Nearest()],
     "hqq": methods.HQQ(),
 }
-# Metadata key of the SQNR, which cannot be computed later without the float weights.
-_SQNR = "jaxquant.sqnr"
 # Files that hold tensors, but not a tree of quantized arrays.
 _NOT_TREES = (".gguf", ".json")
 
@@ -159,6 +159,8 @@ def _add_inspect(commands: Commands) -> None:
     parser.add_argument(
         "--plot", metavar="PNG", help="write a picture of the SQNR and code histograms"
     )
+    text = "first compare each tensor with its checksum"
+    parser.add_argument("--verify", action="store_true", help=text)
 
 
 def _add(
@@ -330,14 +332,14 @@ def _quantize(options: argparse.Namespace) -> None:
             params = _dequantized(params, rules)
         quantized = tree.quantize(params, rules, **how)
         report = tree.report(params, quantized, rules)
-        tree.save(options.target, quantized, _sqnr_metadata(report))
+        tree.save(options.target, quantized, sqnr_metadata(report))
     else:
         report = checkpoints.write_quantized(
             options.target,
             checkpoint,
             rules,
             requantize=options.requantize,
-            metadata=_sqnr_metadata,
+            metadata=sqnr_metadata,
             **how,
         )
     _print(report.table(), report.to_json(), options)
@@ -352,12 +354,9 @@ def _dequantized(params: Any, rules: list[tree.Rule]) -> Any:
     return treedef.unflatten([tree.dequantize(x) if is_so else x for x, is_so in pairs])
 
 
-def _sqnr_metadata(report: tree.Report) -> dict[str, str]:
-    sqnr = {r["path"]: r["sqnr"] for r in report.to_json()["rows"] if r["sqnr"] is not None}
-    return {_SQNR: json.dumps(sqnr)}
-
-
 def _inspect(options: argparse.Namespace) -> None:
+    if options.verify:
+        _verify(options.file)
     if options.file.is_dir() or options.file.suffix in _NOT_TREES:
         contents = checkpoints.open(options.file).report()
         if options.plot:
@@ -367,7 +366,7 @@ def _inspect(options: argparse.Namespace) -> None:
         _print(contents.table(), contents.to_json(), options)
         return
     params, metadata = read_tree(options.file)
-    known = _stored_sqnr(options.file, metadata)
+    known = stored_sqnr(options.file, metadata)
     rows = tree.report(None, params).rows
     report = tree.Report(tuple(dataclasses.replace(r, sqnr=known.get(r.path)) for r in rows))
     if options.plot:
@@ -375,13 +374,13 @@ def _inspect(options: argparse.Namespace) -> None:
     _print(report.table(), report.to_json(), options)
 
 
-def _stored_sqnr(path: Path, metadata: dict[str, str]) -> dict[str, float]:
-    """SQNR by path, as stored when the file was quantized."""
-    text = metadata.get(_SQNR, "{}")
-    try:
-        return {name: float(value) for name, value in json.loads(text).items()}
-    except (AttributeError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its metadata {_SQNR!r} is malformed: {text[:80]!r}") from error
+def _verify(path: Path) -> None:
+    found = tree.verify(path)
+    altered = [name for name, is_intact in found.items() if not is_intact]
+    if altered:
+        names = ", ".join(altered)
+        raise ValueError(f"{len(altered)} of {len(found)} tensors of {path} were altered: {names}.")
+    print(f"All {len(found)} tensors of {path} have their checksums.", file=sys.stderr)
 
 
 def _print(table: rich.table.Table, values: Any, options: argparse.Namespace) -> None:

@@ -19,3 +19,4 @@ from .requantize import requantize as requantize
 from .rules import Rule as Rule
 from .rules import Rules as Rules
 from .rules import default_rules as default_rules
+from .verify import verify as verify

@@ -39,6 +39,8 @@ from .rules import as_rules as as_rules
 from .rules import is_matrix as is_matrix
 from .rules import match_rules as match_rules
 from .rules import unused_rules as unused_rules
+from .stored_sqnr import sqnr_metadata as sqnr_metadata
+from .stored_sqnr import stored_sqnr as stored_sqnr
 from .streamed import TreeWriter as TreeWriter
 from .tensor_file import DTYPES as DTYPES
 from .tensor_file import MALFORMED as MALFORMED
