@@ -31,8 +31,8 @@ class Format:
     Positive elements never do, however small they are relative to the rest of their group.
 
     Raises:
-        ValueError: JAX does not have the dtype, the dtype cannot represent the codes, or the
-            codebook does not match `power`.
+        ValueError: the name is not a str, JAX does not have the dtype, the dtype cannot represent
+            the codes, or the codebook does not match `power`.
 
     Example:
         >>> int6 = jq.Format("int6", "int8", -31, 31)
@@ -50,6 +50,8 @@ class Format:
     power: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"name must be a str, such as 'int6'; got {self.name!r}.")
         try:
             is_whole = jnp.issubdtype(self.dtype, jnp.integer)
             info = jnp.iinfo(self.dtype) if is_whole else jnp.finfo(self.dtype)

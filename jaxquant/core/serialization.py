@@ -66,10 +66,29 @@ def static_to_json(q: QTensor) -> dict[str, Any]:
 
 
 def static_from_json(row: dict[str, Any]) -> dict[str, Any]:
-    """Inverse of `static_to_json`: returns keyword arguments for QTensor."""
+    """Inverse of `static_to_json`: returns keyword arguments for QTensor.
+
+    Raises:
+        ValueError: `order` is not a permutation of the last axes.
+    """
     fields = _with_tuples(row)
-    format, dtype = format_from_json(fields["format"]), jnp.dtype(fields["dtype"])
-    return {"format": format, "dtype": dtype, "order": fields["order"]}
+    format, dtype, order = (
+        format_from_json(fields["format"]),
+        jnp.dtype(fields["dtype"]),
+        fields["order"],
+    )
+    if order is not None and not _is_order(order):
+        raise ValueError(
+            f"order must permute the last axes, such as (-1, -2), or be None; got {order}."
+        )
+    return {"format": format, "dtype": dtype, "order": order}
+
+
+def _is_order(order: Any) -> bool:
+    """Whether this is a tuple of -1, -2, ... -n in some order."""
+    if not isinstance(order, tuple) or not all(type(axis) is int for axis in order):
+        return False
+    return sorted(order) == list(range(-len(order), 0))
 
 
 def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from jaxquant import (
 )
 from jaxquant.tree.internal import read_arrays, read_tree
 
+from .parts import container, joined, parts_of
 from .trees import normal
 
 READERS = {
@@ -52,31 +53,6 @@ def saved(tmp_path_factory):
     save(path, params, {"k": "v"})
     load(path)
     return path.read_bytes()
-
-
-def parts_of(data):
-    """Header without metadata, manifest without structure, structure, and data."""
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    manifest = json.loads(header.pop("__metadata__")["jaxquant"])
-    contents = json.loads(zlib.decompress(base64.b64decode(manifest.pop("tree"))))
-    return {"header": header, "manifest": manifest, "contents": contents}, data[8 + length :]
-
-
-def joined(parts, data):
-    """The bytes of a file, with recomputed checksums."""
-    tree = base64.b64encode(zlib.compress(json.dumps(parts["contents"]).encode())).decode()
-    manifest = parts["manifest"]
-    text = json.dumps({**manifest, "tree": tree} if isinstance(manifest, dict) else manifest)
-    metadata = {"jaxquant": text, "jaxquant.crc32": str(zlib.crc32(text.encode()))}
-    header = parts["header"]
-    header = {"__metadata__": metadata, **header} if isinstance(header, dict) else header
-    return container(json.dumps(header), data)
-
-
-def container(header, data=b""):
-    text = header.encode() if isinstance(header, str) else header
-    return struct.pack("<Q", len(text)) + text + data
 
 
 def places(value, path=()):
@@ -208,6 +184,46 @@ def test_codes_of_another_number_of_bits_are_malformed(tmp_path, bits, read):
     (tmp_path / "a").write_bytes(joined(parts, data))
     with pytest.raises(ValueError, match="a: its structure is malformed, "):
         read(tmp_path / "a")
+
+
+@pytest.mark.parametrize("read", [load, lambda path: checkpoints.open(path).report()])
+@pytest.mark.parametrize(
+    "place, value, text",
+    [
+        (["order"], [-1, {}], r"order must permute the last axes, .* got \(-1, \{\}\)"),
+        (["order"], 1.5, r"order must permute the last axes, .* got 1.5"),
+        (["order"], [-1, -3], r"order must permute the last axes, .* got \(-1, -3\)"),
+        (["format", "name"], None, r"name must be a str, such as 'int6'; got None"),
+        (["format", "name"], [1], r"name must be a str, such as 'int6'; got \(1,\)"),
+    ],
+)
+def test_static_fields_of_other_types_are_malformed(tmp_path, saved, place, value, text, read):
+    parts, data = parts_of(saved)
+    rows = parts["contents"]["statics"]
+    row = next(i for i, fields in enumerate(rows) if "order" in fields)
+    parts["contents"] = changed(parts["contents"], ["statics", row, *place], replace_by(value))
+    (tmp_path / "a").write_bytes(joined(parts, data))
+    with pytest.raises(ValueError, match=f"a: its structure is malformed, ValueError: {text}"):
+        read(tmp_path / "a")
+
+
+def test_a_dict_that_jax_cannot_sort_is_an_error_with_the_file_name(tmp_path):
+    save(tmp_path / "a", {"list": [(jnp.ones(1), {1: jnp.ones(2), "b": jnp.ones(3)})]})
+    assert set(load(tmp_path / "a")["list"][0][1]) == {1, "b"}
+    text = r"a holds a dict with keys of several types, .* sort: \[1, 'b'\]. jaxquant.load reads it"
+    before = depth()
+    for _ in range(3):
+        with pytest.raises(ValueError, match=text):
+            checkpoints.open(tmp_path / "a")
+    assert depth() == before
+
+
+def depth():
+    """How deep a function can call itself from here."""
+    try:
+        return depth() + 1
+    except RecursionError:
+        return 0
 
 
 def test_a_structure_with_a_wrong_dtype_is_malformed(tmp_path, saved):
