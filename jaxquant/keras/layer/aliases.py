@@ -7,10 +7,11 @@ quantized, reading such an attribute must not return the variable of its codes.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import keras
 
-from ...core import scale_values
+from ...core import QTensor, scale_values
 from .. import compat
 
 
@@ -35,9 +36,10 @@ def read_attribute(state: Any, name: str) -> Any:
     weight, _, part = name.rpartition("_")
     if part not in _PARTS or weight not in state.stored_weights:
         return None
-    q = state.stored_weights[weight].tensor().reorder(None)
-    if part == "zero":
-        return q.zero_point
+    return _PARTS[part](layer, weight, state.stored_weights[weight].tensor().reorder(None))
+
+
+def _scale(layer: Any, weight: str, q: QTensor) -> jax.Array:
     step = scale_values(q.scale)
     shared = {a % q.ndim for a in layer.declared_weights[weight].axes(layer)}
     is_per_channel = all(step.shape[a] == 1 for a in shared) and q.zero_point is None
@@ -46,8 +48,8 @@ def read_attribute(state: Any, name: str) -> Any:
     return jnp.asarray(layer.scale_to_stock(weight, 1 / step, q))
 
 
-# Ends of the names of variables that belong to a weight.
-_PARTS = ("scale", "zero")
+# Parts of a quantized weight, by the ends of the names of their variables.
+_PARTS = {"scale": _scale, "zero": lambda layer, weight, q: q.zero_point}
 
 
 def check_reachable(layer: Any, name: str, variable: keras.Variable) -> None:
