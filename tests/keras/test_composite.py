@@ -117,6 +117,10 @@ def test_a_subclassed_model_is_converted_and_quantized():
     reasons = reasons_of(report)
     assert reasons["net/block_0/gain"] == "Feed is not a quantizable layer"
 
+    # Nothing holds the float matrices.
+    held = [v for x in sublayers(quantized) for v in vars(x).values()]
+    assert not [v for v in held if isinstance(v, keras.Variable) and v.name in MATRICES]
+
     assert kinds(model) == before
     assert type(model) is Network
     np.testing.assert_array_equal(model(tokens()), wanted)
@@ -247,6 +251,33 @@ class Holder(stock.Layer):
     def get_config(self):
         own = {"kind": self.kind, "arguments": self.arguments}
         return {**super().get_config(), **own}
+
+
+class Normed(stock.Layer):
+    """Creates a wrapper that shares the kernel of its layer."""
+
+    def build(self, input_shape):
+        self.norm = stock.SpectralNormalization(stock.Dense(16, name="shared"), name="norm")
+        self.plain = stock.Dense(16, name="plain")
+        self.norm.build(input_shape)
+        self.plain.build(input_shape)
+
+    def call(self, inputs):
+        return self.plain(self.norm(inputs))
+
+
+def test_a_kernel_that_a_wrapper_shares_stays_in_float_inside_a_custom_layer(tmp_path):
+    model = keras.Sequential([keras.Input((16,)), Normed(name="normed")])
+    quantized, report = quantize(model, "int8")
+    reasons = reasons_of(report)
+    kernels = [path for path in reasons if path.endswith("shared/kernel")]
+    assert [reasons[path] for path in kernels] == ["SpectralNormalization shares it with its layer"]
+    quantized.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(
+        tmp_path / "model.keras", custom_objects={"Normed": Normed}
+    )
+    assert type(loaded.layers[0].norm.layer) is stock.Dense
+    np.testing.assert_array_equal(loaded(X[0]), quantized(X[0]))
 
 
 # What cannot be done.
