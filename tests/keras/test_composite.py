@@ -105,6 +105,8 @@ def test_a_subclassed_model_is_converted_and_quantized():
     assert type(ours).__name__ == "Network"
     assert isinstance(ours.blocks[1].down, layers.EinsumDense)
     assert ours.again is ours.blocks[0]
+    # The declaration holds it, not an attribute beside it.
+    assert "kernel" not in vars(ours.lstm.cell)
     assert [v.path for v in ours.weights] == [v.path for v in model.weights]
 
     quantized, report = quantize(model, jq.W8A8)
