@@ -87,6 +87,13 @@ def test_modules_and_files_in_backticks_exist(path):
         assert (ROOT / name).exists(), f"{path.name} names {name}"
 
 
+def test_every_page_is_on_the_site():
+    lines = (ROOT / "docs" / "index.md").read_text().splitlines()
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages <= set(lines)
+    assert "howto/*" in lines
+
+
 def test_the_table_of_extras_lists_each_and_no_other():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     text = (ROOT / "docs" / "install.md").read_text()
@@ -110,7 +117,7 @@ def test_the_upper_bounds_are_those_that_are_documented():
 def test_install_commands_name_extras_that_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     commands = re.findall(r"-e '\.\[([\w,]+)\]'", README.read_text())
-    assert commands == ["demo", "test", "optax,keras"]
+    assert commands == ["demo", "test", "optax,keras", "docs"]
     assert set(",".join(commands).split(",")) <= set(project["optional-dependencies"])
 
 
