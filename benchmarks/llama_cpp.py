@@ -2,7 +2,7 @@
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ class Context:
         self.lib.llama_free(self.pointer)
 
 
-def logits(lib: ctypes.CDLL, path: Path, windows: Sequence[np.ndarray]) -> Any:
+def logits(lib: ctypes.CDLL, path: Path, windows: Iterable[np.ndarray]) -> Any:
     """Yields the logits (T, V) that llama.cpp computes for each window of tokens (T,)."""
     model = Model(lib, path)
     for window in windows:

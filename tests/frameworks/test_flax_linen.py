@@ -1,5 +1,7 @@
 """Flax Linen models, unchanged."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -161,6 +163,7 @@ def test_optimizer_states_of_partitioned_parameters():
     kernel = nn.Partitioned(jnp.ones((64, 128)), names=("model", None))
     optimizer = training.quantized_state(optax.adam(1e-3))
     params = {"kernel": kernel}
+    updates: Any
     updates, state = optimizer.update(params, optimizer.init(params))
     codes = nn.get_partition_spec(state).inner[0].mu["kernel"].q.codes
     assert codes == jax.P("model", None)

@@ -1,5 +1,7 @@
 """Flax NNX models, unchanged: modules and their states are pytrees."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -223,7 +225,7 @@ def test_optimizer_states_of_variables():
     params = nnx.state(Regression(nnx.Rngs(0)), nnx.Param)
     params["up"]["kernel"] = params["up"]["kernel"].replace(note="a")
     optimizer = training.quantized_state(optax.adam(1e-3))
-    state = optimizer.init(params)
+    state: Any = optimizer.init(params)
     kernel = state.inner[0].mu["up"]["kernel"]
     assert kernel.q.codes.get_metadata("note") == "a"
     update = jax.jit(optimizer.update)

@@ -1,5 +1,7 @@
 """Scales trained against the outputs of the float model."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,7 +108,7 @@ def test_bad_arguments(config, count, epochs, message):
         distill(apply, floats, quantized, batches(count), optax.adam(1e-3), epochs=epochs)
 
 
-def with_bias(dtype=jnp.float32):
+def with_bias(dtype=jnp.float32) -> dict[str, Any]:
     return params() | {"norm": {"bias": jnp.zeros(8, dtype), "gain": jnp.full(24, 2, dtype)}}
 
 

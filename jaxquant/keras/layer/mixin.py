@@ -385,8 +385,7 @@ class QuantizableMixin(PolicyMixin):
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments, and its quantization config if it has one."""
-        config = super().get_config()
-        quantization = self.quantization_config
+        config, quantization = super().get_config(), self.quantization_config
         if quantization is None:
             return config
         return {**config, "quantization_config": keras.saving.serialize_keras_object(quantization)}
