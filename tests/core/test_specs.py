@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -124,13 +125,15 @@ def test_blocks_that_devices_would_share_are_refined(width, block, count, form):
     assert finer.codes is q.codes
     # 344 groups of 32 are 43 on each device, and stay.
     assert (finer is q) == (width // block == count)
-    np.testing.assert_array_equal(finer.dequantize(), q.dequantize())
+    # Compilers may round the product once more or once less before they add the offset.
+    assert_same = partial(np.testing.assert_allclose, rtol=0, atol=1e-6)
+    assert_same(finer.dequantize(), q.dequantize())
     of_arrays = specs(finer, spec, on)
     assert of_arrays.scale == of_arrays.offset == of_arrays.codes
     placed = jax.device_put(finer, jax.tree.map(lambda s: jax.NamedSharding(on, s), of_arrays))
     # The part of each device is a QTensor by itself.
     part = jax.shard_map(lambda q: q.dequantize(), mesh=on, in_specs=(of_arrays,), out_specs=spec)
-    np.testing.assert_array_equal(jax.jit(part)(placed), q.dequantize())
+    assert_same(jax.jit(part)(placed), q.dequantize())
 
 
 @pytest.mark.some_rows(1)
