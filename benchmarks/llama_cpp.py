@@ -124,9 +124,9 @@ class Context:
         self.model, self.lib = model, model.lib
         options = self.lib.llama_context_default_params()
         at_once = at_once or min(512, length)
-        most = max(at_once, sequences)
+        capacity = length * sequences
         # n_ctx, n_batch, n_ubatch and n_seq_max.
-        options.first[:] = length * sequences, max(length, sequences), most, sequences
+        options.first[:] = capacity, capacity, max(at_once, sequences), sequences
         self.sequences = sequences
         self.pointer = self.lib.llama_init_from_model(model.pointer, options)
         if threads:
