@@ -170,24 +170,24 @@ def _floats(
     patterns: str | Sequence[str], paths: list[str], leaves: list[Any]
 ) -> dict[int, dict[str, jax.Array]]:
     """Factors of 1 for the floating-point leaves that the patterns match."""
-    floats = [not is_quantized(x) and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+    floats = [(i, path) for i, path in enumerate(paths) if _is_float(leaves[i])]
     found = {}
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         rule = Rule(pattern, None)
-        new = [
-            i
-            for i, (path, x) in enumerate(zip(paths, leaves, strict=True))
-            if floats[i] and rule.matches(path, x)
-        ]
+        new = [i for i, path in floats if rule.matches(path, leaves[i])]
         if not new:
-            names = [path for path, is_float in zip(paths, floats, strict=True) if is_float]
+            names = ", ".join([path for _, path in floats][:8])
             raise ValueError(
-                f"also={pattern!r} matches no floating-point leaf; those are "
-                f"{', '.join(names[:8]) or 'none'}. Patterns are globs over the whole path, as in "
-                "Rule."
+                f"also={pattern!r} matches no floating-point leaf; those are {names or 'none'}. "
+                "Patterns are globs over the whole path, as in Rule."
             )
-        found |= {i: {"array": jnp.ones(np.shape(leaves[i]), jnp.float32)} for i in new}
+        found |= {i: {"array": jnp.ones(leaves[i].shape, jnp.float32)} for i in new}
     return found
+
+
+def _is_float(leaf: Any) -> bool:
+    is_array = isinstance(leaf, jax.Array | np.ndarray)
+    return is_array and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _all_scaled(leaves: list[Any], factors: dict[int, dict[str, jax.Array]]) -> list[Any]:

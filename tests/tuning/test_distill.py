@@ -163,6 +163,17 @@ def test_changes_of_floats_are_relative_to_their_size(value, step):
     np.testing.assert_allclose(tuned["bias"], value + step, rtol=1e-6)
 
 
+def test_other_leaves_stay_as_they_are():
+    floats = {"w": jnp.eye(8), "epsilon": 0.5, "steps": jnp.int32(3)}
+    quantized = jq.tree.quantize(floats, [jq.Rule("w", CONFIGS["int4"])])
+
+    def apply(params, x):
+        return x @ params["w"] * params["epsilon"]
+
+    tuned = distill(apply, floats, quantized, [jnp.ones((2, 8))], optax.adam(1e-3))
+    assert (tuned["epsilon"], tuned["steps"]) == (0.5, 3)
+
+
 @pytest.mark.parametrize("also", ["*/scale", ["norm/bias", "up"]])
 def test_patterns_that_match_no_float(also):
     floats = with_bias()
