@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,27 @@ class _Batch(ctypes.Structure):
     )
 
 
+def packaged_library() -> Path:
+    """The shared library of the installed package.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "llama.cpp is not installed: pip install --no-deps xllamacpp", name="xllamacpp"
+        )
+    return next(Path(spec.origin).parent.glob("xllamacpp*.so"))
+
+
 def library(path: Path | None = None) -> ctypes.CDLL:
     """llama.cpp, ready to be called, from a file or the installed package.
 
     Raises:
-        SystemExit: it is not installed.
+        ModuleNotFoundError: as for `packaged_library`.
     """
-    spec = None if path else importlib.util.find_spec("xllamacpp")
-    if spec is not None and spec.origin is not None:
-        path = Path(spec.origin).parent / "xllamacpp.abi3.so"
-    if path is None:
-        raise SystemExit("llama.cpp is not installed: pip install --no-deps xllamacpp")
-    lib = ctypes.CDLL(str(path))
+    lib = ctypes.CDLL(str(path or packaged_library()))
     lib.llama_log_set(_LOG, None)
     pointer, numbers = ctypes.c_void_p, ctypes.c_int32
     for name, result, arguments in (
@@ -92,7 +102,7 @@ def write(path: Path, template: Path, config: jq.ArrayConfig | None = None) -> N
 
 
 class Model:
-    """A model of a file. Close it."""
+    """A model of a file."""
 
     def __init__(self, lib: ctypes.CDLL, path: Path):
         self.lib, self.path = lib, path
@@ -101,14 +111,11 @@ class Model:
         if not self.pointer:
             raise SystemExit(f"llama.cpp cannot read {path}.")
         self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.pointer))
-
-    def close(self) -> None:
-        """Frees its memory."""
-        self.lib.llama_model_free(self.pointer)
+        weakref.finalize(self, lib.llama_model_free, self.pointer)
 
 
 class Context:
-    """Sequences of tokens, and the keys and values of those that ran. Close it.
+    """Sequences of tokens, and the keys and values of those that ran.
 
     Args:
         model: what runs them.
@@ -129,6 +136,7 @@ class Context:
         options.first[:] = capacity, capacity, max(at_once, sequences), sequences
         self.sequences = sequences
         self.pointer = self.lib.llama_init_from_model(model.pointer, options)
+        weakref.finalize(self, self.lib.llama_free, self.pointer)
         if threads:
             self.lib.llama_set_n_threads(self.pointer, threads, threads)
 
@@ -163,10 +171,6 @@ class Context:
         for sequence in range(self.sequences):
             self.lib.llama_memory_seq_rm(memory, sequence, start, -1)
 
-    def close(self) -> None:
-        """Frees its memory."""
-        self.lib.llama_free(self.pointer)
-
 
 def logits(lib: ctypes.CDLL, path: Path, windows: Iterable[np.ndarray]) -> Any:
     """Yields the logits (T, V) that llama.cpp computes for each window of tokens (T,)."""
@@ -174,5 +178,3 @@ def logits(lib: ctypes.CDLL, path: Path, windows: Iterable[np.ndarray]) -> Any:
     for window in windows:
         context = Context(model, len(window), at_once=len(window))
         yield context.run(window[None], 0, every=True).copy()
-        context.close()
-    model.close()

@@ -7,9 +7,9 @@ turns in one run. llama.cpp is called in the library of `xllamacpp` (`pip instal
 xllamacpp`), with as many threads as there are cores; its files hold the codes and scales that
 jaxquant's rows of the same bits have. Cells: milliseconds (per token of each sequence while
 decoding, per prompt otherwise) and the speed relative to jaxquant's float32; while decoding also
-the share of the memory's bandwidth that reading the parameters takes. A second table divides the
-time into products with parameters, attention with its cache, and the rest: programs that hold
-nothing else are timed.
+the share of the memory's bandwidth that reading the parameters takes. The last table has the
+products with parameters and the attention of a step, timed in programs that hold nothing else, and
+the whole step.
 """
 
 import dataclasses
@@ -25,23 +25,23 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
-import rich.table
 
 import jaxquant as jq
 from jaxquant import demo
 from jaxquant.ops import kv
 
-from . import llama_cpp, machine
+from . import llama_cpp, llm_tables, machine
 from .products import bytes_of
 from .timing import by_turns, ratio
 
 # Sequences, and tokens in the cache of each.
 DECODED = ((1, 128), (4, 128), (16, 128), (1, 1024), (4, 1024), (16, 1024))
 PROMPTS = (128, 512, 2048)
-# Columns whose time is divided into parts: tokens of a step, and those in the cache before it.
-PARTS = {"1 x 128": (1, 128), "512 tokens": (512, 0)}
 # Tokens that one call decodes.
 STEPS = 8
+# Columns whose time is divided into parts: tokens of a step, those in the cache before it, and the
+# steps of one call.
+PARTS = {"1 x 128": (1, 128, STEPS), "512 tokens": (512, 0, 1)}
 # Time limit of one column in seconds; at least three rounds run.
 BUDGET = 15.0
 REFERENCE = "float32"
@@ -97,24 +97,28 @@ class Ours:
 
         return run
 
-    def parts(self, sequences: int, tokens: int, context: int) -> dict[str, Call]:
-        """Calls that do all products with parameters of a step, and all of its attention."""
+    def parts(self, tokens: int, context: int, steps: int) -> dict[str, Call]:
+        """Calls that do all products with parameters of some steps, and all of their attention."""
         width = self.params["norm"].shape[0]
-        x = jnp.ones((sequences, tokens, width), self.params["norm"].dtype)
-        cache = self._cache(sequences, context + tokens)
+        x = jnp.ones((1, tokens, width), self.params["norm"].dtype)
+        cache = self._cache(1, context + tokens * steps)
         lengths = jnp.full_like(cache.lengths, context)
+
+        def products():
+            return [_products(self.params, x) for _ in range(steps)]
 
         def attention():
             nonlocal cache
             cache = dataclasses.replace(cache, lengths=lengths + 0)
-            found, cache = _attention(self.config, x, cache)
+            for _ in range(steps):
+                found, cache = _attention(self.config, x, cache)
             return found
 
-        return {"products": partial(_products, self.params, x), "attention": attention}
+        return {"products": products, "attention": attention}
 
     def _cache(self, sequences: int, length: int) -> kv.Cache:
         cache = demo.init_cache(self.params, self.config, sequences, length, jnp.bfloat16)
-        return jax.tree.map(jnp.array, cache)  # Arrays of its own, to be donated.
+        return jax.tree.map(jnp.array, cache)  # Separate arrays, which can be donated.
 
 
 class Theirs:
@@ -219,7 +223,7 @@ def contenders(folder: Path, only: list[str] | None = None) -> tuple[dict[str, A
     }
     try:
         lib = llama_cpp.library()
-    except SystemExit:
+    except ModuleNotFoundError:
         return found, ["llama.cpp"]
     if is_chosen("llama.cpp as stored"):
         found["llama.cpp as stored"] = Theirs(lib, path)
@@ -277,73 +281,39 @@ def suite(arguments: Any) -> dict[str, Any]:
             calls = {name: m.prompt(length) for name, m in models.items()}
             prompts += compare(f"{length} tokens", calls, 1)
             bar.advance(task)
-        for column, (tokens, context) in PARTS.items():
+        for column in PARTS:
             bar.update(task, description=f"Parts of {column}")
-            whole = [r for r in decoded + prompts if r["column"] == column]
-            parts += _parts(models, column, tokens, context, whole)
+            parts += divided(models, column, decoded + prompts)
             bar.advance(task)
-    console.print(_table("Decoding: ms per token of each sequence", decoded))
-    console.print(_table("Prompts: ms", prompts))
-    console.print(_parts_table(parts))
+    found = {"decoding": decoded, "prompts": prompts, "parts": parts}
+    for title, lines in llm_tables.tables(found).items():
+        console.print(title, "", *lines, "", sep="\n", markup=False)
     if missing:
         console.print(f"Not installed: {', '.join(missing)}.")
-    return {"decoding": decoded, "prompts": prompts, "parts": parts, "not_installed": missing}
+    return {**found, "not_installed": missing}
 
 
-def _parts(
-    models: dict[str, Any], column: str, tokens: int, context: int, whole: list[dict[str, Any]]
+def divided(
+    models: dict[str, Any], column: str, whole: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Milliseconds of the parts of our models."""
-    totals = {r["contender"]: r["milliseconds"] for r in whole}
+    """Milliseconds of the parts of our models, in a column of `whole`."""
+    totals = {r["contender"]: r["milliseconds"] for r in whole if r["column"] == column}
     ours = {name: m for name, m in models.items() if isinstance(m, Ours)}
+    steps = PARTS[column][-1]
     calls = {
         (name, part): call
         for name, m in ours.items()
-        for part, call in m.parts(1, tokens, context).items()
+        for part, call in m.parts(*PARTS[column]).items()
     }
     times = by_turns(calls, rounds=10)
-    found = {key: 1e3 * statistics.median(t) for key, t in times.items()}
+    found = {key: 1e3 * statistics.median(t) / steps for key, t in times.items()}
     return [
         {
             "contender": name,
             "column": column,
-            "whole": totals[name],
             "products": found[name, "products"],
             "attention": found[name, "attention"],
+            "whole": totals[name],
         }
         for name in ours
     ]
-
-
-def _table(title: str, results: list[dict[str, Any]]) -> rich.table.Table:
-    columns = list(dict.fromkeys(r["column"] for r in results))
-    found = rich.table.Table("by", *columns, title=title)
-    cells = {(r["contender"], r["column"]): r for r in results}
-    for name in dict.fromkeys(r["contender"] for r in results):
-        found.add_row(name, *(_cell(cells[name, c]) for c in columns))
-    return found
-
-
-def _cell(result: dict[str, Any]) -> str:
-    text = f"{result['milliseconds']:.1f} ({result['speed']:.2f})"
-    if "bandwidth" in result:
-        text += f" {100 * result['bandwidth']:.0f} %"
-    return f"[red]{text}[/red]" if result["speed"] < 1 else text
-
-
-def _parts_table(parts: list[dict[str, Any]]) -> rich.table.Table:
-    title = "Products, attention and the rest: ms"
-    found = rich.table.Table("by", *dict.fromkeys(p["column"] for p in parts), title=title)
-    cells = {(p["contender"], p["column"]): p for p in parts}
-    columns = list(dict.fromkeys(p["column"] for p in parts))
-    for name in dict.fromkeys(p["contender"] for p in parts):
-        row = [cells[name, c] for c in columns]
-        found.add_row(
-            name,
-            *(
-                f"{p['products']:.1f} + {p['attention']:.1f} + "
-                f"{p['whole'] - p['products'] - p['attention']:.1f}"
-                for p in row
-            ),
-        )
-    return found

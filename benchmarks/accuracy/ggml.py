@@ -1,12 +1,12 @@
 """The C functions of ggml, which llama.cpp quantizes files with, from the package `xllamacpp`."""
 
 import ctypes
-import importlib.util
-import pathlib
 from functools import cache
 from typing import Any
 
 import numpy as np
+
+from ..llama_cpp import packaged_library
 
 
 @cache
@@ -16,10 +16,7 @@ def library() -> Any:
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("ggml is in a package: pip install --no-deps xllamacpp")
-    found = ctypes.CDLL(str(next(pathlib.Path(spec.origin).parent.glob("xllamacpp*.so"))))
+    found = ctypes.CDLL(str(packaged_library()))
     found.ggml_quantize_chunk.restype = ctypes.c_size_t
     found.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
     return found

@@ -40,5 +40,5 @@ def test_the_float_file_holds_the_same_model(tmp_path):
 
 def test_the_library_is_asked_for(monkeypatch):
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install --no-deps xllamacpp"):
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps xllamacpp"):
         llama_cpp.library()

@@ -51,12 +51,16 @@ def test_prompts_give_the_next_token(small):
 
 def test_parts_hold_every_product_with_a_parameter_and_all_attention(small):
     params = demo.requantize(small.params, jq.W8A8)
-    parts = llm.Ours(params, small.config).parts(1, 2, 4)
+    parts = llm.Ours(params, small.config).parts(2, 4, 3)
     assert list(parts) == ["products", "attention"]
     for part in parts.values():
         assert np.all(np.isfinite(np.asarray(part(), np.float32)))
         part()  # The cache was donated.
     x = jnp.ones((1, 2, params["norm"].shape[0]))
+    cache = demo.init_cache(params, small.config, 1, 8)
+    _, after = llm._attention(small.config, x, cache)
+    np.testing.assert_array_equal(after.lengths, 2)  # Of each layer.
+    np.testing.assert_array_equal(after.keys[:, :, :, :2] != 0, True)
     rows = jq.explain(llm._products, params, x)
     step = jq.explain(
         lambda p, t, c: demo.next_token(p, small.config, t, c)[0],
@@ -71,7 +75,7 @@ def test_the_suite_prints_each_contender(small, monkeypatch, capsys):
     monkeypatch.setattr(llm, "BUDGET", 0.0)
     monkeypatch.setattr(llm, "DECODED", ((1, 4),))
     monkeypatch.setattr(llm, "PROMPTS", (6,))
-    monkeypatch.setattr(llm, "PARTS", {"1 x 4": (1, 4), "6 tokens": (6, 0)})
+    monkeypatch.setattr(llm, "PARTS", {"1 x 4": (1, 4, llm.STEPS), "6 tokens": (6, 0, 1)})
     monkeypatch.setattr(llm.machine, "bandwidth", lambda: 1e9)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = llm.suite(argparse.Namespace(only=["as stored"]))
