@@ -148,7 +148,7 @@ def _others(quantized: Any, params: Any) -> list[Any]:
             "CrossMoment compares activations with those of a quantized model; got "
             f"quantized={quantized}. Pass the result of tree.quantize."
         )
-    check_like("quantized", quantized, params)
+    check_like("quantized", quantized, "params", params)
     return jax.tree.leaves(dequantize_tree(quantized))
 
 

@@ -34,19 +34,19 @@ def leaves_with_paths(
     return paths, [leaf for _, leaf in found], treedef
 
 
-def check_like(name: str, tree: Any, params: Any) -> None:
-    """Checks that a tree, quantized or not, has the structure and the shapes of `params`.
+def check_like(name: str, tree: Any, like_name: str, like: Any) -> None:
+    """Checks that a tree, quantized or not, has the structure and the shapes of another.
 
     Raises:
-        ValueError: it does not; the text begins with the name of the tree.
+        ValueError: it does not; the text has the names of both.
     """
-    paths, leaves, treedef = leaves_with_paths(params)
+    paths, leaves, treedef = leaves_with_paths(like)
     _, others, other = leaves_with_paths(tree)
     if other != treedef:
-        raise ValueError(f"{name} must be a tree like params, {treedef}; got {other}.")
+        raise ValueError(f"{name} must have the structure of {like_name}, {treedef}; got {other}.")
     for path, leaf, new in zip(paths, leaves, others, strict=True):
         if np.shape(new) != np.shape(leaf):
             raise ValueError(
-                f"{name} must have the shapes of params; got {np.shape(new)} for {path} of shape "
-                f"{np.shape(leaf)}."
+                f"{name} must have the shapes of {like_name}; got {np.shape(new)} for {path} of "
+                f"shape {np.shape(leaf)}."
             )

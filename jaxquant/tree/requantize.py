@@ -39,7 +39,7 @@ def requantize(params: Any, like: Any) -> Any:
         >>> float(served["kernel"].dequantize()[0, 0]), float(served["bias"][0])
         (2.0, 1.0)
     """
-    check_like("params", params, like)
+    check_like("params", params, "like", like)
     paths, leaves, _ = leaves_with_paths(like)
     for path, leaf in zip(paths, leaves, strict=True):
         reason = _why_unsupported(leaf)

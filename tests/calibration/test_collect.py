@@ -335,7 +335,7 @@ def used_twice(params, x):
         ({"statistics": CrossMoment}, r"CrossMoment compares .*; got quantized=None"),
         (
             {"statistics": CrossMoment, "quantized": {"other": np.ones((4, 2))}},
-            r"quantized must be a tree like params, PyTreeDef.*; got PyTreeDef",
+            r"quantized must have the structure of params, PyTreeDef.*; got PyTreeDef",
         ),
         (
             {"statistics": CrossMoment, "quantized": {"kernel": np.ones((2, 4))}},

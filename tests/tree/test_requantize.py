@@ -99,11 +99,11 @@ def with_field(**fields):
 def errors():
     scale = quantized(params(0), "W8A8")["a"].scale
     nested = jq.quantize(jnp.ones(scale.shape), ArrayConfig())
-    yield {"a": jnp.ones(3)}, quantized(params(0), "W8A8"), "params must be a tree like params"
+    yield {"a": jnp.ones(3)}, quantized(params(0), "W8A8"), "params must have the structure of like"
     yield (
         params(0) | {"bias": jnp.ones(3)},
         quantized(params(0), "W8A8"),
-        "params must have the shapes",
+        "params must have the shapes of like",
     )
     yield params(0), with_field(offset=scale), "got a with offset. Quantize params as like was"
     yield params(0), with_field(inputs=Inputs(multiplier=jnp.ones(64))), "a with inputs.multiplier"
