@@ -158,7 +158,16 @@ def gathered(text: str, least: int) -> int:
 
 
 def measure(chip: str, scheme: str, step: Step, sizes: Sizes) -> dict[str, Any]:
-    """One result."""
+    """One result: the estimate, or the reason why there is none."""
+    about = {"chip": chip, "contender": scheme, "step": str(step)}
+    try:
+        return about | estimated(chip, scheme, step, sizes)
+    except jax.errors.JaxRuntimeError as error:  # libtpu cannot read some of its programs back.
+        return about | {"error": str(error)}
+
+
+def estimated(chip: str, scheme: str, step: Step, sizes: Sizes) -> dict[str, Any]:
+    """The compiler's estimate, memory, and what is gathered."""
     name = CHIPS[chip].topology.replace("2x2", "2x4")
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(DEVICES), ("model",))
@@ -166,9 +175,6 @@ def measure(chip: str, scheme: str, step: Step, sizes: Sizes) -> dict[str, Any]:
     found, memory = estimate(chip, compiled), compiled.memory_analysis()
     activations = step.sequences * step.tokens * max(sizes.hidden, sizes.width)
     return {
-        "chip": chip,
-        "contender": scheme,
-        "step": str(step),
         "compiler_estimate_milliseconds": found.microseconds / 1e3,
         "hbm_bytes": found.hbm_bytes,
         "memory_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
@@ -179,7 +185,9 @@ def measure(chip: str, scheme: str, step: Step, sizes: Sizes) -> dict[str, Any]:
 
 def suite(arguments: Any) -> dict[str, Any]:
     """Runs the suite, prints its tables, and returns what the JSON file holds."""
-    chips = [chip for chip in arguments.chips or MEMORY if chip in MEMORY]
+    chips = arguments.chips or list(MEMORY)
+    if not MEMORY.keys() >= set(chips):
+        raise SystemExit(f"--chips of tpu-models must be of {', '.join(MEMORY)}; got {chips}.")
     words = arguments.only or [""]
     schemes = [REFERENCE, *(s for s in SCHEMES if any(word in s for word in words))]
     console = rich.console.Console(width=max(120, rich.console.Console().width))
@@ -195,6 +203,8 @@ def suite(arguments: Any) -> dict[str, Any]:
                     bar.advance(task)
             console.print(table(chip, part))
             results += part
+    for why in dict.fromkeys(r["error"] for r in results if "error" in r):
+        console.print(f"No estimate: {why[:200]}", markup=False)
     return {"is_estimate_of_the_compiler": True, "models": results}
 
 
@@ -211,11 +221,12 @@ def table(chip: str, results: list[dict[str, Any]]) -> rich.table.Table:
 
 
 def _cell(result: dict[str, Any], reference: dict[str, Any]) -> str:
-    time = result["compiler_estimate_milliseconds"]
-    speed = reference["compiler_estimate_milliseconds"] / time
-    size = result["memory_bytes"] / 1e9
+    if "error" in result:
+        return "no estimate"
+    time, size = result["compiler_estimate_milliseconds"], result["memory_bytes"] / 1e9
+    speed = reference.get("compiler_estimate_milliseconds", math.nan) / time
     text = f"{'' if result['is_whole'] else '> '}{time:.2f} ms · {speed:.2f} · {size:.1f} GB"
     if result["gathered_bytes"]:
         text += f" · gathers {result['gathered_bytes'] / 1e6:.0f} MB"
-    is_bad = speed < 1 or size > MEMORY[result["chip"]] or math.isnan(time)
+    is_bad = speed < 1 or size > MEMORY[result["chip"]]
     return f"[red]{text}[/red]" if is_bad else text

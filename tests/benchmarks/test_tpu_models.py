@@ -1,5 +1,6 @@
 """How a whole model is divided for the TPU compiler, and what its programs may not gather."""
 
+import argparse
 import math
 
 import jax
@@ -62,6 +63,24 @@ def test_cells_are_red_where_a_scheme_is_slower_or_too_large():
     assert cell(result(2.0, 17e9), result(2.0)) == "[red]2.00 ms · 1.00 · 17.0 GB[/red]"
     text = "> 2.00 ms · 1.00 · 1.0 GB · gathers 5 MB"
     assert cell(result(2.0, 1e9, 5_000_000, False), result(2.0)) == text
+    unread = {"chip": "v5e", "error": "INTERNAL"}
+    assert cell(unread, result(2.0)) == "no estimate"
+    assert cell(result(2.0), unread) == "2.00 ms · nan · 1.0 GB"
+
+
+def test_a_program_that_cannot_be_read_has_no_estimate(monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(tpu_models, "estimated", fail)
+    found = tpu_models.measure("v6e", "W8A8", Step(1, 1), Sizes())
+    assert found["error"] == "INTERNAL: RET_CHECK failure"
+    assert (found["chip"], found["step"]) == ("v6e", "decode 1 x 8192")
+
+
+def test_chips_without_a_known_memory_are_refused():
+    with pytest.raises(SystemExit, match=r"must be of v5e, v6e; got .*TPU7x"):
+        tpu_models.suite(argparse.Namespace(chips=["TPU7x"], only=None))
 
 
 def test_steps_are_lowered_for_a_mesh():
