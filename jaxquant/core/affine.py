@@ -44,7 +44,10 @@ def has_exponent_only(dtype: str) -> bool:
 
 
 def round_up(values: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The nearest numbers of a floating-point dtype that are not smaller in magnitude."""
+    """The nearest numbers of a floating-point dtype that are not smaller in magnitude.
+
+    In bfloat16, numbers below 1.5e-36 are rounded up to multiples of 1.2e-38.
+    """
     step = _float_step(values, dtype)
     return jnp.copysign(jnp.ceil(jnp.abs(values) / step) * step, values)
 
@@ -89,15 +92,15 @@ def encode(
     return jnp.clip(values, *config.bounds).astype(format.dtype)
 
 
-def cast_stochastically(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) -> jax.Array:
+def cast_stochastically(
+    x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array | Seed
+) -> jax.Array:
     """Casts float32 to a narrower floating dtype, to one of the two neighbours at random.
 
     The expectation is the value. Numbers of the dtype, NaN and Inf are not changed; below 1.5e-36,
     bfloat16 is rounded to multiples of 1.2e-38, the smallest normal number.
     """
-    noise = uniform_noise(key, x.shape, x.dtype)
-    # The step around tiny numbers would be subnormal, and flushed to zero.
-    step = jnp.maximum(_float_step(x, dtype), float(jnp.finfo(x.dtype).tiny))
+    noise, step = uniform_noise(key, x.shape, x.dtype), _float_step(x, dtype)
     return (_round_by(noise, x / step) * step).astype(dtype)
 
 
@@ -196,10 +199,14 @@ def _raise(x, power):
 
 
 def _float_step(values, dtype):
-    """The spacing of the numbers of a floating-point dtype around each value."""
+    """The spacing of the numbers of a floating-point dtype around each value.
+
+    At least the smallest normal number of the values' dtype: subnormals are flushed to zero.
+    """
     info = jnp.finfo(dtype)
     exponent = jnp.maximum(jnp.frexp(values)[1] - 1, int(info.minexp)) - int(info.nmant)
-    return jnp.ldexp(jnp.ones_like(values), exponent)
+    step = jnp.ldexp(jnp.ones_like(values), exponent)
+    return jnp.maximum(step, float(jnp.finfo(values.dtype).tiny))
 
 
 def _lookup(codes, codebook, dtype):

@@ -169,3 +169,16 @@ def test_stored_scales_are_rounded_up_so_that_nothing_is_clipped(name):
     assert abs(np.sum(mean * x) / np.sum(x.astype(np.float64) ** 2) - 1) < 1e-3
     given = jnp.asarray(largest, jnp.float32)
     checks.assert_equal_quantized(quantize_with_range(x, -given, given, config, 1, keys[0]), one)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_scales_of_tiny_elements_are_rounded_up_too(dtype):
+    """The step between bfloat16 numbers below 1.5e-36 is subnormal, and flushed to zero."""
+    x = np.linspace(-1, 0.9, 64, dtype=np.float32) * np.float32(1e-35)
+    config = ArrayConfig(format=INT8, scale_dtype=dtype)
+    q = quantize(x, config, 0, jax.random.key(0))
+    scale = checks.scale_of(q)
+    # The smallest number of float16 is 6e-8.
+    assert np.all(scale <= max(1.2 * 1e-35 / 127, 6.1e-8 * (dtype == "float16")))
+    assert np.all(127 * scale * (1 + 1e-6) >= 1e-35)
+    assert np.all(np.abs(q.dequantize() - x) <= scale)
