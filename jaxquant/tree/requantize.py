@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..core import SCALE_DTYPES, ArrayConfig, QTensor, blocks_between, quantize
 from .paths import check_like, is_whole, leaves_with_paths
@@ -20,11 +21,12 @@ def requantize(params: Any, like: Any) -> Any:
 
     Args:
         params: tree of floating-point arrays, with the structure and shapes that `like` stands for.
-        like: tree of QTensors and arrays, such as `quantize` returns. It is donated: do not use it
-            afterwards.
+        like: tree of QTensors and arrays, such as `quantize` returns. Its QTensors are donated: do
+            not use them afterwards. Its arrays may be those of `params`, and are not donated.
 
     Returns:
-        The tree `like` with the values of `params`; arrays are cast to the dtypes in `like`.
+        The tree `like` with the values of `params`; arrays are copied, and cast to the dtypes in
+        `like`.
 
     Raises:
         ValueError: params does not match, or a parameter in `like` cannot be requantized: it has an
@@ -40,7 +42,7 @@ def requantize(params: Any, like: Any) -> Any:
         (2.0, 1.0)
     """
     check_like("params", params, "like", like)
-    paths, leaves, _ = leaves_with_paths(like)
+    paths, leaves, treedef = leaves_with_paths(like)
     for path, leaf in zip(paths, leaves, strict=True):
         reason = _why_unsupported(leaf)
         if reason:
@@ -48,17 +50,28 @@ def requantize(params: Any, like: Any) -> Any:
                 f"like must hold parameters as quantize returns them; got {path} with {reason}. "
                 "Quantize params as like was."
             )
-    return _requantize(params, like)
+    # Neither `inputs` nor arrays are donated, because QTensors and `params` may share them.
+    stored = [
+        dataclasses.replace(q, inputs=None) if isinstance(q, QTensor) else None for q in leaves
+    ]
+    made = _requantize(treedef.flatten_up_to(params), stored)
+    return jax.tree.unflatten(treedef, map(_completed, leaves, made))
 
 
 @partial(jax.jit, donate_argnums=1, keep_unused=True)
-def _requantize(params, like):
-    return jax.tree.map(_new_values, like, params, is_leaf=is_whole)
+def _requantize(params, stored):
+    pairs = zip(params, stored, strict=True)
+    return [jnp.copy(new) if old is None else _new_values(old, new) for new, old in pairs]
+
+
+def _completed(old, made):
+    """What a leaf of `like` becomes, from what `_requantize` returns in its place."""
+    if isinstance(old, QTensor):
+        return dataclasses.replace(made, inputs=old.inputs)
+    return made.astype(old.dtype)
 
 
 def _new_values(old, new):
-    if not isinstance(old, QTensor):
-        return new.astype(old.dtype)
     axes = old.stored_axes(range(old.ndim))
     blocks = blocks_between(old.codes.shape, old.scale.shape)
     lengths = {a: blocks[stored] for a, stored in enumerate(axes) if blocks[stored] > 1}

@@ -59,6 +59,22 @@ def test_the_result_is_that_of_quantizing_the_new_values(name):
     assert codes.is_deleted()
 
 
+def test_arrays_of_the_new_values_are_neither_donated_nor_returned():
+    """`quantize` returns the arrays that it does not quantize as they are."""
+    values, shared = params(0), jnp.float32(0.5)
+    like = quantized(values, "W8A8")
+    assert like["bias"] is values["bias"]
+    for key in ("a", "stack"):
+        like[key] = dataclasses.replace(like[key], inputs=Inputs(jq.W8A8.inputs, shared))
+    for _ in range(2):
+        like = tree.requantize(values, like=like)
+        assert not any(x.is_deleted() for x in values.values())
+        pointers = [x.unsafe_buffer_pointer() for x in (like["bias"], values["bias"])]
+        assert pointers[0] != pointers[1]
+        assert float(like["stack"].inputs.scale) == 0.5
+    np.testing.assert_array_equal(like["a"].codes, quantized(values, "W8A8")["a"].codes)
+
+
 def test_neither_it_nor_what_uses_the_tree_is_compiled_again():
     served, traces = quantized(params(0), "W8A8"), []
 
