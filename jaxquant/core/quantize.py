@@ -41,8 +41,9 @@ def quantize(
         axis: the axis, or a tuple of axes, along which elements share a scale, as in
             `jnp.sum(x, axis)`. For weights, pass the contracted axes. None for all axes. Static.
         key: random key for stochastic rounding to one of the two neighbouring codes, so that
-            the expectation equals the value unless it is clipped; scales are rounded up to their
-            dtype, so that `AbsMax()` clips nothing. None rounds to nearest.
+            the expectation equals the value unless it is clipped. Scales are rounded up to their
+            dtype, so that `AbsMax()` does not clip symmetric codes; with zero points, which are
+            integers, it clips by at most half a step. None rounds to nearest.
         importance: nonnegative weights of the squared errors that `config.range` minimizes, such
             as the mean squares of the activations; with the rank of x, and lengths that are those
             of x or 1. None weights all elements alike.

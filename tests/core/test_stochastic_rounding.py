@@ -182,3 +182,18 @@ def test_scales_of_tiny_elements_are_rounded_up_too(dtype):
     assert np.all(scale <= max(1.2 * 1e-35 / 127, 6.1e-8 * (dtype == "float16")))
     assert np.all(127 * scale * (1 + 1e-6) >= 1e-35)
     assert np.all(np.abs(q.dequantize() - x) <= scale)
+
+
+def test_zero_points_clip_by_at_most_half_a_step():
+    """They are integers: the range may begin half a step below the smallest code."""
+    x = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
+    config = ArrayConfig(format=INT4, symmetric=False)
+    draws = jax.vmap(lambda key: quantize(x, config, 1, key).dequantize())(
+        jax.random.split(jax.random.key(0), 1024)
+    )
+    scale = np.asarray(quantize(x, config, 1).scale)
+    bias = (np.asarray(draws, np.float64).mean(0) - x) / scale
+    is_end = np.abs(x - (x.max(1) + x.min(1))[:, None] / 2) > 7 * scale
+    # A mean of 1024 draws deviates by 1/64 of a step.
+    assert np.max(np.abs(bias[~is_end])) < 6 / 64
+    assert 0.3 < np.max(np.abs(bias[is_end])) < 0.5 + 6 / 64
