@@ -92,8 +92,9 @@ def quantized_state(
 
     Rounded to nearest, a moving average gets stuck once its updates are smaller than half a
     quantization step. With b2 = 0.999, Adam's second moment then does not follow gradients that
-    shrink: 2,700 steps after they fell tenfold, it is 20 times too large. So states are rounded
-    stochastically, with noise that is a function of the key and of the number of updates.
+    shrink while the largest of their block do not: 2,700 steps after they fell tenfold, it is 7
+    times too large. So states are rounded stochastically, with noise that is a function of the key
+    and of the number of updates.
 
     Args:
         transformation: any `optax.GradientTransformation`, chains and wrappers included.
