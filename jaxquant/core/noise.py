@@ -25,8 +25,8 @@ class Seed:
 def draw_seeds(key: jax.Array, count: int) -> list[Seed]:
     """Seeds for the noise of several arrays, drawn at once.
 
-    XLA compiles each call of `jax.random` anew: 120 keys, of the states of 60 parameters, took it
-    40 s.
+    XLA compiles each call of `jax.random` separately: 120 of them, for the states of 60 parameters,
+    took 40 s.
     """
     return [Seed(words) for words in jax.random.bits(key, (count, 2), jnp.uint32)]
 
@@ -34,7 +34,7 @@ def draw_seeds(key: jax.Array, count: int) -> list[Seed]:
 def uniform_noise(
     key: jax.Array | Seed, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """Uniform noise in [0, 1): a hash of each element's position and two words of the key.
+    """Uniform noise in [0, 1): a hash of each element's position and two random words.
 
         noise = floor(mix(mix(position ^ word 0) + word 1) / 2^8) / 2^24
 
@@ -43,7 +43,7 @@ def uniform_noise(
     rounding; do not use it where statistical independence matters.
 
     Args:
-        key: random key of any implementation, or the two words.
+        key: random key of any implementation, or a `Seed`.
         shape: shape of the result. Positions are counted in row-major order, modulo 2^32.
         dtype: a floating-point dtype with at least the 24-bit mantissa of float32.
 

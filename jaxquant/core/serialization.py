@@ -72,11 +72,8 @@ def static_from_json(row: dict[str, Any]) -> dict[str, Any]:
         ValueError: `order` is not a permutation of the last axes.
     """
     fields = _with_tuples(row)
-    format, dtype, order = (
-        format_from_json(fields["format"]),
-        jnp.dtype(fields["dtype"]),
-        fields["order"],
-    )
+    format, dtype = format_from_json(fields["format"]), jnp.dtype(fields["dtype"])
+    order = fields["order"]
     if order is not None and not _is_order(order):
         raise ValueError(
             f"order must permute the last axes, such as (-1, -2), or be None; got {order}."

@@ -197,7 +197,6 @@ def _check_used(rules, inner):
 
 def _store(inner, rules, min_size, key):
     """The state with a Blockwise in place of each array that the rules select."""
-
     seeds = None if key is None else draw_seeds(key, len(jax.tree.leaves(inner)))
 
     def stored(leaf, config, place):

@@ -121,12 +121,12 @@ def _tile(shape, length, parts):
     """Blocks that do not cross the borders between `parts` parts of any axis."""
     blocks, padded, padding = [1] * len(shape), list(shape), None
     for axis in _order(shape):
-        room = length // math.prod(blocks)
-        if 2 * math.prod(blocks) >= length:
+        size = math.prod(blocks)
+        if 2 * size >= length:
             break
         count = math.gcd(shape[axis], parts)
         part = shape[axis] // count
-        blocks[axis], total = _split(part, room)
+        blocks[axis], total = _split(part, length // size)
         if total > part:
             padding = Padding(axis - len(shape), count, shape[axis])
             padded[axis] = count * total

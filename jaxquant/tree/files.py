@@ -129,7 +129,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None, verify: bool = True)
         like: tree with the wanted structure, such as an abstract one from `jax.eval_shape`;
             None for dicts, lists and tuples as they were saved.
         verify: whether each tensor is compared with its checksum, at about 4 GB per second. The
-            checksum of the header is compared always.
+            header is always compared with its own.
 
     Returns:
         The tree, its arrays on the default device, its dicts in the order of their keys. 64-bit

@@ -125,7 +125,7 @@ def test_blocks_that_devices_would_share_are_refined(width, block, count, form):
     assert finer.codes is q.codes
     # 344 groups of 32 are 43 on each device, and stay.
     assert (finer is q) == (width // block == count)
-    # Compilers may round the product once more or once less before they add the offset.
+    # Compilers may fuse the product with the addition of the offset, and not round in between.
     assert_same = partial(np.testing.assert_allclose, rtol=0, atol=1e-6)
     assert_same(finer.dequantize(), q.dequantize())
     of_arrays = specs(finer, spec, on)

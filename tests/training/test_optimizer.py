@@ -418,7 +418,7 @@ def test_boxes_of_single_arrays_stay_around_codes():
 
 
 def test_the_noise_of_many_arrays_is_drawn_at_once():
-    """XLA compiles each draw anew: those of 60 parameters took it 40 s."""
+    """XLA compiles each draw separately: those of 60 parameters took 40 s."""
     optimizer = quantized_state(ADAM, min_size=1)
 
     def draws(count):
