@@ -8,6 +8,7 @@ safetensors does not have are stored as their bytes. Nothing is pickled.
 
 import base64
 import contextlib
+import dataclasses
 import json
 import os
 import zlib
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..core import QTensor
 from .atomic import replacing
 from .manifest import Decoder, Encoder
 from .paths import is_quantized, leaves_with_paths
@@ -340,15 +342,29 @@ def _restructure(tree, like, path):
             f"{path} and `like` must have the same leaves; got {len(paths)} and {len(wanted)}, "
             f"which differ at {', '.join(odd[:5])}."
         )
-    for place, leaf in zip(wanted, leaves_like, strict=True):
+    kept = [_boxed_like(leaf, found[p]) for p, leaf in zip(wanted, leaves_like, strict=True)]
+    for place, new, leaf in zip(wanted, kept, leaves_like, strict=True):
         # Adapters without their base do not have a shape.
-        got, expected = (getattr(x, "shape", ()) for x in (found[place], leaf))
+        got, expected = (getattr(x, "shape", ()) for x in (new, leaf))
         if got != expected:
             raise ValueError(
                 f"{path} and `like` must have the same shapes; got {got} and {expected} at "
                 f"{place!r}."
             )
-    return jax.tree.unflatten(treedef, [found[p] for p in wanted])
+    return jax.tree.unflatten(treedef, kept)
+
+
+def _boxed_like(like, leaf):
+    """The leaf, its codes in the node of one array, a Flax variable say, that those of like are in.
+
+    In the file, such a node is a dict.
+    """
+    if not (isinstance(like, QTensor) and isinstance(leaf, QTensor)):
+        return leaf
+    codes, box = jax.tree.leaves(leaf.codes), jax.tree.structure(like.codes)
+    if len(codes) != 1 or box.num_leaves != 1:
+        return leaf
+    return dataclasses.replace(leaf, codes=jax.tree.unflatten(box, codes))
 
 
 def checksum(dtype: np.dtype, shape: tuple[int, ...], pieces: Iterable[Any]) -> int:

@@ -404,7 +404,7 @@ class Box:
     value: Any
 
 
-def test_boxes_of_single_arrays_stay_around_codes():
+def test_boxes_of_single_arrays_stay_around_codes(tmp_path):
     both = {"a": jnp.ones((64, 128)), "b": jnp.ones((64, 64))}
     params = {"one": Box(both["a"]), "both": Box(both), "none": Box(None)}
     optimizer = quantized_state(optax.trace(0.9))
@@ -415,6 +415,10 @@ def test_boxes_of_single_arrays_stay_around_codes():
     np.testing.assert_allclose(trace["one"].dequantize(), 1, rtol=1e-6)
     updates, _ = optimizer.update(params, state)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
+    jq.save(tmp_path / "state", state)
+    loaded = jq.load(tmp_path / "state", like=jax.eval_shape(optimizer.init, params))
+    assert jax.tree.structure(loaded) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, loaded, state)
 
 
 def test_the_noise_of_many_arrays_is_drawn_at_once():
