@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ..core import SCALE_DTYPES, ArrayConfig, QTensor, blocks_between, quantize
 from .paths import check_like, is_whole, leaves_with_paths
@@ -61,7 +60,7 @@ def requantize(params: Any, like: Any) -> Any:
 @partial(jax.jit, donate_argnums=1, keep_unused=True)
 def _requantize(params, stored):
     pairs = zip(params, stored, strict=True)
-    return [jnp.copy(new) if old is None else _new_values(old, new) for new, old in pairs]
+    return [new if old is None else _new_values(old, new) for new, old in pairs]
 
 
 def _completed(old, made):

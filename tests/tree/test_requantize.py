@@ -124,11 +124,15 @@ def errors():
     yield params(0), with_field(offset=scale), "got a with offset. Quantize params as like was"
     yield params(0), with_field(inputs=Inputs(multiplier=jnp.ones(64))), "a with inputs.multiplier"
     yield params(0), with_field(scale=nested), "a with scales QTensor"
+    smaller = quantized(params(0), "MXFP8A8")
+    scale = jnp.repeat(smaller["a"].scale, 2, 0)  # Groups of 16, and not of the format's 32.
+    smaller["a"] = dataclasses.replace(smaller["a"], scale=scale)
+    yield params(0), smaller, "a with scales Array"
     adapted = jq.training.lora_init(params(0), Rule("a", jq.W8A8), rank=2, key=jax.random.key(0))
     yield params(0), adapted, "a with a LowRank"
 
 
-@pytest.mark.parametrize("case", range(6))
+@pytest.mark.parametrize("case", range(7))
 def test_what_cannot_be_requantized_is_an_error(case):
     new, like, text = list(errors())[case]
     with pytest.raises(ValueError, match=re.escape(text)):

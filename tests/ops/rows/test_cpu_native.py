@@ -53,6 +53,7 @@ WEIGHTS = {
     "int4-asym-g32": ArrayConfig(format=INT4, group_size=32, symmetric=False),
     "int4-nested": ArrayConfig(format=INT4, group_size=64, scale_dtype="float8_e4m3fn"),
     "nf4-g64": ArrayConfig(format=NF4, group_size=64),
+    "nf4-int4": ArrayConfig(format=dataclasses.replace(NF4, dtype="int4"), group_size=64),
     "mxfp4": ArrayConfig(format=FORMATS["mxfp4"]),
     "nvfp4": ArrayConfig(format=FORMATS["nvfp4"]),
     "unsigned": ArrayConfig(
