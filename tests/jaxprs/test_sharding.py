@@ -92,6 +92,10 @@ def test_a_sharding_for_another_shape_leaves_out_what_devices_cannot_share(kind)
         assert found is not None
         assert found.spec == jax.P(None, None)
     assert sharding_for((4, 6), jnp.asarray(X)) is None
+    of_rows = jax.device_put(X, jax.NamedSharding(mesh(kind), jax.P("a")))
+    short = sharding_for((4, 3), of_rows)
+    assert short is not None
+    assert short.spec == jax.P("a", None)
     found = []
     with jax.set_mesh(mesh(kind)):
         jax.jit(lambda x: found.append(sharding_for((4, 8), x)))(x)

@@ -43,6 +43,22 @@ def test_a_product_is_exported_for_any_number_of_rows(name, platforms):
         np.testing.assert_allclose(exported.call(x), product(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_product_is_exported_for_any_number_of_columns():
+    """The symbolic shape is that of the second operand."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)
+    q = jq.tree.quantize({"kernel": kernel}, jq.W8A8)["kernel"]
+
+    def product(x):
+        return jq.einsum("kn,km->nm", q, x)
+
+    (columns,) = export.symbolic_shape("columns")
+    like = jax.ShapeDtypeStruct((64, columns), jnp.float32)
+    exported = export.export(jax.jit(product))(like)
+    x = jnp.asarray(rng.normal(size=(64, 3)), jnp.float32)
+    np.testing.assert_allclose(exported.call(x), product(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_row_for_one_platform_is_not_for_symbolic_shapes():
     (rows,) = export.symbolic_shape("rows")
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.float32)
