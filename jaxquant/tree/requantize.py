@@ -13,10 +13,11 @@ from .paths import check_like, is_whole, leaves_with_paths
 def requantize(params: Any, like: Any) -> Any:
     """Quantizes new parameters as a tree is quantized, in the memory of that tree.
 
-    Formats, groups, scale dtypes, storage orders and activation configs are those of `like`, ranges
-    those of `AbsMax()`. The result has the structure, shapes and dtypes of `like`, so that a jitted
-    function of it is not compiled again: give a policy in training to its quantized rollouts in
-    each step.
+    Formats, groups, scale dtypes, storage orders and activation configs are those of `like`. Ranges
+    are those of `AbsMax()` and of the formats: a QTensor does not keep `range` and `value_range` of
+    the config that it was quantized with. The result has the structure, shapes and dtypes of
+    `like`, so that a jitted function of it is not compiled again: give a policy in training to its
+    quantized rollouts in each step.
 
     Args:
         params: tree of floating-point arrays, with the structure and shapes that `like` stands for.
