@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jaxquant import FP8_E4M3, INT4, MXFP8, ArrayConfig, training
 from jaxquant.training import STATE_4_BIT, STATE_8_BIT, Blockwise
 from jaxquant.training.blockwise import quantize_blocks
-from jaxquant.training.state_blocks import Padding, layout_of
+from jaxquant.training.state_blocks import Layout, Padding, layout_of
 
 DEVICES = 8
 
@@ -76,6 +76,11 @@ def test_the_group_size_is_the_largest_block():
     for length in (1, 2, 5, 64, 1000):
         blocks = layout_of((640, 96, 10), ArrayConfig(group_size=length)).blocks
         assert length / 4 <= math.prod(blocks) <= length
+
+
+def test_an_axis_is_not_padded_by_more_than_an_eighth():
+    layout = layout_of((56, 3), ArrayConfig(group_size=5))
+    assert layout == Layout((1, 3), (56, 3))
 
 
 @pytest.mark.parametrize("config", [ArrayConfig(), ArrayConfig(format=MXFP8)], ids=str)
