@@ -282,6 +282,70 @@ def test_a_kernel_that_a_wrapper_shares_stays_in_float_inside_a_custom_layer(tmp
     np.testing.assert_array_equal(loaded(X[0]), quantized(X[0]))
 
 
+class Unnamed(keras.Model):
+    """Layers in nested lists, in a dict and in a tuple; Keras names and counts them."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.pairs = [[stock.Dense(16), stock.Dense(16)] for _ in range(2)]
+        self.heads = {"a": [stock.Dense(16), stock.Dropout(0.5)], "b": (stock.Dense(16),)}
+
+    def build(self, input_shape):
+        for layer in [x for pair in self.pairs for x in pair] + [*self.heads["b"]]:
+            layer.build(input_shape)
+        self.heads["a"][0].build(input_shape)
+        self.shift = self.add_weight(shape=(16,), initializer="normal")
+        self.gain = self.add_weight(shape=(16,), initializer="normal")
+
+    def call(self, inputs, training=False):
+        for first, second in self.pairs:
+            inputs = second(first(inputs))
+        inputs = self.gain * inputs + self.shift
+        dense, dropout = self.heads["a"]
+        return self.heads["b"][0](dropout(dense(inputs), training=training))
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+@pytest.fixture
+def names_counted_again():
+    yield keras.utils.clear_session
+    keras.utils.clear_session()
+
+
+def unnamed() -> Any:
+    keras.utils.set_random_seed(0)
+    model: Any = Unnamed(name="net")
+    model(X[0])
+    for weight in model.weights:
+        if len(weight.shape) == 1:
+            weight.assign(np.random.default_rng(0).normal(size=weight.shape))
+    return model
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_layers_without_a_name_are_copied_in_their_order(count, names_counted_again):
+    names_counted_again()
+    _ = [(stock.Dense(1), keras.Variable(0.0)) for _ in range(count)]
+    model = unnamed()
+    names_counted_again()  # Names of the copy's layers overlap with those of others in the model.
+    ours = convert(model)
+    np.testing.assert_array_equal(ours(X[0]), model(X[0]))
+    assert [v.path for v in ours.weights] == [v.path for v in model.weights]
+    _, dropout = ours.heads["a"]
+    assert dropout.name == model.heads["a"][1].name
+
+    # Copies of a quantized model.
+    quantized, _ = quantize(model, "int8")
+    again = convert(quantized)
+    np.testing.assert_array_equal(again(X[0]), quantized(X[0]))
+    assert {v.path for v in again.weights} == {v.path for v in quantized.weights}
+    assert relative_error(to_stock(quantized)(X[0]), quantized(X[0])) < 1e-5
+    with pytest.raises(ValueError, match=r"these 6 problems:\n  .*kernel is already quantized"):
+        quantize(quantized, "int8")
+
+
 # What cannot be done.
 
 
@@ -395,6 +459,15 @@ def test_models_that_cannot_be_made_from_their_config():
     grows(X)
     with pytest.raises(ValueError, match="Grows makes 2 layers from its config; got one with 3"):
         convert(grows)
+    other: Any = Grows(kind=stock.EinsumDense, arguments=("bi,io->bo", 16))
+    other(X[0])
+    with pytest.raises(ValueError, match="Grows makes layers of other classes from its config"):
+        convert(other)
+    narrow: Any = Grows(arguments=(4,))
+    narrow(X[0])
+    shapes = r"shapes \[\(16, 16\), \(16,\)\] from its config; got one with \[\(16, 4\), \(4,\)\]"
+    with pytest.raises(ValueError, match=shapes):
+        convert(narrow)
     with pytest.raises(ValueError, match="Feed is not built; call the model on data first"):
         convert(keras.Sequential([Feed(4)]))
 
@@ -409,14 +482,16 @@ class Adds2(keras.Model):
 
 
 class Grows(keras.Model):
-    """Its config does not hold how many layers it has."""
+    """Its config does not hold how many layers it has, nor of which class and size."""
 
-    def __init__(self, count=1):
+    def __init__(self, count=1, kind=stock.Dense, arguments=(16,)):
         super().__init__()
-        self.parts = [stock.Dense(16) for _ in range(count)]
+        self.parts = [kind(*arguments) for _ in range(count)]
 
     def call(self, inputs):
-        return self.parts[-1](self.parts[0](inputs))
+        for part in self.parts:
+            inputs = part(inputs)
+        return inputs
 
     def get_config(self):
         return {}

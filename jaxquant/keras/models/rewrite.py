@@ -20,7 +20,7 @@ from .composite import (
     undo_composites,
 )
 from .multiplied import multiplied
-from .state import copy_other_state, copy_variables, matched, quantize_like
+from .state import copy_other_state, copy_variables, matched, matched_layers, quantize_like
 
 Keep = Iterable[str | type]
 
@@ -230,12 +230,9 @@ class ModelRewriter:
             return []
         if unit.built and not copy.built:
             copy.build_from_config(unit.get_build_config())
-        layers, copies = compat.sublayers(unit), compat.sublayers(copy)
-        if len(layers) != len(copies):
-            name = original_class(type(unit)).__name__
-            why = f"{name} makes {len(copies)} layers from its config; got one with {len(layers)}"
-            raise_problems(model, [f"{unit.path or unit.name}: {why}. Write its get_config"])
-        pairs = matched(layers, copies)
+        pairs = matched_layers(unit, copy)
+        why = _why_not_alike(unit, copy, pairs)
+        raise_problems(model, [f"{unit.path or unit.name}: {why}"] if why else [])
         for old, new in reversed(pairs):  # Inner layers first.
             _build_like(old, new)
             _name_like(old, new)
@@ -273,6 +270,19 @@ def _own(layer: Any) -> list[Any]:
     return compat.own_variables(layer)
 
 
+def _why_not_alike(unit: Any, copy: Any, pairs: list[tuple[Any, Any]]) -> str | None:
+    """Why a copy does not have the layers of the original, or None."""
+    name = original_class(type(unit)).__name__
+    count, wanted = len(compat.sublayers(copy)), len(compat.sublayers(unit))
+    if count != wanted:
+        why = f"{name} makes {count} layers from its config; got one with {wanted}"
+        return f"{why}. Write its get_config"
+    kinds = [[original_class(type(x)).__name__ for x in pair] for pair in pairs]
+    if len(pairs) == wanted and all(old == new for old, new in kinds):
+        return None
+    return f"{name} makes layers of other classes from its config. Write its get_config"
+
+
 def _build_like(old: Any, new: Any) -> None:
     """Builds a layer, which the code that created it did not build, at the path of another."""
     if not old.built or new.built:
@@ -288,10 +298,10 @@ def _build_like(old: Any, new: Any) -> None:
 
 
 def _name_like(old: Any, new: Any) -> None:
-    """Names a layer, to which its creator gave no name, as another; Keras counts such layers."""
-    if (new.name, new.path) != (old.name, old.path) and new.built:
-        variables = zip(_own(new), _own(old), strict=False)
-        compat.rename(new, old.name, old.path, [(v, w.path) for v, w in variables])
+    """Names a layer and its variables as another: Keras counts those without a name."""
+    if new.built:
+        variables = [(v, w.path) for w, v in matched(_own(old), _own(new))]
+        compat.rename(new, old.name, old.path, variables)
 
 
 def _unique(items: Iterable[Any]) -> Iterable[Any]:

@@ -1,8 +1,7 @@
 """Copies the state of layers: variables, and values that Keras keeps outside of them."""
 
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,19 +11,30 @@ from .. import compat
 from ..layer import QuantizableMixin
 
 
-def matched(old: Iterable[Any], new: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """Pairs variables, or layers, of two copies: by path, and the rest in their order."""
-    places = defaultdict(list)
-    for x in new:
-        places[x.path].append(x)
-    pairs, rest = [], []
-    for x in old:
-        if places[x.path]:
-            pairs.append((x, places[x.path].pop(0)))
-        else:
-            rest.append(x)
-    left = [x for found in places.values() for x in found]
-    return pairs + list(zip(rest, left, strict=True))
+def matched(old: Sequence[Any], new: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Pairs variables, or layers, in a layer with those in its copy.
+
+    By name if the first have all names of the second, else in their order: Keras counts what has
+    no name, also across models, so that a few equal names may be those of others.
+    """
+    places, names = {x.name: x for x in old}, {x.name for x in new}
+    if names <= places.keys() and len(names) == len(new):
+        return [(places[x.name], x) for x in new]
+    return list(zip(old, new, strict=False))
+
+
+def matched_layers(old: Any, new: Any) -> list[tuple[Any, Any]]:
+    """Pairs a layer and all layers in it with those of a copy, outer ones first."""
+    pairs: dict[int, tuple[Any, Any]] = {}
+    _match_inside(old, new, pairs)
+    return list(pairs.values())
+
+
+def _match_inside(old: Any, new: Any, pairs: dict[int, tuple[Any, Any]]) -> None:
+    if id(old) not in pairs:
+        pairs[id(old)] = (old, new)
+        for inner, copy in matched(compat.children(old), compat.children(new)):
+            _match_inside(inner, copy, pairs)
 
 
 def copy_variables(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
@@ -40,7 +50,14 @@ def copy_variables(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
 
 def share_variables(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
     """As `copy_variables`, but both layers then hold the same arrays."""
-    pairs = matched(compat.own_variables(old), compat.own_variables(new))
+    sources, targets = compat.own_variables(old), compat.own_variables(new)
+    pairs = matched(sources, targets)
+    if len(sources) != len(targets) or any(x.shape != y.shape for x, y in pairs):
+        made, wanted = ([tuple(v.shape) for v in found] for found in (targets, sources))
+        raise ValueError(
+            f"{old.path or old.name} makes weights of shapes {made} from its config; got one with "
+            f"{wanted}. Write the get_config of the class that creates it."
+        )
     # The paths of seeds contain a number that Keras counts up.
     pairs += zip(compat.seeds(old), compat.seeds(new), strict=True)
     for source, target in pairs:
