@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -10,27 +9,12 @@ import jaxquant as jq
 from jaxquant import training
 
 from . import checks
+from .kerashub_cases import DECODER, ENCODER, token_inputs
 
 keras = pytest.importorskip("keras", reason="pip install -e '.[frameworks]'")
 hub = pytest.importorskip("keras_hub", reason="pip install --no-deps keras-hub")
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-DECODER = {
-    "vocabulary_size": 128,
-    "num_layers": 1,
-    "num_query_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_dim": 64,
-    "intermediate_dim": 128,
-}
-ENCODER = {
-    "vocabulary_size": 128,
-    "num_layers": 1,
-    "num_heads": 4,
-    "hidden_dim": 64,
-    "intermediate_dim": 128,
-    "max_sequence_length": 32,
-}
 # By name: the arguments, how many matrices, and the tables that are only looked up.
 BACKBONES = {
     "Gemma": ({**DECODER, "head_dim": 16}, 8, ["token_embedding/embeddings"]),
@@ -71,9 +55,7 @@ def test_a_backbone(name):
     arguments, matrices, looked_up = BACKBONES[name]
     backbone = getattr(hub.models, f"{name}Backbone")(**arguments)
     apply, params = functional(backbone)
-    tokens = np.asarray(checks.tokens())
-    inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-    inputs |= {"segment_ids": tokens % 2} if name == "Bert" else {}
+    inputs = token_inputs(name)
     checks.check_schemes(apply, randomized(params), inputs, matrices=matrices, looked_up=looked_up)
 
 

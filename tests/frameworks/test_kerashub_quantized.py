@@ -8,28 +8,13 @@ import pytest
 import jaxquant as jq
 
 from . import checks
+from .kerashub_cases import DECODER, ENCODER, token_inputs
 
 keras = pytest.importorskip("keras", reason="pip install -e '.[frameworks]'")
 hub = pytest.importorskip("keras_hub", reason="pip install --no-deps keras-hub")
 jk = pytest.importorskip("jaxquant.keras")
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-DECODER = {
-    "vocabulary_size": 128,
-    "num_layers": 1,
-    "num_query_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_dim": 64,
-    "intermediate_dim": 128,
-}
-ENCODER = {
-    "vocabulary_size": 128,
-    "num_layers": 1,
-    "num_heads": 4,
-    "hidden_dim": 64,
-    "intermediate_dim": 128,
-    "max_sequence_length": 32,
-}
 IMAGES = {
     "image_shape": (16, 16, 3),
     "patch_size": 8,
@@ -61,9 +46,7 @@ def made(name, **arguments) -> Any:
 def inputs_of(name):
     if name == "ViT":
         return np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
-    tokens = np.asarray(checks.tokens())
-    inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-    return {**inputs, "segment_ids": tokens % 2} if name == "Bert" else inputs
+    return token_inputs(name)
 
 
 def is_bias(row):
