@@ -116,15 +116,29 @@ def test_litert_needs_another_backend(tmp_path):
         quantized.export(tmp_path / "model.tflite", format="litert")
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_onnx_of_the_float_form(tmp_path):
+def check_onnx(model, file):
+    """Writes a model as ONNX, and compares the outputs of ONNX Runtime; returns them."""
     pytest.importorskip("jax2onnx", reason="pip install jax2onnx")
     runtime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
-    quantized, _ = quantize(small(), jq.NF4A16)
-    floats = to_stock(quantized, dequantize=True)
-    wanted = floats(X)
-    floats.export(tmp_path / "model.onnx", format="onnx", verbose=False)
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    wanted = model(X)
+    model.export(file, format="onnx", verbose=False)
+    session = runtime.InferenceSession(file)
     (found,) = session.run(None, {session.get_inputs()[0].name: X})
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_of_codes(tmp_path):
+    model = keras.Sequential([keras.Input((64,)), stock.Dense(256), stock.Dense(8)])
+    quantized, _ = quantize(model, jq.W8A16)
+    check_onnx(quantized, tmp_path / "model.onnx")
+    floats = sum(v.value.nbytes for v in model.variables)
+    assert (tmp_path / "model.onnx").stat().st_size < 0.4 * floats
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_of_the_float_form(tmp_path):
+    quantized, _ = quantize(small(), jq.NF4A16)
+    found = check_onnx(to_stock(quantized, dequantize=True), tmp_path / "model.onnx")
     np.testing.assert_allclose(found, quantized(X), rtol=1e-4, atol=1e-4)
