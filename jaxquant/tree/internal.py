@@ -35,6 +35,7 @@ from .report import sqnr_of as sqnr_of
 from .report_table import to_text as to_text
 from .rules import REGEX as REGEX
 from .rules import Plan as Plan
+from .rules import advice_for as advice_for
 from .rules import as_rules as as_rules
 from .rules import is_matrix as is_matrix
 from .rules import match_rules as match_rules

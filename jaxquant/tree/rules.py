@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ..core import SCHEMES, ArrayConfig, Axes, Scheme, bits_of, block_shape
+from ..core import SCHEMES, ArrayConfig, Axes, Format, Scheme, bits_of, block_shape
 from ..methods.internal import Chain, as_chain
 
 REGEX = "re:"
@@ -72,7 +72,7 @@ class Rule:
         if not isinstance(self.scheme, Scheme | ArrayConfig | None):
             raise ValueError(
                 "A rule's scheme must be a Scheme, an ArrayConfig or None; got "
-                f"{self.scheme!r}{_advice(self.scheme)}."
+                f"{self.scheme!r}{advice_for(self.scheme)}."
             )
         try:
             re.compile(self._expression())
@@ -217,7 +217,7 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
     if isinstance(items, str) or not hasattr(items, "__iter__"):
         raise ValueError(
             "rules must be a Scheme, an ArrayConfig, a Rule, a dict of pattern to scheme, or a "
-            f"sequence of Rule; got {rules!r}{_advice(rules)}."
+            f"sequence of Rule; got {rules!r}{advice_for(rules)}."
         )
     found = tuple(_as_rule(item) for item in items)
     if not found:
@@ -225,8 +225,10 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
     return found
 
 
-def _advice(value: object) -> str:
-    """Advice for users who pass the name of a preset instead of the preset."""
+def advice_for(value: object) -> str:
+    """Advice for users who pass the name of a preset, or a format, instead of a preset."""
+    if isinstance(value, Format):
+        return ", a format; write jaxquant.ArrayConfig(format=...) with it"
     is_name = isinstance(value, str) and value in SCHEMES
     return f"; write jaxquant.SCHEMES[{value!r}]" if is_name else ""
 

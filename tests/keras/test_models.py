@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from jaxquant import INT8, NF4A16, W4A16_ASYM, W8A8, ArrayConfig, Rule, explain
-from jaxquant.keras import Int8QuantizationConfig, compat, functional, layers, quantize
+from jaxquant.keras import (
+    Int8QuantizationConfig,
+    compat,
+    convert,
+    functional,
+    layers,
+    quantize,
+    to_stock,
+)
 
 
 @functools.cache
@@ -109,6 +117,13 @@ def test_quantize_lists_all_problems_and_changes_nothing():
     assert type(model.get_layer("head")) is keras.layers.Dense
 
 
+@pytest.mark.parametrize("keep", ["head", keras.layers.Dense, [3], [keras.layers.ReLU()]])
+@pytest.mark.parametrize("copy", [convert, to_stock, lambda m, keep: quantize(m, W8A8, keep=keep)])
+def test_keep_must_be_a_list_of_names_and_classes(copy, keep):
+    with pytest.raises(ValueError, match=r"keep must be a list of names and classes .*; got"):
+        copy(small_model(), keep=keep)
+
+
 @pytest.mark.slow
 def test_quantize_raises_for_invalid_arguments():
     model = small_model()
@@ -116,6 +131,13 @@ def test_quantize_raises_for_invalid_arguments():
         quantize(model, {"*": None})
     with pytest.raises(ValueError, match=r"rules must be a Scheme.*got 'int3'"):
         quantize(model, "int3")
+    with pytest.raises(
+        ValueError, match=r"or 'float8'; got 'W8A8'; write jaxquant.SCHEMES\['W8A8'"
+    ):
+        quantize(model, "W8A8")
+    invalid: Any = INT8
+    with pytest.raises(ValueError, match=r"got int8, a format; write jaxquant.ArrayConfig\(format"):
+        quantize(model, invalid)
     with pytest.raises(ValueError, match="must be built; got built=False"):
         quantize(keras.Sequential([keras.layers.Dense(2)]), "int8")
     once, _ = quantize(model, {"table/*": W8A8})

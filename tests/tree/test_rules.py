@@ -7,6 +7,7 @@ import pytest
 from jaxquant import (
     FP8,
     INT4,
+    INT8,
     MXFP4A16,
     W4A16,
     W8A8,
@@ -271,6 +272,10 @@ def test_a_single_scheme_or_config_means_the_default_rules(scheme):
         (
             lambda: tree.quantize(parameters(), "W8A8"),
             "rules must be a Scheme, .* or a sequence of Rule; got 'W8A8'; write jaxquant.SCHEMES",
+        ),
+        (
+            lambda: tree.quantize(parameters(), INT8),  # pyright: ignore[reportArgumentType] (same)
+            r"got int8, a format; write jaxquant.ArrayConfig\(format=...\) with it",
         ),
         (
             lambda: tree.quantize(parameters(), 8),  # pyright: ignore[reportArgumentType] (same)

@@ -16,7 +16,7 @@ from .. import compat, layers
 from ..files import other_variables, repeat_groups
 from ..layer import QuantizableMixin
 from .composite import SHARE_WEIGHTS, counterpart, in_float, is_stock, original_class
-from .rewrite import Keep, ModelRewriter
+from .rewrite import Keep, ModelRewriter, as_keep
 from .state import copy_variables
 
 
@@ -86,7 +86,7 @@ def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -
         found = None if dequantize else form(layer)
         return _why_no_stock_class(layer) or (found if isinstance(found, str) else None)
 
-    rewriter = ModelRewriter(stock_class, why_unsupported, prepare=in_float, keep=tuple(keep))
+    rewriter = ModelRewriter(stock_class, why_unsupported, prepare=in_float, keep=as_keep(keep))
     return rewriter.copy(model, functools.partial(_fill_stock, form))
 
 
@@ -97,7 +97,7 @@ def converter(keep: Keep, strict: bool = True) -> ModelRewriter:
         _why_unsupported,
         _why_not_quantizable,
         replaces_inside=True,
-        keep=tuple(keep),
+        keep=as_keep(keep),
         always_keep=SHARE_WEIGHTS,
         strict=strict,
     )

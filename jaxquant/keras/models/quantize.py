@@ -10,7 +10,7 @@ import keras
 
 from ...core import ArrayConfig, Scheme
 from ...tree import Progress, Report, ReportRow, Rules, report
-from ...tree.internal import progress_bar
+from ...tree.internal import advice_for, progress_bar
 from .. import compat
 from ..configs import QuantizationConfig, SchemeConfig, as_config
 from ..layer import QuantizableMixin, StoredWeight
@@ -122,7 +122,7 @@ def _config_of(rules: Any) -> SchemeConfig:
             return config
         raise ValueError(
             "rules must be a Scheme, an ArrayConfig, rules by path, a config of jaxquant.keras, or "
-            f"'int8', 'int4' or 'float8'; got {rules!r}."
+            f"'int8', 'int4' or 'float8'; got {rules!r}{advice_for(rules)}."
         )
     return QuantizationConfig(rules)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -22,7 +22,7 @@ from .composite import (
 from .multiplied import multiplied
 from .state import copy_other_state, copy_variables, matched, matched_layers, quantize_like
 
-Keep = Iterable[str | type]
+Keep = Collection[str | type]
 
 
 def raise_problems(model: keras.Model, problems: list[str]) -> None:
@@ -31,6 +31,20 @@ def raise_problems(model: keras.Model, problems: list[str]) -> None:
         lines = "\n  ".join(problems)
         count = f"these {len(problems)} problems" if len(problems) > 1 else "this problem"
         raise ValueError(f"Model {model.name!r} was not changed; fix {count}:\n  {lines}")
+
+
+def as_keep(keep: Keep) -> tuple[str | type, ...]:
+    """The names and classes of layers to keep.
+
+    Raises:
+        ValueError: it is one name or class instead of several, or holds something else.
+    """
+    if not isinstance(keep, str | type) and all(isinstance(x, str | type) for x in keep):
+        return tuple(keep)
+    raise ValueError(
+        "keep must be a list of names and classes of layers, such as ['head', keras.layers.LSTM]; "
+        f"got {keep!r}."
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
