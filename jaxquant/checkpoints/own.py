@@ -13,6 +13,7 @@ from ..tree.internal import (
     DTYPES,
     TensorFile,
     check_size,
+    check_sortable,
     check_tensor,
     from_bits,
     leaves_with_paths,
@@ -93,12 +94,7 @@ def open_own(path: str | os.PathLike[str]) -> Checkpoint:
         return _Mapped(file, maps[0], name, checksum)
 
     tree, metadata = map_tree(path, get, _Mapped.restore)
-    # Before JAX fails to sort them: each such error of jaxlib 0.10 takes a level of Python's stack.
-    if mixed := _mixed_keys(tree):
-        raise ValueError(
-            f"{path} holds a dict with keys of several types, which JAX cannot sort: {mixed[:80]}. "
-            "jaxquant.load reads it."
-        )
+    check_sortable(path, tree)
     paths, leaves, _ = leaves_with_paths(tree, is_leaf=lambda x: isinstance(x, QTensor))
     tensors = {
         name: _stored(name, leaf)
@@ -106,15 +102,6 @@ def open_own(path: str | os.PathLike[str]) -> Checkpoint:
         if isinstance(leaf, Source | QTensor)
     }
     return Checkpoint(Path(path), "jaxquant", tensors, metadata, is_tree=True)
-
-
-def _mixed_keys(tree: Any) -> str:
-    """The keys of a dict in the tree that are of several types, or an empty text."""
-    if isinstance(tree, dict) and len({type(key) for key in tree}) > 1:
-        return str(list(tree))
-    children = tree.values() if isinstance(tree, dict) else tree
-    is_container = isinstance(tree, dict | list | tuple)
-    return next((mixed for x in children if (mixed := _mixed_keys(x))), "") if is_container else ""
 
 
 def _stored(name: str, value: Any) -> Stored:

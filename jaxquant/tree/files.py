@@ -22,7 +22,7 @@ import numpy as np
 from ..core import QTensor
 from .atomic import replacing
 from .manifest import Decoder, Encoder
-from .paths import is_quantized, leaves_with_paths
+from .paths import check_sortable, is_quantized, leaves_with_paths
 from .tensor_file import (
     MALFORMED,
     MAX_HEADER_BYTES,
@@ -176,12 +176,15 @@ def read_tree(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
         and {}.
 
     Raises:
-        OSError, ValueError: as for `load`, or NumPy does not have the dtype of a tensor.
+        OSError, ValueError: as for `load`, NumPy does not have the dtype of a tensor, or JAX cannot
+            sort the keys of a dict.
     """
     with open_tensors(path) as file:
         if _MANIFEST in file.metadata:
             manifest = _read_manifest(file)
-            return _decode(file, manifest), manifest["metadata"]
+            tree = _decode(file, manifest)
+            check_sortable(path, tree)
+            return tree, manifest["metadata"]
         return {name: file.read(name) for name in file.entries}, {}
 
 

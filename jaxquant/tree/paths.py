@@ -34,6 +34,23 @@ def leaves_with_paths(
     return paths, [leaf for _, leaf in found], treedef
 
 
+def check_sortable(path: Any, tree: Any) -> None:
+    """Checks that JAX can sort the keys of each dict in the tree of a file.
+
+    Raises:
+        ValueError: it cannot; the text begins with the path of the file.
+    """
+    # Before JAX tries: each such error of jaxlib 0.10 takes a level of Python's stack.
+    if isinstance(tree, dict) and len({type(key) for key in tree}) > 1:
+        raise ValueError(
+            f"{path} holds a dict with keys of several types, which JAX cannot sort: "
+            f"{str(list(tree))[:80]}. jaxquant.load reads it."
+        )
+    if isinstance(tree, dict | list | tuple):
+        for child in tree.values() if isinstance(tree, dict) else tree:
+            check_sortable(path, child)
+
+
 def check_like(name: str, tree: Any, like_name: str, like: Any) -> None:
     """Checks that a tree, quantized or not, has the structure and the shapes of another.
 

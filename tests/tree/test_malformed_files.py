@@ -207,14 +207,15 @@ def test_static_fields_of_other_types_are_malformed(tmp_path, saved, place, valu
         read(tmp_path / "a")
 
 
-def test_a_dict_that_jax_cannot_sort_is_an_error_with_the_file_name(tmp_path):
+@pytest.mark.parametrize("read", [checkpoints.open, read_tree])
+def test_a_dict_that_jax_cannot_sort_is_an_error_with_the_file_name(tmp_path, read):
     save(tmp_path / "a", {"list": [(jnp.ones(1), {1: jnp.ones(2), "b": jnp.ones(3)})]})
     assert set(load(tmp_path / "a")["list"][0][1]) == {1, "b"}
     text = r"a holds a dict with keys of several types, .* sort: \[1, 'b'\]. jaxquant.load reads it"
     before = depth()
     for _ in range(3):
         with pytest.raises(ValueError, match=text):
-            checkpoints.open(tmp_path / "a")
+            read(tmp_path / "a")
     assert depth() == before
 
 
