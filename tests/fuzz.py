@@ -98,8 +98,11 @@ def _own_files(folder: pathlib.Path, rng: np.random.Generator) -> Files:
 
 def _statistics_files(folder: pathlib.Path, rng: np.random.Generator) -> Files:
     params = {"a": jnp.ones((4, 3)), "b": jnp.ones((4, 2))}
-    rules = [jq.Rule("*", jq.W4A16.weights.__class__(format=jq.INT4), axis=0)]
-    run = lambda p, x: jq.matmul(x, p["a"]) @ jnp.ones((3, 2)) + jq.matmul(x, p["b"])  # noqa: E731
+    rules = [jq.Rule("*", jq.ArrayConfig(format=jq.INT4), axis=0)]
+
+    def run(params: Any, x: jax.Array) -> jax.Array:
+        return jq.matmul(x, params["a"]) @ jnp.ones((3, 2)) + jq.matmul(x, params["b"])
+
     statistics = jq.collect(run, params, [jnp.ones((5, 4))], rules, jq.methods.Importance())
     path = folder / "statistics.safetensors"
     statistics.save(path)
