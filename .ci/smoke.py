@@ -2,7 +2,7 @@
 
     python .ci/smoke.py
 
-Fails if the native kernels are missing, or if they or a scheme compute something else than XLA.
+Fails if the native kernels are missing or inexact, or if a scheme is far from the float product.
 """
 
 import pathlib
