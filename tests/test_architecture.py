@@ -57,7 +57,7 @@ LATE_IMPORTS = {
 # Optional packages, which `import jaxquant` must not need.
 OPTIONAL = ["jinja2", "keras", "optax", "matplotlib", "rich", "safetensors", "tokenizers"]
 # Slow to import, and needed by few programs.
-SLOW = ["jax.experimental.pallas.tpu", "jax.experimental.pallas.triton", "jax.scipy.linalg"]
+SLOW = ["jax.experimental.pallas", "jax.scipy.linalg"]
 # Parts of JAX without a promise of stability: one folder names them, and these tests.
 INTERNALS = ("jax._src", "jax.core", "jax.extend", "jax.interpreters")
 READS_INTERNALS = {
