@@ -4,6 +4,8 @@ import pathlib
 import re
 import tomllib
 
+from . import fuzz
+
 ROOT = pathlib.Path(__file__).parents[1]
 WORKFLOWS = ROOT / ".github" / "workflows"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -35,6 +37,27 @@ def test_scripts_and_tests_of_the_workflows_exist():
     scripts = set(re.findall(r"(?:\.ci|\./\.github|tests)/[\w./-]+", text))
     assert {".ci/run", ".ci/smoke.py", "./.github/workflows/wheels.yml"} <= scripts
     assert not [script for script in scripts if not (ROOT / script).exists()]
+
+
+def test_modules_that_the_workflows_run_exist():
+    text = "\n".join(path.read_text() for path in WORKFLOWS.iterdir())
+    modules = set(re.findall(r"python -m (\w+\.\w+)", text))
+    assert modules == {"tests.fuzz", "benchmarks.reliability"}
+    for module in modules:
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
+
+
+def test_every_reader_is_fuzzed_at_night():
+    (readers,) = re.findall(r"reader: \[(.*)\]", text_of("nightly"))
+    assert sorted(readers.split(", ")) == sorted(fuzz.READERS)
+
+
+def test_the_wheels_are_built_when_their_files_change():
+    (paths,) = re.findall(r"paths:\n((?: +- .*\n)+)", text_of("wheels"))
+    listed = set(re.findall(r'- "?([\w./]+)', paths))
+    assert {"setup.py", "pyproject.toml", "MANIFEST.in", ".ci/smoke.py"} <= listed
+    for path in listed:
+        assert (ROOT / path).exists(), path
 
 
 def test_the_citation_names_the_version_of_the_project():
