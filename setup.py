@@ -7,7 +7,6 @@ versions of Python.
 import concurrent.futures
 import itertools
 import pathlib
-import re
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -22,18 +21,18 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "--param=max-unswitch-i
 def kernels():
     """The shared library. If it cannot be compiled, the package is installed without it."""
     try:
-        import jaxlib
+        import jaxlib.version
     except ImportError:
         return []
     headers = pathlib.Path(jaxlib.__file__).parent / "include"
-    version = re.findall(r"\d+", jaxlib.__version__)[:3]
+    version = jaxlib.version.__version_info__
     sources = sorted(map(str, SOURCES.glob("*.cc")))
     return [
         Extension(
             "jaxquant.kernels._cpu",
             sources,
             depends=[*sources, *sorted(map(str, SOURCES.glob("*.h")))],
-            define_macros=[("JAXQUANT_JAXLIB", ", ".join(version))],
+            define_macros=[("JAXQUANT_JAXLIB", ", ".join(map(str, version)))],
             # -isystem: no warnings from XLA's headers.
             extra_compile_args=[*FLAGS, "-isystem", str(headers)],
             language="c++",
