@@ -71,7 +71,7 @@ def _allowed() -> tuple[str, ...]:
     best = os.environ.get(_VARIABLE) or INSTRUCTIONS[0]
     if best not in sets:
         raise ValueError(
-            f"{_VARIABLE} must be the best of {', '.join(INSTRUCTIONS)} to be used, or none; got "
-            f"{best!r}."
+            f"{_VARIABLE} must be the best instruction set to use ({', '.join(INSTRUCTIONS)}) or "
+            f"none; got {best!r}."
         )
     return sets[best]
