@@ -3,13 +3,14 @@
     python -m benchmarks.reliability
 
 prints the table of docs/reliability.md, in about four minutes on two cores. Each row is tried in
-processes of their own; the first that does not hold is an error. Linux or macOS; a read-only folder
-is tried only as root, which then gives up its rights.
+separate processes; the first that does not hold is an error. Linux or macOS; a read-only folder is
+tried only as root, which then gives up its rights.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -56,16 +57,14 @@ def _started(run: Callable[..., Any], *args: Any) -> Any:
 
 
 def _finished(run: Callable[..., Any], *args: Any) -> None:
-    """Runs a function in a process of its own. Raises if that fails."""
+    """Runs a function in another process. Raises if that fails."""
     process = _started(run, *args)
     process.join()
     assert process.exitcode == 0, f"{run.__name__}{args} ended with {process.exitcode}"
 
 
-def _kill(run: Callable[..., Any], *args: Any, after: float) -> None:
-    process = _started(run, *args)
-    time.sleep(after)
-    os.kill(process.pid, signal.SIGKILL)
+def _kill(process: Any) -> None:
+    process.kill()
     process.join()
 
 
@@ -83,7 +82,9 @@ def kill_save(folder: pathlib.Path, times: int) -> str:
     path, random, unfinished = folder / "a", np.random.default_rng(0), 0
     jq.save(path, _tree(0))
     for _ in range(times):
-        _kill(_save_again_and_again, path, after=random.uniform(0.001, 0.06))
+        process = _started(_save_again_and_again, path)
+        time.sleep(random.uniform(0.001, 0.06))
+        _kill(process)
         unfinished += len(_leftovers(folder)) > 0
         _finished(_assert_whole, path)
         jq.save(path, _tree(0))
@@ -99,13 +100,19 @@ def kill_optimizer(folder: pathlib.Path, times: int) -> str:
     """Trains with 8-bit optimizer states and saves after each step, until it is killed."""
     path, random = folder / "a", np.random.default_rng(1)
     for _ in range(times):
-        _kill(_train_again_and_again, path, after=random.uniform(0.5, 4))
-        if path.exists():
-            _finished(_assert_step, path)
+        path.unlink(missing_ok=True)
+        process = _started(_train_and_save, path)
+        while not path.exists():
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(random.uniform(0.05, 0.5))
+        _kill(process)
+        _finished(_assert_step, path)
     return "parameters and states of one and the same step each time"
 
 
-def _train_again_and_again(path: pathlib.Path) -> None:
+def _trained() -> Iterator[dict[str, Any]]:
+    """The number of each step, and the parameters and the states after it."""
     optimizer = jq.training.quantized_state(optax.adam(1e-3))
     params = {"w": jnp.ones((64, 256))}
     state = optimizer.init(params)
@@ -116,29 +123,58 @@ def _train_again_and_again(path: pathlib.Path) -> None:
         return optax.apply_updates(params, updates), state
 
     for number in range(sys.maxsize):
-        jq.save(path, {"step": number, "params": params, "state": state})
         params, state = step(params, state)
+        yield {"step": number, "params": params, "state": state}
+
+
+def _train_and_save(path: pathlib.Path) -> None:
+    for reached in _trained():
+        jq.save(path, reached)
 
 
 def _assert_step(path: pathlib.Path) -> None:
-    found = jq.load(path)
-    counts = [x for x in jax.tree.leaves(found["state"]) if getattr(x, "shape", None) == ()]
-    assert found["step"] in [int(x) for x in counts], (found["step"], counts)
+    wanted = next(itertools.islice(_trained(), jq.load(path)["step"], None))
+    same = jax.tree.map(np.array_equal, jq.load(path, like=wanted), wanted)
+    assert all(jax.tree.leaves(same)), wanted["step"]
 
 
 def kill_quantize(folder: pathlib.Path, times: int) -> str:
-    """Quantizes a file to a file, killed and begun again until it ends."""
+    """Quantizes a file to a file, killed after a few tensors and begun again until it ends."""
     source, target, wanted = (folder / name for name in ("source", "target", "wanted"))
-    random = np.random.default_rng(2)
+    random, continued = np.random.default_rng(2), 0
     arrays = {str(i): random.normal(size=(512, 512)).astype(np.float32) for i in range(24)}
     jq.save(source, arrays)
     _finished(_quantize, source, wanted)
     for _ in range(times):
         target.unlink(missing_ok=True)
         while not target.exists():
-            _kill(_quantize, source, target, after=random.uniform(0.8, 3))
+            continued += _tensors_in_journal(target) > 0
+            _quantize_some(source, target, int(random.integers(1, 13)))
         assert target.read_bytes() == wanted.read_bytes()
-    return "goes on after the last tensor; the bytes of a process that nobody killed"
+    return f"goes on after the last tensor ({continued}); the bytes of a process that nobody killed"
+
+
+def _quantize_some(source: pathlib.Path, target: pathlib.Path, count: int) -> None:
+    """Quantizes in another process, which is killed after so many more tensors."""
+    before = done = _tensors_in_journal(target)
+    process = _started(_quantize, source, target)
+    while process.is_alive() and done < before + count and not target.exists():
+        time.sleep(0.001)
+        done = _tensors_in_journal(target)
+        assert done >= before or target.exists(), "finished tensors were thrown away"
+    if not target.exists():
+        _kill(process)
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+
+
+def _tensors_in_journal(target: pathlib.Path) -> int:
+    """How many tensors of an unfinished file are finished."""
+    try:
+        # The first line is the task.
+        return max(pathlib.Path(f"{target}.partial", "journal").read_bytes().count(b"\n") - 1, 0)
+    except FileNotFoundError:
+        return 0
 
 
 def _quantize(source: pathlib.Path, target: pathlib.Path) -> None:
