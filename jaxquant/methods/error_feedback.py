@@ -102,7 +102,7 @@ def feed_back(
 
     Args:
         target: W^T, (K, N): one row per contracted channel.
-        unit: U, (K, K), unit upper triangular.
+        unit: U, (K, K), unit upper triangular. Its diagonal is taken for ones, not read.
         block: rows that `fit` sees at once; divides K.
         fit: (start of the block, best values (block, N)) -> pytree for `round_row`; the best values
             are those that would make up for all errors so far, if they were not rounded.

@@ -152,8 +152,7 @@ class GPTQ:
         block = min(_BLOCK, max(len(target), 1))
         added = -len(target) % block
         columns = [jnp.pad(x, ((0, added), (0, 0)), constant_values=1) for x in columns]
-        is_added = jnp.arange(len(target) + added) >= len(target)
-        unit = jnp.pad(factor.unit, (0, added)) + jnp.diag(is_added.astype(target.dtype))
+        unit = jnp.pad(factor.unit, (0, added))
 
         def fitted_of(start, best):
             return [jax.lax.dynamic_slice(x, (start, 0), best.shape) for x in columns[1:]]
