@@ -15,6 +15,24 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxquant"
 LIBRARY = "jaxquant/kernels/_cpu.so"
+ROOT_FILES = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "LICENSE",
+    "MANIFEST.in",
+    "README.md",
+    ".pre-commit-config.yaml",
+    "pyproject.toml",
+    "setup.py",
+)
+# A file of each folder that a source distribution holds besides the package.
+OF_EACH_FOLDER = (
+    ".ci/smoke.py",
+    ".github/workflows/tests.yml",
+    "benchmarks/reliability.py",
+    "docs/accuracy.svg",
+    "tests/tree/data/int8.safetensors",
+)
 # Stands for a C++ compiler: writes the files that it is asked for, and what it was asked.
 COMPILER = """#!/bin/sh
 echo "$@" >> "{log}"
@@ -104,9 +122,12 @@ def test_the_kernels_are_compiled_for_the_oldest_jaxlib():
 def test_a_source_distribution_holds_all_sources(tmp_path):
     built = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(PACKAGE, tmp_path / "jaxquant", ignore=built)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
+    for name in (*ROOT_FILES, *OF_EACH_FOLDER):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     sources = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()}
+    (tmp_path / "tests/__pycache__").mkdir()
+    (tmp_path / "tests/__pycache__/conftest.cpython-311.pyc").touch()
     build = "from setuptools import build_meta; build_meta.build_sdist('dist')"
     subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
     archive = next(tmp_path.glob("dist/*.tar.gz"))
@@ -114,6 +135,7 @@ def test_a_source_distribution_holds_all_sources(tmp_path):
         packed = {pathlib.Path(*pathlib.Path(name).parts[1:]) for name in file.getnames()}
     assert pathlib.Path("jaxquant/kernels/cpu/common.h") in sources
     assert sources <= packed
+    assert not [path for path in packed if path.suffix == ".pyc"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is of Linux")
