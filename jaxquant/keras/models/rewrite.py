@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -22,7 +22,7 @@ from .composite import (
 from .multiplied import multiplied
 from .state import copy_other_state, copy_variables, matched, matched_layers, quantize_like
 
-Keep = Collection[str | type]
+Keep = Iterable[str | type]
 
 
 def raise_problems(model: keras.Model, problems: list[str]) -> None:
@@ -39,8 +39,9 @@ def as_keep(keep: Keep) -> tuple[str | type, ...]:
     Raises:
         ValueError: it is one name or class instead of several, or holds something else.
     """
-    if not isinstance(keep, str | type) and all(isinstance(x, str | type) for x in keep):
-        return tuple(keep)
+    entries: tuple[Any, ...] = (None,) if isinstance(keep, str | type) else tuple(keep)
+    if all(isinstance(x, str | type) for x in entries):
+        return entries
     raise ValueError(
         "keep must be a list of names and classes of layers, such as ['head', keras.layers.LSTM]; "
         f"got {keep!r}."
