@@ -1,5 +1,6 @@
 // Compares the kernels of one instruction set with plain loops, for emulators and sanitizers: without
-// XLA, on one thread. SOURCE is the file of the instruction set, KERNELS its table.
+// XLA, on one thread, or on several where THREADS is the file that shares work among them. SOURCE is the
+// file of the instruction set, KERNELS its table.
 
 #include <array>
 #include <cmath>
@@ -7,9 +8,15 @@
 #include <random>
 
 #include SOURCE
+#ifdef THREADS
+#include THREADS
+#endif
 
 using namespace jaxquant;
 
+#ifdef THREADS
+ThreadPool pool;
+#else
 void jaxquant::Parallel(ThreadPool&, int64_t count, int64_t, int64_t,
                         std::function<void(int64_t, int64_t)> work) {
   work(0, count);
@@ -17,6 +24,7 @@ void jaxquant::Parallel(ThreadPool&, int64_t count, int64_t, int64_t,
 
 char no_threads;
 ThreadPool& pool = reinterpret_cast<ThreadPool&>(no_threads);
+#endif
 
 int wrong = 0;
 
@@ -86,6 +94,65 @@ void CheckGroups(int64_t M, int64_t K, int64_t N, int64_t group, int bits) {
   }
 }
 
+// Position s of a head, element d, as the type stores it.
+double NumberAt(const Attention& a, const void* stored, int64_t position, int64_t d) {
+  const auto* row = static_cast<const uint8_t*>(stored) + position * a.bytes();
+  if (a.type == Attention::kFloat32) return reinterpret_cast<const float*>(row)[d];
+  if (a.type == Attention::kInt8) return static_cast<int8_t>(row[d]);
+  if (a.type == Attention::kInt4) return ((row[d / 2] >> 4 * (d % 2) & 15) ^ 8) - 8;
+  if (a.type == Attention::kBytes) return a.table[row[d]];
+  const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[d] << 16;
+  float number;
+  std::memcpy(&number, &bits, 4);
+  return number;
+}
+
+void CheckAttention(Attention a, std::vector<int32_t> starts) {
+  std::mt19937 random(3);
+  const auto unit = [&] { return static_cast<int>(random() % 1000) / 500.f - 1; };
+  const int64_t rows = a.B * a.T * a.H * a.G, positions = a.B * a.H * a.S;
+  std::vector<float> query(rows * a.D), out(rows * a.D), table(256), scales[2];
+  std::vector<uint8_t> stored[2];
+  for (auto& v : query) v = unit() / 4;
+  for (auto& v : table) v = unit();
+  const bool is_float = a.type == Attention::kFloat32, is_half = a.type == Attention::kBFloat16;
+  for (auto& bytes : stored) {
+    bytes.resize(positions * a.bytes());
+    for (auto& v : bytes) v = random();
+    // Floats of moderate size, whose last byte has the exponent.
+    const int64_t size = is_float ? 4 : 2;
+    for (size_t i = size - 1; (is_float || is_half) && i < bytes.size(); i += size)
+      bytes[i] = 0x3e | (random() & 0x80);
+  }
+  for (auto& values : scales) {
+    values.resize(positions);
+    for (auto& v : values) v = 0.01f + (random() % 100) / 1000.f;
+  }
+  a.query = query.data(), a.out = out.data(), a.table = table.data(), a.starts = starts.data();
+  a.keys = stored[0].data(), a.values = stored[1].data();
+  if (!is_float && !is_half) a.key_scale = scales[0].data(), a.value_scale = scales[1].data();
+  KERNELS.attend(pool, a);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t b = i / (a.T * a.H * a.G), h = i / a.G % a.H, t = i / (a.H * a.G) % a.T;
+    const int64_t first = (b * a.H + h) * a.S;
+    std::vector<double> weights(std::min<int64_t>(starts[b] + t + 1, a.S));
+    double sum = 0;
+    for (size_t s = 0; s < weights.size(); ++s) {
+      for (int64_t d = 0; d < a.D; ++d)
+        weights[s] += query[i * a.D + d] * NumberAt(a, a.keys, first + s, d);
+      weights[s] = std::exp(weights[s] * (a.key_scale ? a.key_scale[first + s] : 1));
+      sum += weights[s];
+    }
+    for (int64_t d = 0; d < a.D; ++d) {
+      double wanted = 0;
+      for (size_t s = 0; s < weights.size(); ++s)
+        wanted += weights[s] / sum * NumberAt(a, a.values, first + s, d) *
+                  (a.value_scale ? a.value_scale[first + s] : 1);
+      Expect(out[i * a.D + d], wanted, 5e-5 * (1 + std::fabs(wanted)), "attention");
+    }
+  }
+}
+
 void CheckRow(int64_t K, float size) {
   std::vector<float> x(K);
   std::mt19937 random(2);
@@ -124,5 +191,15 @@ int main() {
            {1, 128, 5, 128}, {7, 256, 7, 32}, {4, 512, 9, 16}, {3, 384, 6, 384}, {6, 1024, 5, 256},
            {9, 102, 3, 102}, {2, 576, 5, 96}, {1, 120, 1, 24}, {1, 6, 1, 6}, {18, 4232, 67, 184}})
     CheckGroups(M, K, N, group, 4), CheckGroups(M, K, N, group, 8);
+  for (int type : {0, 1, 2, 3, 4})
+    for (auto [B, T, H, G, S, D] : std::vector<std::array<int64_t, 6>>{
+             {2, 1, 2, 3, 67, 64}, {1, 70, 1, 2, 131, 33}, {3, 2, 2, 1, 5, 5}, {1, 9, 2, 5, 300, 80}}) {
+      Attention a{};
+      a.type = static_cast<Attention::Type>(type);
+      a.B = B, a.T = T, a.H = H, a.G = G, a.S = S, a.D = D;
+      std::vector<int32_t> starts(B);
+      for (int64_t b = 0; b < B; ++b) starts[b] = std::max<int64_t>(0, S - T - 17 * b);
+      CheckAttention(a, starts);
+    }
   return wrong > 0;
 }

@@ -56,3 +56,13 @@ def test_neon_matches_plain_loops_in_an_emulator(tmp_path):
 def test_sanitizers_find_nothing(tmp_path, instructions):
     options = "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
     assert_runs(compiled(tmp_path, "g++", instructions, *options))
+
+
+@pytest.mark.slow
+@missing("g++")
+@pytest.mark.skipif(platform.system() != "Linux", reason="the sanitizers are those of Linux")
+@pytest.mark.parametrize("instructions", cpu.instruction_sets())
+def test_threads_do_not_race(tmp_path, instructions):
+    threads = f'-DTHREADS="{KERNELS / "parallel.cc"}"', f"-I{HERE / 'threads'}", "-pthread"
+    options = "-g1", "-fsanitize=thread", "-fno-sanitize-recover=all"
+    assert_runs(compiled(tmp_path, "g++", instructions, *threads, *options))

@@ -22,6 +22,7 @@ constexpr int kOffset = 0;
 
 inline Bytes LoadBytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline Floats Load(const float* p) { return _mm256_loadu_ps(p); }
+inline void Store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 inline Bytes Xor(Bytes a, int b) { return _mm256_xor_si256(a, _mm256_set1_epi8(b)); }
 inline Bytes Low(Bytes both) { return _mm256_and_si256(both, _mm256_set1_epi8(15)); }
 inline Bytes High(Bytes both) { return Low(_mm256_srli_epi16(both, 4)); }
@@ -52,6 +53,7 @@ inline Ints Add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Floats Add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats Sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats Mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats Max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats MulAdd(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats NegMulAdd(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
 inline int32_t Sum(Ints x) {
@@ -94,6 +96,7 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 #include "few_rows.h"
 #include "panels_avx2.h"
 #include "quantize_rows.h"
+#include "attention.h"
 
 // Rows from which rearranging the weights into panels pays.
 constexpr int64_t kPanels = 12;
@@ -117,6 +120,6 @@ END_TARGET
 const jaxquant::Kernels jaxquant::kAvx2 = {
     avx2::IsSupported, avx2::QuantizeRows<float>, avx2::QuantizeRows<uint16_t>,
     avx2::DotInt8,     avx2::DotGroups,           avx2::FewRowsLookup,
-    avx2::FewRowsWiden};
+    avx2::FewRowsWiden, avx2::Attend};
 
 #endif  // JAXQUANT_X86

@@ -33,6 +33,7 @@ constexpr int kOffset = 128;
 
 inline Bytes LoadBytes(const void* p) { return _mm512_loadu_si512(p); }
 inline Floats Load(const float* p) { return _mm512_loadu_ps(p); }
+inline void Store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline Bytes Xor(Bytes a, int b) { return _mm512_xor_si512(a, _mm512_set1_epi8(b)); }
 inline Bytes Low(Bytes both) { return _mm512_and_si512(both, _mm512_set1_epi8(15)); }
 inline Bytes High(Bytes both) { return Low(_mm512_srli_epi16(both, 4)); }
@@ -51,6 +52,7 @@ inline Ints Add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Floats Add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats Sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats Mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats Max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats MulAdd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats NegMulAdd(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 inline int32_t Sum(Ints x) { return _mm512_reduce_add_epi32(x); }
@@ -83,6 +85,7 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 #include "few_rows.h"
 #include "panels_avx512.h"
 #include "quantize_rows.h"
+#include "attention.h"
 
 // Rows from which rearranging the weights into panels pays.
 constexpr int64_t kInt8Panels = 16, kGroupPanels = 8, kLookupPanels = 10, kWidenPanels = 16;
@@ -116,6 +119,6 @@ END_TARGET
 const jaxquant::Kernels jaxquant::kAvx512 = {
     avx512::IsSupported, avx512::QuantizeRows<float>, avx512::QuantizeRows<uint16_t>,
     avx512::DotInt8,     avx512::DotGroups,           avx512::DotLookup,
-    avx512::DotWiden};
+    avx512::DotWiden,     avx512::Attend};
 
 #endif  // JAXQUANT_X86

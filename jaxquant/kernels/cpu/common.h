@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -69,6 +70,27 @@ struct Weights {
   int64_t group() const { return std::max<int64_t>(1, K / G); }
   const uint8_t* at(int64_t n, int64_t k) const { return codes + (n * K + k) * bits / 8; }
   int64_t bytes() const { return std::max<int64_t>(1, K * bits / 8); }
+};
+
+// Queries of T tokens for each of B sequences, of G heads for each of H key heads, and S positions of
+// keys and values (B, H, S, D) as they are stored: 4-bit codes two to a byte, the low nibble first, or
+// any bytes that a table has values for. Token t of sequence b sees the positions to starts[b] + t.
+// Scales are (B, H, S), of the scores and of the weights of the values; null means 1.
+struct Attention {
+  enum Type { kFloat32, kBFloat16, kInt8, kInt4, kBytes };
+  const float* query;  // (B, T, H * G, D)
+  const void *keys, *values;
+  Type type;
+  const float* table;  // 256 values
+  const float *key_scale, *value_scale;
+  const int32_t* starts;
+  float* out;  // (B, T, H * G, D)
+  int64_t B, T, H, G, S, D;
+
+  // Of one position of a head.
+  int64_t bytes() const {
+    return type == kFloat32 ? 4 * D : type == kBFloat16 ? 2 * D : type == kInt4 ? (D + 1) / 2 : D;
+  }
 };
 
 // The bits of a float as bfloat16, rounded to nearest, ties to even; NaN stays NaN.
@@ -176,6 +198,8 @@ struct Kernels {
                      float* out);
   // Floats by 8-bit codes, perhaps in groups.
   void (*dot_widen)(ThreadPool&, const float* x, int64_t M, const Weights&, float* out);
+  // Softmax of scaled products with keys, times values.
+  void (*attend)(ThreadPool&, const Attention&);
 };
 
 extern const Kernels kAvx512, kAvx2, kNeon;

@@ -124,6 +124,25 @@ ffi::Error DotWiden(ThreadPool pool, int64_t set, In<ffi::F32> x, ffi::AnyBuffer
   return ffi::Error::Success();
 }
 
+// Keys and values (L, B, H, S, D) of which `layer` is read. `type` is one of Attention::Type.
+ffi::Error Attend(ThreadPool pool, int64_t set, int64_t type, In<ffi::F32> query,
+                  ffi::AnyBuffer keys, ffi::AnyBuffer values, In<ffi::F32> table,
+                  In<ffi::F32> key_scale, In<ffi::F32> value_scale, In<ffi::S32> starts,
+                  In<ffi::S32> layer, Out<ffi::F32> out) {
+  const auto q = query.dimensions(), k = keys.dimensions();
+  const int64_t H = k[2];
+  Attention a{query.typed_data(), nullptr, nullptr, static_cast<Attention::Type>(type),
+              table.typed_data(), OrNull(key_scale), OrNull(value_scale), starts.typed_data(),
+              out->typed_data(), q[0], q[1], H, q[2] / H, k[3], q[3]};
+  int64_t at = layer.typed_data()[0];
+  at = std::clamp<int64_t>(at < 0 ? at + k[0] : at, 0, k[0] - 1);
+  const int64_t offset = at * a.B * H * a.S * a.bytes();
+  a.keys = static_cast<const uint8_t*>(keys.untyped_data()) + offset;
+  a.values = static_cast<const uint8_t*>(values.untyped_data()) + offset;
+  kSets[set]->attend(pool, a);
+  return ffi::Error::Success();
+}
+
 // Copies one of `count` arrays of `bytes` bytes that are stacked along an axis, once for each of the
 // `outer` indices before that axis. XLA itself slices 4-bit arrays one element at a time.
 ffi::Error Slice(ThreadPool pool, int64_t outer, int64_t count, int64_t bytes,
@@ -158,6 +177,9 @@ HANDLER(jaxquant_dot_lookup, DotLookup,
         ARG(F32).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32) RET(F32));
 HANDLER(jaxquant_dot_widen, DotWiden,
         ARG(F32).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) RET(F32));
+HANDLER(jaxquant_attend, Attend,
+        .Attr<int64_t>("type") ARG(F32).Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32)
+            ARG(F32) ARG(S32) ARG(S32) RET(F32));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_slice, Slice,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -17,6 +17,8 @@ from .library import INSTRUCTIONS, instruction_sets, unavailable
 
 # Elements of a group that kernels read at a time: floats by 8-bit codes, and all others.
 _WIDENED_TOGETHER, _TOGETHER = 16, 8
+# Attention::Type of common.h; all others are kBytes.
+_ATTENDED = {jnp.dtype(d): i for i, d in enumerate(("float32", "bfloat16", "int8", "int4"))}
 
 
 def why_unsupported_groups(length: int, groups: int, is_widened: bool = False) -> str | None:
@@ -147,6 +149,44 @@ def widen_dot(
     """
     result = _result(x, w, jnp.float32)
     return _call("dot_widen", result, instructions, _float(x), w, *_floats(scale, zero))
+
+
+def attend(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    table: jax.Array | None,
+    key_scale: jax.Array | None,
+    value_scale: jax.Array | None,
+    starts: jax.Array,
+    layer: jax.Array,
+    instructions: str | None = None,
+) -> jax.Array:
+    """softmax(query . keys * key_scale) * value_scale times values, of the positions seen.
+
+    Args:
+        query: float32, (B, T, N, D): N / H heads for each of H key heads.
+        keys, values: (L, B, H, S, D) as they are stored: the bits of `dtype`, 4-bit codes two to a
+            byte along D.
+        dtype: float32, bfloat16, int8, int4, or another one of 8 bits.
+        table: values of the 256 bytes of such another one; None for the rest.
+        key_scale, value_scale: (B, H, S); None means 1.
+        starts: int32 (B,). Token t of sequence b sees the positions up to starts[b] + t.
+        layer: int32 scalar, clipped to those that there are; a negative one counts from the end.
+        instructions: as for `quantize_rows`.
+
+    Returns:
+        float32 (B, T, N, D). NaN and Inf are those of the formula.
+
+    Error: that of float32 sums, and 2 ulp of each exponential.
+    """
+    none = jnp.zeros(0, jnp.float32)
+    others = [none if x is None else _float(x) for x in (table, key_scale, value_scale)]
+    kind = np.int64(_ATTENDED.get(jnp.dtype(dtype), len(_ATTENDED)))
+    arrays = (query, keys, values, *others, starts, layer)
+    result = jax.ShapeDtypeStruct(query.shape, jnp.float32)
+    return _call("attend", result, instructions, *arrays, type=kind)
 
 
 def take_slice(stack: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:

@@ -16,7 +16,10 @@ import jaxlib.version
 
 # The library, as setup.py names it.
 _PATH = pathlib.Path(__file__).parents[1] / "_cpu.so"
-_KERNELS = ("quantize_rows", "dot_int8", "dot_groups", "dot_lookup", "dot_widen", "slice")
+_KERNELS = (
+    *("quantize_rows", "dot_int8", "dot_groups", "dot_lookup", "dot_widen"),
+    *("attend", "slice"),
+)
 # The version of jaxlib that runs here.
 JAXLIB: tuple[int, ...] = jaxlib.version.__version_info__
 # Instruction sets, the best first, in the order of `kSets` in handlers.cc.

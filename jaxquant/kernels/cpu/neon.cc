@@ -35,6 +35,7 @@ constexpr int kOffset = 0;
 
 inline Bytes LoadBytes(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
 inline Floats Load(const float* p) { return vld1q_f32(p); }
+inline void Store(float* p, Floats x) { vst1q_f32(p, x); }
 inline Bytes Xor(Bytes a, int b) { return veorq_s8(a, vdupq_n_s8(static_cast<int8_t>(b))); }
 inline Bytes Low(Bytes both) { return vandq_s8(both, vdupq_n_s8(15)); }
 inline Bytes High(Bytes both) {
@@ -52,6 +53,7 @@ inline Ints Add(Ints a, Ints b) { return vaddq_s32(a, b); }
 inline Floats Add(Floats a, Floats b) { return vaddq_f32(a, b); }
 inline Floats Sub(Floats a, Floats b) { return vsubq_f32(a, b); }
 inline Floats Mul(Floats a, Floats b) { return vmulq_f32(a, b); }
+inline Floats Max(Floats a, Floats b) { return vmaxq_f32(a, b); }
 inline Floats MulAdd(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 inline Floats NegMulAdd(Floats a, Floats b, Floats c) { return vfmsq_f32(c, a, b); }
 inline int32_t Sum(Ints x) { return vaddvq_s32(x); }
@@ -88,6 +90,7 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 
 #include "few_rows.h"
 #include "quantize_rows.h"
+#include "attention.h"
 
 void DotGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
   (w.bits == 4 ? FewRowsGroups<4> : FewRowsGroups<8>)(pool, x, M, w, out);
@@ -101,6 +104,6 @@ END_TARGET
 const jaxquant::Kernels jaxquant::kNeon = {
     neon::IsSupported, neon::QuantizeRows<float>, neon::QuantizeRows<uint16_t>,
     neon::FewRowsInt8, neon::DotGroups,           neon::FewRowsLookup,
-    neon::FewRowsWiden};
+    neon::FewRowsWiden, neon::Attend};
 
 #endif  // JAXQUANT_ARM

@@ -1,9 +1,4 @@
-"""Key-value caches of attention layers: a pytree of floats or of codes with a scale per token.
-
-cache = kv.init(batch, heads, length, size, store=jq.ArrayConfig(format=jq.INT8))
-cache = kv.append(cache, keys, values)  # of a prompt, or of the next token
-mixed = kv.attend(query, cache)
-"""
+"""Stores keys and values, as floats or as codes with a scale per token."""
 
 import dataclasses
 from typing import Any
@@ -12,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import ArrayConfig, bits_of, pack_int4, packed_bytes, quantize, unpack_int4
-from ..jaxprs import is_tracer
+from ...core import ArrayConfig, bits_of, pack_int4, packed_bytes, quantize, unpack_int4
+from ...jaxprs import is_tracer
 
 
 @jax.tree_util.register_dataclass
@@ -154,7 +149,7 @@ def append(
         >>> jq.kv.append(cache, prompts, prompts, counts=jnp.array([5, 3])).lengths.tolist()
         [5, 3]
     """
-    batch, heads = _check_layer(cache, layer)
+    batch, heads = check_layer(cache, layer)
     count = keys.shape[1] if keys.ndim == 4 else 0
     expected = (batch, count, heads, cache.size)
     if keys.shape != expected or values.shape != expected:
@@ -162,8 +157,8 @@ def append(
             f"keys and values must be (B, T, H, D) with {batch} sequences of {heads} heads of "
             f"{cache.size}; got {keys.shape} and {values.shape}."
         )
-    counts = _as_counts(counts, batch, count)
-    lengths = _at(cache.lengths, layer)
+    counts = as_counts(counts, batch, count)
+    lengths = at_layer(cache.lengths, layer)
     _check_room(cache, lengths, counts, count)
     index = jnp.arange(count)[None]
     # Positions behind the last one are not written.
@@ -179,73 +174,6 @@ def append(
     return dataclasses.replace(cache, **changes)
 
 
-def attend(
-    query: jax.Array | np.ndarray,
-    cache: Cache,
-    counts: jax.typing.ArrayLike | None = None,
-    *,
-    layer: jax.typing.ArrayLike | None = None,
-    scale: float | None = None,
-) -> jax.Array:
-    """Causal attention of the tokens that were appended last, over all tokens so far.
-
-        p[t, s]   = softmax over s <= position of t of (scale * query[t] . keys[s])
-        out[t]    = sum over s of p[t, s] * values[s]
-
-    Several query heads may share a key head (grouped-query attention): query head n reads key head
-    n // (N / H). Scales of a quantized cache multiply the scores and p, not the codes.
-
-    Args:
-        query: floats (B, T, N, D), with N a multiple of H.
-        cache: after `append`.
-        counts: as for `append`.
-        layer: index of the layer, if the cache has several.
-        scale: factor of the scores; None for 1 / sqrt(D).
-
-    Returns:
-        (B, T, N, D) in the dtype of query, computed in float32 (float64 for float64 queries).
-        Arbitrary finite values for padding; NaN for a sequence that exceeded the capacity.
-
-    Raises:
-        ValueError: shapes do not match, or `layer` is missing or, where it is known, too large.
-
-    Source: Ainslie et al. 2023, arXiv:2305.13245 (grouped-query attention).
-
-    Example:
-        >>> cache = jq.kv.init(1, heads=1, length=8, size=4)
-        >>> cache = jq.kv.append(cache, jnp.ones((1, 2, 1, 4)), jnp.full((1, 2, 1, 4), 3.0))
-        >>> jq.kv.attend(jnp.ones((1, 2, 2, 4)), cache)[0, 1].tolist()
-        [[3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]]
-    """
-    batch, heads = _check_layer(cache, layer)
-    query = jnp.asarray(query)
-    is_fit = query.ndim == 4 and (query.shape[0], query.shape[3]) == (batch, cache.size)
-    if not is_fit or query.shape[2] % heads:
-        raise ValueError(
-            f"query must be (B, T, N, D) with {batch} sequences, heads of {cache.size} and a "
-            f"multiple of {heads} heads; got {query.shape}."
-        )
-    count, lengths = query.shape[1], _at(cache.lengths, layer)
-    positions = (lengths - _as_counts(counts, batch, count))[:, None] + jnp.arange(count)[None]
-    is_seen = jnp.arange(cache.capacity)[None, None] <= positions[..., None]
-    dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
-    keys, values = (
-        _as_numbers(_at(x, layer), cache.dtype, cache.size).astype(dtype)
-        for x in (cache.keys, cache.values)
-    )
-    per_key = query.shape[2] // heads
-    grouped = query.astype(dtype).reshape(batch, count, heads, per_key, cache.size)
-    scores = jnp.einsum("bthgd,bhsd->bhgts", grouped, keys)
-    scores *= cache.size**-0.5 if scale is None else scale
-    scores *= _factors(cache.key_scale, cache, layer).astype(dtype)
-    scores = jnp.where(is_seen[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores)
-    weights *= _factors(cache.value_scale, cache, layer).astype(dtype)
-    out = jnp.einsum("bhgts,bhsd->bthgd", weights, values)
-    out = jnp.where((lengths <= cache.capacity)[:, None, None, None, None], out, jnp.nan)
-    return out.reshape(query.shape).astype(query.dtype)
-
-
 def _check_config(config: ArrayConfig) -> None:
     format = config.format
     is_fit = config.symmetric and not config.per_tensor and format.codebook is None
@@ -259,7 +187,7 @@ def _check_config(config: ArrayConfig) -> None:
         )
 
 
-def _check_layer(cache: Cache, layer: Any) -> tuple[int, int]:
+def check_layer(cache: Cache, layer: Any) -> tuple[int, int]:
     """(B, H), after checking that a layer is named if and only if there are several."""
     if (layer is None) != (cache.keys.ndim == 4):
         wanted = "None for a cache of one layer" if layer is not None else "the index of a layer"
@@ -270,7 +198,7 @@ def _check_layer(cache: Cache, layer: Any) -> tuple[int, int]:
     return cache.keys.shape[-4], cache.keys.shape[-3]
 
 
-def _as_counts(counts: Any, batch: int, count: int) -> jax.Array:
+def as_counts(counts: Any, batch: int, count: int) -> jax.Array:
     if counts is None:
         return jnp.full(batch, count, jnp.int32)
     counts = jnp.asarray(counts)
@@ -278,10 +206,11 @@ def _as_counts(counts: Any, batch: int, count: int) -> jax.Array:
         raise ValueError(
             f"counts must be {batch} integers, one per sequence; got {counts.dtype} {counts.shape}."
         )
-    if not is_tracer(counts) and np.any(np.clip(counts, 0, count) != counts):
+    known = None if is_tracer(counts) else np.asarray(counts)
+    if known is not None and np.any(np.clip(known, 0, count) != known):
         raise ValueError(
             f"counts must be 0 to {count}, the number of tokens that are passed; got "
-            f"{counts.tolist()}."
+            f"{known.tolist()}."
         )
     return jnp.clip(counts.astype(jnp.int32), 0, count)
 
@@ -302,7 +231,7 @@ def _check_room(cache: Cache, lengths: jax.Array, counts: jax.Array, count: int)
         )
 
 
-def _at(x: jax.Array, layer: Any) -> jax.Array:
+def at_layer(x: jax.Array, layer: Any) -> jax.Array:
     return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
 
 
@@ -323,17 +252,9 @@ def _as_stored(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, f"uint{bits}") if is_narrow_float else x
 
 
-def _as_numbers(x: jax.Array, dtype: jax.typing.DTypeLike, size: int = 1) -> jax.Array:
+def as_numbers(x: jax.Array, dtype: jax.typing.DTypeLike, size: int = 1) -> jax.Array:
     """Inverse of `_as_stored`, except that 4-bit codes are returned as int8."""
     if bits_of(dtype) == 4:
         # XLA on CPU would read an array of int4 one element at a time.
         return unpack_int4(x, size, axis=-1)
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
-
-
-def _factors(scale: jax.Array | None, cache: Cache, layer: Any) -> jax.Array:
-    """What scores or weights (B, H, N / H, T, S) are multiplied with."""
-    if cache.config is None or scale is None:
-        return jnp.ones((1,) * 5)
-    scale = _as_numbers(_at(scale, layer), jnp.dtype(cache.config.stored_scale_dtype))
-    return scale[:, :, None, None]

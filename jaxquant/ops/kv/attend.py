@@ -1,0 +1,151 @@
+"""Attention over a cache: by a native kernel on CPU, by XLA elsewhere."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ...core import bits_of
+from ...jaxprs import is_sharded, on_one_cpu, vary_alike
+from ...kernels import cpu
+from ..gradient import tangent_of
+from ..operands import has_symbolic_shape
+from .cache import Cache, as_counts, as_numbers, at_layer, check_layer
+
+
+def attend(
+    query: jax.Array | np.ndarray,
+    cache: Cache,
+    counts: jax.typing.ArrayLike | None = None,
+    *,
+    layer: jax.typing.ArrayLike | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """Causal attention of the tokens that were appended last, over all tokens so far.
+
+        p[t, s]   = softmax over s <= position of t of (scale * query[t] . keys[s])
+        out[t]    = sum over s of p[t, s] * values[s]
+
+    Several query heads may share a key head (grouped-query attention): query head n reads key head
+    n // (N / H). Scales of a quantized cache multiply the scores and p, not the codes. On CPU, a
+    native kernel runs block by block (FlashAttention) in programs for one device, and reads no
+    positions behind the last token; XLA computes the rest: other devices, programs that it
+    partitions, caches of float16 or float64, and derivatives.
+
+    Args:
+        query: floats (B, T, N, D), with N a multiple of H.
+        cache: after `append`.
+        counts: as for `append`.
+        layer: index of the layer, if the cache has several.
+        scale: factor of the scores; None for 1 / sqrt(D).
+
+    Returns:
+        (B, T, N, D) in the dtype of query, computed in float32 (float64 for float64 queries).
+        Arbitrary finite values for padding; NaN for a sequence that exceeded the capacity.
+
+    Raises:
+        ValueError: shapes do not match, or `layer` is missing or, where it is known, too large.
+
+    Source: Ainslie et al. 2023, arXiv:2305.13245 (grouped-query attention); Dao et al. 2022,
+        arXiv:2205.14135, algorithm 1 (blocks).
+
+    Example:
+        >>> cache = jq.kv.init(1, heads=1, length=8, size=4)
+        >>> cache = jq.kv.append(cache, jnp.ones((1, 2, 1, 4)), jnp.full((1, 2, 1, 4), 3.0))
+        >>> jq.kv.attend(jnp.ones((1, 2, 2, 4)), cache)[0, 1].tolist()
+        [[3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]]
+    """
+    batch, heads = check_layer(cache, layer)
+    query = jnp.asarray(query)
+    is_fit = query.ndim == 4 and (query.shape[0], query.shape[3]) == (batch, cache.size)
+    if not is_fit or query.shape[2] % heads:
+        raise ValueError(
+            f"query must be (B, T, N, D) with {batch} sequences, heads of {cache.size} and a "
+            f"multiple of {heads} heads; got {query.shape}."
+        )
+    lengths = at_layer(cache.lengths, layer)
+    starts = lengths - as_counts(counts, batch, query.shape[1])
+    dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    scaled = query.astype(dtype) * (cache.size**-0.5 if scale is None else scale)
+    out = _attend(scaled, cache, starts, layer)
+    out = jnp.where((lengths <= cache.capacity)[:, None, None, None], out, jnp.nan)
+    return out.astype(query.dtype)
+
+
+@jax.custom_jvp
+def _attend(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:
+    """The result in the dtype of the query, whose token t sees the positions to starts + t."""
+    if not _is_for_kernel(query, cache):
+        return _by_xla(query, cache, starts, layer)
+    leaves, treedef = jax.tree.flatten((query, cache, starts, layer))
+
+    def on_cpu(*leaves: jax.Array) -> jax.Array:
+        return on_one_cpu(natively, by_xla, *vary_alike([*leaves]))
+
+    def natively(*leaves: jax.Array) -> jax.Array:
+        return _natively(*jax.tree.unflatten(treedef, leaves))
+
+    def by_xla(*leaves: jax.Array) -> jax.Array:
+        return _by_xla(*jax.tree.unflatten(treedef, leaves))
+
+    return lax.platform_dependent(*leaves, cpu=on_cpu, default=by_xla)
+
+
+def _attend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    out = _attend(*primals)
+    return out, tangent_of(_by_xla, primals, tangents, out)
+
+
+_attend.defjvp(_attend_jvp, symbolic_zeros=True)
+
+
+def _is_for_kernel(query: jax.Array, cache: Cache) -> bool:
+    """Whether the native kernel computes this on CPU."""
+    arrays = jax.tree.leaves((query, cache))
+    is_read = cache.dtype in (jnp.float32, jnp.bfloat16) or bits_of(cache.dtype) <= 8
+    is_plain = not any(is_sharded(x) or has_symbolic_shape(x) for x in arrays)
+    is_read &= query.dtype == jnp.float32 and 0 not in query.shape
+    return is_read and is_plain and cpu.unavailable() is None
+
+
+def _natively(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:
+    """On the stored bytes of all layers, of which the kernel reads one."""
+    keys, values = (x if layer is not None else x[None] for x in (cache.keys, cache.values))
+    key_scale, value_scale = (
+        _scale_of(x, cache, layer) for x in (cache.key_scale, cache.value_scale)
+    )
+    place = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    table = None
+    if bits_of(cache.dtype) == 8 and cache.dtype != jnp.int8:
+        table = jnp.asarray(np.arange(256, dtype=np.uint8).view(cache.dtype), jnp.float32)
+    return cpu.attend(
+        query, keys, values, cache.dtype, table, key_scale, value_scale, starts, place
+    )
+
+
+def _by_xla(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:
+    keys, values = (
+        as_numbers(at_layer(x, layer), cache.dtype, cache.size).astype(query.dtype)
+        for x in (cache.keys, cache.values)
+    )
+    batch, count, heads, size = query.shape
+    grouped = query.reshape(batch, count, keys.shape[1], heads // keys.shape[1], size)
+    scores = jnp.einsum("bthgd,bhsd->bhgts", grouped, keys)
+    if (factor := _scale_of(cache.key_scale, cache, layer)) is not None:
+        scores *= factor[:, :, None, None].astype(scores.dtype)
+    positions = starts[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+    is_seen = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None] <= positions[..., None]
+    scores = jnp.where(is_seen[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores)
+    if (factor := _scale_of(cache.value_scale, cache, layer)) is not None:
+        weights *= factor[:, :, None, None].astype(weights.dtype)
+    return jnp.einsum("bhgts,bhsd->bthgd", weights, values).reshape(query.shape)
+
+
+def _scale_of(scale: jax.Array | None, cache: Cache, layer: Any) -> jax.Array | None:
+    """One layer's (B, H, S), which scores or weights are multiplied with; None for 1."""
+    if cache.config is None or scale is None:
+        return None
+    return as_numbers(at_layer(scale, layer), jnp.dtype(cache.config.stored_scale_dtype))
