@@ -14,6 +14,7 @@ from . import (
     llm,
     machine,
     quantize,
+    random_products,
     tpu,
     tpu_compiler,
     tpu_models,
@@ -28,6 +29,7 @@ SUITES = {
     "gpu": gpu.suite,
     "llm": llm.suite,
     "quantize": quantize.suite,
+    "random": random_products.suite,
     "tpu-compile": tpu.suite,
     "tpu-models": tpu_models.suite,
     "training": training.suite,
@@ -35,8 +37,9 @@ SUITES = {
 _SUITES_HELP = """accuracy: methods on a language model at equal bits; cpu: matrix multiplication,
  by shape and rows; end-to-end: a sentence encoder and a text-generating decoder; gpu: matrix
  multiplication on a GPU; llm: a language model, against llama.cpp; quantize: time and memory of
- quantizing weights; tpu-compile: estimates by the TPU compiler; tpu-models: the same of a whole
- language model; training: losses, speed and memory of training with quantization"""
+ quantizing weights; random: products of random sizes and schemes, and what explain says of them;
+ tpu-compile: estimates by the TPU compiler; tpu-models: the same of a whole language model;
+ training: losses, speed and memory of training with quantization"""
 # To be called before JAX initializes its devices.
 PREPARATIONS = {
     "gpu": gpu.prepare,
@@ -96,6 +99,9 @@ def main() -> None:
     weights.add_argument(
         "--side", type=above_zero(int), default=4096, help="of the square matrices; 4096"
     )
+    drawn = parser.add_argument_group("options of random")
+    drawn.add_argument("--count", type=above_zero(int), default=200, help="of products; 200")
+    drawn.add_argument("--seed", type=int, default=0, help="0")
     trained = parser.add_argument_group("options of training")
     trained.add_argument("--parts", nargs="+", choices=training.PARTS, help="of the suite; all")
     trained.add_argument("--seeds", type=above_zero(int), default=3, help="3")

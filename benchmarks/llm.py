@@ -49,7 +49,7 @@ _G32 = jq.ArrayConfig(format=jq.INT4, group_size=32, scale_dtype="float16")
 _EIGHT = jq.ArrayConfig(group_size=32, scale_dtype="float16")
 SCHEMES = {
     "W8A8": jq.W8A8,
-    "W8A8 g32": jq.Scheme(_EIGHT, jq.ArrayConfig(group_size=32)),
+    "W8A8 g32": jq.Scheme(_EIGHT, jq.W8A8.inputs),
     "W4A8 g32": jq.Scheme(_G32, jq.W4A8.inputs),
     "W4A16 g32": jq.Scheme(_G32),
 }

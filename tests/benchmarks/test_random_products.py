@@ -1,0 +1,70 @@
+"""The suite of random products."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+import jaxquant as jq
+from benchmarks import random_products
+from benchmarks.random_products import Case, drawn, measured, predicted, summary
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_products_are_drawn_alike_for_a_seed_and_differently_for_another():
+    cases = drawn(300, 0)
+    assert [str(c) for c in cases] == [str(c) for c in drawn(300, 0)]
+    assert [str(c) for c in cases] != [str(c) for c in drawn(300, 1)]
+    names = {c.scheme.weights.format.name for c in cases}
+    assert names == {"int8", "int4", "nf4", "mxfp4", "nvfp4"}
+    assert any(c.scheme.inputs for c in cases)
+    assert any(not c.scheme.weights.symmetric for c in cases)
+    for case in cases:
+        weights = case.scheme.weights
+        group = weights.group_size or weights.format.group_size or 1
+        assert isinstance(group, int)
+        assert case.length % group == 0
+        assert 1 <= case.rows <= 2048
+        assert 64 <= case.columns <= 8192
+
+
+@pytest.mark.parametrize(
+    "scheme", [jq.W8A8, dataclasses.replace(jq.W4A16, weights=jq.ArrayConfig(format=jq.NVFP4))]
+)
+def test_a_product_is_measured_and_explained(scheme, monkeypatch):
+    monkeypatch.setattr(random_products, "OUT_OF_CACHE", 1)
+    found = measured(Case(3, 256, 192, scheme), rounds=2)
+    assert found["speed"] > 0
+    assert 0 < found["of_best"] <= found["speed"]
+    assert found["predicted"] is not None
+    assert found["case"].startswith("3 x 256 x 192 ")
+
+
+@dataclasses.dataclass
+class Row:
+    speeds: tuple[Any, ...]
+    estimate: float | None
+
+
+def test_what_explain_predicts():
+    assert predicted(Row((), None)) is None
+    assert predicted(Row((), 0.4)) == 0.4
+    assert predicted(Row(((1, (4, 4), 2.0), (8, (4, 4), 8.0)), None)) == pytest.approx(4)
+
+
+def test_the_summary_counts():
+    def result(speed, of_best, guess, warning=None):
+        return {"speed": speed, "of_best": of_best, "predicted": guess, "warning": warning}
+
+    found = summary(
+        [
+            result(2.0, 1.0, 1.5),  # Told.
+            result(0.5, 0.5, 1.5),  # Wrong, and slow without a warning.
+            result(0.5, 0.5, 0.4, "XLA's float32 product is faster"),
+            result(1.1, 0.8, None),  # Not clear, and slow without a warning.
+            result(3.0, 1.0, None),  # Not told.
+        ]
+    )
+    counts = {"products": 5, "slow": 3, "slow_without_warning": 2, "warned": 1}
+    assert found == {**counts, "clear": 4, "told": 2, "median_speed": 1.1}
