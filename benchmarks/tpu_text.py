@@ -205,6 +205,10 @@ class Program:
             return sum(read) + self._written(fused, instruction)
         if instruction.opcode in _SLICES:
             return 2 * sum(a.hbm_bytes for a in instruction.arrays)
+        if instruction.opcode in _UPDATES:
+            # In place: what cannot be is copied by another instruction before.
+            (update,) = operands[_UPDATES[instruction.opcode]]
+            return update.hbm_bytes + update.bytes * (not operands[0][0].is_on_chip)
         arrays = [a for arrays in operands for a in arrays]
         return sum(a.hbm_bytes for a in (*arrays, *instruction.arrays))
 

@@ -111,6 +111,15 @@ def test_on_chip_arrays_cause_no_hbm_traffic():
     assert only("  %c = f32[16,32]{1,0} copy(%near)").hbm_bytes == 16 * 32 * 4
 
 
+@pytest.mark.parametrize(("place", "size"), [("", 2 * 128), (":S(1)", 0)])
+@pytest.mark.parametrize("call", ["dynamic-update-slice(%t, %s, %i)", "scatter(%t, %i, %s)"])
+def test_an_update_in_place_reads_and_writes_what_changes(call, place, size):
+    s = f"  %s = f32[1,32]{{1,0{place}}} custom-call(%i)"
+    t = f"  %t = f32[16,32]{{1,0{place}}} custom-call(%i)"
+    *_, work = works("\n".join([s, t, f"  %u = f32[16,32]{{1,0{place}}} {call}"]))
+    assert (work.name, work.hbm_bytes) == ("u", size)
+
+
 @pytest.mark.parametrize(
     "result, size",
     [
