@@ -23,6 +23,7 @@ from .operands import (
     why_unsupported_length,
     without_adapters,
 )
+from .rows import cpu_ragged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,8 @@ def ragged_dot(
 
     Symmetric integer codes are multiplied as integers unless scales are grouped along k.
     If a QTensor has `inputs`, the float operand it is multiplied with is quantized accordingly
-    first.
+    first. On CPU, native kernels read the experts that have rows, as they are stored, where XLA
+    multiplies all rows by all experts.
 
     Args:
         lhs: (M, K), rhs: (G, K, N); float arrays or QTensors.
@@ -119,7 +121,8 @@ def ragged_dot(
             their sum give zeros.
         precision, group_offset: as for `jax.lax.ragged_dot`.
         preferred_element_type: floating dtype of the result; None for the promoted dtype.
-        implementation: "integer" or "dequantize", to force one; None to select automatically.
+        implementation: "native" (on CPU), "integer" or "dequantize", to force one; None to select
+            automatically.
 
     Returns:
         Array (M, N).
@@ -204,7 +207,8 @@ def _why_integer_unsupported(lhs: Any, rhs: Any, spec: RaggedSpec) -> str | None
     return why_unsupported_length(rhs.codes.shape[spec.rhs_axes[1]], lhs, rhs)
 
 
-_TABLE = (
+_BY_XLA = (
     Implementation("integer", _integer, _why_integer_unsupported, is_integer=lambda *_: True),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )
+_TABLE = (cpu_ragged.row(_BY_XLA), *_BY_XLA)

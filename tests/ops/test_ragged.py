@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import re
 from functools import partial
@@ -6,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from jaxquant import FP8_E4M3, INT4, NVFP4, ArrayConfig, Inputs, quantize, ragged_dot
+from jaxquant.kernels import cpu
 
 from ..cases import Case
 from .products import assert_close, normal, quantized, values, with_inputs
@@ -59,9 +62,9 @@ def test_every_mixture_of_formats_and_orders_matches_a_product_per_group(name):
 
     @jax.jit
     def products(rows, q, sizes):
-        stored, turned = [q, q.reorder((-1, -3, -2))], ("float", "int8")
+        stored = [q, q.reorder((-1, -2)), q.reorder((-1, -3, -2))]
         return {
-            n: [ragged_dot(a, w, sizes) for w in stored[: 1 + (n in turned)]]
+            n: [ragged_dot(a, w, sizes) for w in stored[: 2 + (n in ("float", "int8"))]]
             for n, a in rows.items()
         }
 
@@ -99,6 +102,77 @@ def test_codes_are_multiplied_as_integers(platform):
     operands = r'(?:dot_general |ragged_dot").*: \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>'
     dots = re.findall(operands, text)
     assert set(dots) == {("i8", "i8")}
+
+
+NATIVE = "jaxquant_ragged_dot"
+needs_native = pytest.mark.skipif(
+    cpu.unavailable() is not None, reason=cpu.unavailable() or "is there"
+)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["float", "int8", "int8-tensor", "int8-pairs"])
+@pytest.mark.parametrize("name", ["int8", "int8-asym", "int4-g16", "int4-asym", "nvfp4"])
+def test_experts_stored_for_cpus_are_read_by_native_kernels(name, kind):
+    asymmetric = Case(ArrayConfig(format=INT4, group_size=8, symmetric=False), 1)
+    q = experts({**EXPERTS, "int4-asym": asymmetric}[name]).reorder((-1, -2))
+    x = rows_of_every_kind()[kind]
+    program = jax.jit(ragged_dot).lower(x, q, SIZES)
+    assert NATIVE in program.as_text()
+    assert_ragged(program.compile()(x, q, SIZES), x, q)
+    half = ragged_dot(x, q, SIZES, preferred_element_type=jnp.bfloat16)
+    assert half.dtype == jnp.bfloat16
+    assert_ragged(half, x, q, tolerance=2.0**-8)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "sizes", [(0, 0, 0, 0), (20, 0, 0, 0), (1, 2, 3, 4), (9, 9, 9, 9)], ids=str
+)
+def test_rows_without_an_expert_are_zeros(sizes):
+    """Rows that more experts want than there are belong to the first ones."""
+    q = experts(EXPERTS["int4-g16"]).reorder((-1, -2))
+    x, got = normal(M, K), ragged_dot(normal(M, K), q, np.array(sizes, np.int32))
+    kept = np.minimum(np.cumsum(sizes), M)
+    assert_ragged(got, x, q, np.diff(kept, prepend=0))
+    np.testing.assert_array_equal(got[kept[-1] :], 0)
+
+
+@needs_native
+def test_experts_without_rows_are_not_read():
+    q = quantize(normal(G, K, N, seed=1), ArrayConfig(format=INT4, group_size=16), 1)
+    scale = jnp.asarray(q.scale).at[2].set(jnp.nan)
+    spoiled = dataclasses.replace(q, scale=scale).reorder((-1, -2))
+    assert_ragged(ragged_dot(normal(M, K), spoiled, SIZES), normal(M, K), q)
+
+
+@needs_native
+def test_programs_that_cannot_hold_kernels_are_left_to_xla():
+    q, x = experts(EXPERTS["int4-g16"]).reorder((-1, -2)), jnp.asarray(normal(M, K))
+    exported = export.export(jax.jit(ragged_dot))(x, q, SIZES)
+    assert NATIVE not in exported.mlir_module()
+    assert_ragged(exported.call(x, q, SIZES), x, q)
+    mesh = jax.make_mesh((2,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.device_put(x, jax.NamedSharding(mesh, jax.P("n")))
+    program = jax.jit(ragged_dot).lower(split, q, SIZES)
+    assert NATIVE not in program.as_text()
+    assert_ragged(program.compile()(split, q, SIZES), x, q)
+    for weights, message in (
+        (experts(EXPERTS["int4-g16"]), "not stored with the contracted axis last"),
+        (experts(EXPERTS["fp8"]).reorder((-1, -2)), "fp8_e4m3 codes are not integers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ragged_dot(x, weights, SIZES, implementation="native")
+
+
+@needs_native
+def test_vmap_over_native_experts_is_a_loop():
+    q, x = experts(EXPERTS["int4-g16"]).reorder((-1, -2)), jnp.asarray(normal(2, M, K))
+    sizes = jnp.array([SIZES, SIZES[::-1]])
+    both = jax.tree.map(lambda a: jnp.stack([a, a]), q)  # JAX does not map rows alone.
+    got = jax.jit(jax.vmap(ragged_dot))(x, both, sizes)
+    for i in range(2):
+        assert_ragged(got[i], x[i], q, np.asarray(sizes[i]))
 
 
 def test_inputs_treat_the_rows_first():

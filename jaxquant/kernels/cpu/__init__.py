@@ -5,6 +5,7 @@ from .handlers import grouped_dot as grouped_dot
 from .handlers import int8_dot as int8_dot
 from .handlers import lookup_dot as lookup_dot
 from .handlers import quantize_rows as quantize_rows
+from .handlers import ragged_dot as ragged_dot
 from .handlers import scaled_int8_dot as scaled_int8_dot
 from .handlers import take_slice as take_slice
 from .handlers import why_unsupported_groups as why_unsupported_groups

@@ -124,6 +124,51 @@ ffi::Error DotWiden(ThreadPool pool, int64_t set, In<ffi::F32> x, ffi::AnyBuffer
   return ffi::Error::Success();
 }
 
+// Products of the rows of each expert, one of E matrices (E, N, K), by the kernel above that multiplies
+// such operands. Rows of no expert become zeros.
+ffi::Error RaggedDot(ThreadPool pool, int64_t set, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                     In<ffi::F32> scale, In<ffi::F32> zero, In<ffi::F32> row, In<ffi::F32> table,
+                     In<ffi::S32> sizes, ffi::Result<ffi::AnyBuffer> out) {
+  const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
+  const int64_t E = w.dimensions()[0], N = w.dimensions()[1], G = scale.dimensions()[2];
+  const int bits = w.element_type() == ffi::S8 ? 8 : 4;
+  const bool is_int8 = x.element_type() == ffi::S8;
+  const int64_t width = out->element_type() == ffi::F32 ? 4 : 2;
+  auto* to = static_cast<uint8_t*>(out->untyped_data());
+  int64_t start = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    const int64_t rows = std::clamp<int64_t>(sizes.typed_data()[e], 0, M - start);
+    if (rows == 0) continue;
+    const Weights weights{static_cast<const uint8_t*>(w.untyped_data()) + e * N * K * bits / 8,
+                          N, K, bits, scale.typed_data() + e * N * G,
+                          zero.element_count() ? zero.typed_data() + e * N * G : nullptr,
+                          std::max<int64_t>(1, G)};
+    uint8_t* part = to + start * N * width;
+    auto* floats = reinterpret_cast<float*>(part);
+    if (is_int8) {
+      const int8_t* in = static_cast<const int8_t*>(x.untyped_data()) + start * K;
+      const Result result{part, N, width == 4 ? Result::kFloat32 : Result::kBFloat16,
+                          row.element_count() ? row.typed_data() + start : nullptr};
+      if (bits == 8 && G == 1 && !weights.zero) {
+        Weights plain{weights.codes, N, K, 8};
+        kSets[set]->dot_int8(pool, in, rows, plain,
+                             {part, N, result.type, result.row, weights.scale});
+      } else {
+        kSets[set]->dot_groups(pool, in, rows, weights, result);
+      }
+    } else {
+      const float* in = static_cast<const float*>(x.untyped_data()) + start * K;
+      if (bits == 4)
+        kSets[set]->dot_lookup(pool, in, rows, weights, table.typed_data(), floats);
+      else
+        kSets[set]->dot_widen(pool, in, rows, weights, floats);
+    }
+    start += rows;
+  }
+  std::memset(to + start * N * width, 0, (M - start) * N * width);
+  return ffi::Error::Success();
+}
+
 // Keys and values (L, B, H, S, D) of which `layer` is read. `type` is one of Attention::Type.
 ffi::Error Attend(ThreadPool pool, int64_t set, int64_t type, In<ffi::F32> query,
                   ffi::AnyBuffer keys, ffi::AnyBuffer values, In<ffi::F32> table,
@@ -177,6 +222,9 @@ HANDLER(jaxquant_dot_lookup, DotLookup,
         ARG(F32).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32) RET(F32));
 HANDLER(jaxquant_dot_widen, DotWiden,
         ARG(F32).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) RET(F32));
+HANDLER(jaxquant_ragged_dot, RaggedDot,
+        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32) ARG(F32)
+            ARG(S32).Ret<ffi::AnyBuffer>());
 HANDLER(jaxquant_attend, Attend,
         .Attr<int64_t>("type") ARG(F32).Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32)
             ARG(F32) ARG(S32) ARG(S32) RET(F32));

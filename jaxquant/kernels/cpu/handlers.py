@@ -151,6 +151,39 @@ def widen_dot(
     return _call("dot_widen", result, instructions, _float(x), w, *_floats(scale, zero))
 
 
+def ragged_dot(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    sizes: jax.Array,
+    row: jax.Array | None = None,
+    table: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    instructions: str | None = None,
+) -> jax.Array:
+    """The rows of each expert times it: by the function here that multiplies such arrays.
+
+    Args:
+        x: int8 or floats, (M, K).
+        w: int4 or int8, (E, N, K).
+        scale, zero: (E, N, groups); a zero of None means 0.
+        sizes: integers (E,), the rows of each expert, in order. Rows beyond their sum give zeros.
+        row: scales of int8 rows, (M,); None means 1.
+        table: of `lookup_dot`, for floats by int4.
+        dtype: of the result: float32, or bfloat16 if x is int8.
+        instructions: as for `quantize_rows`.
+    """
+    none = jnp.zeros(0, jnp.float32)
+    is_int8 = x.dtype == jnp.int8
+    x = x if is_int8 else _float(x)
+    zeros = none.reshape(0, 0, 0) if zero is None else _float(zero)
+    others = [none if a is None else _float(a) for a in (row, table)]
+    result = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), dtype)
+    arrays = (x, w, _float(scale), zeros, *others, sizes.astype(jnp.int32))
+    return _call("ragged_dot", result, instructions, *arrays)
+
+
 def attend(
     query: jax.Array,
     keys: jax.Array,

@@ -17,7 +17,7 @@ import jaxlib.version
 # The library, as setup.py names it.
 _PATH = pathlib.Path(__file__).parents[1] / "_cpu.so"
 _KERNELS = (
-    *("quantize_rows", "dot_int8", "dot_groups", "dot_lookup", "dot_widen"),
+    *("quantize_rows", "dot_int8", "dot_groups", "dot_lookup", "dot_widen", "ragged_dot"),
     *("attend", "slice"),
 )
 # The version of jaxlib that runs here.

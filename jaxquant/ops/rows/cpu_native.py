@@ -71,7 +71,7 @@ def native_int8(lhs: QTensor, rhs: QTensor, spec: DotSpec) -> jax.Array:
         right,
         _per_row(row_scale, left.shape),
         jnp.broadcast_to(column_scale.reshape(-1), right.shape[:1]),
-        _result(spec.dtype),
+        native_dtype(spec.dtype),
     )
     out = out.reshape(*left.shape[:-1], right.shape[0])
     return to_logical_order(out.astype(spec.dtype), spec)
@@ -86,7 +86,8 @@ def why_unsupported(lhs: Operand, rhs: Any, spec: DotSpec) -> str | None:
         return _why_unsupported_size(lhs, rhs, by_codes=True)
     why_not = why_unsupported_float64(spec)
     by_codes = multiplies_codes(lhs, rhs)
-    why_not = why_not or _why_unsupported_weights(rhs, by_codes)
+    lengths = rhs.codes.shape[1], rhs.scale.shape[1]
+    why_not = why_not or why_unsupported_weights(rhs, by_codes, lengths)
     return why_not or _why_unsupported_size(lhs, rhs, by_codes)
 
 
@@ -118,9 +119,9 @@ def _by_weights(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
     if multiplies_codes(lhs, rhs):
         x = lhs.codes.astype(jnp.int8)
         row_scale = _per_row(in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec), x.shape)
-        out = cpu.grouped_dot(_rows(x), rhs.codes, scale, zero, row_scale, _result(spec.dtype))
+        out = cpu.grouped_dot(_rows(x), rhs.codes, scale, zero, row_scale, native_dtype(spec.dtype))
     elif rhs.format.bits == 4:
-        table = jnp.asarray(_table(rhs.format))
+        table = jnp.asarray(values_of_codes(rhs.format))
         out = cpu.lookup_dot(_rows(x), rhs.codes, scale, zero, table)
     else:
         out = cpu.widen_dot(_rows(x), rhs.codes, scale, zero)
@@ -141,14 +142,19 @@ def _why_unsupported_size(lhs: Operand, rhs: QTensor, by_codes: bool) -> str | N
     return None
 
 
-def _why_unsupported_weights(rhs: QTensor, by_codes: bool) -> str | None:
-    """Why `_by_weights` does not multiply by these weights, or None."""
+def why_unsupported_weights(rhs: QTensor, by_codes: bool, lengths: tuple[int, int]) -> str | None:
+    """Why the kernels do not multiply by these weights, or None.
+
+    Args:
+        rhs: the weights.
+        by_codes: whether activations are codes.
+        lengths: of a row of codes, and of its scales.
+    """
     if rhs.format.bits not in (4, 8):
         return f"{rhs.format} weights have codes of neither 4 nor 8 bits"
     is_wide = rhs.format.bits == 8
     why_not = why_unsupported_codes(rhs) if is_wide else None
-    counts = rhs.codes.shape[1], rhs.scale.shape[1]
-    return why_not or cpu.why_unsupported_groups(*counts, is_widened=is_wide and not by_codes)
+    return why_not or cpu.why_unsupported_groups(*lengths, is_widened=is_wide and not by_codes)
 
 
 def _rows(x: jax.Array | np.ndarray) -> jax.Array:
@@ -159,11 +165,12 @@ def _per_row(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(scale, (*shape[:-1], 1)).reshape(-1)
 
 
-def _result(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+def native_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """The dtype in which the kernels write a result that will have another."""
     return dtype if dtype in _RESULTS else jnp.float32
 
 
-def _table(format: Format) -> np.ndarray:
+def values_of_codes(format: Format) -> np.ndarray:
     """The value of each 4-bit pattern before it is scaled."""
     bits = np.arange(16, dtype=np.uint8)
     if not jnp.issubdtype(format.dtype, jnp.integer):

@@ -1,0 +1,87 @@
+"""The row that runs the native kernels for CPUs, one expert after another."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ...core import QTensor, scale_values
+from ...jaxprs import is_sharded, on_one_cpu, vary_alike
+from ...kernels import cpu
+from .. import dispatch
+from ..dispatch import Implementation, Table
+from ..operands import Operand, as_array, repeat_groups
+from .cpu_native import multiplies_codes, native_dtype, values_of_codes, why_unsupported_weights
+
+# Where experts (G, K, N) are stored with the contracted axis last.
+_AXES = (0, 2, 1)
+
+
+def row(fallback: Table) -> Implementation:
+    """The row "native", with rows of XLA for programs that cannot hold kernels.
+
+    XLA multiplies all rows by all experts, and dequantizes all of these; kernels multiply the rows
+    of each expert by it, and read none without rows.
+    """
+    return Implementation(
+        "native",
+        partial(_run, fallback=fallback),
+        _why_unsupported,
+        ("cpu",),
+        is_integer=lambda lhs, rhs, spec: multiplies_codes(lhs, rhs),
+        reads_packed=True,
+        fallback=fallback,
+    )
+
+
+def _run(lhs: Operand, rhs: QTensor, spec: Any, *, fallback: Table) -> jax.Array:
+    leaves, treedef = jax.tree.flatten((lhs, rhs, jnp.asarray(spec.group_sizes)))
+    # The branches get all arrays as arguments.
+    static = dataclasses.replace(spec, group_sizes=None)
+
+    def on_leaves(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def call(*leaves: jax.Array) -> jax.Array:
+            lhs, rhs, sizes = jax.tree.unflatten(treedef, leaves)
+            return run(lhs, rhs, dataclasses.replace(static, group_sizes=sizes))
+
+        return call
+
+    def by_xla(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
+        return dispatch.run_on(fallback, lhs, rhs, spec, "cpu")
+
+    return on_one_cpu(on_leaves(_natively), on_leaves(by_xla), *vary_alike(leaves))
+
+
+def _natively(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
+    columns = partial(repeat_groups, shape=rhs.codes.shape, axes=(0, 1))
+    scale = columns(scale_values(rhs.scale))
+    zero = None if rhs.zero_point is None else columns(rhs.zero_point)
+    sizes = jnp.asarray(spec.group_sizes)
+    table = jnp.asarray(values_of_codes(rhs.format)) if rhs.format.bits == 4 else None
+    x, per_row, dtype = as_array(lhs), None, jnp.float32
+    if isinstance(lhs, QTensor) and multiplies_codes(lhs, rhs):
+        x, table, dtype = lhs.codes.astype(jnp.int8), None, native_dtype(spec.dtype)
+        per_row = repeat_groups(scale_values(lhs.scale), lhs.codes.shape, (0,))[:, 0]
+    out = cpu.ragged_dot(jnp.asarray(x), rhs.codes, scale, zero, sizes, per_row, table, dtype)
+    return out.astype(spec.dtype)
+
+
+def _why_unsupported(lhs: Operand, rhs: Any, spec: Any) -> str | None:
+    if not isinstance(rhs, QTensor):
+        return "the right operand is not quantized"
+    if spec.rhs_axes != _AXES:
+        return "the experts are not stored with the contracted axis last"
+    if spec.group_offset is not None:
+        return "group_offset moves the groups"
+    if rhs.offset is not None or jnp.float64 in (spec.dtype, lhs.dtype):
+        return "the result is float64, or an offset is added to the codes"
+    if any(is_sharded(x) for x in jax.tree.leaves((lhs, rhs))):
+        return "the kernels do not support sharded arrays"
+    if rhs.format.bits == 4 and rhs.codes.shape[2] % 2:
+        return f"rows of {rhs.codes.shape[2]} codes of 4 bits do not fill whole bytes"
+    by_codes = multiplies_codes(lhs, rhs)
+    lengths = rhs.codes.shape[2], rhs.scale.shape[2]
+    return why_unsupported_weights(rhs, by_codes, lengths) or cpu.unavailable()
