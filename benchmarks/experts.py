@@ -5,7 +5,9 @@ and the speed relative to XLA's float32, by jaxquant's choice and by the computa
 same scheme; on CPU, XLA multiplies all rows by all experts.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ def main() -> None:
     """Measures all schemes, and prints a table."""
     rng = np.random.default_rng(0)
     floats = jnp.asarray(rng.normal(size=(EXPERTS, LENGTH, COLUMNS)) / LENGTH**0.5, jnp.float32)
-    runs = {REFERENCE: (jax.lax.ragged_dot, floats)}
+    runs: dict[str, tuple[Callable[..., Any], Any]] = {REFERENCE: (jax.lax.ragged_dot, floats)}
     for name, by_xla in SCHEMES.items():
         rule = [jq.Rule("*", jq.SCHEMES[name], axis=1)]
         experts = jq.tree.quantize({"experts": floats}, rule)["experts"]
