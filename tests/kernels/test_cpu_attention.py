@@ -112,7 +112,7 @@ def test_large_and_small_scores_neither_overflow_nor_vanish(instructions):
 
 
 @by_all_instructions
-@pytest.mark.parametrize("place", [0, 70], ids=["first block", "second block"])
+@pytest.mark.parametrize("place", [0, 70, slice(0, 64)], ids=["first", "later", "first block"])
 @pytest.mark.parametrize("value", [np.nan, np.uint32(0x7FC00FFF).view(np.float32), np.inf, -np.inf])
 def test_nan_and_inf_are_those_of_the_formula(value, place, instructions):
     """Scores of -Inf have no weight, also if they come first."""
