@@ -103,6 +103,19 @@ def _replace(q, of_codes, of_blocks):
     )
 
 
+def rev(q: QTensor, dimensions: Sequence[int]) -> QTensor:
+    """`lax.rev`: codes, and what there is per block, in reverse order."""
+    axes = q.stored_axes(dimensions)
+    return _reverse_stored(_with_channels(q), axes)
+
+
+def _reverse_stored(q: QTensor, axes: Sequence[int]) -> QTensor:
+    def reverse(x):
+        return _reverse_stored(x, axes) if isinstance(x, QTensor) else lax.rev(x, axes)
+
+    return _replace(q, reverse, reverse)
+
+
 def broadcast_in_dim(q: QTensor, shape: Sequence[int], dimensions: Sequence[int]) -> QTensor:
     """`lax.broadcast_in_dim`; new elements share the scale of the one that they copy."""
     lengths = [1] * len(shape)

@@ -297,6 +297,7 @@ _RULES: Mapping[str, Callable[..., list[Views]]] = {
     "mul": _scaled,
     "div": _scaled,
     "neg": _same_shape,
+    "rev": _same_shape,
     "copy": _same_shape,
     "copy_p": _same_shape,
     "stop_gradient": _same_shape,

@@ -9,9 +9,20 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..jaxprs import Environment, closed, context_of, current_line, is_marking, mark, naming
+import jax
+
+from ..jaxprs import (
+    Environment,
+    closed,
+    context_of,
+    count_before_slices,
+    current_line,
+    is_marking,
+    mark,
+    naming,
+)
 from ..ops import Dequantization
-from .parameter import Parameter, Unsupported
+from .parameter import Parameter, Tagged, Unsupported
 
 
 class WouldDequantizeError(ValueError):
@@ -37,11 +48,19 @@ class Options:
         strict: whether it is an error to dequantize.
         implementation: that of each product; None selects it.
         rules: (Equation, operands) -> results, by the name of a primitive.
+        key: random key for rules that round stochastically, another one in each step of a scan.
     """
 
     strict: bool
     implementation: str | None
     rules: Mapping[str, Callable[["Equation", Sequence[Any]], Sequence[Any]]]
+    key: jax.Array | None = None
+
+    def at_step(self, step: jax.Array | None) -> "Options":
+        """The options in one step of a loop."""
+        if self.key is None or step is None:
+            return self
+        return dataclasses.replace(self, key=jax.random.fold_in(self.key, step))
 
 
 def evaluate(program: Any, values: Sequence[Any], options: Options) -> list[Any]:
@@ -92,6 +111,10 @@ class Equation:
         """The parameters of the primitive."""
         return self.eqn.params
 
+    def count_before_slices(self) -> int:
+        """How many operands of a loop come before those that it slices."""
+        return count_before_slices(self.eqn)
+
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the results."""
@@ -99,7 +122,7 @@ class Equation:
 
 
 def as_array(x: Any, eqn: Any, why: str, options: Options) -> Any:
-    """A value as an array; a Parameter is dequantized, and a record says so unless it is a row.
+    """A value as an array. A Parameter is dequantized, and a record says so, unless it is a row.
 
     Args:
         x: an array or a Parameter.
@@ -112,7 +135,7 @@ def as_array(x: Any, eqn: Any, why: str, options: Options) -> Any:
     """
     if not isinstance(x, Parameter):
         return x
-    if x.is_row:
+    if x.is_row or isinstance(x.value, Tagged):
         return x.dequantize()
     primitive = "return" if eqn is None else eqn.primitive.name
     if options.strict:

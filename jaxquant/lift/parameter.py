@@ -7,7 +7,28 @@ import jax
 
 from ..core import LowRank, QTensor, TrainedArray
 
-Quantized = QTensor | TrainedArray | LowRank
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tagged:
+    """A float array that rules recognize, with what they need to know about it. A pytree.
+
+    Attributes:
+        array: the array.
+        extra: other arrays, such as a state; any pytree.
+        tag: anything hashable, static.
+    """
+
+    array: jax.Array
+    extra: Any = None
+    tag: Any = dataclasses.field(default=None, kw_only=True, metadata={"static": True})
+
+    def with_array(self, array: Any) -> "Tagged":
+        """The same with another array."""
+        return dataclasses.replace(self, array=array)
+
+
+Quantized = QTensor | TrainedArray | LowRank | Tagged
 
 
 class Unsupported(Exception):
@@ -37,7 +58,7 @@ class Parameter:
         Raises:
             Unsupported: it has adapters.
         """
-        if isinstance(self.value, LowRank):
+        if isinstance(self.value, LowRank | Tagged):
             raise Unsupported("adapters cannot follow it; merge them first")
         if isinstance(self.value, QTensor):
             return self.value
@@ -51,6 +72,8 @@ class Parameter:
         Raises:
             ValueError: as for `unchanged`.
         """
+        if isinstance(self.value, Tagged):
+            return self.value.array
         value = self.unchanged()
         if "dequantized" not in self._forms:
             self._forms["dequantized"] = value.dequantize()

@@ -63,6 +63,10 @@ def _reshape(q, params, equation):
     return carriers.reshape(q, equation.shapes[0])
 
 
+def _rev(q, params, equation):
+    return carriers.rev(q, params["dimensions"])
+
+
 def _to_shape(q, params, equation):
     return carriers.reshape(q, equation.shapes[0])
 
@@ -226,6 +230,7 @@ RULES: Mapping[str, Rule] = {
     "squeeze": _with_adapters("reshape", _carrier(_to_shape)),
     "expand_dims": _with_adapters("reshape", _carrier(_to_shape)),
     "broadcast_in_dim": _carrier(_broadcast_in_dim),
+    "rev": _carrier(_rev),
     "slice": _carrier(_slice),
     "dynamic_slice": _dynamic_slice_rule,
     "dynamic_update_slice": _write_rule,

@@ -1,6 +1,7 @@
 """Products, convolutions and lookups of a lifted function, by jaxquant's operations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,11 +26,18 @@ def dot_general_rule(params: Params, operands: Operands, implementation: str | N
     lhs, rhs = operands
     if implementation is not None or isinstance(rhs, Parameter):
         return dot_general(operand(lhs), operand(rhs), **params, implementation=implementation)
-    return _swapped_dot_general(params, operand(lhs), rhs, implementation)
+    product = partial(dot_general, implementation=implementation)
+    return swapped_dot_general(product, params, operand(lhs), rhs)
 
 
-def _swapped_dot_general(params, lhs, rhs, implementation):
-    """The product with the operands swapped: kernels read quantized arrays on the right."""
+def swapped_dot_general(product: Callable[..., Any], params: Params, lhs: Any, rhs: Any) -> Any:
+    """The product with the operands swapped, for products that expect parameters on the right.
+
+    Args:
+        product: a `dot_general`.
+        params: those of the primitive.
+        lhs: the parameter, rhs: the other operand.
+    """
     ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch)) = params["dimension_numbers"]
     numbers = (rhs_contract, lhs_contract), (rhs_batch, lhs_batch)
     batch = len(lhs_batch)
@@ -39,7 +47,7 @@ def _swapped_dot_general(params, lhs, rhs, implementation):
     order = (*axes[:batch], *axes[batch + rhs_free :], *axes[batch : batch + rhs_free])
     sharding = before_transpose(params["out_sharding"], order)
     swapped = {**params, "dimension_numbers": numbers, "out_sharding": sharding}
-    return dot_general(rhs, lhs, **swapped, implementation=implementation).transpose(order)
+    return product(rhs, lhs, **swapped).transpose(order)
 
 
 def convolution_rule(params: Params, operands: Operands, implementation: str | None) -> Any:
@@ -51,17 +59,10 @@ def convolution_rule(params: Params, operands: Operands, implementation: str | N
 def ragged_dot_rule(params: Params, operands: Operands, implementation: str | None) -> Any:
     """`lax.ragged_dot_general`, of rows in groups with one matrix each."""
     lhs, rhs, group_sizes = operands
-    numbers = params["ragged_dot_dimension_numbers"]
-    (lhs_inner, rhs_inner), batch = numbers.dot_dimension_numbers
-    groups = tuple(numbers.rhs_group_dimensions)
-    is_ragged_dot = tuple(numbers.lhs_ragged_dimensions) == (0,) and len(groups) == 1
-    if not is_ragged_dot or tuple(lhs_inner) != (1,) or len(rhs_inner) != 1 or any(batch):
-        raise Unsupported("only rows in groups are multiplied with one matrix per group")
+    order = ragged_order(params)
     if not isinstance(rhs, Parameter):
         raise Unsupported("the ragged operand is quantized")
-    q = rhs.qtensor()
-    order = (groups[0], rhs_inner[0])
-    q = transpose(q, (*order, *(a for a in range(q.ndim) if a not in order)))
+    q = transpose(rhs.qtensor(), order)
     return ragged_dot(
         operand(lhs),
         q,
@@ -71,6 +72,21 @@ def ragged_dot_rule(params: Params, operands: Operands, implementation: str | No
         group_offset=params["group_offset"],
         implementation=implementation,
     )
+
+
+def ragged_order(params: Params) -> tuple[int, ...]:
+    """The axes of the matrices of `lax.ragged_dot_general` in the order (group, k, n).
+
+    Raises:
+        Unsupported: it is another product than `lax.ragged_dot`, up to the order of these axes.
+    """
+    numbers = params["ragged_dot_dimension_numbers"]
+    (lhs_inner, rhs_inner), batch = numbers.dot_dimension_numbers
+    groups = tuple(numbers.rhs_group_dimensions)
+    is_ragged_dot = tuple(numbers.lhs_ragged_dimensions) == (0,) and len(groups) == 1
+    if not is_ragged_dot or tuple(lhs_inner) != (1,) or len(rhs_inner) != 1 or any(batch):
+        raise Unsupported("only rows in groups are multiplied with one matrix per group")
+    return groups[0], rhs_inner[0], 3 - groups[0] - rhs_inner[0]
 
 
 def _without_adapters(x):
@@ -111,16 +127,16 @@ def gather_rule(params: Params, operands: Operands, implementation: str | None) 
 
 def _lookup_axis(shape, params):
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    partial = [a for a, n in enumerate(shape) if sizes[a] != n or a in numbers.collapsed_slice_dims]
+    cut = [a for a, n in enumerate(shape) if sizes[a] != n or a in numbers.collapsed_slice_dims]
     if params["mode"] not in _MODES:
         raise Unsupported(f"its indices are brought into bounds by {params['mode']}")
     if numbers.operand_batching_dims:
         raise Unsupported("it gathers from a batch of tables")
-    if len(partial) != 1 or sizes[partial[0]] != 1:
+    if len(cut) != 1 or sizes[cut[0]] != 1:
         raise Unsupported("it gathers parts that are not whole slices along one axis")
-    if partial[0] not in numbers.start_index_map:
+    if cut[0] not in numbers.start_index_map:
         raise Unsupported("no index selects along the axis that it gathers from")
-    return partial[0]
+    return cut[0]
 
 
 def _is_inside(starts, index_map, axis, length):

@@ -133,15 +133,18 @@ def scan_rule(equation: Equation, operands: Values) -> list[Any]:
     init = _carried(equation, passed, init)
     bodies, sliced = _opened(xs)
     sliced = [unstackable(x) for x in sliced]
+    steps = None if options.key is None else jnp.arange(params["length"])
 
     def body(carry, slices):
+        step, slices = slices
         carried = map(_reopened, _with(passed, carry))
-        out = evaluate(program, [*map(_reopened, consts), *carried, *bodies(slices)], options)
+        values = [*map(_reopened, consts), *carried, *bodies(slices)]
+        out = evaluate(program, values, options.at_step(step))
         out = _without(passed, out)
         carry = _carried_on(equation, out[:num_carried])
         return carry, as_arrays(out[num_carried:], equation, "an output of a loop is an array")
 
-    carry, outputs = scan(body, init, sliced, **scan_options(params))
+    carry, outputs = scan(body, init, (steps, sliced), **scan_options(params))
     return _with(passed, [*carry, *outputs])
 
 

@@ -7,7 +7,7 @@ import jax
 
 from ..core import LowRank, QTensor, refine_blocks
 from ..core import specs as core_specs
-from .parameter import Parameter, Unsupported
+from .parameter import Parameter, Tagged, Unsupported
 
 
 def specs(x: Any, spec: jax.P, mesh: Any) -> tuple[Any, Any]:
@@ -24,6 +24,9 @@ def specs(x: Any, spec: jax.P, mesh: Any) -> tuple[Any, Any]:
     """
     if not isinstance(x, Parameter):
         return x, spec
+    if isinstance(x.value, Tagged):
+        everywhere = jax.tree.map(lambda _: jax.P(), x.value.extra)
+        return x.value, dataclasses.replace(x.value, array=spec, extra=everywhere)
     q = x.qtensor()
     if q.inputs is not None and q.inputs.changes_weight:
         raise Unsupported(f"inputs.{q.inputs.changing_field} would have to be divided, too")
@@ -43,6 +46,8 @@ def constrained(x: Any, sharding: jax.sharding.Sharding | None) -> Any:
         raise Unsupported(f"its mesh has both automatic and explicit axes: {sharding.mesh}")
     if not isinstance(x, Parameter):
         return jax.lax.with_sharding_constraint(x, sharding)
+    if isinstance(x.value, Tagged):
+        return x.derive(x.value.with_array(constrained(x.value.array, sharding)))
     if not is_named:
         raise Unsupported(f"its sharding does not name axes of a mesh: {sharding}")
     if isinstance(x.value, LowRank):

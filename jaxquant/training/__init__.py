@@ -9,11 +9,13 @@ from ..core import LowRank as LowRank
 from .apply_updates import apply_updates as apply_updates
 from .blockwise import Blockwise as Blockwise
 from .calibrate import calibrate as calibrate
+from .conv_product import conv_general_dilated as conv_general_dilated
 from .delayed import DelayedScaling as DelayedScaling
 from .delayed import skip_scaling as skip_scaling
 from .delayed import update_scaling as update_scaling
 from .dot import dot_general as dot_general
 from .dot import matmul as matmul
+from .einsum_product import einsum as einsum
 from .fake_quantize import LearnedRange as LearnedRange
 from .fake_quantize import LearnedStep as LearnedStep
 from .fake_quantize import fake_quantize as fake_quantize
@@ -38,3 +40,7 @@ from .product_config import SWITCHBACK as SWITCHBACK
 from .product_config import ProductConfig as ProductConfig
 from .psum import GRADIENT_8_BIT as GRADIENT_8_BIT
 from .psum import quantized_psum as quantized_psum
+from .ragged_product import ragged_dot as ragged_dot
+from .save_codes import save_codes as save_codes
+from .train_products import init_scaling as init_scaling
+from .train_products import train_products as train_products

@@ -1,17 +1,17 @@
 """Matrix multiplications for training, quantized forward and in both gradients."""
 
 import dataclasses
-from functools import partial
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 
 from .. import ops
-from ..core import ArrayConfig, QTensor, quantize, quantize_with_range
-from ..jaxprs import vary_alike, varying_axes
-from .amax import amax_of
+from ..jaxprs import vary_alike
 from .delayed import DelayedScaling
+from .product import AxesOfBoth, check_product, run_product
 from .product_config import ProductConfig
 
 
@@ -26,8 +26,8 @@ class _Spec:
         shardings: explicit shardings of lhs and rhs, for their gradients; None without.
     """
 
-    contract: tuple[tuple[int, ...], tuple[int, ...]]
-    batch: tuple[tuple[int, ...], tuple[int, ...]]
+    contract: AxesOfBoth
+    batch: AxesOfBoth
     ndims: tuple[int, int]
     precision: lax.PrecisionLike
     dtype: jax.typing.DTypeLike | None
@@ -39,7 +39,12 @@ class _Spec:
         taken = self.contract[side] + self.batch[side]
         return tuple(a for a in range(self.ndims[side]) if a not in taken)
 
-    def contract_in_gradient(self, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    @property
+    def rotates(self) -> bool:
+        """Whether the gradient of rhs may rotate its operands."""
+        return True
+
+    def contract_in_gradient(self, side: int) -> AxesOfBoth:
         """Axes that the gradient of a side contracts: those of out, and the other side's."""
         free = self.free(1 - side)
         first = len(self.batch[0]) + (0 if side else len(self.free(0)))
@@ -50,6 +55,44 @@ class _Spec:
         by_other = np.argsort(self.contract[1 - side]).tolist()
         contract = [self.contract[side][i] for i in by_other]
         return [*self.batch[side], *self.free(side), *contract]
+
+    def along(self, contract: AxesOfBoth, shape: tuple[int, ...], size: int) -> tuple[int, int]:
+        """The axes along which groups run in the two operands of a product."""
+        if not contract[0]:
+            return -1, -1
+        chosen = _group_axis(contract[0], shape, size)
+        return chosen, contract[1][contract[0].index(chosen)]
+
+    def blocks(self, side: int, shape: tuple[int, ...], sizes: tuple[int, ...]) -> dict[int, int]:
+        """2-D blocks, by axis: a contracted one, and a free one."""
+        pairs = zip((self.contract[side], self.free(side)), sizes, strict=True)
+        return {_group_axis(axes, shape, size): size for axes, size in pairs if axes}
+
+    def run(self, lhs: Any, rhs: Any, arrays: None) -> jax.Array:
+        """The product itself."""
+        numbers = self.contract, self.batch
+        sharding = self.out_sharding
+        return ops.dot_general(lhs, rhs, numbers, self.precision, self.dtype, out_sharding=sharding)
+
+    def run_gradient(self, side: int, gradient: Any, other: Any, like: Any, arrays: None) -> Any:
+        """The gradient of a side."""
+        order = self.axes_of_gradient(side)
+        leading = tuple(range(len(self.batch[0])))
+        out = ops.dot_general(
+            gradient,
+            other,
+            (self.contract_in_gradient(side), (leading, self.batch[1 - side])),
+            self.precision,
+            self.dtype,
+            out_sharding=_in_order(self.shardings[side], order),
+        )
+        return out.transpose(np.argsort(order))
+
+
+def _group_axis(axes: Sequence[int], shape: tuple[int, ...], size: int) -> int:
+    """The last of these axes that has room for a group, or else the longest."""
+    fitting = [a for a in sorted(axes) if shape[a] >= size]
+    return fitting[-1] if fitting else max(sorted(axes), key=lambda a: (shape[a], a))
 
 
 def dot_general(
@@ -90,8 +133,8 @@ def dot_general(
         Array of shape (batch, lhs free, rhs free).
 
     Raises:
-        ValueError: an operand is not a floating-point array, the key is missing, the config does
-            not support `scaling`, or a group size does not divide an axis.
+        ValueError: an operand is not a floating-point array, the key is missing, or the config
+            does not support `scaling`.
         TypeError: the shapes do not match; from `jax.lax.dot_general`.
 
     Gradients: rounding and clipping count as the identity, first-order derivatives only. lhs and
@@ -109,7 +152,7 @@ def dot_general(
         >>> jq.training.dot_general(x, w, numbers, config=config).tolist()
         [[3.0], [3.0]]
     """
-    _check(lhs, rhs, config, key, scaling)
+    check_product(lhs, rhs, config, key, scaling)
     contract, batch = (
         (tuple(a % lhs.ndim for a in pair[0]), tuple(a % rhs.ndim for a in pair[1]))
         for pair in dimension_numbers
@@ -125,7 +168,7 @@ def dot_general(
     )
     # Outside the custom gradient, so that JAX sums the gradient of a shared operand over devices.
     lhs, rhs = vary_alike([lhs, rhs])
-    return _dot_general(lhs, rhs, config, key, scaling, spec)
+    return run_product(spec, config, lhs, rhs, key, scaling)
 
 
 def matmul(
@@ -178,131 +221,10 @@ def matmul(
     )
 
 
-def _check(lhs, rhs, config, key, scaling):
-    for name, x in (("lhs", lhs), ("rhs", rhs)):
-        is_array = isinstance(x, jax.Array | np.ndarray)
-        if not is_array or not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
-            got = f"{x.dtype} of shape {x.shape}" if is_array else type(x).__name__
-            raise ValueError(
-                f"{name} must be a floating-point array, not a quantized one; got {got}."
-            )
-    if not isinstance(config, ProductConfig):
-        raise ValueError(
-            f"config must be a ProductConfig such as training.INT8_TRAINING; got {config!r}."
-        )
-    if config.rounds_stochastically and key is None:
-        raise ValueError(
-            f"key must be a random key, because the config rounds stochastically; got {key}. Pass "
-            "a different one in each step, or a config with rounds_stochastically=False."
-        )
-    if scaling is None:
-        return
-    config.check_delayed()
-    if scaling.lhs.ndim != 1:
-        raise ValueError(
-            "scaling must be the state of one multiplication, with 1-D histories; got "
-            f"{scaling.lhs.shape}. Scan or vmap over a stack of them."
-        )
-
-
 def _explicit_sharding(x):
     """The sharding of an array if it is part of its type, else None."""
     sharding = jax.typeof(x).sharding
     return sharding if sharding.mesh.explicit_axes else None
-
-
-@partial(jax.jit, static_argnames="spec")
-def _dot_general(lhs, rhs, config, key, scaling, spec):
-    return _product(spec, config, lhs, rhs, key, scaling)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(spec: _Spec, config: ProductConfig, lhs, rhs, key, scaling):
-    of_lhs, of_rhs = _ranges(scaling, lhs, rhs)
-    return ops.dot_general(
-        _operand(lhs, config.of_out[0], spec.contract[0], of_lhs),
-        _operand(rhs, config.of_out[1], spec.contract[1], of_rhs),
-        (spec.contract, spec.batch),
-        spec.precision,
-        spec.dtype,
-        out_sharding=spec.out_sharding,
-    )
-
-
-def _forward(spec, config, lhs, rhs, key, scaling):
-    out = _product(spec, config, lhs, rhs, key, scaling)
-    of_lhs, of_rhs = _ranges(scaling, lhs, rhs)
-    kept_lhs = _operand(lhs, config.of_rhs_gradient[1], spec.free(0), of_lhs)
-    kept_rhs = _operand(rhs, config.of_lhs_gradient[1], spec.free(1), of_rhs)
-    seen = None
-    if scaling is not None:
-        seen = _shared_amax(lhs, scaling.lhs), _shared_amax(rhs, scaling.rhs)
-    return out, (kept_lhs, kept_rhs, seen, key, scaling)
-
-
-def _backward(spec, config, kept, gradient):
-    lhs, rhs, seen, key, scaling = kept
-    key = key if config.rounds_stochastically else None
-    limit = None if scaling is None else scaling.amax_limit(scaling.gradient, amax_of(gradient))
-
-    def of_side(side, x, config, other):
-        axes, _ = contract = spec.contract_in_gradient(side)
-        order = spec.axes_of_gradient(side)
-        leading = tuple(range(len(spec.batch[0])))
-        out = ops.dot_general(
-            _operand(gradient, config[0], axes, limit, key),
-            other,
-            (contract, (leading, spec.batch[1 - side])),
-            spec.precision,
-            spec.dtype,
-            out_sharding=_in_order(spec.shardings[side], order),
-        )
-        return out.transpose(np.argsort(order)).astype(x.dtype)
-
-    if scaling is not None:
-        scaling = scaling.observed(*seen, _shared_amax(gradient, scaling.gradient))
-    return (
-        of_side(0, lhs, config.of_lhs_gradient, rhs),
-        of_side(1, rhs, config.of_rhs_gradient, lhs),
-        None,
-        scaling,
-    )
-
-
-_product.defvjp(_forward, _backward)
-
-
-def _ranges(scaling, lhs, rhs):
-    """The ends of the ranges of lhs and rhs by delayed scaling; None without it."""
-    if scaling is None:
-        return None, None
-    return scaling.amax_limit(scaling.lhs, amax_of(lhs)), scaling.amax_limit(
-        scaling.rhs, amax_of(rhs)
-    )
-
-
-def _operand(x, config: ArrayConfig | None, contract, limit=None, key=None) -> jax.Array | QTensor:
-    """x, quantized for a product that contracts these axes of it."""
-    if config is None:
-        return x
-    if limit is not None:
-        return quantize_with_range(x, -limit, limit, config, key=key)
-    q = quantize(x, config, _shared_axes(config, contract), key)
-    return q.reorder(ops.best_order(q, jax.default_backend()))
-
-
-def _shared_axes(config, contract):
-    """The axes along which scales are shared: those contracted, or the last of them in groups."""
-    is_grouped = config.group_size is not None or config.format.group_size is not None
-    axes = tuple(sorted(contract))
-    return axes[-1] if is_grouped and axes else axes
-
-
-def _shared_amax(x, history):
-    """amax of x, over all devices of shard_map that share the history."""
-    axes = varying_axes(x) - varying_axes(history)
-    amax = amax_of(x)
-    return lax.pmax(amax, tuple(sorted(axes))) if axes else amax
 
 
 def _in_order(sharding, order):

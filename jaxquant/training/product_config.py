@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from ..core import FP8_E4M3, FP8_E5M2, INT8, AbsMax, ArrayConfig
+from ..core import FP8_E4M3, FP8_E5M2, INT8, AbsMax, ArrayConfig, hadamard
 
 Pair = tuple[ArrayConfig | None, ArrayConfig | None]
 
@@ -19,18 +19,28 @@ class ProductConfig:
         rhs gradient = gradient x lhs
 
     Each of the three products quantizes its own two operands, with scales shared along the axes
-    that it contracts, which differ between the products.
+    that it contracts, which differ between the products. Groups run along the last contracted axis
+    of its first operand that is at least as long, or else along the longest. The last group of an
+    axis may be shorter.
 
     Attributes:
-        lhs, rhs, gradient: config of each operand, None to keep it in float. With a group size,
-            groups run along the last contracted axis.
+        lhs, rhs, gradient: config of each operand, None to keep it in float. With a group size
+            (c, f), lhs and rhs have the same 2-D blocks in all products: c elements of an axis
+            that out contracts by f of the last axis that it keeps.
         quantizes_out, quantizes_lhs_gradient, quantizes_rhs_gradient: whether that product is
             quantized; otherwise it is computed in float.
         rounds_stochastically: whether the gradient is rounded stochastically, which keeps it
-            unbiased. lhs and rhs are rounded to nearest.
+            unbiased. lhs and rhs are rounded to nearest. Scales of the gradient are then rounded
+            up to their dtype, so that no element is clipped.
+        rounds_scales_up: whether all scales are.
+        rhs_gradient_rotation: in the gradient of rhs, both operands are multiplied by the same
+            random Hadamard matrix of this order, in blocks along the contracted axis, which
+            spreads outliers over the block; None for no rotation. Ragged products and grouped
+            convolutions do not rotate.
 
     Raises:
-        ValueError: a field has the wrong type, or rounds_stochastically without a gradient config.
+        ValueError: a field has the wrong type, rounds_stochastically without a gradient config, or
+            no Hadamard matrix has the order.
 
     Example:
         >>> int8 = jq.ArrayConfig()
@@ -46,20 +56,31 @@ class ProductConfig:
     quantizes_lhs_gradient: bool = True
     quantizes_rhs_gradient: bool = True
     rounds_stochastically: bool = False
+    rounds_scales_up: bool = False
+    rhs_gradient_rotation: int | None = None
 
     def __post_init__(self) -> None:
         for name, config in self._operands():
             if not isinstance(config, ArrayConfig | None):
                 raise ValueError(f"{name} must be an ArrayConfig or None; got {config!r}.")
-            if config is not None and isinstance(config.group_size, tuple):
-                raise ValueError(
-                    f"{name}.group_size must be an int or None, because the products contract "
-                    f"different numbers of axes; got {config.group_size}."
-                )
+            self._check_blocks(name, config)
         if self.rounds_stochastically and self.gradient is None:
             raise ValueError(
                 "rounds_stochastically needs a config for the gradient; got "
                 f"gradient={self.gradient}."
+            )
+        if self.rhs_gradient_rotation is not None:
+            hadamard(self.rhs_gradient_rotation)
+
+    def _check_blocks(self, name, config):
+        size = None if config is None else config.group_size
+        if not isinstance(size, tuple):
+            return
+        is_side = any(name == side for side, _ in self._operands()[:2])
+        if not is_side or len(size) != 2 or None in size:
+            raise ValueError(
+                f"{name}.group_size must be an int or None, or two ints for 2-D blocks of lhs or "
+                f"rhs; got {size}. The two gradients contract different axes of gradient."
             )
 
     @property

@@ -92,6 +92,7 @@ ANY_GROUPS = {
     "concatenate": lambda w: rows() @ jnp.concatenate([w, w[:, :16]], axis=1),
     "stack": lambda w: jnp.einsum("bk,akn->abn", rows(), jnp.stack([w, w])),
     "copy": lambda w: rows() @ jnp.copy(w),
+    "rev": lambda w: rows() @ w[::-1, ::-1],
     "stop_gradient": lambda w: rows() @ lax.stop_gradient(w),
     "name": lambda w: rows() @ checkpoint_name(w, "w"),
     "optimization_barrier": lambda w: rows() @ lax.optimization_barrier((w, 1.0))[0],

@@ -474,14 +474,18 @@ ERRORS = {
         r"matmul expects .* got \(2, 2, 4\) by \(1, 4, 3\)",
     ),
     "vector": (lambda: product(jnp.ones(4)), r"matmul expects .* got \(4,\) by \(4, 3\)"),
-    "groups": (
-        lambda: product(config=ProductConfig(lhs=ArrayConfig(group_size=3))),
-        "group_size must divide axis 1",
-    ),
     "field": (lambda: ProductConfig(rhs=NF4), "rhs must be an ArrayConfig or None; got nf4"),  # pyright: ignore[reportArgumentType] (what is refused)
     "sizes": (
         lambda: ProductConfig(gradient=ArrayConfig(group_size=(2, 2))),
-        r"gradient.group_size must be an int.*got \(2, 2\)",
+        r"gradient.group_size must be an int.*2-D blocks of lhs or rhs; got \(2, 2\)",
+    ),
+    "three sizes": (
+        lambda: ProductConfig(rhs=ArrayConfig(group_size=(2, 2, 2))),
+        r"rhs.group_size must be an int.*got \(2, 2, 2\)",
+    ),
+    "rotation": (
+        lambda: ProductConfig(rhs_gradient_rotation=3),
+        "The order of a Hadamard matrix must be a power of two.*got 3",
     ),
     "rounding": (
         lambda: ProductConfig(rounds_stochastically=True),
