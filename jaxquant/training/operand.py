@@ -171,7 +171,7 @@ def rotate(x: jax.Array, axis: int, size: int) -> jax.Array:
     padded = math.ceil(x.shape[axis] / size) * size
     moved = jnp.moveaxis(x, axis, -1)
     moved = jnp.pad(moved, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[axis])])
-    compute = jnp.promote_types(x.dtype, jnp.float32)
+    compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     blocks = moved.astype(compute).reshape(*moved.shape[:-1], padded // size, size)
     matrix = jnp.asarray(rotation_matrix(size), compute)
     rotated = jnp.matmul(blocks, matrix, precision=jax.lax.Precision.HIGHEST)

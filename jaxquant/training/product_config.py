@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from ..core import FP8_E4M3, FP8_E5M2, INT8, AbsMax, ArrayConfig, hadamard
+from ..core import AbsMax, ArrayConfig, hadamard
 
 Pair = tuple[ArrayConfig | None, ArrayConfig | None]
 
@@ -116,17 +116,3 @@ class ProductConfig:
 
     def _operands(self):
         return ("lhs", self.lhs), ("rhs", self.rhs), ("gradient", self.gradient)
-
-
-_INT8 = ArrayConfig(format=INT8)
-_E4M3 = ArrayConfig(format=FP8_E4M3, per_tensor=True)
-_E5M2 = ArrayConfig(format=FP8_E5M2, per_tensor=True)
-
-# All three products in int8, with unbiased gradients: Chen et al. 2020 (StatQuant),
-# arXiv:2010.14298, theorem 1.
-INT8_TRAINING = ProductConfig(lhs=_INT8, rhs=_INT8, gradient=_INT8, rounds_stochastically=True)
-# The gradient of the weights (rhs) sums over all tokens of a batch and stays in float.
-# Wortsman et al. 2023 (SwitchBackQ, with scales per row), arXiv:2304.13013.
-SWITCHBACK = ProductConfig(lhs=_INT8, rhs=_INT8, gradient=_INT8, quantizes_rhs_gradient=False)
-# Micikevicius et al. 2022, arXiv:2209.05433, section 3.
-FP8_TRAINING = ProductConfig(lhs=_E4M3, rhs=_E4M3, gradient=_E5M2)

@@ -136,6 +136,25 @@ def test_codes_of_convolutions_are_multiplied_as_integers():
     assert [(row.operation, row.is_integer) for row in rows] == [("conv_general_dilated", True)] * 3
 
 
+def test_a_rotation_along_images_keeps_the_gradient():
+    case = CONVOLUTIONS["plain"]
+    x, w = normal(5, *case[0][1:]), normal(*case[1], seed=1)
+    runs = [convolution(case, ProductConfig(rhs_gradient_rotation=n)) for n in (None, 4)]
+    gradient = normal(*jax.eval_shape(runs[0], x, w).shape, seed=2)
+    plain, turned = (pulled(run, x, w, gradient) for run in runs)
+    np.testing.assert_allclose(plain[2], turned[2], 1e-4, 1e-4)
+    assert not np.array_equal(plain[2], turned[2])
+    for a, b in zip(plain[:2], turned[:2], strict=True):
+        np.testing.assert_array_equal(a, b)
+    # Groups of channels would mix, and are not rotated.
+    config = ProductConfig(rhs_gradient_rotation=4)
+    case = CONVOLUTIONS["depthwise"]
+    x, w = normal(*case[0]), normal(*case[1], seed=1)
+    gradient = normal(*jax.eval_shape(convolution(case, config), x, w).shape, seed=2)
+    pairs = [pulled(convolution(case, c), x, w, gradient) for c in (config, ProductConfig())]
+    jax.tree.map(np.testing.assert_array_equal, *pairs)
+
+
 def test_vmap_and_eager_calls_of_convolutions_agree():
     case = CONVOLUTIONS["strided"]
     x, w = normal(2, *case[0]), normal(*case[1], seed=1)
