@@ -24,6 +24,8 @@ from .lora import lora_init as lora_init
 from .lora import merge as merge
 from .lora import partition as partition
 from .lora import trainable_mask as trainable_mask
+from .lora_starts import LoftQ as LoftQ
+from .lora_starts import PiSSA as PiSSA
 from .optimizer import ACCUMULATOR_8_BIT as ACCUMULATOR_8_BIT
 from .optimizer import STATE_4_BIT as STATE_4_BIT
 from .optimizer import STATE_8_BIT as STATE_8_BIT

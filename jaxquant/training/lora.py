@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,21 +14,28 @@ from ..core import (
     QTensor,
     blocks_between,
     describe,
-    low_rank_shapes,
     quantize,
-    shared_axes,
 )
 from ..tree import Rules, is_quantized
-from ..tree.internal import Plan, leaves_with_paths, quantize_leaf, select, why_unsupported
+from ..tree.internal import (
+    Plan,
+    leaves_with_paths,
+    select,
+    why_unsupported,
+)
+from .lora_adapters import axes_of, begin_at, begin_at_zero, check_options, check_start, ranks_of
+from .lora_starts import Start
 
 
 def lora_init(
     params: Any,
     rules: Rules,
-    rank: int,
+    rank: int | Mapping[str, int],
     key: jax.Array,
     *,
     alpha: float | None = None,
+    use_rslora: bool = False,
+    start: Start | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     platform: str | None = None,
 ) -> Any:
@@ -53,9 +61,14 @@ def lora_init(
     Args:
         params: any pytree of float arrays; QTensors quantized by the same rules are kept.
         rules: as for `tree.quantize`. Leaves that no rule selects are unchanged, and frozen.
-        rank: length of the axis between `a` and `b`.
+        rank: length of the axis between `a` and `b`; or {pattern: rank} for the selected paths, of
+            which the first that matches decides.
         key: random key.
         alpha: adapters are scaled by alpha / rank; None for the rank, a factor of 1.
+        use_rslora: whether they are scaled by alpha / sqrt(rank) instead, so that a high rank does
+            not learn more slowly (rsLoRA). `LowRank.alpha` is alpha * sqrt(rank) then.
+        start: where base and adapters start: `PiSSA()` or `LoftQ()`; None for the base that
+            `tree.quantize` gives, and adapters of zero.
         dtype: floating dtype of `a` and `b`. Products compute in that of the activations and base.
         platform: as for `tree.quantize`.
 
@@ -66,12 +79,14 @@ def lora_init(
         last.
 
     Raises:
-        ValueError: rank, alpha or dtype is invalid; as for `tree.quantize`, QTensors aside; or a
-            selected leaf has a single axis, adapters already, scales shared along axes that are not
-            adjacent, a format, groups or inputs that differ from its rule, or a multiplier.
+        ValueError: rank, alpha, start or dtype is invalid; use_rslora without alpha; a pattern of
+            rank matches no selected leaf, or none matches one; as for `tree.quantize`, QTensors
+            aside; or a selected leaf has a single axis, adapters already, scales shared along axes
+            that are not adjacent, a format, groups or inputs that differ from its rule, or a
+            multiplier; or, with a start, it is a QTensor or smaller than the rank.
 
     Source: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314, eq. 5; Hu et al. 2021 (LoRA),
-        arXiv:2106.09685, section 4.1.
+        arXiv:2106.09685, section 4.1; Kalajdzievski 2023 (rsLoRA), arXiv:2312.03732, eq. 4.
 
     Example:
         >>> rules, key = jq.Rule("kernel", jq.W8A16), jax.random.key(0)
@@ -79,17 +94,19 @@ def lora_init(
         >>> params["kernel"].a.shape, params["kernel"].b.shape
         ((4, 1), (1, 2))
     """
-    _check_options(rank, alpha, dtype)
-    _, leaves, chosen, treedef = select(params, rules, _why_unsupported)
+    check_options(rank, alpha, dtype, use_rslora, start)
+    paths, leaves, chosen, treedef = select(params, rules, _why_unsupported)
+    ranks = ranks_of(rank, paths, chosen)
+    check_start(start, paths, leaves, chosen, ranks)
     keys = iter(jax.random.split(key, sum(plan is not None for plan in chosen)))
     result = []
-    for leaf, plan in zip(leaves, chosen, strict=True):
-        if plan is not None:
-            is_base = isinstance(leaf, QTensor)
-            base = leaf if is_base else quantize_leaf(leaf, plan, platform)
-            a, b = _adapters(base.shape, _axes_of(plan, base.ndim), rank, next(keys), dtype)
-            weight = float(rank if alpha is None else alpha)
-            leaf = LowRank(base, a, b, alpha=weight, config=plan.scheme.weights)
+    for leaf, plan, r in zip(leaves, chosen, ranks, strict=True):
+        if plan is not None and r is not None:
+            weight = float(r if alpha is None else alpha * (math.sqrt(r) if use_rslora else 1))
+            begin = begin_at_zero if start is None else partial(begin_at, start, weight / r)
+            base, a, b = begin(leaf, plan, r, next(keys), platform)
+            factors = a.astype(dtype), b.astype(dtype)
+            leaf = LowRank(base, *factors, alpha=weight, config=plan.scheme.weights)
         result.append(leaf)
     return jax.tree.unflatten(treedef, result)
 
@@ -244,16 +261,6 @@ def _check_adapters(tree):
         )
 
 
-def _check_options(rank, alpha, dtype):
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank must be a positive int; got {rank!r}. 8 to 64 are usual.")
-    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if alpha is not None and not (is_number and 0 < alpha < math.inf):
-        raise ValueError(f"alpha must be a positive number, or None for the rank; got {alpha!r}.")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be floating; got {dtype!r}. Use float32 or bfloat16.")
-
-
 def _why_unsupported(leaf: Any, plan: Plan) -> str | None:
     """Why a leaf cannot have adapters, or None."""
     if isinstance(leaf, LowRank):
@@ -262,7 +269,7 @@ def _why_unsupported(leaf: Any, plan: Plan) -> str | None:
     why_not = _why_unsupported_base(leaf, plan) if is_base else why_unsupported(leaf, plan)
     if why_not is not None:
         return why_not
-    axes = _axes_of(plan, leaf.ndim)
+    axes = axes_of(plan, leaf.ndim)
     if leaf.ndim < 2:
         return f"has shape {leaf.shape}; adapters need two axes: give it a rule with None"
     if axes != tuple(range(axes[0], axes[-1] + 1)):
@@ -292,26 +299,3 @@ def _why_unsupported_base(q, plan):
         f"is not quantized as its rule says: {describe(q)}, scales {found.scale.shape}, "
         f"and not {describe(wanted)}, scales {wanted.scale.shape}, inputs {plan.scheme.inputs}"
     )
-
-
-def _adapters(shape, axes, rank, key, dtype):
-    """Initial a and b: one normal, the other zeros."""
-    stack, split = _split(axes, len(shape))
-    a_shape, b_shape = low_rank_shapes(shape, rank, stack, split)
-    meets_b = axes == (len(shape) - 1,)
-    inputs = math.prod(shape[split:] if meets_b else shape[stack:split])
-    drawn, zeros = (b_shape, a_shape) if meets_b else (a_shape, b_shape)
-    start = jax.random.normal(key, drawn, jnp.float32) / math.sqrt(max(inputs, 1))
-    factors = start.astype(dtype), jnp.zeros(zeros, dtype)
-    return factors[::-1] if meets_b else factors
-
-
-def _axes_of(plan: Plan, ndim: int) -> tuple[int, ...]:
-    """The axes along which a leaf shares scales, in ascending order."""
-    return tuple(sorted(shared_axes(plan.axis, ndim, plan.scheme.weights)))
-
-
-def _split(axes: tuple[int, ...], ndim: int) -> tuple[int, int]:
-    """The first axis of `a`, and the first axis of `b`."""
-    end = axes[-1] + 1
-    return (ndim - 2, ndim - 1) if end == ndim else (axes[0], end)
