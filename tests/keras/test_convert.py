@@ -23,6 +23,8 @@ from jaxquant.keras import (
     to_stock,
 )
 from jaxquant.keras.compat import sublayers
+from jaxquant.keras.models.composite import COUNTERPARTS
+from jaxquant.keras.models.convert import stock_class
 
 HAS_BLOCKS = "block_size" in keras.quantizers.Int4QuantizationConfig().get_config()
 
@@ -95,6 +97,14 @@ def test_convert_changes_only_the_classes_and_to_stock_undoes_it():
     wanted = model(inputs, training=True)
     assert_equal(copy(inputs, training=True), wanted)
     assert_equal(back(inputs, training=True), wanted)
+
+
+def test_every_layer_replaces_the_stock_layer_of_its_name():
+    names = [n for n, x in vars(layers).items() if isinstance(x, type)]
+    pairs = {getattr(keras.layers, n): getattr(layers, n) for n in names}
+    # Wrappers that are the same class replace nothing.
+    assert {stock: ours for stock, ours in pairs.items() if stock is not ours} == COUNTERPARTS
+    assert all(stock_class(ours) is stock for stock, ours in COUNTERPARTS.items())
 
 
 def test_convert_copies_the_arrays():

@@ -25,11 +25,17 @@ def is_stock(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == keras.__name__
 
 
-def counterpart(cls: type) -> type | None:
-    """The quantizable layer that replaces exactly this stock class, or None."""
-    ours = vars(layers).get(cls.__name__)
-    is_ours = isinstance(ours, type) and issubclass(ours, cls) and ours is not cls
-    return ours if is_ours and is_stock(cls) else None
+def stock_base(cls: type) -> type:
+    """The class of Keras that a quantizable layer derives from first."""
+    return next(base for base in cls.__mro__ if is_stock(base))
+
+
+# The quantizable layer that replaces exactly this stock class.
+COUNTERPARTS: dict[type, type] = {
+    stock_base(ours): ours
+    for ours in vars(layers).values()
+    if isinstance(ours, type) and not is_stock(ours)
+}
 
 
 def in_float(config: Any) -> Any:
@@ -125,7 +131,7 @@ def quantizable_inside(layer: Any) -> list[tuple[Any, type]]:
     kept = {id(x) for wrapper in shared for x in compat.sublayers(wrapper)}
     found: list[tuple[Any, type]] = []
     for inner in compat.sublayers(layer):
-        ours = counterpart(type(inner))
+        ours = COUNTERPARTS.get(type(inner))
         # Other counterparts are quantizable through their sublayers.
         if ours is not None and issubclass(ours, QuantizableMixin) and id(inner) not in kept:
             found += [(inner, ours)] if inner.built else []
@@ -149,6 +155,8 @@ def mark_composites(layer: Any, replaced: set[int]) -> None:
 def identity(cls: Any) -> dict[str, Any]:
     """How a serialized layer names its class."""
     if is_stock(cls):
-        return {"module": "keras.layers", "class_name": cls.__name__, "registered_name": None}
+        # Keras exports GroupedQueryAttention under another name.
+        name = next(name for name, known in vars(keras.layers).items() if known is cls)
+        return {"module": "keras.layers", "class_name": name, "registered_name": None}
     registered = keras.saving.get_registered_name(cls)
     return {"module": cls.__module__, "class_name": cls.__name__, "registered_name": registered}

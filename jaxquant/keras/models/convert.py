@@ -15,7 +15,14 @@ from ...core import INT4, INT8, AbsMax, QTensor, blocks_between, scale_values
 from .. import compat, layers
 from ..files import other_variables, repeat_groups
 from ..layer import QuantizableMixin
-from .composite import SHARE_WEIGHTS, counterpart, in_float, is_stock, original_class
+from .composite import (
+    COUNTERPARTS,
+    SHARE_WEIGHTS,
+    in_float,
+    is_stock,
+    original_class,
+    stock_base,
+)
 from .rewrite import Keep, ModelRewriter, as_keep
 from .state import copy_variables
 
@@ -93,7 +100,7 @@ def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -
 def converter(keep: Keep, strict: bool = True) -> ModelRewriter:
     """The rewriter from stock layers to quantizable ones."""
     return ModelRewriter(
-        counterpart,
+        COUNTERPARTS.get,
         _why_unsupported,
         _why_not_quantizable,
         replaces_inside=True,
@@ -105,8 +112,7 @@ def converter(keep: Keep, strict: bool = True) -> ModelRewriter:
 
 def stock_class(cls: type) -> type | None:
     """The stock layer that replaces exactly this quantizable class, or None."""
-    is_ours = vars(layers).get(cls.__name__) is cls
-    return getattr(keras.layers, cls.__name__) if is_ours else None
+    return stock_base(cls) if cls in COUNTERPARTS.values() else None
 
 
 def _why_unsupported(layer: Any) -> str | None:
@@ -124,7 +130,7 @@ def _why_not_quantizable(layer: Any) -> str | None:
     cls = original_class(type(layer))
     if isinstance(layer, QuantizableMixin) or is_stock(cls) or not compat.own_variables(layer):
         return None
-    stock = next((base for base in cls.__mro__ if counterpart(base)), None)
+    stock = next((base for base in cls.__mro__ if base in COUNTERPARTS), None)
     base = f"jaxquant.keras.layers.{stock.__name__}" if stock else "jaxquant.keras.QuantizableMixin"
     return (
         f"{cls.__name__} holds weights and is not quantizable; derive it from {base}, or pass "
