@@ -17,15 +17,18 @@ class Drawn(NamedTuple):
         arguments: its arguments; inner layers are Drawn too, or lists of these.
         shape: of one example, without the batch.
         tokens: the number of different tokens, if the inputs are tokens.
+        dtype: the only policy that stock Keras runs it in; empty for any.
     """
 
     layer: Any
     arguments: dict[str, Any]
     shape: tuple[int, ...]
     tokens: int = 0
+    dtype: str = ""
 
     def make(self, dtype: str) -> Any:
         """The layer, with random biases, under a dtype policy."""
+        dtype = self.dtype or dtype
         arguments = {k: _with_layers(x, dtype) for k, x in self.arguments.items()}
         return self.layer(**arguments, dtype=dtype)
 
@@ -190,7 +193,8 @@ def stacked(draw):
     kinds = draw(st.lists(st.sampled_from(CELLS), min_size=2, max_size=3))
     shape = draw(SMALL), draw(WIDTH)
     cells = [Drawn(kind, draw(options(units=SMALL, **gates(kind))), shape) for kind in kinds]
-    return Drawn(keras.layers.RNN, {"cell": cells, "return_sequences": draw(FLAG)}, shape)
+    arguments = {"cell": cells, "return_sequences": draw(FLAG)}
+    return Drawn(keras.layers.RNN, arguments, shape, dtype="float32")
 
 
 @st.composite

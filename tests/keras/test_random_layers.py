@@ -68,7 +68,7 @@ def check(drawn, dtype, scheme):
         folder = Path(name)
         quantized.save(folder / "model.keras")
         quantized.save_weights(folder / "model.weights.h5")
-        loaded = keras.saving.load_model(folder / "model.keras")
+        loaded: Any = keras.saving.load_model(folder / "model.keras")
         converted.load_weights(folder / "model.weights.h5")
     check_same(state(loaded), held)
     for found in (loaded, converted):

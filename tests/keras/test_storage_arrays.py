@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from jaxquant.core import bits_of
-from jaxquant.keras.files.storage_arrays import from_storage_array, to_storage_array
+from jaxquant.keras.files.storage_arrays import (
+    _from_host,
+    _on_host,
+    from_storage_array,
+    to_storage_array,
+)
 
 DTYPES = [
     "int8",
@@ -66,6 +71,12 @@ def test_every_bit_round_trips(dtype, shape):
     assert stored.dtype.name in HELD
     like = jax.eval_shape(to_storage_array, jax.ShapeDtypeStruct(x.shape, x.dtype))
     assert (stored.shape, stored.dtype) == (like.shape, like.dtype)
+    on_host = _on_host(np.asarray(x))
+    assert on_host.dtype == stored.dtype
+    np.testing.assert_array_equal(on_host, stored)
+    found = _from_host(on_host, x)
+    assert (found.shape, found.dtype) == (x.shape, x.dtype)
+    np.testing.assert_array_equal(bits_in(found), bits_in(x))
     compiled = [jax.jit(from_storage_array, static_argnums=1)] if x.ndim == 3 else []
     for read in (from_storage_array, *compiled):
         found = read(stored, jax.ShapeDtypeStruct(x.shape, x.dtype))

@@ -38,7 +38,7 @@ def save(layer: Any, store: Any) -> None:
     parts = []
     for name in layer.stored_weights:
         q = layer.tensor_to_save(name)
-        codes, *rest = _to_entries(q)
+        codes, *rest = to_storage_arrays(jax.tree.map(np.asarray, q).reorder(None))
         if is_plain:
             step = np.asarray(rest[0], np.float64)
             rest = [layer.scale_to_stock(name, 1 / step, in_logical_order(q))]
@@ -210,16 +210,30 @@ def _tensor(layer, name, like, entries, is_plain):
             f"The file must hold {name!r} of layer {layer.name!r} in {wanted}; got {found}. It is "
             "damaged."
         )
-    return _checked(layer, *_from_entries(entries, like))
+    if not _fits_host(like):
+        return _checked(layer, *_from_entries(entries, like))
+    q = from_storage_arrays([np.asarray(x) for x in entries], in_logical_order(like))
+    return _checked(layer, q.reorder(like.order), _is_finite(q))
 
 
-# Jitted, so that each compiles once instead of once per operation.
-@jax.jit
-def _to_entries(q):
-    return to_storage_arrays(q.reorder(None))
+def _fits_host(like):
+    """Whether a weight is small, so that compiling for its shape takes most of the time."""
+    is_plain = isinstance(like.scale, jax.ShapeDtypeStruct) and like.offset is None
+    return is_plain and like.format.codebook is None and like.size <= 2**22
 
 
-# `like` is hashed by identity: `abstract_tensor` returns one object for equal arguments.
+def _is_finite(q):
+    """Whether all values of a weight of NumPy arrays are finite."""
+    values = q.codes.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if q.zero_point is not None:
+            values -= stock_entries.repeat_groups(q.zero_point.astype(np.float32), q.shape)
+        values *= stock_entries.repeat_groups(q.scale.astype(np.float32), q.shape)
+    return np.all(np.isfinite(values))
+
+
+# Jitted, so that it compiles once instead of once per operation. `like` is hashed by identity:
+# `abstract_tensor` returns one object for equal arguments.
 @partial(jax.jit, static_argnames="like")
 def _from_entries(entries, like):
     return _ordered(from_storage_arrays(entries, in_logical_order(like)), like.order)

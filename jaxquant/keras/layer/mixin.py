@@ -381,7 +381,7 @@ class QuantizableMixin(PolicyMixin):
 
     def tensor_to_save(self, name: str) -> QTensor:
         """Hook: the quantized weight for a file, such as with LoRA merged."""
-        return self.quantized_weight(name)
+        return self.stored_weights[name].on_host()
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments, and its quantization config if it has one."""

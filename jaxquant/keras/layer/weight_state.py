@@ -12,6 +12,7 @@ from ...core import QTensor, Scheme
 from .. import compat
 from ..configs import SchemeConfig
 from .aliases import alias
+from .quantize_rows import Noise, fits_rows, quantize_rows
 from .weights import StoredWeight, abstract_tensor, fit_groups, quantize_padded
 
 
@@ -24,6 +25,7 @@ class LayerState:
         stored_weights: quantized weights by name.
         aliases: declared weights by the other attributes under which the layer keeps them.
         hook_variables: variables that build hooks created beside codes and scales.
+        noise: by weight name, the norm of its quantization error, relative to that of the weight.
         is_building: whether the layer's `build` is running.
         models: models that have called the layer.
     """
@@ -34,6 +36,7 @@ class LayerState:
         self.stored_weights: dict[str, StoredWeight] = {}
         self.aliases: dict[str, str] = {}
         self.hook_variables: tuple[keras.Variable, ...] = ()
+        self.noise: dict[str, float] = {}
         self.is_building = False
         self.models: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 
@@ -81,16 +84,21 @@ class LayerState:
         plan = self.plan(name, config)
         assert plan is not None, "asked for a weight that the config leaves in float"
         shape, (axes, scheme), path = tuple(values.shape), plan, self.path(name)
-        order = self.like(name, shape, config).order
+        like = self.like(name, shape, config)
         array_config, axis, padded = fit_groups(shape, axes, scheme.weights)
-        q, is_finite, noise = quantize_padded(values, array_config, axis, padded, order)
-        if not is_finite:
+        if fits_rows(values, array_config, like):
+            q, noise = quantize_rows(values, array_config, like)
+        else:
+            q, *sums = quantize_padded(values, array_config, axis, padded, like.order)
+            noise = Noise(bool(sums[0]), float(sums[1]))
+        if not noise.is_finite:
             raise ValueError(f"{path} holds NaN or Inf; got shape {shape}. Fix it, then quantize.")
-        if not noise < 1:  # Also true for NaN.
+        if not noise.relative < 1:  # Also true for NaN.
             raise ValueError(
-                f"Quantizing {path} would lose its values: the error has {noise:.3g} times their "
-                f"norm. Got {array_config}; choose another range or scale_dtype."
+                f"Quantizing {path} would lose its values: the error has {noise.relative:.3g} "
+                f"times their norm. Got {array_config}; choose another range or scale_dtype."
             )
+        self.noise[name] = noise.relative
         return q
 
     # Changing the layer.

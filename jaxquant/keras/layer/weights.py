@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 
 from ...core import (
     ArrayConfig,
@@ -131,6 +132,13 @@ class StoredWeight:
             return given
         return from_storage_arrays([v.value for v in self.variables], self.like)
 
+    def on_host(self) -> QTensor:
+        """`tensor` as NumPy arrays, without a program for its shape; if this process has it."""
+        values = [v.value for v in self.variables]
+        if not all(x.is_fully_addressable for x in values):
+            return self.tensor()
+        return from_storage_arrays([np.asarray(x) for x in values], self.like)
+
     def operand(self, dtype: str) -> QTensor | jax.Array:
         """The weight as an operand; an array of the dtype if its codes are padded."""
         return (self.dequantize() if self.is_padded else self.tensor()).astype(dtype)
@@ -142,7 +150,7 @@ class StoredWeight:
     def assign(self, q: QTensor) -> None:
         """Copies a QTensor whose leaves have the shapes and dtypes of `like`."""
         for variable, held in zip(self.variables, to_storage_arrays(q), strict=True):
-            variable.assign(held)
+            variable.assign(jax.device_put(held) if isinstance(held, np.ndarray) else held)
 
 
 # Compiled once instead of operation by operation.
@@ -177,12 +185,21 @@ def store_weight(
                 name=part,
                 shape=held.shape,
                 dtype=held.dtype.name,
-                initializer="zeros" if part == name else "ones",
+                initializer=_zeros if part == name else _ones,
                 trainable=False,
                 autocast=False,
             )
         ]
     return StoredWeight(shape, like, tuple(variables))
+
+
+# Keras' own would compile a program for each shape.
+def _zeros(shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
+    return jax.device_put(np.zeros(shape, dtype))
+
+
+def _ones(shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
+    return jax.device_put(np.ones(shape, dtype))
 
 
 def _part_names(name, like):

@@ -10,10 +10,10 @@ import keras
 
 from ...core import ArrayConfig, Scheme
 from ...tree import Progress, Report, ReportRow, Rules, report
-from ...tree.internal import advice_for, progress_bar
+from ...tree.internal import advice_for, histogram, progress_bar, row_of, sqnr_of
 from .. import compat
 from ..configs import QuantizationConfig, SchemeConfig, as_config
-from ..layer import QuantizableMixin, StoredWeight
+from ..layer import QuantizableMixin
 from .convert import converter
 from .rewrite import Keep, raise_problems
 from .state import share_variables
@@ -110,8 +110,7 @@ def _quantize_layer(layer: Any, names: list[str], config: SchemeConfig) -> list[
     before = {name: layer.float_weights[name].value for name in names}
     if names:
         layer.quantize(config=config)
-    stored = layer.stored_weights.items()
-    return [_quantized(_path(layer, n), before.get(n), weight) for n, weight in stored]
+    return [_quantized(layer, name, before.get(name)) for name in layer.stored_weights]
 
 
 def _config_of(rules: Any) -> SchemeConfig:
@@ -195,19 +194,16 @@ def _reason(layer: Any, name: str, config: SchemeConfig) -> str:
     return stays if rule.scheme is not None else rule.note or f"left by rule {rule.pattern!r}"
 
 
-def _quantized(path: str, before: jax.Array | None, stored: StoredWeight) -> ReportRow:
-    q = stored.tensor()
-    if before is None:
-        row = report(None, {path: q}).rows[0]
-    else:
-        widths = [(0, n - m) for n, m in zip(q.shape, before.shape, strict=True)]
-        row = report({path: jnp.pad(before, widths)}, {path: q}).rows[0]
-    size = max(math.prod(stored.shape), 1)
-    bytes_before = row.bytes_before if before is None else before.nbytes
+def _quantized(layer: Any, name: str, before: jax.Array | None) -> ReportRow:
+    """The row of a quantized weight; `before` is its float value, if it has just been quantized."""
+    stored, path = layer.stored_weights[name], _path(layer, name)
+    q, size = stored.on_host(), max(math.prod(stored.shape), 1)
+    given = jax.ShapeDtypeStruct(q.shape, q.dtype) if before is None else before
+    noise = None if before is None else layer.weight_state.noise.get(name)
+    sqnr = None if noise is None else sqnr_of(1.0, noise**2)
+    row = row_of(path, given, q, None, None, sqnr, histogram(q))
     bits = 8 * row.bytes_after / size
-    return dataclasses.replace(
-        row, shape=stored.shape, bits_per_weight=bits, bytes_before=bytes_before
-    )
+    return dataclasses.replace(row, shape=stored.shape, bits_per_weight=bits)
 
 
 def _own(copy: keras.Model, model: keras.Model) -> None:
