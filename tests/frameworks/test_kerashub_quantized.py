@@ -131,18 +131,46 @@ def test_a_language_model_generates_from_codes(name, tmp_path):
     np.testing.assert_array_equal(again, found)
 
 
-def test_experts_are_listed_and_the_rest_is_quantized():
-    model = language_model("Mixtral")
-    with pytest.raises(ValueError, match="experts: MixtralMoeExperts holds weights and is not"):
-        jk.quantize(model, jq.W8A8)
-    quantized, report = jk.quantize(model, jq.W8A8, strict=False)
+# Backbones whose experts are bare weights: more arguments, and how many weights are quantized.
+WITH_EXPERTS = {
+    "Mixtral": (EXPERTS, 10),
+    "GptOss": ({"num_experts": 4, "head_dim": 16}, 9),
+    "Qwen3Moe": ({**EXPERTS, "head_dim": 16, "moe_intermediate_dim": 64}, 9),
+}
+
+
+@pytest.mark.some_rows(1)
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_experts_are_quantized_by_lifting_their_call(name, tmp_path):
+    keras.utils.set_random_seed(0)
+    arguments, count = WITH_EXPERTS[name]
+    model = getattr(hub.models, f"{name}Backbone")(**DECODER, **arguments)
+    quantized, report = jk.quantize(model, jq.W8A16)
     done = [row.path for row in report.rows if row.scheme]
-    left = [row for row in report.rows if "/experts/" in row.path]
-    assert len(done) == 7
-    assert [row.reason for row in left] == ["MixtralMoeExperts is not a quantizable layer"] * 3
+    assert len(done) == count
+    assert any("/experts/" in path or "expert_bank" in path for path in done)
     # Layers that KerasHub does not name have the paths of the given model.
     assert [row.path for row in report.rows] == [v.path for v in model.weights]
-    assert 0 < checks.distance(quantized(prompt()), model(prompt())) < 0.05
+    found = quantized(prompt())
+    assert 0 < checks.distance(found, model(prompt())) < 0.03
+    apply, params = jk.functional(quantized)
+    assert not jq.explain(apply, params, prompt()).dequantized
+
+    quantized.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded).__name__ == f"{name}Backbone"
+    assert checks.distance(loaded(prompt()), found) == 0
+
+
+@pytest.mark.slow
+def test_a_language_model_of_experts_generates_from_codes():
+    model = language_model("Mixtral")
+    quantized, _ = jk.quantize(model, jq.W8A8)
+    quantized.compile(sampler="greedy")
+    found = quantized.generate(prompt(), stop_token_ids=None)["token_ids"]
+    np.testing.assert_array_equal(found[:, :5], prompt()["token_ids"][:, :5])
+    held = sum(v.value.nbytes for v in quantized.variables)
+    assert held < 0.35 * sum(v.value.nbytes for v in model.variables)
 
 
 def test_a_backbone_in_bfloat16_keeps_its_dtype(tmp_path):

@@ -159,14 +159,16 @@ def test_convert_keeps_the_model_class_where_possible():
 
 class Own(keras.layers.Layer):
     def build(self, input_shape):
-        self.factor = self.add_weight(name="factor", shape=(input_shape[-1], 4))
+        self.factors = [self.add_weight(name="factor", shape=(input_shape[-1], 4))]
 
     def call(self, inputs):
-        return inputs @ self.factor
+        return inputs @ self.factors[0]
 
 
 class MyDense(keras.layers.Dense):
-    pass
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.other = self.add_weight(name="kernel", shape=(3, 3))
 
 
 class Block(keras.layers.Layer):

@@ -13,6 +13,7 @@ import keras
 
 from .. import compat, layers
 from ..layer import QuantizableMixin, recast
+from .lifted import LiftedMixin, LiftedUse, lifted_weights, lifts_in, uses_in
 
 # Stock wrappers that hold a weight of their layer as a variable too, and save it as their own.
 SHARE_WEIGHTS = {
@@ -66,16 +67,24 @@ class CompositeMixin(compat.KerasLayer):
         # KerasHub would write a map of quantized policies, and lose the dtype of the others.
         with compat.policies_in_float(self):
             config = super().get_config()
-        return {"original": identity(self.original), "config": in_float(config)}
+        found = {"original": identity(self.original), "config": in_float(config)}
+        lifts = lifts_in(self)
+        return {**found, "lifts": lifts} if lifts else found
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
         """The original, which replaces its layers when weights are loaded."""
         original = {**config["original"], "config": config["config"]}
-        return as_composite(keras.saving.deserialize_keras_object(original))
+        made = as_composite(keras.saving.deserialize_keras_object(original))
+        # Not by setattr: Keras would track it.
+        made.__dict__["lifts"] = config.get("lifts", {})
+        return made
 
     def load_own_variables(self, store: Any) -> None:
         """Replaces the layers, which Keras loads next; then as the original."""
+        inside = compat.sublayers(self)
+        for place, uses in self.__dict__.pop("lifts", {}).items():
+            lift_layer(inside[int(place)], uses_in(uses))
         replace_inside(quantizable_inside(self))
         super().load_own_variables(store)
 
@@ -85,16 +94,18 @@ _register(CompositeMixin)
 
 
 @functools.cache
-def _composite_class(cls: Any) -> type:
+def _composite_class(cls: Any, uses: tuple[LiftedUse, ...] = ()) -> type:
     """The subclass of CompositeMixin and of a custom class, under the name of the latter."""
+    bases = (CompositeMixin, LiftedMixin, cls) if uses else (CompositeMixin, cls)
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "original": cls,
         "get_config": compat.with_default_mark(CompositeMixin.get_config, cls.get_config),
+        **lifted_weights(uses),
     }
-    made = _register(type(cls)(cls.__name__, (CompositeMixin, cls), namespace))
+    made = _register(type(cls)(cls.__name__, bases, namespace))
     # The last class that was registered is the one that files are loaded with.
     _register(CompositeMixin)
     return made
@@ -105,6 +116,12 @@ def as_composite(layer: Any) -> Any:
     if not isinstance(layer, CompositeMixin):
         layer.__class__ = _composite_class(type(layer))
     return layer
+
+
+def lift_layer(layer: Any, uses: tuple[LiftedUse, ...]) -> None:
+    """Makes a built custom layer quantizable in its place, by lifting its call."""
+    if not isinstance(layer, LiftedMixin):
+        recast(layer, _composite_class(original_class(type(layer)), uses))
 
 
 def original_class(cls: Any) -> Any:
@@ -122,6 +139,7 @@ def undo_composites(layer: Any) -> None:
     """Gives composites in a layer the classes they had."""
     for inner in compat.sublayers(layer):
         if isinstance(inner, CompositeMixin):
+            inner.__dict__.pop("lifts", None)
             inner.__class__ = inner.original
 
 

@@ -18,6 +18,7 @@ from ..layer import QuantizableMixin
 from .composite import (
     COUNTERPARTS,
     SHARE_WEIGHTS,
+    CompositeMixin,
     in_float,
     is_stock,
     original_class,
@@ -36,22 +37,23 @@ def convert(model: keras.Model, *, keep: Keep = (), strict: bool = True) -> Any:
     is not changed.
 
     Custom layers, subclassed models and those of libraries such as KerasHub are made again from
-    their config. The stock layers that their code creates become quantizable in the copy. The
-    class of such a copy is a subclass of the original's, under its name, and can be saved.
+    their config. The stock layers that their code creates become quantizable in the copy, and so
+    do layers that multiply with weights of their own: their call is lifted, as by `jaxquant.lift`.
+    The class of such a copy is a subclass of the original's, under its name, and can be saved.
 
     Args:
         model: of any class, with nested models, shared layers and wrappers. A functional model
             whose class has a constructor of its own, and cannot be made from its config, becomes
             a keras.Model or keras.Sequential.
         keep: names and classes of layers to copy as they are.
-        strict: False copies custom layers as they are whose own weights are not quantizable, and
-            lets the copy share layers with the model that cannot be made from their config.
+        strict: False copies custom layers as they are whose call cannot be lifted, and lets the
+            copy share layers with the model that cannot be made from their config.
 
     Raises:
-        ValueError: lists what cannot be converted: custom layers whose own weights are multiplied
-            with something, and are not quantizable; layers that stock Keras has quantized, that
-            are not built, or that cannot be made from their config; entries of `keep` that match
-            no layer.
+        ValueError: lists what cannot be converted: custom layers that multiply with weights of
+            their own and cannot be lifted, because they keep them in a container, two under one
+            name, or cannot be traced; layers that stock Keras has quantized, that are not built,
+            or that cannot be made from their config; entries of `keep` that match no layer.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
@@ -125,16 +127,16 @@ def _why_unsupported(layer: Any) -> str | None:
     )
 
 
-def _why_not_quantizable(layer: Any) -> str | None:
-    """Why the layer's own weights cannot be quantized, or None."""
+def _why_not_quantizable(layer: Any, reason: str) -> str | None:
+    """The problem with a layer whose call cannot be lifted; None if it needs no lifting."""
     cls = original_class(type(layer))
     if isinstance(layer, QuantizableMixin) or is_stock(cls) or not compat.own_variables(layer):
         return None
     stock = next((base for base in cls.__mro__ if base in COUNTERPARTS), None)
     base = f"jaxquant.keras.layers.{stock.__name__}" if stock else "jaxquant.keras.QuantizableMixin"
     return (
-        f"{cls.__name__} holds weights and is not quantizable; derive it from {base}, or pass "
-        f"keep=[{layer.name!r}], or strict=False to leave all such layers in float"
+        f"{cls.__name__} holds weights and is not quantizable: {reason}; derive it from {base}, "
+        f"or pass keep=[{layer.name!r}], or strict=False to leave all such layers in float"
     )
 
 
@@ -143,7 +145,8 @@ def _why_not_quantizable(layer: Any) -> str | None:
 
 def _why_no_stock_class(layer: Any) -> str | None:
     """Why a quantizable layer has no stock counterpart, or None."""
-    if not isinstance(layer, QuantizableMixin) or stock_class(type(layer)) is not None:
+    is_ours = isinstance(layer, QuantizableMixin) and not isinstance(layer, CompositeMixin)
+    if not is_ours or stock_class(type(layer)) is not None:
         return None
     return (
         f"{type(layer).__name__} is a quantizable layer that Keras does not have; pass "

@@ -1,4 +1,4 @@
-"""Which variables of a model its products, convolutions and lookups use."""
+"""How the products, convolutions and lookups of a model or layer use its variables."""
 
 from typing import Any
 
@@ -9,14 +9,22 @@ from ...lift import uses
 from .. import compat
 from ..layer import StoredWeight
 from .functional import nested, pure_call
+from .lifted import LiftedUse
 
 
-def multiplied(model: keras.Model) -> set[int] | None:
-    """The ids of those variables; None for a model that cannot be traced without inputs."""
-    given = _inputs(model)
-    if given is None or not model.built:
+def multiplied(layer: Any) -> dict[int, LiftedUse] | None:
+    """How the variables are used, by id; None if the call cannot be traced.
+
+    A functional or Sequential model has symbolic inputs. Another model, or a layer, is called on
+    one input of the shape that it was built for.
+    """
+    if not layer.built:
         return None
-    apply, places = pure_call(model)
+    return next((x for i in _inputs(layer) if (x := _multiplied(layer, i)) is not None), None)
+
+
+def _multiplied(layer: Any, inputs: Any) -> dict[int, LiftedUse] | None:
+    apply, places = pure_call(layer)
     stored = {key: x.tensor() for key, x in places.items() if isinstance(x, StoredWeight)}
     plain: dict[str, Any] = {"/".join(k): (k, x) for k, x in places.items() if k not in stored}
 
@@ -25,19 +33,30 @@ def multiplied(model: keras.Model) -> set[int] | None:
         return apply(nested({**stored, **values}), inputs)
 
     params = {path: jax.ShapeDtypeStruct(v.shape, v.dtype) for path, (_, v) in plain.items()}
-    inputs = keras.tree.map_structure(_example, given)
     try:
-        found = uses(run, params, inputs).contracted
-    except (TypeError, ValueError):
+        found = uses(run, params, inputs)
+    except Exception:  # The call is the user's, and may not take such an input.
         return None
-    return {id(v) for path, (_, v) in plain.items() if path in found}
+    axes, by_path = found.contracted, found.by_path
+    return {
+        id(v): LiftedUse(
+            v.name, axes[path], any(use.activations is not None for use in by_path[path])
+        )
+        for path, (_, v) in plain.items()
+        if path in axes
+    }
 
 
-def _inputs(model: Any) -> Any:
-    """The symbolic inputs of a functional or Sequential model, else None."""
-    if isinstance(model, keras.Sequential):
-        return model.inputs[0] if model.built else None
-    return model.input if compat.is_functional(model) else None
+def _inputs(layer: Any) -> list[Any]:
+    """Inputs to try, as shapes and dtypes."""
+    if isinstance(layer, keras.Sequential) or compat.is_functional(layer):
+        is_sequential = isinstance(layer, keras.Sequential)
+        given = layer.inputs[0] if is_sequential else layer.input
+        return [keras.tree.map_structure(_example, given)]
+    shape = (layer.get_build_config() or {}).get("input_shape")
+    is_one = isinstance(shape, list | tuple) and all(isinstance(n, int | None) for n in shape)
+    found = keras.KerasTensor(tuple(shape), layer.compute_dtype) if is_one and shape else None
+    return [] if found is None else [_example(found)]
 
 
 def _example(tensor: Any) -> jax.ShapeDtypeStruct:

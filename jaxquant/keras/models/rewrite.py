@@ -12,6 +12,7 @@ from ..layer import QuantizableMixin
 from .composite import (
     identity,
     is_stock,
+    lift_layer,
     mark_composites,
     original_class,
     original_config,
@@ -19,6 +20,7 @@ from .composite import (
     replace_inside,
     undo_composites,
 )
+from .lifted import LiftedUse, why_not_lifted
 from .multiplied import multiplied
 from .state import copy_other_state, copy_variables, matched, matched_layers, quantize_like
 
@@ -58,7 +60,8 @@ class ModelRewriter:
     Attributes:
         replace: class of a layer -> class of its copy, or None for the same.
         why_unsupported: layer -> why it cannot be copied, or None.
-        why_not_quantizable: layer -> why its own weights cannot be quantized, or None.
+        why_not_quantizable: (layer, why its call cannot be lifted) -> the problem with its own
+            weights; None if it has none, or they are quantizable.
         prepare: config of a layer -> config to make its copy from.
         replaces_inside: whether stock layers that custom layers create are made quantizable.
         keep: names and classes of layers that are copied as they are, with all layers in them.
@@ -66,18 +69,20 @@ class ModelRewriter:
         strict: False copies layers as they are whose own weights cannot be quantized, and shares
             those that cannot be copied with the model.
         copies: the copy of each layer and model by the id of the original.
+        lifts: by the id of an original, how it uses the weights that its copy quantizes by lifting.
         left: by the id of a copy, why it is kept although `keep` does not name it.
     """
 
     replace: Callable[[type], type | None]
     why_unsupported: Callable[[Any], str | None]
-    why_not_quantizable: Callable[[Any], str | None] = lambda layer: None
+    why_not_quantizable: Callable[[Any, str], str | None] = lambda layer, reason: None
     prepare: Callable[[Any], Any] = lambda config: config
     replaces_inside: bool = False
     keep: tuple[str | type, ...] = ()
     always_keep: Mapping[type, str] = dataclasses.field(default_factory=dict)
     strict: bool = True
     copies: dict[int, Any] = dataclasses.field(default_factory=dict)
+    lifts: dict[int, tuple[LiftedUse, ...]] = dataclasses.field(default_factory=dict)
     left: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def why_kept(self, cls: type, name: str) -> str | None:
@@ -133,8 +138,8 @@ class ModelRewriter:
     def _check(self, model: Any, units: list[Any]) -> None:
         rewritten = list(_unique(x for x, why_kept in self.walk(model) if why_kept is None))
         found = [(x, why) for x in rewritten if (why := self.why_unsupported(x))]
-        if self.strict:
-            found += self._not_quantizable(model, rewritten)
+        bare = self._not_quantizable(model, rewritten)
+        found += bare if self.strict else []
         known = {id(x) for x, _ in found}
         for unit in units:
             why = self._why_not_made(model, unit)
@@ -145,11 +150,23 @@ class ModelRewriter:
         raise_problems(model, problems)
 
     def _not_quantizable(self, model: Any, layers: list[Any]) -> list[tuple[Any, str]]:
-        """Custom layers that multiply with weights of their own, each with the reason."""
-        found = [(x, why) for x in layers if (why := self.why_not_quantizable(x))]
-        found = [(x, why) for x, why in found if any(len(v.shape) > 1 for v in _own(x))]
+        """Custom layers that multiply with weights of their own and cannot be lifted, and why."""
+        found = [x for x in layers if any(len(v.shape) > 1 for v in _own(x))]
+        found = [x for x in found if self.why_not_quantizable(x, "")]
         used = multiplied(model) if found else None
-        return [(x, why) for x, why in found if used is None or used & {id(v) for v in _own(x)}]
+        reasons = [(x, self._why_not_lifted(x, used)) for x in found]
+        return [(x, str(self.why_not_quantizable(x, why))) for x, why in reasons if why]
+
+    def _why_not_lifted(self, layer: Any, used: dict[int, LiftedUse] | None) -> str | None:
+        """Plans to lift a layer that multiplies with its weights; why that cannot be, or None."""
+        used = multiplied(layer) if used is None else used
+        if used is None:
+            return "its call cannot be traced without an input"
+        own = tuple(used[id(v)] for v in _own(layer) if id(v) in used)
+        why = why_not_lifted(layer, own)
+        if own and why is None:
+            self.lifts[id(layer)] = own
+        return why
 
     def _why_not_made(self, model: Any, unit: Any) -> str | None:
         """Makes the copy of a unit; returns why that is an error, or None."""
@@ -264,7 +281,10 @@ class ModelRewriter:
         kept = {id(x) for x, why in self.walk(copy) if why} | {id(x) for x, _ in chosen}
         chosen += [(x, cls) for x, cls in quantizable_inside(copy) if id(x) not in kept]
         replace_inside(chosen)
-        mark_composites(copy, {id(x) for x, _ in chosen})
+        lifts = [(new, self.lifts[id(old)]) for old, new in pairs if id(old) in self.lifts]
+        for layer, uses in lifts:
+            lift_layer(layer, uses)
+        mark_composites(copy, {id(x) for x, _ in (*chosen, *lifts)})
         for old, new in ours:
             quantize_like(old, new)
 
