@@ -21,6 +21,7 @@ void jaxquant::Parallel(ThreadPool&, int64_t count, int64_t, int64_t,
                         std::function<void(int64_t, int64_t)> work) {
   work(0, count);
 }
+int64_t jaxquant::Threads(ThreadPool&) { return 4; }
 
 char no_threads;
 ThreadPool& pool = reinterpret_cast<ThreadPool&>(no_threads);
@@ -193,7 +194,7 @@ int main() {
     CheckGroups(M, K, N, group, 4), CheckGroups(M, K, N, group, 8);
   for (int type : {0, 1, 2, 3, 4})
     for (auto [B, T, H, G, S, D] : std::vector<std::array<int64_t, 6>>{
-             {2, 1, 2, 3, 67, 64}, {1, 70, 1, 2, 131, 33}, {3, 2, 2, 1, 5, 5}, {1, 9, 2, 5, 300, 80}}) {
+             {2, 1, 2, 3, 67, 64}, {1, 70, 1, 2, 131, 33}, {3, 2, 2, 1, 5, 5}, {1, 9, 2, 5, 300, 80}, {1, 1, 1, 3, 1100, 20}}) {
       Attention a{};
       a.type = static_cast<Attention::Type>(type);
       a.B = B, a.T = T, a.H = H, a.G = G, a.S = S, a.D = D;

@@ -17,7 +17,8 @@ pytestmark = [
 
 by_all_instructions = pytest.mark.parametrize("instructions", cpu.instruction_sets() or (None,))
 # Sequences, tokens, key heads, query heads for each, positions, elements, where tokens start. With
-# several blocks of positions and chunks of rows, odd lengths, and heads of one to five queries.
+# several blocks of positions and chunks of rows, odd lengths, heads of one to five queries, and
+# few heads with positions for several threads.
 SHAPES = {
     "one": (1, 1, 1, 1, 1, 1, (0,)),
     "decode": (3, 1, 2, 3, 200, 64, (0, 63, 199)),
@@ -25,6 +26,7 @@ SHAPES = {
     "odd": (2, 7, 3, 5, 77, 33, (70, 3)),
     "beyond": (2, 3, 1, 2, 9, 4, (8, 20)),
     "wide": (1, 2, 1, 4, 65, 256, (62,)),
+    "long": (2, 2, 1, 3, 1300, 24, (1298, 300)),
 }
 DTYPES = ["float32", "bfloat16", "int8", "int4", "float8_e4m3fn", "uint8"]
 

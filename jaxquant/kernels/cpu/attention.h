@@ -11,6 +11,8 @@ constexpr int64_t kChunk = 64, kPositions = 64;
 constexpr int kQueries = 4, kAcross = kLanes == 16 ? 4 : 2;
 // Multiplications that a thread does at least.
 constexpr int64_t kMultiplied = 1 << 18;
+// Where few heads would leave threads without work, positions are split, into parts of at least so many.
+constexpr int64_t kLeastPositions = 256;
 
 // Positions [first, first + count) of one head as rows of `stride` floats, with zeros at their ends.
 template <typename Row>
@@ -184,6 +186,36 @@ struct Rows {
     if (count - row == 1) Add<1>(row, start, size, keys, values);
   }
 
+  // Adds positions [begin, end), as many of them as the last row sees.
+  void AddPositions(int64_t begin, int64_t end, float* keys, float* values) {
+    end = std::min(end, Seen(count - 1));
+    for (int64_t start = begin; start < end; start += kPositions) {
+      const int64_t size = std::min(kPositions, end - start);
+      WidenPositions(a, a.keys, head, start, size, stride, keys);
+      WidenPositions(a, a.values, head, start, size, stride, values);
+      // Tiles read a few keys more.
+      std::fill(keys + size * stride, keys + std::min(kPositions, size + kAcross) * stride, 0.0f);
+      AddBlock(start, size, keys, values);
+    }
+  }
+
+  // Adds what another thread found in other positions: by row the values, the largest score, the sum.
+  void AddPart(const float* part) {
+    for (int64_t r = 0; r < count; ++r, part += stride + 2) {
+      const float now = std::max(most[r], part[stride]);
+      const float own = ExpOf(most[r] - now), other = ExpOf(part[stride] - now);
+      for (int64_t d = 0; d < a.D; ++d)
+        out[r * stride + d] = own * out[r * stride + d] + other * part[d];
+      most[r] = now, sum[r] = own * sum[r] + other * part[stride + 1];
+    }
+  }
+  void PutPart(float* part) const {
+    for (int64_t r = 0; r < count; ++r, part += stride + 2) {
+      std::copy_n(out + r * stride, stride, part);
+      part[stride] = most[r], part[stride + 1] = sum[r];
+    }
+  }
+
   void End() {
     for (int64_t r = 0; r < count; ++r)
       for (int64_t d = 0; d < a.D; ++d) a.out[At(r) + d] = out[r * stride + d] / sum[r];
@@ -191,32 +223,43 @@ struct Rows {
 };
 
 void Attend(ThreadPool& pool, const Attention& a) {
-  const int64_t all = a.T * a.G, chunks = (all + kChunk - 1) / kChunk;
+  const int64_t all = a.T * a.G, heads = a.B * a.H, chunks = (all + kChunk - 1) / kChunk;
   const int64_t stride = (a.D + kLanes - 1) / kLanes * kLanes;
   int64_t seen = 1;
   for (int64_t b = 0; b < a.B; ++b) seen = std::max(seen, std::min(a.starts[b] + a.T, a.S));
-  const int64_t work = std::max<int64_t>(1, 2 * std::min(all, kChunk) * seen * a.D);
-  // The last chunks see the most positions: they come first.
-  Parallel(pool, a.B * a.H * chunks, std::max<int64_t>(1, kMultiplied / work), 1,
-           [&, all, chunks, stride](int64_t begin, int64_t end) {
-    float* rows = Scratch<float>(0, (2 * kChunk * stride + kQueries * kPositions));
+  // More parts than threads, so that all of these finish at the same time.
+  const int64_t wanted = std::min(4 * Threads(pool) / (heads * chunks), seen / kLeastPositions);
+  const int64_t splits = std::max<int64_t>(1, wanted), size = std::min(all, kChunk) * (stride + 2);
+  const int64_t blocks = (seen + kPositions - 1) / kPositions;
+  std::vector<float> parts(splits > 1 ? heads * chunks * splits * size : 0);
+
+  // The rows of a chunk of a head. The last chunks, which see the most positions, come first.
+  const auto chunk_of = [&, all, heads, chunks, stride](int64_t i) {
+    float* rows = Scratch<float>(0, 2 * kChunk * stride + kQueries * kPositions);
+    const int64_t first = (chunks - 1 - i / heads) * kChunk;
+    Rows chunk{a, i % heads, first, std::min(kChunk, all - first), stride, rows,
+               rows + kChunk * stride, rows + 2 * kChunk * stride, {}, {}};
+    chunk.Begin();
+    return chunk;
+  };
+  const int64_t work = 2 * std::min(all, kChunk) * seen * a.D / splits;
+  const int64_t least = std::max<int64_t>(1, kMultiplied / std::max<int64_t>(1, work));
+  Parallel(pool, heads * chunks * splits, least, 1, [&](int64_t begin, int64_t end) {
     float* block = Scratch<float>(1, 2 * kPositions * stride);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i % (a.B * a.H), first = (chunks - 1 - i / (a.B * a.H)) * kChunk;
-      Rows chunk{a, head, first, std::min(kChunk, all - first), stride, rows,
-                 rows + kChunk * stride, rows + 2 * kChunk * stride, {}, {}};
-      chunk.Begin();
-      const int64_t last = chunk.Seen(chunk.count - 1);
-      for (int64_t start = 0; start < last; start += kPositions) {
-        const int64_t size = std::min(kPositions, last - start);
-        float *keys = block, *values = block + kPositions * stride;
-        WidenPositions(a, a.keys, head, start, size, stride, keys);
-        WidenPositions(a, a.values, head, start, size, stride, values);
-        // Tiles read a few keys more.
-        std::fill(keys + size * stride, keys + std::min(kPositions, size + kAcross) * stride, 0.0f);
-        chunk.AddBlock(start, size, keys, values);
-      }
-      chunk.End();
+      const int64_t part = i % splits;
+      Rows chunk = chunk_of(i / splits);
+      chunk.AddPositions(blocks * part / splits * kPositions,
+                         blocks * (part + 1) / splits * kPositions, block,
+                         block + kPositions * stride);
+      if (splits == 1) chunk.End();
+      else chunk.PutPart(parts.data() + i * size);
     }
   });
+  for (int64_t i = 0; splits > 1 && i < heads * chunks; ++i) {
+    Rows chunk = chunk_of(i);
+    for (int64_t part = 0; part < splits; ++part)
+      chunk.AddPart(parts.data() + (i * splits + part) * size);
+    chunk.End();
+  }
 }

@@ -53,6 +53,8 @@ using xla::ffi::ThreadPool;
 // returns when all of them are done. A piece has at least `least` elements, a multiple of `multiple`.
 void Parallel(ThreadPool& pool, int64_t count, int64_t least, int64_t multiple,
               std::function<void(int64_t, int64_t)> work);
+// Threads of the pool.
+int64_t Threads(ThreadPool& pool);
 
 // Prefetches weights into the L1 cache, or into L2.
 inline void Prefetch(const void* weights) { __builtin_prefetch(weights, 0, 3); }

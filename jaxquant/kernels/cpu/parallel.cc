@@ -58,6 +58,8 @@ struct Job {
 
 }  // namespace
 
+int64_t Threads(ThreadPool& pool) { return pool.num_threads(); }
+
 // Waits for pieces that were begun, not for threads that were asked: all threads of the pool may
 // themselves be waiting in such calls.
 void Parallel(ThreadPool& pool, int64_t count, int64_t least, int64_t multiple,
