@@ -9,6 +9,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+# So many that no two methods share both color and marker.
+_MARKERS = "os^Dv<>"
+_PEERS = ("Keras", "Qwix", "llama.cpp")
+
 
 def main() -> None:
     """Draws the results of one or more runs of the accuracy suite."""
@@ -30,23 +34,27 @@ def plot(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.5, 5.5), layout="constrained")
     weights_only = [r for r in results if "A" not in r["bits"]]
-    for name in dict.fromkeys(r["name"] for r in weights_only):
-        points = {}
-        for r in weights_only:
-            if r["name"] == name:
-                points.setdefault(round(r["bits_per_weight"], 2), []).append(r["divergence"])
-        bits = sorted(points)
-        style: dict[str, Any] = {"alpha": 0.8}
+    points: dict[str, dict[float, list[float]]] = {}
+    for r in weights_only:
+        of_bits = points.setdefault(r["name"], {})
+        of_bits.setdefault(round(r["bits_per_weight"], 2), []).append(r["divergence"])
+    # In the order in which the lines end, so that the legend is read beside them.
+    names = sorted(points, key=lambda name: -float(np.mean(points[name][max(points[name])])))
+    for place, name in enumerate(names):
+        bits = sorted(points[name])
+        style: dict[str, Any] = {"marker": _MARKERS[place % len(_MARKERS)], "alpha": 0.8}
         if name == "nearest":
-            style = {"color": "black", "linewidth": 2}
-        axes.plot(bits, [np.mean(points[b]) for b in bits], marker="o", label=name, **style)
+            style |= {"color": "black", "linewidth": 2}
+        if name.startswith(_PEERS):
+            style |= {"markerfacecolor": "none", "linestyle": "none"}
+        axes.plot(bits, [np.mean(points[name][b]) for b in bits], label=name, **style)
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight, with scales and zero points")
     axes.set_ylabel("mean KL divergence of the next token (nats)")
     axes.grid(which="both", alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
