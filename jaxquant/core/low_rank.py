@@ -15,7 +15,8 @@ from .qtensor import ArrayLike, QTensor
 class LowRank(ArrayLike):
     """A frozen quantized array plus a trained low-rank product (LoRA adapters). A pytree.
 
-        x ~ base + (alpha / rank) * a @ b
+        x ~ base + (alpha / rank) * a @ b                      without `magnitude`
+        x ~ magnitude * v / |v|    with v = base + (alpha / rank) * a @ b        (DoRA)
 
     The axes of the array are the stack axes, if any, then the axes of `a`, then those of `b`. A
     kernel (K, N) has a (K, rank) and b (rank, N). A stack of kernels has the same leading axis
@@ -30,12 +31,15 @@ class LowRank(ArrayLike):
         base: the quantized array; None in the trained part of a tree.
         a: float array (stack, first axes, rank).
         b: float array (stack, rank, last axes).
+        magnitude: float array of the shape of the array, with length 1 along the axes that the norm
+            |v| sums over: one trained norm per output. None without one. The norm counts as a
+            constant in gradients. Operations dequantize arrays that have one.
         alpha: the low-rank product is weighted by alpha / rank, static.
         config: how `base` was quantized, and how it is quantized again when the adapters are
             merged into it, static.
 
     Source: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314, eq. 5; Hu et al. 2021 (LoRA),
-        arXiv:2106.09685, section 4.1.
+        arXiv:2106.09685, section 4.1; Liu et al. 2024 (DoRA), arXiv:2402.09353, eq. 5 and 11.
 
     Example:
         >>> config = jq.ArrayConfig(format=jq.INT8)
@@ -51,6 +55,7 @@ class LowRank(ArrayLike):
     base: QTensor
     a: jax.Array
     b: jax.Array
+    magnitude: jax.Array | None = None
     alpha: float = dataclasses.field(kw_only=True, metadata={"static": True})
     config: ArrayConfig = dataclasses.field(kw_only=True, metadata={"static": True})
 
@@ -83,15 +88,35 @@ class LowRank(ArrayLike):
         return dataclasses.replace(self, base=self.base.astype(dtype))
 
     def dequantize(self) -> jax.Array:
-        """Returns base + (alpha / rank) * a @ b, computed in float32 (float64 if that is dtype)."""
+        """Returns the array, computed in float32 (float64 if that is dtype)."""
+        total = self._total()
+        if self.magnitude is None:
+            return total.astype(self.dtype)
+        axes = [a for a, n in enumerate(self.magnitude.shape) if n == 1]
+        norm = norms(jax.lax.stop_gradient(total), tuple(axes))
+        return (self.magnitude.astype(total.dtype) * (total / norm)).astype(self.dtype)
+
+    def with_magnitude(self, axes: tuple[int, ...]) -> "LowRank":
+        """Returns the same array with a trained norm, summed over these axes."""
+        norm = norms(self._total(), axes)
+        return dataclasses.replace(self, magnitude=norm.astype(self.b.dtype))
+
+    def _total(self):
+        """base + (alpha / rank) * a @ b."""
         compute = jnp.float64 if self.dtype == jnp.float64 else jnp.float32
         base = jax.lax.stop_gradient(self.base).astype(compute).dequantize()
-        a, b = self.a.astype(compute), self.b.astype(compute)
-        return add_low_rank(base, a, b, self.alpha).astype(self.dtype)
+        return add_low_rank(base, self.a.astype(compute), self.b.astype(compute), self.alpha)
 
     def __repr__(self) -> str:
         a, b = (getattr(x, "shape", x) for x in (self.a, self.b))
-        return f"LowRank({self.base!r}, a {a}, b {b}, alpha {self.alpha})"
+        magnitude = "" if self.magnitude is None else ", magnitude"
+        return f"LowRank({self.base!r}, a {a}, b {b}{magnitude}, alpha {self.alpha})"
+
+
+def norms(values: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Norms over some axes, which keep length 1; 1 where all elements are zero."""
+    norm = jnp.sqrt(jnp.sum(jnp.square(values), axes, keepdims=True))
+    return jnp.where(norm == 0, 1, norm)
 
 
 def low_rank_shapes(

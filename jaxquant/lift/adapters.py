@@ -66,4 +66,19 @@ def _convert(x: LowRank, params: Params, shape: Sequence[int]) -> LowRank:
     return dataclasses.replace(x, base=x.base.astype(params["new_dtype"]))
 
 
-RULES = {"transpose": _transpose, "reshape": _reshape, "convert": _convert}
+def _without_norm(rule):
+    """A rule for arrays whose outputs do not have trained norms."""
+
+    def choose(x, params, shape):
+        if x.magnitude is not None:
+            raise Unsupported("the norms of its outputs cannot follow it")
+        return rule(x, params, shape)
+
+    return choose
+
+
+RULES = {
+    "transpose": _without_norm(_transpose),
+    "reshape": _without_norm(_reshape),
+    "convert": _convert,
+}

@@ -24,7 +24,7 @@ def as_operands(
         ValueError: an operand is neither an array nor quantized, or `implementation` is given
             although no operand is quantized.
     """
-    operands = tuple(x.quantize() if isinstance(x, TrainedArray) else x for x in given)
+    operands = tuple(map(_as_operand, given))
     for x in operands:
         if not isinstance(x, jax.Array | np.ndarray | np.generic | QTensor | LowRank):
             raise ValueError(
@@ -37,6 +37,14 @@ def as_operands(
             "operand, or leave it None."
         )
     return operands
+
+
+def _as_operand(x):
+    if isinstance(x, TrainedArray):
+        return x.quantize()
+    # The norm of each output needs the whole array.
+    has_norm = isinstance(x, LowRank) and x.magnitude is not None
+    return x.dequantize() if has_norm else x
 
 
 def without_adapters(

@@ -23,7 +23,16 @@ from ..tree.internal import (
     select,
     why_unsupported,
 )
-from .lora_adapters import axes_of, begin_at, begin_at_zero, check_options, check_start, ranks_of
+from .lora_adapters import (
+    axes_of,
+    begin_at,
+    begin_at_zero,
+    check_dora,
+    check_options,
+    check_start,
+    input_axes,
+    ranks_of,
+)
 from .lora_starts import Start
 
 
@@ -35,6 +44,7 @@ def lora_init(
     *,
     alpha: float | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
     start: Start | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     platform: str | None = None,
@@ -67,6 +77,9 @@ def lora_init(
         alpha: adapters are scaled by alpha / rank; None for the rank, a factor of 1.
         use_rslora: whether they are scaled by alpha / sqrt(rank) instead, so that a high rank does
             not learn more slowly (rsLoRA). `LowRank.alpha` is alpha * sqrt(rank) then.
+        use_dora: whether the norm of each output is trained apart from its direction (DoRA), which
+            learns more at low ranks. Products dequantize the weight, whose norms are computed in
+            each step: adapters save memory for optimizer states, but no time.
         start: where base and adapters start: `PiSSA()` or `LoftQ()`; None for the base that
             `tree.quantize` gives, and adapters of zero.
         dtype: floating dtype of `a` and `b`. Products compute in that of the activations and base.
@@ -83,10 +96,12 @@ def lora_init(
             rank matches no selected leaf, or none matches one; as for `tree.quantize`, QTensors
             aside; or a selected leaf has a single axis, adapters already, scales shared along axes
             that are not adjacent, a format, groups or inputs that differ from its rule, or a
-            multiplier; or, with a start, it is a QTensor or smaller than the rank.
+            multiplier; or, with a start, it is a QTensor or smaller than the rank; or, with
+            use_dora, its rule quantizes activations.
 
     Source: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314, eq. 5; Hu et al. 2021 (LoRA),
-        arXiv:2106.09685, section 4.1; Kalajdzievski 2023 (rsLoRA), arXiv:2312.03732, eq. 4.
+        arXiv:2106.09685, section 4.1; Kalajdzievski 2023 (rsLoRA), arXiv:2312.03732, eq. 4;
+        Liu et al. 2024 (DoRA), arXiv:2402.09353, eq. 5.
 
     Example:
         >>> rules, key = jq.Rule("kernel", jq.W8A16), jax.random.key(0)
@@ -97,6 +112,7 @@ def lora_init(
     check_options(rank, alpha, dtype, use_rslora, start)
     paths, leaves, chosen, treedef = select(params, rules, _why_unsupported)
     ranks = ranks_of(rank, paths, chosen)
+    check_dora(use_dora, paths, chosen)
     check_start(start, paths, leaves, chosen, ranks)
     keys = iter(jax.random.split(key, sum(plan is not None for plan in chosen)))
     result = []
@@ -107,12 +123,13 @@ def lora_init(
             base, a, b = begin(leaf, plan, r, next(keys), platform)
             factors = a.astype(dtype), b.astype(dtype)
             leaf = LowRank(base, *factors, alpha=weight, config=plan.scheme.weights)
+            leaf = leaf.with_magnitude(input_axes(plan, leaf.ndim)) if use_dora else leaf
         result.append(leaf)
     return jax.tree.unflatten(treedef, result)
 
 
 def trainable_mask(tree: Any) -> Any:
-    """Returns a mask of the trained leaves: `a` and `b` of the adapters.
+    """Returns a mask of the trained leaves: `a`, `b` and `magnitude` of the adapters.
 
     For `partition`, `optax.masked` and, by `jax.tree.map`, the labels of `optax.multi_transform`.
 
@@ -137,7 +154,8 @@ def trainable_mask(tree: Any) -> Any:
     def mark(x):
         if not isinstance(x, LowRank):
             return False
-        return dataclasses.replace(x, base=False, a=True, b=True)  # pyright: ignore[reportArgumentType] (a mask)
+        norm = None if x.magnitude is None else True
+        return dataclasses.replace(x, base=False, a=True, b=True, magnitude=norm)  # pyright: ignore[reportArgumentType] (a mask)
 
     return jax.tree.map(mark, tree, is_leaf=is_quantized)
 

@@ -59,6 +59,16 @@ def ranks_of(rank, paths, chosen):
     return [None if plan is None else values[patterns.index(next(found))] for plan in chosen]
 
 
+def check_dora(use_dora, paths, chosen):
+    """Checks that no rule quantizes activations, which meet a dequantized weight."""
+    for path, plan in zip(paths, chosen, strict=True):
+        if use_dora and plan is not None and plan.scheme.inputs is not None:
+            raise ValueError(
+                f"use_dora multiplies activations by a dequantized weight; got {plan.scheme} for "
+                f"{path}, which quantizes them. Use a scheme without inputs, such as jq.W4A16."
+            )
+
+
 def check_start(start, paths, leaves, chosen, ranks):
     """Checks that each selected leaf can be decomposed."""
     if start is None:
@@ -125,3 +135,10 @@ def _split(axes: tuple[int, ...], ndim: int) -> tuple[int, int]:
     """The first axis of `a`, and the first axis of `b`."""
     end = axes[-1] + 1
     return (ndim - 2, ndim - 1) if end == ndim else (axes[0], end)
+
+
+def input_axes(plan: Plan, ndim: int) -> tuple[int, ...]:
+    """The axes of a leaf that the product with activations sums over."""
+    axes = axes_of(plan, ndim)
+    stack, split = _split(axes, ndim)
+    return axes if axes == (ndim - 1,) else tuple(range(stack, split))

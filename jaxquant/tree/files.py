@@ -35,7 +35,7 @@ from .tensor_file import (
     write_tensors,
 )
 
-VERSION = 4
+VERSION = 5
 _MANIFEST, _CHECKSUM = "jaxquant", "jaxquant.crc32"
 # Limit of a decompressed manifest: a small file could decompress to a thousand times its size.
 _MAX_CONTENT_BYTES = MAX_HEADER_BYTES

@@ -102,6 +102,9 @@ class Encoder:
     def _encode_low_rank(self, x: LowRank, path: str) -> list[Any]:
         static = self._static({"alpha": x.alpha, "config": config_to_json(x.config)})
         fields = {"base": x.base, "a": x.a, "b": x.b}
+        if x.magnitude is not None:
+            fields["magnitude"] = x.magnitude
+            self.version = max(self.version, 5)
         return [
             "low_rank",
             [static, {k: self.encode(v, _join(path, k)) for k, v in fields.items()}],

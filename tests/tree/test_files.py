@@ -557,11 +557,11 @@ def test_a_changed_manifest_is_detected(tmp_path, saved, read):
 
 
 @pytest.mark.parametrize("read", [load, tree.read_metadata])
-@pytest.mark.parametrize("version", [5, 17])
+@pytest.mark.parametrize("version", [6, 17])
 def test_a_newer_version_raises(tmp_path, saved, read, version):
     (tmp_path / "a").write_bytes(with_manifest(saved, version=version, tree="of another kind"))
     with pytest.raises(
-        ValueError, match=f"a has version {version}; this jaxquant reads up to 4. U"
+        ValueError, match=f"a has version {version}; this jaxquant reads up to 5. U"
     ):
         read(tmp_path / "a")
 
