@@ -1,0 +1,142 @@
+"""Files of adapters: what PEFT computes from them is what the tree stands for."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jaxquant as jq
+from jaxquant import INT4, ArrayConfig, Rule
+from jaxquant.training import lora_init, save_peft
+
+KEY = jax.random.key(0)
+CONFIG = ArrayConfig(format=INT4, group_size=16)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def trained(x, seed=7):
+    """Adapters that are not zero."""
+    a, b = normal(*x.a.shape, seed=seed), normal(*x.b.shape, seed=seed + 1)
+    x = dataclasses.replace(x, a=a.astype(x.a.dtype), b=b.astype(x.b.dtype))
+    if x.magnitude is None:
+        return x
+    return dataclasses.replace(x, magnitude=x.magnitude * 1.5)
+
+
+def weight_by_peft(folder, name, base):
+    """What PEFT makes of the weight (outputs, inputs) of a linear layer, after its formulas."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    prefix = f"base_model.model.{name}"
+    a, b = (tensors[f"{prefix}.lora_{x}.weight"].astype(np.float64) for x in "AB")
+
+    def of_layer(pattern, default):
+        found = (v for k, v in config[pattern].items() if re.match(rf"(.*\.)?({k})$", name))
+        return next(found, config[default])
+
+    rank, alpha = of_layer("rank_pattern", "r"), of_layer("alpha_pattern", "lora_alpha")
+    assert (a.shape, b.shape) == ((rank, base.shape[1]), (base.shape[0], rank))
+    assert name in config["target_modules"]
+    total = base + alpha / rank * b @ a
+    if not config["use_dora"]:
+        return total
+    norm = np.linalg.norm(total, axis=1)
+    return (tensors[f"{prefix}.lora_magnitude_vector"] / norm)[:, None] * total
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_peft_computes_the_same_weights(tmp_path, use_dora):
+    params = {
+        "layers": [
+            {"q_proj": {"kernel": normal(32, 20)}, "o_proj": {"kernel": normal(4, 16, 24)}},
+        ],
+        "mlp": {"weight": normal(20, 32)},
+        "stack": normal(3, 32, 20),
+        "norm": jnp.ones(5),
+    }
+    rules = [
+        Rule("layers/0/o_proj/*", CONFIG, axis=(0, 1), group_size=(1, 16)),
+        Rule("mlp/*", CONFIG, axis=1),
+        Rule("stack", CONFIG, axis=1),
+        Rule("layers/0/q_proj/*", CONFIG, axis=0),
+    ]
+    rank = {"mlp/*": 5, "*": 3}
+    tree = lora_init(params, rules, rank, KEY, alpha=6.0, use_rslora=True, use_dora=use_dora)
+    tree = jax.tree.map(
+        lambda x: trained(x) if isinstance(x, jq.training.LowRank) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, jq.training.LowRank),
+    )
+    names = {
+        "layers/0/q_proj/kernel": "model.layers.0.q_proj",
+        "layers/0/o_proj/kernel": "model.layers.0.o_proj",
+        "mlp/weight": "model.mlp",
+        "stack": "model.stack.{}.proj",
+    }
+    save_peft(tmp_path / "a", tree, names, base_model="a/b", task_type="CAUSAL_LM")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["use_dora"]) == ("LORA", 3, use_dora)
+    assert (config["base_model_name_or_path"], config["task_type"]) == ("a/b", "CAUSAL_LM")
+
+    def check(name, x, matrix):
+        base, expected = (
+            matrix(np.asarray(y, np.float64)) for y in (x.base.dequantize(), x.dequantize())
+        )
+        found = weight_by_peft(tmp_path / "a", name, base)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+    layer = tree["layers"][0]
+    check("model.layers.0.q_proj", layer["q_proj"]["kernel"], lambda w: w.T)
+    check("model.layers.0.o_proj", layer["o_proj"]["kernel"], lambda w: w.reshape(64, 24).T)
+    check("model.mlp", tree["mlp"]["weight"], lambda w: w)
+    for i in range(3):
+        check(f"model.stack.{i}.proj", tree["stack"], lambda w, i=i: w[i].T)
+
+
+def test_names_follow_from_paths_and_dtypes_are_kept(tmp_path):
+    params = {"model.q_proj.weight": normal(32, 20), "layers": [{"k": {"kernel": normal(32, 20)}}]}
+    tree = lora_init(params, Rule("*", CONFIG), 2, KEY, dtype=jnp.bfloat16)
+    save_peft(tmp_path / "a", tree)
+    with safetensors.safe_open(tmp_path / "a" / "adapter_model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert sorted(file.keys()) == [
+            "base_model.model.layers.0.k.lora_A.weight",
+            "base_model.model.layers.0.k.lora_B.weight",
+            "base_model.model.model.q_proj.lora_A.weight",
+            "base_model.model.model.q_proj.lora_B.weight",
+        ]
+        assert file.get_slice("base_model.model.layers.0.k.lora_A.weight").get_dtype() == "BF16"
+    save_peft(tmp_path / "b", tree, lambda path: path.split(".")[-1].replace("/", "_"))
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["layers_0_k_kernel", "weight"]
+
+
+TREE = lora_init({"a": {"w": normal(32, 20)}, "b": normal(2, 32, 20)}, Rule("*", CONFIG), 2, KEY)
+ERRORS = {
+    "no adapters": ({"w": jnp.ones(3)}, None, "without adapters, with paths w"),
+    "no name": (TREE, {"a/w": "a"}, r"layer of each path with adapters; got .* without 'b'"),
+    "stack": (TREE, None, r"b is a stack of 2 layers.* such as 'layers.\{\}.q_proj'; got 'b'"),
+    "same name": ([TREE["a"]["w"]] * 2, lambda _: "q", "Each layer needs its own name; got 'q'"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_say_what_to_do(tmp_path, name):
+    tree, names, text = ERRORS[name]
+    with pytest.raises(ValueError, match=text):
+        save_peft(tmp_path / "a", tree, names)
+    assert not (tmp_path / "a").exists()
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists; choose a new folder"):
+        save_peft(tmp_path, {"q": {"w": TREE["a"]["w"]}})
