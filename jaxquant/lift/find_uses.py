@@ -302,6 +302,7 @@ _RULES: Mapping[str, Callable[..., list[Views]]] = {
     "copy_p": _same_shape,
     "stop_gradient": _same_shape,
     "name": _same_shape,
+    "pvary": _same_shape,
     "sharding_constraint": _same_shape,
     "optimization_barrier": _each,
 }

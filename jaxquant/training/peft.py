@@ -70,7 +70,8 @@ def save_peft(
 
     Error: none, arrays keep their dtype. `LowRank.alpha` is written as `lora_alpha`, so that
         adapters of `use_rslora` are written with the same product and "use_rslora": false.
-    Source: PEFT's `get_peft_model_state_dict` and `get_pattern_key`; Hu et al. 2021 (LoRA), arXiv:2106.09685.
+    Source: PEFT's `get_peft_model_state_dict` and `get_pattern_key`; Hu et al. 2021 (LoRA),
+        arXiv:2106.09685.
 
     Example:
         >>> import os

@@ -102,8 +102,14 @@ class ProductConfig:
         """Checks that the config supports delayed scaling.
 
         Raises:
-            ValueError: an operand has several scales, a zero point, or a range other than AbsMax().
+            ValueError: an operand has several scales, a zero point, or a range other than AbsMax();
+                or operands are rotated, whose range is another one.
         """
+        if self.rhs_gradient_rotation is not None:
+            raise ValueError(
+                "scaling has the ranges of operands that are not rotated; got "
+                f"rhs_gradient_rotation={self.rhs_gradient_rotation}. Leave one of them None."
+            )
         for name, config in self._operands():
             if config is None:
                 continue

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +47,14 @@ class Tag:
         return hash(self.config)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """In place of the state of a parameter: the loops that slice it, by their lengths."""
+
+    lengths: tuple[int, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Products:
     """The rules of products with a tagged operand.
@@ -53,10 +62,12 @@ class Products:
     Attributes:
         numbers: the number of the next product, for its random key.
         used: rules whose parameters were operands of a product.
+        stacks: for each operand of a product with a `Stack`, by path, the lengths of its loops.
     """
 
-    numbers: Iterator[int]
-    used: set[ProductRule]
+    numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+    used: set[ProductRule] = dataclasses.field(default_factory=set)
+    stacks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def rules(self) -> dict[str, Any]:
         """All rules, by the name of the primitive."""
@@ -74,12 +85,15 @@ class Products:
         if not jnp.issubdtype(other.dtype, jnp.floating):
             raise Unsupported(f"the other operand is {other.dtype}")
         self.used.add(x.value.tag.rule)
-        key = equation.options.key
+        key, state = equation.options.key, x.value.extra
+        if isinstance(state, Stack):
+            self.stacks[x.path] = state.lengths
+            state = None
         if key is not None:
             key = jax.random.fold_in(key, next(self.numbers))
             for name in sorted(varying_axes(other) | varying_axes(x.value.array)):
                 key = jax.random.fold_in(key, jax.lax.axis_index(name))
-        return {"config": x.value.tag.config, "key": key, "scaling": x.value.extra}
+        return {"config": x.value.tag.config, "key": key, "scaling": state}
 
     def _dot_general(self, equation, operands):
         lhs, rhs = operands
@@ -143,6 +157,9 @@ def _with_stacked_state(x):
     if not is_tagged(x) or x.value.extra is None:
         return x
     state, length = x.value.extra, x.value.array.shape[0]
+    if isinstance(state, Stack):
+        stack = Stack((*state.lengths, length))
+        return x.derive(dataclasses.replace(x.value, extra=stack))
     if state.lhs.ndim == 1:
         state = jax.tree.map(lambda h: jnp.broadcast_to(h, (length, *h.shape)), state)
     if state.lhs.shape[0] != length:

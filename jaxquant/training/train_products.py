@@ -1,7 +1,6 @@
 """`train_products`: the products of any function, quantized in training by rules."""
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..tree.internal import leaves_with_paths
 from .delayed import DelayedScaling
 from .product_config import ProductConfig
 from .product_rules import ProductRule, ProductRules, as_product_rules, choose
-from .tagged_products import Products, Tag
+from .tagged_products import Products, Stack, Tag
 
 
 def train_products(
@@ -99,12 +98,9 @@ def train_products(
     @functools.wraps(fn)
     def trained(params, *args, **kwargs):
         call = _Call(fn, checked, params, args, kwargs)
-        states = call.states(scaling)
-        products = Products(itertools.count(), set())
-        options = Options(False, None, products.rules(), key)
-        out = evaluate(call.trace.program, call.values(states), options)
+        out, products = call.run(call.inputs, call.states(scaling), key)
         call.check(products.used)
-        return call.trace.result([_returned(x, options) for x in out])
+        return call.trace.result(out)
 
     return trained
 
@@ -144,18 +140,26 @@ def init_scaling(
         (3, 5)
     """
     call = _Call(fn, as_product_rules(rules), params, args, {})
-    first = DelayedScaling.init(length, margin)
-    used = call.product_uses()
-    stacks = {
-        path: tuple(shape[a] for a in used[path])
-        for path, shape, rule in zip(call.paths, call.shapes, call.chosen, strict=True)
-        if rule is not None and path in used and _supports_delayed(rule.config)
+    states = {
+        path: Stack()
+        for path, rule in zip(call.paths, call.chosen, strict=True)
+        if rule is not None and _supports_delayed(rule.config)
     }
+    found: list[Products] = []
+
+    def record(inputs):
+        out, products = call.run(inputs, states, jax.random.key(0))
+        found.append(products)
+        return out
+
+    jax.eval_shape(record, call.inputs)
+    stacks = found[0].stacks
     if not stacks:
         raise ValueError(
             "init_scaling needs a rule with one scale per tensor, such as training.FP8_TRAINING, "
             f"for a parameter that is an operand of a product; got {rules!r}."
         )
+    first = DelayedScaling.init(length, margin)
     return {
         path: jax.tree.map(lambda h, stack=stack: jnp.zeros((*stack, *h.shape), h.dtype), first)
         for path, stack in stacks.items()
@@ -178,6 +182,7 @@ class _Call:
     Attributes:
         paths, shapes, chosen: of each leaf of the parameters: its path, shape, and rule or None.
         trace: of the function.
+        inputs: of the trace.
     """
 
     def __init__(self, fn, rules, params, args, kwargs):
@@ -188,6 +193,7 @@ class _Call:
         is_abstract = [isinstance(x, jax.ShapeDtypeStruct) for x in self._leaves]
         pairs = zip(self._leaves, is_abstract, strict=True)
         self._places = [i for i, (x, b) in enumerate(pairs) if b or is_input(x)]
+        self.inputs = [self._leaves[i] for i in self._places]
         self.trace = trace_function(fn, self._leaves, treedef, self._places)
         self._rules = rules
 
@@ -205,20 +211,27 @@ class _Call:
             )
         return scaling
 
-    def values(self, states: Mapping[str, DelayedScaling]) -> list[Any]:
-        """The inputs of the trace; selected parameters are tagged with their rule."""
+    def run(
+        self, inputs: list[Any], states: Mapping[str, Any], key: jax.Array | None
+    ) -> tuple[list[Any], Products]:
+        """The results of the trace, and what became of its products."""
+        products = Products()
+        options = Options(False, None, products.rules(), key)
+        pairs = zip(self._places, inputs, strict=True)
+        values = [self._value(i, x, states) for i, x in pairs]
+        out = evaluate(self.trace.program, values, options)
+        return [_returned(x, options) for x in out], products
 
-        def value(i):
-            x = self._leaves[i]
-            rule = self.chosen[i] if i < len(self.paths) else None
-            path = self.paths[i] if i < len(self.paths) else f"argument {i}"
-            if is_quantized(x):
-                return Parameter(x, path, is_whole=True)
-            if rule is None or rule.config is None:
-                return x
-            return Parameter(Tagged(jnp.asarray(x), states.get(path), tag=Tag(rule)), path)
-
-        return [value(i) for i in self._places]
+    def _value(self, i, x, states):
+        """An input; selected parameters are tagged with their rule."""
+        is_parameter = i < len(self.paths)
+        rule = self.chosen[i] if is_parameter else None
+        path = self.paths[i] if is_parameter else f"argument {i}"
+        if is_quantized(x):
+            return Parameter(x, path, is_whole=True)
+        if rule is None or rule.config is None:
+            return x
+        return Parameter(Tagged(jnp.asarray(x), states.get(path), tag=Tag(rule)), path)
 
     def check(self, used: set[ProductRule]) -> None:
         """Checks that each rule with a config selects an operand of a product."""
@@ -232,12 +245,6 @@ class _Call:
                 f"selects {', '.join(uses[:4])}. Use None as its config, or drop it."
             )
 
-    def product_uses(self) -> dict[str, tuple[int, ...]]:
-        """For each operand of a product its axes that loops slice."""
-        return {
-            path: use.stacked for path, use in reversed(self._uses()) if use.kind in _PRODUCT_KINDS
-        }
-
     def _primitives(self, path):
         return dict.fromkeys(use.primitive for name, use in self._uses() if name == path)
 
@@ -247,9 +254,6 @@ class _Call:
             for i in self._places
         ]
         return find_uses(self.trace.program, views)
-
-
-_PRODUCT_KINDS = frozenset({"product", "convolution"})
 
 
 def _returned(x, options):

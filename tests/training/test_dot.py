@@ -465,6 +465,13 @@ ERRORS = {
         ),
         r"range=AbsMax\(\); got lhs=",
     ),
+    "scaling of rotated operands": (
+        lambda: product(
+            config=dataclasses.replace(FP8_TRAINING, rhs_gradient_rotation=4),
+            scaling=DelayedScaling.init(),
+        ),
+        "not rotated; got rhs_gradient_rotation=4. Leave one of them None",
+    ),
     "stack": (
         lambda: product(config=FP8_TRAINING, scaling=STACK),
         r"state of one multiplication.*got \(2, 4\)",

@@ -263,6 +263,25 @@ def test_devices_have_their_own_noise():
     np.testing.assert_array_equal(of_x[0], of_x[1])
 
 
+def test_devices_share_the_observed_amax():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    params, x = {"w": normal(8, 6)}, normal(8, 8, seed=1)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(jax.P(), jax.P("d")), out_specs=jax.P("d"))
+    def fn(params, x):
+        return jnp.sin(x @ params["w"])
+
+    assert jq.uses(fn, params, x).contracted == {"w": (0,)}
+    states = training.init_scaling(fn, FP8_TRAINING, params, x, length=3)
+
+    def observed(states):
+        return training.train_products(fn, FP8_TRAINING, scaling=states)(params, x).sum()
+
+    found = jax.jit(jax.grad(observed))(states)["w"]
+    np.testing.assert_array_equal(found.lhs, [jnp.abs(x).max(), 0, 0])
+    np.testing.assert_array_equal(found.rhs, [jnp.abs(params["w"]).max(), 0, 0])
+
+
 def layers(params, x):
     x = x @ params["in"]
     return scanned(dot, params["layers"], x) @ params["out"]
