@@ -201,6 +201,20 @@ def test_a_function_with_its_own_derivative_keeps_it():
     assert np.all(jax.jit(jax.grad(trained))(params, x)["w"] == 7)
 
 
+def test_a_sum_with_data_is_no_parameter():
+    """A bias of one example has the size of the activations that it is added to."""
+
+    def fn(params, x):
+        return jax.vmap(lambda x: (x @ params["w"] + params["b"]) @ params["v"])(x)
+
+    params = {"w": normal(8, 6), "b": normal(6, seed=3), "v": normal(6, 2, seed=4)}
+    with pytest.raises(ValueError, match="must select an operand of a product; got 'b'"):
+        training.train_products(fn, {"b": NEAREST})(params, X)
+    alone = training.train_products(lambda p, x: fn(p, x[None])[0], {"b": NEAREST})
+    with pytest.raises(ValueError, match=r"got 'b', which selects b \(.*add"):
+        alone(params, X[0])
+
+
 def test_quantized_parameters_stay_quantized():
     params = {"w": normal(8, 6), "base": jq.quantize(normal(6, 6, seed=1), jq.ArrayConfig())}
 
