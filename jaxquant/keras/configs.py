@@ -1,6 +1,8 @@
 """Configs for `quantize(config=...)`: versions of Keras' configs, and rules by path."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import keras
@@ -39,6 +41,7 @@ class SchemeConfig(keras.quantizers.QuantizationConfig):
     """A Keras config that gives each weight its scheme. Base class of the configs here."""
 
     is_training = False
+    multipliers: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
     def __init__(self, weight_quantizer: Any = None, activation_quantizer: Any = None):
         # Not those of Keras' subclasses, which have other defaults.
@@ -205,6 +208,8 @@ class QuantizationConfig(SchemeConfig):
             as "encoder/dense/kernel", applies; other weights stay in float. Begin patterns with
             "*": Keras puts the name of a Sequential before those of its layers. Axes are those
             that the layer declares, unless a Rule names others.
+        multipliers: shapes of the multipliers of activations that a layer stores beside its
+            weights, by their name. `jaxquant.keras.quantize` sets them for methods such as AWQ.
 
     Raises:
         ValueError: a rule has a `where` or a range that a file cannot hold, or as for `Rule`.
@@ -215,8 +220,9 @@ class QuantizationConfig(SchemeConfig):
         '*'
     """
 
-    def __init__(self, rules: Rules):
+    def __init__(self, rules: Rules, multipliers: Mapping[str, Sequence[int]] | None = None):
         super().__init__(None, None)
+        self.multipliers = {name: tuple(shape) for name, shape in (multipliers or {}).items()}
         is_one = isinstance(rules, Scheme | ArrayConfig)
         self.rules = (Rule("*", rules),) if is_one else as_rules(rules)
         odd = [rule.pattern for rule in self.rules if rule.where is not None]
@@ -240,23 +246,23 @@ class QuantizationConfig(SchemeConfig):
     def for_weights(self, paths: dict[str, str]) -> "QuantizationConfig":
         """Rules for these weights only, which apply wherever the layer is loaded."""
         found = {name: self.rule_for(path) for name, path in paths.items()}
-        return QuantizationConfig(
-            [
-                dataclasses.replace(rule, pattern=f"*/{name}", required=False)
-                for name, rule in found.items()
-                if rule is not None
-            ]
-            or [Rule("*", None)]
-        )
+        rules = [
+            dataclasses.replace(rule, pattern=f"*/{name}", required=False)
+            for name, rule in found.items()
+            if rule is not None
+        ]
+        return QuantizationConfig(rules or [Rule("*", None)], self.multipliers)
 
     def get_config(self) -> dict[str, Any]:
         """The rules as JSON values, for Keras' serialization."""
-        return {"rules": [_rule_to_json(rule) for rule in self.rules]}
+        rules = {"rules": [_rule_to_json(rule) for rule in self.rules]}
+        return {**rules, "multipliers": self.multipliers} if self.multipliers else rules
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "QuantizationConfig":
         """Undoes `get_config`."""
-        return cls([_rule_from_json(row) for row in config["rules"]])
+        rules = [_rule_from_json(row) for row in config["rules"]]
+        return cls(rules, config.get("multipliers"))
 
 
 def as_config(mode: str | None, config: Any) -> Any:
@@ -327,7 +333,9 @@ def _rule_to_json(rule: Rule) -> dict[str, Any]:
     scheme = rule.scheme
     if isinstance(scheme, ArrayConfig):
         scheme = Scheme(scheme)
-    row = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule) if f.name != "where"}
+    # The codes are in the file, and say nothing of the method that chose them.
+    names = [f.name for f in dataclasses.fields(rule) if f.name not in ("where", "method")]
+    row = {name: getattr(rule, name) for name in names}
     if scheme is not None:
         inputs = None if scheme.inputs is None else config_to_json(scheme.inputs)
         row["scheme"] = {"weights": config_to_json(scheme.weights), "inputs": inputs}

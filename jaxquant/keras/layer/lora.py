@@ -107,6 +107,11 @@ class LoraMixin(QuantizableMixin):
     def _has_lora(self, name: str) -> bool:
         return self.lora_enabled and name == next(iter(self.declared_weights))
 
+    def _has_multiplier(self, name: str) -> bool:
+        stored = self.stored_weights.get(name)
+        inputs = None if stored is None else stored.like.inputs
+        return inputs is not None and inputs.multiplier is not None
+
     def _lora_regularizer(self, name: str) -> Any:
         return getattr(self, f"{name}_regularizer", None)
 
@@ -117,6 +122,7 @@ class LoraMixin(QuantizableMixin):
             (not self.built, "the layer is not built; build it first"),
             (self.lora_enabled, "LoRA is already enabled"),
             (constraint is not None, f"{name}_constraint is set; remove it"),
+            (self._has_multiplier(name), "its activations have a multiplier, which a method chose"),
             (self.trains_in_float8, "the layer trains in float8; add LoRA before or after that"),
         ]
         found = [text for is_so, text in problems if is_so]

@@ -1,6 +1,7 @@
 """The state of a quantizable layer: its declared weights, in float or quantized."""
 
 import contextlib
+import re
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import keras
 
 from ...core import QTensor, Scheme
+from ...tree import Rule
 from .. import compat
 from ..configs import SchemeConfig
 from .aliases import alias
@@ -71,8 +73,24 @@ class LayerState:
         assert plan is not None, "asked for a weight that the config leaves in float"
         axes, scheme = plan
         array_config, axis, padded = fit_groups(shape, axes, scheme.weights)
-        dtype = self.layer.variable_dtype
-        return abstract_tensor(padded, dtype, array_config, axis, scheme.inputs)
+        dtype, multiplier = self.layer.variable_dtype, config.multipliers.get(name)
+        return abstract_tensor(padded, dtype, array_config, axis, scheme.inputs, multiplier)
+
+    def tree_rule(self, name: str, config: SchemeConfig, path: str, method: Any) -> Rule | str:
+        """The rule by which `tree.quantize` quantizes a weight at a path, or why none does."""
+        plan, given = self.plan(name, config), config.rule_for(self.path(name))
+        assert plan is not None, "asked for a weight that stays in float"
+        assert given is not None, "asked for a weight that stays in float"
+        (axes, scheme), shape = plan, self.shapes[name]
+        weights, axis, padded = fit_groups(shape, axes, scheme.weights)
+        chain = method if given.method is None else given.method
+        if chain is not None and padded != shape:
+            return (
+                f"methods need groups that divide the axes that share a scale; got {shape} and "
+                f"{scheme.weights}. Choose another group_size"
+            )
+        scheme = Scheme(weights, scheme.inputs)
+        return Rule("re:" + re.escape(path), scheme, axis=axis, method=chain)
 
     def likes(self, config: SchemeConfig) -> dict[str, QTensor]:
         """Shapes and dtypes of the weights that a config quantizes, by name."""

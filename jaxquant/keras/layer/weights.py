@@ -23,6 +23,7 @@ from ...core import (
     shared_axes,
 )
 from ...ops import best_order
+from ...tree.internal import effective
 from .. import compat
 from ..files import from_storage_arrays, storage_types, to_storage_arrays
 
@@ -156,7 +157,7 @@ class StoredWeight:
 # Compiled once instead of operation by operation.
 @partial(jax.jit, static_argnames="shape")
 def _dequantize(q, shape):
-    return q.dequantize()[tuple(slice(n) for n in shape)]
+    return effective(q)[tuple(slice(n) for n in shape)]
 
 
 # Replacements by the ids of the variables that hold codes. Each thread has its own.
@@ -205,7 +206,9 @@ def _ones(shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
 def _part_names(name, like):
     scales = jax.tree.leaves(like.scale)
     parts = [f"{name}_scale"] + [f"{name}_scale_scale"] * (len(scales) - 1)
-    return parts + [f"{name}_zero"] * (like.zero_point is not None)
+    parts += [f"{name}_zero"] * (like.zero_point is not None)
+    has_multiplier = like.inputs is not None and like.inputs.multiplier is not None
+    return parts + [f"{name}_multiplier"] * has_multiplier
 
 
 def fit_groups(
@@ -277,11 +280,18 @@ def abstract_tensor(
     config: ArrayConfig,
     axis: Axes,
     inputs: ArrayConfig | None,
+    multiplier: tuple[int, ...] | None = None,
 ) -> QTensor:
-    """Shapes and dtypes of a quantized weight, in the order that is fastest on this platform."""
+    """Shapes and dtypes of a quantized weight, in the order that is fastest on this platform.
+
+    Equal arguments give one object. `multiplier`: the shape of that of the activations.
+    """
     like = jax.eval_shape(partial(quantize, axis=axis), jax.ShapeDtypeStruct(shape, dtype), config)
     # Convolution kernels keep their order, those of one pixel too.
     is_matrix = len(shared_axes(axis, len(shape), config)) == 1
     order = best_order(like, jax.default_backend()) if is_matrix else None
     like = jax.eval_shape(lambda q: q.reorder(order), like)
-    return like if inputs is None else dataclasses.replace(like, inputs=Inputs(inputs))
+    if inputs is None and multiplier is None:
+        return like
+    held: Any = None if multiplier is None else jax.ShapeDtypeStruct(multiplier, "float32")
+    return dataclasses.replace(like, inputs=Inputs(inputs, multiplier=held))

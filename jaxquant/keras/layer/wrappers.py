@@ -53,6 +53,7 @@ def quantize_with_config(layer: Any, quantize: Callable[..., Any]) -> Callable[.
         is_named = config is None and mode is not None and mode == policy.quantization_mode
         try:
             config = config_of_policy(policy) if is_named else as_config(mode, config)
+            check_mode_in_place(layer, config)
             if isinstance(config, SchemeConfig):
                 check_compute_dtype(layer, config.mode)
                 check_other_layers(layer, config)
@@ -63,6 +64,23 @@ def quantize_with_config(layer: Any, quantize: Callable[..., Any]) -> Callable[.
             raise RuntimeError(f"quantize({mode!r}, {config!r}) failed: {error}") from error
 
     return wrapped
+
+
+def check_mode_in_place(layer: Any, config: Any) -> None:
+    """Checks that a config does not need activations, which one layer does not see.
+
+    Raises:
+        ValueError: it is a GPTQConfig or AWQConfig of Keras.
+    """
+    if getattr(config, "mode", None) in _MODES_WITH_DATA:
+        raise ValueError(
+            f"{config.mode} quantizes a whole model, by what its layers are called with; got it "
+            f"for {layer.name!r} of jaxquant in place. Call quantized, report = "
+            f"jaxquant.keras.quantize(model, config) with this {type(config).__name__}."
+        )
+
+
+_MODES_WITH_DATA = ("gptq", "awq")
 
 
 @contextlib.contextmanager

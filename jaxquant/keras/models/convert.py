@@ -190,7 +190,8 @@ def _stock_form(layer: Any, wrapped: set[int]) -> _StockForm | str | None:
         return None
     name, *others = layer.stored_weights
     q = layer.tensor_to_save(name).reorder(None)
-    is_known = type(layer) in _WITH_FORMS and not others and q.offset is None
+    is_plain = q.offset is None and not (q.inputs and q.inputs.changes_weight)
+    is_known = type(layer) in _WITH_FORMS and not others and is_plain
     form = _FORMS.get(q.format) if is_known else None
     found = form(layer, name, q) if form else "Keras does not have the mode for this layer"
     if id(layer) in wrapped:

@@ -2,27 +2,32 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
 
-from ...core import ArrayConfig, Scheme
+from ...core import ArrayConfig, QTensor, Scheme
 from ...tree import Progress, Report, ReportRow, Rules, report
 from ...tree.internal import advice_for, histogram, progress_bar, row_of, sqnr_of
 from .. import compat
 from ..configs import QuantizationConfig, SchemeConfig, as_config
 from ..layer import QuantizableMixin
+from .calibrated import Chosen, quantize_by_methods, take_over, weights_with_methods
 from .convert import converter
 from .rewrite import Keep, raise_problems
 from .state import share_variables
+from .stock_methods import STOCK_METHODS, calibration_of, check_alone
 
 
 def quantize(
     model: keras.Model,
     rules: Rules | str | keras.quantizers.QuantizationConfig,
     *,
+    method: Any = None,
+    batches: Iterable[Any] | None = None,
     progress: Progress | bool | None = None,
     keep: Keep = (),
     strict: bool = True,
@@ -38,7 +43,14 @@ def quantize(
         model: built, of any class; as for `convert`. Its layers may be quantizable already.
         rules: "int8", "int4" or "float8"; a Scheme or ArrayConfig for every quantizable weight;
             rules by path, such as {"encoder/*": NF4A16, "*/kernel": W8A8}, as for
-            `QuantizationConfig`; or a config of `jaxquant.keras`, or of Keras.
+            `QuantizationConfig`; or a config of `jaxquant.keras`, or of Keras. A GPTQConfig or
+            AWQConfig of Keras stands for its scheme, method and batches.
+        method: how the codes of weights that are multiplied are chosen, such as
+            `jaxquant.methods.GPTQ()`, or a list of transforms and a method, as for
+            `jaxquant.tree.quantize`; None rounds to nearest. A rule with its own method overrides
+            it.
+        batches: what the model is called with, one after another, for methods that need to see
+            activations.
         progress: True for a progress bar on standard error, or a function that is called after
             each weight with (number done, total, path).
         keep: names and classes of layers that are copied as they are and not quantized.
@@ -53,14 +65,21 @@ def quantize(
     Raises:
         ValueError: lists all problems: what `convert` does not support; rules that match no
             weight, or select none; weights that are already quantized; and those that hold NaN or
-            Inf or do not fit the scheme, unless `strict` is False and others are quantized.
+            Inf or do not fit the scheme, unless `strict` is False and others are quantized; groups
+            that do not divide an axis of a weight with a method. Or a method needs batches and
+            there are none, or gives weights that layers do not store.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
         >>> quantized, report = jk.quantize(model, {"*/head/*": jq.W8A8})
         >>> report.rows[0].scheme
         'int8 per channel, int8 inputs'
+        >>> x = jax.random.normal(jax.random.key(0), (32, 4))
+        >>> quantized, _ = jk.quantize(model, jq.W8A16, method=jq.methods.GPTQ(), batches=[x])
     """
+    if isinstance(rules, STOCK_METHODS):
+        check_alone(method, batches)
+        rules, method, batches = calibration_of(rules, model)
     config = _config_of(rules)
     if not model.built or not model.weights:
         raise ValueError(
@@ -74,8 +93,11 @@ def quantize(
     layers = [x for x in ours if why_kept[id(x)] is None]
     chosen = [(layer, _chosen(layer, config)) for layer in layers]
     chosen += [(layer, []) for layer in ours if why_kept[id(layer)] is not None]
-    raise_problems(model, _mismatches(config, layers, chosen))
-    rows, failed = _quantize(chosen, config, progress)
+    problems = _mismatches(config, layers, chosen)
+    weights, unfit = weights_with_methods(copy, chosen, config, method)
+    raise_problems(model, problems + unfit)
+    made = quantize_by_methods(copy, weights, batches, progress) if weights else {}
+    rows, failed = _quantize(chosen, config, made, None if made else progress)
     if strict or not rows:
         raise_problems(model, [f"{x.path or x.name}: {why}" for x, why in failed])
     why_left = {**why_kept, **{id(x): why for x, why in failed}}
@@ -88,7 +110,10 @@ def quantize(
 
 
 def _quantize(
-    chosen: list[tuple[Any, list[str]]], config: SchemeConfig, progress: Progress | bool | None
+    chosen: Chosen,
+    config: SchemeConfig,
+    made: dict[int, dict[str, QTensor]],
+    progress: Progress | bool | None,
 ) -> tuple[list[ReportRow], list[tuple[Any, str]]]:
     """Quantizes the chosen weights of each layer; returns their rows, and where that failed."""
     rows, failed, done = [], [], 0
@@ -96,7 +121,7 @@ def _quantize(
     with progress_bar(progress, total) as tell:
         for layer, names in chosen:
             try:
-                rows += _quantize_layer(layer, names, config)
+                rows += _quantize_layer(layer, names, config, made.get(id(layer)))
             except (NotImplementedError, ValueError) as error:
                 failed.append((layer, str(error)))
             for name in names:
@@ -105,10 +130,14 @@ def _quantize(
     return rows, failed
 
 
-def _quantize_layer(layer: Any, names: list[str], config: SchemeConfig) -> list[ReportRow]:
+def _quantize_layer(
+    layer: Any, names: list[str], config: SchemeConfig, made: dict[str, QTensor] | None
+) -> list[ReportRow]:
     """Quantizes weights of one layer; returns the rows of all that are quantized now."""
     before = {name: layer.float_weights[name].value for name in names}
-    if names:
+    if made:
+        take_over(layer, config, made)
+    elif names:
         layer.quantize(config=config)
     return [_quantized(layer, name, before.get(name)) for name in layer.stored_weights]
 
@@ -141,9 +170,7 @@ def _chosen(layer: Any, config: SchemeConfig) -> list[str]:
     return [n for n in names if _scheme(layer, n, config) is not None]
 
 
-def _mismatches(
-    config: SchemeConfig, layers: list[Any], chosen: list[tuple[Any, list[str]]]
-) -> list[str]:
+def _mismatches(config: SchemeConfig, layers: list[Any], chosen: Chosen) -> list[str]:
     """Problems that can be found without the values of the weights."""
     paths = [_path(layer, name) for layer in layers for name in layer.declared_shapes]
     rules = config.rules if isinstance(config, QuantizationConfig) else ()

@@ -1,0 +1,173 @@
+"""Quantizes the weights of a model by methods that see its activations, such as GPTQ and AWQ."""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import keras
+
+from ...calibration import collect
+from ...core import QTensor
+from ...methods.internal import as_chain, needed
+from ...tree import Rule
+from ...tree import quantize as quantize_tree
+from ...tree.internal import powers
+from ..configs import QuantizationConfig, SchemeConfig
+from .functional import nested, pure_call
+
+Chosen = list[tuple[Any, list[str]]]
+
+
+class Weight(NamedTuple):
+    """One weight that a method quantizes.
+
+    Attributes:
+        layer, name: where it is declared.
+        key: the parts of its path among the parameters of the model.
+        rule: how `tree.quantize` quantizes it.
+    """
+
+    layer: Any
+    name: str
+    key: tuple[str, ...]
+    rule: Rule
+
+    @property
+    def value(self) -> jax.Array:
+        """The float weight."""
+        return self.layer.float_weights[self.name].value
+
+
+def weights_with_methods(
+    model: Any, chosen: Chosen, config: SchemeConfig, method: Any
+) -> tuple[list[Weight], list[str]]:
+    """The chosen weights that have a method, and problems with them.
+
+    Tables are rounded to nearest, because lookups meet no activations. So are the projections of
+    a ReversibleEmbedding.
+    """
+    rules = config.rules if isinstance(config, QuantizationConfig) else ()
+    if method is None and all(rule.method is None for rule in rules):
+        return [], []
+    _, places = pure_call(model)
+    keys = {id(place): key for key, place in places.items()}
+    found, problems = [], []
+    with_activations = (x for x in chosen if not isinstance(x[0], keras.layers.Embedding))
+    for layer, names in with_activations:
+        for name in names:
+            state, key = layer.weight_state, keys[id(layer.float_weights[name])]
+            rule = state.tree_rule(name, config, "/".join(key), method)
+            if isinstance(rule, str):
+                problems.append(f"{state.path(name)}: {rule}")
+            elif rule.method is not None:
+                found.append(Weight(layer, name, key, rule))
+    return found, problems
+
+
+def quantize_by_methods(
+    model: Any, weights: list[Weight], batches: Iterable[Any] | None, progress: Any
+) -> dict[int, dict[str, QTensor]]:
+    """The quantized weights by the id of their layer and their name.
+
+    Args:
+        model: float, with these weights.
+        weights: those that have a method.
+        batches: what the model is called with, one after another.
+        progress: as for `tree.quantize`.
+
+    Raises:
+        ValueError: a method needs batches and there are none; or as for `jaxquant.collect` and
+            `tree.quantize`.
+    """
+    apply, places = pure_call(model)
+    values: dict[Any, Any] = dict(places)
+    params = nested({key: place.value for key, place in values.items()})
+    rules = [weight.rule for weight in weights]
+    methods = [item for rule in rules for item in as_chain(rule.method)]
+    kinds = {kind for rule in rules for kind in needed(as_chain(rule.method))}
+    if kinds and batches is None:
+        names = ", ".join(sorted({type(m).__name__ for m in methods if m.statistics}))
+        raise ValueError(
+            f"{names} needs batches, what the model is called with, to see its activations; got "
+            "batches=None. Pass batches=[x, ...]."
+        )
+    statistics = collect(apply, params, batches or (), rules, list(kinds)) if kinds else None
+    values = {weight.key: weight.value for weight in weights}
+    made = quantize_tree(nested(values), rules, statistics=statistics, progress=progress)
+    found: dict[int, dict[str, QTensor]] = {}
+    for weight in weights:
+        q = functools.reduce(operator.getitem, weight.key, made)
+        found.setdefault(id(weight.layer), {})[weight.name] = q
+    return found
+
+
+def take_over(layer: Any, config: SchemeConfig, tensors: dict[str, QTensor]) -> None:
+    """Gives a layer weights that methods have quantized, and rounds its others to nearest.
+
+    Raises:
+        ValueError: a method has changed the activations in a way that layers do not store.
+    """
+    state = layer.weight_state
+    paths = {name: state.path(name) for name in layer.declared_shapes}
+    multipliers = {n: q.inputs.multiplier for n, q in tensors.items() if q.inputs is not None}
+    shapes = {name: x.shape for name, x in multipliers.items() if x is not None}
+    for name, shape in shapes.items():
+        _check_multiplier(name, shape, state.plan(name, config))
+    if shapes:
+        rules = [(f"*/{name}", config.rule_for(path)) for name, path in paths.items()]
+        config = QuantizationConfig([_rule(*x) for x in rules], shapes)
+    else:
+        config = config.for_weights(paths)
+    found = {}
+    for name, like in layer.likes(config).items():
+        value = layer.float_weights[name].value
+        q = tensors.get(name)
+        found[name] = (
+            layer.quantized_values(name, value, config) if q is None else _stored(name, q, like)
+        )
+        if q is not None:
+            signal, noise, _ = (float(x) for x in powers(value, q))
+            state.noise[name] = math.sqrt(noise / signal) if signal else 0.0
+    layer.take_over(config, found)
+
+
+def _rule(pattern: str, rule: Rule | None) -> Rule:
+    """The rule of one weight of a layer, wherever it is loaded."""
+    rule = Rule(pattern, None) if rule is None else rule
+    return dataclasses.replace(rule, pattern=pattern, required=False)
+
+
+def _check_multiplier(name: str, shape: tuple[int, ...], plan: Any) -> None:
+    """Checks that all matrices of a stack, such as experts, have the same multiplier."""
+    axes, _ = plan
+    if len(shape) != len(axes):
+        raise ValueError(
+            f"Matrices of a stack must have one multiplier in common; got one of shape {shape} for "
+            f"{name!r}, which contracts the axes {axes}. Give it a rule with method="
+            "jq.methods.GPTQ()."
+        )
+
+
+def _stored(name: str, q: QTensor, like: QTensor) -> QTensor:
+    """The result of a method in the form that a layer stores."""
+    q = q.reorder(like.order)
+    bare, wanted = (dataclasses.replace(x, inputs=None) for x in (q, like))
+    extra = None if q.inputs is None else (q.inputs.permutation, q.inputs.rotation)
+    if jax.tree.leaves(extra) or not _alike(bare, wanted):
+        field = None if q.inputs is None else q.inputs.changing_field
+        raise ValueError(
+            f"Methods for Keras layers must give codes, scales and at most a multiplier, like "
+            f"{like!r}; got {q!r} with {field or 'other arrays'} for {name!r}. Quantize the "
+            "parameters of jk.functional(model) with this method, and lift its function."
+        )
+    return q
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two weights have the same leaves."""
+    found = [[(x.shape, x.dtype) for x in jax.tree.leaves(y)] for y in (a, b)]
+    return found[0] == found[1]

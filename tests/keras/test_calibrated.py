@@ -1,0 +1,209 @@
+"""Models quantized by methods that see their activations, such as GPTQ and AWQ."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant import methods
+from jaxquant.keras import convert, functional, quantize, to_stock
+
+from .test_lifted import Experts
+from .test_models import relative_error, schemes
+
+INT4_G16 = jq.ArrayConfig(format=jq.INT4, group_size=16)
+
+
+def model_of_every_kind() -> Any:
+    keras.utils.set_random_seed(0)
+    tokens = keras.Input((6,), dtype="int32")
+    x = keras.layers.Embedding(40, 32, name="table")(tokens)
+    x = keras.layers.MultiHeadAttention(2, 16, name="attention")(x, x)
+    x = keras.layers.Dense(48, activation="relu", name="hidden")(x)
+    x = keras.layers.EinsumDense("btd,df->btf", (None, 32), name="einsum")(x)
+    return keras.Model(tokens, keras.layers.Dense(16, name="head")(x), name="kinds")
+
+
+def batches(count=4):
+    rng = np.random.default_rng(0)
+    # Some tokens are much more frequent, so that activations are correlated.
+    return [np.minimum(rng.geometric(0.2, (16, 6)), 40) - 1 for _ in range(count)]
+
+
+METHODS = {
+    "GPTQ": methods.GPTQ(),
+    "act-order": methods.GPTQ(act_order=True),
+    "AWQ": methods.AWQ(),
+    "AWQ and GPTQ": [methods.AWQ(), methods.GPTQ()],
+}
+
+
+@pytest.mark.some_rows(1)
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_reduce_the_error_and_files_load(name, tmp_path):
+    model, *data = model_of_every_kind(), *batches()
+    test = batches(5)[-1]
+    exact = np.asarray(model(test))
+    nearest, _ = quantize(model, INT4_G16)
+    quantized, report = quantize(model, INT4_G16, method=METHODS[name], batches=data)
+    found = np.asarray(quantized(test))
+    assert relative_error(found, exact) < 0.95 * relative_error(np.asarray(nearest(test)), exact)
+
+    # The same codes as those of the tree, and the table is rounded to nearest.
+    apply, params = functional(model)
+    key = ("kinds", "hidden") if "kinds" in params else ("hidden",)
+    rule = jq.Rule("*hidden/kernel", INT4_G16, axis=0)
+    statistics = jq.collect(apply, params, data, [rule], METHODS[name])
+    wanted = jq.tree.quantize(params, [rule], method=METHODS[name], statistics=statistics)
+    for part in key:
+        wanted = wanted[part]
+    q = quantized.get_layer("hidden").quantized_weight("kernel")
+    np.testing.assert_array_equal(q.codes, wanted["kernel"].codes)
+    np.testing.assert_array_equal(
+        quantized.get_layer("table").quantized_weight("embeddings").codes,
+        nearest.get_layer("table").quantized_weight("embeddings").codes,
+    )
+    kernel = np.asarray(model.get_layer("hidden").kernel)
+    error = relative_error(np.asarray(quantized.get_layer("hidden").kernel), kernel)
+    row = next(row for row in report.rows if row.path == "hidden/kernel")
+    assert row.sqnr == pytest.approx(-20 * np.log10(error), abs=0.01)
+
+    quantized.save(tmp_path / "model.keras")
+    quantized.save_weights(tmp_path / "model.weights.h5")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    fresh = convert(model)
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    for other in (loaded, fresh, convert(quantized)):
+        np.testing.assert_array_equal(other(test), found)
+
+
+def test_the_multiplier_of_awq_is_part_of_the_weight():
+    data, test = batches(), batches(5)[-1]
+    quantized, _ = quantize(
+        model_of_every_kind(), jq.W4A16_ASYM, method=methods.AWQ(), batches=data
+    )
+    dense: Any = quantized.get_layer("hidden")
+    assert [v.name for v in dense.variables][-1] == "kernel_multiplier"
+    with pytest.raises(ValueError, match="activations have a multiplier, which a method chose"):
+        dense.enable_lora(2)
+    with pytest.raises(ValueError, match="Keras does not have the mode"):
+        to_stock(quantized)
+    stock = to_stock(quantized, dequantize=True)
+    assert relative_error(np.asarray(stock(test)), np.asarray(quantized(test))) < 1e-4
+
+
+def test_rules_name_methods():
+    rules = [
+        jq.Rule("head/*", jq.W8A8),
+        jq.Rule("hidden/*", INT4_G16, method=methods.GPTQ()),
+        jq.Rule("*", None),
+    ]
+    model = model_of_every_kind()
+    quantized, report = quantize(model, rules, batches=batches())
+    found = {path: scheme for path, scheme in schemes(report).items() if "int" in str(scheme)}
+    assert found == {
+        "hidden/kernel": "int4 g16",
+        "head/kernel": "int8 per channel, int8 inputs",
+    }
+    nearest, _ = quantize(model, {"hidden/*": INT4_G16, "head/*": jq.W8A8})
+    codes = [
+        {name: np.asarray(x.get_layer(name).quantized_weight("kernel").codes) for name in NAMES}
+        for x in (quantized, nearest)
+    ]
+    assert np.any(codes[0]["hidden"] != codes[1]["hidden"])
+    np.testing.assert_array_equal(codes[0]["head"], codes[1]["head"])
+
+
+NAMES = ("hidden", "head")
+
+
+def test_experts_get_error_feedback():
+    keras.utils.set_random_seed(0)
+    start = keras.Input((6, 16))
+    model = keras.Model(start, Experts(name="bank")(start))
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(16, 16)) * np.exp(rng.normal(size=16))
+    x = [(rng.normal(size=(32, 6, 16)) @ mix).astype(np.float32) for _ in range(3)]
+    exact = np.asarray(model(x[0]))
+    errors = []
+    for method in (None, methods.GPTQ()):
+        quantized, _ = quantize(model, jq.ArrayConfig(format=jq.INT4), method=method, batches=x)
+        errors.append(relative_error(np.asarray(quantized(x[0])), exact))
+    assert errors[1] < 0.9 * errors[0]
+    with pytest.raises(ValueError, match="Matrices of a stack must have one multiplier in common"):
+        quantize(model, jq.ArrayConfig(format=jq.INT4), method=methods.AWQ(), batches=x)
+
+
+PROBLEMS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no batches": (INT4_G16, {"method": methods.GPTQ()}, "GPTQ needs batches, what the model is"),
+    "padding": (
+        jq.ArrayConfig(format=jq.INT4, group_size=5),
+        {"method": methods.GPTQ(), "batches": batches()},
+        "methods need groups that divide the axes that share a scale",
+    ),
+    "rotation": (
+        INT4_G16,
+        {"method": methods.Rotation(), "batches": batches()},
+        "at most a multiplier, like .*with rotation for 'kernel'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_what_methods_cannot_do_is_an_error(name):
+    rules, arguments, words = PROBLEMS[name]
+    with pytest.raises(ValueError, match=words):
+        quantize(model_of_every_kind(), rules, **arguments)
+
+
+TEXT = ["the quick brown fox jumps over the lazy dog. " * 20]
+
+
+def tokenize(text):
+    return np.frombuffer(text.encode(), np.uint8) % 40
+
+
+def test_configs_of_keras_stand_for_a_scheme_a_method_and_batches():
+    make: Any = keras.quantizers.GPTQConfig
+    config = make(TEXT, tokenize, num_samples=8, sequence_length=6, group_size=16)
+    model = model_of_every_kind()
+    quantized, report = quantize(model, config)
+    assert schemes(report)["hidden/kernel"] == "int4 g16 asymmetric"
+    tokens = tokenize(TEXT[0])
+    starts = np.linspace(0, len(tokens) - 6, 8).round().astype(int)
+    data = [tokens[i : i + 6][None].astype(np.int32) for i in starts]
+    scheme = jq.ArrayConfig(format=jq.INT4, group_size=16, symmetric=False)
+    wanted, _ = quantize(model, scheme, method=methods.GPTQ(), batches=data)
+    np.testing.assert_array_equal(quantized(data[0]), wanted(data[0]))
+
+    with pytest.raises(ValueError, match=r"has its own method and data set; got method=None and b"):
+        quantize(model, config, batches=data)
+    short = make(["ab"], tokenize, sequence_length=6)
+    with pytest.raises(ValueError, match="at least one sequence of 6 tokens; got 2 tokens"):
+        quantize(model, short)
+    inputs = {"image": keras.Input((6,), name="image")}
+    odd = keras.Model(inputs, keras.layers.Dense(3)(inputs["image"]))
+    with pytest.raises(ValueError, match=r"inputs of model .* must be of token_ids.*; got \['im"):
+        quantize(odd, config)
+
+
+def test_layers_in_place_say_what_to_call():
+    make: Any = keras.quantizers.GPTQConfig
+    config = make(TEXT, tokenize, sequence_length=6)
+    model = convert(model_of_every_kind())
+    words = (
+        r"gptq quantizes a whole model.*jaxquant\.keras\.quantize\(model, config\) with this GPTQC"
+    )
+    with pytest.raises(ValueError, match=words):
+        model.quantize("gptq", config=config)
+
+
+@pytest.mark.skipif(not hasattr(keras.quantizers, "AWQConfig"), reason="Keras before 3.14")
+def test_awq_of_keras():
+    make: Any = getattr(keras.quantizers, "AWQConfig", None)
+    config = make(TEXT, tokenize, num_samples=8, sequence_length=6, group_size=-1)
+    quantized, report = quantize(model_of_every_kind(), config)
+    assert schemes(report)["hidden/kernel"] == "int4 per channel asymmetric"
+    assert quantized.get_layer("hidden").variables[-1].name == "kernel_multiplier"
