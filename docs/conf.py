@@ -1,23 +1,61 @@
 """The site: `sphinx-build -W docs site` writes the pages of this folder as HTML."""
 
+import os
+import pathlib
 import re
+import sys
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import api_pages
 
 import jaxquant
 
 project = "jaxquant"
 copyright = "the jaxquant developers"
 release = jaxquant.__version__
-extensions = ["myst_parser", "sphinx_copybutton"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 80
+python_use_unqualified_type_names = True
+napoleon_use_ivar = True
+napoleon_use_rtype = False
 html_theme = "sphinx_book_theme"
 html_title = f"jaxquant {release}"
 html_theme_options = {"show_toc_level": 2}
 myst_heading_anchors = 4
 
 
+_CONSTANTS = re.compile(r"^\| `([\w.]+)` \| (.*) \| \[", re.MULTILINE)
+
+
 def setup(app):
-    """Makes the README, which is not part of the site, a word instead of a link."""
+    """Makes the README, which is not part of the site, a word instead of a link, and API pages."""
     app.connect("source-read", _without_links_to_the_readme)
+    app.connect("source-read", _with_public_names)
+    # Before napoleon's, which reads the sections.
+    app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)
 
 
 def _without_links_to_the_readme(app, name, source):
     source[0] = re.sub(r"\[README\]\(\.\./README\.md[^)]*\)", "README", source[0])
+
+
+def _with_public_names(app, name, source):
+    if name.startswith("api/"):
+        reference = pathlib.Path(app.srcdir, "reference.md").read_text()
+        constants = dict(_CONSTANTS.findall(reference))
+        source[0] = api_pages.with_directives(source[0], constants)
+
+
+def _as_restructured_text(app, kind, name, value, options, lines):
+    lines[:] = api_pages.markup(lines, kind in ("property", "attribute", "data"))

@@ -28,7 +28,9 @@ class Method(Protocol):
     """
 
     @property
-    def statistics(self) -> tuple[type[Statistic], ...]: ...
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """The statistics of activations that it reads."""
+        ...
 
     def __call__(
         self, weight: jax.Array, means: Statistics, config: ArrayConfig, axis: Axes
@@ -87,7 +89,9 @@ class Transform(Protocol):
     """Changes a matrix and its activations before the codes are chosen. As for `Method`."""
 
     @property
-    def statistics(self) -> tuple[type[Statistic], ...]: ...
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """The statistics of activations that it reads."""
+        ...
 
     def transform(
         self, weight: jax.Array, means: Statistics, config: ArrayConfig, axis: Axes
