@@ -16,7 +16,7 @@ import jax
 import rich.console
 import rich.table
 
-from . import checkpoints, demo, methods, tree
+from . import checkpoints, demo, inspection, methods, tree
 from .calibration import Statistics
 from .core import SCHEMES, Scheme
 from .tree.internal import (
@@ -26,7 +26,6 @@ from .tree.internal import (
     progress_bar,
     read_tree,
     sqnr_metadata,
-    stored_sqnr,
 )
 from .version import __version__
 
@@ -49,8 +48,6 @@ _METHODS = {
     "sinq": [methods.SINQ(), methods.Nearest()],
     "hqq": methods.HQQ(),
 }
-# Files that hold tensors, but not a tree of quantized arrays.
-_NOT_TREES = (".gguf", ".json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,6 +156,8 @@ def _add_inspect(commands: Commands) -> None:
     parser.add_argument(
         "--plot", metavar="PNG", help="write a picture of the SQNR and code histograms"
     )
+    text = "write a page with totals, charts and a table, for a browser"
+    parser.add_argument("--html", metavar="HTML", help=text)
     text = "first compare each tensor with its checksum"
     parser.add_argument("--verify", action="store_true", help=text)
 
@@ -356,31 +355,13 @@ def _dequantized(params: Any, rules: list[tree.Rule]) -> Any:
 
 def _inspect(options: argparse.Namespace) -> None:
     if options.verify:
-        _verify(options.file)
-    if options.file.is_dir() or options.file.suffix in _NOT_TREES:
-        contents = checkpoints.open(options.file).report()
-        if options.plot:
-            raise ValueError(
-                f"--plot needs a safetensors file; got {options.file}. Quantize it first."
-            )
-        _print(contents.table(), contents.to_json(), options)
-        return
-    params, metadata = read_tree(options.file)
-    known = stored_sqnr(options.file, metadata)
-    rows = tree.report(None, params).rows
-    report = tree.Report(tuple(dataclasses.replace(r, sqnr=known.get(r.path)) for r in rows))
+        print(inspection.verify(options.file), file=sys.stderr)
+    contents = inspection.read(options.file)
     if options.plot:
-        report.plot(options.plot)
-    _print(report.table(), report.to_json(), options)
-
-
-def _verify(path: Path) -> None:
-    found = tree.verify(path)
-    altered = [name for name, is_intact in found.items() if not is_intact]
-    if altered:
-        names = ", ".join(altered)
-        raise ValueError(f"{len(altered)} of {len(found)} tensors of {path} were altered: {names}.")
-    print(f"All {len(found)} tensors of {path} have their checksums.", file=sys.stderr)
+        contents.plot(options.plot)
+    if options.html:
+        inspection.write_page(options.html, contents)
+    _print(contents.report.table(), contents.report.to_json(), options)
 
 
 def _print(table: rich.table.Table, values: Any, options: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ LAYERS = [
     "methods",
     "tree",
     "checkpoints",
+    "inspection",
     "lift",
     "calibration",
     "allocation",

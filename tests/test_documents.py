@@ -133,6 +133,7 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
         assert command_line.main(shlex.split(line)) == 0
         assert "int4 g128" in capsys.readouterr().out
     assert (tmp_path / "small.png").stat().st_size > 5000
+    assert "int4" in (tmp_path / "small.html").read_text()
 
 
 @pytest.mark.slow
