@@ -32,6 +32,7 @@ LIBRARIES = {
     "howto/equinox.md": "equinox",
     "howto/flax-linen.md": "flax",
     "howto/flax-nnx.md": "flax",
+    "howto/from-aqt.md": "flax",
     "howto/haiku.md": "haiku",
     "howto/keras.md": "keras_hub",
     "howto/orbax.md": "orbax.checkpoint",
@@ -89,9 +90,9 @@ def test_modules_and_files_in_backticks_exist(path):
 
 def test_every_page_is_on_the_site():
     lines = (ROOT / "docs" / "index.md").read_text().splitlines()
-    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
-    assert pages <= set(lines)
-    assert "howto/*" in lines
+    docs = ROOT / "docs"
+    pages = {str(path.relative_to(docs).with_suffix("")) for path in docs.rglob("*.md")}
+    assert pages - {"index"} <= set(lines)
 
 
 def test_the_table_of_extras_lists_each_and_no_other():
@@ -186,7 +187,7 @@ def test_sizes_in_the_demo_table_follow_from_the_encoder():
 def test_every_public_name_is_in_a_document():
     text = "\n".join(path.read_text() for path in DOCUMENTS)
     missing = [name for name in dir(jq) if name[0] != "_" and name not in text]
-    allowed = {"core", "demo", "jaxprs", "kernels", "ops", "version"}
+    allowed = {"core", "demo", "inspection", "jaxprs", "kernels", "ops", "version"}
     assert set(missing) <= allowed, f"undocumented: {sorted(set(missing) - allowed)}"
 
 
