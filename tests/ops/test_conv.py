@@ -227,6 +227,21 @@ def test_images_equal_the_integers_of_xla_in_every_layout(images, kernels, speci
         np.testing.assert_array_equal(got, other)
 
 
+@pytest.mark.parametrize("padding", ["SAME", ((2, 1), (3, 1))], ids=str)
+def test_a_window_larger_than_the_image_is_padded_first(padding):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 3, 2, 8)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(5, 4, 1, 16)), jnp.float32)
+    config = ArrayConfig()
+    a, b = quantize(x, config, (1, 2, 3)), quantize(kernel, config, (0, 1, 2))
+    options = {"dimension_numbers": NHWC, "feature_group_count": 8}
+    run = partial(conv_general_dilated, a, b, (1, 1), padding, **options)
+    found, wanted = run(implementation="images"), run(implementation="integer")
+    np.testing.assert_array_equal(found, wanted)
+    program = jax.jit(partial(run, implementation="images")).lower().as_text()
+    assert "optimization_barrier" in program
+
+
 @pytest.mark.parametrize("shape", [(0, 6, 7, 4), (2, 1, 7, 4)], ids=["no image", "no row left"])
 @pytest.mark.parametrize("rank", [2, 3])
 def test_empty_results_have_the_shape_of_the_float_ones(shape, rank):
