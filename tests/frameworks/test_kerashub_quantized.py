@@ -173,6 +173,30 @@ def test_a_language_model_of_experts_generates_from_codes():
     assert held < 0.35 * sum(v.value.nbytes for v in model.variables)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [jq.W8A16, jq.W4A16_ASYM], ids=["W8A16", "W4A16"])
+def test_lora_of_a_quantized_backbone_trains_and_is_in_files(scheme, tmp_path):
+    quantized, _ = jk.quantize(made("Gemma"), scheme)
+    before = quantized(prompt())
+    quantized.enable_lora(4)
+    assert checks.distance(quantized(prompt()), before) == 0
+    assert len(quantized.trainable_variables) == 4
+    quantized.compile(keras.optimizers.Adam(0.01), "mse")
+    targets = np.random.default_rng(0).normal(size=(2, 12, 64))
+    losses = quantized.fit(prompt(), targets, epochs=4, verbose=0).history["loss"]
+    assert losses == sorted(losses, reverse=True)
+    found = quantized(prompt())
+    assert checks.distance(found, before) > 0.03
+
+    quantized.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    assert checks.distance(loaded(prompt()), found) == 0
+    quantized.save_lora_weights(tmp_path / "adapter.lora.h5")
+    other, _ = jk.quantize(made("Gemma"), scheme)
+    other.load_lora_weights(tmp_path / "adapter.lora.h5")
+    assert checks.distance(other(prompt()), found) == 0
+
+
 def test_a_backbone_in_bfloat16_keeps_its_dtype(tmp_path):
     model = made("Gemma", dtype="bfloat16")
     quantized, _ = jk.quantize(model, jq.W8A16)

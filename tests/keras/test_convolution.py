@@ -230,8 +230,7 @@ def test_lora_on_codes_trains_saves_and_loads(tmp_path):
 
     model.save(tmp_path / "model.keras")
     loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
-    assert relative_error(loaded(inputs), model(inputs)) < 0.02
-    assert not np.any(loaded.layers[0].lora_kernel_b)
+    np.testing.assert_array_equal(loaded(inputs), model(inputs))
 
 
 def test_a_file_keeps_the_output_padding(tmp_path):

@@ -2,6 +2,7 @@
 
 from .checksums import read_entries as read_entries
 from .checksums import write_checksums as write_checksums
+from .entries import ADAPTER as ADAPTER
 from .entries import MARK as MARK
 from .entries import check_holds_floats as check_holds_floats
 from .entries import is_quantized as is_quantized

@@ -2,9 +2,10 @@
 
 Entries are numbered: codes of the declared weights, the layer's other variables, then scales and
 zero points of each declared weight. Axes are in logical order, so that files load on every
-platform. The entry `MARK` holds the quantization config. Layers with the default int8 config are
-written in the format of stock Keras, which does not have that entry and stores 127/max|x| without
-the axes that share a scale. (It is stored in float64, so that the step is restored exactly.)
+platform. The entry `MARK` holds the quantization config, and those of `ADAPTER` hold LoRA. Layers
+with the default int8 config are written in the format of stock Keras, which does not have these
+entries and stores 127/max|x| without the axes that share a scale. (It is stored in float64, so that
+the step is restored exactly.)
 """
 
 import contextlib
@@ -24,6 +25,8 @@ from . import stock_entries
 from .storage_arrays import from_storage_arrays, in_logical_order, storage_types, to_storage_arrays
 
 MARK = "quantization"
+# The adapter of a quantized layer with LoRA, beside its codes.
+ADAPTER = ("lora_a", "lora_b", "lora_alpha")
 
 
 def is_quantized(store: Any) -> bool:
@@ -37,7 +40,7 @@ def save(layer: Any, store: Any) -> None:
     is_plain = _is_plain(layer.quantization_config)
     parts = []
     for name in layer.stored_weights:
-        q = layer.tensor_to_save(name)
+        q = layer.stored_weights[name].on_host()
         codes, *rest = to_storage_arrays(jax.tree.map(np.asarray, q).reorder(None))
         if is_plain:
             step = np.asarray(rest[0], np.float64)
@@ -177,7 +180,7 @@ def _part_shapes(layer, name, like, is_plain):
 
 def _numbered(layer: Any, store: Any) -> list[np.ndarray]:
     """The numbered entries: at least one, without gaps."""
-    keys = set(store.keys()) - {MARK}
+    keys = set(store.keys()) - {MARK, *ADAPTER}
     names = [str(i) for i in range(len(keys))]
     if not keys or set(names) != keys:
         raise ValueError(

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 
 from ...core import LowRank, QTensor, add_low_rank, low_rank_product, low_rank_shapes
+from .. import files
 from .mixin import QuantizableMixin
 
 
@@ -29,7 +31,8 @@ class LoraMixin(QuantizableMixin):
     ) -> None:
         """Freezes the weight and adds trainable `a` (..., rank) and `b` (rank, n) to it.
 
-        Files hold the merged weight, quantized again if the layer is quantized.
+        Files of a quantized layer hold its codes and the adapter, so that a loaded layer computes
+        the same bit for bit. Files of a float layer hold the merged weight, as those of Keras do.
 
         Args:
             rank: length of the axis between `a` and `b`.
@@ -84,20 +87,50 @@ class LoraMixin(QuantizableMixin):
         return keras.ops.cast(total, self.compute_dtype)
 
     def tensor_to_save(self, name: str) -> QTensor:
-        """The weight with its adapter merged, quantized again with the same config."""
+        """The weight with its adapter merged, quantized again with the same config: for Keras."""
         if not self._has_lora(name):
             return super().tensor_to_save(name)
         values = self.stored_weights[name].dequantize()
         total = add_low_rank(values, *self._lora_factors(name), self.lora_alpha)
         return self.quantized_values(name, total, self.quantization_config)
 
+    def save_own_variables(self, store: Any) -> None:
+        """As `QuantizableMixin` does, then the adapter if the weight is quantized."""
+        super().save_own_variables(store)
+        name = next(iter(self.declared_weights), "")
+        if self.lora_enabled and name in self.stored_weights:
+            a, b = (getattr(self, f"lora_{name}_{part}") for part in "ab")
+            parts = a, b, np.float32(self.lora_alpha)
+            for key, value in zip(files.ADAPTER, parts, strict=True):
+                store[key] = keras.ops.convert_to_numpy(value)
+            files.write_checksums(store)
+
     def load_own_variables(self, store: Any) -> None:
-        """Reads the weights, which include the merged adapter, and clears the adapter."""
+        """Reads the weights, and the adapter that is beside them; without one, clears the layer's.
+
+        Raises:
+            ValueError: as for `QuantizableMixin`; or the layer has LoRA of another rank than the
+                file. The layer is unchanged.
+        """
+        name = next(iter(self.declared_weights), "")
+        adapter = [np.asarray(store[key]) for key in files.ADAPTER if key in set(store.keys())]
+        rank = adapter[0].shape[-1] if adapter else 0
+        if adapter and self.lora_enabled and rank != self.lora_rank:
+            raise ValueError(
+                f"The file's adapter of layer {self.name!r} has rank {rank}; got a layer with LoRA "
+                f"of rank {self.lora_rank}. Load it into a layer without LoRA, or of that rank."
+            )
         super().load_own_variables(store)
+        if adapter and not self.lora_enabled:
+            self.enable_lora(rank, float(adapter[2]))
+        if adapter:
+            self.lora_alpha = float(adapter[2])
         if self.lora_enabled:
-            # Only `b`: if both were zero, neither would get a gradient.
-            b = getattr(self, f"lora_{next(iter(self.declared_weights))}_b")
-            b.assign(keras.ops.zeros(b.shape))
+            a, b = (getattr(self, f"lora_{name}_{part}") for part in "ab")
+            # Only `b` is cleared: if both were zero, neither would get a gradient.
+            values = adapter[:2] if adapter else [a, keras.ops.zeros(b.shape)]
+            a.assign(values[0])
+            b.assign(values[1])
 
     def _lora_factors(self, name: str) -> tuple[jax.Array, jax.Array]:
         """`a` and `b`, in the dtype of the running layer."""

@@ -380,7 +380,7 @@ class QuantizableMixin(PolicyMixin):
         return scale.reshape(like.scale.shape)
 
     def tensor_to_save(self, name: str) -> QTensor:
-        """Hook: the quantized weight for a file, such as with LoRA merged."""
+        """Hook: the quantized weight for stock Keras, such as with LoRA merged."""
         return self.stored_weights[name].on_host()
 
     def get_config(self) -> dict[str, Any]:

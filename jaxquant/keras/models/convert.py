@@ -119,6 +119,11 @@ def stock_class(cls: type) -> type | None:
 
 def _why_unsupported(layer: Any) -> str | None:
     """Why a layer cannot be part of a converted model, or None."""
+    if getattr(layer, "lora_enabled", False):
+        return (
+            f"{original_class(type(layer)).__name__} has LoRA enabled; convert or quantize the "
+            "model before enable_lora, or save and load the float model, which merges LoRA"
+        )
     if isinstance(layer, QuantizableMixin) or layer.quantization_mode is None:
         return None
     return (
