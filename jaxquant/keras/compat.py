@@ -16,6 +16,7 @@ from keras.src.backend.common.backend_utils import compute_conv_transpose_paddin
 from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.common.masking import set_keras_mask
 from keras.src.backend.common.variables import get_autocast_scope
+from keras.src.export import onnx
 from keras.src.models.functional import Functional
 from keras.src.quantizers.quantization_config import validate_and_resolve_config
 from keras.src.quantizers.utils import should_quantize_layer
@@ -91,6 +92,18 @@ def layers_being_quantized() -> list[Any]:
         return []
     model, filters = frame.f_locals["self"], frame.f_locals["filters"]
     return [x for x in sublayers(model) if not children(x) and should_quantize_layer(x, filters)]
+
+
+# Keras writes ONNX from JAX by jax2onnx from 3.15 on.
+_ONNX_EXPORTER: Any = getattr(onnx, "_export_onnx_jax", None)
+
+
+def is_exporting_onnx() -> bool:
+    """Whether Keras is tracing a model to write an ONNX file. It does not tell layers."""
+    code, frame = getattr(_ONNX_EXPORTER, "__code__", None), inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextlib.contextmanager

@@ -9,9 +9,10 @@ import keras
 import numpy as np
 import pytest
 from jax import export
+from keras.src.utils import module_utils  # Keras does not tell what writes ONNX.
 
 import jaxquant as jq
-from jaxquant.keras import functional, quantize, to_stock
+from jaxquant.keras import compat, functional, quantize, to_stock
 
 stock = keras.layers
 # By name: the layer, and the shape of one example.
@@ -135,6 +136,30 @@ def test_onnx_of_codes(tmp_path):
     check_onnx(quantized, tmp_path / "model.onnx")
     floats = sum(v.value.nbytes for v in model.variables)
     assert (tmp_path / "model.onnx").stat().st_size < 0.4 * floats
+
+
+class TracesOnly:
+    """In place of jax2onnx: calls the function as it does, and writes nothing."""
+
+    @staticmethod
+    def to_onnx(function, inputs, **options):
+        (x,) = inputs
+        jax.eval_shape(function, jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype))
+
+
+@pytest.mark.skipif(compat._ONNX_EXPORTER is None, reason="Keras writes ONNX by TensorFlow")
+@pytest.mark.parametrize("scheme", [jq.W4A16, jq.NF4A16, jq.FP8], ids=str)
+def test_onnx_of_codes_that_it_does_not_hold_raises(scheme, tmp_path, monkeypatch):
+    monkeypatch.setattr(module_utils, "jax2onnx", TracesOnly)
+    quantized, _ = quantize(small(), scheme)
+    quantized(X)
+    words = r"ONNX files hold int8 codes, with float activations; got QTensor.*kernel\. Quant"
+    with pytest.raises(ValueError, match=words):
+        quantized.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    quantized(X)
+    stays, _ = quantize(small(), jq.W8A16)
+    stays(X)
+    stays.export(tmp_path / "model.onnx", format="onnx", verbose=False)
 
 
 @pytest.mark.filterwarnings("ignore")

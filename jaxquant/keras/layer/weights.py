@@ -127,7 +127,18 @@ class StoredWeight:
         return self.like.shape != self.shape
 
     def tensor(self) -> QTensor:
-        """The stored weight, in the shape of the codes; inside `replaced`, its replacement."""
+        """The stored weight, in the shape of the codes; inside `replaced`, its replacement.
+
+        Raises:
+            ValueError: Keras is writing an ONNX file, which would not be valid with such codes.
+        """
+        is_held = self.like.format.rounds and self.like.format.bits == 8
+        if not is_held and compat.is_exporting_onnx():
+            raise ValueError(
+                f"ONNX files hold int8 codes, with float activations; got {self.like!r} for "
+                f"{self.codes.path}. Quantize the model to jaxquant.W8A16, or export "
+                "jaxquant.keras.to_stock(model, dequantize=True)."
+            )
         given = _given.get().get(id(self.codes))
         if given is not None:
             return given
