@@ -20,6 +20,8 @@ MODULES = (
     "jaxquant.keras",
     "jaxquant.keras.layers",
 )
+# Longer values of constants are not shown.
+MAX_VALUE = 400
 _MARK = re.compile(r"^\{every-public-name\} ([\w.]+)$", re.MULTILINE)
 _SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:", "Example:", "Examples:")
 _CODE = re.compile(r"(`[^`]+`)")
@@ -70,42 +72,56 @@ def is_ours(value):
     return not inspect.isclass(value) or value.__module__.startswith("jaxquant")
 
 
-def with_directives(text, constants):
+def with_directives(text, reference):
     """The text of a page, its mark replaced by a directive for each name.
 
     Args:
         text: of the page.
-        constants: what constants are, by path below `jaxquant`, as in docs/reference.md.
+        reference: what names are, by path below `jaxquant`, as in docs/reference.md, whose order
+            the page has. Only constants need it.
     """
-    return _MARK.sub(lambda mark: _directives(mark[1], constants), text)
+    return _MARK.sub(lambda mark: _directives(mark[1], reference), text)
 
 
-def _directives(path, constants):
-    found, blocks = described_at(), []
-    for name in names_of(path):
+def _directives(path, reference):
+    found, blocks, order = described_at(), [], list(reference)
+
+    def place(name):
+        key = f"{path}.{name}".removeprefix("jaxquant.")
+        return order.index(key) if key in reference else len(order)
+
+    for name in sorted(names_of(path), key=place):
         value, full = getattr(module_of(path), name), f"{path}.{name}"
         first = found[path, name]
         if not is_ours(value):
             # Keras' layers that work as they are.
-            blocks.append(f".. py:class:: {full}\n\n   Keras' own layer, which needs no change.")
+            blocks.append(_entry("class", path, name, "Keras' own layer, which needs no change."))
         elif first != full:
             # An entry for the index and for links, with the text on the other page.
             kind = "class" if inspect.isclass(value) else "function"
-            blocks.append(f".. py:{kind}:: {full}\n\n   The same as :py:obj:`{first}`.")
+            blocks.append(_entry(kind, path, name, f"The same as :py:obj:`{first}`."))
         elif inspect.isclass(value):
             blocks.append(f".. autoclass:: {full}\n   :members:")
         elif has_docstring(value):
             blocks.append(f".. autofunction:: {full}")
         else:
-            blocks.append(_constant(full, value, constants))
+            blocks.append(_constant(path, name, value, reference))
     body = "\n\n".join(blocks)
     return f"```{{eval-rst}}\n{body}\n```"
 
 
-def _constant(path, value, constants):
-    what = constants.get(path.removeprefix("jaxquant."), "").replace("\\|", "|")
-    text = " ".join(markup([what], is_value=True))
-    return f".. py:data:: {path}\n\n   {text}\n\n   ``{brief(value)}``"
+def _entry(kind, path, name, text):
+    """A directive for a name without a docstring on this page."""
+    return f".. py:{kind}:: {name}\n   :module: {path}\n\n   {text}"
+
+
+def _constant(path, name, value, reference):
+    what = reference.get(f"{path}.{name}".removeprefix("jaxquant."), "").replace("\\|", "|")
+    text = " ".join(markup([what]))
+    shown = brief(value)
+    # Some rules are long patterns.
+    shown = f"\n\n   ``{shown}``" if len(shown) < MAX_VALUE else ""
+    return _entry("data", path, name, f"{text}{shown}")
 
 
 def brief(value):
@@ -123,14 +139,8 @@ def brief(value):
     return f"{type(value).__name__}({', '.join(texts)})"
 
 
-def markup(lines, is_value=False):
-    """Lines of a docstring as reStructuredText; napoleon reads the sections that are left.
-
-    Args:
-        lines: of the docstring.
-        is_value: whether it is that of a property or a constant, which starts with a word and a
-            colon if that says its type.
-    """
+def markup(lines):
+    """Lines of a docstring as reStructuredText; napoleon reads the sections that are left."""
     out, section, is_formula, was_blank = [], None, False, False
     for line in _joined(lines):
         text, indent = line.strip(), len(line) - len(line.lstrip())
@@ -138,7 +148,7 @@ def markup(lines, is_value=False):
             out.append("")
             was_blank = True
             continue
-        note = None if is_value else _NOTE.match(line)
+        note = _NOTE.match(line)
         if not indent:
             section = "note" if note else text if text in _SECTIONS else None
         # An indented block after an empty line is a formula, unless it belongs to a section.
@@ -168,10 +178,12 @@ def _joined(lines):
 
 
 def _escaped(text):
-    parts = _CODE.split(text)
-    text = "".join(f"`{p}`" if i % 2 else _SPECIAL.sub(r"\\\1", p) for i, p in enumerate(parts))
-    # Code ends before a letter only if an escaped space is between them.
-    return re.sub(r"(``[^`]+``)(?=\w)", r"\1\\ ", text)
+    parts, out = _CODE.split(text), []
+    for code, prose in zip(["", *parts[1::2]], parts[::2], strict=True):
+        # Code ends before a letter only if an escaped space is between them.
+        space = "\\ " if code and re.match(r"\w", prose) else ""
+        out.append((f"`{code}`" if code else "") + space + _SPECIAL.sub(r"\\\1", prose))
+    return "".join(out)
 
 
 def _note(text, note):

@@ -27,15 +27,21 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
-napoleon_use_ivar = True
+# The fields of a frozen dataclass are its arguments.
+napoleon_custom_sections = [("Attributes", "params_style")]
 napoleon_use_rtype = False
 html_theme = "sphinx_book_theme"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"jaxquant {release}"
-html_theme_options = {"show_toc_level": 2}
+html_theme_options = {"show_toc_level": 2, "navbar_persistent": []}
 myst_heading_anchors = 4
 
 
-_CONSTANTS = re.compile(r"^\| `([\w.]+)` \| (.*) \| \[", re.MULTILINE)
+# Kinds of names whose docstrings are a sentence.
+_VALUES = ("property", "attribute", "data")
+_texts = {}
+_ROW = re.compile(r"^\| `([\w.]+)` \| (.*) \| \[", re.MULTILINE)
 
 
 def setup(app):
@@ -44,6 +50,7 @@ def setup(app):
     app.connect("source-read", _with_public_names)
     # Before napoleon's, which reads the sections.
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)
+    app.connect("autodoc-process-docstring", _with_text_of_properties, priority=900)
 
 
 def _without_links_to_the_readme(app, name, source):
@@ -53,9 +60,15 @@ def _without_links_to_the_readme(app, name, source):
 def _with_public_names(app, name, source):
     if name.startswith("api/"):
         reference = pathlib.Path(app.srcdir, "reference.md").read_text()
-        constants = dict(_CONSTANTS.findall(reference))
-        source[0] = api_pages.with_directives(source[0], constants)
+        source[0] = api_pages.with_directives(source[0], dict(_ROW.findall(reference)))
 
 
 def _as_restructured_text(app, kind, name, value, options, lines):
-    lines[:] = api_pages.markup(lines, kind in ("property", "attribute", "data"))
+    lines[:] = api_pages.markup(lines)
+    if kind in _VALUES:
+        # Napoleon takes what is before a colon for a type.
+        _texts[name], lines[:] = lines[:], []
+
+
+def _with_text_of_properties(app, kind, name, value, options, lines):
+    lines[:] = _texts.pop(name, lines)
