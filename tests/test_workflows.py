@@ -42,7 +42,7 @@ def test_scripts_and_tests_of_the_workflows_exist():
 def test_modules_that_the_workflows_run_exist():
     text = "\n".join(path.read_text() for path in WORKFLOWS.iterdir())
     modules = set(re.findall(r"python -m (\w+\.\w+)", text))
-    assert modules == {"tests.fuzz", "benchmarks.reliability"}
+    assert modules == {"tests.fuzz", "tests.site", "benchmarks.reliability"}
     for module in modules:
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
 
