@@ -48,6 +48,7 @@ def setup(app):
     """Makes the README, which is not part of the site, a word instead of a link, and API pages."""
     app.connect("source-read", _without_links_to_the_readme)
     app.connect("source-read", _with_public_names)
+    app.connect("source-read", _with_links_to_public_names)
     # Before napoleon's, which reads the sections.
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)
     app.connect("autodoc-process-docstring", _with_text_of_properties, priority=900)
@@ -61,6 +62,14 @@ def _with_public_names(app, name, source):
     if name.startswith("api/"):
         reference = pathlib.Path(app.srcdir, "reference.md").read_text()
         source[0] = api_pages.with_directives(source[0], dict(_ROW.findall(reference)))
+
+
+def _with_links_to_public_names(app, name, source):
+    """Links each name of the reference to its place on a page of docs/api."""
+    if name == "reference":
+        source[0] = re.sub(
+            r"^\| `([\w.]+)` \|", r"| {py:obj}`\1 <jaxquant.\1>` |", source[0], flags=re.MULTILINE
+        )
 
 
 def _as_restructured_text(app, kind, name, value, options, lines):

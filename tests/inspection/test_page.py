@@ -19,7 +19,7 @@ from ..tree.trees import normal
 # Code of a type of GGUF.
 Q8_0 = 8
 VOID = {"meta"}
-HOSTILE = "</script><img src=https://example.com/x onerror='alert(1)'>&\u202e"
+HOSTILE = "\"'</script><img src=https://example.com/x onerror='alert(1)'>&\u202e"
 
 
 class Page(html.parser.HTMLParser):
