@@ -190,7 +190,9 @@ def test_enable_lora_raises_where_it_is_not_supported():
         constrained.enable_lora(2)
 
 
-@pytest.mark.parametrize("config", [Float8QuantizationConfig(), "int8", "int4"], ids=str)
+@pytest.mark.parametrize(
+    "config", [Float8QuantizationConfig(), "int8", "int4"], ids=["float8", "int8", "int4"]
+)
 def test_files_of_adapted_layers_load_bit_for_bit(config, tmp_path):
     keras.utils.set_random_seed(0)
     model: Any = keras.Sequential([keras.Input((20,)), layers.Dense(7)])
