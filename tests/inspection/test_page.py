@@ -153,6 +153,15 @@ def test_few_tensors_of_many_have_bars():
     assert charts.bars([]) == ""
 
 
+def test_bars_show_the_largest_first_and_have_lengths_in_proportion():
+    small = rows.InspectedTensor("small", (8,), "float32", "", "", 32.0, 32, 32, None, "")
+    large = rows.InspectedTensor("large", (512,), "int8", "", "", 8.0, 512, 2048, None, "")
+    text = charts.bars([small, large])
+    assert re.findall("<bdi>(.*?)</bdi>", text) == ["large", "small"]
+    assert re.findall(r'class="bytes" width="([\d.]+)"', text) == ["100.00", "6.25"]
+    assert re.findall(r'class="bits" width="([\d.]+)"', text) == ["25.00", "100.00"]
+
+
 def test_columns_have_heights_in_proportion():
     heights = [float(h) for h in re.findall(r' height="([\d.]+)"', charts.columns([1, 4, 0]))]
     assert heights == [10, 40, 0]
