@@ -28,9 +28,10 @@ DIGESTS = {
     "offset_permutation": "8ca604a22fb5496225cd70a5057840ec613797f3c8a6cb5b7c6e073fc620bdb2",
     "rotation": "a8e30cce6ab79d091557604af463f3cc783005d908aeb3bf75c83ac6510794fb",
     "dense_bits": "f669b390d39e3a100d650af28f0e5ed6095e3747928da9349f648fbb8a04fe19",
+    "low_rank_norms": "0755cf5bb9a85300d8df8a5e0ae26bfe68f70738e95ce232470e62fe68c3ed81",
 }
 # The version of the files; 1 of all that are not named.
-VERSIONS = {"offset_permutation": 2, "rotation": 3, "dense_bits": 4}
+VERSIONS = {"offset_permutation": 2, "rotation": 3, "dense_bits": 4, "low_rank_norms": 5}
 
 
 def leaves_of(params, path=""):
