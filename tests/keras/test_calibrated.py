@@ -128,7 +128,7 @@ def test_experts_get_error_feedback():
     x = [(rng.normal(size=(32, 6, 16)) @ mix).astype(np.float32) for _ in range(3)]
     exact = np.asarray(model(x[0]))
     errors = []
-    for method in (None, methods.GPTQ()):
+    for method in (methods.Nearest(), methods.GPTQ()):
         quantized, _ = quantize(model, jq.ArrayConfig(format=jq.INT4), method=method, batches=x)
         errors.append(relative_error(np.asarray(quantized(x[0])), exact))
     assert errors[1] < 0.9 * errors[0]
@@ -138,6 +138,7 @@ def test_experts_get_error_feedback():
 
 PROBLEMS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no batches": (INT4_G16, {"method": methods.GPTQ()}, "GPTQ needs batches, what the model is"),
+    "no method": (INT4_G16, {"batches": batches()}, "batches are for methods; got method=None"),
     "padding": (
         jq.ArrayConfig(format=jq.INT4, group_size=5),
         {"method": methods.GPTQ(), "batches": batches()},

@@ -67,7 +67,8 @@ def quantize(
             weight, or select none; weights that are already quantized; and those that hold NaN or
             Inf or do not fit the scheme, unless `strict` is False and others are quantized; groups
             that do not divide an axis of a weight with a method. Or a method needs batches and
-            there are none, or gives weights that layers do not store.
+            there are none, or there are batches and no method, or a method gives weights that
+            layers do not store.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
@@ -96,6 +97,11 @@ def quantize(
     problems = _mismatches(config, layers, chosen)
     weights, unfit = weights_with_methods(copy, chosen, config, method)
     raise_problems(model, problems + unfit)
+    if batches is not None and not weights:
+        raise ValueError(
+            f"batches are for methods; got method={method!r} and no rule with one that selects a "
+            "weight. Pass method=jaxquant.methods.GPTQ(), say, or leave them out."
+        )
     made = quantize_by_methods(copy, weights, batches, progress) if weights else {}
     rows, failed = _quantize(chosen, config, made, None if made else progress)
     if strict or not rows:
