@@ -2,13 +2,15 @@
 
 import argparse
 import importlib.util
+import json
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxquant as jq
-from benchmarks import llm
+from benchmarks import llm, llm_tables
 from jaxquant import demo
 
 from ..demo import llamas
@@ -89,6 +91,14 @@ def test_the_suite_prints_each_contender(small, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "as stored" in printed
     assert "Not installed: llama.cpp." in printed
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results():
+    text = (pathlib.Path(__file__).parents[2] / "docs/speed.md").read_text()
+    found = llm_tables.tables(json.loads(llm_tables.RESULTS.read_text()))
+    assert len(found) == 3
+    for lines in found.values():
+        assert "\n".join(lines) in text
 
 
 @pytest.mark.slow
