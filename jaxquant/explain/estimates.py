@@ -37,6 +37,8 @@ _XLA_INTEGER = 1.4
 # Weights that XLA dequantizes per second: in blocks that stay in the cache, as a whole that stays
 # there, and as a whole that does not; and up to how many stay there.
 _IN_BLOCKS, _IN_CACHE, _IN_MEMORY, _CACHED = 6e9, 2.5e9, 0.7e9, 2**21
+# 4-bit codes per second that are copied so that rows begin with a byte, by one thread.
+_ALIGNED = 1e9
 # Seconds that each call takes besides. Products of codes are two: one quantizes activations.
 _CALL = 15e-6
 
@@ -48,6 +50,7 @@ class _Work:
     Attributes:
         count: number of weights.
         stored: memory moves the operands as they are stored, and the result.
+        aligned: rows of 4-bit codes are copied first, where they do not begin with a byte.
         read: memory moves the weights as floats.
         arithmetic: that of the float product.
         as_floats: all of the float product.
@@ -55,6 +58,7 @@ class _Work:
 
     count: int
     stored: float
+    aligned: float
     read: float
     arithmetic: float
     as_floats: float
@@ -82,6 +86,7 @@ def _work(record: Record, machine: Machine) -> _Work:
     return _Work(
         count=count,
         stored=(record.rhs.bytes + moved) / machine.bytes_per_second,
+        aligned=count / _ALIGNED if record.length % 2 and record.rhs.bytes < count else 0,
         read=read,
         arithmetic=arithmetic,
         as_floats=_CALL + max(read + moved / machine.bytes_per_second, arithmetic),
@@ -91,8 +96,9 @@ def _work(record: Record, machine: Machine) -> _Work:
 def _native(work: _Work, choice: Choice) -> float:
     rates = _BY_INSTRUCTIONS[cpu.instruction_sets()[0]]
     if choice.is_integer:
-        return 2 * _CALL + max(work.stored, work.arithmetic / rates.integer)
-    return _CALL + max(work.stored, work.read / rates.read, work.arithmetic / rates.floats)
+        return 2 * _CALL + work.aligned + max(work.stored, work.arithmetic / rates.integer)
+    multiplied = max(work.stored, work.read / rates.read, work.arithmetic / rates.floats)
+    return _CALL + work.aligned + multiplied
 
 
 def _integer(work: _Work, _: Choice) -> float:

@@ -108,3 +108,15 @@ def test_what_other_instructions_were_measured_at_does_not_count(monkeypatch):
 def test_instruction_sets_all_have_rates():
     assert set(estimates._BY_INSTRUCTIONS) == {"AVX512-VNNI", "AVX2", "NEON"}
     assert machine_for("cpu").platform == "cpu"
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="XLA dequantizes then")
+def test_rows_that_do_not_begin_with_a_byte_are_estimated_to_be_copied():
+    choice = Choice("cpu", None, "native", False, True, ())
+    even, odd = (
+        estimated_speed(record_of(8, (length, 4096), 4.25), choice, MACHINES[0])
+        for length in (4096, 4097)
+    )
+    assert even is not None
+    assert odd is not None
+    assert odd < 0.5 * even
