@@ -38,7 +38,7 @@ _XLA_INTEGER = 1.4
 # there, and as a whole that does not; and up to how many stay there.
 _IN_BLOCKS, _IN_CACHE, _IN_MEMORY, _CACHED = 6e9, 2.5e9, 0.7e9, 2**21
 # 4-bit codes per second that are copied so that rows begin with a byte, by one thread.
-_ALIGNED = 1e9
+_ALIGNED = 2e10
 # Seconds that each call takes besides. Products of codes are two: one quantizes activations.
 _CALL = 15e-6
 

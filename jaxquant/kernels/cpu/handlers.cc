@@ -53,9 +53,17 @@ struct Operands {
     if (weights.bits == 8 || K % 2 == 0) return;
     const int64_t bytes = (K + 1) / 2;
     rows_.resize(weights.N * bytes);
-    for (int64_t i = 0; i < weights.N * K; ++i) {
-      const int code = weights.codes[i / 2] >> 4 * (i % 2) & 15, k = i % K;
-      rows_[i / K * bytes + k / 2] |= code << 4 * (k % 2);
+    for (int64_t n = 0; n < weights.N; ++n) {
+      const uint8_t* from = weights.codes + n * K / 2;
+      uint8_t* to = rows_.data() + n * bytes;
+      // The last byte of a row holds one code; every other row begins with the second half of a byte.
+      if (n % 2 == 0) {
+        std::copy_n(from, bytes - 1, to);
+        to[bytes - 1] = from[bytes - 1] & 15;
+      } else {
+        for (int64_t i = 0; i + 1 < bytes; ++i) to[i] = from[i] >> 4 | from[i + 1] << 4;
+        to[bytes - 1] = from[bytes - 1] >> 4;
+      }
     }
     inputs_.resize(M * (K + 1));
     for (int64_t m = 0; m < M; ++m) std::copy_n(x + m * K, K, inputs_.data() + m * (K + 1));
