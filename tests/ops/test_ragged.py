@@ -251,10 +251,13 @@ def test_unsupported_integer_raises_with_the_reason(message):
 
 
 def test_long_sums_are_not_computed_as_integers():
-    x = quantized(np.ones((1, 131072), np.float32), ArrayConfig(), axis=1)
-    q = quantized(np.ones((1, 131072, 1), np.float32), ArrayConfig(), axis=1)
-    with pytest.raises(ValueError, match="sums of 131072 codes may leave int32"):
+    # 127^2 * 140001 is more than 2^31.
+    x = quantized(np.ones((1, 140001), np.float32), ArrayConfig(), axis=1)
+    q = quantized(np.ones((1, 140001, 1), np.float32), ArrayConfig(), axis=1)
+    with pytest.raises(ValueError, match="sums of 140001 codes may leave int32"):
         ragged_dot(x, q, np.array([1]), implementation="integer")
+    for weights in (q, q.reorder((-1, -2))):
+        np.testing.assert_allclose(ragged_dot(x, weights, np.array([1])), [[140001]], rtol=1e-5)
 
 
 def test_plain_arrays_go_to_lax_unchanged():

@@ -12,6 +12,9 @@ namespace {
 // Bytes that a thread copies at least.
 constexpr int64_t kLeastCopy = 1 << 17;
 
+// Products of so many 8-bit codes fit into int32.
+constexpr int64_t kLongestInt8 = (1 << 17) - 1;
+
 // In the order of INSTRUCTIONS in library.py; null where the kernels are not compiled.
 const Kernels* const kSets[] = {
 #if defined(JAXQUANT_X86)
@@ -157,7 +160,7 @@ ffi::Error RaggedDot(ThreadPool pool, int64_t set, ffi::AnyBuffer x, ffi::AnyBuf
       const int8_t* in = static_cast<const int8_t*>(x.untyped_data()) + start * K;
       const Result result{part, N, width == 4 ? Result::kFloat32 : Result::kBFloat16,
                           row.element_count() ? row.typed_data() + start : nullptr};
-      if (bits == 8 && G == 1 && !weights.zero) {
+      if (bits == 8 && G == 1 && !weights.zero && K <= kLongestInt8) {
         Weights plain{weights.codes, N, K, 8};
         kSets[set]->dot_int8(pool, in, rows, plain,
                              {part, N, result.type, result.row, weights.scale});
