@@ -87,8 +87,9 @@ def test_queries_in_float64_and_other_programs_are_left_to_xla():
         program.compile()(split, cache), run(QUERY, cache), rtol=1e-5, atol=1e-5
     )
     with jax.enable_x64(True):
-        wide = run(QUERY.astype(np.float64), kv.init(B, H, S, D, store=jnp.float64))
+        wide = run(QUERY.astype(np.float64), cache)
         assert wide.dtype == jnp.float64
+        np.testing.assert_allclose(wide, run(QUERY, cache), rtol=1e-5, atol=1e-5)
 
 
 @needs_native
