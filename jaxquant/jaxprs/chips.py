@@ -46,7 +46,7 @@ def by_generation(branches: Mapping[str, Function], default: Function, *args: An
     Args:
         branches: functions by generation.
         default: function for all others. All return results of the same structure.
-        args: arrays.
+        args: pytrees of arrays.
     """
     names = (*branches, None)
 

@@ -8,12 +8,13 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from .each_part import has_parts
+from .sharding import vary_alike
 
 Function = Callable[..., Any]
 Select = Callable[[mlir.LoweringRuleContext | None], int]
 
 
-def unless_exported(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
+def unless_exported(here: Function, elsewhere: Function, *args: Any) -> Any:
     """here(*args), and elsewhere(*args) in programs that `jax.export` writes.
 
     Native code that this process registered is not part of an exported program. Both functions
@@ -22,7 +23,7 @@ def unless_exported(here: Function, elsewhere: Function, *args: jax.Array) -> An
     return _switch(here, elsewhere, _is_exported, args)
 
 
-def on_one_cpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
+def on_one_cpu(here: Function, elsewhere: Function, *args: Any) -> Any:
     """`unless_exported`; elsewhere(*args) also in programs that XLA partitions.
 
     XLA cannot partition native code: it would gather sharded operands on every device.
@@ -30,7 +31,7 @@ def on_one_cpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
     return _switch(here, elsewhere, _excludes_cpu_kernels, args)
 
 
-def on_each_cpu(here: Function, parts: Function, elsewhere: Function, *args: jax.Array) -> Any:
+def on_each_cpu(here: Function, parts: Function, elsewhere: Function, *args: Any) -> Any:
     """`on_one_cpu`; parts(*args) in programs that XLA partitions, outside of `shard_map`.
 
     For functions made of `on_each_part`.
@@ -44,7 +45,7 @@ def on_each_cpu(here: Function, parts: Function, elsewhere: Function, *args: jax
     return lowering_switch((here, parts, elsewhere), select, *args)
 
 
-def unless_partitioned(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
+def unless_partitioned(here: Function, elsewhere: Function, *args: Any) -> Any:
     """here(*args), and elsewhere(*args) in programs that XLA partitions.
 
     For loops over slices of an array: XLA would gather a sharded one on every device. Both
@@ -53,7 +54,7 @@ def unless_partitioned(here: Function, elsewhere: Function, *args: jax.Array) ->
     return _switch(here, elsewhere, _is_partitioned_program, args)
 
 
-def on_one_tpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
+def on_one_tpu(here: Function, elsewhere: Function, *args: Any) -> Any:
     """here(*args), and elsewhere(*args) in programs that XLA partitions.
 
     XLA cannot partition Pallas kernels; inside `shard_map` each device runs one. They are part of
@@ -66,7 +67,7 @@ def on_one_tpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
     return _switch(here, elsewhere, _excludes_tpu_kernels, args)
 
 
-def on_one_gpu(here: Function, elsewhere: Function, *args: jax.Array) -> Any:
+def on_one_gpu(here: Function, elsewhere: Function, *args: Any) -> Any:
     """`on_one_tpu` for GPUs with CUDA; elsewhere(*args) also in programs that `jax.export` writes.
 
     `jax.export` rejects Triton kernels because their serialized form may change between versions.
@@ -164,22 +165,24 @@ def transpose_of(
     return [by_place.get(i) for i in range(len(args))]
 
 
-def lowering_switch(branches: tuple[Function, ...], select: Select, *args: jax.Array) -> Any:
+def lowering_switch(branches: tuple[Function, ...], select: Select, *args: Any) -> Any:
     """branches[select(context)](*args), selected when the program is lowered.
 
     Args:
         branches: functions whose results have the same structure, shapes and dtypes.
         select: from JAX's lowering context to the index of a branch; True is 1. It gets None for
             eager operations, which are not lowered.
-        args: arrays.
+        args: pytrees of arrays. Inside `shard_map`, all vary along the same mesh axes.
     """
+    leaves, given = jax.tree.flatten(args)
     structure = jax.tree.structure(jax.eval_shape(branches[-1], *args))
-    flat = tuple(_flat(branch) for branch in branches)
-    return jax.tree.unflatten(structure, _switch_p.bind(*args, branches=flat, select=select))
+    flat = tuple(_flat(branch, given) for branch in branches)
+    out = _switch_p.bind(*vary_alike(leaves), branches=flat, select=select)
+    return jax.tree.unflatten(structure, out)
 
 
-def _flat(function: Function) -> Function:
-    return lambda *args: jax.tree.leaves(function(*args))
+def _flat(function: Function, given: Any) -> Function:
+    return lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(given, leaves)))
 
 
 _switch_p = Primitive("lowering_switch")

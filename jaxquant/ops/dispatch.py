@@ -243,13 +243,12 @@ def _on_chips(rows: Rows, lhs: Operand, rhs: Operand, spec: Any) -> jax.Array:
     own = {chip: row for chip, (row, _) in rows.items() if chip and row != default}
     if not own:
         return default.run(lhs, rhs, spec)
-    leaves, treedef = jax.tree.flatten((lhs, rhs))
 
     def runner(row: Implementation) -> Function:
-        return lambda *leaves: row.run(*jax.tree.unflatten(treedef, leaves), spec)
+        return lambda lhs, rhs: row.run(lhs, rhs, spec)
 
     branches = {chip: runner(row) for chip, row in own.items()}
-    return chips.by_generation(branches, runner(default), *leaves)
+    return chips.by_generation(branches, runner(default), lhs, rhs)
 
 
 def _record(

@@ -47,15 +47,12 @@ def drawn(shape, dtype, layers=1):
         bits = f"uint{8 * numbers.dtype.itemsize}"
         packed = jax.lax.bitcast_convert_type(numbers, bits) if is_bits else numbers
         stored.append(pack_int4(numbers, axis=-1) if dtype == "int4" else packed)
-    table = None
-    if dtype in ("float8_e4m3fn", "uint8"):
-        table = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype)).astype(np.float32)
     scales = [None, None]
-    if table is not None or "int" in dtype:
+    if dtype not in ("float32", "bfloat16"):
         scales = [
             rng.uniform(0.1, 0.5, (batch, heads, positions)).astype(np.float32) for _ in range(2)
         ]
-    return (query, *stored, table, *scales, np.array(starts, np.int32)), floats
+    return (query, *stored, *scales, np.array(starts, np.int32)), floats
 
 
 def attended(query, keys, values, key_scale, value_scale, starts):
@@ -76,7 +73,7 @@ def attended(query, keys, values, key_scale, value_scale, starts):
 
 def attend(arguments, dtype, layer=0, instructions=None):
     call = jax.jit(partial(cpu.attend, dtype=jnp.dtype(dtype), instructions=instructions))
-    names = ("query", "keys", "values", "table", "key_scale", "value_scale", "starts")
+    names = ("query", "keys", "values", "key_scale", "value_scale", "starts")
     return np.asarray(call(**dict(zip(names, arguments, strict=True)), layer=jnp.int32(layer)))
 
 

@@ -189,7 +189,6 @@ def attend(
     keys: jax.Array,
     values: jax.Array,
     dtype: jax.typing.DTypeLike,
-    table: jax.Array | None,
     key_scale: jax.Array | None,
     value_scale: jax.Array | None,
     starts: jax.Array,
@@ -203,7 +202,6 @@ def attend(
         keys, values: (L, B, H, S, D) as they are stored: the bits of `dtype`, 4-bit codes two to a
             byte along D.
         dtype: float32, bfloat16, int8, int4, or another one of 8 bits.
-        table: values of the 256 bytes of such another one; None for the rest.
         key_scale, value_scale: (B, H, S); None means 1.
         starts: int32 (B,). Token t of sequence b sees the positions up to starts[b] + t.
         layer: int32 scalar, clipped to those that there are; a negative one counts from the end.
@@ -214,9 +212,11 @@ def attend(
 
     Error: that of float32 sums, and 2 ulp of each exponential.
     """
+    kind = np.int64(_ATTENDED.get(jnp.dtype(dtype), len(_ATTENDED)))
+    # The values of all bytes of such another dtype.
+    table = np.arange(256, dtype=np.uint8).view(dtype) if kind == len(_ATTENDED) else None
     none = jnp.zeros(0, jnp.float32)
     others = [none if x is None else _float(x) for x in (table, key_scale, value_scale)]
-    kind = np.int64(_ATTENDED.get(jnp.dtype(dtype), len(_ATTENDED)))
     arrays = (query, keys, values, *others, starts, layer)
     result = jax.ShapeDtypeStruct(query.shape, jnp.float32)
     return _call("attend", result, instructions, *arrays, type=kind)
@@ -257,7 +257,7 @@ def take_slice(stack: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
     return copy(stack, index)
 
 
-def _float(x: jax.Array) -> jax.Array:
+def _float(x: jax.Array | np.ndarray) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from ...core import bits_of
-from ...jaxprs import is_sharded, on_one_cpu, vary_alike
+from ...jaxprs import is_sharded, on_one_cpu
 from ...kernels import cpu
 from ..gradient import tangent_of
 from ..operands import has_symbolic_shape
@@ -79,18 +79,11 @@ def _attend(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> ja
     """The result in the dtype of the query, whose token t sees the positions to starts + t."""
     if not _is_for_kernel(query, cache):
         return _by_xla(query, cache, starts, layer)
-    leaves, treedef = jax.tree.flatten((query, cache, starts, layer))
 
-    def on_cpu(*leaves: jax.Array) -> jax.Array:
-        return on_one_cpu(natively, by_xla, *vary_alike([*leaves]))
+    def on_cpu(*args: Any) -> jax.Array:
+        return on_one_cpu(_natively, _by_xla, *args)
 
-    def natively(*leaves: jax.Array) -> jax.Array:
-        return _natively(*jax.tree.unflatten(treedef, leaves))
-
-    def by_xla(*leaves: jax.Array) -> jax.Array:
-        return _by_xla(*jax.tree.unflatten(treedef, leaves))
-
-    return lax.platform_dependent(*leaves, cpu=on_cpu, default=by_xla)
+    return lax.platform_dependent(query, cache, starts, layer, cpu=on_cpu, default=_by_xla)
 
 
 def _attend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
@@ -117,12 +110,7 @@ def _natively(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> 
         _scale_of(x, cache, layer) for x in (cache.key_scale, cache.value_scale)
     )
     place = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    table = None
-    if bits_of(cache.dtype) == 8 and cache.dtype != jnp.int8:
-        table = jnp.asarray(np.arange(256, dtype=np.uint8).view(cache.dtype), jnp.float32)
-    return cpu.attend(
-        query, keys, values, cache.dtype, table, key_scale, value_scale, starts, place
-    )
+    return cpu.attend(query, keys, values, cache.dtype, key_scale, value_scale, starts, place)
 
 
 def _by_xla(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:

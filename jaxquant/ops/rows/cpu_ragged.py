@@ -1,7 +1,5 @@
 """The row that runs the native kernels for CPUs, one expert after another."""
 
-import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ...core import QTensor, scale_values
-from ...jaxprs import is_sharded, on_one_cpu, vary_alike
+from ...jaxprs import is_sharded, on_one_cpu
 from ...kernels import cpu
 from .. import dispatch
 from ..dispatch import Implementation, Table
@@ -38,35 +36,31 @@ def row(fallback: Table) -> Implementation:
 
 
 def _run(lhs: Operand, rhs: QTensor, spec: Any, *, fallback: Table) -> jax.Array:
-    leaves, treedef = jax.tree.flatten((lhs, rhs, jnp.asarray(spec.group_sizes)))
     # The branches get all arrays as arguments.
-    static = dataclasses.replace(spec, group_sizes=None)
+    static = spec.with_arrays(None, None)
 
-    def on_leaves(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        def call(*leaves: jax.Array) -> jax.Array:
-            lhs, rhs, sizes = jax.tree.unflatten(treedef, leaves)
-            return run(lhs, rhs, dataclasses.replace(static, group_sizes=sizes))
+    def here(lhs: Operand, rhs: QTensor, sizes: jax.Array) -> jax.Array:
+        return _natively(lhs, rhs, sizes, static.dtype)
 
-        return call
+    def elsewhere(lhs: Operand, rhs: QTensor, sizes: jax.Array) -> jax.Array:
+        return dispatch.run_on(fallback, lhs, rhs, static.with_arrays(sizes, None), "cpu")
 
-    def by_xla(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
-        return dispatch.run_on(fallback, lhs, rhs, spec, "cpu")
-
-    return on_one_cpu(on_leaves(_natively), on_leaves(by_xla), *vary_alike(leaves))
+    return on_one_cpu(here, elsewhere, lhs, rhs, jnp.asarray(spec.group_sizes))
 
 
-def _natively(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
+def _natively(
+    lhs: Operand, rhs: QTensor, sizes: jax.Array, result: jax.typing.DTypeLike
+) -> jax.Array:
     columns = partial(repeat_groups, shape=rhs.codes.shape, axes=(0, 1))
     scale = columns(scale_values(rhs.scale))
     zero = None if rhs.zero_point is None else columns(rhs.zero_point)
-    sizes = jnp.asarray(spec.group_sizes)
     table = jnp.asarray(values_of_codes(rhs.format)) if rhs.format.bits == 4 else None
     x, per_row, dtype = as_array(lhs), None, jnp.float32
     if isinstance(lhs, QTensor) and multiplies_codes(lhs, rhs):
-        x, table, dtype = lhs.codes.astype(jnp.int8), None, native_dtype(spec.dtype)
+        x, table, dtype = lhs.codes.astype(jnp.int8), None, native_dtype(result)
         per_row = repeat_groups(scale_values(lhs.scale), lhs.codes.shape, (0,))[:, 0]
     out = cpu.ragged_dot(jnp.asarray(x), rhs.codes, scale, zero, sizes, per_row, table, dtype)
-    return out.astype(spec.dtype)
+    return out.astype(result)
 
 
 def _why_unsupported(lhs: Operand, rhs: Any, spec: Any) -> str | None:

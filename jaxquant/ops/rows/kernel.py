@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...core import QTensor, blocks_between, scale_values
-from ...jaxprs import Function, is_sharded, on_each_cpu, vary_alike
+from ...jaxprs import Function, is_sharded, on_each_cpu
 from ...kernels import cpu
 from ...version import __version__
 from .. import dispatch
@@ -34,21 +34,18 @@ def kernel_or_xla(
     Args:
         lhs, rhs, spec: as for the row.
         kernel: (lhs, rhs, spec) -> result.
-        where: (here, elsewhere, *arrays) -> result, which selects when the program is lowered.
+        where: (here, elsewhere, lhs, rhs) -> result, which selects when the program is lowered.
         fallback: rows of XLA, tried in order.
         platform: that of the kernel.
     """
-    leaves, treedef = jax.tree.flatten((lhs, rhs))
 
-    def here(*leaves):
-        lhs, rhs = jax.tree.unflatten(treedef, leaves)
+    def here(lhs: Operand, rhs: Operand) -> jax.Array:
         return kernel(lhs, rhs, spec)
 
-    def elsewhere(*leaves):
-        lhs, rhs = jax.tree.unflatten(treedef, leaves)
+    def elsewhere(lhs: Operand, rhs: Operand) -> jax.Array:
         return dispatch.run_on(fallback, lhs, rhs, spec, platform)
 
-    return where(here, elsewhere, *vary_alike(leaves))
+    return where(here, elsewhere, lhs, rhs)
 
 
 def kernel_on_parts(
@@ -74,7 +71,9 @@ def kernel_on_parts(
         run = kernel if why_unsupported(lhs, rhs, spec) is None else by_xla
         return run(lhs, rhs, spec)
 
-    def where(here: Function, elsewhere: Function, *leaves: jax.Array) -> jax.Array:
+    def where(here: Function, elsewhere: Function, lhs: Operand, rhs: QTensor) -> jax.Array:
+        treedef = jax.tree.structure((lhs, rhs))
+
         @jax.custom_batching.custom_vmap
         def parts(*leaves: jax.Array) -> jax.Array:
             lhs, rhs = jax.tree.unflatten(treedef, leaves)
@@ -83,12 +82,15 @@ def kernel_on_parts(
 
         @parts.def_vmap
         def _(length: int, is_batched: Any, *leaves: jax.Array) -> tuple[jax.Array, bool]:
-            axes = [0 if b else None for b in is_batched]
-            return jax.vmap(elsewhere, axes, axis_size=length)(*leaves), True
+            axes = jax.tree.unflatten(treedef, [0 if b else None for b in is_batched])
+            operands = jax.tree.unflatten(treedef, leaves)
+            return jax.vmap(elsewhere, axes, axis_size=length)(*operands), True
 
-        return on_each_cpu(here, parts, elsewhere, *leaves)
+        def on_parts(lhs: Operand, rhs: QTensor) -> jax.Array:
+            return parts(*jax.tree.leaves((lhs, rhs)))
 
-    treedef = jax.tree.structure((lhs, rhs))
+        return on_each_cpu(here, on_parts, elsewhere, lhs, rhs)
+
     return kernel_or_xla(
         lhs, rhs, spec, kernel=kernel, where=where, fallback=fallback, platform="cpu"
     )
