@@ -154,10 +154,10 @@ def _add_inspect(commands: Commands) -> None:
     parser = _add(commands, "inspect", _inspect, text)
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument(
-        "--plot", metavar="PNG", help="write a picture of the SQNR and code histograms"
+        "--plot", type=Path, metavar="PNG", help="write a picture of the SQNR and code histograms"
     )
     text = "write a page with totals, charts and a table, for a browser"
-    parser.add_argument("--html", metavar="HTML", help=text)
+    parser.add_argument("--html", type=Path, metavar="HTML", help=text)
     text = "first compare each tensor with its checksum"
     parser.add_argument("--verify", action="store_true", help=text)
 
@@ -313,11 +313,7 @@ def _quantize(options: argparse.Namespace) -> None:
         raise ValueError(
             f"nothing to do for {options.source}: give --scheme NAME, --rule PATTERN=NAME, or both"
         )
-    check_target(options.target)
-    if options.target.exists() and options.target.samefile(options.source):
-        raise ValueError(
-            f"{options.source} and {options.target} are the same file; name another for the result"
-        )
+    _check_result(options.target, options.source)
     checkpoint = checkpoints.open(options.source)
     how = {
         "method": options.method and _METHODS[options.method],
@@ -344,6 +340,13 @@ def _quantize(options: argparse.Namespace) -> None:
     _print(report.table(), report.to_json(), options)
 
 
+def _check_result(path: Path, source: Path) -> None:
+    """Raises if a result cannot be written, or would replace the source."""
+    check_target(path)
+    if path.exists() and path.samefile(source):
+        raise ValueError(f"{source} and {path} are the same file; name another for the result")
+
+
 def _dequantized(params: Any, rules: list[tree.Rule]) -> Any:
     """The tree with the leaves in float that rules quantize."""
     paths, leaves, treedef = leaves_with_paths(params)
@@ -354,6 +357,8 @@ def _dequantized(params: Any, rules: list[tree.Rule]) -> Any:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    for path in filter(None, (options.plot, options.html)):
+        _check_result(path, options.file)
     if options.verify:
         print(inspection.verify(options.file), file=sys.stderr)
     contents = inspection.read(options.file)

@@ -217,6 +217,10 @@ def test_input_and_output_must_be_two_files(model, run, tmp_path, monkeypatch, n
         status, out, err = run("quantize", *names, "--scheme", "W8A8")
         assert (status, out) == (2, "")
         assert err.endswith("are the same file; name another for the result\n")
+        for option in ("--plot", "--html"):
+            status, out, err = run("inspect", names[0], option, names[1])
+            assert (status, out) == (2, "")
+            assert err.endswith("are the same file; name another for the result\n")
     assert model.read_bytes() == before
     assert (tmp_path / "link").is_symlink()
 
@@ -284,6 +288,9 @@ BAD = [
     (["inspect", "{folder}/none"], "No such file or directory"),
     (["inspect", "{index}"], "weight_map.a must be the name of a .safetensors file in the same f"),
     (["quantize", "{index}", "{out}", "--scheme", "W8A8"], "weight_map.a must be the name of a .s"),
+    (["inspect", "{model}", "--html", "{folder}"], "is a folder"),
+    (["inspect", "{model}", "--html", "{folder}/none/a"], "is not a folder; create it first"),
+    (["inspect", "{model}", "--html", ""], "is a folder"),
     (["inspect", "{folder}", "--plot", "{out}"], "--plot needs a safetensors file; got "),
     (["quantize", "{model}", "{fifo}", "--scheme", "W8A8"], "fifo is a device, FIFO or socket (m"),
     (["quantize", "{model}", "/dev/null", "--scheme", "W8A8"], "null is a device, FIFO or socket"),
