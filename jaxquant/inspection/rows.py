@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints import CheckpointRow
-from ..core import LowRank, QTensor
-from ..tree import ReportRow, is_quantized
+from ..core import LowRank, QTensor, describe
+from ..tree import ReportRow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class InspectedTensor:
         nbytes: bytes in memory.
         bytes_elsewhere: bytes as floats for files of `jaxquant.save`, in the file for others.
         sqnr: signal to quantization noise in dB; None if it is not known.
-        note: why it is not quantized, or what may be wrong; "" for nothing.
+        note: why it is not quantized, what may be wrong, and its adapters; "" for nothing.
         codes: how often codes fall into equal bins over the format's range; empty if not known.
         scales: how many scales have which exponent, floor(log2|scale|); empty if not known.
     """
@@ -52,18 +52,22 @@ class InspectedTensor:
 
 def of_tree(row: ReportRow, leaf: Any) -> InspectedTensor:
     """The row of a leaf of a tree, from its row in a report."""
+    notes, base = [row.warning or row.reason], leaf
+    if isinstance(leaf, LowRank):
+        notes, base = [*notes, f"adapters of rank {leaf.rank}"], leaf.base
+    is_quantized = isinstance(base, QTensor)
     dtype = str(getattr(leaf, "dtype", type(leaf).__name__))
     return InspectedTensor(
         row.path,
         row.shape,
-        *_words(row.scheme or dtype),
+        *_words(describe(base) if is_quantized else dtype),
         row.bits_per_weight,
         row.bytes_after,
         row.bytes_before,
         row.sqnr,
-        row.warning or row.reason or "",
+        "; ".join(filter(None, notes)),
         row.codes,
-        scale_exponents(leaf) if is_quantized(leaf) else {},
+        scale_exponents(base) if is_quantized else {},
     )
 
 
@@ -89,9 +93,8 @@ def _words(description: str) -> tuple[str, str, str]:
     return format, granularity, inputs
 
 
-def scale_exponents(q: QTensor | LowRank) -> dict[int, int]:
+def scale_exponents(q: QTensor) -> dict[int, int]:
     """How many scales have which exponent, floor(log2|scale|)."""
-    q = q.base if isinstance(q, LowRank) else q
     scale = q.scale.dequantize() if isinstance(q.scale, QTensor) else q.scale
     values = np.abs(np.asarray(scale, np.float32))
     values = values[np.isfinite(values) & (values > 0)]

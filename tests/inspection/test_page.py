@@ -4,6 +4,7 @@ import html.parser
 import math
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -183,6 +184,21 @@ def test_exponents_of_scales_are_counted():
 )
 def test_an_unknown_error_is_sorted_below_all(value, place):
     assert page._sortable(value) == place
+
+
+def test_adapters_are_in_the_note(tmp_path):
+    params = {"w": normal(256, 32)}
+    rules = {"w": jq.W4A8}
+    adapted = jq.training.lora_init(params, rules, rank=3, key=jax.random.key(0))
+    jq.save(tmp_path / "a", adapted)
+    (row,) = inspection.read(tmp_path / "a").rows()
+    assert (row.format, row.inputs) == ("int4", "int8 inputs")
+    assert row.note == "adapters of rank 3"
+    assert sum(row.scales.values()) == adapted["w"].base.scale.size
+    bare = jq.training.lora_init(params, {"w": jq.W8A16}, rank=3, key=jax.random.key(0))
+    jq.save(tmp_path / "b", bare)
+    (row,) = inspection.read(tmp_path / "b").rows()
+    assert (row.format, row.granularity, row.inputs) == ("int8", "per channel", "")
 
 
 def test_files_of_others_have_pages(tmp_path, capsys):
