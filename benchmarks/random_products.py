@@ -156,6 +156,17 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def in_words(counts: dict[str, Any]) -> str:
+    """A summary as text."""
+    return (
+        f"{counts['slow']} of {counts['products']} products had less than {SLOW} of the speed of "
+        "the better of float32 and XLA's own computation, "
+        f"{counts['slow_without_warning']} of them "
+        f"without a warning by `jq.explain`. {counts['clear']} products were more than {BAND:.0%} "
+        f"faster or slower than float32; for {counts['told']} of them, it predicted which."
+    )
+
+
 def suite(arguments: Any) -> dict[str, Any]:
     """Runs the suite, prints what it found, and returns what the JSON file holds."""
     console = rich.console.Console(width=max(120, rich.console.Console().width))
@@ -166,16 +177,12 @@ def suite(arguments: Any) -> dict[str, Any]:
             results.append(measured(case))
             bar.advance(task)
     found = summary(results)
-    console.print(
-        f"{found['slow']} of {found['products']} products have less than {SLOW} of the best speed, "
-        f"{found['slow_without_warning']} of them without a warning. Of {found['clear']} that are "
-        f"more than {BAND:.0%} faster or slower than float32, explain tells {found['told']}."
-    )
+    console.print(in_words(found))
     console.print(_table("Slow without a warning", [
         r for r in results if r["of_best"] < SLOW and r["warning"] is None
     ]))  # fmt: skip
     wrong = [r for r in results if abs(r["speed"] - 1) > BAND and not is_told(r)]
-    console.print(_table("Told wrongly", wrong))
+    console.print(_table("Predicted wrongly, or not at all", wrong))
     return {"summary": found, "products": results}
 
 

@@ -1,6 +1,8 @@
 """The suite of random products."""
 
 import dataclasses
+import json
+import pathlib
 from typing import Any
 
 import pytest
@@ -68,3 +70,23 @@ def test_the_summary_counts():
     )
     counts = {"products": 5, "slow": 3, "slow_without_warning": 2, "warned": 1}
     assert found == {**counts, "clear": 4, "told": 2, "median_speed": 1.1}
+
+
+def test_the_docs_have_the_counts_and_the_losing_cases_of_the_results():
+    root = pathlib.Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks/results/random.json").read_text())
+    assert found["summary"] == summary(found["products"])
+    text = " ".join((root / "docs/speed.md").read_text().split())
+    assert random_products.in_words(found["summary"]) in text
+    slow = [r for r in found["products"] if r["of_best"] < random_products.SLOW]
+    large = [r for r in slow if r["length"] * r["columns"] >= 120_000 or r["rows"] > 1000]
+    parts = (
+        ("and", [r for r in large if r["length"] % 2]),
+        ("to", [r for r in large if r["rows"] > 1000]),
+        ("to", [r for r in large if r["length"] < 120]),
+        ("to", [r for r in slow if r not in large]),
+    )
+    assert sum(len(rows) for _, rows in parts) == len(slow)
+    for word, rows in parts:
+        speeds = [r["speed"] for r in rows]
+        assert f": {min(speeds):.2f} {word} {max(speeds):.2f}" in text
