@@ -10,6 +10,7 @@ from . import (
     accuracy,
     cpu,
     end_to_end,
+    experts,
     gpu,
     llm,
     machine,
@@ -26,6 +27,7 @@ SUITES = {
     "accuracy": accuracy.suite,
     "cpu": cpu.suite,
     "end-to-end": end_to_end.suite,
+    "experts": experts.suite,
     "gpu": gpu.suite,
     "llm": llm.suite,
     "quantize": quantize.suite,
@@ -35,11 +37,12 @@ SUITES = {
     "training": training.suite,
 }
 _SUITES_HELP = """accuracy: methods on a language model at equal bits; cpu: matrix multiplication,
- by shape and rows; end-to-end: a sentence encoder and a text-generating decoder; gpu: matrix
- multiplication on a GPU; llm: a language model, against llama.cpp; quantize: time and memory of
- quantizing weights; random: products of random sizes and schemes, and what explain says of them;
- tpu-compile: estimates by the TPU compiler; tpu-models: the same of a whole language model;
- training: losses, speed and memory of training with quantization"""
+ by shape and rows; end-to-end: a sentence encoder and a text-generating decoder; experts:
+ rows by the experts of a mixture; gpu: matrix multiplication on a GPU; llm: a language model,
+ against llama.cpp; quantize: time and memory of quantizing weights; random: products of random
+ sizes and schemes, and what explain says of them; tpu-compile: estimates by the TPU compiler;
+ tpu-models: the same of a whole language model; training: losses, speed and memory of training with
+ quantization"""
 # To be called before JAX initializes its devices.
 PREPARATIONS = {
     "gpu": gpu.prepare,

@@ -1,23 +1,22 @@
-"""Compares products with the experts of a mixture: `python -m benchmarks.experts`.
+"""Compares products with the experts of a mixture: `python -m benchmarks --suite experts`.
 
 Rows meet the experts that random routing chose for them, in one `ragged_dot`. Cells: milliseconds,
 and the speed relative to XLA's float32, by jaxquant's choice and by the computation of XLA in the
 same scheme; on CPU, XLA multiplies all rows by all experts.
 """
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.table
 
 import jaxquant as jq
 
-from . import machine
+from .tables import markdown
 from .timing import by_turns, ratio
 
 # Experts, contracted elements and columns of the gates of Qwen3-30B-A3B, with a quarter of its
@@ -35,8 +34,8 @@ def routed(tokens: int) -> jax.Array:
     return jnp.asarray(np.bincount(np.concatenate(chosen), minlength=EXPERTS), jnp.int32)
 
 
-def main() -> None:
-    """Measures all schemes, and prints a table."""
+def suite(_: Any) -> dict[str, Any]:
+    """Measures all schemes, prints a table, and returns what the JSON file holds."""
     rng = np.random.default_rng(0)
     floats = jnp.asarray(rng.normal(size=(EXPERTS, LENGTH, COLUMNS)) / LENGTH**0.5, jnp.float32)
     runs: dict[str, tuple[Callable[..., Any], Any]] = {REFERENCE: (jax.lax.ragged_dot, floats)}
@@ -44,23 +43,26 @@ def main() -> None:
         rule = [jq.Rule("*", jq.SCHEMES[name], axis=1)]
         experts = jq.tree.quantize({"experts": floats}, rule)["experts"]
         runs[name] = jq.ragged_dot, experts
-        runs[f"{name}, {by_xla}"] = partial(jq.ragged_dot, implementation=by_xla), experts
-    title = f"{EXPERTS} experts of {LENGTH} x {COLUMNS}, {PER_TOKEN} per token: ms (speed)"
-    table = rich.table.Table("by", *(f"{tokens} tokens" for tokens in TOKENS), title=title)
-    cells: dict[str, list[str]] = {name: [] for name in runs}
+        runs[f"{name} of XLA"] = partial(jq.ragged_dot, implementation=by_xla), experts
+    results = []
     for tokens in TOKENS:
         sizes = routed(tokens)
         x = jnp.asarray(rng.normal(size=(tokens * PER_TOKEN, LENGTH)), jnp.float32)
         times = by_turns({n: partial(jax.jit(run), x, w, sizes) for n, (run, w) in runs.items()}, 9)
         for name, taken in times.items():
-            speed = 1 / ratio(times, name, REFERENCE)
-            cells[name].append(f"{1e3 * np.median(taken):.2f} ({speed:.1f})")
-    for name, row in cells.items():
-        table.add_row(name, *row)
-    console = rich.console.Console()
-    console.print(machine.description())
-    console.print(table)
+            results.append(
+                {
+                    "contender": name,
+                    "column": f"{tokens} token{'s' * (tokens > 1)}",
+                    "milliseconds": 1e3 * statistics.median(taken),
+                    "speed": 1 / ratio(times, name, REFERENCE),
+                }
+            )
+    print(f"{EXPERTS} experts of {LENGTH} x {COLUMNS}, {PER_TOKEN} per token: ms (speed)")
+    print("", *table(results), sep="\n")
+    return {"experts": results}
 
 
-if __name__ == "__main__":
-    main()
+def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of the table."""
+    return markdown(results, lambda r: f"{r['milliseconds']:.2f} ({r['speed']:.1f})")

@@ -2,8 +2,10 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from .tables import markdown
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "llm.json"
 Row = Mapping[str, Any]
@@ -18,11 +20,11 @@ def main() -> None:
 def tables(results: Mapping[str, Sequence[Row]]) -> dict[str, list[str]]:
     """Lines of the tables by their titles, one line per contender, one column per case."""
     return {
-        "Decoding, sequences x tokens in the cache: ms per token of each sequence": _table(
+        "Decoding, sequences x tokens in the cache: ms per token of each sequence": markdown(
             results["decoding"], lambda r: f"{_time(r)} {100 * r['bandwidth']:.0f} %"
         ),
-        "Prompts: ms": _table(results["prompts"], _time),
-        "Products + attention, and the whole step: ms": _table(
+        "Prompts: ms": markdown(results["prompts"], _time),
+        "Products + attention, and the whole step: ms": markdown(
             results["parts"],
             lambda r: f"{r['products']:.1f} + {r['attention']:.1f}, {r['whole']:.1f}",
         ),
@@ -31,15 +33,6 @@ def tables(results: Mapping[str, Sequence[Row]]) -> dict[str, list[str]]:
 
 def _time(result: Row) -> str:
     return f"{result['milliseconds']:.1f} ({result['speed']:.2f})"
-
-
-def _table(rows: Sequence[Row], cell: Callable[[Row], str]) -> list[str]:
-    columns = list(dict.fromkeys(r["column"] for r in rows))
-    cells = {(r["contender"], r["column"]): cell(r) for r in rows}
-    lines = [f"| by | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for name in dict.fromkeys(r["contender"] for r in rows):
-        lines.append(f"| {name} | {' | '.join(cells[name, c] for c in columns)} |")
-    return lines
 
 
 if __name__ == "__main__":

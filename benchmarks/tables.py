@@ -1,6 +1,6 @@
 """Tables of speeds: one line per contender, one column per case."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import rich.table
@@ -38,6 +38,18 @@ def speeds(
     for name in missing:
         found.add_row(name, *["not installed"] * len(columns), style="dim")
     return found
+
+
+def markdown(
+    rows: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], str]
+) -> list[str]:
+    """Lines of a table for the docs, from rows with `contender` and `column`."""
+    columns = list(dict.fromkeys(r["column"] for r in rows))
+    cells = {(r["contender"], r["column"]): cell(r) for r in rows}
+    lines = [f"| by | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for name in dict.fromkeys(r["contender"] for r in rows):
+        lines.append(f"| {name} | {' | '.join(cells[name, c] for c in columns)} |")
+    return lines
 
 
 def unsupported(results: Sequence[dict[str, Any]]) -> list[str]:
