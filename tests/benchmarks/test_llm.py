@@ -101,6 +101,34 @@ def test_the_tables_of_the_docs_are_those_of_the_results():
         assert "\n".join(lines) in text
 
 
+def test_the_docs_compare_with_llama_cpp_as_the_results_do():
+    text = " ".join((pathlib.Path(__file__).parents[2] / "docs/speed.md").read_text().split())
+    found = json.loads(llm_tables.RESULTS.read_text())
+    times = {(r["contender"], r["column"]): r["milliseconds"] for r in found["decoding"]}
+    times |= {(r["contender"], r["column"]): r["milliseconds"] for r in found["prompts"]}
+
+    def faster(ours, theirs, column):
+        return times[f"llama.cpp {theirs}", column] / times[ours, column]
+
+    def both(column):
+        four, eight = (faster(f"W{b}A8 g32", f"Q{b}_0", column) for b in (4, 8))
+        return f"{four:.1f}", f"{eight:.1f}"
+
+    assert (
+        "W4A8 g32 is {} times as fast as llama.cpp's Q4_0, and W8A8 g32 {} times".format(
+            *both("1 x 128")
+        )
+        in text
+    )
+    assert "16 sequences of 1,024 tokens, it is {} and {} times".format(*both("16 x 1024")) in text
+    assert "512 tokens {} and {} times".format(*both("512 tokens")) in text
+    (large,) = set(both("2048 tokens"))
+    assert f"2,048 tokens {large} times" in text
+    columns = {column for _, column in times}
+    speeds = [faster("W8A8", "Q8_0", column) for column in columns]
+    assert f"is {min(speeds):.1f} to {max(speeds):.1f} times as fast as Q8_0" in text
+
+
 @pytest.mark.slow
 def test_llama_cpp_continues_as_we_do(tmp_path):
     if importlib.util.find_spec("xllamacpp") is None:
