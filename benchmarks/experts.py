@@ -1,8 +1,8 @@
 """Compares products with the experts of a mixture: `python -m benchmarks --suite experts`.
 
-Rows meet the experts that random routing chose for them, in one `ragged_dot`. Cells: milliseconds,
-and the speed relative to XLA's float32, by jaxquant's choice and by the computation of XLA in the
-same scheme; on CPU, XLA multiplies all rows by all experts.
+Rows are multiplied with the experts that random routing chose for them, in one `ragged_dot`. Cells:
+milliseconds, and the speed relative to XLA's float32, by jaxquant's choice and by the computation
+of XLA in the same scheme; on CPU, XLA multiplies all rows by all experts.
 """
 
 import statistics

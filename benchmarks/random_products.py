@@ -1,4 +1,4 @@
-"""Products of random sizes and schemes: is the fastest computation chosen, and does explain know?
+"""Products of random sizes and schemes: is the fastest computation chosen, and predicted?
 
     python -m benchmarks --suite random [--count 2000] [--seed 0]
 

@@ -63,7 +63,7 @@ def described_at():
 
 
 def has_docstring(value):
-    """Whether a value is documented by a docstring of its own; constants are by their value."""
+    """Whether a value has a docstring; constants are documented by their value."""
     return inspect.isclass(value) or inspect.isroutine(inspect.unwrap(value))
 
 

@@ -24,7 +24,7 @@ class InspectedTensor:
         inputs: how activations that it is multiplied with are quantized; "" if they are not.
         bits: bits in memory per element, scales and zero points included.
         nbytes: bytes in memory.
-        bytes_elsewhere: bytes as floats for files of `jaxquant.save`, in the file for others.
+        bytes_elsewhere: bytes before quantization for files of `jaxquant.save`, or in the file.
         sqnr: signal to quantization noise in dB; None if it is not known.
         note: why it is not quantized, what may be wrong, and its adapters; "" for nothing.
         codes: how often codes fall into equal bins over the format's range; empty if not known.

@@ -11,7 +11,7 @@ from benchmarks import experts
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_each_token_meets_different_experts():
+def test_each_token_has_different_experts():
     sizes = np.asarray(experts.routed(3))
     assert sizes.shape == (experts.EXPERTS,)
     assert sizes.sum() == 3 * experts.PER_TOKEN

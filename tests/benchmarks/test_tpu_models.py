@@ -78,7 +78,7 @@ def test_a_program_that_cannot_be_read_has_no_estimate(monkeypatch):
     assert (found["chip"], found["step"]) == ("v6e", "decode 1 x 8192")
 
 
-def test_chips_without_a_known_memory_are_refused():
+def test_chips_without_a_known_memory_raise():
     with pytest.raises(SystemExit, match=r"must be of v5e, v6e; got .*TPU7x"):
         tpu_models.suite(argparse.Namespace(chips=["TPU7x"], only=None))
 

@@ -1,4 +1,4 @@
-"""Key-value caches of attention layers: a pytree of floats or of codes with a scale per token.
+"""Key-value caches of attention layers: a pytree of arrays, or of codes with a scale per token.
 
 cache = kv.init(batch, heads, length, size, store=jq.ArrayConfig(format=jq.INT8))
 cache = kv.append(cache, keys, values)  # of a prompt, or of the next token
