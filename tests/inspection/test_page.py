@@ -96,6 +96,7 @@ def test_the_table_says_what_the_report_says(parsed):
         words = [text for text in texts[2:5] if text]
         assert " ".join(words) == (row.scheme or "float32").replace(",", "")
         assert texts[9] == (row.warning or row.reason or "")
+        assert line[8][1] == str(sum(count > 0 for count in row.codes))
 
 
 def test_columns_are_sorted_by_values_that_are_numbers(parsed):
@@ -161,6 +162,28 @@ def test_bars_show_the_largest_first_and_have_lengths_in_proportion():
     assert re.findall("<bdi>(.*?)</bdi>", text) == ["large", "small"]
     assert re.findall(r'class="bytes" width="([\d.]+)"', text) == ["100.00", "6.25"]
     assert re.findall(r'class="bits" width="([\d.]+)"', text) == ["25.00", "100.00"]
+
+
+def test_bars_of_more_than_32_bits_are_as_long_as_those_of_32():
+    bits = (160.0, 32.0, 8.0)
+    of_bits = [rows.InspectedTensor("a", (), "", "", "", b, 8, 8, None, "") for b in bits]
+    text = charts.bars(of_bits)
+    assert re.findall(r'class="bits" width="([\d.]+)"', text) == ["100.00", "100.00", "25.00"]
+
+
+def test_histograms_add_the_tensors_of_one_format():
+    def row(format, codes, scales):
+        return rows.InspectedTensor(
+            "a", (4,), format, "g2", "", 4.0, 2, 16, None, "", codes, scales
+        )
+
+    text = charts.histograms(
+        [row("int4", (1, 3), {0: 1}), row("nf4", (0, 4), {}), row("int4", (2, 0), {0: 1, 2: 4})]
+    )
+    figures = [found.split("<figcaption>") for found in text.split("<figure>")[1:]]
+    heights = [[float(h) for h in re.findall(r' height="([\d.]+)"', f)] for f, _ in figures]
+    assert heights == [[40, 40], [20, 0, 40], [0, 40]]
+    assert "int4 g2: scales, from 2<sup>0</sup> to 2<sup>3</sup>" in figures[1][1]
 
 
 def test_columns_have_heights_in_proportion():
