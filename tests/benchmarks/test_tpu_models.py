@@ -1,7 +1,9 @@
 """How a whole model is divided for the TPU compiler, and what its programs may not gather."""
 
 import argparse
+import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 import jaxquant as jq
 from benchmarks import tpu_models
+from benchmarks.tables import markdown
 from benchmarks.tpu_models import Sizes, Step, gathered, placed
 
 MESH = jax.sharding.AbstractMesh((8,), ("model",))
@@ -91,3 +94,17 @@ def test_steps_are_lowered_for_a_mesh():
     names = [str(step) for step in tpu_models.STEPS]
     assert names == ["decode 1 x 8192", "decode 8 x 8192", "decode 64 x 8192", "prefill 4096"]
     assert jnp.bfloat16 == sizes.params()["head"].dtype
+
+
+def test_the_table_of_the_docs_is_that_of_the_results():
+    root = pathlib.Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks/results/tpu-models.json").read_text())["models"]
+    time = "compiler_estimate_milliseconds"
+    first = {r["step"]: r[time] for r in found if r["contender"] == tpu_models.REFERENCE}
+
+    def cell(r):
+        return f"{r[time]:.2f} ({first[r['step']] / r[time]:.2f}), {r['memory_bytes'] / 1e9:.1f} GB"
+
+    lines = markdown([r | {"column": r["step"].removeprefix("decode ")} for r in found], cell)
+    assert "\n".join(lines) in (root / "docs/speed.md").read_text()
+    assert not any(r["gathered_bytes"] for r in found)
