@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import keras
+import numpy as np
 from keras.src.backend.common.backend_utils import compute_conv_transpose_padding_args_for_jax
 from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.common.masking import set_keras_mask
@@ -64,6 +65,26 @@ def attributes(layer: keras.layers.Layer) -> dict[str, Any]:
     """The layer's attributes, without Keras' own lists of its variables and layers."""
     own = [layer._trainable_variables, layer._non_trainable_variables, layer._layers]
     return {name: v for name, v in vars(layer).items() if not any(v is x for x in own)}
+
+
+class GivenVariable(keras.Variable):
+    """Reads as a variable that has this array as its value, also while it is traced.
+
+    Keras' constructor would register it with the model that is running.
+    """
+
+    def __init__(self, value: jax.Array, name: str):
+        self._name = self._path = name
+        self._value, self._shape, self._ndim = value, tuple(value.shape), value.ndim
+        self._dtype, self._autocast, self._trainable = value.dtype.name, False, False
+        self._regularizer = self._constraint = None
+
+    def assign(self, value: Any) -> Any:
+        """Raises an error: codes would not change."""
+        raise ValueError(
+            f"{self.name!r} is quantized and cannot be assigned to; got a value of shape "
+            f"{np.shape(value)}. Keep its layer in float with keep=[...]."
+        )
 
 
 def drop_variable(layer: keras.layers.Layer, variable: keras.Variable) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
@@ -132,7 +133,7 @@ def test_experts_share_a_scale_along_the_axis_that_they_contract():
     shapes = {n: bank.quantized_weight(n).reorder(None).scale.shape for n in ("up", "down")}
     assert shapes == {"up": (3, 1, 24), "down": (3, 1, 16)}
     assert schemes(report)["bank/shift"] == "not declared quantizable"
-    # Outside of its call, the layer's attributes are dequantized arrays.
+    # Outside of its call, the layer's attributes have dequantized values.
     exact = np.asarray(model.get_layer("bank")._up)
     assert 0 < relative_error(np.asarray(bank._up), exact) < 0.2
     np.testing.assert_array_equal(bank._up, bank.up)
@@ -183,6 +184,35 @@ def test_what_is_left_in_float_trains(layer):
     held = [np.asarray(v) for v in quantized.non_trainable_variables if v.dtype == "int8"]
     for x, y in zip(held, codes, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@keras.saving.register_keras_serializable("tests")
+class ReadsVariable(Noisy):
+    """Its code uses attributes of variables, also in training, where it is not lifted."""
+
+    def call(self, inputs, training=False):
+        assert self._up.name == "up"
+        assert not callable(self.down.dtype)
+        hidden = jnp.einsum("bti,eih->beth", self.noise(inputs, training=training), self._up.value)
+        return keras.ops.einsum("beth,eho->bto", hidden, keras.ops.convert_to_tensor(self.down))
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_a_layer_reads_a_quantized_weight_as_a_variable(policy, tmp_path):
+    model = model_of(ReadsVariable(name="bank", dtype=policy))
+    quantized, _ = quantize(model, jq.W8A16)
+    found = np.asarray(quantized(X))
+    assert 0 < relative_error(found, np.asarray(model(X))) < 0.04
+    assert quantized(X, training=True).shape == found.shape
+    apply, params = functional(quantized)
+    assert not jq.explain(apply, params, X).dequantized
+    quantized.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(X), found)
+    bank = quantized.get_layer("bank")
+    np.testing.assert_array_equal(bank.up.value, bank.up)
+    with pytest.raises(ValueError, match="'up' is quantized and cannot be assigned to; got a v"):
+        bank.up.assign(np.zeros(bank.up.shape))
 
 
 class Bare(keras.layers.Layer):

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
+
 from ...lift import lift
 from .. import compat
 from ..layer import QuantizableMixin, QuantizedWeight
@@ -36,11 +38,16 @@ class LiftedUse(NamedTuple):
 
 
 class LiftedWeight(QuantizedWeight):
-    """A declared weight of a custom layer, read as another array while its call is traced."""
+    """A declared weight of a custom layer, which always reads as a variable.
+
+    The code of the layer was written for one, and may read its `value` or `path`. While the call
+    is traced, the value is the array that stands for the codes.
+    """
 
     def __get__(self, layer: Any, owner: type | None = None) -> Any:
         found = _standing_in.get().get((id(layer), self.name))
-        return super().__get__(layer, owner) if found is None else found
+        found = super().__get__(layer, owner) if found is None else found
+        return compat.GivenVariable(found, self.name) if isinstance(found, jax.Array) else found
 
 
 class LiftedMixin(QuantizableMixin):
