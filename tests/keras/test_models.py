@@ -124,6 +124,12 @@ def test_keep_must_be_a_list_of_names_and_classes(copy, keep):
         copy(small_model(), keep=keep)
 
 
+@pytest.mark.parametrize("copy", [convert, lambda m: quantize(m, W8A8)])
+def test_only_models_and_layers_can_be_copied(copy):
+    with pytest.raises(ValueError, match=r"model must be a Keras model or layer; got a function"):
+        copy(lambda x: x)
+
+
 @pytest.mark.slow
 def test_quantize_raises_for_invalid_arguments():
     model = small_model()

@@ -82,13 +82,13 @@ def quantize(
         check_alone(method, batches)
         rules, method, batches = calibration_of(rules, model)
     config = _config_of(rules)
+    rewriter = converter(keep, strict)
+    copy = rewriter.copy(model, share_variables)
     if not model.built or not model.weights:
         raise ValueError(
             f"Model {model.name!r} must be built; got built={model.built} and "
             f"{len(model.weights)} weights. Call it on data, or give it an Input."
         )
-    rewriter = converter(keep, strict)
-    copy = rewriter.copy(model, share_variables)
     why_kept = {id(x): why for x, why in rewriter.walk(copy)}
     ours = [x for x in compat.sublayers(copy) if isinstance(x, QuantizableMixin)]
     layers = [x for x in ours if why_kept[id(x)] is None]

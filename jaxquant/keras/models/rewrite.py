@@ -102,8 +102,13 @@ class ModelRewriter:
             fill: called with each layer and its copy; copies the layer's own variables.
 
         Raises:
-            ValueError: lists every layer that cannot be copied.
+            ValueError: lists every layer that cannot be copied; or model is not a layer.
         """
+        if not isinstance(model, keras.layers.Layer):
+            raise ValueError(
+                f"model must be a Keras model or layer; got a {type(model).__name__}. To quantize "
+                "the parameters of a function, call jaxquant.tree.quantize."
+            )
         units = list(_unique(self._units(model)))
         self._check(model, units)
         copy = self._copy(model)
