@@ -56,9 +56,9 @@ def collect(
         Statistics: a mapping from path to {class: statistic}.
 
     Raises:
-        ValueError: a leaf was not reached, or met NaN or Inf; the mask does not fit the rows;
-            `quantized` is missing for `CrossMoment`, or is not a tree like params; or as for
-            `tree.quantize`.
+        ValueError: batches are one batch; a leaf was not reached, or met NaN or Inf; the mask does
+            not fit the rows; `quantized` is missing for `CrossMoment`, or is not a tree like
+            params; or as for `tree.quantize`.
 
     Source: Frantar et al. 2022 (GPTQ), arXiv:2210.17323; Lin et al. 2023 (AWQ), arXiv:2306.00978.
 
@@ -113,6 +113,11 @@ class Collector:
         only: Iterable[int] | None = None,
     ) -> Statistics:
         """The statistics of a tree; arguments as for `collect`, `only` the numbers of leaves."""
+        if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+            raise ValueError(
+                "batches must be a list of what the model is called with, or another iterable; got "
+                f"a {type(batches).__name__}. Pass batches=[x] for one batch x."
+            )
         chosen = tuple(self._sums if only is None else only)
         leaves = jax.tree.leaves(params)
         selected, rest = _parted(leaves, self._sums)

@@ -341,6 +341,11 @@ def used_twice(params, x):
             {"statistics": CrossMoment, "quantized": {"kernel": np.ones((2, 4))}},
             r"quantized must have the shapes .*; got \(2, 4\) for kernel of shape \(4, 2\)",
         ),
+        (
+            {"batches": {"x": rows(3, 4)}},
+            r"batches must be a list of .*; got a dict\. Pass",
+        ),
+        ({"batches": 3.0}, r"batches must be a list of what the model is called with.*got a float"),
         ({"batches": []}, r"kernel: no batch reached 1 of its 1 slices in a product"),
         (
             {"batches": [np.full((3, 4), np.nan)]},

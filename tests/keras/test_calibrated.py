@@ -152,6 +152,15 @@ PROBLEMS: dict[str, tuple[Any, dict[str, Any], str]] = {
 }
 
 
+def test_batches_in_one_array():
+    stacked = np.stack(batches(2))
+    made = [
+        quantize(model_of_every_kind(), INT4_G16, method=methods.GPTQ(), batches=found)[0]
+        for found in (stacked, list(stacked))
+    ]
+    np.testing.assert_array_equal(made[0](stacked[0]), made[1](stacked[0]))
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_what_methods_cannot_do_is_an_error(name):
     rules, arguments, words = PROBLEMS[name]

@@ -95,7 +95,9 @@ def quantize_by_methods(
             f"{names} needs batches, what the model is called with, to see its activations; got "
             "batches=None. Pass batches=[x, ...]."
         )
-    statistics = collect(apply, params, batches or (), rules, list(kinds)) if kinds else None
+    statistics = None
+    if kinds and batches is not None:
+        statistics = collect(apply, params, batches, rules, list(kinds))
     values = {weight.key: weight.value for weight in weights}
     made = quantize_tree(nested(values), rules, statistics=statistics, progress=progress)
     found: dict[int, dict[str, QTensor]] = {}
