@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -218,6 +219,19 @@ def test_files_of_adapted_layers_load_bit_for_bit(config, tmp_path):
         ValueError, match=r"adapter of layer .* has rank 3; got a layer with LoRA of"
     ):
         wide.load_weights(tmp_path / "model.weights.h5")
+
+
+def test_a_damaged_adapter_is_an_error(tmp_path):
+    model: Any = keras.Sequential([keras.Input((20,)), layers.Dense(7)])
+    layer, path = model.layers[0], tmp_path / "model.weights.h5"
+    layer.quantize("int8")
+    layer.enable_lora(3)
+    model.save_weights(path)
+    with h5py.File(path, "r+") as file:
+        entry: Any = file["layers/dense/vars/lora_a"]
+        entry[0, 0] = 7
+    with pytest.raises(ValueError, match=r"entries \['lora_a'\] of layer .* do not have"):
+        model.load_weights(path)
 
 
 def test_a_model_with_lora_is_quantized_before():
