@@ -9,6 +9,7 @@ import pytest
 import jaxquant as jq
 from jaxquant import methods
 from jaxquant.keras import convert, functional, quantize, to_stock
+from jaxquant.keras.models.stock_methods import calibration_of
 
 from .test_lifted import Experts
 from .test_models import relative_error, schemes
@@ -199,6 +200,27 @@ def test_configs_of_keras_stand_for_a_scheme_a_method_and_batches():
         quantize(odd, config)
 
 
+def test_options_of_configs_of_keras_and_inputs_of_models_of_kerashub():
+    make: Any = keras.quantizers.GPTQConfig
+    options = {"num_samples": 1, "sequence_length": 6, "weight_bits": 8, "group_size": 8}
+    config = make(TEXT, tokenize, **options, symmetric=True, activation_order=True)
+    names = ("token_ids", "padding_mask", "segment_ids", "position_ids")
+    inputs: Any = {name: keras.Input((6,), name=name) for name in names}
+    model = keras.Model(inputs, keras.layers.Add()(list(inputs.values())))
+    found = calibration_of(config, model)
+    assert found.rules == jq.Scheme(jq.ArrayConfig(format=jq.INT8, group_size=8))
+    assert found.method == methods.GPTQ(act_order=True)
+    (batch,) = found.batches
+    tokens = tokenize(TEXT[0])[None, :6]
+    wanted = tokens, np.ones_like(tokens), np.zeros_like(tokens), np.arange(6)[None]
+    for name, values in zip(names, wanted, strict=True):
+        np.testing.assert_array_equal(batch[name], values)
+    undamped = calibration_of(make(TEXT, tokenize, sequence_length=6, hessian_damping=0), None)
+    assert undamped.method == methods.GPTQ(damping=1e-6)
+    damped = calibration_of(make(TEXT, tokenize, sequence_length=6, hessian_damping=0.2), None)
+    assert damped.method == methods.GPTQ(damping=0.2)
+
+
 def test_layers_in_place_say_what_to_call():
     make: Any = keras.quantizers.GPTQConfig
     config = make(TEXT, tokenize, sequence_length=6)
@@ -213,7 +235,9 @@ def test_layers_in_place_say_what_to_call():
 @pytest.mark.skipif(not hasattr(keras.quantizers, "AWQConfig"), reason="Keras before 3.14")
 def test_awq_of_keras():
     make: Any = getattr(keras.quantizers, "AWQConfig", None)
-    config = make(TEXT, tokenize, num_samples=8, sequence_length=6, group_size=-1)
+    options = {"num_samples": 8, "sequence_length": 6, "group_size": -1}
+    config = make(TEXT, tokenize, **options, num_grid_points=7)
+    assert calibration_of(config, None).method == methods.AWQ(grid=7)
     quantized, report = quantize(model_of_every_kind(), config)
     assert schemes(report)["hidden/kernel"] == "int4 per channel asymmetric"
     assert quantized.get_layer("hidden").variables[-1].name == "kernel_multiplier"
