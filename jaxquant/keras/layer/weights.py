@@ -132,8 +132,8 @@ class StoredWeight:
         Raises:
             ValueError: Keras is writing an ONNX file, which would not be valid with such codes.
         """
-        is_held = self.like.format.rounds and self.like.format.bits == 8
-        if not is_held and compat.is_exporting_onnx():
+        is_int8 = self.like.format.rounds and self.like.format.bits == 8
+        if not is_int8 and compat.is_exporting_onnx():
             raise ValueError(
                 f"ONNX files hold int8 codes, with float activations; got {self.like!r} for "
                 f"{self.codes.path}. Quantize the model to jaxquant.W8A16, or export "

@@ -47,8 +47,8 @@ def weights_with_methods(
 ) -> tuple[list[Weight], list[str]]:
     """The chosen weights that have a method, and problems with them.
 
-    Tables are rounded to nearest, because lookups meet no activations. So are the projections of
-    a ReversibleEmbedding.
+    Tables are rounded to nearest, because lookups do not multiply activations. So are the
+    projections of a ReversibleEmbedding.
     """
     rules = config.rules if isinstance(config, QuantizationConfig) else ()
     if method is None and all(rule.method is None for rule in rules):

@@ -1,8 +1,8 @@
 """Custom layers that multiply with weights of their own, made quantizable by lifting their call.
 
 Examples are the experts of Mixtral in KerasHub. The class of such a layer stays a base of its
-class, and its code runs as it is: reading a quantized weight gives an array that stands for it, and
-`jaxquant.lift` computes what becomes of that array on codes.
+class, and its code runs as it is: a quantized weight reads as a variable whose value stands for
+it, and `jaxquant.lift` computes what becomes of that value on codes.
 """
 
 import contextlib
