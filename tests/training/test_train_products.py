@@ -356,15 +356,21 @@ def test_save_codes_keeps_codes_instead_of_activations():
         saving = jax.checkpoint(block, policy=policy) if policy else block
         _, pull = jax.vjp(saving, MODEL, x)
         large = [a for a in jax.tree.leaves(pull) if a.size >= 64 * 6 and a is not x]
-        return sorted(a.dtype.name for a in large), jax.jit(pull)(jnp.ones((64, 6)))
+
+        # Compiled as a whole: a tanh of its own may differ from a fused one in the last bit, and
+        # then gradients near a tie are rounded to another code.
+        @jax.jit
+        def gradients(params, x):
+            return jax.vjp(saving, params, x)[1](jnp.ones((64, 6)))
+
+        return sorted(a.dtype.name for a in large), gradients(MODEL, x)
 
     plain, expected = kept(None)
     assert plain.count("float32") >= 3  # What tanh needs.
     names, found = kept(training.save_codes)
     assert names.count("float8_e4m3fn") == 3
     assert names.count("float32") <= 1  # The argument.
-    # What is recomputed may be rounded to another code.
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=0.05, atol=0.05), found, expected)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), found, expected)
     assert "float8_e4m3fn" not in kept(jax.checkpoint_policies.nothing_saveable)[0]
 
 
