@@ -11,19 +11,14 @@ import jax.numpy as jnp
 # More columns than the rank, which make a randomized decomposition accurate.
 _OVERSAMPLING = 10
 
-Quantized = tuple[Any, jax.Array]
+Quantize = Callable[[jax.Array], tuple[Any, jax.Array]]
+Adapted = tuple[Any, jax.Array, jax.Array]
 
 
 class Start(Protocol):
     """Chooses the base of a weight and its adapters."""
 
-    def __call__(
-        self,
-        weight: jax.Array,
-        quantize: Callable[[jax.Array], Quantized],
-        rank: int,
-        key: jax.Array,
-    ) -> tuple[Any, jax.Array, jax.Array]:
+    def __call__(self, weight: jax.Array, quantize: Quantize, rank: int, key: jax.Array) -> Adapted:
         """The base, and adapters a (..., K, rank) and b (..., rank, N) whose product is added.
 
         Args:
@@ -68,13 +63,7 @@ class PiSSA:
     def __post_init__(self) -> None:
         _check_count("iterations", self.iterations, 0)
 
-    def __call__(
-        self,
-        weight: jax.Array,
-        quantize: Callable[[jax.Array], Quantized],
-        rank: int,
-        key: jax.Array,
-    ) -> tuple[Any, jax.Array, jax.Array]:
+    def __call__(self, weight: jax.Array, quantize: Quantize, rank: int, key: jax.Array) -> Adapted:
         """As for `Start`."""
         a, b = principal_part(weight, rank, key, self.iterations)
         base, _ = quantize(weight - _product(a, b))
@@ -119,13 +108,7 @@ class LoftQ:
         _check_count("steps", self.steps, 1)
         _check_count("iterations", self.iterations, 0)
 
-    def __call__(
-        self,
-        weight: jax.Array,
-        quantize: Callable[[jax.Array], Quantized],
-        rank: int,
-        key: jax.Array,
-    ) -> tuple[Any, jax.Array, jax.Array]:
+    def __call__(self, weight: jax.Array, quantize: Quantize, rank: int, key: jax.Array) -> Adapted:
         """As for `Start`."""
         low_rank = jnp.zeros_like(weight)
         best, least = None, math.inf
