@@ -1,8 +1,8 @@
 """Where adapters start: from the principal part of a weight, or of its quantization error."""
 
 import dataclasses
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -61,7 +61,7 @@ class PiSSA:
     iterations: int | None = None
 
     def __post_init__(self) -> None:
-        _check_count("iterations", self.iterations, 0)
+        _check_iterations(self.iterations)
 
     def __call__(self, weight: jax.Array, quantize: Quantize, rank: int, key: jax.Array) -> Adapted:
         """As for `Start`."""
@@ -103,24 +103,20 @@ class LoftQ:
     iterations: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps is None:
-            raise ValueError(f"steps must be a positive int; got {self.steps}.")
         _check_count("steps", self.steps, 1)
-        _check_count("iterations", self.iterations, 0)
+        _check_iterations(self.iterations)
 
     def __call__(self, weight: jax.Array, quantize: Quantize, rank: int, key: jax.Array) -> Adapted:
         """As for `Start`."""
-        low_rank = jnp.zeros_like(weight)
-        best, least = None, math.inf
+        low_rank, best = jnp.zeros_like(weight), None
         for _ in range(self.steps):
             base, values = quantize(weight - low_rank)
             a, b = principal_part(weight - values, rank, key, self.iterations)
             low_rank = _product(a, b)
-            error = float(jnp.linalg.norm(weight - values - low_rank))
-            if best is None or error < least:
-                best, least = (base, a, b), error
+            found = (base, a, b), jnp.linalg.norm(weight - values - low_rank)
+            best = found if best is None else _nearer(found, best)
         assert best is not None
-        return best
+        return best[0]
 
 
 def principal_part(
@@ -153,7 +149,17 @@ def _product(a, b):
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+def _nearer(found, best):
+    """Of two pairs of arrays and an error the one with less, the second if they are equal."""
+    return jax.tree.map(partial(jnp.where, found[1] < best[1]), found, best)
+
+
+def _check_iterations(iterations):
+    if iterations is not None:
+        _check_count("iterations", iterations, 0)
+
+
 def _check_count(name, value, least):
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if value is not None and not is_count:
+    if not is_count:
         raise ValueError(f"{name} must be an int of at least {least}; got {value!r}.")
