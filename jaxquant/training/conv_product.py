@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 
 from .. import ops
@@ -146,6 +147,8 @@ def conv_general_dilated(
 
 
 def _hashable(x: Any) -> Any:
-    """Nested sequences as tuples."""
+    """Nested sequences and arrays as tuples."""
+    if isinstance(x, np.ndarray):
+        return _hashable(x.tolist())
     is_sequence = isinstance(x, Sequence) and not isinstance(x, str)
     return tuple(map(_hashable, x)) if is_sequence else x

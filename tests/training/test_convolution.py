@@ -125,6 +125,14 @@ def test_convolutions_without_a_config_are_those_of_lax(name):
         np.testing.assert_array_equal(a, b)
 
 
+def test_strides_and_padding_may_be_arrays():
+    x, w = jnp.asarray(normal(2, 3, 5, 4)), jnp.asarray(normal(6, 3, 2, 3, seed=1))
+    run: Any = partial(training.conv_general_dilated, x, w, config=NEAREST)
+    found = run(np.array([2, 1]), np.array([[1, 0], [0, 2]]), rhs_dilation=np.array([1, 2]))
+    expected = run((2, 1), ((1, 0), (0, 2)), rhs_dilation=(1, 2))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_codes_of_convolutions_are_multiplied_as_integers():
     case = CONVOLUTIONS["plain"]
     x, w = jnp.asarray(normal(*case[0])), jnp.asarray(normal(*case[1], seed=1))
