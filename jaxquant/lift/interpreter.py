@@ -135,7 +135,9 @@ def as_array(x: Any, eqn: Any, why: str, options: Options) -> Any:
     """
     if not isinstance(x, Parameter):
         return x
-    if x.is_row or isinstance(x.value, Tagged):
+    if isinstance(x.value, Tagged):
+        return x.value.array
+    if x.is_row:
         return x.dequantize()
     primitive = "return" if eqn is None else eqn.primitive.name
     if options.strict:

@@ -58,7 +58,7 @@ class Parameter:
         Raises:
             Unsupported: it has adapters.
         """
-        if isinstance(self.value, LowRank | Tagged):
+        if isinstance(self.value, LowRank):
             raise Unsupported("adapters cannot follow it; merge them first")
         if isinstance(self.value, QTensor):
             return self.value
@@ -72,8 +72,6 @@ class Parameter:
         Raises:
             ValueError: as for `unchanged`.
         """
-        if isinstance(self.value, Tagged):
-            return self.value.array
         value = self.unchanged()
         if "dequantized" not in self._forms:
             self._forms["dequantized"] = value.dequantize()
