@@ -65,7 +65,7 @@ def save_peft(
 
     Raises:
         ValueError: the tree does not contain adapters, a name is missing, two layers have one name,
-            or a stack has a name without a place for the number.
+            a stack has a name without a place for the number, or only some layers have norms.
         FileExistsError: there is something other than an empty folder at `path`.
 
     Error: none, arrays keep their dtype. `LowRank.alpha` is written as `lora_alpha`, so that
@@ -90,9 +90,7 @@ def save_peft(
             f"{', '.join(paths[:8]) or 'none'}."
         )
     modules = [m for p, x in found for m in _modules(_name(names, p), p, x)]
-    repeated = [n for n, count in collections.Counter(m.name for m in modules).items() if count > 1]
-    if repeated:
-        raise ValueError(f"Each layer needs its own name; got {repeated[0]!r} for several paths.")
+    _check(modules)
     tensors = {}
     for m in modules:
         tensors[f"{_PREFIX}{m.name}.lora_A.weight"] = m.a
@@ -105,6 +103,18 @@ def save_peft(
             write_tensors(file, tensors, {"format": "pt"})
         with replacing(folder / CONFIG) as file:
             file.write(json.dumps(config, indent=2, sort_keys=True).encode())
+
+
+def _check(modules):
+    repeated = [n for n, count in collections.Counter(m.name for m in modules).items() if count > 1]
+    if repeated:
+        raise ValueError(f"Each layer needs its own name; got {repeated[0]!r} for several paths.")
+    without = [m.name for m in modules if m.magnitude is None]
+    if 0 < len(without) < len(modules):
+        raise ValueError(
+            f"PEFT has DoRA in all layers or in none; got {without[0]!r} without norms, and others "
+            "with them. Give all of them the same use_dora in lora_init."
+        )
 
 
 def _name(names, path):

@@ -120,7 +120,13 @@ def test_names_follow_from_paths_and_dtypes_are_kept(tmp_path):
 
 
 TREE = lora_init({"a": {"w": normal(32, 20)}, "b": normal(2, 32, 20)}, Rule("*", CONFIG), 2, KEY)
+NORMED = lora_init({"c": {"w": normal(32, 20)}}, Rule("*", CONFIG), 2, KEY, use_dora=True)
 ERRORS = {
+    "some norms": (
+        {"a": TREE["a"], **NORMED},
+        None,
+        "DoRA in all layers or in none; got 'a' without norms",
+    ),
     "no adapters": ({"w": jnp.ones(3)}, None, "without adapters, with paths w"),
     "no name": (TREE, {"a/w": "a"}, r"layer of each path with adapters; got .* without 'b'"),
     "stack": (TREE, None, r"b is a stack of 2 layers.* such as 'layers.\{\}.q_proj'; got 'b'"),
