@@ -374,6 +374,19 @@ def test_save_codes_keeps_codes_instead_of_activations():
     assert "float8_e4m3fn" not in kept(jax.checkpoint_policies.nothing_saveable)[0]
 
 
+def test_save_codes_keeps_those_of_each_product():
+    """Scales per row in out, and per column in the gradient of the weights: other codes."""
+
+    def block(w, x):
+        return jnp.tanh(training.matmul(jnp.tanh(x), w, config=NEAREST))
+
+    saving = jax.checkpoint(block, policy=training.save_codes)
+    w, x = normal(8, 6), normal(64, 8, seed=1)
+    _, pull = jax.vjp(saving, w, x)
+    codes = [a.size for a in jax.tree.leaves(pull) if a.dtype == jnp.int8]
+    assert sorted(codes) == [8 * 6, 64 * 8, 64 * 8]
+
+
 @pytest.mark.parametrize("subscripts", ["btd,dhk->bthk", "btd,hdk->bhtk", "btd,bdk->tbk", "td,kd"])
 def test_einsum_is_that_of_jnp_with_quantized_operands(subscripts):
     lengths = {"b": 2, "t": 5, "d": 8, "h": 3, "k": 4}
