@@ -30,6 +30,7 @@ from jaxquant.training import (
 )
 
 from .. import oracles
+from . import products
 
 KEY = jax.random.key(0)
 FLOAT = ProductConfig()
@@ -506,6 +507,24 @@ def test_errors_say_what_to_do(name):
     run, text = ERRORS[name]
     with pytest.raises(ValueError, match=text):
         run()
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_groups_lie_along_the_last_axis_with_room(size):
+    """Or else along the longest; axes in the order of the first operand of each product."""
+    config = ArrayConfig(group_size=size)
+    labels = PRODUCTS["stack"]
+    operands = [normal(of_x, i) for i, of_x in enumerate(labels)]
+
+    def quantized(x, of_x, summed):
+        fitting = [a for a in summed if LENGTHS[a] >= size]
+        along = fitting[-1] if fitting else max(summed, key=lambda a: LENGTHS[a])
+        axes = [of_x.index(a) for a in summed]
+        return products.int8(x, products.shared_along(x.ndim, axes, size, of_x.index(along)))
+
+    found = pulled(ProductConfig(lhs=config, rhs=config, gradient=config), labels, *operands)
+    for a, b in zip(found, products.dot(labels, quantized, *operands), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 def test_prescribed_groups_lie_along_the_last_contracted_axis():
