@@ -19,6 +19,7 @@ from . import products
 NEAREST = dataclasses.replace(INT8_TRAINING, rounds_stochastically=False)
 FOUR = jq.ArrayConfig(group_size=4)
 GROUPED = ProductConfig(lhs=FOUR, rhs=FOUR, gradient=FOUR)
+BLOCKS = ProductConfig(lhs=jq.ArrayConfig(group_size=(2, 3)), rhs=jq.ArrayConfig(group_size=(2, 3)))
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -102,6 +103,22 @@ def test_groups_of_a_convolution_run_along_channels():
         # Kernels (0, 1, 2) have their input channels there, images and gradients their images.
         axis = 0 if axes == (0, 1, 2) and x.shape[0] == 5 else along[axes]
         return products.int8(x, products.shared_along(x.ndim, axes, 4, axis))
+
+    found = pulled(run, x, w, gradient)
+    for a, b in zip(found, expected_convolutions(quantized, case, x, w, gradient), strict=True):
+        np.testing.assert_allclose(a, b, 3e-5, 3e-5 * np.abs(b).max())
+
+
+def test_blocks_of_a_convolution():
+    """2 input channels by 3 images or output channels, in all three convolutions."""
+    case = CONVOLUTIONS["plain"]
+    x, w = normal(5, *case[0][1:]), normal(*case[1], seed=1)
+    run = convolution(case, BLOCKS)
+    gradient = normal(*jax.eval_shape(run, x, w).shape, seed=2)
+    blocks = {x.shape: {0: 3, 1: 1, 2: 1, 3: 2}, w.shape: {0: 1, 1: 1, 2: 2, 3: 3}}
+
+    def quantized(a, axes):
+        return products.int8(a, blocks[a.shape]) if a.shape in blocks else a
 
     found = pulled(run, x, w, gradient)
     for a, b in zip(found, expected_convolutions(quantized, case, x, w, gradient), strict=True):
@@ -239,6 +256,19 @@ def test_ragged_products_quantize_their_own_operands(dtype, size):
     for a, b in zip(found, slow_ragged(quantized, x, w, gradient), strict=True):
         assert a.dtype == dtype
         np.testing.assert_allclose(a.astype(np.float32), b, tolerance, tolerance * np.abs(b).max())
+
+
+def test_blocks_of_ragged_products():
+    """2 along K by 3 rows or columns, in all three products."""
+    x, w, gradient = normal(12, 7), normal(4, 7, 6, seed=1), normal(12, 6, seed=2)
+    blocks = {x.shape: {0: 3, 1: 2}, w.shape: {0: 1, 1: 2, 2: 3}}
+
+    def quantized(a, axes):
+        return products.int8(a, blocks[a.shape]) if a.shape in blocks else a
+
+    found = pulled(ragged(BLOCKS), x, w, gradient)
+    for a, b in zip(found, slow_ragged(quantized, x, w, gradient), strict=True):
+        np.testing.assert_allclose(a, b, 3e-5, 3e-5 * np.abs(b).max())
 
 
 def test_ragged_products_without_a_config_are_those_of_lax():
