@@ -58,7 +58,8 @@ def choose(
     """The rule of each parameter that is a floating-point array; None leaves it alone.
 
     Raises:
-        ValueError: a rule matches no parameter.
+        ValueError: a rule matches no parameter, or one with a config only others than
+            floating-point arrays.
     """
     patterns = tuple(each.rule for each in rules)
     unused = unused_rules(patterns, paths, leaves)
@@ -69,10 +70,23 @@ def choose(
         )
     by_pattern = {id(each.rule): each for each in rules}
     matched = match_rules(patterns, paths, leaves)
+    pairs = list(zip(matched, leaves, strict=True))
+    for each in rules:
+        _check_floating(each, [leaf for rule, leaf in pairs if rule is each.rule])
     return [
         None if rule is None or not _is_floating(leaf) else by_pattern[id(rule)]
-        for rule, leaf in zip(matched, leaves, strict=True)
+        for rule, leaf in pairs
     ]
+
+
+def _check_floating(each, selected):
+    if each.config is None or not selected or any(map(_is_floating, selected)):
+        return
+    found = getattr(selected[0], "dtype", type(selected[0]).__name__)
+    raise ValueError(
+        f"Each rule must match a floating-point parameter; got {each.rule.pattern!r}, which "
+        f"matches {found}. Use None as its config, or drop it."
+    )
 
 
 def _is_floating(leaf):

@@ -427,6 +427,12 @@ ERRORS = {
         lambda: training.train_products(model, {"middel": NEAREST})(MODEL, X),
         "must match a parameter; got 'middel', and the paths bias, first, last, middle",
     ),
+    "integers": (
+        lambda: training.train_products(model, {"first": NEAREST})(
+            {**MODEL, "first": jnp.ones((8, 6), int)}, X
+        ),
+        "must match a floating-point parameter; got 'first', which matches int32. Use None",
+    ),
     "no product": (
         lambda: training.train_products(model, {"bias": NEAREST})(MODEL, X),
         r"must select an operand of a product; got 'bias', which selects bias \(broadcast.*Use "
