@@ -36,7 +36,7 @@ class _Spec:
 
     @property
     def rotates(self) -> bool:
-        """Whether all images meet the same kernel."""
+        """Whether all images are convolved with the same kernel."""
         options = dict(self.options)
         return options["feature_group_count"] == options["batch_group_count"] == 1
 

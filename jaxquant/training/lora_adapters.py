@@ -1,4 +1,4 @@
-"""The rank, the base and the first adapters of each leaf that gets some."""
+"""The rank, the base and the first adapters of each selected leaf."""
 
 import math
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ def ranks_of(rank, paths, chosen):
 
 
 def check_dora(use_dora, paths, chosen):
-    """Checks that no rule quantizes activations, which meet a dequantized weight."""
+    """Checks that no rule quantizes activations: they are multiplied by a dequantized weight."""
     for path, plan in zip(paths, chosen, strict=True):
         if use_dora and plan is not None and plan.scheme.inputs is not None:
             raise ValueError(

@@ -214,7 +214,7 @@ class _Call:
     def run(
         self, inputs: list[Any], states: Mapping[str, Any], key: jax.Array | None
     ) -> tuple[list[Any], Products]:
-        """The results of the trace, and what became of its products."""
+        """The results of the trace, and a record of its products."""
         products = Products()
         options = Options(False, None, products.rules(), key)
         pairs = zip(self._places, inputs, strict=True)

@@ -201,7 +201,7 @@ def test_a_function_with_its_own_derivative_keeps_it():
     assert np.all(jax.jit(jax.grad(trained))(params, x)["w"] == 7)
 
 
-def test_a_sum_with_data_is_no_parameter():
+def test_a_sum_with_data_is_not_a_parameter():
     """A bias of one example has the size of the activations that it is added to."""
 
     def fn(params, x):
