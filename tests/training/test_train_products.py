@@ -215,6 +215,55 @@ def test_a_sum_with_data_is_not_a_parameter():
         alone(params, X[0])
 
 
+# Arrays made of parameters that no rule selects any more.
+NOT_PARAMETERS = {
+    "two of one size": lambda w, v: w * v,
+    "outer": lambda w, v: w[:, :1] * v[:1],
+    "other rules": lambda w, v: jnp.concatenate([w, v], 1),
+    "one row": lambda w, v: lax.dynamic_slice(w, (INDEX[0], 0), (1, 6)).T,
+    "integers": lambda w, v: w.astype(jnp.int32).astype(jnp.float32),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PARAMETERS)
+def test_arrays_that_are_not_parameters_stay_in_float(name):
+    params = {"w": 3 * normal(8, 6), "v": normal(8, 6, seed=1)}
+
+    def fn(params, x):
+        other = NOT_PARAMETERS[name](params["w"], params["v"])
+        y = normal(5, other.shape[0], seed=2) @ other
+        return x @ params["w"], x @ params["v"], y
+
+    x = normal(5, 8, seed=3)
+    rules = {"w": NEAREST, "v": SWITCHBACK}
+    found = jax.jit(training.train_products(fn, rules))(params, x)
+    expected = jax.jit(fn)(params, x)
+    assert not np.allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found[2], expected[2], rtol=1e-5, atol=1e-5)
+
+
+def test_joined_parameters_do_not_share_a_state():
+    params = {"w": normal(8, 6), "v": normal(8, 6, seed=1)}
+
+    def fn(params, x):
+        return x @ jnp.concatenate([params["w"], params["v"]], 1)
+
+    with pytest.raises(ValueError, match="init_scaling needs a rule"):
+        training.init_scaling(fn, FP8_TRAINING, params, X)
+
+
+def test_products_with_integers_stay_in_float():
+    def fn(params, x):
+        numbers = ((1,), (0,)), ((), ())
+        counts = lax.dot_general(x.astype(jnp.int32), params["w"], numbers)
+        return counts, x @ params["w"]
+
+    params, x = {"w": normal(8, 6)}, 3 * normal(5, 8, seed=1)
+    found, expected = training.train_products(fn, NEAREST)(params, x), fn(params, x)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(found[1], expected[1], rtol=1e-5)
+
+
 def test_quantized_parameters_stay_quantized():
     params = {"w": normal(8, 6), "base": jq.quantize(normal(6, 6, seed=1), jq.ArrayConfig())}
 
@@ -357,8 +406,8 @@ def test_save_codes_keeps_codes_instead_of_activations():
         _, pull = jax.vjp(saving, MODEL, x)
         large = [a for a in jax.tree.leaves(pull) if a.size >= 64 * 6 and a is not x]
 
-        # Compiled as a whole: a tanh of its own may differ from a fused one in the last bit, and
-        # then gradients near a tie are rounded to another code.
+        # jit(pull) would have constants: XLA folds their tanh, which differs in the last bit from
+        # that of a program, and then gradients near a tie are rounded to another code.
         @jax.jit
         def gradients(params, x):
             return jax.vjp(saving, params, x)[1](jnp.ones((64, 6)))
