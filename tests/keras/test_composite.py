@@ -350,7 +350,7 @@ def test_layers_without_a_name_are_copied_in_their_order(count, names_counted_ag
 
 
 class Bare(stock.Layer):
-    """Multiplies with a weight of its own, which it keeps in a list, and adds another one."""
+    """Multiplies with its own weight, which it keeps in a list, and adds another one."""
 
     def build(self, input_shape):
         self.matrices = [self.add_weight(name="matrix", shape=(input_shape[-1], 16))]

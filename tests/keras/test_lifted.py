@@ -1,4 +1,4 @@
-"""Custom layers that multiply with weights of their own: quantized by lifting their call."""
+"""Custom layers that multiply with their own weights: quantized by lifting their call."""
 
 from typing import Any
 

@@ -38,7 +38,7 @@ def convert(model: keras.Model, *, keep: Keep = (), strict: bool = True) -> Any:
 
     Custom layers, subclassed models and those of libraries such as KerasHub are made again from
     their config. The stock layers that their code creates become quantizable in the copy, and so
-    do layers that multiply with weights of their own: their call is lifted, as by `jaxquant.lift`.
+    do layers that multiply with their own weights: their call is lifted, as by `jaxquant.lift`.
     The class of such a copy is a subclass of the original's, under its name, and can be saved.
 
     Args:

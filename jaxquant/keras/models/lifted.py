@@ -1,4 +1,4 @@
-"""Custom layers that multiply with weights of their own, made quantizable by lifting their call.
+"""Custom layers that multiply with their own weights, made quantizable by lifting their call.
 
 Examples are the experts of Mixtral in KerasHub. The class of such a layer stays a base of its
 class, and its code runs as it is: a quantized weight reads as a variable whose value stands for

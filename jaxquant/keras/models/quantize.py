@@ -56,7 +56,7 @@ def quantize(
         keep: names and classes of layers that are copied as they are and not quantized.
         strict: False leaves in float what cannot be quantized, and reports the reason: weights
             that hold NaN or Inf, or do not fit the scheme; custom layers that multiply with
-            weights of their own and cannot be lifted; and layers that cannot be made from their
+            their own weights and cannot be lifted; and layers that cannot be made from their
             config, which the copy then shares with the model.
 
     Returns:

@@ -155,7 +155,7 @@ class ModelRewriter:
         raise_problems(model, problems)
 
     def _not_quantizable(self, model: Any, layers: list[Any]) -> list[tuple[Any, str]]:
-        """Custom layers that multiply with weights of their own and cannot be lifted, and why."""
+        """Custom layers that multiply with their own weights and cannot be lifted, and why."""
         found = [x for x in layers if any(len(v.shape) > 1 for v in _own(x))]
         found = [x for x in found if self.why_not_quantizable(x, "")]
         used = multiplied(model) if found else None
