@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..core import QTensor, repeat_blocks, scale_values
+from ..core import QTensor, concatenate_codes, repeat_blocks, scale_values
 from .parameter import Unsupported
 from .reshaped import paired_axes, reshaped_blocks
 
@@ -220,7 +220,7 @@ def _concatenate_stored(operands, axis):
     first = operands[0]
 
     def joined(of):
-        return jnp.concatenate([of(q) for q in operands], axis)
+        return concatenate_codes([of(q) for q in operands], axis)
 
     def of_blocks(of):
         blocks = [q.codes.shape[axis] // max(of(q).shape[axis], 1) for q in operands]
@@ -236,7 +236,7 @@ def _concatenate_stored(operands, axis):
             shapes = " and ".join(str(of(q).shape) for q in operands)
             raise Unsupported(f"the scales of its operands differ in shape: {shapes}")
         if not _is(parts[0]):
-            return jnp.concatenate(parts, axis)
+            return concatenate_codes(parts, axis)
         for x in parts[1:]:
             _check_alike(parts[0], x)
         return _concatenate_stored(parts, axis)

@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import tree
 from ..calibration.internal import PAIR, Collector
+from ..core import concatenate_codes
 from ..lift import lift
 from ..methods import CrossMoment, Statistic
 from ..methods.internal import as_chain, needed
@@ -112,7 +113,7 @@ def sequential(
             report(number + 1, len(parts), f"layer {number}, error {error:.2e}")
     if isinstance(layers, list | tuple):
         return result
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *result)
+    return jax.tree.map(lambda *leaves: concatenate_codes([x[None] for x in leaves]), *result)
 
 
 def _parts(layers: Any) -> Sequence[Any]:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxquant import pack_int2, pack_int4, unpack_int2, unpack_int4
+from jaxquant.core import concatenate_codes
 
 from .. import oracles
 
@@ -121,3 +122,14 @@ def test_packed_bytes_are_checked(unpack, bits):
         message = rf"length must fit the 4 bytes along axis 0; got {length} codes of {bits} bits"
         with pytest.raises(ValueError, match=message):
             unpack(np.ones((4, 2), np.int8), length)
+
+
+@pytest.mark.parametrize("dtype", ["int2", "uint2", "int4", "int8"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_many_codes_are_concatenated_whatever_their_bits(dtype, axis):
+    """XLA ends the process when it compiles this for arrays of 2 bits."""
+    parts = np.random.default_rng(0).integers(0, 2, (9, 5, 7)).astype(np.int8)
+    run = jax.jit(lambda *arrays: concatenate_codes(arrays, axis))
+    got = run(*(jnp.asarray(part).astype(dtype) for part in parts))
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got.astype(jnp.int8), np.concatenate(parts, axis))

@@ -118,6 +118,14 @@ def test_arrays_in_different_orders_can_be_joined():
         np.testing.assert_array_equal(found.dequantize(), expected)
 
 
+def test_many_arrays_of_2_bits_are_joined():
+    """Their codes in 8 bits: XLA for CPUs ends the process when it joins many of 2 bits."""
+    config = jq.ArrayConfig(format=jq.INT2, symmetric=False)
+    q = jq.quantize(jnp.asarray(np.eye(8), jnp.float32), config, axis=0)
+    found = carriers.concatenate([q] * 9, 1)
+    np.testing.assert_array_equal(found.dequantize(), np.tile(q.dequantize(), 9))
+
+
 @pytest.mark.parametrize("other", ["int8", "int4 g16 asymmetric"])
 def test_arrays_that_are_quantized_differently_are_not_joined(other):
     text = rf"its operands are not quantized alike: QTensor\(int4 .* and QTensor\({other[:4]} "

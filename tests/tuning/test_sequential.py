@@ -144,6 +144,17 @@ def test_a_list_gives_the_same_as_a_stack():
 
 
 @pytest.mark.slow
+def test_layers_of_2_bits_are_stacked():
+    """XLA for CPUs ends the process when it stacks so many arrays of 2 bits."""
+    stack = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(9, 64, 64)), jnp.float32)}
+    rule = jq.Rule("kernel", jq.ArrayConfig(format=jq.INT2, symmetric=False), axis=0)
+    found = sequential(lambda p, x: jnp.tanh(x @ p["kernel"]), stack, [jnp.ones((2, 64))], rule)
+    expected = jq.tree.quantize(stack, jq.Rule("kernel", rule.scheme, axis=1))
+    np.testing.assert_array_equal(
+        found["kernel"].codes.astype(jnp.int8), expected["kernel"].codes.astype(jnp.int8)
+    )
+
+
 def test_layers_share_one_program_and_progress_names_their_errors():
     traced, shown = [], []
 
