@@ -31,7 +31,7 @@ _LENGTH = 2048
 _LENGTH_OF_MANY_ROWS = 1024
 # Rows from which a tile of x is large.
 _MANY_ROWS = 256
-_VMEM_LIMIT = 48 * 2**20
+VMEM_LIMIT = 48 * 2**20
 # Smaller groups do not fill a tile of 4-bit codes.
 _LEAST_GROUP = 32
 # Their scales and zero points for a tile of columns take 16 MiB when double-buffered.
@@ -52,7 +52,7 @@ def why_unsupported_groups(length: int, groups: int) -> str | None:
         return f"groups of {size} are not a multiple of {_LEAST_GROUP}"
     if groups > _MOST_GROUPS:
         return f"more than {_MOST_GROUPS} groups along a length of {length}"
-    if None in (_tile_length(length, size, n) for n in (_LENGTH, _LENGTH_OF_MANY_ROWS)):
+    if None in (tile_length(length, size, n) for n in (1, _MANY_ROWS + 1)):
         return f"no tile divides a length of {length} with groups of {size}"
     return None
 
@@ -89,34 +89,33 @@ def grouped_dot(
     """
     (rows, length), columns, groups = x.shape, w.shape[1], scale.shape[0]
     size = length // groups
-    tile_rows = _even_tile(rows, _ROWS, 32)
+    tile_rows = even_tile(rows, _ROWS, 32)
     scales_sums = 2 * tile_rows <= size
-    longest = _LENGTH_OF_MANY_ROWS if tile_rows > _MANY_ROWS else _LENGTH
-    tile_length = _tile_length(length, size, longest)
-    assert tile_length is not None, (length, groups)
-    tile_columns = _even_tile(columns, _COLUMNS, 128)
-    grid = (pl.cdiv(rows, tile_rows), pl.cdiv(columns, tile_columns), length // tile_length)
+    tile_k = tile_length(length, size, tile_rows)
+    assert tile_k is not None, (length, groups)
+    tile_columns = column_tile(columns)
+    grid = (pl.cdiv(rows, tile_rows), pl.cdiv(columns, tile_columns), length // tile_k)
     per_row = pl.BlockSpec((tile_rows, 1), lambda i, j, k: (i, 0))
     per_column = pl.BlockSpec((groups, tile_columns), lambda i, j, k: (0, j))
     given = ((row_scale, per_row), (scale, per_column), (zero, per_column))
     parameters = [(v.astype(jnp.float32), spec) for v, spec in given if v is not None]
-    kernel = _scale_sums if scales_sums else _scale_weights
+    kernel = scale_sums if scales_sums else scale_weights
     has_rows = row_scale is not None
     x = x if x.dtype == jnp.int8 else x.astype(jnp.bfloat16)
     return pl.pallas_call(
         functools.partial(_accumulate, kernel=kernel, size=size, has_rows=has_rows),
         grid=grid,
         in_specs=[
-            pl.BlockSpec((tile_rows, tile_length), lambda i, j, k: (i, k)),
-            pl.BlockSpec((tile_length, tile_columns), lambda i, j, k: (k, j)),
+            pl.BlockSpec((tile_rows, tile_k), lambda i, j, k: (i, k)),
+            pl.BlockSpec((tile_k, tile_columns), lambda i, j, k: (k, j)),
             *[spec for _, spec in parameters],
         ],
         out_specs=pl.BlockSpec((tile_rows, tile_columns), lambda i, j, k: (i, j)),
-        out_shape=_result((rows, columns), dtype, x),
+        out_shape=result_type((rows, columns), dtype, x),
         scratch_shapes=[pltpu.VMEM((tile_rows, tile_columns), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM_LIMIT,
+            vmem_limit_bytes=VMEM_LIMIT,
         ),
         cost_estimate=_cost_of_dot(grid, x, w, scale, len(parameters) - has_rows, dtype),
         interpret=interpret,
@@ -148,7 +147,7 @@ def quantize_rows(
     """
     rows, length = x.shape
     tile = max(32, _ROW_BYTES // (length * x.dtype.itemsize) // 32 * 32)
-    tile = _even_tile(rows, tile, 32)
+    tile = even_tile(rows, tile, 32)
     return pl.pallas_call(
         functools.partial(_quantize_tile, qmin=qmin, qmax=qmax),
         grid=(pl.cdiv(rows, tile),),
@@ -157,9 +156,9 @@ def quantize_rows(
             pl.BlockSpec((tile, length), lambda i: (i, 0)),
             pl.BlockSpec((tile, 1), lambda i: (i, 0)),
         ],
-        out_shape=[_result(x.shape, dtype, x), _result((rows, 1), jnp.float32, x)],
+        out_shape=[result_type(x.shape, dtype, x), result_type((rows, 1), jnp.float32, x)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_LIMIT
+            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * x.size,
@@ -183,7 +182,7 @@ def _accumulate(
     def _() -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    sum_ref[...] += kernel(x_ref, _pieces(w_ref, parameters, k, size))
+    sum_ref[...] += kernel(x_ref, pieces(w_ref, parameters, k, size))
 
     @pl.when(k == last)
     def _() -> None:
@@ -191,7 +190,7 @@ def _accumulate(
         out_ref[...] = total.astype(out_ref.dtype)
 
 
-def _pieces(w_ref: Any, parameters: Sequence[Any], k: Any, size: int) -> Iterator[Piece]:
+def pieces(w_ref: Any, parameters: Sequence[Any], k: Any, size: int) -> Iterator[Piece]:
     """The pieces of a tile, one per group."""
     length = w_ref.shape[0]
     step = min(size, length)
@@ -203,14 +202,14 @@ def _pieces(w_ref: Any, parameters: Sequence[Any], k: Any, size: int) -> Iterato
         yield slice(start, start + step), codes - zero[0] if zero else codes, scale
 
 
-def _scale_sums(x_ref: Any, pieces: Iterable[Piece]) -> jax.Array:
+def scale_sums(x_ref: Any, pieces: Iterable[Piece]) -> jax.Array:
     """Scales the product of each group, a (rows, columns) array."""
     return functools.reduce(
         jnp.add, (_dot(x_ref[:, part], codes) * scale for part, codes, scale in pieces)
     )
 
 
-def _scale_weights(x_ref: Any, pieces: Iterable[Piece]) -> jax.Array:
+def scale_weights(x_ref: Any, pieces: Iterable[Piece]) -> jax.Array:
     """Scales the weights and multiplies all groups of the tile at once."""
     weights = [(codes * scale).astype(jnp.bfloat16) for _, codes, scale in pieces]
     return _dot(x_ref[...], jnp.concatenate(weights))
@@ -239,7 +238,7 @@ def _quantize_tile(x_ref: Any, codes_ref: Any, scale_ref: Any, *, qmin: float, q
     scale_ref[...] = scale
 
 
-def _even_tile(length: int, most: int, multiple: int) -> int:
+def even_tile(length: int, most: int, multiple: int) -> int:
     """The tile size, at most `most`, that pads `length` elements the least."""
     if length <= most:
         return length
@@ -247,15 +246,21 @@ def _even_tile(length: int, most: int, multiple: int) -> int:
     return math.ceil(even / multiple) * multiple
 
 
-def _tile_length(length: int, size: int, wanted: int) -> int | None:
-    """The divisor of K nearest to `wanted` that is a multiple or a divisor of the group size."""
+def column_tile(columns: int) -> int:
+    """Columns of a tile of weights."""
+    return even_tile(columns, _COLUMNS, 128)
+
+
+def tile_length(length: int, size: int, rows: int) -> int | None:
+    """A divisor of K, and a multiple or a divisor of the group size, for tiles of so many rows."""
+    wanted = _LENGTH_OF_MANY_ROWS if rows > _MANY_ROWS else _LENGTH
     tiles = [t for t in range(128, length, 128) if length % t == 0] + [length]
     most = min(4 * wanted, _MOST_GROUPS_OF_TILE * size)
     tiles = [t for t in tiles if (t % size == 0 or size % t == 0) and t <= most]
     return min(tiles, key=lambda t: max(t / wanted, wanted / t), default=None)
 
 
-def _result(
+def result_type(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array
 ) -> jax.ShapeDtypeStruct:
     """A result that varies across devices as `like` does inside `shard_map`."""

@@ -62,6 +62,11 @@ class ConvSpec:
     def group_sizes(self) -> None:
         """None: a convolution has no ragged rows."""
 
+    @property
+    def arrays(self) -> tuple[()]:
+        """None: a convolution has no arrays but its operands."""
+        return ()
+
     def with_arrays(self) -> "ConvSpec":
         """The spec itself: a convolution does not have other array arguments."""
         return self

@@ -44,8 +44,13 @@ class Spec(Protocol):
         ...
 
     @property
+    def arrays(self) -> tuple[Any, ...]:
+        """Array arguments of the operation other than its operands. A None is not given."""
+        ...
+
+    @property
     def with_arrays(self) -> Callable[..., "Spec"]:
-        """Method: the spec with other array arguments of the operation, if it has any."""
+        """Method: the spec with other such arrays."""
         ...
 
     def unfold(self, x: jax.Array, weights: Any) -> jax.Array | None:
@@ -245,10 +250,10 @@ def _on_chips(rows: Rows, lhs: Operand, rhs: Operand, spec: Any) -> jax.Array:
         return default.run(lhs, rhs, spec)
 
     def runner(row: Implementation) -> Function:
-        return lambda lhs, rhs: row.run(lhs, rhs, spec)
+        return lambda lhs, rhs, arrays: row.run(lhs, rhs, spec.with_arrays(*arrays))
 
     branches = {chip: runner(row) for chip, row in own.items()}
-    return chips.by_generation(branches, runner(default), lhs, rhs)
+    return chips.by_generation(branches, runner(default), lhs, rhs, spec.arrays)
 
 
 def _record(

@@ -79,6 +79,11 @@ class DotSpec:
     def group_sizes(self) -> None:
         """None: `dot_general` has no ragged rows."""
 
+    @property
+    def arrays(self) -> tuple[()]:
+        """None: `dot_general` has no arrays but its operands."""
+        return ()
+
     def with_arrays(self) -> "DotSpec":
         """The spec itself: `dot_general` does not have other array arguments."""
         return self

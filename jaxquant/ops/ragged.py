@@ -23,7 +23,7 @@ from .operands import (
     why_unsupported_length,
     without_adapters,
 )
-from .rows import cpu_ragged
+from .rows import cpu_ragged, tpu_ragged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,11 @@ class RaggedSpec:
     def batch(self) -> AxesOfBoth:
         """None: rows in groups are not a batch."""
         return (), ()
+
+    @property
+    def arrays(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """Those of groups."""
+        return self.group_sizes, self.group_offset
 
     def with_arrays(
         self, group_sizes: jax.Array | None, group_offset: jax.Array | None
@@ -112,7 +117,7 @@ def ragged_dot(
 
     Symmetric integer codes are multiplied as integers unless scales are grouped along k.
     If a QTensor has `inputs`, the float operand it is multiplied with is quantized accordingly
-    first. On CPU, native kernels read the experts that have rows, as they are stored, where XLA
+    first. On CPU and TPU, kernels read the experts that have rows, as they are stored, where XLA
     multiplies all rows by all experts.
 
     Args:
@@ -121,8 +126,8 @@ def ragged_dot(
             their sum give zeros.
         precision, group_offset: as for `jax.lax.ragged_dot`.
         preferred_element_type: floating dtype of the result; None for the promoted dtype.
-        implementation: "native" (on CPU), "integer" or "dequantize", to force one; None to select
-            automatically.
+        implementation: "native" (on CPU), "pallas" (on TPU), "integer" or "dequantize", to force
+            one; None to select automatically.
 
     Returns:
         Array (M, N).
@@ -211,4 +216,4 @@ _BY_XLA = (
     Implementation("integer", _integer, _why_integer_unsupported, is_integer=lambda *_: True),
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )
-_TABLE = (cpu_ragged.row(_BY_XLA), *_BY_XLA)
+_TABLE = (cpu_ragged.row(_BY_XLA), tpu_ragged.row(_BY_XLA), *_BY_XLA)

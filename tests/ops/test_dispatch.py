@@ -24,6 +24,7 @@ class Spec(int):
     contract = channels = ((1,), (1,))
     batch = ((), ())
     group_sizes = None
+    arrays = ()
 
     def unfold(self, x, weights):
         return x

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from ...core import QTensor, scale_values
 from ...jaxprs import is_sharded, on_one_cpu
 from ...kernels import cpu
-from .. import dispatch
 from ..dispatch import Implementation, Table
 from ..operands import Operand, as_array, repeat_groups
 from .cpu_native import multiplies_codes, native_dtype, values_of_codes, why_unsupported_weights
+from .kernel import kernel_or_xla
 
 # Where experts (G, K, N) are stored with the contracted axis last.
 _AXES = (0, 2, 1)
@@ -26,7 +26,7 @@ def row(fallback: Table) -> Implementation:
     """
     return Implementation(
         "native",
-        partial(_run, fallback=fallback),
+        partial(kernel_or_xla, kernel=_run, where=on_one_cpu, fallback=fallback, platform="cpu"),
         _why_unsupported,
         ("cpu",),
         is_integer=lambda lhs, rhs, spec: multiplies_codes(lhs, rhs),
@@ -35,32 +35,18 @@ def row(fallback: Table) -> Implementation:
     )
 
 
-def _run(lhs: Operand, rhs: QTensor, spec: Any, *, fallback: Table) -> jax.Array:
-    # The branches get all arrays as arguments.
-    static = spec.with_arrays(None, None)
-
-    def here(lhs: Operand, rhs: QTensor, sizes: jax.Array) -> jax.Array:
-        return _natively(lhs, rhs, sizes, static.dtype)
-
-    def elsewhere(lhs: Operand, rhs: QTensor, sizes: jax.Array) -> jax.Array:
-        return dispatch.run_on(fallback, lhs, rhs, static.with_arrays(sizes, None), "cpu")
-
-    return on_one_cpu(here, elsewhere, lhs, rhs, jnp.asarray(spec.group_sizes))
-
-
-def _natively(
-    lhs: Operand, rhs: QTensor, sizes: jax.Array, result: jax.typing.DTypeLike
-) -> jax.Array:
+def _run(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
     columns = partial(repeat_groups, shape=rhs.codes.shape, axes=(0, 1))
     scale = columns(scale_values(rhs.scale))
     zero = None if rhs.zero_point is None else columns(rhs.zero_point)
     table = jnp.asarray(values_of_codes(rhs.format)) if rhs.format.bits == 4 else None
     x, per_row, dtype = as_array(lhs), None, jnp.float32
     if isinstance(lhs, QTensor) and multiplies_codes(lhs, rhs):
-        x, table, dtype = lhs.codes.astype(jnp.int8), None, native_dtype(result)
+        x, table, dtype = lhs.codes.astype(jnp.int8), None, native_dtype(spec.dtype)
         per_row = repeat_groups(scale_values(lhs.scale), lhs.codes.shape, (0,))[:, 0]
+    sizes = jnp.asarray(spec.group_sizes)
     out = cpu.ragged_dot(jnp.asarray(x), rhs.codes, scale, zero, sizes, per_row, table, dtype)
-    return out.astype(result)
+    return out.astype(spec.dtype)
 
 
 def _why_unsupported(lhs: Operand, rhs: Any, spec: Any) -> str | None:

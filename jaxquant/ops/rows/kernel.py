@@ -18,11 +18,13 @@ from ..dot_spec import DotSpec
 from ..operands import Operand, why_unsupported_codes
 from .parts import run_on_parts
 
+Arrays = tuple[jax.Array | None, ...]
+
 
 def kernel_or_xla(
     lhs: Operand,
     rhs: Operand,
-    spec: DotSpec,
+    spec: Any,
     *,
     kernel: Callable[..., jax.Array],
     where: Callable[..., jax.Array],
@@ -34,18 +36,20 @@ def kernel_or_xla(
     Args:
         lhs, rhs, spec: as for the row.
         kernel: (lhs, rhs, spec) -> result.
-        where: (here, elsewhere, lhs, rhs) -> result, which selects when the program is lowered.
+        where: (here, elsewhere, lhs, rhs, arrays) -> result, which selects when the program is
+            lowered.
         fallback: rows of XLA, tried in order.
         platform: that of the kernel.
     """
 
-    def here(lhs: Operand, rhs: Operand) -> jax.Array:
-        return kernel(lhs, rhs, spec)
+    # The branches get all arrays as arguments.
+    def here(lhs: Operand, rhs: Operand, arrays: Arrays) -> jax.Array:
+        return kernel(lhs, rhs, spec.with_arrays(*arrays))
 
-    def elsewhere(lhs: Operand, rhs: Operand) -> jax.Array:
-        return dispatch.run_on(fallback, lhs, rhs, spec, platform)
+    def elsewhere(lhs: Operand, rhs: Operand, arrays: Arrays) -> jax.Array:
+        return dispatch.run_on(fallback, lhs, rhs, spec.with_arrays(*arrays), platform)
 
-    return where(here, elsewhere, lhs, rhs)
+    return where(here, elsewhere, lhs, rhs, spec.arrays)
 
 
 def kernel_on_parts(
@@ -71,12 +75,12 @@ def kernel_on_parts(
         run = kernel if why_unsupported(lhs, rhs, spec) is None else by_xla
         return run(lhs, rhs, spec)
 
-    def where(here: Function, elsewhere: Function, lhs: Operand, rhs: QTensor) -> jax.Array:
-        treedef = jax.tree.structure((lhs, rhs))
+    def where(here: Function, elsewhere: Function, *args: Any) -> jax.Array:
+        treedef = jax.tree.structure(args)
 
         @jax.custom_batching.custom_vmap
         def parts(*leaves: jax.Array) -> jax.Array:
-            lhs, rhs = jax.tree.unflatten(treedef, leaves)
+            lhs, rhs, _ = jax.tree.unflatten(treedef, leaves)
             key = f"{__version__} {cpu.instruction_sets()[0]}"
             return run_on_parts(lhs, rhs, spec, on_part, key)
 
@@ -86,10 +90,10 @@ def kernel_on_parts(
             operands = jax.tree.unflatten(treedef, leaves)
             return jax.vmap(elsewhere, axes, axis_size=length)(*operands), True
 
-        def on_parts(lhs: Operand, rhs: QTensor) -> jax.Array:
-            return parts(*jax.tree.leaves((lhs, rhs)))
+        def on_parts(*args: Any) -> jax.Array:
+            return parts(*jax.tree.leaves(args))
 
-        return on_each_cpu(here, on_parts, elsewhere, lhs, rhs)
+        return on_each_cpu(here, on_parts, elsewhere, *args)
 
     return kernel_or_xla(
         lhs, rhs, spec, kernel=kernel, where=where, fallback=fallback, platform="cpu"

@@ -31,7 +31,7 @@ from .kernel import (
 _MOST_ROWS: dict[str | None, tuple[float, float]] = {"v5e": (256, 256), "v6e": (math.inf, 256)}
 # The default float32 precision of XLA on TPUs: one pass of bfloat16.
 _ONE_PASS = (None, lax.Precision.DEFAULT, "default", "fastest", "bfloat16")
-_FLOATS = FloatSupport((jnp.float32, jnp.bfloat16), _ONE_PASS)
+FLOATS = FloatSupport((jnp.float32, jnp.bfloat16), _ONE_PASS)
 
 
 def row(fallback: Table) -> Implementation:
@@ -61,7 +61,7 @@ def run(
         columns(scale_values(rhs.scale)),
         None if rhs.zero_point is None else columns(rhs.zero_point),
         row_scale,
-        dtype=dtype if dtype in _FLOATS.dtypes else jnp.float32,
+        dtype=dtype if dtype in FLOATS.dtypes else jnp.float32,
         interpret=interpret,
     )
     return out.reshape(*x.shape[:-1], rhs.codes.shape[1]).astype(dtype)
@@ -71,7 +71,7 @@ def why_unsupported(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
     """Why the kernel does not compute this, or None."""
     why_not = why_unsupported_matrix(lhs, rhs, spec, axis=0) or why_unsupported_float64(spec)
     why_not = why_not or why_unsupported_int4(rhs)
-    why_not = why_not or _FLOATS.why_unsupported(lhs, rhs, spec.precision)
+    why_not = why_not or FLOATS.why_unsupported(lhs, rhs, spec.precision)
     return why_not or pallas_tpu.why_unsupported_groups(rhs.codes.shape[0], rhs.scale.shape[0])
 
 

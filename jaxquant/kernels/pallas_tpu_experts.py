@@ -1,0 +1,226 @@
+"""A Pallas kernel for TPUs: rows sorted by expert, each times the quantized matrix of its expert.
+
+It is compiled for v5e and v6e and checked in interpret mode; it has not run on a TPU yet.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import pallas_tpu
+from .lazy import LazyModule
+
+if TYPE_CHECKING:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+else:
+    pl = LazyModule("jax.experimental.pallas")
+    pltpu = LazyModule("jax.experimental.pallas.tpu")
+
+# Up to so many rows are one tile, so that each expert is read once.
+_ONE_TILE = 256
+# Tiles of more rows have twice as many as an expert has on average, between these.
+_LEAST_ROWS, _MOST_ROWS = 128, 512
+
+
+def ragged_dot(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    row_scale: jax.Array | None,
+    sizes: jax.Array,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    interpret: bool = False,
+) -> jax.Array:
+    """row_scale * (x[i] @ ((w[e] - zero[e]) * scale[e])), with e the expert of row i.
+
+    A step multiplies a tile of rows by a tile of one expert that has rows in it; experts without
+    rows are not read. Rows of other experts in the tile are multiplied, too, and dropped.
+
+    Args:
+        x: floats, which are rounded to bfloat16, or int8, (M, K) with M > 0: the rows of the first
+            expert, then those of the second, and so on.
+        w: 4- or 8-bit integers, (E, K, N).
+        scale, zero: (E, groups, N), in groups that `pallas_tpu.why_unsupported_groups` accepts; a
+            zero of None means 0.
+        row_scale: (M, 1); None means 1.
+        sizes: (E,) integers, the rows of each expert. Rows beyond their sum give zeros.
+        dtype: of the result, float32 or bfloat16.
+        interpret: runs without a TPU, slowly, for tests.
+
+    Error: as for `pallas_tpu.grouped_dot`. int8 by int8 with one scale per column is summed in
+        int32 within a tile.
+    """
+    (rows, length), (experts, _, columns) = x.shape, w.shape
+    groups = scale.shape[1]
+    size = length // groups
+    tile_rows = _row_tile(rows, experts)
+    tile_length = pallas_tpu.tile_length(length, size, tile_rows)
+    assert tile_length is not None, (length, groups)
+    tile_columns = pallas_tpu.column_tile(columns)
+    (expert, tile, count), ends = steps(sizes, rows, tile_rows)
+    last = length // tile_length - 1
+    grid = (pl.cdiv(columns, tile_columns), expert.shape[0], last + 1)
+
+    # Of steps without work, the tiles of the step before stay in memory.
+    def along(i: Any, k: Any, count: Any) -> Any:
+        return jnp.where(i < count[0], k, last)
+
+    def of_rows(j: Any, i: Any, k: Any, expert: Any, tile: Any, ends: Any, count: Any) -> Any:
+        return tile[i], along(i, k, count)
+
+    def of_weights(j: Any, i: Any, k: Any, expert: Any, tile: Any, ends: Any, count: Any) -> Any:
+        return expert[i], along(i, k, count), j
+
+    per_row = pl.BlockSpec((tile_rows, 1), lambda j, i, k, expert, tile, *_: (tile[i], 0))
+    per_column = pl.BlockSpec(
+        (None, groups, tile_columns), lambda j, i, k, expert, *_: (expert[i], 0, j)
+    )
+    given = ((row_scale, per_row), (scale, per_column), (zero, per_column))
+    parameters = [(v.astype(jnp.float32), spec) for v, spec in given if v is not None]
+    has_rows = row_scale is not None
+    kernel = pallas_tpu.scale_sums if 2 * tile_rows <= size else pallas_tpu.scale_weights
+    multiply: Callable[..., jax.Array] = functools.partial(_by_pieces, kernel=kernel, size=size)
+    if x.dtype == w.dtype == jnp.int8 and groups == 1 and zero is None:
+        multiply = _by_codes
+    x = x if x.dtype == jnp.int8 else x.astype(jnp.bfloat16)
+    out = pl.pallas_call(
+        functools.partial(_accumulate, multiply=multiply, has_rows=has_rows),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=grid,
+            in_specs=[
+                pl.BlockSpec((tile_rows, tile_length), of_rows),
+                pl.BlockSpec((None, tile_length, tile_columns), of_weights),
+                *[spec for _, spec in parameters],
+            ],
+            out_specs=pl.BlockSpec(
+                (tile_rows, tile_columns), lambda j, i, k, expert, tile, *_: (tile[i], j)
+            ),
+            scratch_shapes=[pltpu.VMEM((tile_rows, tile_columns), jnp.float32)],
+        ),
+        out_shape=pallas_tpu.result_type((rows, columns), dtype, x),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=pallas_tpu.VMEM_LIMIT,
+        ),
+        cost_estimate=_cost(grid, tile_rows, x, w, scale, len(parameters) - has_rows, dtype),
+        interpret=interpret,
+        name="ragged_dot",
+    )(expert, tile, ends, count, x, w, *[v for v, _ in parameters])
+    return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out, 0)
+
+
+def _row_tile(rows: int, experts: int) -> int:
+    if rows <= _ONE_TILE:
+        return rows
+    wanted = max(_LEAST_ROWS, 2 * rows // experts)
+    return pallas_tpu.even_tile(rows, min(wanted, _MOST_ROWS), 32)
+
+
+def steps(
+    sizes: jax.Array, rows: int, tile: int
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Which expert and tile of rows each step multiplies, how many do, and the ends of experts.
+
+    Steps are in the order of rows, so that those of one tile follow each other. There is one for
+    each tile, and one more wherever another expert begins within a tile.
+    """
+    sizes = jnp.maximum(sizes.astype(jnp.int32), 0)
+    ends = jnp.minimum(jnp.cumsum(sizes), rows)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+    first, final = starts // tile, (ends - 1) // tile
+    counts = jnp.where(ends > starts, final - first + 1, 0)
+    until = jnp.cumsum(counts)
+    most = math.ceil(rows / tile) + min(sizes.shape[0], rows) - 1
+    step = jnp.minimum(jnp.arange(most), jnp.maximum(until[-1] - 1, 0))
+    expert = jnp.minimum(jnp.searchsorted(until, step, side="right"), sizes.shape[0] - 1)
+    expert = expert.astype(jnp.int32)
+    tiles = first[expert] + step - (until - counts)[expert]
+    bounds = jnp.concatenate([starts[:1], ends])
+    return (expert, jnp.clip(tiles, 0).astype(jnp.int32), until[-1:]), bounds
+
+
+def _accumulate(
+    expert_ref: Any,
+    tile_ref: Any,
+    ends_ref: Any,
+    count_ref: Any,
+    x_ref: Any,
+    w_ref: Any,
+    *refs: Any,
+    multiply: Callable[..., jax.Array],
+    has_rows: bool,
+) -> None:
+    """Adds the product of two tiles, and writes the rows of its expert after the last along K."""
+    row_scale, refs = (refs[0], refs[1:]) if has_rows else (None, refs)
+    *parameters, out_ref, sum_ref = refs
+    i, k, last = pl.program_id(1), pl.program_id(2), pl.num_programs(2) - 1
+    works = i < count_ref[0]
+
+    @pl.when(works & (k == 0))
+    def _() -> None:
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    @pl.when(works)
+    def _() -> None:
+        sum_ref[...] += multiply(x_ref, w_ref, parameters, k)
+
+    @pl.when(works & (k == last))
+    def _() -> None:
+        total = sum_ref[...] if row_scale is None else sum_ref[...] * row_scale[...]
+        expert, tile = expert_ref[i], tile_ref[i]
+        rows = tile * total.shape[0] + lax.broadcasted_iota(jnp.int32, total.shape, 0)
+        is_its = (rows >= ends_ref[expert]) & (rows < ends_ref[expert + 1])
+        # The first step of a tile finds what another tile left there.
+        is_first = (i == 0) | (tile_ref[jnp.maximum(i - 1, 0)] != tile)
+        before = jnp.where(is_first, 0, out_ref[...].astype(jnp.float32))
+        out_ref[...] = jnp.where(is_its, total, before).astype(out_ref.dtype)
+
+
+def _by_pieces(
+    x_ref: Any,
+    w_ref: Any,
+    parameters: Sequence[Any],
+    k: Any,
+    *,
+    kernel: Callable[..., jax.Array],
+    size: int,
+) -> jax.Array:
+    """The product of two tiles in bfloat16, by one of the kernels of `pallas_tpu`."""
+    return kernel(x_ref, pallas_tpu.pieces(w_ref, parameters, k, size))
+
+
+def _by_codes(x_ref: Any, w_ref: Any, parameters: Sequence[Any], k: Any) -> jax.Array:
+    """The product of two tiles of int8, summed in int32, by one scale per column."""
+    (scale,) = parameters
+    sums = jnp.dot(x_ref[...], w_ref[...], preferred_element_type=jnp.int32)
+    return sums.astype(jnp.float32) * scale[...]
+
+
+def _cost(
+    grid: tuple[int, ...],
+    tile_rows: int,
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    parameters: int,
+    dtype: jax.typing.DTypeLike,
+) -> "pl.CostEstimate":
+    """Memory traffic: w and its scales once per step, x once per tile of columns."""
+    steps, (experts, length, columns) = grid[1], w.shape
+    bits = jnp.iinfo(w.dtype).bits
+    per_step = length * columns * bits // 8 + parameters * 4 * scale.size // experts
+    once = x.shape[0] * columns * jnp.dtype(dtype).itemsize
+    return pl.CostEstimate(
+        flops=2 * steps * tile_rows * length * columns,
+        transcendentals=0,
+        bytes_accessed=steps * per_step + grid[0] * x.nbytes + once,
+    )

@@ -1,0 +1,88 @@
+"""The row that runs the Pallas kernel for TPUs: rows times the quantized matrix of their expert."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ...core import QTensor, scale_values
+from ...jaxprs import chips, is_sharded, on_one_tpu
+from ...kernels import pallas_tpu, pallas_tpu_experts
+from ..dispatch import Implementation, Table
+from ..operands import Operand, repeat_groups
+from .kernel import codes_and_scale, kernel_or_xla
+from .tpu_pallas import FLOATS
+
+# Where experts (G, K, N) are stored with columns last.
+_AXES = (0, 1, 2)
+
+
+def row(fallback: Table) -> Implementation:
+    """The row "pallas", with rows of XLA for programs that cannot hold the kernel.
+
+    XLA dequantizes all experts, and multiplies few rows by all of them; the kernel reads the codes
+    of the experts that have rows.
+    """
+    return Implementation(
+        "pallas",
+        partial(kernel_or_xla, kernel=_run, where=on_one_tpu, fallback=fallback, platform="tpu"),
+        _why_unsupported,
+        ("tpu",),
+        _why_slower,
+        reads_packed=True,
+        fallback=fallback,
+    )
+
+
+def run(
+    lhs: Operand,
+    rhs: QTensor,
+    sizes: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """(M, K) by (E, K, N), in `dtype`; `interpret` computes without a TPU, for tests."""
+    x, row_scale = codes_and_scale(lhs)
+    if row_scale is not None:
+        row_scale = jnp.broadcast_to(row_scale, (x.shape[0], 1))
+    per_column = partial(repeat_groups, shape=rhs.codes.shape, axes=(0, 2))
+    out = pallas_tpu_experts.ragged_dot(
+        x,
+        rhs.codes,
+        per_column(scale_values(rhs.scale)),
+        None if rhs.zero_point is None else per_column(rhs.zero_point),
+        row_scale,
+        sizes,
+        dtype=dtype if dtype in FLOATS.dtypes else jnp.float32,
+        interpret=interpret,
+    )
+    return out.astype(dtype)
+
+
+def _run(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
+    return run(lhs, rhs, jnp.asarray(spec.group_sizes), spec.dtype)
+
+
+def _why_unsupported(lhs: Operand, rhs: Any, spec: Any) -> str | None:
+    if not isinstance(rhs, QTensor):
+        return "the right operand is not quantized"
+    if spec.rhs_axes != _AXES:
+        return "the experts are not stored with their columns last"
+    if spec.group_offset is not None:
+        return "group_offset moves the groups"
+    if rhs.offset is not None or spec.dtype == jnp.float64:
+        return "the result is float64, or an offset is added to the codes"
+    if any(is_sharded(x) for x in jax.tree.leaves((lhs, rhs))):
+        return "the kernels do not support sharded arrays"
+    if rhs.format.bits not in (4, 8) or not rhs.format.rounds:
+        return f"{rhs.format} codes are not integers of 4 or 8 bits"
+    why_not = FLOATS.why_unsupported(lhs, rhs, spec.precision)
+    return why_not or pallas_tpu.why_unsupported_groups(rhs.codes.shape[1], rhs.scale.shape[1])
+
+
+def _why_slower(lhs: Operand, rhs: QTensor, spec: Any, chip: str | None) -> str | None:
+    if chip in chips.TUNED:
+        return None
+    return f"it is selected on {' and '.join(chips.TUNED)} only"
