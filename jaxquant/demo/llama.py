@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ..core import ArrayConfig
 from ..ops import einsum, kv, scan, take
+from .mixture import mixture
 
 Params = dict[str, Any]
 
@@ -27,12 +28,16 @@ class LlamaConfig:
         kv_heads: key and value heads, each of which several query heads share.
         layers: their number.
         epsilon: of the norms.
+        experts_per_token: of layers that have a router instead of one set of kernels (`mixture`).
+        expert_axis: the mesh axis among which experts are divided, or None.
     """
 
     heads: int
     kv_heads: int
     layers: int
     epsilon: float
+    experts_per_token: int = 0
+    expert_axis: str | None = None
 
 
 def init_cache(
@@ -161,6 +166,8 @@ def _layer(
     mixed = kv.attend(query, cache, counts, layer=index)
     x = x + _dense(mixed.reshape(*x.shape[:2], -1), weights["out"])
     normed = _normalize(x, weights["mlp_norm"], config.epsilon)
+    if "router" in weights:
+        return x + mixture(normed, weights, config.experts_per_token, config.expert_axis), cache
     gated = jax.nn.silu(_dense(normed, weights["gate"])) * _dense(normed, weights["up"])
     return x + _dense(gated, weights["down"]), cache
 
