@@ -1,12 +1,14 @@
 """Estimates by the TPU compiler for a whole language model, divided among eight chips.
 
-    python -m benchmarks --suite tpu-models [--chips v5e v6e] [--only W8A8 W4A16]
+    python -m benchmarks --suite tpu-models [--chips v5e v6e] [--only W8A8 W4A16 Llama Qwen3]
 
-Needs libtpu (extra `tpu`) but no TPU: nothing runs. Llama 3 8B as shapes, in bfloat16 and
-quantized, is tensor-parallel on 2 x 4 chips, under plain `jit`: kernels that read activations are
-divided along their columns, `out` and `down` along their rows. Steps decode one token of 1, 8 or 64
-sequences with 8,192 tokens each, or prefill 4,096. Keys and values are in bfloat16 beside bfloat16
-kernels, and in int8 beside quantized ones.
+Needs libtpu (extra `tpu`) but no TPU: nothing runs. Llama 3 8B and Qwen3 30B-A3B as shapes, in
+bfloat16 and quantized, are tensor-parallel on 2 x 4 chips, under plain `jit`: kernels that read
+activations are divided along their columns, `out` and `down` along their rows. Of the 128 experts
+of Qwen3's layers, each chip has 16, which it multiplies inside `shard_map`; its keys and values are
+stored twice, so that each chip has one of 8 heads, and its norms of queries and keys are left out.
+Steps decode one token of 1, 8 or 64 sequences with 8,192 tokens each, or prefill 4,096. Keys and
+values are in bfloat16 beside bfloat16 kernels, and in int8 beside quantized ones.
 
 Every figure is an ESTIMATE by the compiler, not a measurement: operations one after another, each
 as the longer of its cycles and its bytes, without the time that data takes between chips. Cells:
@@ -16,9 +18,11 @@ bfloat16, or too large for the chip.
 """
 
 import dataclasses
+import itertools
 import math
 import re
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +39,7 @@ from jaxquant.ops import kv
 from .tpu_compiler import CHIPS, estimate
 from .tpu_text import parse_arrays
 
+T = TypeVar("T")
 REFERENCE = "bfloat16"
 SCHEMES = ("W8A8", "W8A16", "W4A16", "W4A8", "FP8")
 DEVICES = 8
@@ -42,7 +47,9 @@ DEVICES = 8
 MEMORY = {"v5e": 16, "v6e": 32}
 CONTEXT = 8192
 _COLUMNS, _ROWS = jax.P(None, "model", None), jax.P(None, None, "model")
+# Of parameters below these names; the first that is found counts.
 _SPECS = {
+    "experts": jax.P(None, "model"),
     **dict.fromkeys(("query", "key", "value", "gate", "up"), _COLUMNS),
     **dict.fromkeys(("out", "down"), _ROWS),
 }
@@ -66,8 +73,12 @@ STEPS = (Step(1, 1), Step(8, 1), Step(64, 1), Step(1, 4096))
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model of the Llama family; the defaults are those of Llama 3 8B."""
+    """Sizes of a model of the Llama family; the defaults are those of Llama 3 8B.
 
+    With experts, `hidden` is that of each.
+    """
+
+    name: str = "Llama 3 8B"
     layers: int = 32
     width: int = 4096
     hidden: int = 14336
@@ -75,11 +86,15 @@ class Sizes:
     kv_heads: int = 8
     head: int = 128
     vocabulary: int = 128256
+    experts: int = 0
+    experts_per_token: int = 0
 
     @property
     def config(self) -> demo.LlamaConfig:
         """Of the demo's model."""
-        return demo.LlamaConfig(self.heads, self.kv_heads, self.layers, 1e-5)
+        return demo.LlamaConfig(
+            self.heads, self.kv_heads, self.layers, 1e-5, self.experts_per_token, "model"
+        )
 
     def params(self, dtype: Any = jnp.bfloat16) -> Any:
         """Shapes of the parameters, as `demo.load_llama` has them."""
@@ -98,10 +113,18 @@ class Sizes:
             "key": kernel(keys, self.width),
             "value": kernel(keys, self.width),
             "out": kernel(self.width, queries),
-            "gate": kernel(self.hidden, self.width),
-            "up": kernel(self.hidden, self.width),
-            "down": kernel(self.width, self.hidden),
         }
+        if self.experts:
+            stack = self.layers, self.experts
+            read = array(*stack, self.width, self.hidden)
+            experts = {"gate": read, "up": read, "down": array(*stack, self.hidden, self.width)}
+            layers |= {"router": kernel(self.experts, self.width), "experts": experts}
+        else:
+            layers |= {
+                "gate": kernel(self.hidden, self.width),
+                "up": kernel(self.hidden, self.width),
+                "down": kernel(self.width, self.hidden),
+            }
         return {
             "embedding": array(self.vocabulary, self.width),
             "head": array(self.vocabulary, self.width),
@@ -111,12 +134,18 @@ class Sizes:
         }
 
 
+MODELS = (
+    Sizes(),
+    Sizes("Qwen3 30B-A3B", 48, 2048, 768, 32, 8, 128, 151936, experts=128, experts_per_token=8),
+)
+
+
 def placed(params: Any, mesh: Any) -> Any:
     """Shapes of the parameters, with how they are divided among the devices of a mesh."""
 
     def place(path: Any, x: Any) -> Any:
         names = [getattr(key, "key", None) for key in path]
-        spec = next((_SPECS[name] for name in names if name in _SPECS), jax.P())
+        spec = next((spec for name, spec in _SPECS.items() if name in names), jax.P())
         if names[0] in ("embedding", "head"):
             spec = jax.P("model")
         if not isinstance(x, jq.QTensor):
@@ -135,8 +164,12 @@ def lowered(sizes: Sizes, scheme: str, step: Step, mesh: Any) -> Any:
     """A step of the model, lowered for the devices of a mesh."""
     params, store = sizes.params(), jnp.bfloat16
     if scheme != REFERENCE:
-        rule, store = jq.Rule("layers/*/kernel", jq.SCHEMES[scheme], axis=-1), jq.ArrayConfig()
-        params = jax.eval_shape(lambda p: jq.tree.quantize(p, rule, platform="tpu"), params)
+        found, store = jq.SCHEMES[scheme], jq.ArrayConfig()
+        rules = [jq.Rule("layers/*/kernel", found, axis=-1)]
+        if sizes.experts:
+            rules += [jq.Rule("layers/*/experts/*", found, axis=-2)]
+            rules = [jq.Rule("layers/*/router/*", None), *rules]
+        params = jax.eval_shape(lambda p: jq.tree.quantize(p, rules, platform="tpu"), params)
     length = max(CONTEXT, step.tokens)
     cache = jax.eval_shape(
         lambda: kv.init(
@@ -147,7 +180,8 @@ def lowered(sizes: Sizes, scheme: str, step: Step, mesh: Any) -> Any:
     cache = jax.tree.map(lambda x: _with(x, mesh, heads if x.ndim > 2 else jax.P()), cache)
     tokens = jax.ShapeDtypeStruct((step.sequences, step.tokens), jnp.int32)
     tokens = _with(tokens, mesh, jax.P())
-    return demo.next_token.lower(placed(params, mesh), sizes.config, tokens, cache)
+    with jax.set_mesh(mesh):
+        return demo.next_token.lower(placed(params, mesh), sizes.config, tokens, cache)
 
 
 def gathered(text: str, least: int) -> int:
@@ -159,7 +193,7 @@ def gathered(text: str, least: int) -> int:
 
 def measure(chip: str, scheme: str, step: Step, sizes: Sizes) -> dict[str, Any]:
     """One result: the estimate, or the reason why there is none."""
-    about = {"chip": chip, "contender": scheme, "step": str(step)}
+    about = {"chip": chip, "model": sizes.name, "contender": scheme, "step": str(step)}
     try:
         return about | estimated(chip, scheme, step, sizes)
     except jax.errors.JaxRuntimeError as error:  # libtpu cannot read some of its programs back.
@@ -173,7 +207,8 @@ def estimated(chip: str, scheme: str, step: Step, sizes: Sizes) -> dict[str, Any
     mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(DEVICES), ("model",))
     compiled = lowered(sizes, scheme, step, mesh).compile()
     found, memory = estimate(chip, compiled), compiled.memory_analysis()
-    activations = step.sequences * step.tokens * max(sizes.hidden, sizes.width)
+    copies = max(sizes.experts_per_token, 1)
+    activations = step.sequences * step.tokens * copies * max(sizes.hidden, sizes.width)
     return {
         "compiler_estimate_milliseconds": found.microseconds / 1e3,
         "hbm_bytes": found.hbm_bytes,
@@ -188,19 +223,18 @@ def suite(arguments: Any) -> dict[str, Any]:
     chips = arguments.chips or list(MEMORY)
     if not MEMORY.keys() >= set(chips):
         raise SystemExit(f"--chips of tpu-models must be of {', '.join(MEMORY)}; got {chips}.")
-    words = arguments.only or [""]
-    schemes = [REFERENCE, *(s for s in SCHEMES if any(word in s for word in words))]
+    models = _named(MODELS, lambda sizes: sizes.name, arguments.only)
+    schemes = [REFERENCE, *_named(SCHEMES, str, arguments.only)]
     console = rich.console.Console(width=max(120, rich.console.Console().width))
     results = []
     with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
-        task = bar.add_task("", total=len(chips) * len(schemes) * len(STEPS))
-        for chip in chips:
+        task = bar.add_task("", total=len(chips) * len(models) * len(schemes) * len(STEPS))
+        for chip, sizes in itertools.product(chips, models):
             part = []
-            for scheme in schemes:
-                for step in STEPS:
-                    bar.update(task, description=f"{chip}, {scheme}, {step}")
-                    part.append(measure(chip, scheme, step, Sizes()))
-                    bar.advance(task)
+            for scheme, step in itertools.product(schemes, STEPS):
+                bar.update(task, description=f"{chip}, {sizes.name}, {scheme}, {step}")
+                part.append(measure(chip, scheme, step, sizes))
+                bar.advance(task)
             console.print(table(chip, part))
             results += part
     for why in dict.fromkeys(r["error"] for r in results if "error" in r):
@@ -208,11 +242,16 @@ def suite(arguments: Any) -> dict[str, Any]:
     return {"is_estimate_of_the_compiler": True, "models": results}
 
 
+def _named(found: Sequence[T], name: Callable[[T], str], words: list[str] | None) -> Sequence[T]:
+    """Those whose names have one of the words; all if none does."""
+    return [x for x in found if any(word in name(x) for word in words or ())] or found
+
+
 def table(chip: str, results: list[dict[str, Any]]) -> rich.table.Table:
     """One line per scheme, one column per step."""
     steps = list(dict.fromkeys(r["step"] for r in results))
     found = rich.table.Table(
-        "by", *steps, title=f"Llama 3 8B on {DEVICES} {chip}, by the compiler's estimate"
+        "by", *steps, title=f"{results[0]['model']} on {DEVICES} {chip}, by the compiler's estimate"
     )
     cells = {(r["contender"], r["step"]): r for r in results}
     for name in dict.fromkeys(r["contender"] for r in results):

@@ -17,9 +17,13 @@ from benchmarks.tpu_models import Sizes, Step, gathered, placed
 MESH = jax.sharding.AbstractMesh((8,), ("model",))
 
 
-def test_the_default_sizes_are_those_of_llama_3_8b():
-    shapes = jax.tree.leaves(Sizes().params())
-    assert sum(math.prod(x.shape) for x in shapes) == pytest.approx(8.03e9, rel=1e-3)
+def test_the_models_have_as_many_parameters_as_they_are_named_for():
+    counts = [
+        sum(math.prod(x.shape) for x in jax.tree.leaves(sizes.params()))
+        for sizes in tpu_models.MODELS
+    ]
+    # Qwen3 has 30.53e9, and here twice its keys and values.
+    assert counts == pytest.approx([8.03e9, 30.53e9 + 48 * 2 * 512 * 2048], rel=1e-3)
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
@@ -86,6 +90,27 @@ def test_chips_without_a_known_memory_raise():
         tpu_models.suite(argparse.Namespace(chips=["TPU7x"], only=None))
 
 
+@pytest.mark.parametrize("scheme", [tpu_models.REFERENCE, "W8A8", "W4A16"])
+def test_each_chip_multiplies_its_experts(scheme):
+    sizes = Sizes("", 2, 256, 128, 8, 8, 32, 64, experts=16, experts_per_token=2)
+    mesh = jax.make_mesh((8,), ("model",), (jax.sharding.AxisType.Auto,))
+    (layers,) = placed(sizes.params(), mesh)["layers"]
+    assert layers["experts"]["down"].sharding.spec == jax.P(None, "model")
+    assert layers["router"]["kernel"].sharding.spec == jax.P()
+    text = tpu_models.lowered(sizes, scheme, Step(2, 1), mesh).as_text()
+    dtype = {"W8A8": "i8", "W4A16": "i4"}.get(scheme, "bf16")
+    assert f"tensor<2x256x128x{dtype}>" in text  # Two of 16 experts.
+    assert f"tensor<16x256x128x{dtype}>" in text
+
+
+def test_words_choose_models_and_schemes():
+    def named(words):
+        return [m.name for m in tpu_models._named(tpu_models.MODELS, lambda m: m.name, words)]
+
+    assert named(["Qwen3", "W8A8"]) == ["Qwen3 30B-A3B"]
+    assert named(["W8A8"]) == named(None) == ["Llama 3 8B", "Qwen3 30B-A3B"]
+
+
 def test_steps_are_lowered_for_a_mesh():
     sizes = Sizes(layers=2, width=256, hidden=512, vocabulary=64)
     mesh = jax.make_mesh((8,), ("model",), (jax.sharding.AxisType.Auto,))
@@ -98,13 +123,18 @@ def test_steps_are_lowered_for_a_mesh():
 
 def test_the_table_of_the_docs_is_that_of_the_results():
     root = pathlib.Path(__file__).parents[2]
-    found = json.loads((root / "benchmarks/results/tpu-models.json").read_text())["models"]
+    stored = json.loads((root / "benchmarks/results/tpu-models.json").read_text())["models"]
     time = "compiler_estimate_milliseconds"
-    first = {r["step"]: r[time] for r in found if r["contender"] == tpu_models.REFERENCE}
+    for chip, model in dict.fromkeys((r["chip"], r["model"]) for r in stored):
+        found = [r for r in stored if (r["chip"], r["model"]) == (chip, model)]
+        first = {r["step"]: r.get(time) for r in found if r["contender"] == tpu_models.REFERENCE}
 
-    def cell(r):
-        return f"{r[time]:.2f} ({first[r['step']] / r[time]:.2f}), {r['memory_bytes'] / 1e9:.1f} GB"
+        def cell(r, first=first):
+            if "error" in r:
+                return "no estimate"
+            speed = f" ({first[r['step']] / r[time]:.2f})" if first[r["step"]] else ""
+            return f"{r[time]:.2f}{speed}, {r['memory_bytes'] / 1e9:.1f} GB"
 
-    lines = markdown([r | {"column": r["step"].removeprefix("decode ")} for r in found], cell)
-    assert "\n".join(lines) in (root / "docs/speed.md").read_text()
-    assert not any(r["gathered_bytes"] for r in found)
+        lines = markdown([r | {"column": r["step"].removeprefix("decode ")} for r in found], cell)
+        assert "\n".join(lines) in (root / "docs/speed.md").read_text(), (chip, model)
+    assert not any(r.get("gathered_bytes") for r in stored)

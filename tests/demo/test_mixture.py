@@ -1,6 +1,7 @@
 """Mixtures of experts against a loop over tokens and experts in NumPy."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def slow_mixture(x, weights):
     experts = jax.tree.map(_values, experts, is_leaf=jq.tree.is_quantized)
     out = np.zeros(x.shape)
     for place in np.ndindex(x.shape[:-1]):
-        token = np.float64(x[place])
+        token: Any = np.float64(x[place])
         scores = np.exp(np.float64(router) @ token)
         chosen = np.argsort(-scores)[:COUNT]
         for e in chosen:
