@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+REPEATED = RESULTS / "repeated"
 _COLUMNS = ("mean KL", "of nearest", "top-1 agreement", "perplexity", "seconds")
 
 
@@ -14,6 +15,8 @@ def main() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         for rows in tables(json.loads(path.read_text())["results"]):
             print("\n".join(rows), end="\n\n")
+    for path in sorted(REPEATED.glob("*.json")):
+        print("\n".join(spread(json.loads(path.read_text())["results"])), end="\n\n")
 
 
 def tables(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -27,6 +30,25 @@ def tables(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         lines = [f"| {title} | {' | '.join(_COLUMNS)} |", "|---" * (1 + len(_COLUMNS)) + "|"]
         out.append(lines + [_line(r, first) for r in rows])
     return out
+
+
+def spread(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table of the mean KL and half its range over seeds, with a column for each text."""
+    texts = dict.fromkeys(r["text"] for r in results)
+    heads = ["bits", "method", *(f"tested on {text}: mean KL | of nearest" for text in texts)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * (2 + 2 * len(texts)) + "|"]
+    first: dict[tuple[str, str], float] = {}
+    for bits, name in dict.fromkeys((r["bits"], r["name"]) for r in results):
+        cells = [bits, name]
+        for text in texts:
+            key = bits, name, text
+            found = [r["divergence"] for r in results if (r["bits"], r["name"], r["text"]) == key]
+            mean = sum(found) / len(found)
+            of_nearest = mean / first.setdefault((bits, text), mean)  # `nearest` comes first.
+            half = (max(found) - min(found)) / 2
+            cells += [f"{mean:.3f}" + (f" ± {half:.3f}" if half else ""), f"{of_nearest:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _line(r: Mapping[str, Any], first: float | None) -> str:

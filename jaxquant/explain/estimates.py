@@ -37,6 +37,9 @@ _XLA_INTEGER = 1.4
 # Weights that XLA dequantizes per second: in blocks that stay in the cache, as a whole that stays
 # there, and as a whole that does not; and up to how many stay there.
 _IN_BLOCKS, _IN_CACHE, _IN_MEMORY, _CACHED = 6e9, 2.5e9, 0.7e9, 2**21
+# Weights of experts per second that XLA prepares for a ragged product, which then multiplies all
+# rows by all experts. Estimates hold within a factor of five there (`--suite experts`).
+_RAGGED = 0.58e9
 # 4-bit codes per second that are copied so that rows begin with a byte, by one thread.
 _ALIGNED = 2e10
 # Seconds that each call takes besides. Products of codes are two: one quantizes activations.
@@ -48,10 +51,11 @@ class _Work:
     """What a product takes, in seconds.
 
     Attributes:
-        count: number of weights.
+        count: number of weights, of all experts.
         stored: memory moves the operands as they are stored, and the result.
         aligned: rows of 4-bit codes are copied first, where they do not begin with a byte.
         read: memory moves the weights as floats.
+        prepared: XLA prepares experts for a ragged product.
         arithmetic: that of the float product.
         as_floats: all of the float product.
     """
@@ -60,6 +64,7 @@ class _Work:
     stored: float
     aligned: float
     read: float
+    prepared: float
     arithmetic: float
     as_floats: float
 
@@ -72,24 +77,44 @@ def estimated_speed(record: Record, choice: Choice, machine: Machine) -> float |
         choice: what computes it.
         machine: whose rates count.
     """
-    if machine.name not in _MODELS or record.rows is None or not record.rhs.is_quantized:
+    rows = record.lhs.shape[0] if record.operation == "ragged_dot" else record.rows
+    if machine.name not in _MODELS or rows is None or not record.rhs.is_quantized:
         return None
-    work = _work(record, machine)
-    return work.as_floats / _MODELS[machine.name].get(choice.implementation, _whole)(work, choice)
+    work = _work(record, rows, machine)
+    model = _MODELS[machine.name].get(choice.implementation, _whole)
+    is_by_expert = record.operation == "ragged_dot" and choice.implementation == "native"
+    seconds = model(_by_expert(record, work) if is_by_expert else work, choice)
+    return work.as_floats / seconds
 
 
-def _work(record: Record, machine: Machine) -> _Work:
+def _work(record: Record, rows: int, machine: Machine) -> _Work:
+    """That of a product by one matrix, or of all rows by all experts."""
     count = math.prod(record.rhs.shape)
     moved = 4 * (math.prod(record.lhs.shape) + math.prod(record.shape))
     read = 4 * count / machine.bytes_per_second
-    arithmetic = 2 * (record.rows or 0) * count / machine.float_per_second
+    arithmetic = 2 * rows * count / machine.float_per_second
+    prepared = count / _RAGGED if record.operation == "ragged_dot" else 0
     return _Work(
         count=count,
         stored=(record.rhs.bytes + moved) / machine.bytes_per_second,
         aligned=count / _ALIGNED if record.length % 2 and record.rhs.bytes < count else 0,
         read=read,
+        prepared=prepared,
         arithmetic=arithmetic,
-        as_floats=_CALL + max(read + moved / machine.bytes_per_second, arithmetic),
+        as_floats=_CALL + prepared + max(read + moved / machine.bytes_per_second, arithmetic),
+    )
+
+
+def _by_expert(record: Record, work: _Work) -> _Work:
+    """Each row by one expert, of which no more are read than there are rows."""
+    experts = record.rhs.shape[0]
+    share = min(experts, record.lhs.shape[0]) / experts
+    return dataclasses.replace(
+        work,
+        stored=work.stored * share,
+        read=work.read * share,
+        prepared=0,
+        arithmetic=work.arithmetic / experts,
     )
 
 
@@ -102,7 +127,7 @@ def _native(work: _Work, choice: Choice) -> float:
 
 
 def _integer(work: _Work, _: Choice) -> float:
-    return 2 * _CALL + max(work.stored, work.arithmetic / _XLA_INTEGER)
+    return 2 * _CALL + work.prepared + max(work.stored, work.arithmetic / _XLA_INTEGER)
 
 
 def _blocks(work: _Work, _: Choice) -> float:

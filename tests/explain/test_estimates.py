@@ -1,6 +1,9 @@
 """Estimated speeds of products on CPU that were not measured."""
 
+import dataclasses
+import json
 import math
+import pathlib
 
 import jax
 import pytest
@@ -15,6 +18,7 @@ from jaxquant.ops.record import OperandRecord, Record
 
 from .operands import HAS_NATIVE, HAS_PANELS, W8A8, floats, stored
 
+ROOT = pathlib.Path(__file__).parents[2]
 BITS = {"int4 g128": 4.25, "int8": 8, "nf4 g64": 4.5}
 
 
@@ -44,6 +48,33 @@ def test_estimates_agree_with_what_was_measured(monkeypatch):
             if (speed > 1) != (estimate > 1) and not is_near:
                 wrong += [(line.weights, line.shape, rows, speed, estimate)]
     assert len(wrong) <= 0.05 * total, wrong
+
+
+def test_estimates_of_experts_agree_with_what_was_measured(monkeypatch):
+    """32 experts of 2048 x 768, 8 for each token, from `--suite experts`."""
+    monkeypatch.setattr(cpu, "instruction_sets", lambda: ("AVX512-VNNI",))
+    experts, length, columns = 32, 2048, 768
+    found = json.loads((ROOT / "benchmarks/results/experts.json").read_text())["experts"]
+    for r in found:
+        name, bits = r["contender"], 8 if r["contender"].startswith("W8") else 4.25
+        if name == "float32":
+            continue
+        is_integer = "A8" in name and (bits == 8 or "XLA" not in name)
+        row = "native" if "XLA" not in name else "integer" if is_integer else "dequantize"
+        rows = 8 * int(r["column"].split()[0])
+        flat = record_of(rows, (experts, length, columns), bits)
+        record = dataclasses.replace(
+            flat,
+            operation="ragged_dot",
+            lhs=dataclasses.replace(flat.lhs, shape=(rows, length)),
+            shape=(rows, columns),
+            length=length,
+            rows=None,
+        )
+        choice = Choice("cpu", None, row, is_integer, True, ())
+        estimate = estimated_speed(record, choice, MACHINES[0]) or 0
+        assert 1 / 5 < estimate / r["speed"] < 5, (r, estimate)
+        assert (estimate > 1) == (r["speed"] > 1), (r, estimate)
 
 
 def row_of(rows, weights, dtype="float32", **options):
