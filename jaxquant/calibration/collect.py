@@ -56,9 +56,9 @@ def collect(
         Statistics: a mapping from path to {class: statistic}.
 
     Raises:
-        ValueError: batches are one batch; a leaf was not reached, or met NaN or Inf; the mask does
-            not fit the rows; `quantized` is missing for `CrossMoment`, or is not a tree like
-            params; or as for `tree.quantize`.
+        ValueError: batches are one batch, or there is none; a leaf was not reached, or met NaN or
+            Inf; the mask does not fit the rows; `quantized` is missing for `CrossMoment`, or is not
+            a tree like params; or as for `tree.quantize`.
 
     Source: Frantar et al. 2022 (GPTQ), arXiv:2210.17323; Lin et al. 2023 (AWQ), arXiv:2306.00978.
 
@@ -125,11 +125,17 @@ class Collector:
             others = _others(quantized, params)
             selected = {i: jnp.stack([jnp.asarray(x), others[i]]) for i, x in selected.items()}
         arrays, _ = split_arrays(rest)
-        total = len(batches) if isinstance(batches, Sized) else None
+        total, done = len(batches) if isinstance(batches, Sized) else None, 0
         with progress_bar(progress, total, "Collecting") as report:
             for done, batch in enumerate(batches, 1):
                 self._add(selected, arrays, batch, chosen)
                 report(done, total, f"batch {done}")
+        if not done and not allow_missing:
+            raise ValueError(
+                f"batches must hold at least one batch; got a {type(batches).__name__} without "
+                "any. Pass batches=[x, ...], what the model is called with; an iterator serves "
+                "only once."
+            )
         sums = [self._sums[i] for i in chosen]
         found = {s.parameter.path: s.finish(allow_missing) for s in sums}
         return Statistics(found, is_complete=not allow_missing)

@@ -346,7 +346,8 @@ def used_twice(params, x):
             r"batches must be a list of .*; got a dict\. Pass",
         ),
         ({"batches": 3.0}, r"batches must be a list of what the model is called with.*got a float"),
-        ({"batches": []}, r"kernel: no batch reached 1 of its 1 slices in a product"),
+        ({"batches": []}, r"batches must hold at least one batch; got a list without any\. Pass"),
+        ({"batches": iter(())}, r"at least one batch; got a tuple_iterator without any"),
         (
             {"batches": [np.full((3, 4), np.nan)]},
             r"kernel: activations must be finite, .*; got NaN or Inf\.",

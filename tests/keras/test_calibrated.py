@@ -139,6 +139,7 @@ def test_experts_get_error_feedback():
 
 PROBLEMS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no batches": (INT4_G16, {"method": methods.GPTQ()}, "GPTQ needs batches, what the model is"),
+    "empty": (INT4_G16, {"method": methods.GPTQ(), "batches": []}, "at least one batch; got a"),
     "no method": (INT4_G16, {"batches": batches()}, "batches are for methods; got method=None"),
     "padding": (
         jq.ArrayConfig(format=jq.INT4, group_size=5),
