@@ -101,18 +101,57 @@ def track_only(layer: keras.layers.Layer, variables: list[keras.Variable]) -> No
         tracker.stored_ids[name] = {id(v) for v in tracked}
 
 
-def layers_being_quantized() -> list[Any]:
-    """The layers that a running `Model.quantize` quantizes, in its order; empty outside of one.
+def running_quantize() -> Any:
+    """The frame of a running `Model.quantize`, or None.
 
     It passes neither the model nor the filters to a layer: they are read from its frame.
     """
     code, frame = inspect.unwrap(keras.Model.quantize).__code__, inspect.currentframe()
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
+    return frame
+
+
+def layers_being_quantized() -> list[Any]:
+    """The layers that a running `Model.quantize` quantizes, in its order; empty outside of one."""
+    frame = running_quantize()
     if frame is None:
         return []
     model, filters = frame.f_locals["self"], frame.f_locals["filters"]
     return [x for x in sublayers(model) if not children(x) and should_quantize_layer(x, filters)]
+
+
+class NothingToCalibrate:
+    """Stands for the blocks of a model in a GPTQConfig or AWQConfig, while Keras quantizes it.
+
+    After the layers, one by one, `Model.quantize` calibrates the layers in these blocks on the
+    data set. It finds none, on a data set of one token, and the config is as before.
+
+    Args:
+        config: that of the running `Model.quantize`, whose layers are all quantized.
+    """
+
+    def __init__(self, config: Any):
+        self.config, self.held, self.frame = config, dict(vars(config)), running_quantize()
+        blocks = {"pre_block_layers": [], "sequential_blocks": [self]}
+        given = {"dataset": [np.zeros(1, np.int32)], "tokenizer": len, "num_samples": 1}
+        vars(config).update(given, sequence_length=1, quantization_layer_structure=blocks)
+
+    def restore(self) -> None:
+        """Gives the config what it held."""
+        vars(self.config).update(self.held)
+
+    def _flatten_layers(self) -> list[Any]:
+        """What Keras calls to find the layers in a block."""
+        self.restore()
+        return []
+
+
+def nothing_to_calibrate(config: Any) -> NothingToCalibrate | None:
+    """What stands in a config for the blocks of a model, or None."""
+    structure = config.quantization_layer_structure or {}
+    found = next(iter(structure.get("sequential_blocks", ())), None)
+    return found if isinstance(found, NothingToCalibrate) else None
 
 
 # Keras writes ONNX from JAX by jax2onnx from 3.15 on.

@@ -222,17 +222,6 @@ def test_options_of_configs_of_keras_and_inputs_of_models_of_kerashub():
     assert damped.method == methods.GPTQ(damping=0.2)
 
 
-def test_layers_in_place_say_what_to_call():
-    make: Any = keras.quantizers.GPTQConfig
-    config = make(TEXT, tokenize, sequence_length=6)
-    model = convert(model_of_every_kind())
-    words = (
-        r"gptq quantizes a whole model.*jaxquant\.keras\.quantize\(model, config\) with this GPTQC"
-    )
-    with pytest.raises(ValueError, match=words):
-        model.quantize("gptq", config=config)
-
-
 @pytest.mark.skipif(not hasattr(keras.quantizers, "AWQConfig"), reason="Keras before 3.14")
 def test_awq_of_keras():
     make: Any = getattr(keras.quantizers, "AWQConfig", None)

@@ -10,3 +10,4 @@ from .recast import recast as recast
 from .weights import QuantizedWeight as QuantizedWeight
 from .weights import StoredWeight as StoredWeight
 from .weights import replaced as replaced
+from .wrappers import MODES_WITH_DATA as MODES_WITH_DATA

@@ -13,6 +13,9 @@ from .aliases import alias, check_reachable
 from .other_layers import check_other_layers
 from .policy import check_compute_dtype
 
+# By mode: (layer, config) -> None, quantizes the whole model that is being quantized in place.
+MODES_WITH_DATA: dict[str | None, Callable[[Any, Any], None]] = {}
+
 
 def own_policy(layer: Any) -> Any:
     """The layer's own dtype policy, also if it was given a map of policies."""
@@ -53,7 +56,9 @@ def quantize_with_config(layer: Any, quantize: Callable[..., Any]) -> Callable[.
         is_named = config is None and mode is not None and mode == policy.quantization_mode
         try:
             config = config_of_policy(policy) if is_named else as_config(mode, config)
-            check_mode_in_place(layer, config)
+            with_data = MODES_WITH_DATA.get(getattr(config, "mode", None))
+            if with_data is not None:
+                return with_data(layer, config)
             if isinstance(config, SchemeConfig):
                 check_compute_dtype(layer, config.mode)
                 check_other_layers(layer, config)
@@ -64,23 +69,6 @@ def quantize_with_config(layer: Any, quantize: Callable[..., Any]) -> Callable[.
             raise RuntimeError(f"quantize({mode!r}, {config!r}) failed: {error}") from error
 
     return wrapped
-
-
-def check_mode_in_place(layer: Any, config: Any) -> None:
-    """Checks that a config does not need activations, which one layer does not see.
-
-    Raises:
-        ValueError: it is a GPTQConfig or AWQConfig of Keras.
-    """
-    if getattr(config, "mode", None) in _MODES_WITH_DATA:
-        raise ValueError(
-            f"{config.mode} quantizes a whole model, by what its layers are called with; got it "
-            f"for {layer.name!r} of jaxquant in place. Call quantized, report = "
-            f"jaxquant.keras.quantize(model, config) with this {type(config).__name__}."
-        )
-
-
-_MODES_WITH_DATA = ("gptq", "awq")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,218 @@
+"""`model.quantize` by Keras' configs of GPTQ and AWQ."""
+
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant.keras import QuantizableMixin, QuantizedWeight, convert, layers, quantize
+
+from .test_calibrated import TEXT, batches, model_of_every_kind, tokenize
+from .test_models import relative_error
+
+OPTIONS = {"num_samples": 16, "sequence_length": 6, "group_size": 16}
+CONFIGS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(not hasattr(keras.quantizers, name), reason="Keras before 3.14"),
+    )
+    for name in ("GPTQConfig", "AWQConfig")
+]
+
+
+def config_of(name="GPTQConfig", dataset=None, **options) -> Any:
+    make: Any = getattr(keras.quantizers, name)
+    return make(TEXT if dataset is None else dataset, tokenize, **{**OPTIONS, **options})
+
+
+def quantize_in_place(model, config, **options):
+    """The texts of the warnings of `model.quantize`."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        model.quantize(config.mode, config=config, **options)
+    return [str(x.message) for x in found]
+
+
+def quantized_layers(model):
+    return [x.name for x in model._flatten_layers() if getattr(x, "stored_weights", None)]
+
+
+@pytest.mark.some_rows(1)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_in_place_is_as_its_quantized_copy(name, tmp_path):
+    original, test = model_of_every_kind(), batches(5)[-1]
+    model = convert(original)
+    config = config_of(name, iter(TEXT))  # Can be read only once.
+    held = dict(vars(config))
+    told = quantize_in_place(model, config)
+    assert vars(config) == held
+    assert [x for x in told if "float" in x] == [
+        f"table stays in float: {config.mode} quantizes layers that multiply activations with "
+        "their weights, in the sequential blocks if there are any."
+    ]
+    found = np.asarray(model(test))
+    copy, _ = quantize(original, config_of(name))
+    for layer in ("hidden", "einsum", "head"):
+        pair = [x.get_layer(layer).quantized_weight("kernel") for x in (model, copy)]
+        np.testing.assert_array_equal(*(x.codes for x in pair))
+    assert quantized_layers(model) == [x for x in quantized_layers(copy) if x != "table"]
+    nearest, _ = quantize(
+        original,
+        {"table/*": None, "*": jq.ArrayConfig(format=jq.INT4, group_size=16, symmetric=False)},
+    )
+    exact = np.asarray(original(test))
+    assert relative_error(found, exact) < relative_error(np.asarray(nearest(test)), exact)
+
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    fresh = convert(original)
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    for other in (loaded, fresh):
+        np.testing.assert_array_equal(other(test), found)
+
+
+def stack(ours: bool, blocks: int = 2) -> Any:
+    """A table and blocks of two layers each, of jaxquant's or stock classes."""
+    keras.utils.set_random_seed(0)
+    source: Any = layers if ours else keras.layers
+    tokens = keras.Input((6,), dtype="int32")
+    x = source.Embedding(40, 32, name="table")(tokens)
+    for number in range(blocks):
+        block = keras.Sequential(name=f"block_{number}")
+        block.add(source.Dense(48, activation="relu", name=f"up_{number}"))
+        block.add(source.EinsumDense("btd,df->btf", (None, 32), name=f"down_{number}"))
+        x = block(x)
+    return keras.Model(tokens, source.Dense(16, name="head")(x), name="stack")
+
+
+def blocks_of(model):
+    blocks = [x for x in model.layers if x.name.startswith("block")]
+    return {"pre_block_layers": [model.get_layer("table")], "sequential_blocks": blocks}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_say_which_layers_are_quantized_and_errors_are_as_in_stock_keras(name):
+    test, errors = batches(5)[-1], []
+    for ours in (False, True):
+        model = stack(ours, 1)
+        exact = np.asarray(model(test))
+        # Tokens: stock Keras does not call a function.
+        tokens = [np.concatenate(batches(4)).reshape(-1).astype(np.int32)]
+        config = config_of(
+            name, tokens, num_samples=32, quantization_layer_structure=blocks_of(model)
+        )
+        told = quantize_in_place(model, config)
+        errors.append(relative_error(np.asarray(model(test)), exact))
+    assert sorted(quantized_layers(model)) == ["down_0", "up_0"]
+    left = sorted(x.partition(" ")[0] for x in told if "stays in float" in x)
+    assert left == ["head", "table"]
+    assert 0 < errors[1] < 1.1 * errors[0]
+
+
+class Blocks(keras.Model):
+    def get_quantization_layer_structure(self, mode=None):
+        return blocks_of(self)
+
+
+def test_blocks_that_the_model_names_and_filters():
+    plain = stack(True)
+    model = Blocks(plain.input, plain.output)
+    quantize_in_place(model, config_of(), filters="up_|head")
+    assert quantized_layers(model) == ["up_0", "up_1"]
+
+
+class Gain(QuantizableMixin, keras.layers.Layer):
+    matrix = QuantizedWeight(axis=0)
+
+    def build(self, input_shape):
+        self.matrix = self.add_weight(name="matrix", shape=(input_shape[-1], 32))
+
+    def call(self, inputs):
+        return jq.matmul(inputs, self.operand("matrix"))
+
+
+def test_layers_of_the_mixin_and_training_afterwards():
+    keras.utils.set_random_seed(0)
+    start = keras.Input((6,), dtype="int32")
+    model: Any = keras.Sequential([start, layers.Embedding(40, 32), Gain()])
+    model.add(layers.Dense(3, name="head"))
+    model.compile("sgd", "mse")
+    x, y = batches(1)[0], np.zeros((16, 6, 3), np.float32)
+    model.fit(x, y, verbose=0)
+    quantize_in_place(model, config_of())
+    assert quantized_layers(model) == ["gain", "head"]
+    with pytest.warns(UserWarning, match="compiled before 2 of its 4 trainable variables"):
+        model.fit(x, y, verbose=0)
+
+
+class Broken(keras.layers.Activation):
+    def quantize(self, mode=None, config=None, type_check=True):
+        raise KeyError("broken")
+
+
+def test_a_config_serves_again_after_an_error_of_keras():
+    keras.utils.set_random_seed(0)
+    tokens = keras.Input((6,), dtype="int32")
+    x = layers.Dense(8, name="first")(layers.Embedding(40, 32)(tokens))
+    model = keras.Model(tokens, Broken("relu", name="last")(x))
+    config = config_of()
+    with pytest.raises(KeyError, match="broken"):
+        quantize_in_place(model, config)
+    assert quantized_layers(model) == ["first"]
+    other = stack(True)
+    quantize_in_place(other, config)
+    assert "up_0" in quantized_layers(other)
+    assert config.dataset is TEXT
+
+
+def with_stock_head():
+    plain = stack(True, 1)
+    x = plain.layers[-2].output
+    return keras.Model(plain.input, keras.layers.Dense(3, name="stock_head")(x))
+
+
+def quantized_before():
+    model = stack(True, 1)
+    model.get_layer("head").quantize("int8")
+    return model
+
+
+def only_a_table():
+    return keras.Sequential([keras.Input((6,), dtype="int32"), layers.Embedding(40, 32)])
+
+
+PROBLEMS: dict[str, tuple[Any, Any, str]] = {
+    "stock": (with_stock_head, {}, r"stock_head: stock layer; quantize jaxquant\.keras\.convert"),
+    "twice": (quantized_before, {}, "Layer 'head' is already quantized"),
+    "short": (lambda: stack(True, 1), {"dataset": ["ab"]}, "one sequence of 6 tokens; got 2"),
+    "groups": (lambda: stack(True, 1), {"group_size": 5}, "methods need groups that divide"),
+    "nothing": (only_a_table, {}, "no layer multiplies activations"),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_errors_change_nothing(name):
+    make, options, words = PROBLEMS[name]
+    model = make()
+    before, known = model.get_weights(), quantized_layers(model)
+    config = config_of(**options)
+    held = dict(vars(config))
+    with pytest.raises(ValueError, match=words):
+        model.quantize("gptq", config=config)
+    assert vars(config) == held
+    assert quantized_layers(model) == known
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_one_layer_says_what_to_call():
+    layer = layers.Dense(3)
+    layer.build((None, 4))
+    words = r"gptq quantizes a whole model.*the layer 'dense.*alone\. Call model\.quantize\('gptq'"
+    with pytest.raises(ValueError, match=words):
+        layer.quantize("gptq", config=config_of())
