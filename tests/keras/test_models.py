@@ -16,6 +16,7 @@ from jaxquant.keras import (
     convert,
     functional,
     layers,
+    load_weights,
     quantize,
     to_stock,
 )
@@ -124,8 +125,17 @@ def test_keep_must_be_a_list_of_names_and_classes(copy, keep):
         copy(small_model(), keep=keep)
 
 
-@pytest.mark.parametrize("copy", [convert, lambda m: quantize(m, W8A8)])
-def test_only_models_and_layers_can_be_copied(copy):
+TAKES_A_MODEL = [
+    convert,
+    to_stock,
+    functional,
+    lambda m: quantize(m, W8A8),
+    lambda m: load_weights(m, "model.weights.h5"),
+]
+
+
+@pytest.mark.parametrize("copy", TAKES_A_MODEL)
+def test_a_model_must_be_one_of_keras(copy):
     with pytest.raises(ValueError, match=r"model must be a Keras model or layer; got a function"):
         copy(lambda x: x)
 

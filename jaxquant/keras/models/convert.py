@@ -15,6 +15,7 @@ from ...core import INT4, INT8, AbsMax, QTensor, blocks_between, scale_values
 from .. import compat, layers
 from ..files import other_variables, repeat_groups
 from ..layer import QuantizableMixin
+from .checks import Keep, as_keep, check_is_layer
 from .composite import (
     COUNTERPARTS,
     SHARE_WEIGHTS,
@@ -24,7 +25,7 @@ from .composite import (
     original_class,
     stock_base,
 )
-from .rewrite import Keep, ModelRewriter, as_keep
+from .rewrite import ModelRewriter
 from .state import copy_variables
 
 
@@ -87,7 +88,7 @@ def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -
         >>> type(stock.layers[0]) is keras.layers.Dense, stock.layers[0].quantization_mode
         (True, 'int8')
     """
-
+    check_is_layer(model)
     wrappers = [x for x in compat.sublayers(model) if isinstance(x, keras.layers.TimeDistributed)]
     form = functools.partial(_stock_form, wrapped={id(x.layer) for x in wrappers})
 

@@ -11,6 +11,7 @@ import numpy as np
 from ...core import QTensor
 from .. import compat
 from ..layer import StoredWeight, replaced
+from .checks import check_is_layer
 
 Params = dict[str, Any]
 # Stored weights and the other variables, by the parts of their paths.
@@ -48,9 +49,9 @@ def functional(model: keras.Model, method: str | None = None) -> tuple[Callable[
             They are copies: `apply` refers to the model, but not to its values.
 
     Raises:
-        ValueError: the model is not built, or has no such method. `apply` raises it for params of
-            another structure, and if the model was quantized, or gained or lost weights, in the
-            meantime.
+        ValueError: the model is not one of Keras, is not built, or has no such method. `apply`
+            raises it for params of another structure, and if the model was quantized, or gained or
+            lost weights, in the meantime.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), jk.layers.Dense(2)])
@@ -65,6 +66,7 @@ def functional(model: keras.Model, method: str | None = None) -> tuple[Callable[
 
 def pure_call(model: keras.Model, method: str | None = None) -> tuple[Callable[..., Any], Places]:
     """The function of `functional`, and where the weights of its params are kept."""
+    check_is_layer(model)
     places = _places(model)
     if not model.built or not places:
         raise ValueError(

@@ -8,7 +8,7 @@ from .. import compat
 from ..configs import QuantizationConfig
 from ..layer import MODES_WITH_DATA, QuantizableMixin
 from .calibrated import quantize_by_methods, take_over, weights_with_methods
-from .rewrite import raise_problems
+from .checks import raise_problems
 from .stock_methods import calibration_of
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from .. import compat
+from .checks import check_is_layer
 
 
 def load_weights(model: keras.Model, path: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -22,7 +23,7 @@ def load_weights(model: keras.Model, path: str | os.PathLike[str], **kwargs: Any
         kwargs: other arguments of `keras.Model.load_weights`.
 
     Raises:
-        ValueError: as `keras.Model.load_weights`: a layer cannot be loaded from the file. Other
+        ValueError: the model is not one of Keras; or as `keras.Model.load_weights`: a layer cannot be loaded from the file. Other
             errors that it raises, such as OSError, restore the model as well.
 
     Example:
@@ -32,6 +33,7 @@ def load_weights(model: keras.Model, path: str | os.PathLike[str], **kwargs: Any
         ...     model.save_weights(f"{folder}/model.weights.h5")
         ...     jk.load_weights(model, f"{folder}/model.weights.h5")
     """
+    check_is_layer(model)
     layers = compat.sublayers(model)
     states = [(x, _copies(x), compat.own_variables(x)) for x in layers]
     variables = [v for x in layers for v in (*compat.own_variables(x), *compat.seeds(x))]

@@ -16,8 +16,8 @@ from .. import compat
 from ..configs import QuantizationConfig, SchemeConfig, as_config
 from ..layer import QuantizableMixin
 from .calibrated import Chosen, quantize_by_methods, take_over, weights_with_methods
+from .checks import Keep, raise_problems
 from .convert import converter
-from .rewrite import Keep, raise_problems
 from .state import share_variables
 from .stock_methods import STOCK_METHODS, calibration_of, check_alone
 

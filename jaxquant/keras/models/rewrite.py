@@ -1,6 +1,5 @@
 """Copies models layer by layer and replaces the classes of layers."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -9,6 +8,8 @@ import keras
 
 from .. import compat
 from ..layer import QuantizableMixin
+from .alike import build_like, name_like, why_not_alike
+from .checks import check_is_layer, raise_problems
 from .composite import (
     identity,
     is_stock,
@@ -22,32 +23,7 @@ from .composite import (
 )
 from .lifted import LiftedUse, why_not_lifted
 from .multiplied import multiplied
-from .state import copy_other_state, copy_variables, matched, matched_layers, quantize_like
-
-Keep = Iterable[str | type]
-
-
-def raise_problems(model: keras.Model, problems: list[str]) -> None:
-    """Raises one ValueError for all of them, if there are any."""
-    if problems:
-        lines = "\n  ".join(problems)
-        count = f"these {len(problems)} problems" if len(problems) > 1 else "this problem"
-        raise ValueError(f"Model {model.name!r} was not changed; fix {count}:\n  {lines}")
-
-
-def as_keep(keep: Keep) -> tuple[str | type, ...]:
-    """The names and classes of layers to keep.
-
-    Raises:
-        ValueError: it is one name or class instead of several, or holds something else.
-    """
-    entries: tuple[Any, ...] = (None,) if isinstance(keep, str | type) else tuple(keep)
-    if all(isinstance(x, str | type) for x in entries):
-        return entries
-    raise ValueError(
-        "keep must be a list of names and classes of layers, such as ['head', keras.layers.LSTM]; "
-        f"got {keep!r}."
-    )
+from .state import copy_other_state, copy_variables, matched_layers, quantize_like
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,11 +80,7 @@ class ModelRewriter:
         Raises:
             ValueError: lists every layer that cannot be copied; or model is not a layer.
         """
-        if not isinstance(model, keras.layers.Layer):
-            raise ValueError(
-                f"model must be a Keras model or layer; got a {type(model).__name__}. To quantize "
-                "the parameters of a function, call jaxquant.tree.quantize."
-            )
+        check_is_layer(model)
         units = list(_unique(self._units(model)))
         self._check(model, units)
         copy = self._copy(model)
@@ -156,7 +128,7 @@ class ModelRewriter:
 
     def _not_quantizable(self, model: Any, layers: list[Any]) -> list[tuple[Any, str]]:
         """Custom layers that multiply with their own weights and cannot be lifted, and why."""
-        found = [x for x in layers if any(len(v.shape) > 1 for v in _own(x))]
+        found = [x for x in layers if any(len(v.shape) > 1 for v in compat.own_variables(x))]
         found = [x for x in found if self.why_not_quantizable(x, "")]
         used = multiplied(model) if found else None
         reasons = [(x, self._why_not_lifted(x, used)) for x in found]
@@ -167,7 +139,7 @@ class ModelRewriter:
         used = multiplied(layer) if used is None else used
         if used is None:
             return "its call cannot be traced without an input"
-        own = tuple(used[id(v)] for v in _own(layer) if id(v) in used)
+        own = tuple(used[id(v)] for v in compat.own_variables(layer) if id(v) in used)
         why = why_not_lifted(layer, own)
         if own and why is None:
             self.lifts[id(layer)] = own
@@ -268,11 +240,11 @@ class ModelRewriter:
         if unit.built and not copy.built:
             copy.build_from_config(unit.get_build_config())
         pairs = matched_layers(unit, copy)
-        why = _why_not_alike(unit, copy, pairs)
+        why = why_not_alike(unit, copy, pairs)
         raise_problems(model, [f"{unit.path or unit.name}: {why}"] if why else [])
         for old, new in reversed(pairs):  # Inner layers first.
-            _build_like(old, new)
-            _name_like(old, new)
+            build_like(old, new)
+            name_like(old, new)
         if self.replaces_inside:
             self._replace_inside(copy, pairs)
         else:
@@ -304,44 +276,6 @@ class ModelRewriter:
             for old, new in left
             if id(old) not in kept
         ]
-
-
-def _own(layer: Any) -> list[Any]:
-    return compat.own_variables(layer)
-
-
-def _why_not_alike(unit: Any, copy: Any, pairs: list[tuple[Any, Any]]) -> str | None:
-    """Why a copy does not have the layers of the original, or None."""
-    name = original_class(type(unit)).__name__
-    count, wanted = len(compat.sublayers(copy)), len(compat.sublayers(unit))
-    if count != wanted:
-        why = f"{name} makes {count} layers from its config; got one with {wanted}"
-        return f"{why}. Write its get_config"
-    kinds = [[original_class(type(x)).__name__ for x in pair] for pair in pairs]
-    if len(pairs) == wanted and all(old == new for old, new in kinds):
-        return None
-    return f"{name} makes layers of other classes from its config. Write its get_config"
-
-
-def _build_like(old: Any, new: Any) -> None:
-    """Builds a layer, which the code that created it did not build, at the path of another."""
-    if not old.built or new.built:
-        return
-    if all(inner.built for inner in compat.children(new)):
-        new.built = True  # Keras' own `build_from_config` of a model does not set it.
-    if compat.children(new):
-        return
-    with contextlib.ExitStack() as scopes:
-        for name in (old.path or old.name).split("/")[:-1]:
-            scopes.enter_context(keras.name_scope(name))
-        new.build_from_config(old.get_build_config())
-
-
-def _name_like(old: Any, new: Any) -> None:
-    """Names a layer and its variables as another: Keras counts those without a name."""
-    if new.built:
-        variables = [(v, w.path) for w, v in matched(_own(old), _own(new))]
-        compat.rename(new, old.name, old.path, variables)
 
 
 def _unique(items: Iterable[Any]) -> Iterable[Any]:
