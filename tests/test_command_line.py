@@ -284,7 +284,7 @@ BAD = [
     (["quantize", "{model}", ".", "--scheme", "W8A8"], ": . is a folder; name a file, such as mo"),
     # The output path is checked before the source is read.
     (["quantize", "{text}", "{folder}/no/out", "--scheme", "W8A8"], "no is not a folder; create"),
-    (["quantize", "{text}", "{out}", "--scheme", "W8A8"], "is not a safetensors file: "),
+    (["quantize", "{text}", "{out}", "--scheme", "W8A8"], "is not a checkpoint: it starts with "),
     (["inspect", "{folder}/none"], "No such file or directory"),
     (["inspect", "{index}"], "weight_map.a must be the name of a .safetensors file in the same f"),
     (["quantize", "{index}", "{out}", "--scheme", "W8A8"], "weight_map.a must be the name of a .s"),
@@ -296,7 +296,7 @@ BAD = [
     (["quantize", "{model}", "/dev/null", "--scheme", "W8A8"], "null is a device, FIFO or socket"),
     (["inspect", "{fifo}"], "fifo is a device, FIFO or socket (mode prw"),
     (["inspect", "{sqnr}"], "sqnr: its metadata 'jaxquant.sqnr' is malformed: 'high'"),
-    (["inspect", "{text}"], "is not a safetensors file: "),
+    (["inspect", "{text}"], "is not a checkpoint: it starts with "),
     (["inspect", "{broken}"], "broken was altered: "),
     (["inspect", "{model}", "--plot", "{out}"], "No leaf of 5 is quantized; there is nothing to"),
     (["demo", "--encoder", "{folder}"], "No such file or directory"),
@@ -337,6 +337,22 @@ def test_errors_print_one_message_and_exit_with_status_2(
     assert "Traceback" not in err
     assert {p.name for p in tmp_path.iterdir()} == files
     assert model.read_bytes() == data
+
+
+def test_files_are_inspected_by_what_they_hold_not_by_their_names(model, run, tmp_path):
+    blocks = np.random.default_rng(0).integers(0, 60, (8, 2, 18), np.uint8)
+    (tmp_path / "sha256-1b2c").write_bytes(gguf([], [("w", (8, 64), 2, blocks.tobytes())]))
+    status, out, err = run("inspect", tmp_path / "sha256-1b2c")
+    assert (status, err) == (0, "")
+    assert "Q4_0" in out
+    model.rename(tmp_path / "misnamed.gguf")
+    status, out, err = run("inspect", tmp_path / "misnamed.gguf")
+    assert (status, err) == (0, "")
+    assert "Quantization by leaf" in out
+    (tmp_path / "text.gguf").write_text("Once upon a time")
+    status, out, err = run("inspect", tmp_path / "text.gguf")
+    assert (status, out) == (2, "")
+    assert "text.gguf is not a checkpoint: it starts with b'Once upon', unlike safeten" in err
 
 
 def test_folders_and_gguf_files_are_quantized_and_inspected(model, run, tmp_path):

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..tree.internal import check_regular, has_manifest
+from ..tree.internal import check_regular, has_manifest, is_safetensors
 from .checkpoint import Checkpoint
 from .gguf import open_gguf
 from .huggingface import open_folder
@@ -36,11 +36,7 @@ def open(path: str | os.PathLike[str], *, names: str | None = None) -> Checkpoin
         Checkpoint('model.safetensors', jaxquant, tensors=1)
     """
     path = Path(path)
-    start, size = b"", 0
-    if not path.is_dir():
-        check_regular(path)
-        with path.open("rb") as file:
-            start, size = file.read(9), os.fstat(file.fileno()).st_size
+    start = b"" if path.is_dir() else _start_of(path)
     if start[:4] in (b"GGUF", b"FUGG"):
         return open_gguf(path, names or "stored")
     if names is not None:
@@ -49,14 +45,23 @@ def open(path: str | os.PathLike[str], *, names: str | None = None) -> Checkpoin
         return open_folder(path)
     if path.suffix in _ELSEWHERE:
         raise ValueError(f"{path} is not read here: {_ELSEWHERE[path.suffix]}.")
-    # A file of safetensors starts with the length of its header, which may be any bytes.
-    is_safetensors = start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
-    is_pickle = start[:2] in (b"PK", b"\x80\x02") and not is_safetensors
+    is_pickle = start[:2] in (b"PK", b"\x80\x02") and not is_safetensors(path)
     if path.suffix in _PICKLES or is_pickle:
         raise ValueError(
             f"{path} is not safetensors or GGUF but may hold pickled objects, which can run code "
             "when they are read. Convert it to safetensors with the library that wrote it."
         )
-    if start.lstrip().startswith(b"{") and not is_safetensors:
+    if start.lstrip().startswith(b"{") and not is_safetensors(path):
         return open_folder(path)
+    if start[8:] != b"{":
+        raise ValueError(
+            f"{path} is not a checkpoint: it starts with {start!r}, unlike safetensors, GGUF and "
+            "an index in JSON. Name a file of one of these kinds, or a folder of Hugging Face."
+        )
     return open_own(path) if has_manifest(path) else open_folder(path)
+
+
+def _start_of(path: Path) -> bytes:
+    check_regular(path)
+    with path.open("rb") as file:
+        return file.read(9)

@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoints, tree
-from ..tree.internal import leaves_with_paths, read_tree, stored_sqnr
+from ..tree.internal import is_safetensors, leaves_with_paths, read_tree, stored_sqnr
 from .rows import InspectedTensor, of_checkpoint, of_tree
-
-# Files that hold tensors, but not a tree of quantized arrays.
-_NOT_TREES = (".gguf", ".json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +55,7 @@ def read(path: Path) -> Contents:
         OSError: it cannot be read.
         ValueError: it is malformed.
     """
-    if path.is_dir() or path.suffix in _NOT_TREES:
+    if path.is_dir() or not is_safetensors(path):
         return Contents(path, checkpoints.open(path).report())
     params, metadata = read_tree(path)
     known = stored_sqnr(path, metadata)

@@ -51,6 +51,7 @@ from .tensor_file import METADATA as METADATA
 from .tensor_file import Entry as Entry
 from .tensor_file import TensorFile as TensorFile
 from .tensor_file import check_regular as check_regular
+from .tensor_file import is_safetensors as is_safetensors
 from .tensor_file import open_tensors as open_tensors
 from .tensor_file import summary as summary
 from .tensor_file import write_tensors as write_tensors

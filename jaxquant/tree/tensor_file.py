@@ -98,6 +98,22 @@ class TensorFile:
         return array.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether a file starts like one of safetensors, whatever its name.
+
+    It starts with the length of its header, which may be any bytes, and with the header, an object
+    in JSON.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is a folder or a device.
+    """
+    check_regular(path)
+    with open(path, "rb") as file:
+        start, size = file.read(9), os.fstat(file.fileno()).st_size
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
+
+
 @contextlib.contextmanager
 def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
     """Yields a safetensors file, open for reading.

@@ -39,8 +39,13 @@ def test_each_kind_is_recognised(tmp_path):
         ("model.keras", b"PK\x03\x04", "is not read here: open it with keras.models.load_model"),
         ("pytorch_model.bin", b"PK\x03\x04", "may hold pickled objects, which can run code"),
         ("old.pt", b"\x80\x02}q", "may hold pickled objects, which can run code"),
-        ("text.txt", b"Once upon a time", "is not a safetensors file"),
-        ("empty", b"", "is not a safetensors file"),
+        (
+            "text.txt",
+            b"Once upon a time",
+            "is not a checkpoint: it starts with b'Once upon'",
+        ),
+        ("empty", b"", "is not a checkpoint: it starts with b'', unlike safetensors, GGUF and"),
+        ("short", b"\x80\0\0\0\0\0\0\0{", "is truncated: it has 9 bytes, but its header says 136"),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path, name, data, text):
