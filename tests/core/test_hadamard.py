@@ -13,14 +13,13 @@ from jaxquant.core import check_block, hadamard
 ORDERS = (1, 2, 4, 8, 12, 20, 24, 28, 36, 40, 44, 48, 52, 60, 68, 76, 84, 100, 108, 384, 576, 1536)
 
 
-@pytest.mark.some_rows(5)
 @pytest.mark.parametrize("n", ORDERS)
 def test_columns_are_orthogonal_and_have_entries_of_one(n):
     matrix = hadamard(n)
     assert matrix.dtype == np.int8
     assert set(np.unique(matrix)) <= {1, -1}
-    wide = matrix.astype(np.int64)
-    np.testing.assert_array_equal(wide @ wide.T, n * np.eye(n, dtype=np.int64))
+    wide = matrix.astype(np.float64)
+    np.testing.assert_array_equal(wide @ wide.T, n * np.eye(n))
 
 
 @pytest.mark.parametrize(
