@@ -35,7 +35,7 @@ def test_the_oldest_jax_is_tested_with_the_oldest_python():
 def test_scripts_and_tests_of_the_workflows_exist():
     text = "\n".join(path.read_text() for path in WORKFLOWS.iterdir())
     scripts = set(re.findall(r"(?:\.ci|\./\.github|tests)/[\w./-]+", text))
-    assert {".ci/run", ".ci/smoke.py", "./.github/workflows/wheels.yml"} <= scripts
+    assert {".ci/run", ".ci/smoke.py", ".ci/pages.py", "./.github/workflows/wheels.yml"} <= scripts
     assert not [script for script in scripts if not (ROOT / script).exists()]
 
 
