@@ -24,16 +24,18 @@ def tables(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     out = []
     for bits in dict.fromkeys(r["bits"] for r in results):
         rows = sorted((r for r in results if r["bits"] == bits), key=lambda r: r["divergence"])
-        first = next((r["divergence"] for r in rows if r["name"] == "nearest"), None)
-        least = min(r["bits_per_weight"] for r in rows)  # Multipliers add a little.
-        title = f"{least:.2f} bits" if bits[0].isdigit() else bits
+        nearest = next((r for r in rows if r["name"] == "nearest"), None)
+        first = nearest and nearest["divergence"]
+        # Multipliers add a little, and codebooks have no zero points.
+        count = nearest["bits_per_weight"] if nearest else rows[0]["bits_per_weight"]
+        title = f"{count:.2f} bits" if bits[0].isdigit() else bits
         lines = [f"| {title} | {' | '.join(_COLUMNS)} |", "|---" * (1 + len(_COLUMNS)) + "|"]
         out.append(lines + [_line(r, first) for r in rows])
     return out
 
 
 def spread(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of a table of the mean KL and half its range over seeds, with a column for each text."""
+    """Lines of a table of the mean KL and half its range over seeds, for each text."""
     texts = dict.fromkeys(r["text"] for r in results)
     heads = ["bits", "method", *(f"tested on {text}: mean KL | of nearest" for text in texts)]
     lines = [f"| {' | '.join(heads)} |", "|---" * (2 + 2 * len(texts)) + "|"]
@@ -43,6 +45,9 @@ def spread(results: Sequence[Mapping[str, Any]]) -> list[str]:
         for text in texts:
             key = bits, name, text
             found = [r["divergence"] for r in results if (r["bits"], r["name"], r["text"]) == key]
+            if not found:
+                cells += ["", ""]
+                continue
             mean = sum(found) / len(found)
             of_nearest = mean / first.setdefault((bits, text), mean)  # `nearest` comes first.
             half = (max(found) - min(found)) / 2

@@ -140,6 +140,10 @@ def test_the_tables_of_the_docs_are_those_of_the_results():
     for path in sorted(tables.RESULTS.glob("*.json")):
         (lines,) = tables.tables(json.loads(path.read_text())["results"])
         assert "\n".join(lines) in text
+    repeated = sorted(tables.REPEATED.glob("*.json"))
+    assert [path.stem for path in repeated] == ["channels", "seeds"]
+    for path in repeated:
+        assert "\n".join(tables.spread(json.loads(path.read_text())["results"])) in text
 
 
 def test_tables_are_relative_to_nearest_and_start_with_the_closest(capsys, monkeypatch, tmp_path):
@@ -150,12 +154,29 @@ def test_tables_are_relative_to_nearest_and_start_with_the_closest(capsys, monke
     ]  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps({"results": found}))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "REPEATED", tmp_path / "repeated")
     tables.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| 3.21 bits | mean KL |")
     assert lines[2:4] == [
         "| GPTQ | 0.100 | 0.20 | 0.500 | 20.0 | 3 |",
         "| nearest | 0.500 | 1.00 | 0.500 | 20.0 | 3 |",
+    ]
+
+
+def test_repeated_rows_are_shown_as_mean_and_half_range_for_each_text():
+    found = [
+        {"name": name, "bits": "3.2", "text": text, "seed": seed, "divergence": divergence}
+        for name, text, seed, divergence in (
+            ("nearest", "a", 0, 2.0), ("nearest", "a", 1, 4.0), ("nearest", "b", 0, 1.0),
+            ("GPTQ", "a", 0, 1.0), ("GPTQ", "a", 1, 0.5),
+        )
+    ]  # fmt: skip
+    assert tables.spread(found) == [
+        "| bits | method | tested on a: mean KL | of nearest | tested on b: mean KL | of nearest |",
+        "|---|---|---|---|---|---|",
+        "| 3.2 | nearest | 3.000 ± 1.000 | 1.00 | 1.000 | 1.00 |",
+        "| 3.2 | GPTQ | 0.750 ± 0.250 | 0.25 |  |  |",
     ]
 
 
