@@ -25,7 +25,7 @@ def tables(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for bits in dict.fromkeys(r["bits"] for r in results):
         rows = sorted((r for r in results if r["bits"] == bits), key=lambda r: r["divergence"])
         nearest = next((r for r in rows if r["name"] == "nearest"), None)
-        first = nearest and nearest["divergence"]
+        first = nearest["divergence"] if nearest else None
         # Multipliers add a little, and codebooks have no zero points.
         count = nearest["bits_per_weight"] if nearest else rows[0]["bits_per_weight"]
         title = f"{count:.2f} bits" if bits[0].isdigit() else bits
