@@ -9,6 +9,7 @@ from .layer import QuantizableMixin as QuantizableMixin
 from .layer import QuantizedWeight as QuantizedWeight
 from .models import convert as convert
 from .models import functional as functional
+from .models import load_preset as load_preset
 from .models import load_weights as load_weights
 from .models import quantize as quantize
 from .models import to_stock as to_stock

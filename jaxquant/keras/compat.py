@@ -14,7 +14,7 @@ import jax
 import keras
 import numpy as np
 from keras.src.backend.common.backend_utils import compute_conv_transpose_padding_args_for_jax
-from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 from keras.src.backend.common.masking import set_keras_mask
 from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.export import onnx
@@ -198,6 +198,26 @@ def checked_quantize(layer: Any) -> Callable[..., None]:
             type(layer).quantize(layer, mode=config.mode, config=config, **kwargs)
 
     return quantize
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """A context in which variables are created without values, to be assigned to afterwards."""
+    waiting = "uninitialized_variables"  # Keras initializes them when another context ends.
+    before = get_global_attribute(waiting)
+    set_global_attribute(waiting, [])
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        set_global_attribute(waiting, before or [])
+
+
+def initialize(variables: list[keras.Variable]) -> None:
+    """Gives those variables initial values that have none."""
+    for variable in variables:
+        if variable._value is None:
+            variable._deferred_initialize()
 
 
 def detached(layer: Any) -> Any:

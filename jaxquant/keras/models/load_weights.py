@@ -23,8 +23,9 @@ def load_weights(model: keras.Model, path: str | os.PathLike[str], **kwargs: Any
         kwargs: other arguments of `keras.Model.load_weights`.
 
     Raises:
-        ValueError: the model is not one of Keras; or as `keras.Model.load_weights`: a layer cannot be loaded from the file. Other
-            errors that it raises, such as OSError, restore the model as well.
+        ValueError: the model is not one of Keras; or as `keras.Model.load_weights`: a layer cannot
+            be loaded from the file. Other errors that it raises, such as OSError, restore the
+            model as well.
 
     Example:
         >>> import tempfile

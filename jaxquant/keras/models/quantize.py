@@ -81,7 +81,7 @@ def quantize(
     if isinstance(rules, STOCK_METHODS):
         check_alone(method, batches)
         rules, method, batches = calibration_of(rules, model)
-    config = _config_of(rules)
+    config = config_of(rules)
     rewriter = converter(keep, strict)
     copy = rewriter.copy(model, share_variables)
     if not model.built or not model.weights:
@@ -92,9 +92,9 @@ def quantize(
     why_kept = {id(x): why for x, why in rewriter.walk(copy)}
     ours = [x for x in compat.sublayers(copy) if isinstance(x, QuantizableMixin)]
     layers = [x for x in ours if why_kept[id(x)] is None]
-    chosen = [(layer, _chosen(layer, config)) for layer in layers]
+    chosen = [(layer, chosen_names(layer, config)) for layer in layers]
     chosen += [(layer, []) for layer in ours if why_kept[id(layer)] is not None]
-    problems = _mismatches(config, layers, chosen)
+    problems = mismatches(config, layers, chosen)
     weights, unfit = weights_with_methods(copy, chosen, config, method)
     raise_problems(model, problems + unfit)
     if batches is not None and not weights:
@@ -108,7 +108,7 @@ def quantize(
         raise_problems(model, [f"{x.path or x.name}: {why}" for x, why in failed])
     why_left = {**why_kept, **{id(x): why for x, why in failed}}
     for layer in compat.sublayers(copy):
-        rows += _rows_left(layer, config, why_left[id(layer)])
+        rows += rows_left(layer, config, why_left[id(layer)])
     _own(copy, model)
     places = {v.path: place for place, v in enumerate(model.weights)}
     rows.sort(key=lambda row: places.get(row.path, len(places)))
@@ -127,16 +127,16 @@ def _quantize(
     with progress_bar(progress, total) as tell:
         for layer, names in chosen:
             try:
-                rows += _quantize_layer(layer, names, config, made.get(id(layer)))
+                rows += quantize_layer(layer, names, config, made.get(id(layer)))
             except (NotImplementedError, ValueError) as error:
                 failed.append((layer, str(error)))
             for name in names:
                 done += 1
-                tell(done, total, _path(layer, name))
+                tell(done, total, path_of(layer, name))
     return rows, failed
 
 
-def _quantize_layer(
+def quantize_layer(
     layer: Any, names: list[str], config: SchemeConfig, made: dict[str, QTensor] | None
 ) -> list[ReportRow]:
     """Quantizes weights of one layer; returns the rows of all that are quantized now."""
@@ -148,7 +148,7 @@ def _quantize_layer(
     return [_quantized(layer, name, before.get(name)) for name in layer.stored_weights]
 
 
-def _config_of(rules: Any) -> SchemeConfig:
+def config_of(rules: Any) -> SchemeConfig:
     is_config = isinstance(rules, keras.quantizers.QuantizationConfig)
     if is_config or isinstance(rules, str):
         config = as_config(None, rules)
@@ -161,29 +161,29 @@ def _config_of(rules: Any) -> SchemeConfig:
     return QuantizationConfig(rules)
 
 
-def _path(layer: Any, name: str) -> str:
+def path_of(layer: Any, name: str) -> str:
     return f"{layer.path or layer.name}/{name}"
 
 
 def _scheme(layer: Any, name: str, config: SchemeConfig) -> Scheme | ArrayConfig | None:
-    rule = config.rule_for(_path(layer, name))
+    rule = config.rule_for(path_of(layer, name))
     return rule and rule.scheme
 
 
-def _chosen(layer: Any, config: SchemeConfig) -> list[str]:
+def chosen_names(layer: Any, config: SchemeConfig) -> list[str]:
     """Names of the float weights that a config selects."""
     names = [n for n in layer.declared_shapes if n not in layer.stored_weights]
     return [n for n in names if _scheme(layer, n, config) is not None]
 
 
-def _mismatches(config: SchemeConfig, layers: list[Any], chosen: Chosen) -> list[str]:
+def mismatches(config: SchemeConfig, layers: list[Any], chosen: Chosen) -> list[str]:
     """Problems that can be found without the values of the weights."""
-    paths = [_path(layer, name) for layer in layers for name in layer.declared_shapes]
+    paths = [path_of(layer, name) for layer in layers for name in layer.declared_shapes]
     rules = config.rules if isinstance(config, QuantizationConfig) else ()
     unused = [r for r in rules if r.required and not any(r.matches(p, None) for p in paths)]
     problems = [f"rule {r.pattern!r} matches no quantizable weight" for r in unused]
     again = [
-        f"{_path(layer, name)} is already quantized, to {layer.quantized_weight(name)!r}; give "
+        f"{path_of(layer, name)} is already quantized, to {layer.quantized_weight(name)!r}; give "
         "it a rule with None, or quantize the float model"
         for layer in layers
         for name in layer.stored_weights
@@ -197,7 +197,7 @@ def _mismatches(config: SchemeConfig, layers: list[Any], chosen: Chosen) -> list
     return problems + again
 
 
-def _rows_left(layer: Any, config: SchemeConfig, why_kept: str | None) -> list[ReportRow]:
+def rows_left(layer: Any, config: SchemeConfig, why_kept: str | None) -> list[ReportRow]:
     """A row for each of the layer's own weights that is not quantized."""
     is_quantizable = isinstance(layer, QuantizableMixin)
     stored = layer.stored_weights.values() if is_quantizable else ()
@@ -220,7 +220,7 @@ def _rows_left(layer: Any, config: SchemeConfig, why_kept: str | None) -> list[R
 
 
 def _reason(layer: Any, name: str, config: SchemeConfig) -> str:
-    rule = config.rule_for(_path(layer, name))
+    rule = config.rule_for(path_of(layer, name))
     if rule is None:
         return "no rule matches"
     stays = f"stays float, by {type(config).__name__}"
@@ -229,7 +229,7 @@ def _reason(layer: Any, name: str, config: SchemeConfig) -> str:
 
 def _quantized(layer: Any, name: str, before: jax.Array | None) -> ReportRow:
     """The row of a quantized weight; `before` is its float value, if it has just been quantized."""
-    stored, path = layer.stored_weights[name], _path(layer, name)
+    stored, path = layer.stored_weights[name], path_of(layer, name)
     q, size = stored.on_host(), max(math.prod(stored.shape), 1)
     given = jax.ShapeDtypeStruct(q.shape, q.dtype) if before is None else before
     noise = None if before is None else layer.weight_state.noise.get(name)

@@ -255,15 +255,31 @@ class ModelRewriter:
         """Makes layers that custom layers have created quantizable, and quantized as they were."""
         ours = [(old, new) for old, new in pairs if isinstance(old, QuantizableMixin)]
         chosen = [(new, type(old)) for old, new in ours if type(new) is not type(old)]
-        kept = {id(x) for x, why in self.walk(copy) if why} | {id(x) for x, _ in chosen}
-        chosen += [(x, cls) for x, cls in quantizable_inside(copy) if id(x) not in kept]
-        replace_inside(chosen)
         lifts = [(new, self.lifts[id(old)]) for old, new in pairs if id(old) in self.lifts]
-        for layer, uses in lifts:
-            lift_layer(layer, uses)
-        mark_composites(copy, {id(x) for x, _ in (*chosen, *lifts)})
+        self._make_quantizable(copy, chosen, lifts)
         for old, new in ours:
             quantize_like(old, new)
+
+    def _make_quantizable(
+        self, model: Any, chosen: list[tuple[Any, type]], lifts: list[tuple[Any, Any]]
+    ) -> None:
+        """Replaces the chosen layers and the stock ones in a model, and lifts others."""
+        kept = {id(x) for x, why in self.walk(model) if why} | {id(x) for x, _ in chosen}
+        chosen = [*chosen, *((x, c) for x, c in quantizable_inside(model) if id(x) not in kept)]
+        replace_inside(chosen)
+        for layer, uses in lifts:
+            lift_layer(layer, uses)
+        mark_composites(model, {id(x) for x, _ in (*chosen, *lifts)})
+
+    def in_place(self, model: Any) -> None:
+        """Makes the layers of a built model quantizable in their places, as `copy` in its copy.
+
+        Raises:
+            ValueError: as for `copy`.
+        """
+        self._check(model, [])
+        lifts = [(x, self.lifts[id(x)]) for x in compat.sublayers(model) if id(x) in self.lifts]
+        self._make_quantizable(model, [], lifts)
 
     def _not_replaced(self, pairs: list[tuple[Any, Any]]) -> list[str]:
         """Layers that a custom layer creates in its own code, of classes to be replaced."""

@@ -1,0 +1,86 @@
+"""Presets of KerasHub, quantized while they are loaded."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxquant as jq
+
+from .kerashub_cases import DECODER, ENCODER, token_inputs
+
+keras = pytest.importorskip("keras", reason="pip install -e '.[frameworks]'")
+hub = pytest.importorskip("keras_hub", reason="pip install --no-deps keras-hub")
+jk = pytest.importorskip("jaxquant.keras")
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def backbone(name, arguments) -> Any:
+    keras.utils.set_random_seed(0)
+    return getattr(hub.models, f"{name}Backbone")(**arguments)
+
+
+def gemma():
+    return backbone("Gemma", {**DECODER, "head_dim": 16, "num_layers": 3})
+
+
+def bert_classifier():
+    return hub.models.BertTextClassifier(backbone=backbone("Bert", ENCODER), num_classes=3)
+
+
+# The model, the class it is loaded as, and arguments.
+PRESETS: dict[str, Any] = {
+    "Gemma": (gemma, "GemmaBackbone", {}),
+    "Gemma, CausalLM": (gemma, "GemmaCausalLM", {"preprocessor": None}),
+    # Its head is in a file of its own.
+    "Bert": (bert_classifier, "BertTextClassifier", {"preprocessor": None}),
+}
+
+
+@pytest.mark.some_rows(2)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_loaded_preset_is_the_quantized_model_bit_for_bit(name, tmp_path):
+    make, kind, arguments = PRESETS[name]
+    make().save_to_preset(tmp_path / "preset")
+    cls = getattr(hub.models, kind)
+    given = cls.from_preset(str(tmp_path / "preset"), **arguments)
+    wanted, expected = jk.quantize(given, jq.W4A16_ASYM)
+    found, report = jk.load_preset(cls, tmp_path / "preset", jq.W4A16_ASYM, **arguments)
+    assert isinstance(found, type(given))
+    assert report.rows == expected.rows
+    inputs = token_inputs("Bert" if "Bert" in kind else "Gemma")
+    outputs = found(inputs)
+    for one, other in zip(jax.tree.leaves(outputs), jax.tree.leaves(wanted(inputs)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    found.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    for one, other in zip(jax.tree.leaves(outputs), jax.tree.leaves(loaded(inputs)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def live_bytes():
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+def test_the_floats_of_one_layer_are_in_memory(tmp_path):
+    model = gemma()
+    sizes = [v.value.nbytes for v in model.variables]
+    model.save_to_preset(tmp_path)
+    seen, before = [], live_bytes()
+
+    def progress(done, total, path):
+        seen.append((done, total, path, live_bytes() - before))
+
+    _, report = jk.load_preset(hub.models.GemmaBackbone, tmp_path, jq.W8A8, progress=progress)
+    paths = [row.path for row in report.rows if row.scheme is not None]
+    assert [x[:2] for x in seen] == [(n, len(paths)) for n in range(1, len(paths) + 1)]
+    assert {x[2] for x in seen} == set(paths)
+    assert max(x[3] for x in seen) < sum(sizes) / 4 + 2 * max(sizes) < 0.6 * sum(sizes)
+
+
+def test_what_is_not_a_preset(tmp_path):
+    words = "preset must be a folder with config.json and model.weights.h5 or model.weights.json"
+    with pytest.raises(ValueError, match=words):
+        jk.load_preset(hub.models.GemmaBackbone, tmp_path / "gemma_2b_en", jq.W8A8)
