@@ -133,8 +133,50 @@ def test_experts_get_error_feedback():
         quantized, _ = quantize(model, jq.ArrayConfig(format=jq.INT4), method=method, batches=x)
         errors.append(relative_error(np.asarray(quantized(x[0])), exact))
     assert errors[1] < 0.9 * errors[0]
+    # Without statistics, each matrix gets its own.
     with pytest.raises(ValueError, match="Matrices of a stack must have one multiplier in common"):
-        quantize(model, jq.ArrayConfig(format=jq.INT4), method=methods.AWQ(), batches=x)
+        quantize(model, jq.ArrayConfig(format=jq.INT4, group_size=8), method=methods.SINQ())
+
+
+@pytest.mark.parametrize("method", [methods.AWQ(), [methods.AWQ(), methods.GPTQ()]])
+def test_experts_have_one_multiplier_in_common(method, tmp_path):
+    keras.utils.set_random_seed(0)
+    start = keras.Input((6, 16))
+    model = keras.Model(start, Experts(name="bank")(start))
+    # A few channels are much larger than others.
+    x = np.random.default_rng(0).normal(size=(3, 32, 6, 16)).astype(np.float32)
+    x[..., 3:5] *= 20
+    exact, int4 = np.asarray(model(x[0])), jq.ArrayConfig(format=jq.INT4)
+    nearest, _ = quantize(model, int4)
+    quantized, _ = quantize(model, int4, method=method, batches=list(x))
+    found = np.asarray(quantized(x[0]))
+    errors = [relative_error(y, exact) for y in (np.asarray(nearest(x[0])), found)]
+    assert errors[1] < 0.8 * errors[0]
+    bank: Any = quantized.get_layer("bank")
+    q = bank.quantized_weight("up")
+    assert q.inputs.multiplier.shape == (16,)
+    assert np.ptp(np.asarray(q.inputs.multiplier)) > 0
+    quantized.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(x[0]), found)
+
+
+def test_heads_have_one_multiplier_in_common():
+    keras.utils.set_random_seed(0)
+    start = keras.Input((6, 3, 16))
+    product = keras.layers.EinsumDense("bthd,hde->bthe", (None, 3, 8), name="heads")
+    model = keras.Model(start, product(start))
+    x = np.random.default_rng(0).normal(size=(3, 32, 6, 3, 16)).astype(np.float32)
+    x[..., 3:5] *= 20
+    exact, int4 = np.asarray(model(x[0])), jq.ArrayConfig(format=jq.INT4)
+    nearest, _ = quantize(model, int4)
+    quantized, _ = quantize(model, int4, method=methods.AWQ(), batches=list(x))
+    errors = [relative_error(np.asarray(y(x[0])), exact) for y in (nearest, quantized)]
+    assert errors[1] < 0.8 * errors[0]
+    heads: Any = quantized.get_layer("heads")
+    multiplier = np.asarray(heads.quantized_weight("kernel").inputs.multiplier)
+    assert multiplier.shape == (16,)
+    assert multiplier[3:5].max() < 0.6 * np.delete(multiplier, [3, 4]).min()
 
 
 PROBLEMS: dict[str, tuple[Any, dict[str, Any], str]] = {

@@ -4,14 +4,16 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import keras
+import numpy as np
 
-from ...calibration import collect
+from ...calibration import Statistics, collect
 from ...core import QTensor
+from ...methods import Statistic
 from ...methods.internal import as_chain, needed
 from ...tree import Rule
 from ...tree import quantize as quantize_tree
@@ -98,13 +100,48 @@ def quantize_by_methods(
     statistics = None
     if kinds and batches is not None:
         statistics = collect(apply, params, batches, rules, list(kinds))
-    values = {weight.key: weight.value for weight in weights}
-    made = quantize_tree(nested(values), rules, statistics=statistics, progress=progress)
-    found: dict[int, dict[str, QTensor]] = {}
+    found = _quantized(weights, statistics, progress)
+    stacks = [weight for weight in weights if _has_several_multipliers(weight, found[weight.key])]
+    if stacks and statistics is not None:
+        pooled = {"/".join(x.key): _pooled(statistics["/".join(x.key)]) for x in stacks}
+        found |= _quantized(stacks, Statistics(pooled, statistics.is_complete), None)
+    by_layer: dict[int, dict[str, QTensor]] = {}
     for weight in weights:
-        q = functools.reduce(operator.getitem, weight.key, made)
-        found.setdefault(id(weight.layer), {})[weight.name] = q
-    return found
+        by_layer.setdefault(id(weight.layer), {})[weight.name] = found[weight.key]
+    return by_layer
+
+
+def _quantized(
+    weights: list[Weight], statistics: Statistics | None, progress: Any
+) -> dict[tuple[str, ...], QTensor]:
+    """The quantized weights by their keys."""
+    values, rules = {x.key: x.value for x in weights}, [x.rule for x in weights]
+    made = quantize_tree(nested(values), rules, statistics=statistics, progress=progress)
+    return {x.key: functools.reduce(operator.getitem, x.key, made) for x in weights}
+
+
+def _has_several_multipliers(weight: Weight, q: QTensor) -> bool:
+    """Whether the matrices of a stack, such as experts, have one multiplier each."""
+    multiplier = None if q.inputs is None else q.inputs.multiplier
+    axes = (weight.rule.axis,) if isinstance(weight.rule.axis, int) else weight.rule.axis
+    assert axes is not None, "the rule of a weight names its axes"
+    return multiplier is not None and multiplier.ndim > len(axes)
+
+
+def _pooled(found: Mapping[type[Statistic], Any]) -> dict[type[Statistic], Any]:
+    """Statistics of a stack as of one matrix that meets the activations of all.
+
+    A layer multiplies its activations before the matrices of a stack divide them, so that these
+    have one multiplier in common.
+    """
+    return {kind: _pooled_over_stack(statistic) for kind, statistic in found.items()}
+
+
+def _pooled_over_stack(statistic: Any) -> Any:
+    axes = statistic.count.ndim
+    flat = jax.tree.map(lambda x: np.reshape(x, (-1, *np.shape(x)[axes:])), statistic)
+    parts = [jax.tree.map(operator.itemgetter(n), flat) for n in range(statistic.count.size)]
+    return functools.reduce(lambda a, b: a.merge(b), parts)
 
 
 def take_over(layer: Any, config: SchemeConfig, tensors: dict[str, QTensor]) -> None:
