@@ -33,6 +33,7 @@ from .optimizer import QuantizedState as QuantizedState
 from .optimizer import quantized_state as quantized_state
 from .optimizer import state_bytes as state_bytes
 from .peft import save_peft as save_peft
+from .peft_reader import load_peft as load_peft
 from .prepare import Prepared as Prepared
 from .prepare import convert as convert
 from .prepare import init_learned as init_learned

@@ -14,7 +14,7 @@ from ..tree import is_quantized
 from ..tree.internal import creating_folder, leaves_with_paths, replacing, write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 class _Module(NamedTuple):
@@ -89,14 +89,14 @@ def save_peft(
             "save_peft expects a tree from lora_init; got one without adapters, with paths "
             f"{', '.join(paths[:8]) or 'none'}."
         )
-    modules = [m for p, x in found for m in _modules(_name(names, p), p, x)]
+    modules = [m for p, x in found for m in _modules(layer_name(names, p, x), x)]
     _check(modules)
     tensors = {}
     for m in modules:
-        tensors[f"{_PREFIX}{m.name}.lora_A.weight"] = m.a
-        tensors[f"{_PREFIX}{m.name}.lora_B.weight"] = m.b
+        tensors[f"{PREFIX}{m.name}.lora_A.weight"] = m.a
+        tensors[f"{PREFIX}{m.name}.lora_B.weight"] = m.b
         if m.magnitude is not None:
-            tensors[f"{_PREFIX}{m.name}.lora_magnitude_vector"] = m.magnitude
+            tensors[f"{PREFIX}{m.name}.lora_magnitude_vector"] = m.magnitude
     config = _config(modules) | {"base_model_name_or_path": base_model, "task_type": task_type}
     with creating_folder(path) as folder:
         with replacing(folder / WEIGHTS) as file:
@@ -117,6 +117,29 @@ def _check(modules):
         )
 
 
+def layer_name(
+    names: Mapping[str, str] | Callable[[str], str] | None, path: str, x: LowRank
+) -> str:
+    """The name of the layer at a path, with a place for the number if it is a stack.
+
+    Raises:
+        ValueError: there is none, or it has no such place.
+    """
+    name = _name(names, path)
+    if stack_of(x)[1] and "{}" not in name:
+        raise ValueError(
+            f"{path} is a stack of {x.shape[0]} layers, whose name needs a place for the number, "
+            f"such as 'layers.{{}}.q_proj'; got {name!r}."
+        )
+    return name
+
+
+def stack_of(x: LowRank) -> tuple[int, int]:
+    """(the first axis of `b`, the number of axes of the stack)."""
+    split = x.a.ndim - 1
+    return split, split + x.b.ndim - 1 - x.ndim
+
+
 def _name(names, path):
     if callable(names):
         return names(path)
@@ -130,25 +153,16 @@ def _name(names, path):
     return names[path]
 
 
-def _modules(name: str, path: str, x: LowRank) -> Iterator[_Module]:
+def _modules(name: str, x: LowRank) -> Iterator[_Module]:
     """The linear layers of an array with adapters: one, or those of a stack."""
-    split = x.a.ndim - 1
-    stack = split + x.b.ndim - 1 - x.ndim
-    if stack and "{}" not in name:
-        raise ValueError(
-            f"{path} is a stack of {x.shape[0]} layers, whose name needs a place for the number, "
-            f"such as 'layers.{{}}.q_proj'; got {name!r}."
-        )
+    split, stack = stack_of(x)
     counts = x.shape[:stack]
     rows = np.asarray(x.a).reshape(*counts, -1, x.rank)
     columns = np.asarray(x.b).reshape(*counts, x.rank, -1)
     norms = None if x.magnitude is None else np.asarray(x.magnitude).reshape(*counts, -1)
     for index in np.ndindex(counts):
         left, right = rows[index], columns[index]
-        if _has_outputs_first(x, split):
-            a, b = right, left
-        else:
-            a, b = left.T, right.T
+        a, b = (right, left) if has_outputs_first(x, split) else (left.T, right.T)
         norm = None if norms is None else _stored(norms[index])
         yield _Module(name.format(*index) if stack else name, _stored(a), _stored(b), norm, x.alpha)
 
@@ -157,7 +171,7 @@ def _stored(x):
     return np.asarray(x, x.dtype.newbyteorder("<"), order="C")
 
 
-def _has_outputs_first(x: LowRank, split: int) -> bool:
+def has_outputs_first(x: LowRank, split: int) -> bool:
     """Whether `a` has the outputs: the norms or scales of the base are shared along `b`'s axes."""
     shared = x.magnitude if x.magnitude is not None else x.base.reorder(None).scale
     is_shared = [count < n for count, n in zip(shared.shape, x.shape, strict=True)]

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 import jaxquant as jq
 from jaxquant import INT4, ArrayConfig, Rule
-from jaxquant.training import lora_init, save_peft
+from jaxquant.training import load_peft, lora_init, save_peft
 
 KEY = jax.random.key(0)
 CONFIG = ArrayConfig(format=INT4, group_size=16)
@@ -99,6 +99,10 @@ def test_peft_computes_the_same_weights(tmp_path, use_dora):
     check("model.mlp", tree["mlp"]["weight"], lambda w: w)
     for i in range(3):
         check(f"model.stack.{i}.proj", tree["stack"], lambda w, i=i: w[i].T)
+    start = lora_init(params, rules, 1, jax.random.key(1), use_dora=use_dora)
+    read = load_peft(tmp_path / "a", start, names)
+    assert jax.tree.structure(read) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, read, tree)
 
 
 def test_names_follow_from_paths_and_dtypes_are_kept(tmp_path):
@@ -117,6 +121,65 @@ def test_names_follow_from_paths_and_dtypes_are_kept(tmp_path):
     save_peft(tmp_path / "b", tree, lambda path: path.split(".")[-1].replace("/", "_"))
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["layers_0_k_kernel", "weight"]
+
+
+def write_adapter(folder, config, tensors):
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "bias": "none"} | config
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    prefixed = {f"base_model.model.{name}": x for name, x in tensors.items()}
+    safetensors.numpy.save_file(prefixed, folder / "adapter_model.safetensors")
+
+
+def factors(name, rank, inputs=32, outputs=20):
+    """Tensors of PEFT for a layer."""
+    a, b = np.asarray(normal(rank, inputs, seed=1)), np.asarray(normal(outputs, rank, seed=2))
+    return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["lora", "rslora"])
+def test_patterns_and_rslora_of_a_file_are_applied(tmp_path, use_rslora):
+    params = {"m": {"q": {"kernel": normal(32, 20)}, "k": {"kernel": normal(32, 20)}}}
+    tensors = factors("m.q", 2) | factors("m.k", 5)
+    patterns = {"rank_pattern": {"k": 5}, "alpha_pattern": {"k": 3}, "use_rslora": use_rslora}
+    write_adapter(tmp_path / "a", patterns, tensors)
+    tree = load_peft(tmp_path / "a", lora_init(params, Rule("*", CONFIG), 1, KEY))
+    for name, rank, alpha in (("q", 2, 8), ("k", 5, 3)):
+        x = tree["m"][name]["kernel"]
+        down, up = (np.asarray(tensors[f"m.{name}.lora_{side}.weight"]) for side in "AB")
+        factor = alpha / (np.sqrt(rank) if use_rslora else rank)
+        wanted = np.asarray(x.base.dequantize()) + factor * (up @ down).T
+        np.testing.assert_allclose(x.dequantize(), wanted, rtol=1e-5, atol=1e-5)
+
+
+PLAIN = lora_init({"m": {"kernel": normal(32, 20)}}, Rule("*", CONFIG), 2, KEY)
+STACKED = lora_init({"m": normal(2, 32, 20)}, Rule("*", CONFIG), 2, KEY)
+READ_ERRORS = {
+    "no adapters": ({}, factors("m", 2), {"w": jnp.ones(3)}, None, "without adapters, .* w"),
+    "type": ({"peft_type": "IA3"}, factors("m", 2), PLAIN, None, "peft_type LORA; got 'IA3'"),
+    "bias": ({"bias": "all"}, factors("m", 2), PLAIN, None, "bias='all'.* wanted 'none'"),
+    "modules": ({"modules_to_save": ["head"]}, factors("m", 2), PLAIN, None, "modules_to_save="),
+    "missing": ({}, factors("x", 2), PLAIN, None, "must have 'base_model.model.m.lora_A.weight'"),
+    "left": ({}, factors("m", 2) | factors("x", 2), PLAIN, None, r"x.lora_A.* layers are \['m'\]"),
+    "shape": ({}, factors("m", 2, 16), PLAIN, None, r"for m/kernel, 32 and 20; got \(16, 2\)"),
+    "dora": ({"use_dora": True}, factors("m", 2), PLAIN, None, "use_dora=True, unlike the tree"),
+    "stack": (
+        {},
+        factors("m.0", 2) | factors("m.1", 3),
+        STACKED,
+        {"m": "m.{}"},
+        r"one rank and alpha; got \[\(2, 8.0\), \(3, 8.0\)\]",
+    ),
+    "name": ({}, factors("m", 2), STACKED, {"m": "m"}, "place for the number"),
+}
+
+
+@pytest.mark.parametrize("name", READ_ERRORS)
+def test_files_that_do_not_match_raise(tmp_path, name):
+    config, tensors, tree, names, text = READ_ERRORS[name]
+    write_adapter(tmp_path / "a", config, tensors)
+    with pytest.raises(ValueError, match=text):
+        load_peft(tmp_path / "a", tree, names)
 
 
 TREE = lora_init({"a": {"w": normal(32, 20)}, "b": normal(2, 32, 20)}, Rule("*", CONFIG), 2, KEY)
