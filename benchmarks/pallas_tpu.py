@@ -1,6 +1,7 @@
 """Counts the work of the Pallas TPU kernels from what libtpu compiles for them.
 
     python -m benchmarks.pallas_tpu [--chips v5e v6e] [--shapes attention odd] [--rows 8 512]
+    python -m benchmarks.pallas_tpu --experts [--chips v5e v6e] [--rows 8 512]
     python -m benchmarks.pallas_tpu --check [--shapes ...] [--rows ...]
 
 No TPU is needed and nothing is timed. For each kernel, in microseconds: "bytes" is the bytes it
@@ -10,6 +11,9 @@ steps, over the clock (an overestimate, because some instructions run only in th
 step of a sum). They overlap: the largest one is the kernel's time if nothing else delays it. A
 kernel that does not fit VMEM fails to compile and ends the run. Needs the extra `tpu` and
 undocumented flags of libtpu.
+
+With --experts, rows are multiplied by 16 experts of 2048 x 768, an eighth of those of a layer of
+Qwen3-30B-A3B, all of which have rows.
 
 With --check, the kernels run every shape in interpret mode, and the largest difference from NumPy
 is printed relative to the largest result, or the number of codes and scales that differ.
@@ -31,13 +35,14 @@ import rich.console
 import rich.table
 
 from jaxquant import INT4, ArrayConfig, quantize
-from jaxquant.kernels import pallas_tpu
+from jaxquant.kernels import pallas_tpu, pallas_tpu_experts
 
 from . import tpu_compiler
 from .shapes import ROWS, WEIGHTS
 
 # Chips that the kernels were written for.
 CHIPS = ("v5e", "v6e")
+EXPERTS = (16, 2048, 768)
 CONFIGS = {
     "g128": ArrayConfig(format=INT4, group_size=128),
     "g32 asymmetric": ArrayConfig(format=INT4, group_size=32, symmetric=False),
@@ -69,7 +74,8 @@ def quantized(config, shape):
 def count(chip, folder, function, *arguments):
     """(bytes, matrix, schedule) in microseconds, of a function that is one kernel."""
     limits = tpu_compiler.CHIPS[chip]
-    (call,) = jax.make_jaxpr(function)(*arguments).eqns[-1:]
+    eqns = jax.make_jaxpr(function)(*arguments).eqns
+    (call,) = (eqn for eqn in eqns if eqn.primitive.name == "pallas_call")
     cost, grid = call.params["cost_estimate"], call.params["grid_mapping"].grid
     for path in folder.iterdir():
         path.unlink()
@@ -91,6 +97,22 @@ def counts(chip, folder, shape, rows):
         if q is not None:
             yield f"grouped_dot, {name}", *count(chip, folder, grouped_dot, x, q)
     yield "quantize_rows", *count(chip, folder, pallas_tpu.quantize_rows, x)
+
+
+def counts_of_experts(chip, folder, shape, rows):
+    """`counts` of products by several matrices."""
+    sizes = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    scale = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
+    for name, config, inputs in (
+        ("int4 g128 by bfloat16", CONFIGS["g128"], jnp.bfloat16),
+        ("int4 g128 by int8", CONFIGS["g128"], jnp.int8),
+        ("int8 by int8", ArrayConfig(), jnp.int8),
+    ):
+        x = jax.ShapeDtypeStruct((rows, shape[1]), inputs)
+        q = jax.eval_shape(lambda config=config: quantize(jnp.zeros(shape), config, 1))
+        of_rows = None if inputs == jnp.bfloat16 else scale
+        arguments = x, q.codes, q.scale, None, of_rows, sizes
+        yield name, *count(chip, folder, pallas_tpu_experts.ragged_dot, *arguments)
 
 
 def check(shape, rows):
@@ -129,9 +151,15 @@ def main():
     parser.add_argument("--shapes", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--experts", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prepare(folder)
+        for chip in arguments.chips if arguments.experts else ():
+            count_here = partial(counts_of_experts, chip, pathlib.Path(folder))
+            print_table(f"experts {EXPERTS}, {chip}", count_here, EXPERTS, arguments)
+        if arguments.experts:
+            return
         places = ("NumPy",) if arguments.check else arguments.chips
         for name, place in itertools.product(arguments.shapes, places):
             count_here = partial(counts, place, pathlib.Path(folder))
