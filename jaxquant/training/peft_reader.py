@@ -18,8 +18,9 @@ from ..tree import is_quantized
 from ..tree.internal import leaves_with_paths, read_arrays
 from .peft import CONFIG, PREFIX, WEIGHTS, has_outputs_first, layer_name, stack_of
 
-# What would change the model if it were ignored, and the values that do not.
-_UNSUPPORTED = {
+# What would change the model if it were ignored, and the values that are supported.
+_SUPPORTED = {
+    "peft_type": ("LORA",),
     "bias": ("none", None),
     "modules_to_save": (None, []),
     "layer_replication": (None,),
@@ -91,15 +92,11 @@ def load_peft(
 
 
 def _check(folder, config):
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{folder / CONFIG} must have peft_type LORA; got {config.get('peft_type')!r}."
-        )
-    for name, values in _UNSUPPORTED.items():
+    for name, values in _SUPPORTED.items():
         if config.get(name) not in values:
             raise ValueError(
-                f"{folder / CONFIG} has {name}={config[name]!r}, which adapters of linear layers "
-                f"do not have; wanted {values[0]!r}. Train without it."
+                f"{folder / CONFIG} must have {name}={values[0]!r}, as adapters of linear layers "
+                f"do; got {config.get(name)!r}. Train with it."
             )
 
 

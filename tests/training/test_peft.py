@@ -156,9 +156,15 @@ PLAIN = lora_init({"m": {"kernel": normal(32, 20)}}, Rule("*", CONFIG), 2, KEY)
 STACKED = lora_init({"m": normal(2, 32, 20)}, Rule("*", CONFIG), 2, KEY)
 READ_ERRORS = {
     "no adapters": ({}, factors("m", 2), {"w": jnp.ones(3)}, None, "without adapters, .* w"),
-    "type": ({"peft_type": "IA3"}, factors("m", 2), PLAIN, None, "peft_type LORA; got 'IA3'"),
-    "bias": ({"bias": "all"}, factors("m", 2), PLAIN, None, "bias='all'.* wanted 'none'"),
-    "modules": ({"modules_to_save": ["head"]}, factors("m", 2), PLAIN, None, "modules_to_save="),
+    "type": ({"peft_type": "IA3"}, factors("m", 2), PLAIN, None, "peft_type='LORA'.* got 'IA3'"),
+    "bias": ({"bias": "all"}, factors("m", 2), PLAIN, None, "bias='none'.* got 'all'"),
+    "modules": (
+        {"modules_to_save": ["head"]},
+        factors("m", 2),
+        PLAIN,
+        None,
+        "to_save=None",
+    ),
     "missing": ({}, factors("x", 2), PLAIN, None, "must have 'base_model.model.m.lora_A.weight'"),
     "left": ({}, factors("m", 2) | factors("x", 2), PLAIN, None, r"x.lora_A.* layers are \['m'\]"),
     "shape": ({}, factors("m", 2, 16), PLAIN, None, r"for m/kernel, 32 and 20; got \(16, 2\)"),
