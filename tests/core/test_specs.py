@@ -86,6 +86,15 @@ def test_specs_that_do_not_fit_are_errors(spec, on, text):
             function(q, spec, on)
 
 
+@pytest.mark.parametrize(("size", "text"), [(32, " in 2 blocks"), (None, "")])
+def test_the_error_counts_blocks_if_there_are_several(size, text):
+    q = quantize(X, ArrayConfig(format=INT4, group_size=size), axis=0)
+    with pytest.raises(
+        ValueError, match=f"6 devices along mesh axis 'a' cannot share 64 elements{text} evenly"
+    ):
+        specs(q, P("a"), mesh(6))
+
+
 def test_an_array_without_codes_is_an_error():
     with pytest.raises(ValueError, match=r"must be a QTensor and spec a jax\.P; got ndarray and"):
         specs(X, P("a"))  # pyright: ignore[reportArgumentType]
