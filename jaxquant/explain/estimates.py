@@ -60,6 +60,8 @@ class _Work:
         prepared: XLA prepares experts for a ragged product.
         arithmetic: that of the float product.
         as_floats: all of the float product.
+        experts: matrices of which each row meets one. XLA multiplies all rows by all of them.
+        share: the part of the weights that the native kernels read.
     """
 
     count: int
@@ -69,6 +71,8 @@ class _Work:
     prepared: float
     arithmetic: float
     as_floats: float
+    experts: int
+    share: float
 
 
 def estimated_speed(record: Record, choice: Choice, machine: Machine) -> float | None:
@@ -79,14 +83,12 @@ def estimated_speed(record: Record, choice: Choice, machine: Machine) -> float |
         choice: what computes it.
         machine: whose rates count.
     """
-    rows = record.lhs.shape[0] if record.operation == "ragged_dot" else record.rows
+    rows = record.lhs.shape[0] if record.experts else record.rows
     if machine.name not in _MODELS or rows is None or not record.rhs.is_quantized:
         return None
     work = _work(record, rows, machine)
     model = _MODELS[machine.name].get(choice.implementation, _whole)
-    is_by_expert = record.operation == "ragged_dot" and choice.implementation == "native"
-    seconds = model(_by_expert(record, work) if is_by_expert else work, choice)
-    return work.as_floats / seconds
+    return work.as_floats / model(work, choice)
 
 
 def _work(record: Record, rows: int, machine: Machine) -> _Work:
@@ -95,7 +97,8 @@ def _work(record: Record, rows: int, machine: Machine) -> _Work:
     moved = 4 * (math.prod(record.lhs.shape) + math.prod(record.shape))
     read = 4 * count / machine.bytes_per_second
     arithmetic = 2 * rows * count / machine.float_per_second
-    prepared = count / _RAGGED if record.operation == "ragged_dot" else 0
+    prepared = count / _RAGGED if record.experts else 0
+    experts = record.experts or 1
     return _Work(
         count=count,
         stored=(record.rhs.bytes + moved) / machine.bytes_per_second,
@@ -104,28 +107,18 @@ def _work(record: Record, rows: int, machine: Machine) -> _Work:
         prepared=prepared,
         arithmetic=arithmetic,
         as_floats=_CALL + prepared + max(read + moved / machine.bytes_per_second, arithmetic),
-    )
-
-
-def _by_expert(record: Record, work: _Work) -> _Work:
-    """Each row by one expert, of which no more are read than there are rows."""
-    experts = record.rhs.shape[0]
-    share = min(experts, record.lhs.shape[0]) / experts
-    return dataclasses.replace(
-        work,
-        stored=work.stored * share,
-        read=work.read * share,
-        prepared=0,
-        arithmetic=work.arithmetic / experts,
+        experts=experts,
+        share=min(experts, rows) / experts,
     )
 
 
 def _native(work: _Work, choice: Choice) -> float:
     rates = _BY_INSTRUCTIONS[cpu.instruction_sets()[0]]
+    stored, arithmetic = work.share * work.stored, work.arithmetic / work.experts
     if choice.is_integer:
-        return 2 * _CALL + work.aligned + max(work.stored, work.arithmetic / rates.integer)
-    multiplied = max(work.stored, work.read / rates.read, work.arithmetic / rates.floats)
-    return _CALL + work.aligned + multiplied
+        return 2 * _CALL + work.aligned + max(stored, arithmetic / rates.integer)
+    read = work.share * work.read / rates.read
+    return _CALL + work.aligned + max(stored, read, arithmetic / rates.floats)
 
 
 def _integer(work: _Work, _: Choice) -> float:

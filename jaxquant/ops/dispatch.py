@@ -269,6 +269,7 @@ def _record(
         rows=spec.rows(lhs, rhs),
         choices=tuple(_choices(selected, lhs, rhs, spec)),
         is_forced=is_forced,
+        experts=None if spec.group_sizes is None else rhs.shape[0],
     )
 
 

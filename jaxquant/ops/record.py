@@ -73,6 +73,7 @@ class Record:
         choices: one for each platform and chip with its own rows, and one for all others; a second
             one if XLA cannot partition the first.
         is_forced: whether `implementation=` named the row.
+        experts: number of matrices on the right, of which each row meets one; None for others.
     """
 
     operation: str
@@ -84,6 +85,7 @@ class Record:
     rows: int | None
     choices: tuple[Choice, ...]
     is_forced: bool
+    experts: int | None = None
 
     def __repr__(self) -> str:
         # Programs are printed with it.

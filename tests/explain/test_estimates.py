@@ -70,6 +70,7 @@ def test_estimates_of_experts_agree_with_what_was_measured(monkeypatch):
             shape=(rows, columns),
             length=length,
             rows=None,
+            experts=experts,
         )
         choice = Choice("cpu", None, row, is_integer, True, ())
         estimate = estimated_speed(record, choice, MACHINES[0]) or 0
