@@ -80,6 +80,24 @@ def test_the_floats_of_one_layer_are_in_memory(tmp_path):
     assert max(x[3] for x in seen) < sum(sizes) / 4 + 2 * max(sizes) < 0.6 * sum(sizes)
 
 
+def test_a_task_generates_and_keeps_what_it_is_told(tmp_path):
+    gemma().save_to_preset(tmp_path)
+    cls, arguments = hub.models.GemmaCausalLM, {"preprocessor": None}
+    rules = {"*ffw*": jq.W8A8, "*": None}
+    task, report = jk.load_preset(cls, tmp_path, rules, keep=["decoder_block_0"], **arguments)
+    quantized = {row.path.split("/")[0] for row in report.rows if row.scheme is not None}
+    assert quantized == {"decoder_block_1", "decoder_block_2"}
+    prompt = token_inputs("Gemma")
+    prompt["padding_mask"] = np.asarray(np.arange(prompt["token_ids"].shape[1]) < 3)[None].repeat(
+        len(prompt["token_ids"]), 0
+    )
+    assert task.compiled
+    found = task.generate(prompt, stop_token_ids=None)["token_ids"]
+    assert found.shape == prompt["token_ids"].shape
+    bare, _ = jk.load_preset(cls, tmp_path, jq.W8A8, compile=False, **arguments)
+    assert not bare.compiled
+
+
 def test_what_is_not_a_preset(tmp_path):
     words = "preset must be a folder with config.json and model.weights.h5 or model.weights.json"
     with pytest.raises(ValueError, match=words):
