@@ -129,6 +129,17 @@ def test_every_width_and_group_is_native_and_matches_numpy(name, shape, group):
 
 
 @needs_native
+@pytest.mark.parametrize("columns", [3, 17, 40, 64, 130])
+def test_threads_share_the_rows_of_few_columns(columns):
+    """Vectors of columns that are not full, and more groups than are loaded at once."""
+    length = 32 * 352
+    x = jnp.asarray(normal(200, length))
+    for name in ("int8-g32", "int8-asym", "int4", "int4-asym-g32", "nf4-g64"):
+        q = weight(WEIGHTS[name], (length, columns)).reorder((-1, -2))
+        assert_product(jax.jit(forced)(x, q), "mk,kn->mn", x, q, tolerance=2e-6)
+
+
+@needs_native
 def test_inputs_of_either_kind_are_quantized_first():
     x = jnp.asarray(normal(2, 3, K))
     of_groups, uneven = ArrayConfig(group_size=64), ArrayConfig(symmetric=False)
@@ -370,10 +381,6 @@ def test_columns_and_rows_may_lie_on_several_devices(name):
 
 
 UNSUPPORTED = {
-    "fewer than 128 columns for more than 256 float rows": lambda: (
-        normal(257, K),
-        weight(ArrayConfig(format=INT4, group_size=32), (K, 127)).reorder((-1, -2)),
-    ),
     "fewer than 32768 weights": lambda: (normal(2, 64), stored("int8", (64, 501))),
     "not stored as a matrix whose last axis": lambda: (
         normal(2, K),
