@@ -28,7 +28,7 @@ class _Rates:
 
 
 _BY_INSTRUCTIONS = {
-    "AVX512-VNNI": _Rates(3.6, 1.05, 3.7),
+    "AVX512-VNNI": _Rates(3.4, 1.05, 3.7),
     "AVX2": _Rates(1.5, 0.9, 1.5),
     "NEON": _Rates(1.5, 0.9, 1.5),
 }
@@ -42,8 +42,10 @@ _IN_BLOCKS, _IN_CACHE, _IN_MEMORY, _CACHED = 6e9, 2.5e9, 0.7e9, 2**21
 _RAGGED = 0.58e9
 # 4-bit codes per second that are copied so that rows begin with a byte, by one thread.
 _ALIGNED = 2e10
-# Seconds that each call takes besides. Products of codes are two: one quantizes activations.
-_CALL = 15e-6
+# Seconds that each call takes besides, in a program of its own: of XLA, and of a native kernel.
+_CALL, _NATIVE_CALL = 70e-6, 60e-6
+# Activations that are quantized per second.
+_QUANTIZED = 1.9e9
 # Seconds that XLA's computation of dequantized weights takes besides.
 _DEQUANTIZING = 4e-6
 
@@ -56,6 +58,7 @@ class _Work:
         count: number of weights, of all experts.
         stored: memory moves the operands as they are stored, and the result.
         aligned: rows of 4-bit codes are copied first, where they do not begin with a byte.
+        quantized: activations are quantized.
         read: memory moves the weights as floats.
         prepared: XLA prepares experts for a ragged product.
         arithmetic: that of the float product.
@@ -67,6 +70,7 @@ class _Work:
     count: int
     stored: float
     aligned: float
+    quantized: float
     read: float
     prepared: float
     arithmetic: float
@@ -103,6 +107,7 @@ def _work(record: Record, rows: int, machine: Machine) -> _Work:
         count=count,
         stored=(record.rhs.bytes + moved) / machine.bytes_per_second,
         aligned=count / _ALIGNED if record.length % 2 and record.rhs.bytes < count else 0,
+        quantized=math.prod(record.lhs.shape) / _QUANTIZED,
         read=read,
         prepared=prepared,
         arithmetic=arithmetic,
@@ -115,14 +120,15 @@ def _work(record: Record, rows: int, machine: Machine) -> _Work:
 def _native(work: _Work, choice: Choice) -> float:
     rates = _BY_INSTRUCTIONS[cpu.instruction_sets()[0]]
     stored, arithmetic = work.share * work.stored, work.arithmetic / work.experts
+    call = _NATIVE_CALL + work.aligned
     if choice.is_integer:
-        return 2 * _CALL + work.aligned + max(stored, arithmetic / rates.integer)
-    read = work.share * work.read / rates.read
-    return _CALL + work.aligned + max(stored, read, arithmetic / rates.floats)
+        return call + work.quantized + max(stored, arithmetic / rates.integer)
+    return call + max(stored, work.share * work.read / rates.read, arithmetic / rates.floats)
 
 
 def _integer(work: _Work, _: Choice) -> float:
-    return 2 * _CALL + work.prepared + max(work.stored, work.arithmetic / _XLA_INTEGER)
+    multiplied = max(work.stored, work.arithmetic / _XLA_INTEGER)
+    return _CALL + work.prepared + work.quantized + multiplied
 
 
 def _blocks(work: _Work, _: Choice) -> float:

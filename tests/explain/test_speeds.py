@@ -106,7 +106,8 @@ def test_rows_slower_than_float_have_a_warning(monkeypatch):
         warning(5, stored((64, 24), **W8A8), implementation="dequantize"),
         warning(5, stored((64, 24), format=NF4)),
     ):
-        assert (speeds, words) == ([], None)
+        assert speeds == []
+        assert words is None or "by estimate" in words
         assert "measured" in text
         assert "a test" not in text
 

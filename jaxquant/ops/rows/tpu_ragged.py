@@ -30,6 +30,7 @@ def row(fallback: Table) -> Implementation:
         _why_unsupported,
         ("tpu",),
         _why_slower,
+        is_integer=_is_integer,
         reads_packed=True,
         fallback=fallback,
     )
@@ -80,6 +81,12 @@ def _why_unsupported(lhs: Operand, rhs: Any, spec: Any) -> str | None:
         return f"{rhs.format} codes are not integers of 4 or 8 bits"
     why_not = FLOATS.why_unsupported(lhs, rhs, spec.precision)
     return why_not or pallas_tpu.why_unsupported_groups(rhs.codes.shape[1], rhs.scale.shape[1])
+
+
+def _is_integer(lhs: Operand, rhs: QTensor, spec: Any) -> bool:
+    codes, row_scale = codes_and_scale(lhs)
+    is_whole = rhs.scale.shape[1] == 1 and rhs.zero_point is None
+    return row_scale is not None and codes.dtype == rhs.codes.dtype == jnp.int8 and is_whole
 
 
 def _why_slower(lhs: Operand, rhs: QTensor, spec: Any, chip: str | None) -> str | None:

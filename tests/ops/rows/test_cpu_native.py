@@ -382,6 +382,10 @@ def test_columns_and_rows_may_lie_on_several_devices(name):
 
 UNSUPPORTED = {
     "fewer than 32768 weights": lambda: (normal(2, 64), stored("int8", (64, 501))),
+    "fewer than 128 columns for more than 256 float rows": lambda: (
+        normal(257, K),
+        weight(ArrayConfig(format=INT4, group_size=32), (K, 127)).reorder((-1, -2)),
+    ),
     "not stored as a matrix whose last axis": lambda: (
         normal(2, K),
         weight(WEIGHTS["int8"], (K, N)),

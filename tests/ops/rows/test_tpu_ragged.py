@@ -74,11 +74,12 @@ def test_unsupported_operands_raise_with_the_reason(message):
 
 
 def test_the_kernel_is_selected_for_chips_that_it_was_compiled_for():
-    q = with_inputs(experts(RIGHT["int4 g32"]), Inputs(ArrayConfig()))
-    x = jnp.ones((ROWS, K))
+    q, x = experts(RIGHT["int4 g32"]), jnp.ones((ROWS, K))
     for chip in ("v5e", "v6e"):
-        (row,) = explain(ragged_dot, x, q, SIZES, platform=chip).rows
-        assert row.implementation == "pallas"
+        for weights, is_integer in ((q, False), (experts(RIGHT["int8"]), True)):
+            weights = with_inputs(weights, Inputs(ArrayConfig()))
+            (row,) = explain(ragged_dot, x, weights, SIZES, platform=chip).rows
+            assert (row.implementation, row.is_integer) == ("pallas", is_integer)
     text = jax.jit(ragged_dot).trace(x, q, SIZES).lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" not in text  # The chip is not known.
     with pytest.raises(ValueError, match="'pallas' needs a TPU; got a program for cpu"):
