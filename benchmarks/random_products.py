@@ -31,7 +31,7 @@ from .timing import by_turns, ratio
 LENGTHS, ROWS = (64, 8192), (1, 2048)
 FORMATS = {f.name: f for f in (jq.INT8, jq.INT4, jq.NF4, jq.MXFP4, jq.NVFP4)}
 GROUPS = (16, 32, 64, 96, 128, 192, 256)
-ROUNDS = 7
+ROUNDS = 11
 # Less than this of the best speed is slow; nearer to 1 than this is neither faster nor slower.
 SLOW, BAND = 0.9, 0.15
 # Computations of XLA, in the order in which they are tried without the kernels.

@@ -84,6 +84,7 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 
 #include "few_rows.h"
 #include "panels_avx512.h"
+#include "float_panels_avx512.h"
 #include "quantize_rows.h"
 #include "attention.h"
 

@@ -70,6 +70,8 @@ run = jax.jit(forced, static_argnames="preferred_element_type")
 def any_number_of_rows(monkeypatch):
     """Kernels compute any number of rows, also with instructions with which XLA is faster."""
     monkeypatch.setattr(cpu_native, "_MOST_ROWS", collections.defaultdict(dict))
+    monkeypatch.setattr(cpu_native, "_LEAST_OF_MANY_ROWS", 0)
+    monkeypatch.setattr(cpu_native, "_LEAST_COLUMNS", 0)
 
 
 def stored(name, shape=(K, N), seed=1):
@@ -382,10 +384,6 @@ def test_columns_and_rows_may_lie_on_several_devices(name):
 
 UNSUPPORTED = {
     "fewer than 32768 weights": lambda: (normal(2, 64), stored("int8", (64, 501))),
-    "fewer than 128 columns for more than 256 float rows": lambda: (
-        normal(257, K),
-        weight(ArrayConfig(format=INT4, group_size=32), (K, 127)).reorder((-1, -2)),
-    ),
     "not stored as a matrix whose last axis": lambda: (
         normal(2, K),
         weight(WEIGHTS["int8"], (K, N)),
@@ -404,6 +402,17 @@ UNSUPPORTED = {
     ),
     "the right operand is not quantized": lambda: (stored("int8", (N, K)), normal(N, K)),
 }
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(1024, 127), (256, 255)], ids=str)
+def test_more_float_rows_by_few_columns_or_weights_are_left_to_xla(monkeypatch, shape):
+    monkeypatch.undo()
+    q = weight(ArrayConfig(format=INT4, group_size=32), shape).reorder((-1, -2))
+    assert forced(normal(8, shape[0]), q).shape == (8, shape[1])
+    message = "fewer than 65536 weights or 128 columns for more than 8 float rows"
+    with pytest.raises(ValueError, match=message):
+        forced(normal(9, shape[0]), q)
 
 
 @pytest.mark.some_rows(2)
