@@ -167,6 +167,22 @@ def in_words(counts: dict[str, Any]) -> str:
     )
 
 
+def losing(results: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table of the slow products."""
+    lines = ["| computed by | warned of | products | of the best |", "|---|---|---|---|"]
+    slow = [r for r in results if r["of_best"] < SLOW]
+
+    def kind(r: dict[str, Any]) -> tuple[str, str]:
+        rows = r["case"].rpartition(" by ")[2]
+        return f"{r['implementation']}, {rows} rows", "no" if r["warning"] is None else "yes"
+
+    for found in sorted(set(map(kind, slow))):
+        speeds = [r["of_best"] for r in slow if kind(r) == found]
+        cells = *found, str(len(speeds)), f"{min(speeds):.2f} to {max(speeds):.2f}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def suite(arguments: Any) -> dict[str, Any]:
     """Runs the suite, prints what it found, and returns what the JSON file holds."""
     console = rich.console.Console(width=max(120, rich.console.Console().width))
@@ -178,6 +194,7 @@ def suite(arguments: Any) -> dict[str, Any]:
             bar.advance(task)
     found = summary(results)
     console.print(in_words(found))
+    print(*losing(results), sep="\n")
     console.print(_table("Slow without a warning", [
         r for r in results if r["of_best"] < SLOW and r["warning"] is None
     ]))  # fmt: skip

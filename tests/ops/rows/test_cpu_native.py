@@ -405,14 +405,22 @@ UNSUPPORTED = {
 
 
 @needs_native
-@pytest.mark.parametrize("shape", [(1024, 127), (256, 255)], ids=str)
-def test_more_float_rows_by_few_columns_or_weights_are_left_to_xla(monkeypatch, shape):
-    monkeypatch.undo()
+@pytest.mark.parametrize(
+    "shape, most, reason",
+    [
+        ((1024, 127), 64, "fewer than 128 columns for more than 64 float rows"),
+        ((256, 255), 8, "fewer than 65536 weights for more than 8 float rows"),
+    ],
+)
+def test_more_float_rows_by_few_columns_or_weights_are_left_to_xla(
+    monkeypatch, shape, most, reason
+):
+    monkeypatch.setattr(cpu_native, "_LEAST_OF_MANY_ROWS", 2**16)
+    monkeypatch.setattr(cpu_native, "_LEAST_COLUMNS", 128)
     q = weight(ArrayConfig(format=INT4, group_size=32), shape).reorder((-1, -2))
-    assert forced(normal(8, shape[0]), q).shape == (8, shape[1])
-    message = "fewer than 65536 weights or 128 columns for more than 8 float rows"
-    with pytest.raises(ValueError, match=message):
-        forced(normal(9, shape[0]), q)
+    assert forced(normal(most, shape[0]), q).shape == (most, shape[1])
+    with pytest.raises(ValueError, match=reason):
+        forced(normal(most + 1, shape[0]), q)
 
 
 @pytest.mark.some_rows(2)
