@@ -198,7 +198,7 @@ def _mutant(path, source, kind, node, other, statement, scopes) -> Mutant:
         path=path,
         kind=kind,
         line=node.lineno,
-        end=max(end, node.end_lineno),
+        end=max(end, node.end_lineno or end),
         scopes=scopes,
         start=start,
         before=source[start:stop],
