@@ -3,6 +3,7 @@
 import json
 import pathlib
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +45,9 @@ def test_the_last_layers_are_a_stack_of_their_own():
 
 
 def test_rows_that_a_file_holds_are_not_run_again():
-    trainer = types.SimpleNamespace(run=lambda row, seed: row, run_peer=lambda peer, seed: peer)
+    trainer: Any = types.SimpleNamespace(
+        run=lambda row, seed: row, run_peer=lambda peer, seed: peer
+    )
     before = [{"contender": "float32", "seed": 0}]
     asked = ["float32", "SWITCHBACK"]
     for seed, wanted in ((0, asked[1:]), (1, asked)):
