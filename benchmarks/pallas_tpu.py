@@ -13,7 +13,8 @@ kernel that does not fit VMEM fails to compile and ends the run. Needs the extra
 undocumented flags of libtpu.
 
 With --experts, rows are multiplied by 16 experts of 2048 x 768, an eighth of those of a layer of
-Qwen3-30B-A3B, all of which have rows.
+Qwen3-30B-A3B, all of which have rows. Up to 256 rows, XLA's own computation follows, as the
+compiler estimates it: more rows are a loop, whose estimate is not a number of cycles on v5e.
 
 With --check, the kernels run every shape in interpret mode, and the largest difference from NumPy
 is printed relative to the largest result, or the number of codes and scales that differ.
@@ -34,7 +35,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from jaxquant import INT4, ArrayConfig, quantize
+from jaxquant import INT4, SCHEMES, ArrayConfig, Rule, quantize, ragged_dot, tree
 from jaxquant.kernels import pallas_tpu, pallas_tpu_experts
 
 from . import tpu_compiler
@@ -42,7 +43,7 @@ from .shapes import ROWS, WEIGHTS
 
 # Chips that the kernels were written for.
 CHIPS = ("v5e", "v6e")
-EXPERTS = (16, 2048, 768)
+EXPERTS, MOST_ROWS_OF_XLA = (16, 2048, 768), 256
 CONFIGS = {
     "g128": ArrayConfig(format=INT4, group_size=128),
     "g32 asymmetric": ArrayConfig(format=INT4, group_size=32, symmetric=False),
@@ -113,6 +114,24 @@ def counts_of_experts(chip, folder, shape, rows):
         of_rows = None if inputs == jnp.bfloat16 else scale
         arguments = x, q.codes, q.scale, None, of_rows, sizes
         yield name, *count(chip, folder, pallas_tpu_experts.ragged_dot, *arguments)
+    if rows <= MOST_ROWS_OF_XLA:
+        yield from estimates_of_xla(chip, shape, rows)
+
+
+def estimates_of_xla(chip, shape, rows):
+    """(computation, "", "", microseconds) of the same products by XLA."""
+    x = jax.ShapeDtypeStruct((rows, shape[1]), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    contenders = {"bfloat16": (jax.lax.ragged_dot, w)}
+    for name, by in (("W4A16", "dequantize"), ("W8A8", "integer")):
+        rule = Rule("*", SCHEMES[name], axis=1)
+        q = jax.eval_shape(lambda w, rule=rule: tree.quantize(w, rule, platform="tpu"), w)
+        contenders[name] = partial(ragged_dot, implementation=by), q
+    for name, (run, weights) in contenders.items():
+        compiled = tpu_compiler.compile_for(chip, run, x, weights, sizes)
+        found = tpu_compiler.estimate(chip, compiled)
+        yield f"XLA, {name}", "", "", f"{found.microseconds:.1f}"
 
 
 def check(shape, rows):

@@ -1,6 +1,7 @@
 """Packing of 2-bit and 4-bit codes into bytes, for files, Keras variables and native kernels.
 
-Elsewhere in the library these codes have XLA's int2 and int4 dtypes and need no packing.
+Elsewhere in the library these codes have XLA's int2 and int4 dtypes and need no packing;
+`concatenate_codes` joins arrays of them.
 """
 
 from collections.abc import Sequence
@@ -98,6 +99,18 @@ def unpack_int2(packed: jax.Array, length: int, axis: int = 0) -> jax.Array:
     return _unpack(packed, length, axis, bits=2)
 
 
+def concatenate_codes(arrays: Sequence[jax.Array], axis: int = 0) -> jax.Array:
+    """`jnp.concatenate` for codes of any number of bits.
+
+    jaxlib 0.10 to 0.12 ends the process when it compiles the concatenation of many 2-bit arrays
+    for a CPU, so these are joined in 8 bits.
+    """
+    dtype = arrays[0].dtype
+    if dtype not in (jnp.int2, jnp.uint2):
+        return jnp.concatenate(arrays, axis)
+    return jnp.concatenate([x.astype(jnp.int8) for x in arrays], axis).astype(dtype)
+
+
 def _pack(codes: jax.Array, axis: int, bits: int) -> jax.Array:
     axis, per_byte = _check(codes, axis, bits), 8 // bits
     padded = _pad(codes, axis, per_byte)
@@ -167,15 +180,3 @@ def _axis_from_zero(axis: int, x: jax.Array) -> int:
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis must be an axis of shape {x.shape}; got {axis}.")
     return axis % x.ndim
-
-
-def concatenate_codes(arrays: Sequence[jax.Array], axis: int = 0) -> jax.Array:
-    """`jnp.concatenate` for codes of any number of bits.
-
-    jaxlib 0.10 to 0.12 ends the process when it compiles the concatenation of many 2-bit arrays
-    for a CPU, so these are joined in 8 bits.
-    """
-    dtype = arrays[0].dtype
-    if dtype not in (jnp.int2, jnp.uint2):
-        return jnp.concatenate(arrays, axis)
-    return jnp.concatenate([x.astype(jnp.int8) for x in arrays], axis).astype(dtype)

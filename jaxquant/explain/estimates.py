@@ -42,7 +42,7 @@ _IN_BLOCKS, _IN_CACHE, _IN_MEMORY, _CACHED = 6e9, 2.5e9, 0.7e9, 2**21
 _RAGGED = 0.58e9
 # 4-bit codes per second that are copied so that rows begin with a byte, by one thread.
 _ALIGNED = 2e10
-# Seconds that each call takes besides, in a program of its own: of XLA, and of a native kernel.
+# Seconds that a program of one product takes besides, by XLA and by a native kernel.
 _CALL, _NATIVE_CALL = 70e-6, 60e-6
 # Activations that are quantized per second.
 _QUANTIZED = 1.9e9

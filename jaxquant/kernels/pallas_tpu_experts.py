@@ -6,7 +6,7 @@ It is compiled for v5e and v6e and checked in interpret mode; it has not run on 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,36 +59,18 @@ def ragged_dot(
         int32 within a tile.
     """
     (rows, length), (experts, _, columns) = x.shape, w.shape
-    groups = scale.shape[1]
-    size = length // groups
-    tile_rows = _row_tile(rows, experts)
-    tile_length = pallas_tpu.tile_length(length, size, tile_rows)
-    assert tile_length is not None, (length, groups)
-    tile_columns = pallas_tpu.column_tile(columns)
-    (expert, tile, count), ends = steps(sizes, rows, tile_rows)
-    last = length // tile_length - 1
-    grid = (pl.cdiv(columns, tile_columns), expert.shape[0], last + 1)
-
-    # Of steps without work, the tiles of the step before stay in memory.
-    def along(i: Any, k: Any, count: Any) -> Any:
-        return jnp.where(i < count[0], k, last)
-
-    def of_rows(j: Any, i: Any, k: Any, expert: Any, tile: Any, ends: Any, count: Any) -> Any:
-        return tile[i], along(i, k, count)
-
-    def of_weights(j: Any, i: Any, k: Any, expert: Any, tile: Any, ends: Any, count: Any) -> Any:
-        return expert[i], along(i, k, count), j
-
-    per_row = pl.BlockSpec((tile_rows, 1), lambda j, i, k, expert, tile, *_: (tile[i], 0))
-    per_column = pl.BlockSpec(
-        (None, groups, tile_columns), lambda j, i, k, expert, *_: (expert[i], 0, j)
-    )
-    given = ((row_scale, per_row), (scale, per_column), (zero, per_column))
+    size = length // scale.shape[1]
+    tile = _tile(rows, length, columns, experts, size)
+    (expert, place, count), ends = steps(sizes, rows, tile.rows)
+    along = length // tile.length
+    grid = (pl.cdiv(columns, tile.columns), expert.shape[0], along)
+    specs = _specs(tile, scale.shape[1], along - 1)
+    given = ((row_scale, specs.per_row), (scale, specs.per_column), (zero, specs.per_column))
     parameters = [(v.astype(jnp.float32), spec) for v, spec in given if v is not None]
     has_rows = row_scale is not None
-    kernel = pallas_tpu.scale_sums if 2 * tile_rows <= size else pallas_tpu.scale_weights
+    kernel = pallas_tpu.scale_sums if 2 * tile.rows <= size else pallas_tpu.scale_weights
     multiply: Callable[..., jax.Array] = functools.partial(_by_pieces, kernel=kernel, size=size)
-    if x.dtype == w.dtype == jnp.int8 and groups == 1 and zero is None:
+    if x.dtype == w.dtype == jnp.int8 and size == length and zero is None:
         multiply = _by_codes
     x = x if x.dtype == jnp.int8 else x.astype(jnp.bfloat16)
     out = pl.pallas_call(
@@ -96,26 +78,71 @@ def ragged_dot(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=grid,
-            in_specs=[
-                pl.BlockSpec((tile_rows, tile_length), of_rows),
-                pl.BlockSpec((None, tile_length, tile_columns), of_weights),
-                *[spec for _, spec in parameters],
-            ],
-            out_specs=pl.BlockSpec(
-                (tile_rows, tile_columns), lambda j, i, k, expert, tile, *_: (tile[i], j)
-            ),
-            scratch_shapes=[pltpu.VMEM((tile_rows, tile_columns), jnp.float32)],
+            in_specs=[specs.rows, specs.weights, *[spec for _, spec in parameters]],
+            out_specs=specs.out,
+            scratch_shapes=[pltpu.VMEM((tile.rows, tile.columns), jnp.float32)],
         ),
         out_shape=pallas_tpu.result_type((rows, columns), dtype, x),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=pallas_tpu.VMEM_LIMIT,
         ),
-        cost_estimate=_cost(grid, tile_rows, x, w, scale, len(parameters) - has_rows, dtype),
+        cost_estimate=_cost(grid, tile.rows, x, w, scale, len(parameters) - has_rows, dtype),
         interpret=interpret,
         name="ragged_dot",
-    )(expert, tile, ends, count, x, w, *[v for v, _ in parameters])
+    )(expert, place, ends, count, x, w, *[v for v, _ in parameters])
     return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out, 0)
+
+
+class _Tile(NamedTuple):
+    """Elements along each axis that one step multiplies."""
+
+    rows: int
+    length: int
+    columns: int
+
+
+def _tile(rows: int, length: int, columns: int, experts: int, size: int) -> _Tile:
+    tile_rows = _row_tile(rows, experts)
+    tile_length = pallas_tpu.tile_length(length, size, tile_rows)
+    assert tile_length is not None, (length, size)
+    return _Tile(tile_rows, tile_length, pallas_tpu.column_tile(columns))
+
+
+class _Specs(NamedTuple):
+    """Which tiles of each array a step (j, i, k) reads or writes."""
+
+    rows: Any
+    weights: Any
+    per_row: Any
+    per_column: Any
+    out: Any
+
+
+def _specs(tile: _Tile, groups: int, last: int) -> _Specs:
+    """Steps without work keep the tiles of the step before, the `last` along K."""
+
+    def along(i: Any, k: Any, count: Any) -> Any:
+        return jnp.where(i < count[0], k, last)
+
+    def of_rows(j: Any, i: Any, k: Any, expert: Any, place: Any, ends: Any, count: Any) -> Any:
+        return place[i], along(i, k, count)
+
+    def of_weights(j: Any, i: Any, k: Any, expert: Any, place: Any, ends: Any, count: Any) -> Any:
+        return expert[i], along(i, k, count), j
+
+    def per_column(j: Any, i: Any, k: Any, expert: Any, *_: Any) -> Any:
+        return expert[i], 0, j
+
+    return _Specs(
+        rows=pl.BlockSpec((tile.rows, tile.length), of_rows),
+        weights=pl.BlockSpec((None, tile.length, tile.columns), of_weights),
+        per_row=pl.BlockSpec((tile.rows, 1), lambda j, i, k, expert, place, *_: (place[i], 0)),
+        per_column=pl.BlockSpec((None, groups, tile.columns), per_column),
+        out=pl.BlockSpec(
+            (tile.rows, tile.columns), lambda j, i, k, expert, place, *_: (place[i], j)
+        ),
+    )
 
 
 def _row_tile(rows: int, experts: int) -> int:
@@ -143,14 +170,13 @@ def steps(
     step = jnp.minimum(jnp.arange(most), jnp.maximum(until[-1] - 1, 0))
     expert = jnp.minimum(jnp.searchsorted(until, step, side="right"), sizes.shape[0] - 1)
     expert = expert.astype(jnp.int32)
-    tiles = first[expert] + step - (until - counts)[expert]
-    bounds = jnp.concatenate([starts[:1], ends])
-    return (expert, jnp.clip(tiles, 0).astype(jnp.int32), until[-1:]), bounds
+    place = jnp.clip(first[expert] + step - (until - counts)[expert], 0).astype(jnp.int32)
+    return (expert, place, until[-1:]), jnp.concatenate([starts[:1], ends])
 
 
 def _accumulate(
     expert_ref: Any,
-    tile_ref: Any,
+    place_ref: Any,
     ends_ref: Any,
     count_ref: Any,
     x_ref: Any,
@@ -176,11 +202,11 @@ def _accumulate(
     @pl.when(works & (k == last))
     def _() -> None:
         total = sum_ref[...] if row_scale is None else sum_ref[...] * row_scale[...]
-        expert, tile = expert_ref[i], tile_ref[i]
-        rows = tile * total.shape[0] + lax.broadcasted_iota(jnp.int32, total.shape, 0)
+        expert, place = expert_ref[i], place_ref[i]
+        rows = place * total.shape[0] + lax.broadcasted_iota(jnp.int32, total.shape, 0)
         is_its = (rows >= ends_ref[expert]) & (rows < ends_ref[expert + 1])
         # The first step of a tile finds what another tile left there.
-        is_first = (i == 0) | (tile_ref[jnp.maximum(i - 1, 0)] != tile)
+        is_first = (i == 0) | (place_ref[jnp.maximum(i - 1, 0)] != place)
         before = jnp.where(is_first, 0, out_ref[...].astype(jnp.float32))
         out_ref[...] = jnp.where(is_its, total, before).astype(out_ref.dtype)
 

@@ -103,13 +103,12 @@ void DotGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, c
 
 void DotLookup(ThreadPool& pool, const float* x, int64_t M, const Weights& w, const float* table,
                float* out) {
-  if (M >= kLookupPanels && w.K) PanelFloat<4>(pool, x, M, w, Table(table), out);
+  if (M >= kLookupPanels && w.K) PanelFloat(pool, x, M, w, Lookup{Table(table)}, out);
   else FewRowsLookup(pool, x, M, w, table, out);
 }
 
 void DotWiden(ThreadPool& pool, const float* x, int64_t M, const Weights& w, float* out) {
-  constexpr float kNone[kLanes] = {};
-  if (M >= kWidenPanels && w.K) PanelFloat<8>(pool, x, M, w, Table(kNone), out);
+  if (M >= kWidenPanels && w.K) PanelFloat(pool, x, M, w, Widened{}, out);
   else FewRowsWiden(pool, x, M, w, out);
 }
 

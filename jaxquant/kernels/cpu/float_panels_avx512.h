@@ -32,18 +32,24 @@ struct ByGroup {
 typedef uint32_t Unsigned32 __attribute__((vector_size(64)));
 typedef int32_t Signed32 __attribute__((vector_size(64)));
 
-// The value of code j of the 4 or 8 in each lane. A 4-bit code stands for its value in the table.
-template <int kBits>
-inline Floats ValueOf(Ints word, int j, const Table& table) {
-  if (kBits == 4) return table[(Ints)((Unsigned32)word >> (4 * j))];
-  return ToFloats((Ints)((Signed32)((Unsigned32)word << (24 - 8 * j)) >> 24));
-}
+// How codes become values: those of kBits bits, of which the others in each lane are above.
+struct Lookup {
+  static constexpr int kBits = 4;
+  const Table table;
+  Floats operator()(Ints lane, int j) const { return table[(Ints)((Unsigned32)lane >> (4 * j))]; }
+};
+struct Widened {
+  static constexpr int kBits = 8;
+  Floats operator()(Ints lane, int j) const {
+    return ToFloats((Ints)((Signed32)((Unsigned32)lane << (24 - 8 * j)) >> 24));
+  }
+};
 
 // Fills vectors of a panel with the floats (code - zero) * scale of elements k to end.
-template <int kBits>
-void PackFloats(const Weights& w, const Table& table, int64_t n, int64_t k, int64_t end,
+template <typename Values>
+void PackFloats(const Weights& w, const Values& values, int64_t n, int64_t k, int64_t end,
                 int vectors, float* panel) {
-  constexpr int kCodes = 32 / kBits;  // of one column in a lane
+  constexpr int kCodes = 32 / Values::kBits;  // of one column in a lane
   for (int v = 0; v < vectors; ++v) {
     const int64_t column = n + v * kLanes;
     ByGroup scales{w, w.scale, column}, zeros{w, w.zero, column};
@@ -51,7 +57,7 @@ void PackFloats(const Weights& w, const Table& table, int64_t n, int64_t k, int6
     Floats step = Broadcast(1), zero = Broadcast(0);
     for (int64_t from = k; from < end; from += 16 * kCodes) {
       Ints words[16];
-      const int64_t bytes = (w.K - from) * kBits / 8;
+      const int64_t bytes = (w.K - from) * Values::kBits / 8;
       for (int64_t i = 0; i < kLanes; ++i) {
         const uint8_t* row = w.at(std::min(column + i, w.N - 1), from);
         words[i] = bytes >= kBytes ? LoadBytes(row) : LoadPart(row, bytes);
@@ -70,7 +76,7 @@ void PackFloats(const Weights& w, const Table& table, int64_t n, int64_t k, int6
             if (w.scale) step = scales(group);
             if (w.zero) zero = zeros(group);
           }
-          Floats value = ValueOf<kBits>(word, j, table);
+          Floats value = values(word, j);
           if (w.zero) value = Sub(value, zero);
           _mm512_store_ps(to + j * kPanel, Mul(value, step));
         }
@@ -112,13 +118,13 @@ struct FloatTile {
 };
 
 // The rows `begin` to `end` by the columns of one panel.
-template <int kBits>
-void OnePanel(const float* x, int64_t begin, int64_t end, const Weights& w, const Table& table,
+template <typename Values>
+void OnePanel(const float* x, int64_t begin, int64_t end, const Weights& w, const Values& values,
               int64_t n, float* panel, float* out) {
   const int vectors = std::min<int64_t>(kVectors, (w.N - n + kLanes - 1) / kLanes);
   for (int64_t k = 0; k < w.K; k += kFloatDepth) {
     const int64_t last = std::min(k + kFloatDepth, w.K), count = last - k;
-    PackFloats<kBits>(w, table, n, k, last, vectors, panel);
+    PackFloats(w, values, n, k, last, vectors, panel);
     if (vectors == 4) ForRows(begin, end, FloatTile<4>{x, panel, k, count, w.K, w.N, n, out});
     if (vectors == 3) ForRows(begin, end, FloatTile<3>{x, panel, k, count, w.K, w.N, n, out});
     if (vectors == 2) ForRows(begin, end, FloatTile<2>{x, panel, k, count, w.K, w.N, n, out});
@@ -127,9 +133,9 @@ void OnePanel(const float* x, int64_t begin, int64_t end, const Weights& w, cons
 }
 
 // Threads share panels, and the rows of each if there are few panels. Then each packs its own.
-template <int kBits>
-void PanelFloat(ThreadPool& pool, const float* x, int64_t M, const Weights& w, const Table& table,
-                float* out) {
+template <typename Values>
+void PanelFloat(ThreadPool& pool, const float* x, int64_t M, const Weights& w,
+                const Values& values, float* out) {
   const int64_t panels = (w.N + kPanel - 1) / kPanel;
   const int64_t wanted = (kPieces * Threads(pool) + panels - 1) / panels;
   const int64_t most = std::max<int64_t>(1, std::min(wanted, M / kRowsOfPiece));
@@ -140,8 +146,8 @@ void PanelFloat(ThreadPool& pool, const float* x, int64_t M, const Weights& w, c
     for (int64_t at = begin, count; at < end; at += count) {
       const int64_t part = at % parts;
       count = std::min(parts - part, end - at);
-      OnePanel<kBits>(x, part * rows, std::min((part + count) * rows, M), w, table,
-                      at / parts * kPanel, panel, out);
+      OnePanel(x, part * rows, std::min((part + count) * rows, M), w, values,
+               at / parts * kPanel, panel, out);
     }
   });
 }

@@ -30,9 +30,9 @@ _LEAST_SIZE = 2**15
 _FEW_FLOATS = {(8, False): 8, (4, False): 8}
 _FEW_ROWS = {(8, True): 8, (4, True): 32, **_FEW_FLOATS}
 _MOST_ROWS = {"AVX512-VNNI": {}, "AVX2": _FEW_FLOATS, "NEON": _FEW_ROWS}
-# More than 8 float rows by fewer weights, or more than 64 by fewer columns, had 0.47 to 0.85 of the
-# speed of XLA's float32, with AVX512 (`--suite random`).
-_LEAST_OF_MANY_ROWS, _LEAST_COLUMNS = 2**16, 128
+# (rows, least): more float rows than these by fewer weights, or by fewer columns, had 0.47 to 0.85
+# of the speed of XLA's float32, with AVX512 (`--suite random`).
+_LEAST_WEIGHTS, _LEAST_COLUMNS = (8, 2**16), (64, 128)
 # Dtypes in which the kernels write their results.
 _RESULTS = (jnp.float32, jnp.bfloat16)
 
@@ -140,10 +140,10 @@ def _why_unsupported_size(lhs: Operand, rhs: QTensor, by_codes: bool) -> str | N
     instructions, bits = cpu.instruction_sets()[0], rhs.format.bits
     most = _MOST_ROWS[instructions].get((bits, by_codes), math.inf)
     rows, columns = lhs.size // rhs.codes.shape[1], rhs.codes.shape[0]
-    if not by_codes and rows > 8 and rhs.size < _LEAST_OF_MANY_ROWS:
-        return f"fewer than {_LEAST_OF_MANY_ROWS} weights for more than 8 float rows"
-    if not by_codes and rows > 64 and columns < _LEAST_COLUMNS:
-        return f"fewer than {_LEAST_COLUMNS} columns for more than 64 float rows"
+    limits = (("weights", rhs.size, _LEAST_WEIGHTS), ("columns", columns, _LEAST_COLUMNS))
+    for unit, size, (few, least) in () if by_codes else limits:
+        if rows > few and size < least:
+            return f"fewer than {least} {unit} for more than {few} float rows"
     if rows > most:
         kind = "int8" if by_codes else "float"
         return f"more than {most} {kind} rows by {bits}-bit weights, with {instructions}"

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from ...core import QTensor, scale_values
-from ...jaxprs import is_sharded, on_one_cpu
+from ...jaxprs import on_one_cpu
 from ...kernels import cpu
 from ..dispatch import Implementation, Table
 from ..operands import Operand, as_array, repeat_groups
 from .cpu_native import multiplies_codes, native_dtype, values_of_codes, why_unsupported_weights
-from .kernel import kernel_or_xla
+from .kernel import kernel_or_xla, why_unsupported_experts
 
 # Where experts (G, K, N) are stored with the contracted axis last.
 _AXES = (0, 2, 1)
@@ -50,16 +50,9 @@ def _run(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
 
 
 def _why_unsupported(lhs: Operand, rhs: Any, spec: Any) -> str | None:
-    if not isinstance(rhs, QTensor):
-        return "the right operand is not quantized"
-    if spec.rhs_axes != _AXES:
-        return "the experts are not stored with the contracted axis last"
-    if spec.group_offset is not None:
-        return "group_offset moves the groups"
-    if rhs.offset is not None or jnp.float64 in (spec.dtype, lhs.dtype):
-        return "the result is float64, or an offset is added to the codes"
-    if any(is_sharded(x) for x in jax.tree.leaves((lhs, rhs))):
-        return "the kernels do not support sharded arrays"
+    why_not = why_unsupported_experts(lhs, rhs, spec, _AXES)
+    if why_not is not None:
+        return why_not
     if rhs.format.bits == 4 and rhs.codes.shape[2] % 2:
         return f"rows of {rhs.codes.shape[2]} codes of 4 bits do not fill whole bytes"
     by_codes = multiplies_codes(lhs, rhs)

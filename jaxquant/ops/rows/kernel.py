@@ -115,6 +115,24 @@ def why_unsupported_matrix(lhs: Operand, rhs: Operand, spec: DotSpec, axis: int)
     return None
 
 
+def why_unsupported_experts(
+    lhs: Operand, rhs: Operand, spec: Any, axes: tuple[int, ...]
+) -> str | None:
+    """Why these are not rows times quantized experts (G, K, N) stored as `axes`, on one device."""
+    if not isinstance(rhs, QTensor):
+        return "the right operand is not quantized"
+    if spec.rhs_axes != axes:
+        last = ("columns", "the contracted axis")[axes[1] == 2]
+        return f"the experts are not stored with {last} last"
+    if spec.group_offset is not None:
+        return "group_offset moves the groups"
+    if rhs.offset is not None or jnp.float64 in (spec.dtype, lhs.dtype):
+        return "the result is float64, or an offset is added to the codes"
+    if any(is_sharded(x) for x in jax.tree.leaves((lhs, rhs))):
+        return "the kernels do not support sharded arrays"
+    return None
+
+
 def why_unsupported_float64(spec: DotSpec) -> str | None:
     """Why kernels that compute in float32 cannot give the result, or None."""
     return "the result is float64" if spec.dtype == jnp.float64 else None

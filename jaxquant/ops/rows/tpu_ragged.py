@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from ...core import QTensor, scale_values
-from ...jaxprs import chips, is_sharded, on_one_tpu
+from ...jaxprs import chips, on_one_tpu
 from ...kernels import pallas_tpu, pallas_tpu_experts
 from ..dispatch import Implementation, Table
 from ..operands import Operand, repeat_groups
-from .kernel import codes_and_scale, kernel_or_xla
+from .kernel import codes_and_scale, kernel_or_xla, why_unsupported_experts
 from .tpu_pallas import FLOATS
 
 # Where experts (G, K, N) are stored with columns last.
@@ -67,16 +67,9 @@ def _run(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
 
 
 def _why_unsupported(lhs: Operand, rhs: Any, spec: Any) -> str | None:
-    if not isinstance(rhs, QTensor):
-        return "the right operand is not quantized"
-    if spec.rhs_axes != _AXES:
-        return "the experts are not stored with their columns last"
-    if spec.group_offset is not None:
-        return "group_offset moves the groups"
-    if rhs.offset is not None or spec.dtype == jnp.float64:
-        return "the result is float64, or an offset is added to the codes"
-    if any(is_sharded(x) for x in jax.tree.leaves((lhs, rhs))):
-        return "the kernels do not support sharded arrays"
+    why_not = why_unsupported_experts(lhs, rhs, spec, _AXES)
+    if why_not is not None:
+        return why_not
     if rhs.format.bits not in (4, 8) or not rhs.format.rounds:
         return f"{rhs.format} codes are not integers of 4 or 8 bits"
     why_not = FLOATS.why_unsupported(lhs, rhs, spec.precision)

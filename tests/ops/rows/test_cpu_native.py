@@ -62,6 +62,7 @@ WEIGHTS = {
     "seven": ArrayConfig(format=Format("seven", "int4", -1, 1, (-1, -0.5, -0.2, 0, 0.2, 0.5, 1))),
 }
 INPUTS = {"float": None, "int8": ArrayConfig(), "int8-tensor": ArrayConfig(per_tensor=True)}
+LIMITS = {name: getattr(cpu_native, name) for name in ("_LEAST_WEIGHTS", "_LEAST_COLUMNS")}
 forced = partial(matmul, implementation="native")
 run = jax.jit(forced, static_argnames="preferred_element_type")
 
@@ -70,8 +71,8 @@ run = jax.jit(forced, static_argnames="preferred_element_type")
 def any_number_of_rows(monkeypatch):
     """Kernels compute any number of rows, also with instructions with which XLA is faster."""
     monkeypatch.setattr(cpu_native, "_MOST_ROWS", collections.defaultdict(dict))
-    monkeypatch.setattr(cpu_native, "_LEAST_OF_MANY_ROWS", 0)
-    monkeypatch.setattr(cpu_native, "_LEAST_COLUMNS", 0)
+    for name in LIMITS:
+        monkeypatch.setattr(cpu_native, name, (0, 0))
 
 
 def stored(name, shape=(K, N), seed=1):
@@ -415,8 +416,8 @@ UNSUPPORTED = {
 def test_more_float_rows_by_few_columns_or_weights_are_left_to_xla(
     monkeypatch, shape, most, reason
 ):
-    monkeypatch.setattr(cpu_native, "_LEAST_OF_MANY_ROWS", 2**16)
-    monkeypatch.setattr(cpu_native, "_LEAST_COLUMNS", 128)
+    for name, limit in LIMITS.items():
+        monkeypatch.setattr(cpu_native, name, limit)
     q = weight(ArrayConfig(format=INT4, group_size=32), shape).reorder((-1, -2))
     assert forced(normal(most, shape[0]), q).shape == (most, shape[1])
     with pytest.raises(ValueError, match=reason):

@@ -56,7 +56,7 @@ def test_operands_as_they_are_stored_match_numpy(left, right):
 
 
 UNSUPPORTED = {
-    "not stored with their columns last": (G32, (-1, -2), {}),
+    "the experts are not stored with columns last": (G32, (-1, -2), {}),
     "nf4 codes are not integers of 4 or 8 bits": (ArrayConfig(format=NF4, group_size=32), None, {}),
     "groups of 16 are not a multiple of 32": (ArrayConfig(format=INT4, group_size=16), None, {}),
     "a precision of highest is more than": (G32, None, {"precision": "highest"}),
