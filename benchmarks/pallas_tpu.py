@@ -28,6 +28,7 @@ import pathlib
 import re
 import tempfile
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ def estimates_of_xla(chip, shape, rows):
     x = jax.ShapeDtypeStruct((rows, shape[1]), jnp.bfloat16)
     sizes = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    contenders = {"bfloat16": (jax.lax.ragged_dot, w)}
+    contenders: dict[str, Any] = {"bfloat16": (jax.lax.ragged_dot, w)}
     for name, by in (("W4A16", "dequantize"), ("W8A8", "integer")):
         rule = Rule("*", SCHEMES[name], axis=1)
         q = jax.eval_shape(lambda w, rule=rule: tree.quantize(w, rule, platform="tpu"), w)

@@ -61,7 +61,7 @@ def ragged_dot(
     (rows, length), (experts, _, columns) = x.shape, w.shape
     size = length // scale.shape[1]
     tile = _tile(rows, length, columns, experts, size)
-    (expert, place, count), ends = steps(sizes, rows, tile.rows)
+    expert, place, starts, count = steps(sizes, rows, tile.rows)
     along = length // tile.length
     grid = (pl.cdiv(columns, tile.columns), expert.shape[0], along)
     specs = _specs(tile, scale.shape[1], along - 1)
@@ -90,8 +90,8 @@ def ragged_dot(
         cost_estimate=_cost(grid, tile.rows, x, w, scale, len(parameters) - has_rows, dtype),
         interpret=interpret,
         name="ragged_dot",
-    )(expert, place, ends, count, x, w, *[v for v, _ in parameters])
-    return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out, 0)
+    )(expert, place, starts, count, x, w, *[v for v, _ in parameters])
+    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), out, 0)
 
 
 class _Tile(NamedTuple):
@@ -125,10 +125,10 @@ def _specs(tile: _Tile, groups: int, last: int) -> _Specs:
     def along(i: Any, k: Any, count: Any) -> Any:
         return jnp.where(i < count[0], k, last)
 
-    def of_rows(j: Any, i: Any, k: Any, expert: Any, place: Any, ends: Any, count: Any) -> Any:
+    def of_rows(j: Any, i: Any, k: Any, expert: Any, place: Any, starts: Any, count: Any) -> Any:
         return place[i], along(i, k, count)
 
-    def of_weights(j: Any, i: Any, k: Any, expert: Any, place: Any, ends: Any, count: Any) -> Any:
+    def of_weights(j: Any, i: Any, k: Any, expert: Any, place: Any, starts: Any, count: Any) -> Any:
         return expert[i], along(i, k, count), j
 
     def per_column(j: Any, i: Any, k: Any, expert: Any, *_: Any) -> Any:
@@ -154,8 +154,8 @@ def _row_tile(rows: int, experts: int) -> int:
 
 def steps(
     sizes: jax.Array, rows: int, tile: int
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Which expert and tile of rows each step multiplies, how many do, and the ends of experts.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Expert and tile of rows of each step, where experts start, and how many steps have work.
 
     Steps are in the order of rows, so that those of one tile follow each other. There is one for
     each tile, and one more wherever another expert begins within a tile.
@@ -171,13 +171,13 @@ def steps(
     expert = jnp.minimum(jnp.searchsorted(until, step, side="right"), sizes.shape[0] - 1)
     expert = expert.astype(jnp.int32)
     place = jnp.clip(first[expert] + step - (until - counts)[expert], 0).astype(jnp.int32)
-    return (expert, place, until[-1:]), jnp.concatenate([starts[:1], ends])
+    return expert, place, starts, until[-1:]
 
 
 def _accumulate(
     expert_ref: Any,
     place_ref: Any,
-    ends_ref: Any,
+    starts_ref: Any,
     count_ref: Any,
     x_ref: Any,
     w_ref: Any,
@@ -185,7 +185,7 @@ def _accumulate(
     multiply: Callable[..., jax.Array],
     has_rows: bool,
 ) -> None:
-    """Adds the product of two tiles, and writes the rows of its expert after the last along K."""
+    """Adds the product of two tiles; after the last along K, writes the rows from its expert on."""
     row_scale, refs = (refs[0], refs[1:]) if has_rows else (None, refs)
     *parameters, out_ref, sum_ref = refs
     i, k, last = pl.program_id(1), pl.program_id(2), pl.num_programs(2) - 1
@@ -202,13 +202,10 @@ def _accumulate(
     @pl.when(works & (k == last))
     def _() -> None:
         total = sum_ref[...] if row_scale is None else sum_ref[...] * row_scale[...]
-        expert, place = expert_ref[i], place_ref[i]
-        rows = place * total.shape[0] + lax.broadcasted_iota(jnp.int32, total.shape, 0)
-        is_its = (rows >= ends_ref[expert]) & (rows < ends_ref[expert + 1])
-        # The first step of a tile finds what another tile left there.
-        is_first = (i == 0) | (place_ref[jnp.maximum(i - 1, 0)] != place)
-        before = jnp.where(is_first, 0, out_ref[...].astype(jnp.float32))
-        out_ref[...] = jnp.where(is_its, total, before).astype(out_ref.dtype)
+        rows = place_ref[i] * total.shape[0] + lax.broadcasted_iota(jnp.int32, total.shape, 0)
+        # Those before have another expert; those of later ones are written again by their steps.
+        is_new = rows >= starts_ref[expert_ref[i]]
+        out_ref[...] = jnp.where(is_new, total.astype(out_ref.dtype), out_ref[...])
 
 
 def _by_pieces(
