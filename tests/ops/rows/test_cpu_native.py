@@ -132,11 +132,13 @@ def test_every_width_and_group_is_native_and_matches_numpy(name, shape, group):
 
 
 @needs_native
-@pytest.mark.parametrize("columns", [3, 17, 40, 64, 130])
-def test_threads_share_the_rows_of_few_columns(columns):
-    """Vectors of columns that are not full, and more groups than are loaded at once."""
-    length = 32 * 352
-    x = jnp.asarray(normal(200, length))
+@pytest.mark.parametrize(
+    "length, columns", [(11264, 3), (2048, 17), (1088, 40), (1088, 64), (1088, 130)]
+)
+def test_threads_share_the_rows_of_few_columns(length, columns):
+    """Vectors of columns that are not full, more groups than are loaded at once, and rows enough
+    for a thread to take several parts of them together."""
+    x = jnp.asarray(normal(600, length))
     for name in ("int8-g32", "int8-asym", "int4", "int4-asym-g32", "nf4-g64"):
         q = weight(WEIGHTS[name], (length, columns)).reorder((-1, -2))
         assert_product(jax.jit(forced)(x, q), "mk,kn->mn", x, q, tolerance=2e-6)
