@@ -133,7 +133,7 @@ def test_every_width_and_group_is_native_and_matches_numpy(name, shape, group):
 
 @needs_native
 @pytest.mark.parametrize(
-    "length, columns", [(11264, 3), (2048, 17), (1088, 40), (1088, 64), (1088, 130)]
+    "length, columns", [(11264, 3), (2048, 17), (1088, 40), (1088, 64), (1088, 130), (64, 1030)]
 )
 def test_threads_share_the_rows_of_few_columns(length, columns):
     """Vectors of columns that are not full, more groups than are loaded at once, and rows enough
