@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import LowRank
 from ..tree import is_quantized
-from ..tree.internal import leaves_with_paths, read_arrays
+from ..tree.internal import MALFORMED, leaves_with_paths, read_arrays, summary
 from .peft import CONFIG, PREFIX, WEIGHTS, has_outputs_first, layer_name, stack_of
 
 # What would change the model if it were ignored, and the values that are supported.
@@ -51,8 +51,8 @@ def load_peft(
         OSError: a file is missing.
         ValueError: the tree does not contain adapters, a layer is not in the file, or one of the
             file not in the tree; shapes do not match; only one of both has norms (DoRA); layers of
-            a stack differ in rank or alpha; or the file has something else than adapters of linear
-            layers, such as trained biases.
+            a stack differ in rank or alpha; the file has something else than adapters of linear
+            layers, such as trained biases; or a file is damaged.
 
     Error: none.
     Source: PEFT's `LoraConfig`, `get_pattern_key` and `LoraLayer.update_layer`.
@@ -67,8 +67,7 @@ def load_peft(
         3
     """
     folder = pathlib.Path(path)
-    config = json.loads((folder / CONFIG).read_text())
-    _check(folder, config)
+    config = _read_config(folder / CONFIG)
     tensors = read_arrays(folder / WEIGHTS)
     paths, leaves, treedef = leaves_with_paths(params, is_quantized)
     if not any(isinstance(x, LowRank) for x in leaves):
@@ -91,13 +90,35 @@ def load_peft(
     return jax.tree.unflatten(treedef, found)
 
 
-def _check(folder, config):
+def _read_config(path):
+    """The entries of a config of PEFT, of which those that are read are checked."""
+    try:
+        config = dict(json.loads(path.read_bytes()))
+    except MALFORMED as error:
+        raise ValueError(
+            f"{path} is not a JSON object, {summary(error)}. Copy it again."
+        ) from error
     for name, values in _SUPPORTED.items():
         if config.get(name) not in values:
             raise ValueError(
-                f"{folder / CONFIG} must have {name}={values[0]!r}, as adapters of linear layers "
-                f"do; got {config.get(name)!r}. Train with it."
+                f"{path} must have {name}={values[0]!r}, as adapters of linear layers do; got "
+                f"{config.get(name)!r}. Train with it."
             )
+    patterns = config.get("alpha_pattern") or {}
+    alphas = (
+        [config.get("lora_alpha"), *patterns.values()] if isinstance(patterns, dict) else [None]
+    )
+    if not all(_is_number(x) for x in alphas):
+        raise ValueError(
+            f"{path} must have a number as lora_alpha, and numbers in alpha_pattern; got "
+            f"lora_alpha={config.get('lora_alpha')!r} and alpha_pattern={patterns!r}. Copy it "
+            "again."
+        )
+    return config
+
+
+def _is_number(x):
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 class _Reader:
@@ -124,7 +145,8 @@ class _Reader:
         inner = x.shape[stack:split], x.shape[split:]
         sizes = tuple(map(math.prod, inner))
         for layer, (a, b) in zip(layers, pairs, strict=True):
-            if (a.shape[0], b.shape[1]) != sizes or a.shape[1] != b.shape[0]:
+            rank = b.shape[:1]
+            if (a.shape, b.shape) != ((sizes[0], *rank), (*rank, sizes[1])) or rank == (0,):
                 raise ValueError(
                     f"{layer} must have factors for {path}, {sizes[0]} and {sizes[1]}; got "
                     f"{a.shape} and {b.shape} in {self._folder}. Check `names`."
@@ -169,6 +191,13 @@ class _Reader:
         if not has_norms:
             return None
         norms = [self._take(layer, "lora_magnitude_vector") for layer in layers]
+        size = x.magnitude.size // len(layers)
+        for layer, norm in zip(layers, norms, strict=True):
+            if norm.size != size:
+                raise ValueError(
+                    f"{layer} must have {size} magnitudes; got {norm.shape} in {self._folder}. "
+                    "Check `names`."
+                )
         return jnp.asarray(np.stack(norms).reshape(x.magnitude.shape))
 
     def _alpha(self, layer, rank):

@@ -154,6 +154,10 @@ def test_patterns_and_rslora_of_a_file_are_applied(tmp_path, use_rslora):
 
 PLAIN = lora_init({"m": {"kernel": normal(32, 20)}}, Rule("*", CONFIG), 2, KEY)
 STACKED = lora_init({"m": normal(2, 32, 20)}, Rule("*", CONFIG), 2, KEY)
+WITH_NORMS = lora_init({"m": {"kernel": normal(32, 20)}}, Rule("*", CONFIG), 2, KEY, use_dora=True)
+MIXED = {**factors("m", 3), "m.lora_A.weight": factors("m", 2)["m.lora_A.weight"]}
+FLAT = {**factors("m", 2), "m.lora_A.weight": np.ones(32, np.float32)}
+NORMS = {**factors("m", 2), "m.lora_magnitude_vector": np.ones(7, np.float32)}
 READ_ERRORS = {
     "no adapters": ({}, factors("m", 2), {"w": jnp.ones(3)}, None, "without adapters, .* w"),
     "type": ({"peft_type": "IA3"}, factors("m", 2), PLAIN, None, "peft_type='LORA'.* got 'IA3'"),
@@ -168,6 +172,10 @@ READ_ERRORS = {
     "missing": ({}, factors("x", 2), PLAIN, None, "must have 'base_model.model.m.lora_A.weight'"),
     "left": ({}, factors("m", 2) | factors("x", 2), PLAIN, None, r"x.lora_A.* layers are \['m'\]"),
     "shape": ({}, factors("m", 2, 16), PLAIN, None, r"for m/kernel, 32 and 20; got \(16, 2\)"),
+    "ranks": ({}, MIXED, PLAIN, None, r"got \(32, 2\) and \(3, 20\)"),
+    "rank": ({}, factors("m", 0), PLAIN, None, r"got \(32, 0\) and \(0, 20\)"),
+    "axes": ({}, FLAT, PLAIN, None, r"got \(32,\) and \(2, 20\)"),
+    "norms": ({"use_dora": True}, NORMS, WITH_NORMS, None, r"m must have 20 magnitudes; got \(7,"),
     "dora": ({"use_dora": True}, factors("m", 2), PLAIN, None, "use_dora=True, unlike the tree"),
     "stack": (
         {},
@@ -178,6 +186,33 @@ READ_ERRORS = {
     ),
     "name": ({}, factors("m", 2), STACKED, {"m": "m"}, "place for the number"),
 }
+
+
+BROKEN_CONFIGS = {
+    "cut off": ('{"peft_type": ', "is not a JSON object, JSONDecodeError: Exp"),
+    "a list": ("[1]", "is not a JSON object"),
+    "bytes": ("\udcff", "is not a JSON object"),
+    "no alpha": ('{"peft_type": "LORA"}', "a number as lora_alpha.*; got lora_alpha=None"),
+    "text": ('{"peft_type": "LORA", "lora_alpha": "8"}', "got lora_alpha='8' and"),
+    "NaN": ('{"peft_type": "LORA", "lora_alpha": NaN}', "got lora_alpha=nan and"),
+    "pattern": (
+        '{"peft_type": "LORA", "lora_alpha": 8, "alpha_pattern": {"m": null}}',
+        r"alpha_pattern=\{'m': None\}",
+    ),
+    "patterns": (
+        '{"peft_type": "LORA", "lora_alpha": 8, "alpha_pattern": [3]}',
+        r"alpha_pattern=\[3\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_CONFIGS)
+def test_an_error_about_a_config_names_its_file(tmp_path, name):
+    text, words = BROKEN_CONFIGS[name]
+    write_adapter(tmp_path / "a", {}, factors("m", 2))
+    (tmp_path / "a" / "adapter_config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=f"a.adapter_config.json .*{words}"):
+        load_peft(tmp_path / "a", PLAIN)
 
 
 @pytest.mark.parametrize("name", READ_ERRORS)
