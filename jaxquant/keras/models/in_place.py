@@ -30,9 +30,6 @@ def quantize_in_place(layer: Any, config: Any) -> None:
             `jaxquant.keras.quantize`. The model is unchanged.
     """
     frame, earlier = compat.running_quantize(), compat.nothing_to_calibrate(config)
-    if earlier is not None and earlier.frame is not frame:
-        earlier.restore()  # That run of Keras ended with an error.
-        earlier = None
     if frame is None:
         raise ValueError(
             f"{config.mode} quantizes a whole model, by what its layers are called with; got it "
@@ -40,7 +37,7 @@ def quantize_in_place(layer: Any, config: Any) -> None:
             f"config=...) or jaxquant.keras.quantize(model, config) with this "
             f"{type(config).__name__}."
         )
-    if earlier is None:
+    if earlier is None or earlier.frame is not frame:
         _quantize(frame.f_locals["self"], config)
         compat.NothingToCalibrate(config)
     if layer.declared_weights and not layer.stored_weights:
@@ -62,13 +59,13 @@ def _quantize(model: Any, config: Any) -> None:
     raise_problems(model, sorted(problems))
     for layer in layers:
         compat.check_quantize_arguments(layer, config.mode)
+    scheme, method, batches = calibration_of(config, model)
     blocks = _layers_in_blocks(model, config)
     chosen = [
         (layer, [name for name, v in layer.float_weights.items() if v is not None])
         for layer in layers
         if blocks is None or id(layer) in blocks
     ]
-    scheme, method, batches = calibration_of(config, model)
     rules = QuantizationConfig(scheme)
     weights, problems = weights_with_methods(model, chosen, rules, method)
     raise_problems(model, problems if weights else [*problems, "no layer multiplies activations"])

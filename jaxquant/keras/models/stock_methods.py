@@ -53,10 +53,15 @@ def check_alone(method: Any, batches: Any) -> None:
 def calibration_of(config: Any, model: Any) -> Calibration:
     """The scheme, method and batches that a config of Keras stands for.
 
+    A config that an interrupted `Model.quantize` changed gets back what it held.
+
     Raises:
         ValueError: the data set has fewer tokens than one sequence, or the model has inputs that
             cannot be made from tokens.
     """
+    earlier = compat.nothing_to_calibrate(config)
+    if earlier is not None:
+        earlier.restore()  # That run of `Model.quantize` ended with an error.
     make = next(make for kind, make in _METHODS.items() if isinstance(config, kind))
     size = config.group_size
     weights = ArrayConfig(
