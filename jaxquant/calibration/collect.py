@@ -56,7 +56,7 @@ def collect(
         Statistics: a mapping from path to {class: statistic}.
 
     Raises:
-        ValueError: batches are one batch, or there is none; a leaf was not reached, or met NaN or
+        ValueError: batches are one batch, or empty; a leaf was not reached, or met NaN or
             Inf; the mask does not fit the rows; `quantized` is missing for `CrossMoment`, or is not
             a tree like params; or as for `tree.quantize`.
 
@@ -113,7 +113,9 @@ class Collector:
         only: Iterable[int] | None = None,
     ) -> Statistics:
         """The statistics of a tree; arguments as for `collect`, `only` the numbers of leaves."""
-        if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        # Arrays without axes have `__iter__` and raise in it.
+        is_scalar = getattr(batches, "ndim", None) == 0
+        if is_scalar or isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
             raise ValueError(
                 "batches must be a list of what the model is called with, or another iterable; got "
                 f"a {type(batches).__name__}. Pass batches=[x] for one batch x."

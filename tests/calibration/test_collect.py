@@ -346,6 +346,7 @@ def used_twice(params, x):
             r"batches must be a list of .*; got a dict\. Pass",
         ),
         ({"batches": 3.0}, r"batches must be a list of what the model is called with.*got a float"),
+        ({"batches": jnp.ones(())}, r"batches must be a list of what .*; got a ArrayImpl\. Pass"),
         ({"batches": []}, r"batches must hold at least one batch; got a list without any\. Pass"),
         ({"batches": iter(())}, r"at least one batch; got a tuple_iterator without any"),
         (
