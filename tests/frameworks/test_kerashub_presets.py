@@ -34,7 +34,7 @@ def bert_classifier():
 PRESETS: dict[str, Any] = {
     "Gemma": (gemma, "GemmaBackbone", {}),
     "Gemma, CausalLM": (gemma, "GemmaCausalLM", {"preprocessor": None}),
-    # Its head is in a file of its own.
+    # The head of a task is in a second file.
     "Bert": (bert_classifier, "BertTextClassifier", {"preprocessor": None}),
 }
 
@@ -98,7 +98,32 @@ def test_a_task_generates_and_keeps_what_it_is_told(tmp_path):
     assert not bare.compiled
 
 
-def test_what_is_not_a_preset(tmp_path):
+@pytest.mark.parametrize("files", [[], ["config.json"], ["model.weights.h5"]])
+def test_what_is_not_a_preset(files, tmp_path):
+    for name in files:
+        (tmp_path / name).touch()
     words = "preset must be a folder with config.json and model.weights.h5 or model.weights.json"
     with pytest.raises(ValueError, match=words):
-        jk.load_preset(hub.models.GemmaBackbone, tmp_path / "gemma_2b_en", jq.W8A8)
+        jk.load_preset(hub.models.GemmaBackbone, tmp_path, jq.W8A8)
+
+
+def test_what_is_not_a_class_of_kerashub(tmp_path):
+    with pytest.raises(ValueError, match=r"cls must be a class of KerasHub .*; got <class 'keras"):
+        jk.load_preset(keras.Model, tmp_path, jq.W8A8)
+
+
+def test_rules_of_a_preset_are_without_methods(tmp_path):
+    rules = [jq.Rule("*ffw*", jq.W4A16, method=jq.methods.GPTQ())]
+    with pytest.raises(ValueError, match=r"must be without methods, .*; got some in \['\*ffw"):
+        jk.load_preset(hub.models.GemmaBackbone, tmp_path, rules)
+
+
+def test_all_layers_that_cannot_be_quantized_are_listed(tmp_path):
+    model = gemma()
+    damaged = [model.layers[i].ffw_linear for i in (-2, -3)]
+    for layer in damaged:
+        layer.kernel.assign(np.full(layer.kernel.shape, np.nan))
+    model.save_to_preset(tmp_path)
+    words = "fix these 2 problems:.*ffw_linear.* holds NaN.*ffw_linear.* holds NaN"
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        jk.load_preset(hub.models.GemmaBackbone, tmp_path, jq.W8A8)

@@ -50,7 +50,9 @@ def load_preset(
         The quantized model, and a report with one row per weight.
 
     Raises:
-        ValueError: the folder does not hold a preset that KerasHub wrote; or as for `quantize`.
+        ValueError: cls is not a class of KerasHub; the folder does not hold a preset that KerasHub
+            wrote; or as for `quantize`.
+        OSError: a file is damaged.
 
     Example:
         >>> import keras_hub
@@ -62,6 +64,11 @@ def load_preset(
         >>> report.rows[0].scheme
         'int8 per channel'
     """
+    if not hasattr(cls, "from_preset"):
+        raise ValueError(
+            "cls must be a class of KerasHub with `from_preset`, such as "
+            f"keras_hub.models.GemmaBackbone; got {cls!r}."
+        )
     folder, config = Path(preset), _without_methods(config_of(rules))
     weights = _weights_in(folder)
     is_task = hasattr(cls, "backbone_cls")
