@@ -16,7 +16,7 @@ from ..configs import SchemeConfig
 from ..layer import QuantizableMixin
 from .checks import Keep, raise_problems
 from .convert import converter
-from .quantize import chosen_names, config_of, mismatches, path_of, quantize_layer, rows_left
+from .quantize import chosen_names, config_of, mismatches, path_of, quantize_layer, report_of
 
 _CONFIG, _TASK = "config.json", "task.weights.h5"
 # One file, or the index of several.
@@ -79,7 +79,7 @@ def load_preset(
     with compat.without_values():
         model = cls.from_preset(os.fspath(folder), load_weights=False, **given)
         rewriter.in_place(model)
-    places = {v.path: place for place, v in enumerate(model.weights)}
+    paths = [v.path for v in model.weights]
     why_kept = {id(x): why for x, why in rewriter.walk(model)}
     # A classifier with another number of classes than the preset's has a new head.
     has_head = is_task and "num_classes" not in kwargs and (folder / _TASK).is_file()
@@ -93,11 +93,7 @@ def load_preset(
         loading.finish()
     if is_compiled:
         model.compile()
-    rows = [*loading.rows]
-    for layer in compat.sublayers(model):
-        rows += rows_left(layer, config, why_kept[id(layer)])
-    rows.sort(key=lambda row: places.get(row.path, len(places)))
-    return model, Report(tuple(rows))
+    return model, report_of(model, loading.rows, config, why_kept, paths)
 
 
 def _weights_in(folder: Path) -> Path:

@@ -107,12 +107,9 @@ def quantize(
     if strict or not rows:
         raise_problems(model, [f"{x.path or x.name}: {why}" for x, why in failed])
     why_left = {**why_kept, **{id(x): why for x, why in failed}}
-    for layer in compat.sublayers(copy):
-        rows += rows_left(layer, config, why_left[id(layer)])
+    report = report_of(copy, rows, config, why_left, [v.path for v in model.weights])
     _own(copy, model)
-    places = {v.path: place for place, v in enumerate(model.weights)}
-    rows.sort(key=lambda row: places.get(row.path, len(places)))
-    return copy, Report(tuple(rows))
+    return copy, report
 
 
 def _quantize(
@@ -197,7 +194,22 @@ def mismatches(config: SchemeConfig, layers: list[Any], chosen: Chosen) -> list[
     return problems + again
 
 
-def rows_left(layer: Any, config: SchemeConfig, why_kept: str | None) -> list[ReportRow]:
+def report_of(
+    model: Any,
+    rows: list[ReportRow],
+    config: SchemeConfig,
+    why_left: dict[int, str | None],
+    paths: list[str],
+) -> Report:
+    """The rows of quantized weights, and of all others, in the order of the paths of weights."""
+    layers = compat.sublayers(model)
+    left = [row for x in layers for row in _rows_left(x, config, why_left[id(x)])]
+    places = {path: place for place, path in enumerate(paths)}
+    found = sorted([*rows, *left], key=lambda row: places.get(row.path, len(places)))
+    return Report(tuple(found))
+
+
+def _rows_left(layer: Any, config: SchemeConfig, why_kept: str | None) -> list[ReportRow]:
     """A row for each of the layer's own weights that is not quantized."""
     is_quantizable = isinstance(layer, QuantizableMixin)
     stored = layer.stored_weights.values() if is_quantizable else ()
