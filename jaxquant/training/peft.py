@@ -123,7 +123,7 @@ def layer_name(
     """The name of the layer at a path, with a place for the number if it is a stack.
 
     Raises:
-        ValueError: there is none, or it has no such place.
+        ValueError: the path does not have a name, or the name of a stack does not have that place.
     """
     name = _name(names, path)
     if stack_of(x)[1] and "{}" not in name:

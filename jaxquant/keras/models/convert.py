@@ -44,7 +44,7 @@ def convert(model: keras.Model, *, keep: Keep = (), strict: bool = True) -> Any:
 
     Args:
         model: of any class, with nested models, shared layers and wrappers. A functional model
-            whose class has a constructor of its own, and cannot be made from its config, becomes
+            whose class defines its own constructor, and cannot be made from its config, becomes
             a keras.Model or keras.Sequential.
         keep: names and classes of layers to copy as they are.
         strict: False copies custom layers as they are whose call cannot be lifted, and lets the
