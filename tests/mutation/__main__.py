@@ -1,6 +1,6 @@
 """Changes the code in small ways, and counts how many changes a test notices.
 
-    python -m tests.mutation --count 200 --seed 0 --folder /tmp/mutation
+    python -m tests.mutation --count 200 --seed 0 --folder build/mutation
 
 draws changes of `core`, `ops`, `methods`, `training` and `keras`: as many of each, and of each kind
 of change as many as of another: operators, comparisons, constants, negated conditions, removed
