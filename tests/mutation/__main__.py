@@ -10,6 +10,7 @@ noticed; ends with 1 if fewer than 95 % were noticed.
 
 It runs the tests of these layers once, to record which lines each of them runs. Records, programs
 that were compiled, and outcomes are in the folder: the same command goes on where it was stopped.
+After the code or the tests have changed, give another folder.
 """
 
 import argparse
@@ -73,10 +74,13 @@ def main(arguments=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=pathlib.Path, required=True)
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=LAYERS)
+    text = "of changes, if all layers are chosen; default: 200"
+    parser.add_argument("--count", type=int, default=200, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of the draw; default: 0")
+    text = "where records and outcomes are kept"
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help=text)
+    text = "draw of these alone, the same changes; default: all"
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=LAYERS, help=text)
     text = "how long the tests of one change may take, by the record; default: 30"
     parser.add_argument("--seconds", type=float, default=30, help=text)
     options = parser.parse_args(arguments)
@@ -90,7 +94,8 @@ def main(arguments=None):
     finally:
         shutil.rmtree(copy)
     print(table(outcomes))
-    print(f"Fails without a change, too: {alarms}" if alarms else "")
+    if alarms:
+        print(f"Fails without a change, too: {alarms}")
     caught = sum(outcome.caught is not None for outcome in outcomes)
     return bool(alarms) or caught < WANTED * len(outcomes)
 
