@@ -18,7 +18,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = f"{ROOT / 'jaxquant'}{os.sep}"
 
 _seen = set()
-_is_new_module = False
 
 
 def _trace_lines(frame, event, argument):
@@ -43,7 +42,7 @@ def _compiles_again():
 def pytest_runtest_protocol(item):
     """Traces fixtures, too."""
     _seen.clear()
-    item.session.passed_before = item.session.testsfailed
+    failed_before = item.session.testsfailed
     start = time.perf_counter()
     sys.settrace(_trace)
     threading.settrace(_trace)
@@ -52,7 +51,7 @@ def pytest_runtest_protocol(item):
     finally:
         sys.settrace(None)
         threading.settrace(None)  # pyright: ignore[reportArgumentType]
-        if item.session.testsfailed == item.session.passed_before:
+        if item.session.testsfailed == failed_before:
             _write(item.nodeid, time.perf_counter() - start)
 
 
