@@ -138,7 +138,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None, verify: bool = True)
         arrays stay NumPy arrays unless 64-bit types are enabled, since JAX would truncate them.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
+        OSError: the file cannot be read.
         ValueError: the file is truncated, altered, not safetensors, not from `save`, or of a
             newer version, or does not have the structure of `like`; the text says which.
 
@@ -226,7 +226,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of any safetensors file, by name.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
+        OSError: the file cannot be read.
         ValueError: the file is truncated, altered, or not safetensors, or NumPy does not have the
             dtype of a tensor.
     """

@@ -105,7 +105,7 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     in JSON.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
+        OSError: the file cannot be read.
         ValueError: it is a folder or a device.
     """
     check_regular(path)
@@ -119,7 +119,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
     """Yields a safetensors file, open for reading.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
+        OSError: the file cannot be read.
         ValueError: it is a folder or a device, truncated, altered, or not safetensors.
     """
     check_regular(path)
