@@ -352,7 +352,7 @@ def test_files_are_inspected_by_what_they_hold_not_by_their_names(model, run, tm
     (tmp_path / "text.gguf").write_text("Once upon a time")
     status, out, err = run("inspect", tmp_path / "text.gguf")
     assert (status, out) == (2, "")
-    assert "text.gguf is not a checkpoint: it starts with b'Once upon', unlike safeten" in err
+    assert "text.gguf is not a checkpoint: it starts with b'Once upon'. Name a safe" in err
 
 
 def test_folders_and_gguf_files_are_quantized_and_inspected(model, run, tmp_path):

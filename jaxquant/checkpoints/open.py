@@ -26,7 +26,7 @@ def open(path: str | os.PathLike[str], *, names: str | None = None) -> Checkpoin
             (see `checkpoints.open_gguf`). None for other checkpoints.
 
     Raises:
-        OSError: there is nothing at `path`, or it cannot be read.
+        OSError: `path` cannot be read.
         ValueError: `names` is given for another kind; or what is at `path` is not a checkpoint, is
             malformed, or is of a kind that is not supported. The error says what to do.
 
@@ -45,18 +45,20 @@ def open(path: str | os.PathLike[str], *, names: str | None = None) -> Checkpoin
         return open_folder(path)
     if path.suffix in _ELSEWHERE:
         raise ValueError(f"{path} is not read here: {_ELSEWHERE[path.suffix]}.")
-    is_pickle = start[:2] in (b"PK", b"\x80\x02") and not is_safetensors(path)
+    is_container = is_safetensors(path)
+    is_pickle = start[:2] in (b"PK", b"\x80\x02") and not is_container
     if path.suffix in _PICKLES or is_pickle:
         raise ValueError(
             f"{path} is not safetensors or GGUF but may hold pickled objects, which can run code "
             "when they are read. Convert it to safetensors with the library that wrote it."
         )
-    if start.lstrip().startswith(b"{") and not is_safetensors(path):
+    if start.lstrip().startswith(b"{") and not is_container:
         return open_folder(path)
     if start[8:] != b"{":
+        found = f"it starts with {start!r}" if start else "it is empty"
         raise ValueError(
-            f"{path} is not a checkpoint: it starts with {start!r}, unlike safetensors, GGUF and "
-            "an index in JSON. Name a file of one of these kinds, or a folder of Hugging Face."
+            f"{path} is not a checkpoint: {found}. Name a safetensors or GGUF file, or the folder "
+            "or index of a Hugging Face model."
         )
     return open_own(path) if has_manifest(path) else open_folder(path)
 

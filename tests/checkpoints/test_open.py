@@ -42,9 +42,9 @@ def test_each_kind_is_recognised(tmp_path):
         (
             "text.txt",
             b"Once upon a time",
-            "is not a checkpoint: it starts with b'Once upon'",
+            "is not a checkpoint: it starts with b'Once upon'. Name a safetensors or GGUF file,",
         ),
-        ("empty", b"", "is not a checkpoint: it starts with b'', unlike safetensors, GGUF and"),
+        ("empty", b"", "is not a checkpoint: it is empty. Name a safetensors or GGUF file, or"),
         ("short", b"\x80\0\0\0\0\0\0\0{", "is truncated: it has 9 bytes, but its header says 136"),
     ],
 )
