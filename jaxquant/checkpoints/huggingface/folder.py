@@ -132,5 +132,5 @@ def _read_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
         tensors[name] = files[file][name]
     if not tensors:
-        raise places.invalid("weight_map", "a table of tensors and their files")
+        raise index.invalid("weight_map", "a table of tensors and their files")
     return tensors, header
