@@ -69,8 +69,14 @@ def verify(path: Path) -> str:
     """Compares each tensor of a file with its checksum; returns what it found, as a sentence.
 
     Raises:
-        ValueError: a tensor was altered.
+        OSError: it cannot be read.
+        ValueError: a tensor was altered, or the file has no checksums.
     """
+    if not checkpoints.open(path).is_tree:
+        raise ValueError(
+            f"--verify needs a file of jaxquant.save, which has checksums; got {path}. Leave "
+            "--verify out."
+        )
     found = tree.verify(path)
     altered = [name for name, is_intact in found.items() if not is_intact]
     if altered:

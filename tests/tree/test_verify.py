@@ -7,8 +7,9 @@ import pytest
 from jaxquant import __main__ as command_line
 from jaxquant import load, quantize, save, tree
 from jaxquant.core import W8A8
-from jaxquant.tree.internal import open_tensors
+from jaxquant.tree.internal import open_tensors, write_tensors
 
+from ..checkpoints.gguf_files import gguf
 from .trees import normal
 
 NAMES = ("bias", "layers/0/codes", "layers/0/scale", "layers/1")
@@ -73,3 +74,15 @@ def test_inspect_verifies_first(path, capsys):
     wanted = f"2 of 4 tensors of {path} were altered: layers/0/scale, layers/1."
     assert wanted in output.err
     assert not output.out
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "."])
+def test_inspect_verifies_no_files_of_others(tmp_path, capsys, name):
+    data = gguf([], [("a.weight", (3,), 0, bytes(12))])
+    (tmp_path / "model.gguf").write_bytes(data)
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        write_tensors(file, {"a": np.ones(3, np.float32)}, {})
+    path = tmp_path / name
+    assert command_line.main(["inspect", str(path), "--verify"]) == 2
+    wanted = f"--verify needs a file of jaxquant.save, which has checksums; got {path}. Leave"
+    assert wanted in capsys.readouterr().err
