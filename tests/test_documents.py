@@ -144,7 +144,7 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     lines = re.findall(r"^    jaxquant (.*)$", README.read_text(), re.MULTILINE)
     assert [line.split()[0] for line in lines] == [*["generate"] * 2, "quantize", "inspect"]
     kernel = jax.random.normal(jax.random.key(0), (256, 384))
-    tree.save("model.safetensors", {"layer": {"kernel": kernel, "bias": jnp.ones(384)}})
+    tree.save("params.safetensors", {"layer": {"kernel": kernel, "bias": jnp.ones(384)}})
     for line in lines[2:]:
         assert command_line.main(shlex.split(line)) == 0
         assert "int4 g128" in capsys.readouterr().out
