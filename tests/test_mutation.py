@@ -113,6 +113,8 @@ def test_tests_that_run_the_line_come_first_the_nearest_and_fastest_before_other
         ["tests/core/test_a.py::beside"],
     ]
     assert chosen(tmp_path, line, seconds=0.5)[0] == ["tests/core/test_a.py::named[1]"]
+    assert chosen(tmp_path, line, seconds=4)[0] == [f"tests/{name}" for name in likely[:2]]
+    assert chosen(tmp_path, line, seconds=3)[0] == [f"tests/{name}" for name in likely[:3:2]]
 
 
 def test_what_the_import_runs_is_tested_by_what_runs_the_function_or_the_file(tmp_path):

@@ -94,8 +94,7 @@ def _spread(tests: Iterable[Test]) -> list[Test]:
 def _within(tests, seconds):
     kept = []
     for test in tests:
-        seconds -= test.seconds
-        if kept and seconds < 0:
-            continue
-        kept.append(test)
+        if not kept or test.seconds <= seconds:
+            kept.append(test)
+            seconds -= test.seconds
     return kept
