@@ -3,6 +3,8 @@
 import pathlib
 import re
 import runpy
+import shutil
+import sys
 import tomllib
 
 import pytest
@@ -53,9 +55,29 @@ def test_a_page_says_what_brings_the_modules_that_it_imports(path):
 
 
 def test_a_page_that_fails_says_why(tmp_path):
-    python = pathlib.Path(PAGES["sys"].executable)
+    python = pathlib.Path(sys.executable)
     page = tmp_path / "page.md"
     page.write_text("```python\nx = 1\n```\n\n```python\nassert x == 1\n```\n")
     assert PAGES["run_page"](page, python) is None
     page.write_text("```python\nx = 1\n```\n\n```python\nassert x == 2, 'other'\n```\n")
     assert PAGES["run_page"](page, python).endswith("AssertionError: other\n")
+
+
+def test_the_command_fails_if_a_page_does(tmp_path, monkeypatch, capsys):
+    fails = shutil.which("false")
+    assert fails is not None
+    for name, python in [("environment", fails), ("environment-optax", sys.executable)]:
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin" / "python").symlink_to(python)
+    pages = [tmp_path / name for name in ("empty.md", "runs.md", "fails.md")]
+    pages[0].write_text("No code.\n")
+    pages[1].write_text("`pip install '.[optax]'`\n\n```python\nx = 1\n```\n")
+    pages[2].write_text("```python\nx = 1\n```\n")
+    outputs = []
+    for count, status in [(2, 0), (3, 1)]:
+        command = ["pages.py", "a.whl", *map(str, pages[:count]), "--folder", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", command)
+        assert PAGES["main"]() == status
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == f"{pages[1]}: optax: runs\n"
+    assert f"{pages[2]}: the wheel alone: FAILS\n" in outputs[1]
