@@ -103,8 +103,8 @@ def test_tests_that_run_the_line_come_first_the_nearest_and_fastest_before_other
     record(tmp_path, "tests/core/test_b.py::near", 3, 9)
     record(tmp_path, "tests/core/test_a.py::named[2]", 2, 9)
     record(tmp_path, "tests/core/test_a.py::named[1]", 1, 9)
-    record(tmp_path, "tests/core/test_a.py::beside", 1, 4)
-    record(tmp_path, "tests/tree/test_c.py::elsewhere", 1, 4)
+    record(tmp_path, "tests/core/test_a.py::beside", 1, 8)
+    record(tmp_path, "tests/tree/test_c.py::elsewhere", 1, 8)
     line = "width = abs(width) -> pass"
     likely = ["core/test_a.py::named[1]", "core/test_b.py::near", "ops/test_b.py::far"]
     likely.append("core/test_a.py::named[2]")
