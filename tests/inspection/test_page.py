@@ -1,5 +1,6 @@
 """Pages of `jaxquant inspect --html`: parsed, and compared with the report."""
 
+import dataclasses
 import html.parser
 import math
 import re
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxquant as jq
-from jaxquant import inspection
+from jaxquant import checkpoints, inspection
 from jaxquant.__main__ import main
 from jaxquant.inspection import charts, page, rows
 from jaxquant.tree.internal import sqnr_metadata
@@ -222,6 +223,20 @@ def test_adapters_are_in_the_note(tmp_path):
     jq.save(tmp_path / "b", bare)
     (row,) = inspection.read(tmp_path / "b").rows()
     assert (row.format, row.granularity, row.inputs) == ("int8", "per channel", "")
+
+
+def test_scales_without_an_exponent_are_not_counted():
+    q = jq.quantize(normal(2, 6), jq.ArrayConfig(), axis=0)
+    scale = jnp.array([[0.0, jnp.nan, jnp.inf, 3.0, 5.0, 7.0]])
+    assert rows.scale_exponents(dataclasses.replace(q, scale=scale)) == {1: 1, 2: 2}
+
+
+@pytest.mark.parametrize(
+    ("note", "wanted"), [("", "stored as Q4_K"), ("rounded", "stored as Q4_K; rounded")]
+)
+def test_the_note_says_how_a_tensor_is_stored_and_what_differs(note, wanted):
+    row = checkpoints.CheckpointRow("a", (4, 2), "Q4_K", "int4 g32", 4.5, 5, 6, True, note)
+    assert rows.of_checkpoint(row).note == wanted
 
 
 def test_files_of_others_have_pages(tmp_path, capsys):
