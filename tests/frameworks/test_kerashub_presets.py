@@ -98,6 +98,17 @@ def test_a_task_generates_and_keeps_what_it_is_told(tmp_path):
     assert not bare.compiled
 
 
+def test_a_head_with_other_classes_is_new(tmp_path):
+    bert_classifier().save_to_preset(tmp_path)
+    cls, arguments = hub.models.BertTextClassifier, {"preprocessor": None, "num_classes": 5}
+    found, report = jk.load_preset(cls, tmp_path, jq.W8A16, **arguments)
+    rows = {row.path: row.scheme for row in report.rows}
+    assert rows["logits/kernel"] == "int8 per channel"
+    outputs = np.asarray(found(token_inputs("Bert")))
+    assert outputs.shape[1:] == (5,)
+    assert np.all(np.isfinite(outputs)) and np.ptp(outputs) > 0
+
+
 @pytest.mark.parametrize("files", [[], ["config.json"], ["model.weights.h5"]])
 def test_what_is_not_a_preset(files, tmp_path):
     for name in files:

@@ -194,6 +194,7 @@ BROKEN_CONFIGS = {
     "bytes": ("\udcff", "is not a JSON object"),
     "no alpha": ('{"peft_type": "LORA"}', "a number as lora_alpha.*; got lora_alpha=None"),
     "text": ('{"peft_type": "LORA", "lora_alpha": "8"}', "got lora_alpha='8' and"),
+    "a truth value": ('{"peft_type": "LORA", "lora_alpha": true}', "got lora_alpha=True and"),
     "NaN": ('{"peft_type": "LORA", "lora_alpha": NaN}', "got lora_alpha=nan and"),
     "pattern": (
         '{"peft_type": "LORA", "lora_alpha": 8, "alpha_pattern": {"m": null}}',
