@@ -101,8 +101,10 @@ class Uses:
             >>> def apply(params, x):
             ...     return jnp.einsum("bhk,hkd->bd", x, params["out"]) * params["scale"]
             >>> found = jq.uses(apply, params, jnp.ones((2, 4, 8)))
-            >>> jq.tree.quantize(params, found.rules(jq.W8A8))["out"].scale.shape
-            (1, 1, 32)
+            >>> [rule.axis for rule in found.rules(jq.W8A8)]
+            [(0, 1), None]
+            >>> jq.tree.quantize(params, found.rules(jq.W8A8))["out"].scale.size
+            32
         """
         if not isinstance(scheme, Scheme | ArrayConfig):
             raise ValueError(
@@ -132,9 +134,13 @@ class Uses:
             return Rule(pattern, None, note=note)
         weights = scheme.weights if isinstance(scheme, Scheme) else scheme
         size = weights.group_size or weights.format.group_size
+        used = [use for use in self.by_path[path] if use.kind in _QUANTIZED_USES]
+        is_joined = any(use.is_joined for use in used)
+        are_products = all((use.kind, use.contracted) == ("product", axes) for use in used)
+        contracted = axes if len(axes) > 1 and are_products and not is_joined else None
+        rule = partial(Rule, pattern, scheme, contracted=contracted)
         if size is None:
-            return Rule(pattern, scheme, axis=axes)
-        is_joined = any(use.is_joined for use in self.by_path[path])
+            return rule(axis=axes)
         lay = partial(lay_group, axes=axes, shape=shape, is_joined=is_joined)
         blocks = lay(size) if isinstance(size, int) else None
         is_fixed = weights.format.group_size is not None
@@ -147,8 +153,8 @@ class Uses:
         group = None if is_fixed else tuple(blocks.values())
         axis = tuple(blocks)
         if len(axis) == 1:
-            return Rule(pattern, scheme, axis=axis[0], group_size=group and group[0])
-        return Rule(pattern, scheme, axis=axis, group_size=group)
+            return rule(axis=axis[0], group_size=group and group[0])
+        return rule(axis=axis, group_size=group)
 
     def table(self) -> "rich.table.Table":
         """One row per parameter as a rich table."""

@@ -136,10 +136,10 @@ def stored_order(
     """The order of axes in which `quantize` stores a leaf."""
     # Convolution kernels keep their order, even those of one pixel.
     config = plan.scheme.weights
-    if len(shared_axes(plan.axis, leaf.ndim, config)) != 1:
+    if plan.contracted is None and len(shared_axes(plan.axis, leaf.ndim, config)) != 1:
         return None
     abstract = jax.eval_shape(partial(quantize_array, axis=plan.axis), leaf, config)
-    return best_order(abstract, platform or jax.default_backend())
+    return best_order(abstract, platform or jax.default_backend(), plan.contracted)
 
 
 def dequantize(params: Any) -> Any:
@@ -230,7 +230,7 @@ def apply_method(
     path: str, leaf: jax.Array, plan: Plan, statistics: Any, platform: str | None = None
 ) -> tuple[QTensor, Notes]:
     """Quantizes one leaf by the method of its plan. May be traced for the form of the result."""
-    scheme, axis, chain = plan
+    scheme, axis, chain = plan.scheme, plan.axis, plan.method
     assert chain is not None, "the plan has a method"
     stacked = stack_axes(leaf.ndim, normalize_axes(axis, leaf.ndim))
     try:
@@ -350,6 +350,7 @@ def why_unsupported_shape(shape: tuple[int, ...], dtype: Any, plan: Plan) -> str
     config, axis = plan.scheme.weights, plan.axis
     try:
         block_shape(shape, config, axis)
+        normalize_axes(() if plan.contracted is None else plan.contracted, len(shape))
     except ValueError as error:
         return str(error)
     if not shrinks(jax.ShapeDtypeStruct(shape, dtype), config, axis):

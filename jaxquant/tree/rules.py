@@ -18,11 +18,12 @@ CONTRACTED = -2
 
 
 class Plan(NamedTuple):
-    """How to quantize one leaf, along which axes, and by which method if the rule names one."""
+    """How to quantize one leaf; see `Rule`."""
 
     scheme: Scheme
     axis: Axes
     method: Chain | None = None
+    contracted: Axes = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Rule:
         required: whether it is an error if no leaf matches.
         note: reason that reports give for leaves left in float; None for the pattern.
         method: how `tree.quantize` chooses the codes, as its argument `method`; None for that one.
+        contracted: all axes that products sum over, such as (0, 1) of an attention kernel (heads,
+            size, N), so that codes are stored in the fastest order for that. None for `axis` if it
+            is one axis, and to keep the order otherwise, as kernels of convolutions do.
 
     Raises:
         ValueError: the pattern is not a str, its regular expression cannot be compiled, the scheme
@@ -62,6 +66,7 @@ class Rule:
     required: bool = True
     note: str | None = None
     method: Any = None
+    contracted: Axes = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
@@ -110,7 +115,7 @@ class Rule:
         scheme = self.resolve()
         method = None if self.method is None else as_chain(self.method)
         axis = CONTRACTED if self.axis is None else self.axis
-        return scheme and Plan(scheme, axis, method)
+        return scheme and Plan(scheme, axis, method, self.contracted)
 
 
 class DefaultRule(Rule):

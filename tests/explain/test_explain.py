@@ -23,7 +23,7 @@ from jaxquant import (
 from jaxquant.kernels import cpu
 from jaxquant.ops import record
 
-from ..ops.products import weight
+from ..ops.products import normal, quantized, weight
 from .operands import (
     G128,
     HAS_INTEGER_PANELS,
@@ -178,6 +178,11 @@ def test_earlier_rows_of_the_platform_say_why_they_are_not_selected():
         ("blocks", "the right operand is not stored with one free axis, first"),
         ("integer", "an operand of float32 does not have codes"),
     )
+    kernel = quantized(normal(4, 40, 256), ArrayConfig(), (1, 2))
+    swapped = partial(einsum, "bhn,dnh->bd")
+    (row,) = explain(swapped, jnp.ones((3, 256, 40)), kernel, platform="cpu")
+    wanted = "the left operand is not contracted along its last axes, in their order"
+    assert row.not_selected[0] == ("native", wanted)
     (row,) = explain(matmul, *arguments, platform="tpu")
     assert [name for name, _ in row.not_selected] == ["pallas", "integer", "scaled", "fused"]
     (row,) = explain(matmul, floats(300, K), stored(order=None, **G128), platform="v5e")

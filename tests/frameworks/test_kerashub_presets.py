@@ -106,7 +106,8 @@ def test_a_head_with_other_classes_is_new(tmp_path):
     assert rows["logits/kernel"] == "int8 per channel"
     outputs = np.asarray(found(token_inputs("Bert")))
     assert outputs.shape[1:] == (5,)
-    assert np.all(np.isfinite(outputs)) and np.ptp(outputs) > 0
+    assert np.all(np.isfinite(outputs))
+    assert np.ptp(outputs) > 0
 
 
 @pytest.mark.parametrize("files", [[], ["config.json"], ["model.weights.h5"]])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -46,6 +47,15 @@ def same_values(layer, stock):
     for ours, theirs in zip(projections(layer), projections(stock), strict=True):
         theirs.kernel.assign(ours.kernel)
         theirs.bias.assign(ours.bias)
+
+
+def test_projections_are_stored_as_matrices_with_the_contracted_axes_last():
+    layer = make("MultiHeadAttention")
+    for each in projections(layer):
+        each.quantize("int8")
+    shapes = [x.quantized_weight("kernel").codes.shape for x in projections(layer)]
+    last = [(2, 4, 12)] * 3 + [(12, 2, 4)]
+    assert shapes == {"cpu": last, "gpu": last}.get(jax.default_backend(), shapes)
 
 
 @pytest.mark.some_rows(1)

@@ -187,6 +187,39 @@ def test_groups_lie_along_contracted_axes(name):
     jax.eval_shape(jq.lift(fn, strict=True), q)
 
 
+def test_kernels_of_attention_are_stored_as_matrices():
+    """Where nothing else uses them, and the function does not join their axes first."""
+    shapes = {"query": (40, 3, 16), "out": (3, 16, 40), "joined": (3, 16, 40), "kernel": (4, 16, 8)}
+    shapes["summed"] = (3, 16, 40)
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+
+    def apply(params, x):
+        heads = jnp.einsum("btd,dnh->btnh", x, params["query"])
+        y = jnp.einsum("btnh,nhd->btd", heads, params["out"])
+        y += heads.reshape(2, 5, -1) @ params["joined"].reshape(-1, 40)
+        y += jnp.einsum("btnh,nhd->btd", heads, params["summed"])
+        y += heads[..., 0] @ params["summed"][:, 0]
+        x = jax.lax.conv_general_dilated(
+            heads[..., 0, :],
+            params["kernel"],
+            (1,),
+            "SAME",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        )
+        return y.sum() + x.sum()
+
+    x = jnp.ones((2, 5, 40))
+    for scheme in (jq.W8A8, jq.ArrayConfig(format=jq.INT4, group_size=8)):
+        rules = dict(zip(sorted(params), jq.uses(apply, params, x).rules(scheme), strict=True))
+        found = {name: rule.contracted for name, rule in rules.items()}
+        assert found == {**dict.fromkeys(params), "out": (0, 1)}
+        q = jq.tree.quantize(params, rules.values(), platform="cpu")
+        assert {name: q[name].order for name in ("query", "out")} == {
+            "query": (-2, -1, -3),
+            "out": (-1, -3, -2),
+        }
+
+
 def test_a_convolution_with_boxes_equals_that_of_the_dequantized_kernel():
     kernel = jnp.sin(jnp.arange(768.0)).reshape(8, 8, 3, 4)
     rules = jq.uses(patches, kernel).rules(jq.ArrayConfig(format=jq.INT4, group_size=32))

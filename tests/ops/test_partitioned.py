@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,43 @@ def test_rows_of_activations_and_columns_are_divided_at_once(scheme):
     assert {name for name, _ in collectives(text)} == {"all-gather"}
     assert max(size for _, size in collectives(text)) <= x.size
     np.testing.assert_allclose(jax.jit(matmul)(x, parts), matmul(x, q), rtol=1e-5, atol=1e-4)
+
+
+# (equation, shape of the weights, how they are divided, collectives): kernels of attention.
+QUERY, OUT = ("btd,dnh->btnh", (768, 8, 64)), ("btnh,nhd->btd", (8, 64, 768))
+ATTENTION = [
+    (*QUERY, jax.P(None, "a"), []),
+    (*QUERY, jax.P(None, None, "a"), []),
+    (*QUERY, jax.P("b", "a"), ["all-reduce"]),
+    (*QUERY, jax.P("b", None, "a"), ["all-reduce"]),
+    (*OUT, jax.P("a"), ["all-reduce"]),
+    (*OUT, jax.P("b", "a"), ["all-reduce"]),
+    (*OUT, jax.P("b", None, "a"), ["all-reduce"]),
+    (*OUT, jax.P(None, None, ("a", "b")), []),
+]
+
+
+@pytest.mark.some_rows(2)
+@needs_native
+@pytest.mark.parametrize("equation, shape, spec, wanted", ATTENTION, ids=str)
+def test_parts_of_kernels_of_attention_stay_where_they_are(equation, shape, spec, wanted):
+    is_out = equation == OUT[0]
+    contracted = (0, 1) if is_out else (0,)
+    x = jnp.asarray(normal(2, ROWS, *(shape[:2] if is_out else shape[:1])))
+    for scheme in (SCHEMES["W8A8"], ArrayConfig(format=INT4, group_size=32, symmetric=False)):
+        axis = contracted if scheme == SCHEMES["W8A8"] else contracted[-1]
+        rule = Rule("w", scheme, axis=axis, contracted=contracted)
+        q = tree.quantize({"w": normal(*shape, seed=1)}, [rule], platform="cpu")["w"]
+        parts = placed(q, spec, mesh(4, 2))
+        run = jax.jit(partial(einsum, equation))
+
+        text = text_of(run, x, parts)
+
+        assert "jaxquant_dot" in text
+        # The largest magnitudes of rows and sums are shared; codes and scales are not.
+        assert [c for c, size in collectives(text) if size > 8 * ROWS] == wanted
+        assert implementations(x, parts, run) == ["native"]
+        np.testing.assert_allclose(run(x, parts), run(x, q), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.some_rows(1)

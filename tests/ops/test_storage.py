@@ -41,9 +41,37 @@ def test_the_best_order_is_that_of_the_table(shape, case, platform, order):
     assert best_order(q, platform) == order
     # However the array is stored now.
     turned = q.reorder(tuple(range(-q.ndim, 0))[::-1])
-    is_free = len(shape) - (np.array(q.scale.shape) == shape).sum() != 1
-    tpu_keeps = platform == "tpu" and case.config.group_size is None
-    assert best_order(turned, platform) == (turned.order if is_free or tpu_keeps else order)
+    axes = np.flatnonzero(np.array(q.scale.shape) < shape)
+    is_last = list(turned.stored_axes(axes)) == [q.ndim - 1]
+    is_kept = case.config.group_size is None if platform == "tpu" else is_last
+    assert best_order(turned, platform) == (turned.order if len(axes) != 1 or is_kept else order)
+
+
+# (shape, case, contracted, platform, order): kernels of attention with several axes.
+CONTRACTED = [
+    ((4, 6, 8), Case(ArrayConfig(), (0, 1)), (0, 1), "cpu", (-1, -3, -2)),
+    ((4, 6, 8), Case(ArrayConfig(), (0, 1)), (1, 0), "gpu", (-1, -3, -2)),
+    ((4, 6, 8), Case(ArrayConfig(), (0, 1)), (0, 1), "tpu", None),
+    ((4, 6, 8), Case(ArrayConfig(group_size=3), 1), (-3, -2), "cpu", (-1, -3, -2)),
+    ((4, 6, 8), Case(ArrayConfig(group_size=3), 1), (0, 1), "tpu", None),
+    ((5, 4, 6, 8), Case(ArrayConfig(), (1, 2)), (1, 2), "cpu", (-1, -3, -2)),
+    ((8, 4, 6), Case(ArrayConfig(), (1, 2)), (1, 2), "cpu", None),
+    ((8, 4, 6), Case(ArrayConfig(group_size=3), 2), (1, 2), "tpu", (-2, -1, -3)),
+    ((4, 8, 6), Case(ArrayConfig(group_size=3), 2), (0, 2), "tpu", (-3, -1, -2)),
+    ((4, 8, 6), Case(ArrayConfig(), (0, 2)), (0, 2), "cpu", (-2, -3, -1)),
+    ((4, 6), Case(ArrayConfig(), (0, 1)), (0, 1), "tpu", None),
+]
+
+
+@pytest.mark.parametrize("shape, case, contracted, platform, order", CONTRACTED)
+def test_the_best_order_for_several_contracted_axes(shape, case, contracted, platform, order):
+    q = jax.tree.map(np.asarray, quantized(normal(*shape), *case))
+    assert best_order(q, platform, contracted) == order
+    stored = q.reorder(order)
+    assert best_order(stored, platform, contracted) == order
+    if platform != "tpu":
+        # Without the axes, too, the order of what is stored well stays.
+        assert best_order(stored, platform) == order
 
 
 def test_the_best_order_on_cpu_puts_the_contracted_axis_last():

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import re
 import subprocess
@@ -368,6 +369,13 @@ def test_a_1x1_convolution_kernel_is_not_reordered():
     kernel = jax.random.normal(jax.random.key(0), (1, 1, 64, 32))
     rule = Rule("*", W8A8, axis=(0, 1, 2))
     assert tree.quantize({"kernel": kernel}, rule, platform="cpu")["kernel"].order is None
+    rule = dataclasses.replace(rule, contracted=(0, 1, 2))
+    q = tree.quantize({"kernel": kernel}, rule, platform="cpu")["kernel"]
+    assert q.order == (-1, -4, -3, -2)
+    with pytest.raises(
+        ValueError, match=r"kernel: axis must lie in -4 .. 3 for .*; got axis=\(0, 4"
+    ):
+        tree.quantize({"kernel": kernel}, dataclasses.replace(rule, contracted=(0, 4)))
 
 
 @pytest.mark.some_rows(2)

@@ -190,7 +190,7 @@ def test_a_plan_has_the_axis_and_the_group_size_of_its_rule(rule, axis, group_si
     scheme = rule.scheme if isinstance(rule.scheme, Scheme) else Scheme(rule.scheme)
     weights = dataclasses.replace(scheme.weights, group_size=group_size)
     assert rule.resolve() == Scheme(weights, inputs)
-    assert rule.plan() == (Scheme(weights, inputs), axis, None)
+    assert rule.plan() == (Scheme(weights, inputs), axis, None, None)
 
 
 def test_a_rule_without_a_scheme_resolves_to_none():

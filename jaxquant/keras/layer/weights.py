@@ -41,6 +41,9 @@ class QuantizedWeight:
             depend on its arguments.
         inputs: whether the layer multiplies its inputs with this weight, so that they can be
             quantized too. False for a table that is only looked up.
+        is_matrix: whether the layer multiplies by it as `jaxquant.einsum` does, so that codes are
+            stored in the fastest order for that, whatever the number of axes. False for kernels of
+            convolutions, which keep their order, unless `axis` is one axis.
 
     Example:
         >>> class Projection(jk.QuantizableMixin, keras.layers.Layer):
@@ -58,9 +61,16 @@ class QuantizedWeight:
         (8, 4)
     """
 
-    def __init__(self, axis: int | tuple[int, ...] | Callable[[Any], Any], inputs: bool = True):
+    def __init__(
+        self,
+        axis: int | tuple[int, ...] | Callable[[Any], Any],
+        inputs: bool = True,
+        *,
+        is_matrix: bool = False,
+    ):
         self.axis = axis
         self.inputs = inputs
+        self.is_matrix = is_matrix
         self.name: str = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -292,15 +302,21 @@ def abstract_tensor(
     axis: Axes,
     inputs: ArrayConfig | None,
     multiplier: tuple[int, ...] | None = None,
+    contracted: Axes = None,
 ) -> QTensor:
     """Shapes and dtypes of a quantized weight, in the order that is fastest on this platform.
 
-    Equal arguments give one object. `multiplier`: the shape of that of the activations.
+    Equal arguments give one object.
+
+    Args:
+        shape, dtype, config, axis, inputs: as for `quantize` and `Inputs`.
+        multiplier: the shape of that of the activations.
+        contracted: as for a `Rule`.
     """
     like = jax.eval_shape(partial(quantize, axis=axis), jax.ShapeDtypeStruct(shape, dtype), config)
     # Convolution kernels keep their order, those of one pixel too.
-    is_matrix = len(shared_axes(axis, len(shape), config)) == 1
-    order = best_order(like, jax.default_backend()) if is_matrix else None
+    is_matrix = contracted is not None or len(shared_axes(axis, len(shape), config)) == 1
+    order = best_order(like, jax.default_backend(), contracted) if is_matrix else None
     like = jax.eval_shape(lambda q: q.reorder(order), like)
     if inputs is None and multiplier is None:
         return like

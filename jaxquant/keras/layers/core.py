@@ -41,7 +41,7 @@ def _contracted(layer):
 class EinsumDense(Float8TrainingMixin, keras.layers.EinsumDense):
     """`keras.layers.EinsumDense`, quantizable, with any equation."""
 
-    kernel = QuantizedWeight(axis=_contracted)
+    kernel = QuantizedWeight(axis=_contracted, is_matrix=True)
 
     def product(self, inputs, kernel):
         """The equation."""

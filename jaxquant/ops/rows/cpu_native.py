@@ -1,6 +1,7 @@
 """The row that runs the native kernels for CPUs, on arrays as they are stored."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,8 @@ from ..dispatch import Implementation, Table
 from ..dot_spec import DotSpec, in_result, to_logical_order
 from ..operands import Operand, as_array, repeat_groups, why_unsupported_codes
 from . import integer
-from .kernel import kernel_on_parts, why_unsupported_float64, why_unsupported_matrix
+from .kernel import kernel_on_parts, why_unsupported_float64, why_unsupported_shardings
+from .matrix import as_matrix, by_matrix, why_not_a_matrix
 from .parts import parts_of
 
 # Smaller weights were not measured; XLA computes them.
@@ -52,7 +54,11 @@ def row(fallback: Table) -> Implementation:
 
 
 def run(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
-    """(..., K) by (N, K): int8 codes by int8 codes, or rows by 4-bit or 8-bit weights."""
+    """(..., K) by (..., K): int8 codes by int8 codes, or rows by 4-bit or 8-bit weights."""
+    return by_matrix(_run, lhs, rhs, spec)
+
+
+def _run(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
     if integer.is_of_8_bits(lhs, rhs, spec):
         return native_int8(lhs, rhs, spec)
     out = _by_weights(lhs, rhs, spec)
@@ -82,9 +88,11 @@ def native_int8(lhs: QTensor, rhs: QTensor, spec: DotSpec) -> jax.Array:
 
 def why_unsupported(lhs: Operand, rhs: Any, spec: DotSpec) -> str | None:
     """Why the kernels do not compute this, or None."""
-    why_not = why_unsupported_matrix(lhs, rhs, spec, axis=1)
-    if why_not is not None:
-        return why_not
+    why_not = why_not_a_matrix(lhs, rhs, spec) or why_unsupported_shardings(lhs, rhs, spec)
+    return why_not or _on_matrix(_why_unsupported, lhs, rhs, spec)
+
+
+def _why_unsupported(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
     if integer.is_of_8_bits(lhs, rhs, spec):
         return _why_unsupported_size(lhs, rhs, by_codes=True)
     why_not = why_unsupported_float64(spec)
@@ -105,7 +113,23 @@ def multiplies_codes(lhs: Operand, rhs: QTensor) -> bool:
 
 
 def _is_integer(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
-    return integer.is_of_8_bits(lhs, rhs, spec) or multiplies_codes(lhs, rhs)
+    def on_matrix(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
+        return integer.is_of_8_bits(lhs, rhs, spec) or multiplies_codes(lhs, rhs)
+
+    return _on_matrix(on_matrix, lhs, rhs, spec)
+
+
+def _on_matrix(question: Callable[..., Any], lhs: Operand, rhs: QTensor, spec: DotSpec) -> Any:
+    """The answer to a question about rows times a matrix, by shapes and dtypes alone."""
+    if rhs.ndim == 2:
+        return question(lhs, rhs, spec)
+    answers = []
+
+    def ask(lhs: Any, rhs: Any) -> None:
+        answers.append(question(*as_matrix(lhs, rhs, spec)))
+
+    jax.eval_shape(ask, lhs, rhs)
+    return answers[0]
 
 
 def _int8_dot(lhs: jax.Array, rhs: jax.Array, *_: Any) -> jax.Array:

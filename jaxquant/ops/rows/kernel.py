@@ -109,6 +109,11 @@ def why_unsupported_matrix(lhs: Operand, rhs: Operand, spec: DotSpec, axis: int)
         return f"the right operand is not stored as a matrix whose {place} axis is contracted"
     if spec.contract[0] != (lhs.ndim - 1,):
         return "the left operand is not contracted along its last axis alone"
+    return why_unsupported_shardings(lhs, rhs, spec)
+
+
+def why_unsupported_shardings(lhs: Operand, rhs: Operand, spec: DotSpec) -> str | None:
+    """Why kernels, which have no axes of a mesh, do not get these operands; or None."""
     leaves = jax.tree.leaves((lhs, rhs))
     if spec.out_sharding is not None or any(is_sharded(x) for x in leaves):
         return "the kernels do not support sharded arrays"

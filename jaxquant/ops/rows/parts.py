@@ -23,25 +23,25 @@ Names = tuple[str, ...]
 def run_on_parts(
     lhs: Operand, rhs: QTensor, spec: DotSpec, run: Callable[..., jax.Array], key: str
 ) -> jax.Array:
-    """(..., K) by (N, K): `run` multiplies what each device holds of the weights.
+    """Rows by one matrix: `run` multiplies what each device holds of the weights.
 
-    Weights stay where they are. If their columns N are divided, so is the result; if their
-    contracted axis K is, the parts of the result are added in float32.
+    Weights stay where they are. If their columns are divided, so is the result; if their
+    contracted axes are, the parts of the result are added in float32.
 
     Args:
-        lhs, rhs, spec: as for a row, with rhs stored as a matrix (N, K).
+        lhs, rhs, spec: as for a row, both stored with their contracted axes last.
         run: (lhs, rhs, spec) -> result, of any length of the axes.
         key: equal only for functions `run` that do the same.
     """
     leaves, treedef = jax.tree.flatten(tuple(map(_without_inputs, (lhs, rhs))))
     compute = jnp.dtype(jnp.float64 if spec.dtype == jnp.float64 else jnp.float32)
     counts = len(jax.tree.leaves(_without_inputs(lhs)))
-    lengths = [_stored(lhs).shape] * counts + [rhs.codes.shape] * (len(leaves) - counts)
+    shapes = _stored(lhs).shape, rhs.codes.shape
+    inner = len(spec.contract[1])
 
     def divide(mesh: Any, specs: Any) -> Any:
-        shares = _shares(mesh, specs[0], specs[counts], lengths[0], lengths[-1])
-        columns, contracted = shares[-2:]
-        of_lhs, of_rhs = (*shares[:-2], contracted), (columns, contracted)
+        of_lhs, of_rhs = _shares(mesh, (specs[0], specs[counts]), shapes, inner)
+        contracted = tuple(itertools.chain(*of_rhs[-inner:]))
         wanted = [of_lhs] * counts + [of_rhs] * (len(leaves) - counts)
         parts = [_Part(x.shape, s, mesh) for x, s in zip(leaves, wanted, strict=True)]
 
@@ -51,11 +51,10 @@ def run_on_parts(
             out = run(*jax.tree.unflatten(treedef, own), local)
             return lax.psum(out, contracted).astype(spec.dtype) if contracted else out
 
-        result = (*shares[:-2], columns)
-        return [p.spec for p in parts], _in_logical_order(result, spec), on_part
+        return [p.spec for p in parts], _of_result(of_lhs, of_rhs, spec), on_part
 
-    factors = _factors(leaves, counts, lengths[0], lengths[-1], spec)
-    shape = _in_logical_order((*lengths[0][:-1], rhs.codes.shape[0]), spec)
+    factors = _factors(leaves, counts, shapes, spec)
+    shape = _of_result(*shapes, spec)
     result = jax.ShapeDtypeStruct(shape, spec.dtype)
     # Trees are printed with the names of formats alone.
     formats = [dataclasses.astuple(f) for f in (*_formats(lhs), *_formats(rhs))]
@@ -65,24 +64,24 @@ def run_on_parts(
 
 def parts_of(
     lhs: Operand, rhs: QTensor, spec: DotSpec
-) -> Iterator[tuple[tuple[int, int], Operand, QTensor]]:
-    """Shapes of the parts of operands, by the number of parts along N and K of the weights.
+) -> Iterator[tuple[tuple[int, ...], Operand, QTensor]]:
+    """Shapes of the parts of operands, by the number of parts along each axis of the weights.
 
     Of all numbers for which this process has devices.
     """
     operands = tuple(map(_without_inputs, (lhs, rhs)))
     left, right = jax.eval_shape(lambda *operands: operands, *operands)
-    counts = range(1, cpu_count() + 1)
-    for columns, contracted in itertools.product(counts, counts):
-        is_able = names_parts(columns * contracted) and columns * contracted <= counts[-1]
-        if not is_able or rhs.codes.shape[0] % columns or rhs.codes.shape[1] % contracted:
+    inner = len(spec.contract[1])
+    devices = range(1, cpu_count() + 1)
+    divisors = [[n for n in devices if length % n == 0] for length in rhs.codes.shape]
+    for counts in itertools.product(*divisors):
+        if math.prod(counts) not in devices or not names_parts(math.prod(counts)):
             continue
-        of_left = (*(1,) * (lhs.ndim - 1), contracted)
-        of_right = columns, contracted
+        of_left = (*(1,) * (lhs.ndim - inner), *counts[-inner:])
         yield (
-            of_right,
+            counts,
             jax.tree.map(partial(_part_of, counts=of_left), left),
-            jax.tree.map(partial(_part_of, counts=of_right), right),
+            jax.tree.map(partial(_part_of, counts=counts), right),
         )
 
 
@@ -127,18 +126,22 @@ class _Part:
 
 
 def _shares(
-    mesh: Any, of_lhs: Any, of_rhs: Any, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]
-) -> tuple[Names, ...]:
-    """What divides rows, columns and the contracted axis: the weights stay, others move."""
-    columns, contracted = (
-        _names(mesh, entry, n) for entry, n in zip(of_rhs, rhs_shape, strict=True)
+    mesh: Any, specs: tuple[Any, Any], shapes: tuple[tuple[int, ...], ...], inner: int
+) -> list[tuple[Names, ...]]:
+    """What divides each axis of both operands: the weights stay, others move.
+
+    Args:
+        mesh: whose axes it names.
+        specs, shapes: of the operands.
+        inner: number of contracted axes, the last ones.
+    """
+    rows, of_rhs = (
+        [_names(mesh, entry, n) for entry, n in zip(spec, shape, strict=True)]
+        for spec, shape in zip(specs, shapes, strict=True)
     )
-    taken = {*columns, *contracted}
-    rows = []
-    for entry, length in zip(of_lhs[:-1], lhs_shape[:-1], strict=True):
-        names = _names(mesh, entry, length)
-        rows += [() if taken.intersection(names) else names]
-    return *rows, columns, contracted
+    taken = {*itertools.chain(*of_rhs)}
+    rows = [() if taken.intersection(names) else names for names in rows[:-inner]]
+    return [(*rows, *of_rhs[-inner:]), (*of_rhs,)]
 
 
 def _names(mesh: Any, entry: Any, length: int) -> Names:
@@ -152,20 +155,27 @@ def _devices(mesh: Any, names: Names) -> int:
 
 
 def _factors(
-    leaves: Sequence[Any], counts: int, lhs: tuple[int, ...], rhs: tuple[int, ...], spec: DotSpec
+    leaves: Sequence[Any], counts: int, shapes: tuple[tuple[int, ...], ...], spec: DotSpec
 ) -> tuple[list[list[str]], tuple[str, ...]]:
     """Names of the axes of the leaves and of the result: alike where they have one length."""
-    rows = [f"m{a}" for a in range(len(lhs) - 1)]
+    inner = [f"k{i}" for i in range(len(spec.contract[1]))]
+    names = [
+        [*(f"{letter}{a}" for a in range(len(shape) - len(inner))), *inner]
+        for letter, shape in zip(("m", "n"), shapes, strict=True)
+    ]
     found = []
     for i, x in enumerate(leaves):
-        names, lengths = ((*rows, "k"), lhs) if i < counts else (("n", "k"), rhs)
+        side = int(i >= counts)
         own = [f"x{i}a{a}" for a in range(x.ndim)]
-        triples = zip(names, lengths, x.shape, own, strict=True)
+        triples = zip(names[side], shapes[side], x.shape, own, strict=True)
         found += [[name if n == length else alone for name, length, n, alone in triples]]
-    return found, _in_logical_order((*rows, "n"), spec)
+    return found, _of_result(names[0], names[1], spec)
 
 
-def _in_logical_order(entries: tuple[Any, ...], spec: DotSpec) -> tuple[Any, ...]:
+def _of_result(of_lhs: Sequence[Any], of_rhs: Sequence[Any], spec: DotSpec) -> tuple[Any, ...]:
+    """What the axes of the result have, of what those of the operands have."""
+    inner = len(spec.contract[1])
+    entries = (*of_lhs[:-inner], *of_rhs[:-inner])
     return tuple(entries[a] for a in spec.permutation)
 
 

@@ -131,6 +131,49 @@ def test_every_width_and_group_is_native_and_matches_numpy(name, shape, group):
             assert_product(got, "mk,kn->mn", operand, w, tolerance=tolerance)
 
 
+# (equation, shape of the weights, case, order): what attention multiplies by, as it is stored.
+GROUPED = ArrayConfig(format=INT4, group_size=32)
+QUERY = "btd,dnh->btnh", (288, 5, 32), (-2, -1, -3)
+OUT = "btnh,nhd->btd", (6, 32, 200), (-1, -3, -2)
+ATTENTION = {
+    "query, int8": (*QUERY, Case(ArrayConfig())),
+    "query, one scale per head": (*QUERY, Case(ArrayConfig(group_size=(None, 1, None)), (0, 1, 2))),
+    "query, boxes": (*QUERY, Case(ArrayConfig(group_size=(None, 1, 8)), (0, 1, 2))),
+    "query, groups": (*QUERY, Case(dataclasses.replace(GROUPED, symmetric=False))),
+    "query, per tensor": (*QUERY, Case(WEIGHTS["int4-tensor"])),
+    "query, quantized scales": (*QUERY, Case(WEIGHTS["nvfp4"])),
+    "out, int8": (*OUT, Case(ArrayConfig(), (0, 1))),
+    "out, groups": (*OUT, Case(GROUPED, 1)),
+    "out, groups over heads": (
+        *OUT,
+        Case(dataclasses.replace(GROUPED, group_size=(2, None), symmetric=False), (0, 1)),
+    ),
+    "out, groups beside heads": (
+        *OUT,
+        Case(dataclasses.replace(GROUPED, group_size=(None, 16)), (0, 1)),
+    ),
+}
+
+
+@pytest.mark.some_rows(3)
+@needs_native
+@pytest.mark.parametrize("name", ATTENTION)
+def test_kernels_of_attention_are_matrices(name):
+    equation, shape, order, case = ATTENTION[name]
+    q = quantize(normal(*shape, seed=1), *case).reorder(order)
+    inner = shape[: 2 if equation == OUT[0] else 1]
+    axes = tuple(range(-len(inner), 0))
+    products = jax.jit(
+        lambda x, q: (einsum(equation, x, q, implementation="native"), einsum(equation, x, q))
+    )
+    for rows in (0, 1, 9):
+        x = jnp.asarray(normal(2, rows, *inner))
+        for left in (x, quantized(x, ArrayConfig(), axes), quantized(x, ArrayConfig(), -1)):
+            got, chosen = products(left, q)
+            assert_product(got, equation, left, q)
+            np.testing.assert_array_equal(chosen, got)
+
+
 @needs_native
 @pytest.mark.parametrize(
     "length, columns", [(11264, 3), (2048, 17), (1088, 40), (1088, 64), (1088, 130), (64, 1030)]
