@@ -213,7 +213,7 @@ def test_kernels_of_attention_are_stored_as_matrices():
         rules = dict(zip(sorted(params), jq.uses(apply, params, x).rules(scheme), strict=True))
         found = {name: rule.contracted for name, rule in rules.items()}
         assert found == {**dict.fromkeys(params), "out": (0, 1)}
-        q = jq.tree.quantize(params, rules.values(), platform="cpu")
+        q = jq.tree.quantize(params, list(rules.values()), platform="cpu")
         assert {name: q[name].order for name in ("query", "out")} == {
             "query": (-2, -1, -3),
             "out": (-1, -3, -2),
