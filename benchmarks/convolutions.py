@@ -7,6 +7,7 @@ channel. Each number is the speed relative to float32 with a float32 kernel: abo
 calls alternate in one run. Slower ones are red.
 """
 
+import contextlib
 import dataclasses
 from functools import partial
 
@@ -20,12 +21,15 @@ from jaxquant import ArrayConfig, Inputs, conv_general_dilated, quantize
 
 from .timing import by_turns, ratio
 
-IMPLEMENTATIONS = ("images", "integer", "dequantize")
+IMPLEMENTATIONS = ("native", "shifted", "images", "integer", "dequantize")
 TRANSPOSED = {"lhs_dilation": (2, 2), "padding": ((1, 2), (1, 2))}
 # Name: shape of the images, shape of the kernel, axes of both, options.
 CASES = {
     "3x3": ((4, 28, 28, 64), (3, 3, 64, 128), "NHWC HWIO", {}),
+    "3x3, 512 channels": ((4, 7, 7, 512), (3, 3, 512, 512), "NHWC HWIO", {}),
+    "7x7 of pictures": ((1, 112, 112, 3), (7, 7, 3, 64), "NHWC HWIO", {}),
     "1x1": ((4, 28, 28, 64), (1, 1, 64, 128), "NHWC HWIO", {}),
+    "1x1, stored as a matrix": ((4, 28, 28, 64), (128, 1, 1, 64), "NHWC OHWI", {}),
     "4 groups": ((4, 28, 28, 64), (3, 3, 16, 128), "NHWC HWIO", {"feature_group_count": 4}),
     "depthwise": ((4, 28, 28, 64), (3, 3, 1, 64), "NHWC HWIO", {"feature_group_count": 64}),
     "transposed": ((4, 14, 14, 64), (3, 3, 64, 128), "NHWC HWIO", TRANSPOSED),
@@ -48,9 +52,14 @@ def speeds(shape, kernel_shape, axes, options):
     q = dataclasses.replace(q, inputs=Inputs(ArrayConfig()))
     calls = {"float32": partial(jax.jit(run), x, kernel)}
     for name in IMPLEMENTATIONS:
-        calls[name] = partial(jax.jit(partial(run, implementation=name)), x, q)
+        call = partial(jax.jit(partial(run, implementation=name)), x, q)
+        with contextlib.suppress(ValueError):  # It does not convolve these operands.
+            jax.eval_shape(call)
+            calls[name] = call
     times = by_turns(calls)
-    return [1 / ratio(times, name, "float32") for name in IMPLEMENTATIONS]
+    return [
+        1 / ratio(times, name, "float32") if name in calls else None for name in IMPLEMENTATIONS
+    ]
 
 
 def main():
@@ -59,8 +68,14 @@ def main():
     table = rich.table.Table("convolution", *IMPLEMENTATIONS, title=title)
     for name, case in CASES.items():
         found = speeds(*case)
-        table.add_row(name, *(f"{x:.2f}" if x >= 1 else f"[red]{x:.2f}[/red]" for x in found))
+        table.add_row(name, *map(_cell, found))
     rich.console.Console().print(table)
+
+
+def _cell(speed):
+    if speed is None:
+        return "-"
+    return f"{speed:.2f}" if speed >= 1 else f"[red]{speed:.2f}[/red]"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..core import QTensor, scale_values
-from ..jaxprs import is_sharded, unless_partitioned
+from ..core import QTensor
 from . import dispatch
 from .dispatch import Implementation
 from .operands import (
@@ -22,10 +21,9 @@ from .operands import (
     as_array,
     result_dtype,
     stored_axes,
-    why_unsupported_codes,
-    why_unsupported_length,
     without_adapters,
 )
+from .rows import conv_images, conv_integer, conv_native, conv_shifted
 
 # Options that say which elements each pixel of the result sees.
 _WINDOWS = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
@@ -208,146 +206,10 @@ def _dequantized(lhs: Operand, rhs: Operand, spec: ConvSpec) -> jax.Array:
     return out.astype(spec.dtype)
 
 
-def _integer(lhs: QTensor, rhs: QTensor, spec: ConvSpec) -> jax.Array:
-    acc = spec.run(lhs.codes.astype(jnp.int8), rhs.codes.astype(jnp.int8), jnp.int32)
-    return _scaled(acc, lhs, rhs, spec)
-
-
-def _scaled(acc: jax.Array, lhs: QTensor, rhs: QTensor, spec: ConvSpec) -> jax.Array:
-    """Sums of codes, in units of the result."""
-    compute = jnp.float64 if spec.dtype == jnp.float64 else jnp.float32
-    out = acc.astype(compute)
-    for x, axis in zip((lhs, rhs), spec.dimension_numbers.out_spec, strict=False):
-        shape = [-1 if a == axis else 1 for a in range(out.ndim)]
-        out = out * scale_values(x.scale).astype(compute).reshape(shape)
-    return out.astype(spec.dtype)
-
-
-def _why_integer_unsupported(lhs: Any, rhs: Any, spec: ConvSpec) -> str | None:
-    for x, axes in zip((lhs, rhs), spec.dimension_numbers, strict=False):
-        why_not = why_unsupported_codes(x)
-        if why_not is not None or x.zero_point is not None:
-            return why_not or "padding does not have a zero point"
-        if (
-            x.scale.size not in (1, x.codes.shape[axes[0]])
-            or x.scale.shape[axes[0]] != x.scale.size
-        ):
-            return f"scales {x.scale.shape} change within an example or an output channel"
-    if dict(spec.options)["batch_group_count"] != 1:
-        return "batch groups mix the scales of examples"
-    length = math.prod(rhs.codes.shape[a] for a in spec.dimension_numbers.rhs_spec[1:])
-    return why_unsupported_length(length, lhs, rhs)
-
-
-def _by_images(lhs: QTensor, rhs: QTensor, spec: ConvSpec) -> jax.Array:
-    """`_integer` in the only form for which XLA on CPU has a fast kernel.
-
-    That is int8 (B, H, W, C) by (H, W, I, O), without dilated images: twice as fast as float32,
-    where others take 4 to 60 times as long (`python -m benchmarks.convolutions`). So axes are
-    moved, zeros between pixels are written out, a row of pixels is an image one pixel high, and
-    kernels of more than two spatial axes are cut into slices, whose results are added.
-    """
-    options = dict(spec.options)
-    image_axes, kernel_axes, (outputs, channels, *spatial) = spec.dimension_numbers
-    batch, features, *pixels = image_axes
-    images = _moved(lhs.codes, (batch, *pixels, features))
-    kernel = _moved(rhs.codes, (*kernel_axes[2:], kernel_axes[1], kernel_axes[0]))
-    ones = (1,) * len(pixels)
-    strides, spacing = options["window_strides"], options["rhs_dilation"] or ones
-    dilation, padding = options["lhs_dilation"] or ones, options["padding"]
-    window = [(n - 1) * d + 1 for n, d in zip(kernel.shape, spacing, strict=False)]
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(images.shape[1:-1], window, strides, padding)
-    is_larger = any(n > m for n, m in zip(window, images.shape[1:-1], strict=True))
-    if is_larger or any(d != 1 for d in dilation):
-        # Also pads here: XLA would merge separate padding with the dilation, and dilate again. And
-        # it has no fast kernel for windows larger than the image: 1.6 s for 5x5 on 4x4x1152.
-        images = lax.optimization_barrier(_padded(images, padding, dilation))
-        padding = ((0, 0),) * len(ones)
-    missing = max(2 - len(pixels), 0)
-    after_batch = tuple(range(1, 1 + missing))
-    images = jnp.expand_dims(images, after_batch)
-    kernel = jnp.expand_dims(kernel, tuple(range(missing)))
-    strides, spacing = (1,) * missing + strides, (1,) * missing + spacing
-    padding = ((0, 0),) * missing + tuple(padding)
-    groups = options["feature_group_count"]
-    acc = _in_slices(images, kernel, strides, padding, spacing, groups).squeeze(after_batch)
-    order = np.argsort((outputs, *spatial, channels)).tolist()
-    return _scaled(_moved(acc, order), lhs, rhs, spec)
-
-
-def _moved(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The array, as integers that XLA convolves, with its axes in another order."""
-    x = x if x.dtype == jnp.int32 else x.astype(jnp.int8)
-    if tuple(axes) == tuple(range(x.ndim)):
-        return x
-    x = x.transpose(axes)
-    if is_sharded(x):
-        return x
-    # Flattened behind a barrier: XLA would merge the transpose into a slow convolution. To flatten
-    # an array that is sharded along a later axis or several, XLA would gather it.
-    return unless_partitioned(_behind_a_barrier, lambda x: x, x)
-
-
-def _behind_a_barrier(x: jax.Array) -> jax.Array:
-    return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
-
-
-def _padded(
-    images: jax.Array, padding: Sequence[tuple[int, int]], dilation: Sequence[int]
-) -> jax.Array:
-    """The images (B, spatial..., C) with zeros around, and between their pixels."""
-    widths = [(*pair, d - 1) for pair, d in zip(padding, dilation, strict=True)]
-    return lax.pad(images, np.int8(0), [(0, 0, 0), *widths, (0, 0, 0)])
-
-
-def _in_slices(
-    images: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    spacing: Sequence[int],
-    groups: int,
-) -> jax.Array:
-    """(B, spatial..., C) by (spatial..., I, O) to int32, over two spatial axes or more."""
-    if len(strides) == 2:
-        return lax.conv_general_dilated(
-            images,
-            kernel,
-            strides,
-            padding,
-            rhs_dilation=spacing,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=groups,
-            preferred_element_type=jnp.int32,
-        )
-    rest = len(strides) - 1
-    images = _padded(images, (padding[0], *[(0, 0)] * rest), (1,) * len(strides))
-    extent = (len(kernel) - 1) * spacing[0] + 1
-    length = max((images.shape[1] - extent) // strides[0] + 1, 0)
-    sums = []
-    for first, part in enumerate(kernel):
-        start = first * spacing[0]
-        seen = images[:, start : start + length * strides[0] : strides[0]][:, :length]
-        flat = seen.reshape(len(images) * length, *seen.shape[2:])
-        sums += [_in_slices(flat, part, strides[1:], padding[1:], spacing[1:], groups)]
-    total = reduce(jnp.add, sums)
-    return total.reshape(len(images), length, *total.shape[1:])
-
-
-def _why_images_unsupported(lhs: Operand, rhs: Operand, spec: ConvSpec) -> str | None:
-    if dict(spec.options)["out_sharding"] is not None:
-        return "the sharding of a result is for one convolution"
-    return _why_integer_unsupported(lhs, rhs, spec)
-
-
-_TABLE = (
-    Implementation(
-        "images", _by_images, _why_images_unsupported, ("cpu",), is_integer=lambda *_: True
-    ),
-    # XLA's GPU backend lacks the convolution of int8 to int32 (jax#7637).
-    Implementation(
-        "integer", _integer, _why_integer_unsupported, ("tpu",), is_integer=lambda *_: True
-    ),
+_BY_XLA = (
+    conv_shifted.ROW,
+    conv_images.ROW,
+    conv_integer.ROW,
     Implementation("dequantize", _dequantized, lambda lhs, rhs, spec: None),
 )
+_TABLE = (conv_native.row(_BY_XLA), *_BY_XLA)

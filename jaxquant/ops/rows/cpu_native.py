@@ -16,7 +16,7 @@ from ..dot_spec import DotSpec, in_result, to_logical_order
 from ..operands import Operand, as_array, repeat_groups, why_unsupported_codes
 from . import integer
 from .kernel import kernel_on_parts, why_unsupported_float64, why_unsupported_shardings
-from .matrix import as_matrix, by_matrix, why_not_a_matrix
+from .matrix import about, as_matrix, by_matrix, why_not_a_matrix
 from .parts import parts_of
 
 # Smaller weights were not measured; XLA computes them.
@@ -46,7 +46,7 @@ def row(fallback: Table) -> Implementation:
         partial(kernel_on_parts, kernel=run, why_unsupported=why_unsupported, fallback=fallback),
         why_unsupported,
         ("cpu",),
-        is_integer=_is_integer,
+        is_integer=is_integer,
         reads_packed=True,
         fallback=fallback,
         parts=parts_of,
@@ -112,7 +112,9 @@ def multiplies_codes(lhs: Operand, rhs: QTensor) -> bool:
     return is_integer and is_signed and lhs.scale.shape[-1] == 1
 
 
-def _is_integer(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
+def is_integer(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
+    """Whether the kernels multiply codes by codes."""
+
     def on_matrix(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
         return integer.is_of_8_bits(lhs, rhs, spec) or multiplies_codes(lhs, rhs)
 
@@ -120,16 +122,10 @@ def _is_integer(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
 
 
 def _on_matrix(question: Callable[..., Any], lhs: Operand, rhs: QTensor, spec: DotSpec) -> Any:
-    """The answer to a question about rows times a matrix, by shapes and dtypes alone."""
+    """The answer to a question about rows times a matrix."""
     if rhs.ndim == 2:
         return question(lhs, rhs, spec)
-    answers = []
-
-    def ask(lhs: Any, rhs: Any) -> None:
-        answers.append(question(*as_matrix(lhs, rhs, spec)))
-
-    jax.eval_shape(ask, lhs, rhs)
-    return answers[0]
+    return about(question, partial(as_matrix, spec=spec), lhs, rhs)
 
 
 def _int8_dot(lhs: jax.Array, rhs: jax.Array, *_: Any) -> jax.Array:
