@@ -136,8 +136,10 @@ class Uses:
         size = weights.group_size or weights.format.group_size
         used = [use for use in self.by_path[path] if use.kind in _QUANTIZED_USES]
         is_joined = any(use.is_joined for use in used)
-        are_products = all((use.kind, use.contracted) == ("product", axes) for use in used)
-        contracted = axes if len(axes) > 1 and are_products and not is_joined else None
+        # A convolution with one pixel multiplies, too.
+        kinds = {"product", "convolution"} if sum(shape[a] > 1 for a in axes) < 2 else {"product"}
+        is_matrix = all(use.kind in kinds and use.contracted == axes for use in used)
+        contracted = axes if len(axes) > 1 and is_matrix and not is_joined else None
         rule = partial(Rule, pattern, scheme, contracted=contracted)
         if size is None:
             return rule(axis=axes)

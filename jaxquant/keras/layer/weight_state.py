@@ -74,15 +74,10 @@ class LayerState:
         axes, scheme = plan
         array_config, axis, padded = fit_groups(shape, axes, scheme.weights)
         dtype, multiplier = self.layer.variable_dtype, config.multipliers.get(name)
-        contracted = self._contracted(name)
+        contracted = self.layer.declared_weights[name].contracted(self.layer)
         return abstract_tensor(
             padded, dtype, array_config, axis, scheme.inputs, multiplier, contracted
         )
-
-    def _contracted(self, name: str) -> tuple[int, ...] | None:
-        """The axes that products sum over, where rules say them."""
-        declared = self.layer.declared_weights[name]
-        return declared.axes(self.layer) if declared.is_matrix else None
 
     def tree_rule(self, name: str, config: SchemeConfig, path: str, method: Any) -> Rule | str:
         """The rule by which `tree.quantize` quantizes a weight at a path, or why none does."""
@@ -98,7 +93,7 @@ class LayerState:
                 f"{scheme.weights}. Choose another group_size"
             )
         scheme = Scheme(weights, scheme.inputs)
-        contracted = self._contracted(name)
+        contracted = self.layer.declared_weights[name].contracted(self.layer)
         return Rule("re:" + re.escape(path), scheme, axis=axis, method=chain, contracted=contracted)
 
     def likes(self, config: SchemeConfig) -> dict[str, QTensor]:

@@ -41,9 +41,10 @@ class QuantizedWeight:
             depend on its arguments.
         inputs: whether the layer multiplies its inputs with this weight, so that they can be
             quantized too. False for a table that is only looked up.
-        is_matrix: whether the layer multiplies by it as `jaxquant.einsum` does, so that codes are
-            stored in the fastest order for that, whatever the number of axes. False for kernels of
-            convolutions, which keep their order, unless `axis` is one axis.
+        is_matrix: whether the layer multiplies by it as `jaxquant.einsum` does, or convolves with
+            a kernel of one pixel, so that codes are stored in the fastest order for that, whatever
+            the number of axes; or a function of the layer. False for other kernels of convolutions,
+            which keep their order, unless `axis` is one axis.
 
     Example:
         >>> class Projection(jk.QuantizableMixin, keras.layers.Layer):
@@ -66,7 +67,7 @@ class QuantizedWeight:
         axis: int | tuple[int, ...] | Callable[[Any], Any],
         inputs: bool = True,
         *,
-        is_matrix: bool = False,
+        is_matrix: bool | Callable[[Any], bool] = False,
     ):
         self.axis = axis
         self.inputs = inputs
@@ -80,6 +81,11 @@ class QuantizedWeight:
         """The declared axes, for this layer."""
         axis = self.axis(layer) if callable(self.axis) else self.axis
         return axis if isinstance(axis, tuple) else (axis,)
+
+    def contracted(self, layer: keras.layers.Layer) -> tuple[int, ...] | None:
+        """The declared axes if the weight is a matrix in this layer, as for a `Rule`."""
+        is_matrix = self.is_matrix(layer) if callable(self.is_matrix) else self.is_matrix
+        return self.axes(layer) if is_matrix else None
 
     def __get__(self, layer: Any, owner: type | None = None) -> Any:
         if layer is None:

@@ -26,6 +26,11 @@ def _spatial_and_inputs(layer: Any) -> tuple[int, ...]:
     return tuple(range(layer.rank + 1))
 
 
+def _has_one_pixel(layer: Any) -> bool:
+    """Whether windows are one pixel, and all inputs meet all outputs."""
+    return set(layer.kernel_size) == {1} and layer.groups == 1
+
+
 def _layout(layer: Any, inputs: int, outputs: int) -> lax.ConvDimensionNumbers:
     """Dimension numbers, for a kernel with these axes of input and output channels."""
     axes = list(range(layer.rank + 2))
@@ -111,7 +116,7 @@ class _ConvolvingMixin(KernelLayerMixin):
 class ConvolutionMixin(_ConvolvingMixin):
     """A Keras convolution: images with K channels -> images with `filters` channels."""
 
-    kernel: QuantizedWeight = QuantizedWeight(axis=_spatial_and_inputs)
+    kernel: QuantizedWeight = QuantizedWeight(axis=_spatial_and_inputs, is_matrix=_has_one_pixel)
 
     def has_codes(self, name: str) -> bool:
         """See `QuantizableMixin`; False where a subclass has its own `convolution_op`."""
@@ -160,7 +165,7 @@ class SeparableConvolutionMixin(KernelLayerMixin):
     """A Keras separable convolution: a depthwise one, then a product of the channels."""
 
     depthwise_kernel: QuantizedWeight = QuantizedWeight(axis=_spatial)
-    pointwise_kernel: QuantizedWeight = QuantizedWeight(axis=_spatial_and_inputs)
+    pointwise_kernel: QuantizedWeight = QuantizedWeight(axis=_spatial_and_inputs, is_matrix=True)
 
     def call(self, inputs: jax.Array) -> Any:
         """The forward pass: Keras' own in float, on codes if a kernel is quantized."""
