@@ -21,7 +21,7 @@ from jaxquant import ArrayConfig, Inputs, conv_general_dilated, quantize
 
 from .timing import by_turns, ratio
 
-IMPLEMENTATIONS = ("native", "shifted", "images", "integer", "dequantize")
+IMPLEMENTATIONS: tuple[str, ...] = ("native", "shifted", "images", "integer", "dequantize")
 TRANSPOSED = {"lhs_dilation": (2, 2), "padding": ((1, 2), (1, 2))}
 # Name: shape of the images, shape of the kernel, axes of both, options.
 CASES = {
@@ -41,15 +41,20 @@ CASES = {
 }
 
 
-def speeds(shape, kernel_shape, axes, options):
-    """Speed of each implementation relative to float32."""
+def call_of(shape, kernel_shape, axes, options):
+    """The convolution of a case, its images, and its kernel in float32 and in int8."""
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, kernel_shape))
     images, kernels = axes.split()
     options = {"padding": "SAME", "dimension_numbers": (images, kernels, images), **options}
     run = partial(conv_general_dilated, window_strides=(1,) * (x.ndim - 2), **options)
     q = quantize(kernel, ArrayConfig(), axis=tuple(a for a in range(x.ndim) if kernels[a] != "O"))
-    q = dataclasses.replace(q, inputs=Inputs(ArrayConfig()))
+    return run, x, kernel, dataclasses.replace(q, inputs=Inputs(ArrayConfig()))
+
+
+def speeds(case):
+    """Speed of each implementation relative to float32."""
+    run, x, kernel, q = call_of(*case)
     calls = {"float32": partial(jax.jit(run), x, kernel)}
     for name in IMPLEMENTATIONS:
         call = partial(jax.jit(partial(run, implementation=name)), x, q)
@@ -67,7 +72,7 @@ def main():
     title = f"int8 convolutions on {jax.default_backend()}, speed of float32 = 1"
     table = rich.table.Table("convolution", *IMPLEMENTATIONS, title=title)
     for name, case in CASES.items():
-        found = speeds(*case)
+        found = speeds(case)
         table.add_row(name, *map(_cell, found))
     rich.console.Console().print(table)
 

@@ -10,6 +10,7 @@ import math
 
 from ..kernels import cpu
 from ..ops import Choice, Record
+from . import convolutions
 from .machines import Machine
 
 
@@ -88,7 +89,11 @@ def estimated_speed(record: Record, choice: Choice, machine: Machine) -> float |
         machine: whose rates count.
     """
     rows = record.lhs.shape[0] if record.experts else record.rows
-    if machine.name not in _MODELS or rows is None or not record.rhs.is_quantized:
+    if machine.name not in _MODELS or not record.rhs.is_quantized:
+        return None
+    if record.convolution is not None:
+        return convolutions.estimated_speed(record, record.convolution, choice)
+    if rows is None:
         return None
     work = _work(record, rows, machine)
     model = _MODELS[machine.name].get(choice.implementation, _whole)

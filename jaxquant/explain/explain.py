@@ -235,8 +235,9 @@ def _warning(product, choice, machine, speeds, measurement, estimate):
         source = ", by estimate" if measurement.is_estimate else ""
         words.append(f"{measurement.reference} {verb} faster{source}")
     if estimate is not None and estimate < _SLOWER:
+        kind = "product" if product.record.convolution is None else "convolution"
         slow = f"this has {estimate:.2f} of its speed"
-        words.append(f"XLA's float32 product is faster, by estimate: {slow}")
+        words.append(f"XLA's float32 {kind} is faster, by estimate: {slow}")
     return "; ".join(words) or None
 
 

@@ -8,6 +8,7 @@ from .einsum import einsum as einsum
 from .inputs import Activations as Activations
 from .ragged import ragged_dot as ragged_dot
 from .record import Choice as Choice
+from .record import Convolution as Convolution
 from .record import Dequantization as Dequantization
 from .record import Record as Record
 from .record import bytes_of as bytes_of

@@ -23,6 +23,7 @@ from .operands import (
     stored_axes,
     without_adapters,
 )
+from .record import Convolution
 from .rows import conv_images, conv_integer, conv_native, conv_shifted
 
 # Options that say which elements each pixel of the result sees.
@@ -101,6 +102,16 @@ class ConvSpec:
 
     def rows(self, lhs: Operand, rhs: Operand) -> None:
         """None: a convolution is not a product of rows and a matrix."""
+
+    def convolution(self, lhs: Operand, rhs: Operand) -> Convolution:
+        """Its groups, channels and pixels of a window."""
+        images, kernel = (x.codes if isinstance(x, QTensor) else x for x in (lhs, rhs))
+        (_, channels, *_), (_, _, *spatial), _ = self.dimension_numbers
+        return Convolution(
+            groups=dict(self.options)["feature_group_count"],
+            channels=images.shape[channels],
+            pixels=math.prod(kernel.shape[a] for a in spatial),
+        )
 
     def run(self, lhs: Any, rhs: Any, dtype: jax.typing.DTypeLike | None) -> jax.Array:
         """The convolution of plain arrays."""

@@ -15,7 +15,7 @@ from . import record
 from .gradient import tangent_of
 from .inputs import observe, treat, treat_straight_through
 from .operands import AxesOfBoth, Operand, as_array, has_symbolic_shape
-from .record import Choice, Record
+from .record import Choice, Convolution, Record
 
 
 class Spec(Protocol):
@@ -63,6 +63,10 @@ class Spec(Protocol):
 
     def rows(self, lhs: Any, rhs: Any) -> int | None:
         """Rows of activations, if one matrix on the right multiplies them all; else None."""
+        ...
+
+    def convolution(self, lhs: Any, rhs: Any) -> Convolution | None:
+        """What a convolution is; None for others."""
         ...
 
 
@@ -270,6 +274,7 @@ def _record(
         choices=tuple(_choices(selected, lhs, rhs, spec)),
         is_forced=is_forced,
         experts=None if spec.group_sizes is None else rhs.shape[0],
+        convolution=spec.convolution(lhs, rhs),
     )
 
 

@@ -101,6 +101,9 @@ class DotSpec:
         lengths = [_stored_shape(lhs)[a] for a in self.free(lhs, 0)]
         return None if self.batch[0] else math.prod(lengths)
 
+    def convolution(self, lhs: Operand, rhs: Operand) -> None:
+        """None: it is a product."""
+
     def free(self, x: Operand, side: int) -> list[int]:
         """Axes of an operand (side 0: lhs, 1: rhs) that are neither contracted nor batch."""
         return [a for a in range(x.ndim) if a not in self.contract[side] + self.batch[side]]

@@ -82,6 +82,9 @@ class RaggedSpec:
     def rows(self, lhs: Operand, rhs: Operand) -> None:
         """One matrix per group of rows."""
 
+    def convolution(self, lhs: Operand, rhs: Operand) -> None:
+        """None: it is a product."""
+
     def run(self, lhs: Any, rhs: Any, dtype: jax.typing.DTypeLike | None) -> jax.Array:
         """The product of plain arrays, with rhs in its stored axis order."""
         group, inner, _ = self.rhs_axes

@@ -59,6 +59,21 @@ class OperandRecord:
     bytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """What a convolution is, beside the shapes of its operands.
+
+    Attributes:
+        groups: of channels; each group meets its own kernels.
+        channels: of the images.
+        pixels: of a window.
+    """
+
+    groups: int
+    channels: int
+    pixels: int
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Record:
     """A product and its selected computations, before batching and loops. Hashable.
@@ -74,6 +89,7 @@ class Record:
             one if XLA cannot partition the first.
         is_forced: whether `implementation=` named the row.
         experts: number of matrices on the right, of which each row meets one; None for others.
+        convolution: what a convolution is; None for others.
     """
 
     operation: str
@@ -86,6 +102,7 @@ class Record:
     choices: tuple[Choice, ...]
     is_forced: bool
     experts: int | None = None
+    convolution: Convolution | None = None
 
     def __repr__(self) -> str:
         # Programs are printed with it.

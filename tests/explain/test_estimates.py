@@ -4,10 +4,13 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
+from functools import partial
 
 import jax
 import pytest
 
+from benchmarks import convolutions
 from jaxquant import INT4, NF4, explain, matmul
 from jaxquant.explain import estimates, speeds
 from jaxquant.explain.estimates import estimated_speed
@@ -76,6 +79,43 @@ def test_estimates_of_experts_agree_with_what_was_measured(monkeypatch):
         estimate = estimated_speed(record, choice, MACHINES[0]) or 0
         assert 1 / 5 < estimate / r["speed"] < 5, (r, estimate)
         assert (estimate > 1) == (r["speed"] > 1), (r, estimate)
+
+
+@pytest.mark.skipif(not HAS_PANELS, reason="measured with AVX512-VNNI")
+@pytest.mark.parametrize("name", convolutions.CASES)
+def test_estimates_of_convolutions_agree_with_what_was_measured(name):
+    """The table that `python -m benchmarks.convolutions` printed."""
+    lines = (ROOT / "docs" / "keras.md").read_text().splitlines()
+    cells = next(
+        [c.strip() for c in x.split("│")[2:-1]]
+        for x in lines
+        if f"│ {name} │" in re.sub(" +", " ", x)
+    )
+    measured = dict(zip(convolutions.IMPLEMENTATIONS, cells, strict=True))
+    run, x, _, q = convolutions.call_of(*convolutions.CASES[name])
+    (row,) = explain(run, x, q, platform="cpu").rows
+    speed, estimate = float(measured[row.implementation]), row.estimate or 0
+    assert 0.5 < estimate / speed < 2
+    is_near = min(speed, estimate) > 0.85 and max(speed, estimate) < 1.2
+    assert is_near or (speed > 1) == (estimate > 1)
+    words = "XLA's float32 convolution is faster, by estimate: this has"
+    assert (row.warning or "").startswith(words) == (estimate < 0.97)
+
+
+def test_convolutions_without_a_model_have_no_estimate():
+    run, x, _, q = convolutions.call_of(*convolutions.CASES["3x3"])
+    run = partial(run, implementation="integer")
+    assert explain(run, x, q, platform="cpu").rows[0].estimate is None
+    assert explain(run, x, q, platform="tpu").rows[0].estimate is None
+
+
+def test_convolutions_by_floats_have_their_own_rates():
+    run, x, _, q = convolutions.call_of(*convolutions.CASES["depthwise"])
+    estimates = [
+        explain(run, x, q, platform="cpu").rows[0].estimate or 0
+        for q in (q, dataclasses.replace(q, inputs=None))
+    ]
+    assert 8 < estimates[0] < estimates[1] < 14
 
 
 def row_of(rows, weights, dtype="float32", **options):

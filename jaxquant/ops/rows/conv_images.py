@@ -119,4 +119,10 @@ def _why_unsupported(lhs: Operand, rhs: Operand, spec: Any) -> str | None:
     return conv_integer.why_unsupported(lhs, rhs, spec)
 
 
-ROW = Implementation("images", run, _why_unsupported, ("cpu",), is_integer=lambda *_: True)
+def _why_slower(lhs: QTensor, rhs: QTensor, spec: Any, _: str | None) -> str | None:
+    return Windows.of(spec, lhs.codes.shape, rhs.codes.shape).why_slower
+
+
+ROW = Implementation(
+    "images", run, _why_unsupported, ("cpu",), _why_slower, is_integer=lambda *_: True
+)

@@ -102,8 +102,9 @@ def _why_unsupported(lhs: Operand, rhs: Any, spec: Any) -> str | None:
 
 def _why_slower(lhs: Operand, rhs: QTensor, spec: Any, _: str | None) -> str | None:
     """Patches are copied, unless a window is one pixel."""
-    if Windows.of(spec, _stored(lhs).shape, rhs.codes.shape).count == 1:
-        return None
+    windows = Windows.of(spec, _stored(lhs).shape, rhs.codes.shape)
+    if windows.why_slower is not None or windows.count == 1:
+        return windows.why_slower
     if not isinstance(lhs, QTensor):
         return "patches of floats take longer to copy than to convolve"
     if rhs.codes.shape[spec.dimension_numbers.rhs_spec[0]] < _LEAST_OUTPUTS:

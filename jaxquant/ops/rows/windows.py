@@ -57,6 +57,12 @@ class Windows:
         """Pixels of a window."""
         return int(np.prod(self.lengths, dtype=int))
 
+    @property
+    def why_slower(self) -> str | None:
+        """Why XLA's convolution of floats is faster than one of images with zeros written out."""
+        are_apart = any(d > 1 for d in self.dilation)
+        return "XLA skips the zeros between dilated pixels of floats" if are_apart else None
+
     def padded(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
         """The images with zeros around, and between their pixels, along these axes."""
         widths = [(0, 0, 0)] * x.ndim

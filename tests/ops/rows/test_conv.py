@@ -88,7 +88,7 @@ def assert_same(run, x, q, name, tolerance=2e-6):
 def test_channels_alone_are_shifted_images(layout):
     for outputs in (1, 3):
         run = convolved(layout, feature_group_count=SIZES["C"])
-        x, w = arrays(*layout[:2], 1, SIZES["C"] * outputs)
+        x, w = arrays(layout[0], layout[1], 1, SIZES["C"] * outputs)
         for inputs in (None, ArrayConfig()):
             assert_same(run, x, kernel_of(w, layout[1], ArrayConfig(), inputs), "shifted")
     q = kernel_of(w, layout[1], ArrayConfig(format=INT4, symmetric=False))
@@ -100,7 +100,7 @@ def test_channels_alone_are_shifted_images(layout):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_patches_are_multiplied_by_the_native_kernels(layout):
     run = convolved(layout)
-    x, w = arrays(*layout[:2], SIZES["C"], 20)
+    x, w = arrays(layout[0], layout[1], SIZES["C"], 20)
     for config in (ArrayConfig(), ArrayConfig(symmetric=False)):
         for inputs in (None, ArrayConfig()):
             assert_same(run, x, kernel_of(w, layout[1], config, inputs), "native")
