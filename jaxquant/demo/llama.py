@@ -77,14 +77,20 @@ def forward(
     positions = cache.lengths[0][:, None] + jnp.arange(tokens.shape[1])[None]
     rotation = _rotation(positions, params["frequencies"])
 
-    def layer(carry, weights):
+    def layer(experts, first, carry, weights):
         x, cache, index = carry
-        x, cache = _layer(weights, config, x, rotation, cache, counts, index)
+        weights = {**weights, **experts}
+        x, cache = _layer(weights, config, x, rotation, cache, counts, index, index - first)
         return (x, cache, index + 1), None
 
     carry = take(params["embedding"], tokens, axis=0), cache, jnp.int32(0)
+    first = 0
     for stack in params["layers"]:
-        carry, _ = scan(layer, carry, stack)
+        # Experts stay in the stack, whose slices would be copied for the kernels.
+        experts = {name: x for name, x in stack.items() if name == "experts"}
+        sliced = {name: x for name, x in stack.items() if name != "experts"}
+        carry, _ = scan(partial(layer, experts, first), carry, sliced)
+        first += stack["attention_norm"].shape[0]
     x, cache, _ = carry
     return _normalize(x, params["norm"], config.epsilon), cache
 
@@ -107,7 +113,7 @@ def decoder_layer(
     rotation = _rotation(jnp.broadcast_to(jnp.arange(length), (batch, length)), frequencies)
     size = 2 * frequencies.shape[0]
     cache = kv.init(batch, config.kv_heads, length, size, store=x.dtype, layers=1)
-    return _layer(weights, config, x, rotation, cache, None, jnp.int32(0))[0]
+    return _layer(weights, config, x, rotation, cache, None, jnp.int32(0), None)[0]
 
 
 def logits(params: Params, x: jax.Array) -> jax.Array:
@@ -157,8 +163,9 @@ def _layer(
     cache: kv.Cache,
     counts: jax.Array | None,
     index: jax.Array,
+    place: jax.Array | None,
 ) -> tuple[jax.Array, kv.Cache]:
-    """One layer on further tokens of each sequence."""
+    """One layer on further tokens of each sequence; experts are at `place` of their stack."""
     normed = _normalize(x, weights["attention_norm"], config.epsilon)
     query, key, value = _project(normed, weights, rotation, config)
     # The cache of all layers is carried, not sliced: it is updated in place.
@@ -167,7 +174,8 @@ def _layer(
     x = x + _dense(mixed.reshape(*x.shape[:2], -1), weights["out"])
     normed = _normalize(x, weights["mlp_norm"], config.epsilon)
     if "router" in weights:
-        return x + mixture(normed, weights, config.experts_per_token, config.expert_axis), cache
+        count, axis = config.experts_per_token, config.expert_axis
+        return x + mixture(normed, weights, count, axis, place), cache
     gated = jax.nn.silu(_dense(normed, weights["gate"])) * _dense(normed, weights["up"])
     return x + _dense(gated, weights["down"]), cache
 

@@ -10,7 +10,13 @@ from ..core import QTensor, specs
 from ..ops import einsum, ragged_dot
 
 
-def mixture(x: jax.Array, weights: Any, count: int, axis: str | None = None) -> jax.Array:
+def mixture(
+    x: jax.Array,
+    weights: Any,
+    count: int,
+    axis: str | None = None,
+    layer: jax.Array | int | None = None,
+) -> jax.Array:
     """Each token by the experts that a router chooses for it.
 
         out = sum over experts e of p_e * down_e(silu(gate_e(x)) * up_e(x)),
@@ -24,6 +30,8 @@ def mixture(x: jax.Array, weights: Any, count: int, axis: str | None = None) -> 
         count: experts per token.
         axis: the mesh axis among which experts are divided, each device having as many; None if
             each has all. Needs a mesh (`jax.set_mesh`).
+        layer: index of a layer whose experts are stacked with those of others, along a first axis;
+            None if they are not.
 
     Returns:
         (B, T, D).
@@ -37,35 +45,46 @@ def mixture(x: jax.Array, weights: Any, count: int, axis: str | None = None) -> 
     found = found / jnp.sum(found, -1, keepdims=True)
     parts = weights["experts"]
     if axis is None:
-        return _experts(rows, found, experts, parts, 0).reshape(x.shape)
+        return _experts(rows, found, experts, parts, layer, 0).reshape(x.shape)
 
-    def local(rows: jax.Array, found: jax.Array, experts: jax.Array, parts: Any) -> jax.Array:
-        first = lax.axis_index(axis) * parts["gate"].shape[0]
-        return lax.psum(_experts(rows, found, experts, parts, first), axis)
+    def local(
+        rows: jax.Array, found: jax.Array, experts: jax.Array, parts: Any, layer: Any
+    ) -> jax.Array:
+        first = lax.axis_index(axis) * parts["gate"].shape[-3]
+        return lax.psum(_experts(rows, found, experts, parts, layer, first), axis)
 
     mesh = jax.sharding.get_abstract_mesh()
+    spec = jax.P(axis) if layer is None else jax.P(None, axis)
     divided = {
-        name: specs(w, jax.P(axis), mesh) if isinstance(w, QTensor) else jax.P(axis)
-        for name, w in parts.items()
+        name: specs(w, spec, mesh) if isinstance(w, QTensor) else spec for name, w in parts.items()
     }
+    given = (rows, found, experts, parts, None if layer is None else jnp.asarray(layer))
     out = jax.shard_map(
-        local, in_specs=(jax.P(), jax.P(), jax.P(), divided), out_specs=jax.P(), axis_names={axis}
-    )(rows, found, experts, parts)
+        local,
+        in_specs=(jax.P(), jax.P(), jax.P(), divided, jax.P()),
+        out_specs=jax.P(),
+        axis_names={axis},
+    )(*given)
     return out.reshape(x.shape)
 
 
 def _experts(
-    rows: jax.Array, found: jax.Array, experts: jax.Array, parts: Any, first: jax.Array | int
+    rows: jax.Array,
+    found: jax.Array,
+    experts: jax.Array,
+    parts: Any,
+    layer: jax.Array | int | None,
+    first: jax.Array | int,
 ) -> jax.Array:
     """What the experts from number `first` on, as many as `parts` has, add to each row."""
-    here = parts["gate"].shape[0]
+    here = parts["gate"].shape[-3]
     number = experts.reshape(-1) - first
     number = jnp.where((number >= 0) & (number < here), number, here)
     order = jnp.argsort(number)
     sizes = jnp.bincount(number, length=here + 1)[:here]
     token = order // experts.shape[1]
     x = rows[token]
-    gated = jax.nn.silu(ragged_dot(x, parts["gate"], sizes)) * ragged_dot(x, parts["up"], sizes)
-    out = ragged_dot(gated, parts["down"], sizes)
+    gate, up = (ragged_dot(x, parts[name], sizes, layer=layer) for name in ("gate", "up"))
+    out = ragged_dot(jax.nn.silu(gate) * up, parts["down"], sizes, layer=layer)
     out = out * found.reshape(-1, 1)[order].astype(out.dtype)
     return jnp.zeros_like(rows).at[token].add(out)

@@ -36,6 +36,7 @@ def ragged_dot(
     row_scale: jax.Array | None,
     sizes: jax.Array,
     *,
+    most: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
@@ -52,6 +53,7 @@ def ragged_dot(
             zero of None means 0.
         row_scale: (M, 1); None means 1.
         sizes: (E,) integers, the rows of each expert. Rows beyond their sum give zeros.
+        most: how many of the experts may have rows; None for all of them.
         dtype: of the result, float32 or bfloat16.
         interpret: runs without a TPU, slowly, for tests.
 
@@ -59,9 +61,9 @@ def ragged_dot(
         int32 within a tile.
     """
     (rows, length), (experts, _, columns) = x.shape, w.shape
-    size = length // scale.shape[1]
-    tile = _tile(rows, length, columns, experts, size)
-    expert, place, starts, count = steps(sizes, rows, tile.rows)
+    size, most = length // scale.shape[1], experts if most is None else most
+    tile = _tile(rows, length, columns, most, size)
+    expert, place, starts, count = steps(sizes, rows, tile.rows, most)
     along = length // tile.length
     grid = (pl.cdiv(columns, tile.columns), expert.shape[0], along)
     specs = _specs(tile, scale.shape[1], along - 1)
@@ -153,12 +155,12 @@ def _row_tile(rows: int, experts: int) -> int:
 
 
 def steps(
-    sizes: jax.Array, rows: int, tile: int
+    sizes: jax.Array, rows: int, tile: int, experts: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Expert and tile of rows of each step, where experts start, and how many steps have work.
 
     Steps are in the order of rows, so that those of one tile follow each other. There is one for
-    each tile, and one more wherever another expert begins within a tile.
+    each tile, and one more wherever another of the `experts` that have rows begins within a tile.
     """
     sizes = jnp.maximum(sizes.astype(jnp.int32), 0)
     ends = jnp.minimum(jnp.cumsum(sizes), rows)
@@ -166,7 +168,7 @@ def steps(
     first, final = starts // tile, (ends - 1) // tile
     counts = jnp.where(ends > starts, final - first + 1, 0)
     until = jnp.cumsum(counts)
-    most = math.ceil(rows / tile) + min(sizes.shape[0], rows) - 1
+    most = math.ceil(rows / tile) + min(experts, rows) - 1
     step = jnp.minimum(jnp.arange(most), jnp.maximum(until[-1] - 1, 0))
     expert = jnp.minimum(jnp.searchsorted(until, step, side="right"), sizes.shape[0] - 1)
     expert = expert.astype(jnp.int32)

@@ -122,7 +122,7 @@ def run(
     rhs: Operand,
     spec: Spec,
     implementation: str | None,
-    *arrays: jax.Array | None,
+    *arrays: Any,
 ) -> jax.Array:
     """Runs the first row that supports the operands, or the one that is named.
 
@@ -149,7 +149,7 @@ def run(
 def _run(
     lhs: Operand,
     rhs: Operand,
-    arrays: tuple[jax.Array | None, ...],
+    arrays: tuple[Any, ...],
     table: Table,
     spec: Spec,
     implementation: str | None,
@@ -176,7 +176,7 @@ def _run(
 def _(
     table: Table, spec: Spec, implementation: str | None, primals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
-    def reference(lhs: Operand, rhs: Operand, arrays: tuple[jax.Array | None, ...]) -> jax.Array:
+    def reference(lhs: Operand, rhs: Operand, arrays: tuple[Any, ...]) -> jax.Array:
         lhs, rhs = treat_straight_through(lhs, rhs, spec.contract, spec.channels)
         return table[-1].run(as_array(lhs), as_array(rhs), spec.with_arrays(*arrays))
 

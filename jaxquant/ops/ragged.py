@@ -35,6 +35,8 @@ class RaggedSpec:
         dtype: dtype of the result.
         precision: as for `jax.lax.ragged_dot`.
         group_sizes, group_offset: the arrays, in the copy that is passed to the computation.
+        stack, layer: of which rhs is a slice, for kernels that read it in place; None if rhs is
+            not a slice.
     """
 
     rhs_axes: tuple[int, ...]
@@ -42,6 +44,8 @@ class RaggedSpec:
     precision: lax.PrecisionLike
     group_sizes: jax.Array | None = None
     group_offset: jax.Array | None = None
+    stack: QTensor | None = None
+    layer: jax.Array | None = None
 
     operation: ClassVar[str] = "ragged_dot"
 
@@ -61,15 +65,33 @@ class RaggedSpec:
         return (), ()
 
     @property
-    def arrays(self) -> tuple[jax.Array | None, jax.Array | None]:
-        """Those of groups."""
-        return self.group_sizes, self.group_offset
+    def arrays(self) -> tuple[Any, ...]:
+        """Those of groups and of the stack."""
+        return self.group_sizes, self.group_offset, self.stack, self.layer
 
     def with_arrays(
-        self, group_sizes: jax.Array | None, group_offset: jax.Array | None
+        self,
+        group_sizes: jax.Array | None,
+        group_offset: jax.Array | None,
+        stack: QTensor | None,
+        layer: jax.Array | None,
     ) -> "RaggedSpec":
-        """The spec with the arrays of groups."""
-        return dataclasses.replace(self, group_sizes=group_sizes, group_offset=group_offset)
+        """The spec with the arrays of groups and of the stack."""
+        return RaggedSpec(
+            self.rhs_axes, self.dtype, self.precision, group_sizes, group_offset, stack, layer
+        )
+
+    def in_place(self, rhs: QTensor) -> tuple[QTensor, jax.Array]:
+        """Experts, and rows of each: of the whole stack if rhs is a slice, else rhs and its own."""
+        sizes = jnp.asarray(self.group_sizes)
+        if self.stack is None or self.layer is None:
+            return rhs, sizes
+        stack, count = self.stack, sizes.shape[0]
+        every = jnp.zeros(stack.codes.shape[0] * count, sizes.dtype)
+        every = lax.dynamic_update_slice(every, sizes, (self.layer * count,))
+
+        bare = dataclasses.replace(stack, inputs=None)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), bare), every
 
     def unfold(self, x: jax.Array, weights: QTensor) -> jax.Array:
         """The operand itself: its rows have all elements of a sum."""
@@ -112,6 +134,7 @@ def ragged_dot(
     preferred_element_type: jax.typing.DTypeLike | None = None,
     group_offset: jax.Array | None = None,
     *,
+    layer: jax.Array | int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """`jax.lax.ragged_dot` on arrays and QTensors, in any mixture.
@@ -128,6 +151,8 @@ def ragged_dot(
         group_sizes: (G,) integers: rows of lhs in each group, in order. Rows beyond
             their sum give zeros.
         precision, group_offset: as for `jax.lax.ragged_dot`.
+        layer: index of a slice rhs[layer] of a stack (L, G, K, N), from 0. In a loop over layers,
+            kernels read a stack that is closed over where it is, and a slice would be copied.
         preferred_element_type: floating dtype of the result; None for the promoted dtype.
         implementation: "native" (on CPU), "pallas" (on TPU), "integer" or "dequantize", to force
             one; None to select automatically.
@@ -146,22 +171,30 @@ def ragged_dot(
         >>> jq.ragged_dot(jnp.ones((5, 8)), experts, jnp.array([2, 3])).shape
         (5, 4)
     """
-    lhs, rhs = without_adapters((lhs, rhs), implementation)
-    if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
+    left, right = without_adapters((lhs, rhs), implementation)
+    what = "(G, K, N)" if layer is None else "in a stack (L, G, K, N), because `layer` is given"
+    if right.ndim != (3 if layer is None else 4):
+        raise ValueError(f"ragged_dot needs experts {what}; got shape {right.shape}.")
+    if layer is not None and not isinstance(right, QTensor):
+        right, layer = lax.dynamic_index_in_dim(right, layer, keepdims=False), None
+    if not (isinstance(left, QTensor) or isinstance(right, QTensor)):
         return lax.ragged_dot(
-            jnp.asarray(lhs),
-            jnp.asarray(rhs),
+            jnp.asarray(left),
+            jnp.asarray(right),
             jnp.asarray(group_sizes),
             precision,
             preferred_element_type,
             group_offset,
         )
     # XLA's ragged products require the rows of the left operand first.
-    lhs = lhs.reorder(None) if isinstance(lhs, QTensor) else lhs
-    spec = RaggedSpec(
-        stored_axes(rhs, range(3)), result_dtype(lhs, rhs, preferred_element_type), precision
-    )
-    return _ragged_dot(lhs, rhs, group_sizes, group_offset, spec, implementation)
+    left = left.reorder(None) if isinstance(left, QTensor) else left
+    if isinstance(right, QTensor) and layer is not None and right.stored_axes([0]) != (0,):
+        right = right.reorder(None)
+    axes = stored_axes(right, (-3, -2, -1))
+    axes = tuple(a - min(axes) for a in axes)
+    spec = RaggedSpec(axes, result_dtype(left, right, preferred_element_type), precision)
+    index = None if layer is None else jnp.asarray(layer)
+    return _ragged_dot(left, right, group_sizes, group_offset, index, spec, implementation)
 
 
 @partial(jax.jit, static_argnames=("spec", "implementation"))
@@ -170,10 +203,27 @@ def _ragged_dot(
     rhs: Operand,
     group_sizes: jax.Array,
     group_offset: jax.Array | None,
+    layer: jax.Array | None,
     spec: RaggedSpec,
     implementation: str | None,
 ) -> jax.Array:
-    return dispatch.run(_TABLE, lhs, rhs, spec, implementation, group_sizes, group_offset)
+    stack = None
+    if layer is not None:
+        layer = jnp.clip(layer, 0, rhs.shape[0] - 1)
+        stack = rhs if _is_read_in_place(rhs) else None
+        # Dead code where a kernel reads the stack.
+        rhs = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), rhs)
+    arrays = group_sizes, group_offset, stack, layer
+    return dispatch.run(_TABLE, lhs, rhs, spec, implementation, *arrays)
+
+
+def _is_read_in_place(stack: Any) -> bool:
+    """Whether experts of all layers are one array, with float32 scales for each column."""
+    scale = stack.scale
+    if isinstance(scale, QTensor) or scale.dtype != jnp.float32 or stack.offset is not None:
+        return False
+    columns = stack.stored_axes([3])[0]
+    return all(scale.shape[a] == stack.codes.shape[a] for a in (0, 1, columns))
 
 
 def _dequantized(lhs: Operand, rhs: Operand, spec: RaggedSpec) -> jax.Array:

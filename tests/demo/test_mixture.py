@@ -68,3 +68,12 @@ def test_each_token_gets_its_experts_also_if_devices_share_them(scheme):
     with jax.set_mesh(jax.make_mesh((4,), ("e",), axis_types=(jax.sharding.AxisType.Auto,))):
         divided = run(x(), params, COUNT, "e")
     np.testing.assert_allclose(divided, found, atol=1e-5)
+    # The experts of this layer, between those of others.
+    stacked = {
+        **params,
+        "experts": jax.tree.map(lambda x: jnp.stack([0 * x, x]), params["experts"]),
+    }
+    np.testing.assert_allclose(run(x(), stacked, COUNT, None, 1), found, atol=1e-6)
+    with jax.set_mesh(jax.make_mesh((4,), ("e",), axis_types=(jax.sharding.AxisType.Auto,))):
+        divided = run(x(), stacked, COUNT, "e", 1)
+    np.testing.assert_allclose(divided, found, atol=1e-5)

@@ -131,7 +131,9 @@ def test_experts_without_rows_and_rows_without_an_expert_are_not_read():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 90), st.integers(1, 40))
 def test_steps_visit_each_tile_of_each_expert_once_and_in_order(sizes, rows, tile):
-    expert, tiles, starts, count = pallas_tpu_experts.steps(jnp.asarray(sizes), rows, tile)
+    expert, tiles, starts, count = pallas_tpu_experts.steps(
+        jnp.asarray(sizes), rows, tile, len(sizes)
+    )
     until = np.minimum(np.cumsum(sizes), rows)
     wanted = [
         (e, t)

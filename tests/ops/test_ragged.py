@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from jaxquant import FP8_E4M3, INT4, NVFP4, ArrayConfig, Inputs, quantize, ragged_dot
+from jaxquant import FP8_E4M3, INT4, NVFP4, ArrayConfig, Inputs, explain, quantize, ragged_dot
 from jaxquant.kernels import cpu
 
 from ..cases import Case
@@ -264,3 +264,95 @@ def test_plain_arrays_go_to_lax_unchanged():
     x, w = jnp.asarray(normal(M, K)), jnp.asarray(normal(G, K, N))
     want = jax.lax.ragged_dot(x, w, jnp.asarray(SIZES))
     np.testing.assert_array_equal(ragged_dot(x, w, jnp.asarray(SIZES)), want)
+
+
+STACKS = {name: EXPERTS[name] for name in ("int8", "int8-asym", "int4-g16", "int8-tensor", "nvfp4")}
+
+
+def stack_of(case, layers=3):
+    """Experts of several layers, and those of each."""
+    each = [quantize(normal(G, K, N, seed=seed), *case) for seed in range(layers)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), each
+
+
+@pytest.mark.some_rows(2)
+@pytest.mark.parametrize("name", STACKS)
+def test_a_layer_of_a_stack_is_the_same_as_its_slice(name):
+    stack, each = stack_of(STACKS[name])
+    x = normal(M, K)
+    for order in (None, (-1, -2)):
+        for inputs in (None, Inputs(ArrayConfig())):
+            left = dataclasses.replace(stack, inputs=inputs).reorder(order)
+            one = dataclasses.replace(each[1], inputs=inputs).reorder(order)
+            wanted = ragged_dot(x, one, SIZES)
+            np.testing.assert_array_equal(ragged_dot(x, left, SIZES, layer=1), wanted)
+            found = jax.jit(ragged_dot)(x, left, SIZES, layer=jnp.uint8(1))
+            np.testing.assert_array_equal(found, jax.jit(ragged_dot)(x, one, SIZES))
+    # As for slices of jax.lax, an index is brought into bounds.
+    for index, inside in ((7, 2), (-9, 0)):
+        found = ragged_dot(x, stack, SIZES, layer=index)
+        np.testing.assert_array_equal(found, ragged_dot(x, each[inside], SIZES))
+
+
+def test_stacks_of_floats_and_of_other_orders():
+    stack, each = stack_of(EXPERTS["int8"])
+    x = normal(M, K)
+    floats = jnp.stack([q.dequantize() for q in each])
+    wanted = ragged_dot(x, floats[2], SIZES)
+    np.testing.assert_array_equal(ragged_dot(x, floats, SIZES, layer=2), wanted)
+    turned = stack.reorder((-3, -4, -2, -1))
+    found = ragged_dot(x, turned, SIZES, layer=2)
+    np.testing.assert_array_equal(found, ragged_dot(x, each[2], SIZES))
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=cpu.unavailable() or "is there")
+def test_loops_over_layers_read_the_stack_where_it_is():
+    case = Case(ArrayConfig(format=INT4, group_size=16), 1)
+    stack, each = stack_of(case)
+    stack = stack.reorder((-1, -2))
+    x = jnp.asarray(normal(M, K))
+
+    @jax.jit
+    def sums(x, stack):
+        def layer(total, index):
+            return total + ragged_dot(x, stack, SIZES, layer=index), None
+
+        return jax.lax.scan(layer, jnp.zeros((M, N)), jnp.arange(3))[0]
+
+    wanted = sum(ragged_dot(x, q.reorder((-1, -2)), SIZES) for q in each)
+    np.testing.assert_allclose(sums(x, stack), wanted, rtol=1e-5, atol=1e-5)
+    text = sums.lower(x, stack).compile().as_text() or ""
+    assert "jaxquant_ragged" in text
+    assert not re.search(r"s4\[[\d,]*\]\S* (dynamic-slice|fusion)", text)
+
+
+def test_a_layer_of_a_stack_differentiates_and_counts_one_layer():
+    stack, each = stack_of(EXPERTS["int4-g16"])
+    x = jnp.asarray(normal(M, K))
+    slopes = [
+        jax.grad(lambda x, q=q, given=given: (ragged_dot(x, q, SIZES, **given) ** 2).sum())(x)
+        for q, given in ((stack, {"layer": 1}), (each[1], {}))
+    ]
+    np.testing.assert_array_equal(*slopes)
+    whole, one = (
+        explain(partial(ragged_dot, **given), x, q, SIZES).rows[0]
+        for q, given in ((stack, {"layer": 1}), (each[1], {}))
+    )
+    assert (whole.bytes, whole.shapes) == (one.bytes, one.shapes)
+
+
+@pytest.mark.parametrize(
+    "layer, shape, text",
+    [
+        (None, (3, G, K, N), r"needs experts \(G, K, N\); got shape \(3, 4, 32, 10\)"),
+        (
+            0,
+            (G, K, N),
+            r"needs experts in a stack \(L, G, K, N\), because `layer` .* \(4, 32, 10\)",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit_raise(layer, shape, text):
+    for w in (normal(*shape), quantize(normal(*shape), ArrayConfig(), axis=-2)):
+        with pytest.raises(ValueError, match=text):
+            ragged_dot(normal(M, K), w, SIZES, layer=layer)

@@ -36,6 +36,7 @@ def row(fallback: Table) -> Implementation:
 
 
 def _run(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
+    rhs, sizes = spec.in_place(rhs)
     columns = partial(repeat_groups, shape=rhs.codes.shape, axes=(0, 1))
     scale = columns(scale_values(rhs.scale))
     zero = None if rhs.zero_point is None else columns(rhs.zero_point)
@@ -44,7 +45,6 @@ def _run(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
     if isinstance(lhs, QTensor) and multiplies_codes(lhs, rhs):
         x, table, dtype = lhs.codes.astype(jnp.int8), None, native_dtype(spec.dtype)
         per_row = repeat_groups(scale_values(lhs.scale), lhs.codes.shape, (0,))[:, 0]
-    sizes = jnp.asarray(spec.group_sizes)
     out = cpu.ragged_dot(jnp.asarray(x), rhs.codes, scale, zero, sizes, per_row, table, dtype)
     return out.astype(spec.dtype)
 

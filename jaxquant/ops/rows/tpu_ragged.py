@@ -42,9 +42,13 @@ def run(
     sizes: jax.Array,
     dtype: jax.typing.DTypeLike,
     *,
+    most: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """(M, K) by (E, K, N), in `dtype`; `interpret` computes without a TPU, for tests."""
+    """(M, K) by (E, K, N), in `dtype`; `interpret` computes without a TPU, for tests.
+
+    `most`: of the experts may have rows; None for all.
+    """
     x, row_scale = codes_and_scale(lhs)
     if row_scale is not None:
         row_scale = jnp.broadcast_to(row_scale, (x.shape[0], 1))
@@ -56,6 +60,7 @@ def run(
         None if rhs.zero_point is None else per_column(rhs.zero_point),
         row_scale,
         sizes,
+        most=most,
         dtype=dtype if dtype in FLOATS.dtypes else jnp.float32,
         interpret=interpret,
     )
@@ -63,7 +68,8 @@ def run(
 
 
 def _run(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
-    return run(lhs, rhs, jnp.asarray(spec.group_sizes), spec.dtype)
+    experts, sizes = spec.in_place(rhs)
+    return run(lhs, experts, sizes, spec.dtype, most=rhs.shape[0])
 
 
 def _why_unsupported(lhs: Operand, rhs: Any, spec: Any) -> str | None:

@@ -1,5 +1,6 @@
 """Which products of experts the Pallas kernel for TPUs computes, and from what."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxquant import INT4, NF4, ArrayConfig, Inputs, explain, quantize, ragged_dot
+from jaxquant.ops.ragged import RaggedSpec
 from jaxquant.ops.rows import tpu_ragged
 
 from ...cases import Case
@@ -84,3 +86,19 @@ def test_the_kernel_is_selected_for_chips_that_it_was_compiled_for():
     assert "tpu_custom_call" not in text  # The chip is not known.
     with pytest.raises(ValueError, match="'pallas' needs a TPU; got a program for cpu"):
         ragged_dot(x, q, SIZES, implementation="pallas")
+
+
+@pytest.mark.parametrize("right", ["int4 asymmetric", "int8"])
+def test_experts_of_one_layer_of_a_stack(right):
+    """Those of all layers, of which only one layer's have rows."""
+    each = [quantize(normal(EXPERTS, K, N, seed=seed), *RIGHT[right]) for seed in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    spec = RaggedSpec((0, 1, 2), np.dtype("float32"), None, jnp.asarray(SIZES))
+    spec = dataclasses.replace(spec, stack=stack, layer=jnp.int32(1))
+    x = jnp.asarray(normal(ROWS, K), jnp.bfloat16)
+    experts, sizes = spec.in_place(each[1])
+    assert experts.shape == (3 * EXPERTS, K, N)
+    assert sizes.tolist() == [0] * EXPERTS + SIZES.tolist() + [0] * EXPERTS
+    found = tpu_ragged.run(x, experts, sizes, jnp.float32, most=EXPERTS, interpret=True)
+    wanted = tpu_ragged.run(x, each[1], jnp.asarray(SIZES), jnp.float32, interpret=True)
+    np.testing.assert_array_equal(found, wanted)
