@@ -20,6 +20,7 @@ _OPCODE = re.compile(r" ([a-z][\w-]*)\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
+_ACCESSED = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"?(\d+)')
 # Views and bookkeeping, which do not move data; `-done` waits for what `-start` moved.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _SLICES = {"slice", "dynamic-slice"}
@@ -210,7 +211,10 @@ class Program:
             (update,) = operands[_UPDATES[instruction.opcode]]
             return update.hbm_bytes + update.bytes * (not operands[0][0].is_on_chip)
         arrays = [a for arrays in operands for a in arrays]
-        return sum(a.hbm_bytes for a in (*arrays, *instruction.arrays))
+        whole = sum(a.hbm_bytes for a in (*arrays, *instruction.arrays))
+        # A kernel may read a part of an operand, such as the experts of one layer.
+        accessed = _ACCESSED.search(instruction.attributes)
+        return min(whole, int(accessed[1])) if accessed else whole
 
     def _read(self, fused: str, number: int, array: Array) -> int:
         """Bytes that a fusion reads of one operand: only the slices if it only slices it."""

@@ -173,6 +173,11 @@ def test_a_pallas_kernel_is_a_count():
     assert (work.is_kernel, work.cycles, work.operations) == (True, None, 32768)
     assert work.hbm_bytes == 1024 + 1024 + 512
     assert not only("  %k = bf16[8,32]{1,0} custom-call(%x)").is_kernel
+    # It says that it reads and writes a part of its operands.
+    for accessed, found in ((700, 700), (9999, 1024 + 1024 + 512)):
+        part = cost.replace('"x":"1"', f'"bytes_accessed":"{accessed}"')
+        line = f"  %k = bf16[8,32]{{1,0}} custom-call(%x, %w), {target}, {part}"
+        assert only(line).hbm_bytes == found
 
 
 def test_an_operation_takes_the_longer_of_compute_and_transfer():
