@@ -151,7 +151,7 @@ def ragged_dot(
         group_sizes: (G,) integers: rows of lhs in each group, in order. Rows beyond
             their sum give zeros.
         precision, group_offset: as for `jax.lax.ragged_dot`.
-        layer: index of a slice rhs[layer] of a stack (L, G, K, N), from 0. In a loop over layers,
+        layer: index of a slice rhs[layer] of a stack (L, G, K, N). In a loop over layers,
             kernels read a stack that is closed over where it is, and a slice would be copied.
         preferred_element_type: floating dtype of the result; None for the promoted dtype.
         implementation: "native" (on CPU), "pallas" (on TPU), "integer" or "dequantize", to force
@@ -209,6 +209,7 @@ def _ragged_dot(
 ) -> jax.Array:
     stack = None
     if layer is not None:
+        layer = jnp.where(layer < 0, layer + rhs.shape[0], layer)
         layer = jnp.clip(layer, 0, rhs.shape[0] - 1)
         stack = rhs if _is_read_in_place(rhs) else None
         # Dead code where a kernel reads the stack.

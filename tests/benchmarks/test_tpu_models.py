@@ -99,8 +99,8 @@ def test_each_chip_multiplies_its_experts(scheme):
     assert layers["router"]["kernel"].sharding.spec == jax.P()
     text = tpu_models.lowered(sizes, scheme, Step(2, 1), mesh).as_text()
     dtype = {"W8A8": "i8", "W4A16": "i4"}.get(scheme, "bf16")
-    assert f"tensor<2x256x128x{dtype}>" in text  # Two of 16 experts.
-    assert f"tensor<16x256x128x{dtype}>" in text
+    assert f"tensor<2x2x256x128x{dtype}>" in text  # Two of 16 experts, in two layers.
+    assert f"tensor<2x16x256x128x{dtype}>" in text
 
 
 def test_words_choose_models_and_schemes():

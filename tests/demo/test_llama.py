@@ -124,6 +124,34 @@ def test_stacked_layers_equal_a_loop(float_model):
     assert_close(found, run(model, tokens)[0], 1e-6)
 
 
+def test_layers_with_experts_may_be_in_several_stacks():
+    width, hidden, experts, layers = 16, 24, 4, 3
+    random = np.random.default_rng(0)
+
+    def array(*shape):
+        return jnp.asarray(random.normal(size=(layers, *shape)) / 4, jnp.float32)
+
+    names = ("query", "key", "value", "out")
+    kernels = {**dict.fromkeys(names, (width, width)), "router": (experts, width)}
+    stack = {name: {"kernel": array(*shape)} for name, shape in kernels.items()}
+    stack |= {name: jnp.ones((layers, width)) for name in ("attention_norm", "mlp_norm")}
+    stack["experts"] = {
+        "gate": array(experts, width, hidden),
+        "up": array(experts, width, hidden),
+        "down": array(experts, hidden, width),
+    }
+    config = demo.LlamaConfig(2, 2, layers, 1e-5, experts_per_token=2)
+    params = {"embedding": array(9, width)[0], "norm": jnp.ones(width)}
+    params |= {"frequencies": jnp.ones(width // 4)}
+    found = []
+    for first in (0, 1):
+        parts = [jax.tree.map(lambda x, s=s: x[s], stack) for s in (slice(first), slice(first, 3))]
+        given = params | {"layers": parts[1 - first :]}
+        cache = demo.init_cache(params, config, 1, 5, jnp.float32)
+        found += [demo.forward(given, config, jnp.arange(4)[None], cache)[0]]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
 def test_biases_are_added(tmp_path):
     arrays = llamas.random_arrays(biases=("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"))
     model = demo.load_llama(llamas.write_folder(tmp_path, arrays))

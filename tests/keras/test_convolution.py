@@ -264,3 +264,18 @@ def test_a_convolution_op_of_a_subclass_gets_the_dequantized_kernel():
     kernel = layer.kernel - keras.ops.mean(layer.kernel, axis=(0, 1, 2))
     stock = keras.ops.conv(inputs, kernel) + layer.bias
     assert relative_error(layer(inputs), stock) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "size, groups, order", [(1, 1, (-1, -4, -3, -2)), (3, 1, None), ((1, 3), 1, None), (1, 2, None)]
+)
+def test_kernels_of_one_pixel_are_stored_as_matrices(size, groups, order):
+    if jax.default_backend() == "tpu":
+        pytest.skip("stored as it is there")
+    layer = built(layers.Conv2D(8, size, groups=groups), (5, 5, 4))
+    layer.quantize("int8")
+    assert layer.quantized_weight("kernel").order == order
+    separable = built(layers.SeparableConv2D(8, 3), (5, 5, 4))
+    separable.quantize("int8")
+    assert separable.quantized_weight("pointwise_kernel").order == (-1, -4, -3, -2)
+    assert separable.quantized_weight("depthwise_kernel").order is None

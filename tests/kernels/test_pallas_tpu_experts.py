@@ -134,6 +134,7 @@ def test_steps_visit_each_tile_of_each_expert_once_and_in_order(sizes, rows, til
     expert, tiles, starts, count = pallas_tpu_experts.steps(
         jnp.asarray(sizes), rows, tile, len(sizes)
     )
+    assert len(expert) == -(-rows // tile) + min(len(sizes), rows) - 1
     until = np.minimum(np.cumsum(sizes), rows)
     wanted = [
         (e, t)

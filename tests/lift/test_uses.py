@@ -220,6 +220,21 @@ def test_kernels_of_attention_are_stored_as_matrices():
         }
 
 
+def test_kernels_of_one_pixel_are_stored_as_matrices():
+    params = {"pixel": jnp.ones((1, 1, 6, 8)), "window": jnp.ones((1, 2, 6, 8))}
+
+    def apply(params, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        convolved = [
+            jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers)
+            for w in params.values()
+        ]
+        return sum(convolved)
+
+    rules = jq.uses(apply, params, jnp.ones((2, 5, 5, 6))).rules(jq.W8A8)
+    assert [rule.contracted for rule in rules] == [(0, 1, 2), None]
+
+
 def test_a_convolution_with_boxes_equals_that_of_the_dequantized_kernel():
     kernel = jnp.sin(jnp.arange(768.0)).reshape(8, 8, 3, 4)
     rules = jq.uses(patches, kernel).rules(jq.ArrayConfig(format=jq.INT4, group_size=32))

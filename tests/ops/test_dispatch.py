@@ -38,6 +38,9 @@ class Spec(int):
     def rows(self, lhs, rhs):
         return None
 
+    def convolution(self, lhs, rhs):
+        return None
+
 
 def constant(value):
     return lambda lhs, rhs, spec: jnp.full(lhs.shape, value)

@@ -289,7 +289,7 @@ def test_a_layer_of_a_stack_is_the_same_as_its_slice(name):
             found = jax.jit(ragged_dot)(x, left, SIZES, layer=jnp.uint8(1))
             np.testing.assert_array_equal(found, jax.jit(ragged_dot)(x, one, SIZES))
     # As for slices of jax.lax, an index is brought into bounds.
-    for index, inside in ((7, 2), (-9, 0)):
+    for index, inside in ((7, 2), (-9, 0), (-1, 2)):
         found = ragged_dot(x, stack, SIZES, layer=index)
         np.testing.assert_array_equal(found, ragged_dot(x, each[inside], SIZES))
 
@@ -300,6 +300,11 @@ def test_stacks_of_floats_and_of_other_orders():
     floats = jnp.stack([q.dequantize() for q in each])
     wanted = ragged_dot(x, floats[2], SIZES)
     np.testing.assert_array_equal(ragged_dot(x, floats, SIZES, layer=2), wanted)
+    # One scale per expert, which all layers share.
+    shared = dataclasses.replace(stack, scale=stack.scale[:1])
+    one = dataclasses.replace(each[2], scale=stack.scale[0])
+    found = ragged_dot(x, shared, SIZES, layer=2)
+    np.testing.assert_array_equal(found, ragged_dot(x, one, SIZES))
     turned = stack.reorder((-3, -4, -2, -1))
     found = ragged_dot(x, turned, SIZES, layer=2)
     np.testing.assert_array_equal(found, ragged_dot(x, each[2], SIZES))

@@ -1,6 +1,7 @@
 """Convolutions by native kernels and by shifted images, against XLA's integers and floats."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -108,6 +109,8 @@ def test_patches_are_multiplied_by_the_native_kernels(layout):
     assert_same(run, x, q, "native")
     # 6 channels, and zeros to fill words.
     assert_same(run, x, q, "images")
+    text = jax.jit(partial(run, implementation="images")).lower(x, q).as_text()
+    assert re.search(r"convolution\(.*x8xi8>.*x8x20xi8>", text)
     assert_same(run, x.astype(jnp.bfloat16), q.astype(jnp.bfloat16), "native", 2.0**-7)
 
 

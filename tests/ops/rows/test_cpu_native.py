@@ -175,6 +175,13 @@ def test_kernels_of_attention_are_matrices(name):
 
 
 @needs_native
+def test_batches_of_matrices_are_not_one_matrix():
+    q = quantize(normal(3, 64, 512), ArrayConfig(), axis=-1)
+    with pytest.raises(ValueError, match="not stored as a matrix whose last axis is contracted"):
+        einsum("bmk,bnk->bmn", jnp.ones((3, 5, 512)), q, implementation="native")
+
+
+@needs_native
 @pytest.mark.parametrize(
     "length, columns", [(11264, 3), (2048, 17), (1088, 40), (1088, 64), (1088, 130), (64, 1030)]
 )
