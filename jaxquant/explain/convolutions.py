@@ -21,6 +21,7 @@ class _Rates:
         image, result, operation: per element of the images and the result, and per multiplication
             or addition.
         patch: per element of all windows, where they have several pixels.
+        is_native: whether operations are those of the native kernels.
     """
 
     call: float
@@ -28,6 +29,7 @@ class _Rates:
     result: float
     operation: float
     patch: float
+    is_native: bool = False
 
 
 # Channels that all meet, in groups, and each alone; by row, "float" for XLA's floats.
@@ -35,8 +37,8 @@ _ALL = {
     "float": _Rates(55e-6, 0.32e-9, 0.15e-9, 10e-12, 0.041e-9),
     "dequantize": _Rates(62e-6, 0.30e-9, 0.17e-9, 10e-12, 0.054e-9),
     "images": _Rates(77e-6, 1.1e-9, 0.66e-9, 6.3e-12, 0.053e-9),
-    "native": _Rates(110e-6, 0.88e-9, 0.50e-9, 1.7e-12, 0.84e-9),
-    "native, float": _Rates(37e-6, 0.094e-9, 0.19e-9, 9.3e-12, 0),
+    "native": _Rates(110e-6, 0.88e-9, 0.50e-9, 1.7e-12, 0.84e-9, is_native=True),
+    "native, float": _Rates(37e-6, 0.094e-9, 0.19e-9, 9.3e-12, 0, is_native=True),
 }
 _GROUPS = {
     "float": _Rates(54e-6, 0.59e-9, 0.49e-9, 23e-12, 0.80e-9),
@@ -63,7 +65,7 @@ def estimated_speed(record: Record, found: Convolution, choice: Choice) -> float
     rates = table.get(name if choice.is_integer else f"{name}, float", table.get(name))
     if rates is None:
         return None
-    if name == "native":
+    if rates.is_native:
         slower = _SLOWER[cpu.instruction_sets()[0]]
         rates = dataclasses.replace(rates, operation=slower * rates.operation)
     return _seconds(table["float"], record, found) / _seconds(rates, record, found)
