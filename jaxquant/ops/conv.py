@@ -152,8 +152,10 @@ def conv_general_dilated(
     Args:
         lhs: images, rhs: kernels; float arrays or QTensors.
         preferred_element_type: floating dtype of the result; None for the promoted dtype.
-        implementation: "integer" (by int8 codes), "images" (the same, in the form that is fast on
-            CPU) or "dequantize", to force one; None to select automatically.
+        implementation: "native" (patches by the native kernels for CPUs), "shifted" (a sum of
+            shifted images, for channels alone), "images" (int8 codes in the form that XLA for CPUs
+            convolves fast), "integer" (int8 codes) or "dequantize", to force one; None to select
+            automatically.
         Others: as for `jax.lax.conv_general_dilated`.
 
     Returns:
