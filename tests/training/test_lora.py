@@ -483,6 +483,31 @@ def test_merging_adapters_that_were_not_trained_keeps_the_codes():
     np.testing.assert_allclose(merged.scale, started["w"].base.scale, rtol=1e-6)
 
 
+def test_a_base_with_offsets_is_kept_and_merged_as_an_asymmetric_one():
+    """As files in GGUF's Q4_1 have it: 4-bit codes without a sign, and an offset per group."""
+    config = ArrayConfig(format=jq.FILE_FORMATS["uint4"], group_size=32, symmetric=False)
+    q = quantize(jnp.asarray(normal(2, N, K)), config, -1)
+    offset = jnp.asarray(-(np.float32(q.zero_point) + np.float32(0.3)) * scale_of(q), jnp.float32)
+    base = dataclasses.replace(q, zero_point=None, offset=offset)
+    started = lora_init(base, Rule("*", config, axis=-1), RANK, KEY)
+    assert_equal_quantized(started.base, base)
+    a = jnp.asarray(normal(*started.a.shape))
+    w = dataclasses.replace(started, a=a)
+    total = oracles.dequantize(base) + np.einsum("snr,srk->snk", *(np.float64(f) for f in (a, w.b)))
+    x = normal(2, 5, K)
+    found = jax.jit(partial(einsum, "smk,snk->smn"))(jnp.asarray(x), w)
+    wanted = np.einsum("smk,snk->smn", np.float64(x), total)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+    merged = merge(w)
+
+    assert (merged.offset, merged.format) == (None, base.format)
+    half = np.repeat(np.asarray(merged.scale) / 2, 32, -1)
+    error = np.abs(oracles.dequantize(merged) - total)
+    # A range that is widened to zero, and the zero point rounded to an integer.
+    assert np.all(error <= 2.001 * half)
+
+
 def test_files_keep_trees_and_their_trained_part(tmp_path):
     params = {"layer": {"kernel": jnp.asarray(normal(2, K, N)), "bias": jnp.ones(N)}}
     whole = lora_init(params, {"*/kernel": INT4_INT8}, RANK, KEY, alpha=5, dtype=jnp.bfloat16)
@@ -535,6 +560,7 @@ ASYM = Scheme(dataclasses.replace(INT4_G32.weights, symmetric=False))
 G16 = Scheme(dataclasses.replace(INT4_G32.weights, group_size=16))
 Q = quantize(W, INT4_G32.weights)
 MULTIPLIED = dataclasses.replace(Q, inputs=Inputs(multiplier=jnp.ones(K)))
+SHIFTED = dataclasses.replace(Q, offset=Q.scale)
 LEAVES = {
     "nothing": ({"w": W}, {"v": INT4_G32}, r"rule 'v' matches no leaf; the paths are w"),
     "one axis": (
@@ -555,6 +581,11 @@ LEAVES = {
     "format": ({"w": Q}, {"w": NF4_G32}, r"w: is not quantized as.*: int4 g32, .*not nf4 g32"),
     "groups": ({"w": Q}, {"w": G16}, r"int4 g32, scales \(2, 24\), and not int4 g16"),
     "symmetric": ({"w": Q}, {"w": ASYM}, r"and not int4 g32 asymmetric, scales"),
+    "offset": (
+        {"w": SHIFTED},
+        {"w": INT4_G32},
+        r"int4 g32 with offset, scales .*and not int4 g32,",
+    ),
     "inputs": ({"w": Q}, {"w": INT4_INT8}, r"int4 g32, scales .*inputs ArrayConfig"),
 }
 
