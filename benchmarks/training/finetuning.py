@@ -215,7 +215,7 @@ def run_all(arguments: argparse.Namespace, about: Mapping[str, Any]) -> dict[str
     console, size = rich.console.Console(width=120), Size()
     model = language.load_model()
     trainer = Trainer(model, read_data(model.tokenizer, size), size)
-    found = _earlier(arguments.json)
+    found = earlier(arguments.json, "smollm2")
     start = trainer.held_out_loss(model.params)
     for seed in range(arguments.seeds):
         for name, result in _results(trainer, seed, arguments.only, found):
@@ -226,9 +226,9 @@ def run_all(arguments: argparse.Namespace, about: Mapping[str, Any]) -> dict[str
     return {"smollm2": found}
 
 
-def _earlier(path: pathlib.Path | None) -> list[Result]:
-    """The rows that a file holds already."""
-    return json.loads(path.read_text())["smollm2"] if path and path.exists() else []
+def earlier(path: pathlib.Path | None, part: str) -> list[Result]:
+    """The rows of a part that a file holds already."""
+    return json.loads(path.read_text()).get(part, []) if path and path.exists() else []
 
 
 def _results(

@@ -39,11 +39,15 @@ class TorchOptimizer:
 
     def step(self, gradients: Any, rate: float) -> Any:
         """The parameters after a step with this rate."""
-        for param, gradient in zip(self._params, jax.tree.leaves(gradients), strict=True):
-            param.grad = self._torch.from_numpy(np.array(gradient))
+        self.set_gradients(gradients)
         self.update(rate)
         leaves = [jnp.asarray(p.detach().numpy().copy()) for p in self._params]
         return jax.tree.unflatten(self._structure, leaves)
+
+    def set_gradients(self, gradients: Any) -> None:
+        """Copies gradients, for `update`."""
+        for param, gradient in zip(self._params, jax.tree.leaves(gradients), strict=True):
+            param.grad = self._torch.from_numpy(np.array(gradient))
 
     def update(self, rate: float) -> None:
         """A step with the gradients that are set."""

@@ -55,12 +55,14 @@ def is_learned(path: Sequence[Any]) -> bool:
     return any(getattr(key, "name", None) == "learned" for key in path)
 
 
-def optimizer_for(params: Any, steps: int) -> optax.GradientTransformation:
+def optimizer_for(
+    params: Any, steps: int, peak: float = FINE_TUNING_RATE
+) -> optax.GradientTransformation:
     """AdamW for weights; Adam at a lower rate, without decay, for learned steps."""
     labels = jax.tree_util.tree_map_with_path(
         lambda path, _: "step" if is_learned(path) else "weight", params
     )
-    rate = schedule(FINE_TUNING_RATE, steps)
+    rate = schedule(peak, steps)
     return optax.partition(
         {
             "weight": optax.adamw(rate, weight_decay=DECAY),

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.training.tables`: the results in this folder as a table for the docs."""
+"""`python -m benchmarks.training.tables`: the results in this folder as tables for the docs."""
 
 import json
 import pathlib
@@ -7,14 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-REFERENCE = "float32"
+REFERENCE, NEAREST = "float32", "nearest"
 _COLUMNS = ("held-out loss", "above float32", "MB of state", "seconds per step", "seeds")
+_DISTILLED = ("mean KL", "recovered", "steps", "seconds per step")
 
 
 def main() -> None:
-    """Prints the table."""
-    found = json.loads((RESULTS / "smollm2.json").read_text())["smollm2"]
-    print("\n".join(table(found)))
+    """Prints the tables."""
+    tables = {"smollm2": table, "distillation": distillation_table, "updates": updates_table}
+    for name, lines_of in tables.items():
+        print("\n".join([*lines_of(read(name)), ""]))
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """The results of a part."""
+    return json.loads((RESULTS / f"{name}.json").read_text())[name]
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -32,6 +39,37 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
             str(len(rows)),
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def distillation_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table; the share that is recovered is that of rounding to nearest."""
+    lost = {r["scheme"]: r["divergence"] for r in results if r["contender"] == NEAREST}
+    lines = [f"| scheme | method | {' | '.join(_DISTILLED)} |", "|---" * 6 + "|"]
+    for r in results:
+        share = 1 - r["divergence"] / lost[r["scheme"]]
+        is_trained = r["steps"] > 0
+        cells = (
+            f"{r['divergence']:.3f}",
+            "" if r["contender"] == NEAREST else f"{100 * share:.0f} %",
+            str(r["steps"]) if is_trained else "",
+            f"{r['seconds_per_step']:.1f}" if is_trained else "",
+        )
+        lines.append(f"| {r['scheme']} | {r['contender']} | {' | '.join(cells)} |")
+    return lines
+
+
+def updates_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table: nanoseconds per parameter, and times those of float32."""
+    shapes = list(dict.fromkeys(r["shapes"] for r in results))
+    found = {(r["contender"], r["shapes"]): r for r in results}
+    lines = [f"| AdamW | bytes | {' | '.join(shapes)} |", "|---" * (2 + len(shapes)) + "|"]
+    for name in dict.fromkeys(r["contender"] for r in results):
+        times = [
+            (found[name, s]["nanoseconds"], found[REFERENCE, s]["nanoseconds"]) for s in shapes
+        ]
+        cells = [f"{time:.1f} ({time / exact:.1f})" for time, exact in times]
+        lines.append(f"| {name} | {found[name, shapes[0]]['bytes']:.2f} | {' | '.join(cells)} |")
     return lines
 
 

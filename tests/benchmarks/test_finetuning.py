@@ -1,6 +1,5 @@
 """What the fine-tuning of the language model is made of, and its table."""
 
-import json
 import pathlib
 import types
 from typing import Any
@@ -69,5 +68,5 @@ def test_the_table_compares_seed_by_seed():
 
 
 def test_the_table_of_the_docs_is_that_of_the_results():
-    found = json.loads((tables.RESULTS / "smollm2.json").read_text())["smollm2"]
-    assert "\n".join(tables.table(found)) in (ROOT / "docs/training.md").read_text()
+    found = tables.table(tables.read("smollm2"))
+    assert "\n".join(found) in (ROOT / "docs/training.md").read_text()

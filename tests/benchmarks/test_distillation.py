@@ -1,0 +1,85 @@
+"""Distillation of the language model: its rows, its table, and training of a tiny model."""
+
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from benchmarks.accuracy.language import LanguageModel
+from benchmarks.training import distillation, tables
+from benchmarks.training.distillation import QEP, ROWS, Row, Student
+from benchmarks.training.finetuning import Data, Size, earlier
+from jaxquant import demo
+
+from ..demo import llamas
+
+ROOT = pathlib.Path(__file__).parents[2]
+INT2 = "INT2 g32"
+
+
+def test_rows_are_chosen_by_words_and_not_run_again():
+    def names(only, seed=0, found=()):
+        rows = distillation.rows_to_run(only, seed, list(found))
+        return [(r.scheme, r.name) for r in rows]
+
+    everything = [(r.scheme, r.name) for r in ROWS]
+    assert names(None) == everything
+    assert names(["INT2"]) == [x for x in everything if x[0] == INT2]
+    assert names(["QEP"]) == [x for x in everything if x[1].startswith("QEP")]
+    found = [{"scheme": INT2, "contender": "QEP", "seed": 0}]
+    assert names(["INT2"], 0, found) == [x for x in names(["INT2"]) if x != (INT2, "QEP")]
+    assert names(["INT2"], 1) == [x for x in names(["INT2"]) if "QAT" in x[1]]
+
+
+def test_rows_of_another_part_are_not_those_of_this_one(tmp_path):
+    path = tmp_path / "results.json"
+    assert earlier(path, "smollm2") == []
+    path.write_text('{"smollm2": [{"seed": 0}]}')
+    assert earlier(path, "smollm2") == [{"seed": 0}]
+    assert earlier(path, "distillation") == []
+
+
+def test_the_table_says_which_share_of_rounding_is_recovered():
+    rows = [
+        {"scheme": s, "contender": name, "divergence": kl, "seconds_per_step": 2.0, "steps": steps}
+        for s, name, kl, steps in (
+            ("A", "nearest", 2.0, 0), ("A", "QEP", 1.0, 0), ("B", "nearest", 4.0, 0),
+            ("A", "QEP, QAT", 0.5, 7),
+        )
+    ]  # fmt: skip
+    assert tables.distillation_table(rows)[2:] == [
+        "| A | nearest | 2.000 |  |  |  |",
+        "| A | QEP | 1.000 | 50 % |  |  |",
+        "| B | nearest | 4.000 |  |  |  |",
+        "| A | QEP, QAT | 0.500 | 75 % | 7 | 2.0 |",
+    ]
+
+
+def test_the_table_of_the_docs_is_that_of_the_results():
+    found = tables.distillation_table(tables.read("distillation"))
+    assert "\n".join(found) in (ROOT / "docs/howto/distillation.md").read_text()
+
+
+@pytest.mark.slow
+@jax.numpy_dtype_promotion("standard")  # Optax mixes dtypes.
+def test_a_tiny_model_gets_closer_to_itself_by_training(tmp_path):
+    llamas.write_gguf(tmp_path / "tiny.gguf", llamas.random_arrays())
+    model = demo.load_llama(tmp_path / "tiny.gguf")
+    params = jq.tree.dequantize(model.params)
+    stack = jax.tree.map(lambda *x: jnp.concatenate(x), *params["layers"])
+    params = {**params, "layers": (stack,)}
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, params["embedding"].shape[0], 400).astype(np.int32)
+    size = Size(steps=12, tokens=8, held_out=8)
+    data = Data(ids, ids[:72].reshape(8, 9))
+    tokenizer = types.SimpleNamespace()
+    student = Student(LanguageModel(params, model.config, tokenizer), data, size)
+    assert student.divergence(params["layers"]) < 1e-6
+    found = {row: student.run(row, 0) for row in (Row(INT2), Row(INT2, QEP), Row(INT2, QEP, 3e-3))}
+    nearest, qep, trained = (r["divergence"] for r in found.values())
+    assert trained < qep < nearest
+    assert [r["steps"] for r in found.values()] == [0, 0, 12]
