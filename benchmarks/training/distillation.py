@@ -37,7 +37,7 @@ SCHEMES = {
     "INT2 g32": jq.Scheme(jq.ArrayConfig(format=jq.INT2, group_size=32, symmetric=False)),
 }
 # Of short windows, so that a step takes seconds on two cores.
-SIZE = Size(steps=40, tokens=64, held_out=16)
+SIZE = Size(tokens=64, held_out=16)
 BATCH, CALIBRATED = 4, 32
 
 
@@ -50,11 +50,13 @@ class Row:
         start: whether codes are rounded to nearest, or layer by layer (QEP), whose grid is trained
             too (LSQ).
         rate: of training afterwards; None for no training.
+        steps: of training.
     """
 
     scheme: str
     start: str = NEAREST
     rate: float | None = None
+    steps: int = 40
 
     @property
     def name(self) -> str:
@@ -64,7 +66,7 @@ class Row:
 
 ROWS = (
     Row("W4A8"),
-    Row("W4A8", rate=1e-4),
+    Row("W4A8", rate=2e-4, steps=30),
     Row("INT2 g32"),
     Row("INT2 g32", QEP),
     Row("INT2 g32", QEP, 5e-5),
@@ -120,7 +122,7 @@ class Student:
             start = jq.tree.dequantize(layers)
             learned = training.init_learned(start, rules)
         layers = training.prepare(start, rules, learned)
-        optimizer = optimizer_for(layers, self.size.steps, rate)
+        optimizer = optimizer_for(layers, row.steps, rate)
 
         @partial(jax.jit, donate_argnums=(0, 1))
         def step(layers, state, params, tokens):
@@ -130,7 +132,7 @@ class Student:
 
         layers, state = jax.tree.map(jnp.copy, layers), jax.jit(optimizer.init)(layers)
         rng, seconds = np.random.default_rng(seed), []
-        for _ in range(self.size.steps):
+        for _ in range(row.steps):
             before = time.perf_counter()
             carried = step(layers, state, self.params, self._batch(rng))
             layers, state = jax.block_until_ready(carried)

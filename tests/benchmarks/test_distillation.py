@@ -74,12 +74,13 @@ def test_a_tiny_model_gets_closer_to_itself_by_training(tmp_path):
     params = {**params, "layers": (stack,)}
     rng = np.random.default_rng(0)
     ids = rng.integers(0, params["embedding"].shape[0], 400).astype(np.int32)
-    size = Size(steps=12, tokens=8, held_out=8)
+    size = Size(tokens=8, held_out=8)
     data = Data(ids, ids[:72].reshape(8, 9))
     tokenizer = types.SimpleNamespace()
     student = Student(LanguageModel(params, model.config, tokenizer), data, size)
     assert student.divergence(params["layers"]) < 1e-6
-    found = {row: student.run(row, 0) for row in (Row(INT2), Row(INT2, QEP), Row(INT2, QEP, 3e-3))}
+    rows = Row(INT2), Row(INT2, QEP), Row(INT2, QEP, 3e-3, 12)
+    found = {row: student.run(row, 0) for row in rows}
     nearest, qep, trained = (r["divergence"] for r in found.values())
     assert trained < qep < nearest
     assert [r["steps"] for r in found.values()] == [0, 0, 12]
