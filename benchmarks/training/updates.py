@@ -83,7 +83,7 @@ def measure(name: str, shapes: Shapes) -> list[dict[str, Any]]:
     ]
 
 
-def least_seconds(steps: dict[str, Callable[[], object]]) -> dict[str, float]:
+def least_seconds(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """CPU seconds of each step, those of the kernel included, which zeroes memory."""
     best = dict.fromkeys(steps, float("inf"))
     for _ in range(ROUNDS):
