@@ -161,7 +161,7 @@ class Explanation:
     def __str__(self) -> str:
         import rich.console
 
-        console = rich.console.Console(width=120)
+        console = rich.console.Console(width=120, force_jupyter=False)
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()

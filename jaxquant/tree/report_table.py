@@ -45,7 +45,8 @@ def to_text(table: "rich.table.Table", width: int = 120) -> str:
     """A rich table as text."""
     import rich.console
 
-    console = rich.console.Console(width=width)
+    # In Jupyter, a console would display the table, and capture nothing.
+    console = rich.console.Console(width=width, force_jupyter=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get()

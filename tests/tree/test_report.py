@@ -1,3 +1,4 @@
+import builtins
 import dataclasses
 import io
 import json
@@ -28,6 +29,8 @@ from jaxquant import (
     ArrayConfig,
     Format,
     Rule,
+    explain,
+    matmul,
     quantize,
     tree,
 )
@@ -284,6 +287,21 @@ def test_a_row_warns_where_the_axis_may_be_wrong(path, shape, rules, text):
     assert (row.warning or "").startswith(text or "")
     assert (row.warning is None) == (text is None)
     assert ("warning: " in str(report)) == (text is not None)
+
+
+def test_reports_are_texts_in_jupyter_too(monkeypatch):
+    params = {"kernel": jnp.ones((32, 16))}
+    quantized = tree.quantize(params, W8A8)
+    report = tree.report(params, quantized)
+    explanation = explain(matmul, jnp.ones((2, 32)), quantized["kernel"])
+    wanted = str(report), str(explanation)
+    # Rich knows Jupyter by the class of its shell, and displays tables instead of writing them.
+    shell = type("ZMQInteractiveShell", (), {})
+    monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    assert rich.console.Console().is_jupyter
+    assert (str(report), str(explanation)) == wanted
+    assert "int8 per channel" in wanted[0]
+    assert "dot_general" in wanted[1]
 
 
 def test_json_holds_rows_and_total():
