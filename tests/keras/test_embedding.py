@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from jaxquant import W4A16, W8A8
-from jaxquant.keras import Int4QuantizationConfig, QuantizationConfig, layers
+from jaxquant.keras import (
+    Int4QuantizationConfig,
+    QuantizationConfig,
+    functional,
+    layers,
+    quantize,
+)
+from jaxquant.tree import is_quantized
 
 from .recurrent_cases import products
 
@@ -74,6 +81,17 @@ def test_int8_projection_multiplies_codes(is_tied):
     jaxpr = jax.make_jaxpr(lambda x: layer(x, reverse=True))(activations())
 
     assert products(jaxpr) == {("int8", "int8", "int32")}
+
+
+def test_a_table_of_lookups_has_no_activations_to_quantize():
+    start = keras.Input((5,), dtype="int32")
+    table = layers.Embedding(TOKENS, WIDTH)
+    model = keras.Model(start, layers.Dense(3)(table(start)))
+    quantized, _ = quantize(model, W8A8)
+    _, params = functional(quantized)
+    found = jax.tree.leaves(params, is_leaf=is_quantized)
+    quantizes_inputs = {x.shape: x.inputs is not None for x in found if is_quantized(x)}
+    assert quantizes_inputs == {(TOKENS, WIDTH): False, (WIDTH, 3): True}
 
 
 def test_tied_weight_is_stored_once():

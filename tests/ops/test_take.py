@@ -68,6 +68,11 @@ def test_indices_of_every_shape_match(indices):
         assert_same(got, want)
 
 
+def test_an_index_may_be_a_python_number():
+    q = quantized(normal(4, 10, 6), ArrayConfig(), axis=2)
+    assert_same(take(q, 7, axis=1), jnp.take(q.dequantize(), 7, axis=1))
+
+
 @pytest.mark.some_rows(2)
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "uint32"])
 def test_narrow_and_unsigned_indices_reach_long_axes(dtype):

@@ -459,21 +459,24 @@ UNSUPPORTED = {
 
 @needs_native
 @pytest.mark.parametrize(
-    "shape, most, reason",
+    "shape, least, most, reason",
     [
-        ((1024, 127), 64, "fewer than 128 columns for more than 64 float rows"),
-        ((256, 255), 8, "fewer than 65536 weights for more than 8 float rows"),
+        ((1024, 127), 128, 64, "fewer than 128 columns for more than 64 float rows"),
+        ((256, 255), 256, 8, "fewer than 65536 weights for more than 8 float rows"),
     ],
 )
 def test_more_float_rows_by_few_columns_or_weights_are_left_to_xla(
-    monkeypatch, shape, most, reason
+    monkeypatch, shape, least, most, reason
 ):
     for name, limit in LIMITS.items():
         monkeypatch.setattr(cpu_native, name, limit)
-    q = weight(ArrayConfig(format=INT4, group_size=32), shape).reorder((-1, -2))
-    assert forced(normal(most, shape[0]), q).shape == (most, shape[1])
+    config, x = ArrayConfig(format=INT4, group_size=32), normal(most + 1, shape[0])
+    q = weight(config, shape).reorder((-1, -2))
+    assert forced(x[:-1], q).shape == (most, shape[1])
     with pytest.raises(ValueError, match=reason):
-        forced(normal(most + 1, shape[0]), q)
+        forced(x, q)
+    enough = weight(config, (shape[0], least)).reorder((-1, -2))
+    assert forced(x, enough).shape == (most + 1, least)
 
 
 @pytest.mark.some_rows(2)
