@@ -291,6 +291,16 @@ def test_to_stock_gives_the_same_codes(mode):
         assert error < 1e-5 * np.linalg.norm(wanted[name]), name
 
 
+def test_dequantized_layers_keep_their_random_seeds():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((3, 8)), layers.GRU(4, dropout=0.5, unroll=True)])
+    model.quantize("int8")
+    stock = to_stock(model, dequantize=True)
+    found, wanted = ([v for v in x.variables if v.dtype == "uint32"] for x in (stock, model))
+    assert len(wanted) == 1
+    assert_equal(found, wanted)
+
+
 @pytest.mark.slow
 def test_to_stock_lists_what_stock_keras_lacks():
     original, inputs = whole_model(), whole_inputs()
