@@ -109,7 +109,9 @@ def test_every_matrix_is_quantized_and_files_load(name, mode, tmp_path):
 
     # As the lifted function of the float model, but for the rounding of sums.
     apply, params = functional(quantized)
-    assert not jq.explain(apply, params, X).dequantized
+    explanation = jq.explain(apply, params, X)
+    assert len(explanation) == 2
+    assert not explanation.dequantized
     assert relative_error(np.asarray(jax.jit(apply)(params, X)), found) < 1e-5
     quantized.save(tmp_path / "model.keras")
     quantized.save_weights(tmp_path / "model.weights.h5")
@@ -205,7 +207,9 @@ def test_a_layer_reads_a_quantized_weight_as_a_variable(policy, tmp_path):
     assert 0 < relative_error(found, np.asarray(model(X))) < 0.04
     assert quantized(X, training=True).shape == found.shape
     apply, params = functional(quantized)
-    assert not jq.explain(apply, params, X).dequantized
+    explanation = jq.explain(apply, params, X)
+    assert len(explanation) == 2
+    assert not explanation.dequantized
     quantized.save(tmp_path / "model.keras")
     loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(X), found)
