@@ -21,7 +21,8 @@ OF_DEVELOPERS = {"docs", "test", "checkpoints-check", "bench"}
 
 
 def blocks_of(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    """Code of a page, and of a notebook."""
+    return re.findall(r"```(?:python|\{code-cell\})\n(.*?)```", text, re.DOTALL)
 
 
 def needs_of(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -13,10 +13,10 @@ import api_pages
 import jaxquant
 
 project = "jaxquant"
-copyright = "the jaxquant developers"
+author = copyright = "the jaxquant developers"
 release = jaxquant.__version__
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
@@ -36,6 +36,12 @@ html_css_files = ["site.css"]
 html_title = f"jaxquant {release}"
 html_theme_options = {"show_toc_level": 2, "navbar_persistent": []}
 myst_heading_anchors = 4
+# Notebooks are stored without outputs, and run here, in an empty folder.
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+nb_merge_streams = True
 
 
 # Kinds of names whose docstrings are a sentence.

@@ -19,10 +19,11 @@ BROUGHT_BY = {
     "haiku": {"frameworks"},
     "keras": {"keras", "frameworks"},
     "keras_hub": {"keras-hub"},
+    "matplotlib": {"plot"},
     "optax": {"optax", "frameworks"},
     "orbax": {"frameworks"},
 }
-ALWAYS = {"contextlib", "dataclasses", "functools", "jax", "jaxquant", "numpy", "os"}
+ALWAYS = {"jax", "jaxquant", "numpy", *sys.stdlib_module_names}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -52,6 +53,11 @@ def test_a_page_says_what_brings_the_modules_that_it_imports(path):
     modules = {name.strip().split(".")[0] for line in found for name in line.split(",")}
     for module in modules - ALWAYS:
         assert BROUGHT_BY[module] & {*extras, *packages}, f"{path.name} imports {module}"
+
+
+def test_cells_of_notebooks_are_code_of_a_page():
+    page = "```python\na\n```\n\n```py\nb\n```\n\n```{code-cell}\nc\n```\n"
+    assert PAGES["blocks_of"](page) == ["a\n", "c\n"]
 
 
 def test_a_page_that_fails_says_why(tmp_path):
