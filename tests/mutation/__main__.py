@@ -30,7 +30,7 @@ from .run import Outcome, copy_repository, first_failure, run_mutant
 ROOT = pathlib.Path(__file__).parents[2]
 LAYERS = ("core", "ops", "methods", "training", "keras")
 # Tests of these folders use the layers most.
-TESTED_BY = (*LAYERS, "tree")
+TESTED_BY = (*LAYERS, "tree", "calibration", "allocation")
 WANTED = 0.95
 
 
