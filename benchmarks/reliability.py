@@ -2,9 +2,9 @@
 
     python -m benchmarks.reliability
 
-prints the table of docs/reliability.md. Each row is tried in separate processes; the first that does
-not hold is an error. Linux or macOS; a read-only folder is tried only as root, which then gives up
-its rights, and Orbax if it is installed.
+prints the table of docs/reliability.md. Each row is tried in separate processes; the first that
+does not hold is an error. Linux or macOS; a read-only folder is tried only as root, which then
+gives up its rights, and Orbax if it is installed.
 """
 
 import argparse
