@@ -30,8 +30,16 @@ if keras.backend.backend() not in _BACKENDS:
         "Set KERAS_BACKEND=jax in the environment before Keras is imported."
     )
 
+
+class _StoresItsWeights:
+    """A layer whose quantized weights are in variables that Keras' own modes do not know."""
+
+    def _quantization_geometry(self) -> None:
+        """Nothing, by which Keras 3.16 lists the layer's largest variable in its summary."""
+
+
 # For type checkers: a mixin gets its other attributes from the Keras layer among the bases.
-KerasLayer: Any = object
+KerasLayer: Any = _StoresItsWeights
 
 
 def has_quantized_variables(layer: keras.layers.Layer) -> bool:
@@ -128,23 +136,53 @@ class NothingToCalibrate:
     data set. It finds none, on a data set of one token, and the config is as before.
 
     Args:
-        config: that of the running `Model.quantize`, whose layers are all quantized.
+        config: that of the running `Model.quantize`.
+        layers: those that are quantized, all at once.
     """
 
-    def __init__(self, config: Any):
-        self.config, self.held, self.frame = config, dict(vars(config)), running_quantize()
+    def __init__(self, config: Any, layers: list[Any]):
+        self.config, self.layers, self.frame = config, layers, running_quantize()
+        # Keras 3.16 reads the blocks before it asks the layers.
+        self.structure: dict[str, Any] = self.frame.f_locals.get("structure") or {}
+        self.held, self.held_structure = dict(vars(config)), dict(self.structure)
         blocks = {"pre_block_layers": [], "sequential_blocks": [self]}
         given = {"dataset": [np.zeros(1, np.int32)], "tokenizer": len, "num_samples": 1}
         vars(config).update(given, sequence_length=1, quantization_layer_structure=blocks)
+        self.structure.update(blocks)
 
     def restore(self) -> None:
-        """Gives the config what it held."""
+        """Gives the config and the blocks what they held."""
         vars(self.config).update(self.held)
+        self.structure.clear()
+        self.structure.update(self.held_structure)
 
     def _flatten_layers(self) -> list[Any]:
-        """What Keras calls to find the layers in a block."""
+        """What Keras calls to find the layers in a block.
+
+        Raises:
+            ValueError: it is another run of `Model.quantize`, which Keras 3.16 starts with this.
+        """
         self.restore()
+        if running_quantize() is not self.frame:
+            raise ValueError(
+                f"The config must be as it was; got a {type(self.config).__name__} that an earlier "
+                "Model.quantize changed and did not restore, because an error ended it. It is "
+                "restored now. Call quantize again."
+            )
+        report = self.frame.f_locals.get("report")
+        if report is not None:
+            _report(report, self.layers)
         return []
+
+
+def _report(report: Any, layers: list[Any]) -> None:
+    """Lists layers as quantized in Keras' report, which has found them quantized already."""
+    paths = {layer.path or layer.name: layer for layer in layers}
+    report.skipped[:] = [(path, why) for path, why in report.skipped if path not in paths]
+    known = {path for path, *_ in report.quantized}
+    for path, layer in paths.items():
+        if path not in known:
+            report.add_quantized(path, layer.quantization_mode, layer.dtype_policy.name)
 
 
 def nothing_to_calibrate(config: Any) -> NothingToCalibrate | None:

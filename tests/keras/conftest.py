@@ -2,7 +2,11 @@ import jax
 import jax.export
 import numpy as np
 import pytest
-from keras.src.backend.jax import numpy, random  # Public functions compile for each shape.
+from keras.src.backend import jax as on_jax  # Public functions compile for each shape.
+
+random = on_jax.random
+# Keras 3.16 has it elsewhere.
+numpy = on_jax.numpy if hasattr(on_jax, "numpy") else on_jax.ops.numpy
 
 
 @pytest.fixture(autouse=True)

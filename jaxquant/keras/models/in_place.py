@@ -38,8 +38,7 @@ def quantize_in_place(layer: Any, config: Any) -> None:
             f"{type(config).__name__}."
         )
     if earlier is None or earlier.frame is not frame:
-        _quantize(frame.f_locals["self"], config)
-        compat.NothingToCalibrate(config)
+        compat.NothingToCalibrate(config, _quantize(frame.f_locals["self"], config))
     if layer.declared_weights and not layer.stored_weights:
         raise NotImplementedError(
             f"{layer.path or layer.name} stays in float: {config.mode} quantizes layers that "
@@ -50,8 +49,8 @@ def quantize_in_place(layer: Any, config: Any) -> None:
 MODES_WITH_DATA.update(gptq=quantize_in_place, awq=quantize_in_place)
 
 
-def _quantize(model: Any, config: Any) -> None:
-    """Quantizes the layers of a model, all of them or none."""
+def _quantize(model: Any, config: Any) -> list[Any]:
+    """Quantizes the layers of a model, all of them or none, and returns them."""
     selected = compat.layers_being_quantized()
     layers = [x for x in selected if isinstance(x, QuantizableMixin) and x.declared_weights]
     stock = [x.path for x in set(selected) - set(layers) if isinstance(x, _CALIBRATED)]
@@ -75,6 +74,7 @@ def _quantize(model: Any, config: Any) -> None:
     made = quantize_by_methods(model, weights, batches, None)
     for layer in found:
         take_over(layer, rules, made[id(layer)])
+    return found
 
 
 # The layers that Keras calibrates.
