@@ -132,8 +132,19 @@ def test_a_language_model_generates_from_codes(name, tmp_path):
 
 
 # Backbones whose experts are bare weights: more arguments, and how many weights are quantized.
+GEMMA4 = {
+    "head_dim": 16,
+    "image_size": 16,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "num_experts_per_token": 2,
+    "expert_intermediate_dim": 32,
+}
+SHARED = {"moe_intermediate_dim": 32, "shared_expert_intermediate_dim": 48}
 WITH_EXPERTS = {
     "Mixtral": (EXPERTS, 10),
+    "Gemma4": (GEMMA4, 12),
+    "QwenMoe": ({**EXPERTS, **SHARED}, 13),
     "GptOss": ({"num_experts": 4, "head_dim": 16}, 9),
     "Qwen3Moe": ({**EXPERTS, "head_dim": 16, "moe_intermediate_dim": 64}, 9),
 }
@@ -145,21 +156,24 @@ def test_experts_are_quantized_by_lifting_their_call(name, tmp_path):
     keras.utils.set_random_seed(0)
     arguments, count = WITH_EXPERTS[name]
     model = getattr(hub.models, f"{name}Backbone")(**DECODER, **arguments)
+    inputs = prompt()
+    if "position_ids" in model.input:
+        inputs["position_ids"] = np.broadcast_to(np.arange(12), (2, 12))
     quantized, report = jk.quantize(model, jq.W8A16)
     done = [row.path for row in report.rows if row.scheme]
     assert len(done) == count
     assert any("/experts/" in path or "expert_bank" in path for path in done)
     # Layers that KerasHub does not name have the paths of the given model.
     assert [row.path for row in report.rows] == [v.path for v in model.weights]
-    found = quantized(prompt())
-    assert 0 < checks.distance(found, model(prompt())) < 0.03
+    found = quantized(inputs)
+    assert 0 < checks.distance(found, model(inputs)) < 0.03
     apply, params = jk.functional(quantized)
-    assert not jq.explain(apply, params, prompt()).dequantized
+    assert not jq.explain(apply, params, inputs).dequantized
 
     quantized.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert type(loaded).__name__ == f"{name}Backbone"
-    assert checks.distance(loaded(prompt()), found) == 0
+    assert checks.distance(loaded(inputs), found) == 0
 
 
 @pytest.mark.slow

@@ -224,7 +224,19 @@ def only_a_table():
     return keras.Sequential([keras.Input((6,), dtype="int32"), layers.Embedding(40, 32)])
 
 
+class Keeps(layers.Dense):
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.kept = [self.kernel]
+
+
+def with_a_kept_kernel():
+    start = keras.Input((6,), dtype="int32")
+    return keras.Sequential([start, layers.Embedding(40, 32), layers.Dense(16), Keeps(3)])
+
+
 PROBLEMS: dict[str, tuple[Any, Any, str]] = {
+    "kept": (with_a_kept_kernel, {}, "declares 'kernel' as a QuantizedWeight, so it must keep the"),
     "stock": (with_stock_head, {}, r"stock_head: stock layer; quantize jaxquant\.keras\.convert"),
     "twice": (quantized_before, {}, "Layer 'head' is already quantized"),
     "short": (lambda: stack(True, 1), {"dataset": ["ab"]}, "one sequence of 6 tokens; got 2"),
