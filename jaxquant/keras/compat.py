@@ -238,6 +238,27 @@ def checked_quantize(layer: Any) -> Callable[..., None]:
     return quantize
 
 
+def call_hook(layer: Any) -> Callable[..., Any]:
+    """The method that Keras' guides define for the layer's mode.
+
+    Raises:
+        NotImplementedError: there is none, in the words of Keras.
+    """
+    name = f"_{layer.quantization_mode}_call"
+    hook = getattr(layer, name, None)
+    if hook is None:
+        raise NotImplementedError(
+            f"Invalid quantization mode. {type(layer).__name__} must define {name} for the mode "
+            f"of its dtype policy; got the mode {layer.quantization_mode!r}."
+        )
+    return hook
+
+
+def wrapped_quantize(layer: Any) -> Callable[..., None]:
+    """The layer's `quantize` with Keras' checks, which Keras 3.16 does not put around it."""
+    return vars(layer).get("quantize") or checked_quantize(layer)
+
+
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
     """A context in which variables are created without values, to be assigned to afterwards."""

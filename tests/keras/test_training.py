@@ -179,15 +179,15 @@ def added_kernel(layer):
 
 def test_enable_lora_raises_where_it_is_not_supported():
     layer: Any = layers.Dense(3)
-    with pytest.raises(ValueError, match="the layer is not built"):
+    with pytest.raises(ValueError, match="on a layer that isn't yet built; build it first"):
         layer.enable_lora(2)
     layer.build((None, 4))
     layer.enable_lora(2)
-    with pytest.raises(ValueError, match="LoRA is already enabled"):
+    with pytest.raises(ValueError, match="lora is already enabled"):
         layer.enable_lora(2)
     constrained: Any = layers.Dense(3, kernel_constraint="non_neg")
     constrained.build((None, 4))
-    with pytest.raises(ValueError, match="kernel_constraint is set"):
+    with pytest.raises(ValueError, match="Lora is incompatible with kernel constraints"):
         constrained.enable_lora(2)
 
 

@@ -149,12 +149,13 @@ class LoraMixin(QuantizableMixin):
         return getattr(self, f"{name}_regularizer", None)
 
     def _check_lora(self, name: str, rank: int) -> None:
-        constraint = getattr(self, f"{name}_constraint", None)
+        constraint, kind = getattr(self, f"{name}_constraint", None), name.removesuffix("s")
         problems = [
             (not (isinstance(rank, int) and rank > 0), "rank must be a positive int"),
-            (not self.built, "the layer is not built; build it first"),
-            (self.lora_enabled, "LoRA is already enabled"),
-            (constraint is not None, f"{name}_constraint is set; remove it"),
+            # Users match the words of Keras.
+            (constraint is not None, f"Lora is incompatible with {kind} constraints; remove them"),
+            (not self.built, "Cannot enable lora on a layer that isn't yet built; build it first"),
+            (self.lora_enabled, "lora is already enabled. This can only be done once per layer"),
             (self._has_multiplier(name), "its activations have a multiplier, which a method chose"),
             (self.trains_in_float8, "the layer trains in float8; add LoRA before or after that"),
         ]

@@ -69,7 +69,7 @@ class QuantizableMixin(PolicyMixin):
         # Not by setattr: Keras would track the variables in the state a second time.
         layer.__dict__["weight_state"] = LayerState(layer)
         layer.__dict__["build"] = build_in_float(layer, layer.build)
-        layer.__dict__["quantize"] = quantize_with_config(layer, layer.quantize)
+        layer.__dict__["quantize"] = quantize_with_config(layer, compat.wrapped_quantize(layer))
         return layer
 
     # Reading declared weights.
@@ -185,7 +185,7 @@ class QuantizableMixin(PolicyMixin):
 
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the hook of the mode."""
-        return getattr(self, f"_{self.quantization_mode}_call")(*args, **kwargs)
+        return compat.call_hook(self)(*args, **kwargs)
 
     def _int8_call(self, *args: Any, **kwargs: Any):
         """Hook: the forward pass in this mode."""
