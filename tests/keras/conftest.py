@@ -1,9 +1,12 @@
+from typing import Any
+
 import jax
 import jax.export
 import numpy as np
 import pytest
-from keras.src.backend import jax as on_jax  # Public functions compile for each shape.
+from keras.src.backend import jax as backend  # Public functions compile for each shape.
 
+on_jax: Any = backend
 random = on_jax.random
 # Keras 3.16 has it elsewhere.
 numpy = on_jax.numpy if hasattr(on_jax, "numpy") else on_jax.ops.numpy
