@@ -311,14 +311,24 @@ def _prepared(x: Any, other: Any, axes: tuple[int, ...]) -> jax.Array:
 def _multiplied(x: jax.Array, inputs: Inputs, axes: tuple[int, ...]) -> jax.Array:
     """x times the multiplier of its channels."""
     assert inputs.multiplier is not None, "the caller has checked it"
-    lengths = tuple(x.shape[a] for a in axes)
-    if inputs.multiplier.shape != lengths:
+    lengths, multiplier = tuple(x.shape[a] for a in axes), inputs.multiplier
+    is_of_windows = multiplier.ndim > len(axes)
+    if is_of_windows and multiplier.size == math.prod(lengths):
+        multiplier = multiplier.reshape(lengths)
+    elif is_of_windows:
+        raise ValueError(
+            "inputs.multiplier of a convolution must have one factor per input channel, which all "
+            f"pixels of a window share; got {multiplier.shape} for channels {lengths}. Methods "
+            "such as AWQ and SmoothQuant choose a factor per pixel: use another, such as GPTQ, for "
+            "kernels of several pixels, or scale the channels beforehand."
+        )
+    if multiplier.shape != lengths:
         raise ValueError(
             f"inputs.multiplier must have the shape of the contracted axes, {lengths}, in the "
-            f"order of the QTensor's; got {inputs.multiplier.shape} for axes {axes} of an "
-            f"operand of shape {x.shape}."
+            f"order of the QTensor's; got {multiplier.shape} for axes {axes} of an operand of "
+            f"shape {x.shape}."
         )
-    ascending = inputs.multiplier.transpose(np.argsort(axes))
+    ascending = multiplier.transpose(np.argsort(axes))
     shape = [n if a in axes else 1 for a, n in enumerate(x.shape)]
     return x * ascending.reshape(shape).astype(x.dtype)
 

@@ -368,3 +368,29 @@ def test_plain_arrays_go_to_lax_unchanged():
     run = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": NHWC}
     want = jax.lax.conv_general_dilated(jnp.asarray(IMAGE), jnp.asarray(w), **run)
     np.testing.assert_array_equal(conv_general_dilated(jnp.asarray(IMAGE), w, **run), want)
+
+
+@pytest.mark.parametrize("kernels", ["HWIO", "OIHW"])
+def test_factors_per_element_of_a_window_fit_kernels_of_one_pixel_only(kernels):
+    """As methods choose them, which see windows as rows."""
+    x, factors = jnp.asarray(normal(2, 5, 4, 6)), jnp.asarray(np.arange(1.0, 7), jnp.float32)
+    run = partial(
+        conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", kernels, "NHWC"),
+    )
+    for size in (1, 3):
+        lengths = {"H": size, "W": 1, "I": 6, "O": 7}
+        inner = tuple(a for a, name in enumerate(kernels) if name != "O")
+        q = quantize(normal(*(lengths[name] for name in kernels)), ArrayConfig(), inner)
+        each = factors.reshape([6 if kernels[a] == "I" else 1 for a in inner])
+        shape = [q.shape[a] for a in inner]
+        treated = with_inputs(q, Inputs(multiplier=jnp.broadcast_to(each, shape)))
+        if size == 1:
+            np.testing.assert_allclose(
+                run(x, treated), run(x * factors[None, None, None], q), rtol=1e-5, atol=1e-5
+            )
+            continue
+        with pytest.raises(ValueError, match=r"one factor per input channel, .* for channels \(6,"):
+            run(x, treated)
