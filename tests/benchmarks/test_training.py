@@ -274,7 +274,8 @@ def test_what_the_machine_lacks_is_said(monkeypatch):
 
 
 def test_the_parts_are_those_that_can_be_asked_for():
-    assert (*parts.PARTS, training.SMOLLM2) == training.PARTS
+    more = training.UPDATES, training.SMOLLM2, training.DISTILLATION
+    assert (*parts.PARTS, *more) == training.PARTS
 
 
 def test_spread_is_the_standard_deviation():

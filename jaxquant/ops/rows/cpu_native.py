@@ -87,19 +87,48 @@ def native_int8(lhs: QTensor, rhs: QTensor, spec: DotSpec) -> jax.Array:
 
 
 def why_unsupported(lhs: Operand, rhs: Any, spec: DotSpec) -> str | None:
-    """Why the kernels do not compute this, or None."""
+    """Why the kernels do not compute this, or XLA is faster for such sizes; or None."""
+    return why_unable(lhs, rhs, spec) or _on_matrix(_why_small, lhs, rhs, spec)
+
+
+def why_unable(lhs: Operand, rhs: Any, spec: DotSpec) -> str | None:
+    """`why_unsupported` for weights of any size."""
     why_not = why_not_a_matrix(lhs, rhs, spec) or why_unsupported_shardings(lhs, rhs, spec)
-    return why_not or _on_matrix(_why_unsupported, lhs, rhs, spec)
+    return why_not or _on_matrix(_why_unable, lhs, rhs, spec)
 
 
-def _why_unsupported(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
-    if integer.is_of_8_bits(lhs, rhs, spec):
-        return _why_unsupported_size(lhs, rhs, by_codes=True)
-    why_not = why_unsupported_float64(spec)
-    by_codes = multiplies_codes(lhs, rhs)
-    lengths = rhs.codes.shape[1], rhs.scale.shape[1]
-    why_not = why_not or why_unsupported_weights(rhs, by_codes, lengths)
-    return why_not or _why_unsupported_size(lhs, rhs, by_codes)
+def _why_unable(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
+    by_codes = _multiplies_by_codes(lhs, rhs, spec)
+    if not integer.is_of_8_bits(lhs, rhs, spec):
+        lengths = rhs.codes.shape[1], rhs.scale.shape[1]
+        why_not = why_unsupported_float64(spec) or why_unsupported_weights(rhs, by_codes, lengths)
+        if why_not is not None:
+            return why_not
+    if cpu.unavailable() is not None:
+        return cpu.unavailable()
+    instructions, bits = cpu.instruction_sets()[0], rhs.format.bits
+    most = _MOST_ROWS[instructions].get((bits, by_codes), math.inf)
+    if lhs.size // rhs.codes.shape[1] <= most:
+        return None
+    kind = "int8" if by_codes else "float"
+    return f"more than {most} {kind} rows by {bits}-bit weights, with {instructions}"
+
+
+def _why_small(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
+    """Why XLA is faster for so few weights, or None."""
+    if rhs.size < _LEAST_SIZE:
+        return f"fewer than {_LEAST_SIZE} weights"
+    rows, columns = lhs.size // rhs.codes.shape[1], rhs.codes.shape[0]
+    limits = (("weights", rhs.size, _LEAST_WEIGHTS), ("columns", columns, _LEAST_COLUMNS))
+    for unit, size, (few, least) in () if _multiplies_by_codes(lhs, rhs, spec) else limits:
+        if rows > few and size < least:
+            return f"fewer than {least} {unit} for more than {few} float rows"
+    return None
+
+
+def _multiplies_by_codes(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
+    """`is_integer` for a matrix."""
+    return integer.is_of_8_bits(lhs, rhs, spec) or multiplies_codes(lhs, rhs)
 
 
 def multiplies_codes(lhs: Operand, rhs: QTensor) -> bool:
@@ -114,11 +143,7 @@ def multiplies_codes(lhs: Operand, rhs: QTensor) -> bool:
 
 def is_integer(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
     """Whether the kernels multiply codes by codes."""
-
-    def on_matrix(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
-        return integer.is_of_8_bits(lhs, rhs, spec) or multiplies_codes(lhs, rhs)
-
-    return _on_matrix(on_matrix, lhs, rhs, spec)
+    return _on_matrix(_multiplies_by_codes, lhs, rhs, spec)
 
 
 def _on_matrix(question: Callable[..., Any], lhs: Operand, rhs: QTensor, spec: DotSpec) -> Any:
@@ -149,25 +174,6 @@ def _by_weights(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
     else:
         out = cpu.widen_dot(_rows(x), rhs.codes, scale, zero)
     return out.reshape(*x.shape[:-1], rhs.codes.shape[0])
-
-
-def _why_unsupported_size(lhs: Operand, rhs: QTensor, by_codes: bool) -> str | None:
-    """Why XLA is faster for so many rows or so few weights, or None."""
-    if cpu.unavailable() is not None:
-        return cpu.unavailable()
-    if rhs.size < _LEAST_SIZE:
-        return f"fewer than {_LEAST_SIZE} weights"
-    instructions, bits = cpu.instruction_sets()[0], rhs.format.bits
-    most = _MOST_ROWS[instructions].get((bits, by_codes), math.inf)
-    rows, columns = lhs.size // rhs.codes.shape[1], rhs.codes.shape[0]
-    limits = (("weights", rhs.size, _LEAST_WEIGHTS), ("columns", columns, _LEAST_COLUMNS))
-    for unit, size, (few, least) in () if by_codes else limits:
-        if rows > few and size < least:
-            return f"fewer than {least} {unit} for more than {few} float rows"
-    if rows > most:
-        kind = "int8" if by_codes else "float"
-        return f"more than {most} {kind} rows by {bits}-bit weights, with {instructions}"
-    return None
 
 
 def why_unsupported_weights(rhs: QTensor, by_codes: bool, lengths: tuple[int, int]) -> str | None:

@@ -41,12 +41,9 @@ LAYOUTS = [
 
 
 @pytest.fixture(autouse=True)
-def any_size(monkeypatch):
-    """Kernels compute what XLA is faster for, too."""
-    monkeypatch.setattr(cpu_native, "_LEAST_SIZE", 0)
+def any_number_of_rows(monkeypatch):
+    """Kernels compute any number of rows, also with instructions with which XLA is faster."""
     monkeypatch.setattr(cpu_native, "_MOST_ROWS", {key: {} for key in cpu_native._MOST_ROWS})
-    for name in ("_LEAST_WEIGHTS", "_LEAST_COLUMNS"):
-        monkeypatch.setattr(cpu_native, name, (0, 0))
 
 
 def arrays(images, kernels, inputs, outputs, channels=SIZES["C"]):
@@ -185,7 +182,12 @@ def test_rows_that_are_not_selected_say_why(monkeypatch):
     assert found == "images"
     assert reasons["native"].endswith("longer to copy than to convolve to fewer than 128 outputs")
     assert reasons["shifted"] == "channels are not convolved each by itself"
-    assert names(x, kernel_of(normal(1, 1, 64, 512), "HWIO", int8))[0] == "native"
+    for inputs, least in ((None, 2048), (int8, 8192)):
+        for outputs, name in ((least // 64, True), (least // 64 - 1, False)):
+            small = kernel_of(normal(1, 1, 64, outputs), "HWIO", int8, inputs)
+            found, reasons = names(x, small)
+            assert (found == "native") == name
+            assert name or reasons["native"] == f"fewer than {least} weights"
     found, reasons = names(x, dataclasses.replace(wide, inputs=None))
     assert found == "dequantize"
     assert reasons["native"] == "patches of floats take longer to copy than to convolve"
