@@ -106,9 +106,11 @@ def _why_unable(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
             return why_not
     if cpu.unavailable() is not None:
         return cpu.unavailable()
+    if rhs.size == 0:
+        return "there are no weights"
     instructions, bits = cpu.instruction_sets()[0], rhs.format.bits
     most = _MOST_ROWS[instructions].get((bits, by_codes), math.inf)
-    if lhs.size // rhs.codes.shape[1] <= most:
+    if math.prod(lhs.shape[:-1]) <= most:
         return None
     kind = "int8" if by_codes else "float"
     return f"more than {most} {kind} rows by {bits}-bit weights, with {instructions}"
@@ -118,7 +120,7 @@ def _why_small(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
     """Why XLA is faster for so few weights, or None."""
     if rhs.size < _LEAST_SIZE:
         return f"fewer than {_LEAST_SIZE} weights"
-    rows, columns = lhs.size // rhs.codes.shape[1], rhs.codes.shape[0]
+    rows, columns = math.prod(lhs.shape[:-1]), rhs.codes.shape[0]
     limits = (("weights", rhs.size, _LEAST_WEIGHTS), ("columns", columns, _LEAST_COLUMNS))
     for unit, size, (few, least) in () if _multiplies_by_codes(lhs, rhs, spec) else limits:
         if rows > few and size < least:

@@ -160,6 +160,10 @@ def test_empty_images():
         run = convolved(("NHWC", "HWIO", "NHWC", {"padding": "SAME"}))
         q = kernel_of(w, "HWIO", ArrayConfig(), ArrayConfig())
         assert run(x[:0], q, implementation="native").shape == (0, 7, 9, 20)
+        q = kernel_of(w[:, :, :0], "HWIO", ArrayConfig(), ArrayConfig())
+        with pytest.raises(ValueError, match="there are no weights"):
+            run(x[..., :0], q, implementation="native")
+        np.testing.assert_array_equal(run(x[..., :0], q), np.zeros((2, 7, 9, 20)))
 
 
 def names(x, q, **options):
