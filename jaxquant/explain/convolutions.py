@@ -32,43 +32,43 @@ class _Rates:
     is_native: bool = False
 
 
-# Channels that all meet, in groups, and each alone; by row, "float" for XLA's floats.
+# Channels that all meet, in groups, and each alone; by row and whether it multiplies integers.
+_FLOATS = "float", False  # XLA's, of float32
 _ALL = {
-    "float": _Rates(55e-6, 0.32e-9, 0.15e-9, 10e-12, 0.041e-9),
-    "dequantize": _Rates(62e-6, 0.30e-9, 0.17e-9, 10e-12, 0.054e-9),
-    "images": _Rates(77e-6, 1.1e-9, 0.66e-9, 6.3e-12, 0.053e-9),
-    "native": _Rates(110e-6, 0.88e-9, 0.50e-9, 1.7e-12, 0.84e-9, is_native=True),
-    "native, float": _Rates(37e-6, 0.094e-9, 0.19e-9, 9.3e-12, 0, is_native=True),
+    _FLOATS: _Rates(55e-6, 0.32e-9, 0.15e-9, 10e-12, 0.041e-9),
+    ("dequantize", False): _Rates(62e-6, 0.30e-9, 0.17e-9, 10e-12, 0.054e-9),
+    ("images", True): _Rates(77e-6, 1.1e-9, 0.66e-9, 6.3e-12, 0.053e-9),
+    ("native", True): _Rates(110e-6, 0.88e-9, 0.50e-9, 1.7e-12, 0.84e-9, is_native=True),
+    ("native", False): _Rates(37e-6, 0.094e-9, 0.19e-9, 9.3e-12, 0, is_native=True),
 }
 _GROUPS = {
-    "float": _Rates(54e-6, 0.59e-9, 0.49e-9, 23e-12, 0.80e-9),
-    "dequantize": _Rates(66e-6, 0.67e-9, 0.47e-9, 22e-12, 0.85e-9),
-    "images": _Rates(77e-6, 1.4e-9, 1.3e-9, 6.6e-12, 0.66e-9),
+    _FLOATS: _Rates(54e-6, 0.59e-9, 0.49e-9, 23e-12, 0.80e-9),
+    ("dequantize", False): _Rates(66e-6, 0.67e-9, 0.47e-9, 22e-12, 0.85e-9),
+    ("images", True): _Rates(77e-6, 1.4e-9, 1.3e-9, 6.6e-12, 0.66e-9),
 }
 _ALONE = {
-    "float": _Rates(83e-6, 0.22e-9, 0, 0, 1.7e-9),
-    "dequantize": _Rates(67e-6, 0.20e-9, 0, 0, 1.7e-9),
-    "images": _Rates(110e-6, 0.59e-9, 0, 0, 2.3e-9),
-    "shifted": _Rates(93e-6, 0.59e-9, 0, 0, 0.057e-9),
-    "shifted, float": _Rates(90e-6, 0.13e-9, 0.05e-9, 0, 0.097e-9),
+    _FLOATS: _Rates(83e-6, 0.22e-9, 0, 0, 1.7e-9),
+    ("dequantize", False): _Rates(67e-6, 0.20e-9, 0, 0, 1.7e-9),
+    ("images", True): _Rates(110e-6, 0.59e-9, 0, 0, 2.3e-9),
+    ("shifted", True): _Rates(93e-6, 0.59e-9, 0, 0, 0.057e-9),
+    ("shifted", False): _Rates(90e-6, 0.13e-9, 0.05e-9, 0, 0.097e-9),
 }
 # How much longer the native kernels take per operation than with AVX512-VNNI.
 _SLOWER = {"AVX512-VNNI": 1.0, "AVX2": 2.3, "NEON": 2.3}
 
 
 def estimated_speed(record: Record, found: Convolution, choice: Choice) -> float | None:
-    """Speed relative to the float32 convolution, or None if there is no model of the row."""
+    """Speed relative to the float32 convolution; None for rows whose rates are not known."""
     table = _GROUPS if found.groups > 1 else _ALL
     if found.groups == found.channels > 1:
         table = _ALONE
-    name = choice.implementation
-    rates = table.get(name if choice.is_integer else f"{name}, float", table.get(name))
+    rates = table.get((choice.implementation, choice.is_integer))
     if rates is None:
         return None
     if rates.is_native:
         slower = _SLOWER[cpu.instruction_sets()[0]]
         rates = dataclasses.replace(rates, operation=slower * rates.operation)
-    return _seconds(table["float"], record, found) / _seconds(rates, record, found)
+    return _seconds(table[_FLOATS], record, found) / _seconds(rates, record, found)
 
 
 def _seconds(rates: _Rates, record: Record, found: Convolution) -> float:
