@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from ..core import QTensor
+from ..jaxprs import OutSharding
 from . import dispatch
 from .dispatch import Implementation
 from .operands import (
@@ -19,6 +20,7 @@ from .operands import (
     Operand,
     OperandLike,
     as_array,
+    as_stored,
     result_dtype,
     stored_axes,
     without_adapters,
@@ -56,6 +58,11 @@ class ConvSpec:
     def batch(self) -> AxesOfBoth:
         """None: all images meet the same kernel."""
         return (), ()
+
+    @property
+    def out_sharding(self) -> OutSharding:
+        """As for `jax.lax.conv_general_dilated`."""
+        return dict(self.options)["out_sharding"]
 
     @property
     def group_sizes(self) -> None:
@@ -105,7 +112,7 @@ class ConvSpec:
 
     def convolution(self, lhs: Operand, rhs: Operand) -> Convolution:
         """Its groups, channels and pixels of a window."""
-        images, kernel = (x.codes if isinstance(x, QTensor) else x for x in (lhs, rhs))
+        images, kernel = as_stored(lhs), as_stored(rhs)
         (_, channels, *_), (_, _, *spatial), _ = self.dimension_numbers
         return Convolution(
             groups=dict(self.options)["feature_group_count"],

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import jax
-import numpy as np
 from jax import lax
 
 from ..core import QTensor
@@ -14,7 +13,7 @@ from ..jaxprs import Function, chips, is_sharded, mark
 from . import record
 from .gradient import tangent_of
 from .inputs import observe, treat, treat_straight_through
-from .operands import AxesOfBoth, Operand, as_array, has_symbolic_shape
+from .operands import AxesOfBoth, Operand, as_array, as_stored, has_symbolic_shape
 from .record import Choice, Convolution, Record
 
 
@@ -169,7 +168,7 @@ def _run(
     def make_record():
         return _record(lhs, rhs, spec, out, selected, is_forced=implementation is not None)
 
-    return mark(out, _stored(lhs), _stored(rhs), make_record)
+    return mark(out, as_stored(lhs), as_stored(rhs), make_record)
 
 
 @partial(_run.defjvp, symbolic_zeros=True)
@@ -225,10 +224,6 @@ def _is_tapped(x: Operand) -> bool:
 
 def _without_values(x: Operand) -> Operand:
     return dataclasses.replace(x, values=None) if isinstance(x, QTensor) else x
-
-
-def _stored(x: Operand) -> jax.Array | np.ndarray:
-    return x.codes if isinstance(x, QTensor) else x
 
 
 def _on_platforms(selected: Selected, lhs: Operand, rhs: Operand, spec: Spec) -> jax.Array:
@@ -313,7 +308,7 @@ def _others_on_parts(
         why_not = row.why_unsupported(lhs, rhs, spec)
         if why_not is not None:
             other, more = select_row(row.fallback, lhs, rhs, spec, platform, chip)
-            not_selected = (row.name, f"on parts of {_stored(rhs).shape}: {why_not}"), *more
+            not_selected = (row.name, f"on parts of {as_stored(rhs).shape}: {why_not}"), *more
             found.append(_choice(other, not_selected, lhs, rhs, spec, platform, chip))
 
     for counts, left, right in row.parts(lhs, rhs, spec) if row.parts else ():

@@ -1,6 +1,7 @@
 """Operands of an operation: their types and checks."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,11 @@ def has_symbolic_shape(x: Operand) -> bool:
 def as_array(x: Operand) -> jax.Array | np.ndarray:
     """The operand as a float array in its stored axis order."""
     return x.decode() if isinstance(x, QTensor) else x
+
+
+def as_stored(x: Operand) -> Any:
+    """The operand as an array in its stored axis order: the codes of a QTensor."""
+    return x.codes if isinstance(x, QTensor) else x
 
 
 def stored_axes(x: Operand, axes: Iterable[int]) -> tuple[int, ...]:

@@ -89,9 +89,7 @@ class RaggedSpec:
         stack, count = self.stack, sizes.shape[0]
         every = jnp.zeros(stack.codes.shape[0] * count, sizes.dtype)
         every = lax.dynamic_update_slice(every, sizes, (self.layer * count,))
-
-        bare = dataclasses.replace(stack, inputs=None)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), bare), every
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stack), every
 
     def unfold(self, x: jax.Array, weights: QTensor) -> jax.Array:
         """The operand itself: its rows have all elements of a sum."""
@@ -200,7 +198,7 @@ def ragged_dot(
 @partial(jax.jit, static_argnames=("spec", "implementation"))
 def _ragged_dot(
     lhs: Operand,
-    rhs: Operand,
+    rhs: Any,
     group_sizes: jax.Array,
     group_offset: jax.Array | None,
     layer: jax.Array | None,
@@ -211,7 +209,8 @@ def _ragged_dot(
     if layer is not None:
         layer = jnp.where(layer < 0, layer + rhs.shape[0], layer)
         layer = jnp.clip(layer, 0, rhs.shape[0] - 1)
-        stack = rhs if _is_read_in_place(rhs) else None
+        bare = dataclasses.replace(rhs, inputs=None, values=None)
+        stack = bare if _is_read_in_place(rhs) else None
         # Dead code where a kernel reads the stack.
         rhs = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), rhs)
     arrays = group_sizes, group_offset, stack, layer

@@ -114,7 +114,7 @@ def _in_slices(
 
 
 def _why_unsupported(lhs: Operand, rhs: Operand, spec: Any) -> str | None:
-    if dict(spec.options)["out_sharding"] is not None:
+    if spec.out_sharding is not None:
         return "the sharding of a result is for one convolution"
     return conv_integer.why_unsupported(lhs, rhs, spec)
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...core import QTensor, scale_values
-from ...jaxprs import is_sharded, on_one_cpu
+from ...jaxprs import on_one_cpu
 from ..dispatch import Implementation, Table
 from ..dot_spec import DotSpec
-from ..operands import Operand, why_unsupported_codes
+from ..operands import Operand, as_stored, why_unsupported_codes
 from . import cpu_native
-from .kernel import kernel_or_xla
+from .kernel import kernel_or_xla, why_unsupported_shardings
 from .matrix import about
 from .windows import Windows
 
@@ -52,8 +52,8 @@ def _run(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
 def _as_product(lhs: Operand, rhs: QTensor, spec: Any) -> tuple[Operand, QTensor, DotSpec]:
     """Patches (B, spatial..., window..., C) by kernels (O, window..., C)."""
     (batch, channels, *pixels), kernel_axes, _ = spec.dimension_numbers
-    windows = Windows.of(spec, _stored(lhs).shape, rhs.codes.shape)
-    images = jnp.transpose(_stored(lhs), (batch, *pixels, channels))
+    windows = Windows.of(spec, as_stored(lhs).shape, rhs.codes.shape)
+    images = jnp.transpose(as_stored(lhs), (batch, *pixels, channels))
     axes = range(1, images.ndim - 1)
     parts = list(windows.shifted(windows.padded(images, axes), axes))
     codes = parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
@@ -82,25 +82,20 @@ def _last(kernel_axes: tuple[int, ...]) -> tuple[int, ...]:
     return outputs, *spatial, inputs
 
 
-def _stored(x: Operand) -> Any:
-    return x.codes if isinstance(x, QTensor) else x
-
-
 def _why_unsupported(lhs: Operand, rhs: Any, spec: Any) -> str | None:
     options, (image_axes, kernel_axes, _) = dict(spec.options), spec.dimension_numbers
     if not isinstance(rhs, QTensor):
         return "the kernel is not quantized"
     if (options["feature_group_count"], options["batch_group_count"]) != (1, 1):
         return "channels or images are in groups"
-    if options["out_sharding"] is not None or any(map(is_sharded, jax.tree.leaves((lhs, rhs)))):
-        return "the kernels do not support sharded arrays"
     if rhs.format.bits < 8 and _last(kernel_axes) != tuple(range(rhs.ndim)):
         return "the kernel is not stored with its output axis first and its input axis last"
     if isinstance(lhs, QTensor):
         is_per_image = lhs.scale.shape[image_axes[0]] == lhs.scale.size
         if why_unsupported_codes(lhs) or lhs.zero_point is not None or not is_per_image:
             return "the images do not have symmetric int8 codes with one scale each"
-    return _on_product(cpu_native.why_unable, lhs, rhs, spec)
+    why_not = why_unsupported_shardings(lhs, rhs, spec)
+    return why_not or _on_product(cpu_native.why_unable, lhs, rhs, spec)
 
 
 def _why_slower(lhs: Operand, rhs: QTensor, spec: Any, _: str | None) -> str | None:
@@ -108,7 +103,7 @@ def _why_slower(lhs: Operand, rhs: QTensor, spec: Any, _: str | None) -> str | N
     least = _LEAST_WEIGHTS[_is_integer(lhs, rhs, spec)]
     if rhs.size < least:
         return f"fewer than {least} weights"
-    windows = Windows.of(spec, _stored(lhs).shape, rhs.codes.shape)
+    windows = Windows.of(spec, as_stored(lhs).shape, rhs.codes.shape)
     if windows.why_slower is not None or windows.count == 1:
         return windows.why_slower
     if not isinstance(lhs, QTensor):

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...core import QTensor
-from ...jaxprs import is_sharded
 from ..dispatch import Implementation
-from ..operands import Operand, as_array
+from ..operands import Operand, as_array, as_stored
 from . import conv_integer
+from .kernel import why_unsupported_shardings
 from .windows import Windows
 
 # Each pixel of a window is an operation of the program.
@@ -56,18 +55,14 @@ def _sum(images: jax.Array, kernel: jax.Array, spec: Any, compute: Any) -> jax.A
 
 
 def _why_unsupported(lhs: Operand, rhs: Operand, spec: Any) -> str | None:
-    options = dict(spec.options)
-    stored = [x.codes if isinstance(x, QTensor) else x for x in (lhs, rhs)]
-    (_, channels, *_), (_, inputs, *_), _ = spec.dimension_numbers
-    is_alone = options["feature_group_count"] == stored[0].shape[channels]
-    if not is_alone or stored[1].shape[inputs] != 1 or options["batch_group_count"] != 1:
+    images, kernel, found = as_stored(lhs), as_stored(rhs), spec.convolution(lhs, rhs)
+    inputs = spec.dimension_numbers.rhs_spec[1]
+    is_alone = found.groups == found.channels and kernel.shape[inputs] == 1
+    if not is_alone or dict(spec.options)["batch_group_count"] != 1:
         return "channels are not convolved each by itself"
-    count = Windows.of(spec, *(x.shape for x in stored)).count
-    if not 0 < count <= _MOST_PIXELS:
-        return f"windows of {count} pixels, not of 1 to {_MOST_PIXELS}"
-    if options["out_sharding"] is not None or any(map(is_sharded, jax.tree.leaves((lhs, rhs)))):
-        return "sharded images cannot be shifted"
-    return None
+    if not 0 < found.pixels <= _MOST_PIXELS:
+        return f"windows of {found.pixels} pixels, not of 1 to {_MOST_PIXELS}"
+    return why_unsupported_shardings(images, kernel, spec)
 
 
 def _is_integer(lhs: Operand, rhs: Operand, spec: Any) -> bool:
@@ -75,15 +70,11 @@ def _is_integer(lhs: Operand, rhs: Operand, spec: Any) -> bool:
 
 
 def _why_slower(lhs: Operand, rhs: Operand, spec: Any, _: str | None) -> str | None:
-    outputs = rhs.codes.shape if isinstance(rhs, QTensor) else rhs.shape
-    repeats = (
-        outputs[spec.dimension_numbers.rhs_spec[0]] // dict(spec.options)["feature_group_count"]
-    )
-    return (
-        f"{repeats} outputs per channel, more than {_MOST_OUTPUTS}"
-        if repeats > _MOST_OUTPUTS
-        else None
-    )
+    outputs = as_stored(rhs).shape[spec.dimension_numbers.rhs_spec[0]]
+    repeats = outputs // spec.convolution(lhs, rhs).groups
+    if repeats <= _MOST_OUTPUTS:
+        return None
+    return f"{repeats} outputs per channel, more than {_MOST_OUTPUTS}"
 
 
 ROW = Implementation(

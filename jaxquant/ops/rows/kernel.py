@@ -112,7 +112,7 @@ def why_unsupported_matrix(lhs: Operand, rhs: Operand, spec: DotSpec, axis: int)
     return why_unsupported_shardings(lhs, rhs, spec)
 
 
-def why_unsupported_shardings(lhs: Operand, rhs: Operand, spec: DotSpec) -> str | None:
+def why_unsupported_shardings(lhs: Operand, rhs: Operand, spec: Any) -> str | None:
     """Why kernels, which have no axes of a mesh, do not get these operands; or None."""
     leaves = jax.tree.leaves((lhs, rhs))
     if spec.out_sharding is not None or any(is_sharded(x) for x in leaves):

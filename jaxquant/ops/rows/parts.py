@@ -14,7 +14,7 @@ from jax import lax
 from ...core import Format, QTensor
 from ...jaxprs import cpu_count, names_parts, on_each_part
 from ..dot_spec import DotSpec
-from ..operands import Operand
+from ..operands import Operand, as_stored
 
 # What divides one axis: names of axes of a mesh.
 Names = tuple[str, ...]
@@ -36,7 +36,7 @@ def run_on_parts(
     leaves, treedef = jax.tree.flatten(tuple(map(_without_inputs, (lhs, rhs))))
     compute = jnp.dtype(jnp.float64 if spec.dtype == jnp.float64 else jnp.float32)
     counts = len(jax.tree.leaves(_without_inputs(lhs)))
-    shapes = _stored(lhs).shape, rhs.codes.shape
+    shapes = as_stored(lhs).shape, rhs.codes.shape
     inner = len(spec.contract[1])
 
     def divide(mesh: Any, specs: Any) -> Any:
@@ -189,7 +189,3 @@ def _formats(x: Any) -> Iterator[Format]:
 
 def _without_inputs(x: Operand) -> Operand:
     return dataclasses.replace(x, inputs=None) if isinstance(x, QTensor) else x
-
-
-def _stored(x: Operand) -> Any:
-    return x.codes if isinstance(x, QTensor) else x

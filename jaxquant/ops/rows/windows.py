@@ -42,15 +42,14 @@ class Windows:
         strides, spacing = options["window_strides"], options["rhs_dilation"] or ones
         padding = options["padding"]
         if isinstance(padding, str):
-            extents = [(n - 1) * d + 1 for n, d in zip(lengths, spacing, strict=True)]
-            padding = lax.padtype_to_pads(pixels, extents, strides, padding)
+            padding = lax.padtype_to_pads(pixels, _extents(lengths, spacing), strides, padding)
         pairs = tuple((int(a), int(b)) for a, b in padding)
         return cls(tuple(lengths), strides, spacing, options["lhs_dilation"] or ones, pairs)
 
     @property
     def extents(self) -> tuple[int, ...]:
         """Pixels from the first of a window to its last."""
-        return tuple((n - 1) * d + 1 for n, d in zip(self.lengths, self.spacing, strict=True))
+        return _extents(self.lengths, self.spacing)
 
     @property
     def count(self) -> int:
@@ -81,3 +80,7 @@ class Windows:
                 stop[a] = start[a] + (windows - 1) * stride + 1 if windows else start[a]
                 steps[a] = stride
             yield lax.slice(x, start, stop, steps)
+
+
+def _extents(lengths: Sequence[int], spacing: Sequence[int]) -> tuple[int, ...]:
+    return tuple((n - 1) * d + 1 for n, d in zip(lengths, spacing, strict=True))
