@@ -134,7 +134,7 @@ def stored_order(
     leaf: jax.Array, plan: Plan, platform: str | None = None
 ) -> tuple[int, ...] | None:
     """The order of axes in which `quantize` stores a leaf."""
-    # Convolution kernels keep their order, even those of one pixel.
+    # Kernels of convolutions, of which `contracted` is not given, keep their order.
     config = plan.scheme.weights
     if plan.contracted is None and len(shared_axes(plan.axis, leaf.ndim, config)) != 1:
         return None
@@ -350,9 +350,11 @@ def why_unsupported_shape(shape: tuple[int, ...], dtype: Any, plan: Plan) -> str
     config, axis = plan.scheme.weights, plan.axis
     try:
         block_shape(shape, config, axis)
-        normalize_axes(() if plan.contracted is None else plan.contracted, len(shape))
     except ValueError as error:
         return str(error)
+    why_not = _why_not_contracted(plan, len(shape))
+    if why_not is not None:
+        return why_not
     if not shrinks(jax.ShapeDtypeStruct(shape, dtype), config, axis):
         return (
             f"takes {bits_per_weight(shape, config, axis):.1f} bits per weight, no fewer than "
@@ -360,6 +362,22 @@ def why_unsupported_shape(shape: tuple[int, ...], dtype: Any, plan: Plan) -> str
             "a rule with the contracted axes, or None"
         )
     return None
+
+
+def _why_not_contracted(plan: Plan, ndim: int) -> str | None:
+    """Why the contracted axes of a plan do not fit an array, or None."""
+    if plan.contracted is None:
+        return None
+    try:
+        contracted = normalize_axes(plan.contracted, ndim)
+    except ValueError as error:
+        return f"contracted: {error}"
+    if set(normalize_axes(plan.axis, ndim)) <= set(contracted):
+        return None
+    return (
+        f"contracted must name all axes along which elements share a scale; got contracted="
+        f"{plan.contracted} for axis={plan.axis}"
+    )
 
 
 @jax.jit

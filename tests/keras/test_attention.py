@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from jaxquant import W8A8
+from jaxquant import W8A8, W8A16, Rule
 from jaxquant.keras import QuantizableMixin, QuantizationConfig, layers
 
 from .test_layers import MODES, assert_same, quantize, relative_error
@@ -56,6 +56,15 @@ def test_projections_are_stored_as_matrices_with_the_contracted_axes_last():
     shapes = [x.quantized_weight("kernel").codes.shape for x in projections(layer)]
     last = [(2, 4, 12)] * 3 + [(12, 2, 4)]
     assert shapes == {"cpu": last, "gpu": last}.get(jax.default_backend(), shapes)
+
+
+def test_a_rule_that_names_other_axes_also_says_how_kernels_are_stored():
+    layer = layers.EinsumDense("abc,cde->abde", output_shape=(QUERIES, 4, 8))
+    layer.build((None, QUERIES, FEATURES))
+    for axis, order in ((None, (-2, -1, -3)), (0, (-2, -1, -3)), (-1, None), ((0, 1), None)):
+        config = QuantizationConfig([Rule("*", W8A16, axis=axis)])
+        found = layer.weight_state.like("kernel", (FEATURES, 4, 8), config)
+        assert found.order == order or jax.default_backend() == "tpu"
 
 
 @pytest.mark.some_rows(1)

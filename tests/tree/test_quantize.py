@@ -372,10 +372,12 @@ def test_a_1x1_convolution_kernel_is_not_reordered():
     rule = dataclasses.replace(rule, contracted=(0, 1, 2))
     q = tree.quantize({"kernel": kernel}, rule, platform="cpu")["kernel"]
     assert q.order == (-1, -4, -3, -2)
-    with pytest.raises(
-        ValueError, match=r"kernel: axis must lie in -4 .. 3 for .*; got axis=\(0, 4"
+    for contracted, text in (
+        ((0, 4), r"kernel: contracted: axis must lie in -4 .. 3 for .*; got axis=\(0, 4"),
+        ((0, 1), r"must name all axes along .*; got contracted=\(0, 1\) for axis=\(0, 1, 2\)"),
     ):
-        tree.quantize({"kernel": kernel}, dataclasses.replace(rule, contracted=(0, 4)))
+        with pytest.raises(ValueError, match=text):
+            tree.quantize({"kernel": kernel}, dataclasses.replace(rule, contracted=contracted))
 
 
 @pytest.mark.some_rows(2)

@@ -74,10 +74,16 @@ class LayerState:
         axes, scheme = plan
         array_config, axis, padded = fit_groups(shape, axes, scheme.weights)
         dtype, multiplier = self.layer.variable_dtype, config.multipliers.get(name)
-        contracted = self.layer.declared_weights[name].contracted(self.layer)
+        contracted = self._contracted(name, config)
         return abstract_tensor(
             padded, dtype, array_config, axis, scheme.inputs, multiplier, contracted
         )
+
+    def _contracted(self, name: str, config: SchemeConfig) -> tuple[int, ...] | None:
+        """The axes that products with a weight sum over, unless a rule names other axes."""
+        rule = config.rule_for(self.path(name))
+        is_declared = rule is None or rule.axis is None
+        return self.layer.declared_weights[name].contracted(self.layer) if is_declared else None
 
     def tree_rule(self, name: str, config: SchemeConfig, path: str, method: Any) -> Rule | str:
         """The rule by which `tree.quantize` quantizes a weight at a path, or why none does."""
@@ -93,7 +99,7 @@ class LayerState:
                 f"{scheme.weights}. Choose another group_size"
             )
         scheme = Scheme(weights, scheme.inputs)
-        contracted = self.layer.declared_weights[name].contracted(self.layer)
+        contracted = self._contracted(name, config)
         return Rule("re:" + re.escape(path), scheme, axis=axis, method=chain, contracted=contracted)
 
     def likes(self, config: SchemeConfig) -> dict[str, QTensor]:

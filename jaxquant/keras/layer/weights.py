@@ -320,7 +320,7 @@ def abstract_tensor(
         contracted: as for a `Rule`.
     """
     like = jax.eval_shape(partial(quantize, axis=axis), jax.ShapeDtypeStruct(shape, dtype), config)
-    # Convolution kernels keep their order, those of one pixel too.
+    # Kernels of convolutions, of which `contracted` is not given, keep their order.
     is_matrix = contracted is not None or len(shared_axes(axis, len(shape), config)) == 1
     order = best_order(like, jax.default_backend(), contracted) if is_matrix else None
     like = jax.eval_shape(lambda q: q.reorder(order), like)
