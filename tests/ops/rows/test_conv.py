@@ -126,26 +126,17 @@ def test_4_bit_kernels_that_are_stored_as_matrices(group):
             assert_same(run, x, q.reorder((-1, -4, -3, -2)), "native")
 
 
-@needs_native
-def test_native_convolutions_batch_and_differentiate():
-    run = convolved(("NHWC", "HWIO", "NHWC", {"padding": "SAME"}), implementation="native")
-    x, w = arrays("NHWC", "HWIO", 6, 20)
+@pytest.mark.parametrize(
+    "name, groups", [pytest.param("native", 1, marks=needs_native), ("shifted", 6)]
+)
+def test_convolutions_batch_and_differentiate(name, groups):
+    run = convolved(LAYOUTS[0], feature_group_count=groups)
+    x, w = arrays("NHWC", "HWIO", 6 // groups, 12)
     q = kernel_of(w, "HWIO", ArrayConfig(), ArrayConfig())
-    each = jax.jit(jax.vmap(run, (0, None)))(jnp.stack([x, -x]), q)
+    forced = partial(run, implementation=name)
+    each = jax.jit(jax.vmap(forced, (0, None)))(jnp.stack([x, -x]), q)
     np.testing.assert_allclose(each, jnp.stack([run(x, q), run(-x, q)]), rtol=1e-5, atol=1e-4)
-    slope = jax.jit(jax.grad(lambda x, q: (run(x, q) ** 2).sum()))
-    wanted = jax.grad(lambda x, q: (run(x, q, implementation="dequantize") ** 2).sum())
-    np.testing.assert_allclose(slope(x, q), wanted(x, q), rtol=1e-3, atol=1e-2)
-
-
-def test_shifted_images_batch_and_differentiate():
-    run = convolved(("NHWC", "HWIO", "NHWC", {"padding": "SAME"}), feature_group_count=6)
-    x, w = arrays("NHWC", "HWIO", 1, 6)
-    q = kernel_of(w, "HWIO", ArrayConfig(), ArrayConfig())
-    shifted = partial(run, implementation="shifted")
-    each = jax.jit(jax.vmap(shifted, (0, None)))(jnp.stack([x, -x]), q)
-    np.testing.assert_allclose(each, jnp.stack([run(x, q), run(-x, q)]), rtol=1e-5, atol=1e-5)
-    slope = jax.jit(jax.grad(lambda x, q: (shifted(x, q) ** 2).sum()))
+    slope = jax.jit(jax.grad(lambda x, q: (forced(x, q) ** 2).sum()))
     wanted = jax.grad(lambda x, q: (run(x, q, implementation="dequantize") ** 2).sum())
     np.testing.assert_allclose(slope(x, q), wanted(x, q), rtol=1e-3, atol=1e-2)
 
