@@ -141,6 +141,18 @@ def test_convolutions_batch_and_differentiate(name, groups):
     np.testing.assert_allclose(slope(x, q), wanted(x, q), rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    "name, groups", [pytest.param("native", 1, marks=needs_native), ("shifted", 6), ("images", 1)]
+)
+def test_nan_spoils_only_its_image(name, groups):
+    run = convolved(LAYOUTS[0], feature_group_count=groups, implementation=name)
+    x, w = arrays("NHWC", "HWIO", 6 // groups, 12)
+    q = kernel_of(w, "HWIO", ArrayConfig(), ArrayConfig())
+    spoiled = run(x.at[1, 2, 3, 4].set(jnp.nan), q)
+    np.testing.assert_array_equal(spoiled[0], run(x, q)[0])
+    assert np.isnan(spoiled[1]).all()
+
+
 def test_empty_images():
     x, w = arrays("NHWC", "HWIO", 1, 6)
     run = convolved(("NHWC", "HWIO", "NHWC", {"padding": "SAME"}), feature_group_count=6)
