@@ -227,8 +227,9 @@ def check_quantize_arguments(layer: keras.layers.Layer, mode: str | None) -> Non
 
 
 def checked_quantize(layer: Any) -> Callable[..., None]:
-    """The `quantize` of the layer's class, wrapped as Keras wraps it for a new layer."""
+    """The `quantize` of the layer's class with Keras' checks, which only Keras before 3.16 adds."""
 
+    @functools.wraps(type(layer).quantize.__get__(layer))
     def quantize(mode: str | None = None, config: Any = None, **kwargs: Any) -> None:
         config = validate_and_resolve_config(mode, config)
         check_quantize_arguments(layer, config.mode)
@@ -252,11 +253,6 @@ def call_hook(layer: Any) -> Callable[..., Any]:
             f"of its dtype policy; got the mode {layer.quantization_mode!r}."
         )
     return hook
-
-
-def wrapped_quantize(layer: Any) -> Callable[..., None]:
-    """The layer's `quantize` with Keras' checks, which Keras 3.16 does not put around it."""
-    return vars(layer).get("quantize") or checked_quantize(layer)
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ class QuantizableMixin(PolicyMixin):
         # Not by setattr: Keras would track the variables in the state a second time.
         layer.__dict__["weight_state"] = LayerState(layer)
         layer.__dict__["build"] = build_in_float(layer, layer.build)
-        layer.__dict__["quantize"] = quantize_with_config(layer, compat.wrapped_quantize(layer))
+        layer.__dict__["quantize"] = quantize_with_config(layer)
         return layer
 
     # Reading declared weights.

@@ -26,4 +26,4 @@ def recast(layer: Any, cls: type) -> None:
             state.float_weights[variable.name] = variable
             # The declaration reads it from the state.
             attributes.pop(variable.name, None)
-    attributes["quantize"] = quantize_with_config(layer, compat.checked_quantize(layer))
+    attributes["quantize"] = quantize_with_config(layer)

@@ -47,8 +47,9 @@ def build_in_float(layer: Any, build: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def quantize_with_config(layer: Any, quantize: Callable[..., Any]) -> Callable[..., Any]:
+def quantize_with_config(layer: Any) -> Callable[..., Any]:
     """Passes the default configs of jaxquant to Keras' `quantize`, in every version of Keras."""
+    quantize = compat.checked_quantize(layer)
 
     @functools.wraps(quantize)
     def wrapped(mode=None, config=None, **kwargs):
