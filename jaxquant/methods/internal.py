@@ -8,4 +8,5 @@ from .chain import as_chain as as_chain
 from .chain import needed as needed
 from .layout import stack_axes as stack_axes
 from .method import Notes as Notes
+from .method import is_transform as is_transform
 from .statistics import STATISTICS as STATISTICS

@@ -8,7 +8,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import methods
-from jaxquant.keras import convert, functional, quantize, to_stock
+from jaxquant.keras import convert, functional, layers, quantize, to_stock
 from jaxquant.keras.models.stock_methods import calibration_of
 
 from .test_lifted import Experts
@@ -194,6 +194,30 @@ PROBLEMS: dict[str, tuple[Any, dict[str, Any], str]] = {
         "at most a multiplier, like .*with rotation for 'kernel'",
     ),
 }
+
+
+class Halved(layers.Conv2D):
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel) / 2
+
+
+@pytest.mark.parametrize("method", [methods.SmoothQuant(), [methods.AWQ(), methods.GPTQ()]])
+def test_transforms_of_windows_of_several_pixels_are_listed(method):
+    start = keras.Input((5, 6, 4))
+    x = keras.layers.Conv2D(6, (1, 3), name="first")(start)
+    x = keras.layers.Conv2DTranspose(8, 2, name="up")(keras.layers.Conv2D(6, 1, name="one")(x))
+    model = keras.Model(start, Halved(3, 3, name="halved", padding="same")(x))
+    data = [np.random.default_rng(0).normal(size=(2, 5, 6, 4)).astype(np.float32)]
+    with pytest.raises(ValueError, match="fix these 2 problems") as raised:
+        quantize(model, jq.W8A8, method=method, batches=data)
+    found = [line.split(" differently")[0].strip() for line in str(raised.value).splitlines()[1:]]
+    name = "SmoothQuant" if isinstance(method, methods.SmoothQuant) else "AWQ"
+    wanted = [f"{x}/kernel: {name} changes each element of a window" for x in ("first", "up")]
+    assert found == wanted
+    rules = [jq.Rule(f"{x}/*", jq.W8A8, method=methods.GPTQ()) for x in ("first", "up")]
+    rules += [jq.Rule("*", jq.W8A8)]
+    quantized, _ = quantize(model, rules, method=method, batches=data)
+    assert 0 < relative_error(np.asarray(quantized(data[0])), np.asarray(model(data[0]))) < 0.03
 
 
 def test_batches_in_one_array():

@@ -106,6 +106,11 @@ def _depthwise(layer: Any, inputs: jax.Array, kernel: QTensor | jax.Array) -> ja
 class _ConvolvingMixin(KernelLayerMixin):
     """A convolution, with the product of the adapter's matrices as a second kernel."""
 
+    @property
+    def has_windows(self) -> bool:
+        """See `KernelLayerMixin`."""
+        return set(self.kernel_size) != {1}
+
     def adapted_product(self, inputs: jax.Array) -> jax.Array:
         outputs = self.product(inputs, self.operand("kernel"))
         if not self.lora_enabled:
@@ -118,11 +123,18 @@ class ConvolutionMixin(_ConvolvingMixin):
 
     kernel: QuantizedWeight = QuantizedWeight(axis=_spatial_and_inputs, is_matrix=_has_one_pixel)
 
+    @property
+    def has_windows(self) -> bool:
+        """See `KernelLayerMixin`; False where a subclass has its own `convolution_op`."""
+        return self._is_stock() and super().has_windows
+
     def has_codes(self, name: str) -> bool:
         """See `QuantizableMixin`; False where a subclass has its own `convolution_op`."""
+        return self._is_stock() and super().has_codes(name)
+
+    def _is_stock(self) -> bool:
         # Keras' convolutions of all ranks inherit one function, which `product` replaces.
-        is_stock = type(self).convolution_op is keras.layers.Conv2D.convolution_op
-        return is_stock and super().has_codes(name)
+        return type(self).convolution_op is keras.layers.Conv2D.convolution_op
 
     def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
         """The convolution, in groups of channels."""

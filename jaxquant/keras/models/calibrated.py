@@ -14,11 +14,12 @@ import numpy as np
 from ...calibration import Statistics, collect
 from ...core import QTensor
 from ...methods import Statistic
-from ...methods.internal import as_chain, needed
+from ...methods.internal import as_chain, is_transform, needed
 from ...tree import Rule
 from ...tree import quantize as quantize_tree
 from ...tree.internal import powers
 from ..configs import QuantizationConfig, SchemeConfig
+from ..layer import KernelLayerMixin
 from .functional import nested, pure_call
 
 Chosen = list[tuple[Any, list[str]]]
@@ -67,7 +68,21 @@ def weights_with_methods(
                 problems.append(f"{state.path(name)}: {rule}")
             elif rule.method is not None:
                 found.append(Weight(layer, name, key, rule))
-    return found, problems
+    return found, problems + [problem for x in found for problem in _problems_of_windows(x)]
+
+
+def _problems_of_windows(weight: Weight) -> list[str]:
+    """Why a weight does not support transforms: there is one multiplier per channel of images."""
+    layer = weight.layer
+    if not (isinstance(layer, KernelLayerMixin) and layer.has_windows):
+        return []
+    names = [type(x).__name__ for x in as_chain(weight.rule.method) if is_transform(x)]
+    return [
+        f"{layer.weight_state.path(weight.name)}: {name} changes each element of a window "
+        "differently, and convolutions can only change channels; give it a rule with "
+        "method=jq.methods.GPTQ() or None, or keep its layer in float"
+        for name in names
+    ]
 
 
 def quantize_by_methods(

@@ -66,9 +66,9 @@ def quantize(
         ValueError: lists all problems: what `convert` does not support; rules that match no
             weight, or select none; weights that are already quantized; and those that hold NaN or
             Inf or do not fit the scheme, unless `strict` is False and others are quantized; groups
-            that do not divide an axis of a weight with a method. Or a method needs batches and
-            there are none, or there are batches and no method, or a method gives weights that
-            layers do not store.
+            that do not divide an axis of a weight with a method; convolution kernels of several
+            pixels with a transform, such as AWQ. Or a method needs batches and there are none, or
+            there are batches and no method, or a method gives weights that layers do not store.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
