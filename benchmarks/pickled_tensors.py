@@ -7,6 +7,7 @@ cannot run code.
 """
 
 import collections
+import math
 import pathlib
 import pickle
 from typing import Any, BinaryIO, NamedTuple
@@ -60,17 +61,33 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors by name.
 
     Raises:
-        ValueError: the file is of another kind or cut short, holds other objects than tensors, or a
-            tensor that reaches beyond its storage.
+        ValueError: the file is of another kind or cut short, holds other objects than tensors, or
+            a tensor that reaches beyond its storage.
     """
     with path.open("rb") as file:
-        start = [Unpickler(file).load() for _ in range(3)][:2]
+        start = [_load(file) for _ in range(3)][:2]
         if start != [_MAGIC, _VERSION]:
             raise ValueError(f"{path} must be a file of PyTorch before 2020; it starts {start}.")
-        tensors: dict[str, Tensor] = Unpickler(file).load()
-        dtypes = dict(tensor.storage for tensor in tensors.values())
-        storages = {key: _storage(file, dtypes[key]) for key in Unpickler(file).load()}
+        tensors = _load(file)
+        if not (isinstance(tensors, dict) and all(isinstance(x, Tensor) for x in tensors.values())):
+            raise ValueError(f"{path} must hold tensors by name; got {tensors!r:.200}.")
+        dtypes, keys = dict(tensor.storage for tensor in tensors.values()), _load(file)
+        if set(keys) != set(dtypes):
+            raise ValueError(
+                f"{path} must hold the storages {[*dtypes]} of its tensors; got {keys}."
+            )
+        storages = {key: _storage(file, dtypes[key]) for key in keys}
     return {name: _elements(name, x, storages[x.storage[0]]) for name, x in tensors.items()}
+
+
+def _load(file: BinaryIO) -> Any:
+    """The next pickle in the file."""
+    try:
+        return Unpickler(file).load()
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"The file is cut short, or not one of PyTorch before 2020: {error}."
+        ) from error
 
 
 def _storage(file: BinaryIO, dtype: np.dtype) -> np.ndarray:
@@ -85,7 +102,8 @@ def _storage(file: BinaryIO, dtype: np.dtype) -> np.ndarray:
 def _elements(name: str, tensor: Tensor, storage: np.ndarray) -> np.ndarray:
     """The values of a tensor, a view of its storage."""
     steps = [(n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True)]
-    last = tensor.offset + sum(steps)
+    # Without elements, a tensor can be anywhere.
+    last = tensor.offset + sum(steps) if math.prod(tensor.shape) else -1
     if min((tensor.offset, *tensor.shape, *tensor.strides)) < 0 or last >= len(storage):
         raise ValueError(
             f"{name} must lie within the {len(storage)} elements of its storage; got {tensor}."

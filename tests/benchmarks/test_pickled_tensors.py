@@ -142,3 +142,23 @@ def test_other_files_raise(torch, tmp_path):
         read(path)
     with pytest.raises(ValueError, match=r"must be a file of PyTorch before 2020; .* 1000\]"):
         read(written(tmp_path / "old.pth", tensors, [storage], version=1000))
+    with pytest.raises(
+        ValueError, match=r"must hold the storages \['7'\] of its tensors; got \[\]"
+    ):
+        read(written(tmp_path / "none.pth", tensors, []))
+    for others in ([1], {"model": tensors}):
+        with pytest.raises(ValueError, match=r"others.pth must hold tensors by name; got"):
+            read(written(tmp_path / "others.pth", others, [storage]))
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04aaaa", pickle.dumps(MAGIC, 2)])
+def test_files_that_are_not_pickles_raise(data, tmp_path):
+    (tmp_path / "x.pth").write_bytes(data)
+    with pytest.raises(ValueError, match="cut short, or not one of PyTorch before 2020"):
+        read(tmp_path / "x.pth")
+
+
+def test_tensors_without_elements_need_no_storage(torch, tmp_path):
+    storage = float_storage(torch, 0)
+    tensors = OrderedDict(x=Pickled(storage, 0, (3, 0), (1, 1)))
+    assert read(written(tmp_path / "x.pth", tensors, [storage]))["x"].shape == (3, 0)
