@@ -18,14 +18,14 @@ def suite(arguments: Any) -> dict[str, Any]:
     if importlib.util.find_spec("optax") is None:
         raise SystemExit("The suite training needs optax, and found none: pip install optax.")
     from .. import machine
-    from . import distillation, finetuning, parts, updates
+    from . import distillation, finetuning, parts, saved, updates
 
     others = {
         UPDATES: updates.run_all,
         SMOLLM2: finetuning.run_all,
         DISTILLATION: distillation.run_all,
     }
-    asked, found = arguments.parts or list(PARTS), {}
+    asked, found = arguments.parts or list(PARTS), saved.parts_in(arguments.json)
     small = [name for name in asked if name not in others]
     if small:
         found |= parts.run_all(arguments, small)

@@ -9,7 +9,6 @@ head, which are one matrix, stay in float. With `--json`, rows are added to the 
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Mapping
@@ -27,9 +26,10 @@ from jaxquant import demo, training
 from jaxquant.methods import GPTQ
 
 from ..accuracy import language
-from .finetuning import Data, Size, earlier, read_data
+from .finetuning import Data, Size, read_data
 from .loop import Result
 from .qat import optimizer_for
+from .saved import rows_in, save_rows
 
 NEAREST, QEP = "nearest", "QEP"
 SCHEMES = {
@@ -95,7 +95,7 @@ class Student:
         return {
             "divergence": self.divergence(layers),
             "seconds_per_step": statistics.median(seconds[1:] or seconds),
-            "steps": len(seconds) if row.rate else 0,
+            "steps": 0 if row.rate is None else row.steps,
             "tokens": BATCH * self.size.tokens,
         }
 
@@ -158,14 +158,13 @@ def run_all(arguments: argparse.Namespace, about: Mapping[str, Any]) -> dict[str
     """Runs the rows that are asked for, and returns what the JSON file holds."""
     console, model = rich.console.Console(width=120), language.load_model()
     student = Student(model, read_data(model.tokenizer, SIZE))
-    found = earlier(arguments.json, "distillation")
+    found = rows_in(arguments.json, "distillation")
     for seed in range(arguments.seeds):
         for row in rows_to_run(arguments.only, seed, found):
             about_row = {"scheme": row.scheme, "contender": row.name, "seed": seed}
             found.append({**about_row, **student.run(row, seed)})
             console.print(found[-1])
-            if arguments.json:
-                arguments.json.write_text(json.dumps({**about, "distillation": found}, indent=1))
+            save_rows(arguments.json, about, "distillation", found)
     return {"distillation": found}
 
 

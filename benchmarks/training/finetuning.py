@@ -10,8 +10,6 @@ as they finish, so a run that is cut off can be continued with `--only`.
 
 import argparse
 import dataclasses
-import json
-import pathlib
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -29,6 +27,7 @@ from jaxquant import training
 from ..accuracy import language
 from . import finetuning_peers as peers
 from .loop import DECAY, Result, schedule
+from .saved import rows_in, save_rows
 from .tasks import APART, documentation
 
 RATE = 1e-4
@@ -215,20 +214,14 @@ def run_all(arguments: argparse.Namespace, about: Mapping[str, Any]) -> dict[str
     console, size = rich.console.Console(width=120), Size()
     model = language.load_model()
     trainer = Trainer(model, read_data(model.tokenizer, size), size)
-    found = earlier(arguments.json, "smollm2")
+    found = rows_in(arguments.json, "smollm2")
     start = trainer.held_out_loss(model.params)
     for seed in range(arguments.seeds):
         for name, result in _results(trainer, seed, arguments.only, found):
             found.append({"contender": name, "seed": seed, "start": start, **result})
             console.print(found[-1])
-            if arguments.json:
-                arguments.json.write_text(json.dumps({**about, "smollm2": found}, indent=1))
+            save_rows(arguments.json, about, "smollm2", found)
     return {"smollm2": found}
-
-
-def earlier(path: pathlib.Path | None, part: str) -> list[Result]:
-    """The rows of a part that a file holds already."""
-    return json.loads(path.read_text()).get(part, []) if path and path.exists() else []
 
 
 def _results(

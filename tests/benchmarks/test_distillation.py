@@ -12,7 +12,7 @@ import jaxquant as jq
 from benchmarks.accuracy.language import LanguageModel
 from benchmarks.training import distillation, tables
 from benchmarks.training.distillation import QEP, ROWS, Row, Student
-from benchmarks.training.finetuning import Data, Size, earlier
+from benchmarks.training.finetuning import Data, Size
 from jaxquant import demo
 
 from ..demo import llamas
@@ -33,14 +33,6 @@ def test_rows_are_chosen_by_words_and_not_run_again():
     found = [{"scheme": INT2, "contender": "QEP", "seed": 0}]
     assert names(["INT2"], 0, found) == [x for x in names(["INT2"]) if x != (INT2, "QEP")]
     assert names(["INT2"], 1) == [x for x in names(["INT2"]) if "QAT" in x[1]]
-
-
-def test_rows_of_another_part_are_not_those_of_this_one(tmp_path):
-    path = tmp_path / "results.json"
-    assert earlier(path, "smollm2") == []
-    path.write_text('{"smollm2": [{"seed": 0}]}')
-    assert earlier(path, "smollm2") == [{"seed": 0}]
-    assert earlier(path, "distillation") == []
 
 
 def test_the_table_says_which_share_of_rounding_is_recovered():

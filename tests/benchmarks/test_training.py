@@ -15,7 +15,18 @@ import rich.console
 import jaxquant as jq
 from benchmarks import machine, training
 from benchmarks.__main__ import main
-from benchmarks.training import gradients, loop, model, parts, products, qat, qlora, versus
+from benchmarks.training import (
+    gradients,
+    loop,
+    model,
+    parts,
+    products,
+    qat,
+    qlora,
+    saved,
+    updates,
+    versus,
+)
 from benchmarks.training.model import BytesConfig
 from benchmarks.training.tasks import digits_task, documentation, source, text_task
 from jaxquant.training import Prepared, init_learned, prepare
@@ -223,6 +234,22 @@ def test_quantization_in_training_is_measured_on_the_converted_tree(tiny, tmp_pa
     assert rows == [("", qat.FLOAT, 0), ("", qat.FLOAT, 1), *wanted]
     assert len({r["loss"] for r in found["training"]}) == len(rows)
     assert (found["steps"], found["seeds"], list(found["not_run"])) == (8, 2, [parts.DIGITS])
+
+
+def test_files_keep_their_other_parts(tmp_path, monkeypatch):
+    path, rows = tmp_path / "found.json", [{"seed": 0}]
+    assert saved.rows_in(path, "smollm2") == []
+    saved.save_rows(None, {}, "smollm2", rows)
+    saved.save_rows(path, {"machine": "old"}, "smollm2", rows)
+    saved.save_rows(path, {"machine": "new"}, "distillation", [])
+    saved.save_rows(path, {"machine": "new"}, "distillation", rows)
+    wanted = {"machine": "new", "smollm2": rows, "distillation": rows}
+    assert json.loads(path.read_text()) == wanted
+    assert saved.rows_in(path, "smollm2") == rows
+    monkeypatch.setattr(updates, "run_all", lambda arguments, about: {"updates": [1]})
+    found = run_suite("--parts updates", path, monkeypatch)
+    assert found.pop("machine") not in ("old", "new")
+    assert found == {"smollm2": rows, "distillation": rows, "updates": [1]}
 
 
 def test_training_learns_and_equal_seeds_are_equal():
