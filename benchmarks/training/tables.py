@@ -12,19 +12,12 @@ _COLUMNS = ("held-out loss", "above float32", "MB of state", "seconds per step",
 _DISTILLED = ("mean KL", "recovered", "steps", "seconds per step")
 
 
-def main() -> None:
-    """Prints the tables."""
-    tables = {"smollm2": table, "distillation": distillation_table, "updates": updates_table}
-    for name, lines_of in tables.items():
-        print("\n".join([*lines_of(read(name)), ""]))
-
-
 def read(name: str) -> list[dict[str, Any]]:
     """The results of a part."""
     return json.loads((RESULTS / f"{name}.json").read_text())[name]
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def smollm2_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of a table; losses are compared seed by seed."""
     exact = {r["seed"]: r["loss"] for r in results if r["contender"] == REFERENCE}
     lines = [f"| SmolLM2 | {' | '.join(_COLUMNS)} |", "|---" * (1 + len(_COLUMNS)) + "|"]
@@ -71,6 +64,19 @@ def updates_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [f"{time:.1f} ({time / exact:.1f})" for time, exact in times]
         lines.append(f"| {name} | {found[name, shapes[0]]['bytes']:.2f} | {' | '.join(cells)} |")
     return lines
+
+
+TABLES = {
+    "smollm2": smollm2_table,
+    "distillation": distillation_table,
+    "updates": updates_table,
+}
+
+
+def main() -> None:
+    """Prints the tables."""
+    for name, lines_of in TABLES.items():
+        print("\n".join([*lines_of(read(name)), ""]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Distillation of the language model: its rows, its table, and training of a tiny model."""
+"""Distillation of the language model: its rows, and training of a tiny model."""
 
-import pathlib
 import types
 
 import jax
@@ -10,14 +9,13 @@ import pytest
 
 import jaxquant as jq
 from benchmarks.accuracy.language import LanguageModel
-from benchmarks.training import distillation, tables
+from benchmarks.training import distillation
 from benchmarks.training.distillation import QEP, ROWS, Row, Student
 from benchmarks.training.finetuning import Data, Size
 from jaxquant import demo
 
 from ..demo import llamas
 
-ROOT = pathlib.Path(__file__).parents[2]
 INT2 = "INT2 g32"
 
 
@@ -33,27 +31,6 @@ def test_rows_are_chosen_by_words_and_not_run_again():
     found = [{"scheme": INT2, "contender": "QEP", "seed": 0}]
     assert names(["INT2"], 0, found) == [x for x in names(["INT2"]) if x != (INT2, "QEP")]
     assert names(["INT2"], 1) == [x for x in names(["INT2"]) if "QAT" in x[1]]
-
-
-def test_the_table_says_which_share_of_rounding_is_recovered():
-    rows = [
-        {"scheme": s, "contender": name, "divergence": kl, "seconds_per_step": 2.0, "steps": steps}
-        for s, name, kl, steps in (
-            ("A", "nearest", 2.0, 0), ("A", "QEP", 1.0, 0), ("B", "nearest", 4.0, 0),
-            ("A", "QEP, QAT", 0.5, 7),
-        )
-    ]  # fmt: skip
-    assert tables.distillation_table(rows)[2:] == [
-        "| A | nearest | 2.000 |  |  |  |",
-        "| A | QEP | 1.000 | 50 % |  |  |",
-        "| B | nearest | 4.000 |  |  |  |",
-        "| A | QEP, QAT | 0.500 | 75 % | 7 | 2.0 |",
-    ]
-
-
-def test_the_table_of_the_docs_is_that_of_the_results():
-    found = tables.distillation_table(tables.read("distillation"))
-    assert "\n".join(found) in (ROOT / "docs/howto/distillation.md").read_text()
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
-"""What the fine-tuning of the language model is made of, and its table."""
+"""What the fine-tuning of the language model is made of."""
 
-import pathlib
 import types
 from typing import Any
 
@@ -8,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.training import finetuning, tables
+from benchmarks.training import finetuning
 
-ROOT = pathlib.Path(__file__).parents[2]
 SIZE = finetuning.Size(tokens=4, held_out=2)
 
 
@@ -52,21 +50,3 @@ def test_rows_that_a_file_holds_are_not_run_again():
     for seed, wanted in ((0, asked[1:]), (1, asked)):
         found = finetuning._results(trainer, seed, asked, before)
         assert [name for name, _ in found] == wanted
-
-
-def test_the_table_compares_seed_by_seed():
-    rows = [
-        {"contender": name, "seed": seed, "loss": loss, "bytes": 3e6, "seconds_per_step": 2.0}
-        for name, seed, loss in (
-            ("float32", 0, 2.0), ("float32", 1, 4.0), ("8-bit", 0, 2.1), ("8-bit", 1, 4.0)
-        )
-    ]  # fmt: skip
-    assert tables.table(rows)[2:] == [
-        "| float32 | 3.0000 |  | 3 | 2.0 | 2 |",
-        "| 8-bit | 3.0500 | +2.50 % | 3 | 2.0 | 2 |",
-    ]
-
-
-def test_the_table_of_the_docs_is_that_of_the_results():
-    found = tables.table(tables.read("smollm2"))
-    assert "\n".join(found) in (ROOT / "docs/training.md").read_text()
