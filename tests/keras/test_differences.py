@@ -24,6 +24,14 @@ def dense(source, mode=None, **options):
     return layer
 
 
+def ours_alone_quantizes(layer, stock_layer, shape):
+    layer.build(shape)
+    layer.quantize("int8")
+    stock_layer.build(shape)
+    with pytest.raises(NotImplementedError):
+        stock_layer.quantize("int8")
+
+
 def value_of_a_weight():
     found, wanted = dense(ours, "int8"), dense(stock, "int8")
     assert (found.kernel.dtype, found.quantized_weight("kernel").codes.dtype) == ("float32", "int8")
@@ -52,14 +60,7 @@ def subclasses():
     class Theirs(stock.Dense):
         pass
 
-    for kind in (Mine, Theirs):
-        layer: Any = kind(16)
-        layer.build((None, 8))
-        if kind is Mine:
-            layer.quantize("int8")
-            continue
-        with pytest.raises(NotImplementedError):
-            layer.quantize("int8")
+    ours_alone_quantizes(Mine(16), Theirs(16), (None, 8))
 
 
 def float8():
@@ -88,17 +89,14 @@ def policies_of_methods():
 
 
 def not_finite():
-    for source in (ours, stock):
-        layer = dense(source)
+    found, wanted = dense(ours), dense(stock)
+    for layer in (found, wanted):
         layer.kernel.assign(np.full((8, 16), np.nan, np.float32))
-        if source is ours:
-            with pytest.raises(ValueError, match="NaN or Inf"):
-                layer.quantize("int8")
-            assert layer.quantization_mode is None
-            continue
-        with np.errstate(invalid="ignore"):
-            layer.quantize("int8")
-        assert layer.quantization_mode == "int8"
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        found.quantize("int8")
+    with np.errstate(invalid="ignore"):
+        wanted.quantize("int8")
+    assert (found.quantization_mode, wanted.quantization_mode) == (None, "int8")
 
 
 def files_of_lora(tmp_path):
@@ -116,14 +114,7 @@ def files_of_lora(tmp_path):
 
 
 def other_layers():
-    for source in (ours, stock):
-        layer = source.Conv2D(3, 3)
-        layer.build((None, 8, 8, 4))
-        if source is ours:
-            layer.quantize("int8")
-            continue
-        with pytest.raises(NotImplementedError):
-            layer.quantize("int8")
+    ours_alone_quantizes(ours.Conv2D(3, 3), stock.Conv2D(3, 3), (None, 8, 8, 4))
 
 
 def ternary():
