@@ -78,8 +78,8 @@ def _leftovers(folder: pathlib.Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".jaxquant")]
 
 
-def _save_again_and_again(path: pathlib.Path, first: int = 1) -> None:
-    for seed in range(first, sys.maxsize):
+def _save_again_and_again(path: pathlib.Path) -> None:
+    for seed in range(1, sys.maxsize):
         jq.save(path, tree_of(seed))
 
 
