@@ -131,7 +131,7 @@ def select(
 
 
 def stored_order(
-    leaf: jax.Array, plan: Plan, platform: str | None = None
+    leaf: jax.Array | jax.ShapeDtypeStruct, plan: Plan, platform: str | None = None
 ) -> tuple[int, ...] | None:
     """The order of axes in which `quantize` stores a leaf."""
     # Kernels of convolutions, of which `contracted` is not given, keep their order.

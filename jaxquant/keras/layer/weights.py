@@ -18,12 +18,11 @@ from ...core import (
     Axes,
     Inputs,
     QTensor,
+    Scheme,
     normalize_axes,
     quantize,
-    shared_axes,
 )
-from ...ops import best_order
-from ...tree.internal import effective
+from ...tree.internal import Plan, effective, stored_order
 from .. import compat
 from ..files import from_storage_arrays, storage_types, to_storage_arrays
 
@@ -319,11 +318,9 @@ def abstract_tensor(
         multiplier: the shape of that of the activations.
         contracted: as for a `Rule`.
     """
-    like = jax.eval_shape(partial(quantize, axis=axis), jax.ShapeDtypeStruct(shape, dtype), config)
-    # Kernels of convolutions, of which `contracted` is not given, keep their order.
-    is_matrix = contracted is not None or len(shared_axes(axis, len(shape), config)) == 1
-    order = best_order(like, jax.default_backend(), contracted) if is_matrix else None
-    like = jax.eval_shape(lambda q: q.reorder(order), like)
+    given = jax.ShapeDtypeStruct(shape, dtype)
+    order = stored_order(given, Plan(Scheme(config), axis, contracted=contracted))
+    like = jax.eval_shape(lambda x: quantize(x, config, axis).reorder(order), given)
     if inputs is None and multiplier is None:
         return like
     held: Any = None if multiplier is None else jax.ShapeDtypeStruct(multiplier, "float32")
