@@ -55,12 +55,15 @@ from .partitioning import parts_of as parts_of
 from .partitioning import parts_of_arguments as parts_of_arguments
 from .passing import passed_operands as passed_operands
 from .sharding import OutSharding as OutSharding
+from .sharding import after_transpose as after_transpose
 from .sharding import before_transpose as before_transpose
+from .sharding import explicit_mesh as explicit_mesh
 from .sharding import is_sharded as is_sharded
 from .sharding import names_along as names_along
 from .sharding import reshard_like as reshard_like
 from .sharding import run_with_out_sharding as run_with_out_sharding
 from .sharding import sharding_for as sharding_for
+from .sharding import spec_of_type as spec_of_type
 from .sharding import vary_alike as vary_alike
 from .sharding import varying_axes as varying_axes
 from .sharding import without_names as without_names

@@ -22,6 +22,12 @@ def before_transpose(out_sharding: OutSharding, permutation: tuple[int, ...]) ->
     return out_sharding.update(partitions=tuple(partitions))
 
 
+def after_transpose(out_sharding: OutSharding, permutation: tuple[int, ...]) -> OutSharding:
+    """The sharding of the transpose by `permutation` of an array that has `out_sharding`."""
+    turned = sorted(range(len(permutation)), key=permutation.__getitem__)
+    return before_transpose(out_sharding, tuple(turned))
+
+
 def reshard_like(values: jax.Array, out_sharding: OutSharding) -> jax.Array:
     """Shards an array that broadcasts with a result like the result."""
     if out_sharding is None:
@@ -86,6 +92,22 @@ def without_names(out_sharding: OutSharding, names: set[str]) -> OutSharding:
 def is_sharded(x: jax.Array) -> bool:
     """Whether the type of an array says that it is sharded along an explicit mesh axis."""
     return any(name is not None for name in jax.typeof(x).sharding.spec)
+
+
+def explicit_mesh(*arrays: Any) -> Any:
+    """The mesh along whose axes, all of them explicit, arrays are sharded; None if none is.
+
+    Axes that a `shard_map` around has made manual do not count.
+    """
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays if is_sharded(x))
+    mesh = next(meshes, None)
+    return None if mesh is None or mesh.auto_axes else mesh
+
+
+def spec_of_type(x: jax.Array) -> tuple[Any, ...]:
+    """How the type of an array says that each axis is sharded along explicit mesh axes."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return (*spec, *(None,) * (x.ndim - len(spec)))
 
 
 def sharding_for(shape: tuple[int, ...], like: jax.Array) -> jax.NamedSharding | None:

@@ -110,6 +110,9 @@ class ConvSpec:
     def rows(self, lhs: Operand, rhs: Operand) -> None:
         """None: a convolution is not a product of rows and a matrix."""
 
+    def shares(self, lhs: Operand, rhs: Operand) -> None:
+        """None: XLA partitions what kernels do not divide themselves."""
+
     def convolution(self, lhs: Operand, rhs: Operand) -> Convolution:
         """Its groups, channels and pixels of a window."""
         images, kernel = as_stored(lhs), as_stored(rhs)

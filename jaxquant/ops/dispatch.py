@@ -15,6 +15,7 @@ from .gradient import tangent_of
 from .inputs import observe, treat, treat_straight_through
 from .operands import AxesOfBoth, Operand, as_array, as_stored, has_symbolic_shape
 from .record import Choice, Convolution, Record
+from .shares import Shares, on_own_parts, own_shapes
 
 
 class Spec(Protocol):
@@ -66,6 +67,10 @@ class Spec(Protocol):
 
     def convolution(self, lhs: Any, rhs: Any) -> Convolution | None:
         """What a convolution is; None for others."""
+        ...
+
+    def shares(self, lhs: Any, rhs: Any) -> Shares | None:
+        """How devices share arrays that are sharded along explicit axes; None if they do not."""
         ...
 
 
@@ -156,19 +161,53 @@ def _run(
     spec = spec.with_arrays(*arrays)
     lhs, rhs = _without_values(lhs), _without_values(rhs)
     lhs, rhs = treat(lhs, rhs, spec.contract, spec.channels)
-    platforms = (*_PLATFORMS, _OTHERS)
-    selected: Selected
-    if implementation is None:
-        selected = {p: select_rows(table, lhs, rhs, spec, p) for p in platforms}
-    else:
-        forced = _forced(table, lhs, rhs, spec, implementation), ()
-        selected = {p: {None: forced} for p in platforms}
+    run_part = partial(_run_selected, table, implementation)
+    shares = spec.shares(lhs, rhs)
+    if shares is not None and _is_for_kernel(table, implementation, shares, lhs, rhs):
+        return on_own_parts(shares, lhs, rhs, run_part)
+    return run_part(lhs, rhs, spec)
+
+
+def _run_selected(
+    table: Table, implementation: str | None, lhs: Operand, rhs: Operand, spec: Spec
+) -> jax.Array:
+    selected = _selected(table, lhs, rhs, spec, implementation)
     out = _on_platforms(selected, lhs, rhs, spec)
 
     def make_record():
         return _record(lhs, rhs, spec, out, selected, is_forced=implementation is not None)
 
     return mark(out, as_stored(lhs), as_stored(rhs), make_record)
+
+
+def _is_for_kernel(
+    table: Table, implementation: str | None, shares: Shares, lhs: Operand, rhs: Any
+) -> bool:
+    """Whether kernels, which XLA cannot partition, multiply one device's parts somewhere."""
+    spec, found = shares.own_spec, []
+
+    def ask(lhs: Operand, rhs: QTensor) -> None:
+        if implementation is None:
+            selected = _selected(table, lhs, rhs, spec, None)
+            found.extend(row for rows in selected.values() for row, _ in rows.values())
+        else:
+            found.extend(row for row in table if row.name == implementation)
+
+        found[:] = [r for r in found if r.fallback and not r.why_unsupported(lhs, rhs, spec)]
+
+    jax.eval_shape(ask, *own_shapes(shares, lhs, rhs))
+    return bool(found)
+
+
+def _selected(
+    table: Table, lhs: Operand, rhs: Operand, spec: Spec, implementation: str | None
+) -> Selected:
+    """The rows that the platforms select, or the one that is named."""
+    platforms = (*_PLATFORMS, _OTHERS)
+    if implementation is None:
+        return {p: select_rows(table, lhs, rhs, spec, p) for p in platforms}
+    forced = _forced(table, lhs, rhs, spec, implementation), ()
+    return {p: {None: forced} for p in platforms}
 
 
 @partial(_run.defjvp, symbolic_zeros=True)

@@ -11,6 +11,7 @@ from jax import lax
 from ..core import QTensor
 from ..jaxprs import OutSharding, before_transpose, reshard_like
 from .operands import AxesOfBoth, Operand, repeat_groups, result_dtype, stored_axes
+from .shares import Shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,10 @@ class DotSpec:
 
     def convolution(self, lhs: Operand, rhs: Operand) -> None:
         """None: it is a product."""
+
+    def shares(self, lhs: Operand, rhs: Operand) -> Shares | None:
+        """How devices share the product of arrays that are sharded along explicit axes."""
+        return Shares.of_types(lhs, rhs, self)
 
     def free(self, x: Operand, side: int) -> list[int]:
         """Axes of an operand (side 0: lhs, 1: rhs) that are neither contracted nor batch."""

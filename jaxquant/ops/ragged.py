@@ -102,6 +102,9 @@ class RaggedSpec:
     def rows(self, lhs: Operand, rhs: Operand) -> None:
         """One matrix per group of rows."""
 
+    def shares(self, lhs: Operand, rhs: Operand) -> None:
+        """None: XLA partitions what kernels do not divide themselves."""
+
     def convolution(self, lhs: Operand, rhs: Operand) -> None:
         """None: it is a product."""
 

@@ -41,6 +41,9 @@ class Spec(int):
     def convolution(self, lhs, rhs):
         return None
 
+    def shares(self, lhs, rhs):
+        return None
+
 
 def constant(value):
     return lambda lhs, rhs, spec: jnp.full(lhs.shape, value)

@@ -34,8 +34,8 @@ ROWS, K, N = 3, 256, 1024
 DEVICES = 8
 
 
-def mesh(*lengths):
-    kinds = (jax.sharding.AxisType.Auto,) * len(lengths)
+def mesh(*lengths, kind=jax.sharding.AxisType.Auto):
+    kinds = (kind,) * len(lengths)
     return jax.make_mesh(lengths, ("a", "b")[: len(lengths)], axis_types=kinds)
 
 
@@ -127,6 +127,81 @@ def test_each_device_multiplies_its_part_by_the_native_kernel(scheme, name):
     assert out.sharding.is_equivalent_to(wanted, 3)
 
 
+def explicit(*lengths):
+    return mesh(*lengths, kind=jax.sharding.AxisType.Explicit)
+
+
+@pytest.mark.some_rows(1)
+@needs_native
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16", "W4A8", "NVFP4A16"])
+def test_each_device_multiplies_the_part_that_types_say_it_has(scheme, name):
+    q, on = weight_of(scheme, 1024), explicit(4, 2)
+    x = jax.device_put(normal(4, ROWS, 1024), jax.NamedSharding(on, jax.P("b")))
+    parts = placed(q, PRODUCTS[name], on)
+    is_summed = "all-reduce" in COLLECTIVES[name]
+    wanted = jax.P("b", None, None) if is_summed else jax.P("b", None, "a")
+    run = jax.jit(partial(matmul, out_sharding=wanted if is_summed else None))
+
+    with jax.set_mesh(on):
+        out, text = run(x, parts), text_of(run, x, parts)
+        forced = matmul(x, parts, out_sharding=wanted, implementation="native")
+        both = jax.vmap(run, in_axes=(1, None), out_axes=1)(x, parts)
+        assert implementations(x, parts, run) == ["native"]
+        if name == "rows":
+            assert jax.typeof(jax.jit(matmul)(x, parts)).sharding.spec == wanted
+        if name == "both":
+            with pytest.raises(Exception, match=r"(?i)out_sharding|illegally sharded"):
+                matmul(x, parts)
+
+    assert "jaxquant_dot" in text
+    assert "all-reduce" not in text or is_summed or scheme == "W8A8"
+    gathered = [size for name, size in collectives(text) if name == "all-gather"]
+    assert max(gathered, default=0) <= x.size
+    assert jax.typeof(out).sharding.spec == wanted
+    whole = jax.jit(matmul)(np.asarray(x), q)
+    for got in (out, forced, both):
+        np.testing.assert_allclose(got, whole, rtol=1e-5, atol=1e-4)
+
+
+@needs_native
+def test_products_of_typed_parts_have_the_gradients_of_others():
+    q, on = weight_of("W8A8"), explicit(4, 2)
+    x = jax.device_put(normal(4, K), jax.NamedSharding(on, jax.P("b")))
+
+    def loss(x, q):
+        return jnp.sum(jnp.square(matmul(x, q)))
+
+    found = jax.jit(jax.grad(loss))(x, placed(q, PRODUCTS["columns"], on))
+
+    assert jax.typeof(found).sharding.spec == jax.P("b", None)
+    wanted = jax.jit(jax.grad(loss))(np.asarray(x), q)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-2)
+
+
+def test_typed_parts_are_multiplied_by_the_pallas_kernel_on_tpus():
+    on = explicit(4, 2)
+    x = jax.device_put(normal(4, 1024), jax.NamedSharding(on, jax.P("b")))
+    w = tree.quantize({"w": normal(1024, N)}, [Rule("w", SCHEMES["W4A16"])], platform="tpu")["w"]
+    for spec, out in ((jax.P(None, "a"), None), (jax.P("a"), jax.P("b"))):
+        with jax.set_mesh(on):
+            run = jax.jit(partial(matmul, out_sharding=out, implementation="pallas"))
+            traced = run.trace(x, placed(w, spec, on))
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        assert f"tensor<2x{1024 // 4 if out else 1024}xf32>" in text
+        assert "tpu_custom_call" in text
+
+
+@needs_native
+def test_kernels_leave_meshes_with_automatic_axes_to_xla():
+    kinds = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
+    on = jax.make_mesh((4, 2), ("a", "b"), axis_types=kinds)
+    q, x = weight_of("W8A8"), jnp.asarray(normal(4, K))
+    parts = placed(q, PRODUCTS["columns"], on)
+    assert implementations(x, parts) == ["integer"]
+    np.testing.assert_allclose(jax.jit(matmul)(x, parts), matmul(x, q), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.some_rows(1)
 @needs_native
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
@@ -188,6 +263,12 @@ def test_parts_of_kernels_of_attention_stay_where_they_are(equation, shape, spec
         assert [c for c, size in collectives(text) if size > 8 * ROWS] == wanted
         assert implementations(x, parts, run) == ["native"]
         np.testing.assert_allclose(run(x, parts), run(x, q), rtol=1e-4, atol=1e-3)
+        on = explicit(4, 2)
+        with jax.set_mesh(on):
+            run_in_types = jax.jit(partial(einsum, equation, out_sharding=jax.P()))
+            out, typed = run(x, q), placed(q, spec, on)
+            assert "jaxquant_dot" in text_of(run_in_types, x, typed)
+            np.testing.assert_allclose(run_in_types(x, typed), out, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.some_rows(1)
