@@ -2,6 +2,7 @@
 
     python -m benchmarks.pallas_tpu [--chips v5e v6e] [--shapes attention odd] [--rows 8 512]
     python -m benchmarks.pallas_tpu --experts [--chips v5e v6e] [--rows 8 512]
+    python -m benchmarks.pallas_tpu --attention [--chips v5e v6e]
     python -m benchmarks.pallas_tpu --check [--shapes ...] [--rows ...]
 
 No TPU is needed and nothing is timed. For each kernel, in microseconds: "bytes" is the bytes it
@@ -16,17 +17,23 @@ With --experts, rows are multiplied by 16 experts of 2048 x 768, an eighth of th
 Qwen3-30B-A3B, all of which have rows. Up to 256 rows, XLA's own computation follows, as the
 compiler estimates it: more rows are a loop, whose estimate is not a number of cycles on v5e.
 
+With --attention, one token of each of 8 sequences attends to 8,192 before it: 4 query heads share a
+key head of 128, the part of Llama 3 8B that one of 8 chips has, or 8 key heads, all of it. XLA's
+own computation follows, as the compiler estimates it. "schedule" is that of a full cache.
+
 With --check, the kernels run every shape in interpret mode, and the largest difference from NumPy
 is printed relative to the largest result, or the number of codes and scales that differ.
 """
 
 import argparse
+import importlib
 import itertools
 import math
 import os
 import pathlib
 import re
 import tempfile
+import unittest.mock
 from functools import partial
 from typing import Any
 
@@ -36,15 +43,18 @@ import numpy as np
 import rich.console
 import rich.table
 
-from jaxquant import INT4, SCHEMES, ArrayConfig, Rule, quantize, ragged_dot, tree
-from jaxquant.kernels import pallas_tpu, pallas_tpu_experts
+from jaxquant import INT4, SCHEMES, ArrayConfig, Rule, kv, quantize, ragged_dot, tree
+from jaxquant.kernels import pallas_tpu, pallas_tpu_attention, pallas_tpu_experts
 
 from . import tpu_compiler
 from .shapes import ROWS, WEIGHTS
 
+# The function has the name of its module.
+attention = importlib.import_module("jaxquant.ops.kv.attend")
 # Chips that the kernels were written for.
 CHIPS = ("v5e", "v6e")
 EXPERTS, MOST_ROWS_OF_XLA = (16, 2048, 768), 256
+HEADS, SEQUENCES, HEAD, CONTEXT, LAYERS = (1, 8), 8, 128, 8192, 32
 CONFIGS = {
     "g128": ArrayConfig(format=INT4, group_size=128),
     "g32 asymmetric": ArrayConfig(format=INT4, group_size=32, symmetric=False),
@@ -135,6 +145,31 @@ def estimates_of_xla(chip, shape, rows):
         yield f"XLA, {name}", "", "", f"{found.microseconds:.1f}"
 
 
+def counts_of_attention(chip, folder, heads, sequences):
+    """`counts` of attention over one layer of a cache."""
+    query = jax.ShapeDtypeStruct((sequences, 1, 4 * heads, HEAD), jnp.float32)
+    starts = jax.ShapeDtypeStruct((sequences,), jnp.int32)
+    for name, store in (("int8", ArrayConfig()), ("bfloat16", jnp.bfloat16)):
+        init = partial(kv.init, sequences, heads, CONTEXT, HEAD, store=store, layers=LAYERS)
+        cache = jax.eval_shape(init)
+
+        def kernel(query, keys, values, key_scale, value_scale, starts, layer, dtype=cache.dtype):
+            given = keys, values, dtype, key_scale, value_scale, starts, layer
+            return pallas_tpu_attention.attend(query, *given)
+
+        layer = jax.ShapeDtypeStruct((), jnp.int32)
+        arrays = cache.keys, cache.values, cache.key_scale, cache.value_scale
+        yield name, *count(chip, folder, kernel, query, *arrays, starts, layer)
+
+        def attend(query, cache, layer):
+            return kv.attend(query, cache, layer=layer)
+
+        with unittest.mock.patch.object(attention, "_MOST_ROWS", 0):
+            compiled = tpu_compiler.compile_for(chip, attend, query, cache, layer)
+        found = tpu_compiler.estimate(chip, compiled)
+        yield f"XLA, {name}", "", "", f"{found.microseconds:.1f}"
+
+
 def check(shape, rows):
     """(kernel, largest difference) of each kernel in interpret mode."""
     rng = np.random.default_rng(0)
@@ -172,13 +207,18 @@ def main():
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--experts", action="store_true")
+    parser.add_argument("--attention", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prepare(folder)
         for chip in arguments.chips if arguments.experts else ():
             count_here = partial(counts_of_experts, chip, pathlib.Path(folder))
             print_table(f"experts {EXPERTS}, {chip}", count_here, EXPERTS, arguments)
-        if arguments.experts:
+        for chip, heads in itertools.product(arguments.chips, HEADS) if arguments.attention else ():
+            count_here = partial(counts_of_attention, chip, pathlib.Path(folder))
+            arguments.rows = [SEQUENCES]
+            print_table(f"attention, {heads} key heads, {chip}", count_here, heads, arguments)
+        if arguments.experts or arguments.attention:
             return
         places = ("NumPy",) if arguments.check else arguments.chips
         for name, place in itertools.product(arguments.shapes, places):

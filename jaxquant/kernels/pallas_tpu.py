@@ -31,6 +31,8 @@ _LENGTH = 2048
 _LENGTH_OF_MANY_ROWS = 1024
 # Rows from which a tile of x is large.
 _MANY_ROWS = 256
+# The default float32 precision of XLA on TPUs: one pass of bfloat16.
+ONE_PASS = (None, lax.Precision.DEFAULT, "default", "fastest", "bfloat16")
 VMEM_LIMIT = 48 * 2**20
 # Smaller groups do not fill a tile of 4-bit codes.
 _LEAST_GROUP = 32

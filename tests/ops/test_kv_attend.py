@@ -106,6 +106,41 @@ def test_each_device_runs_the_kernel_inside_shard_map():
     np.testing.assert_allclose(whole(QUERY, cache), kv.attend(QUERY, cache), rtol=1e-5, atol=1e-5)
 
 
+# How sequences and heads are divided.
+PARTS = [((None, "a"), "bfloat16"), (("a",), "int4"), ((("b", "a"),), "int8"), (("b", "a"), "int8")]
+
+
+@needs_native
+@pytest.mark.parametrize("spec, name", PARTS, ids=str)
+def test_each_device_keeps_and_reads_the_heads_that_types_say_it_has(spec, name):
+    batch, heads, layers = 4, 2, 2
+    mesh = jax.make_mesh((2, 2), ("a", "b"))
+    whole = kv.init(batch, heads, S, D, store=STORES[name], layers=layers)
+    keys, values = (normal(batch, T, heads, D, seed=i) for i in range(2))
+    query, counts = normal(batch, T, N, D, seed=9), jnp.array([T, T - 7, 1, 0])
+
+    def step(cache, keys, values, query):
+        cache = kv.append(cache, keys, values, counts, layer=1)
+        return cache, kv.attend(query, cache, counts, layer=1)
+
+    def place(x, *spec):
+        return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
+
+    parts = jax.tree.map(lambda x: place(x, None, *spec) if x.ndim > 2 else x, whole)
+    given = parts, place(keys), place(values, "b"), place(query, None, None, "a")
+    program: Any = jax.jit(step).lower(*given)
+    text = program.compile().as_text()
+    assert CALL in program.as_text()
+    assert not any(f"[{layers},{batch},{heads},{S}" in line for line in text.splitlines())
+    cache, out = jax.jit(step)(*given)
+    # The cache stays where it is.
+    assert jax.typeof(cache.keys).sharding.spec[1 : 1 + len(spec)] == spec
+    wanted_cache, wanted = jax.jit(step)(whole, keys, values, query)
+    jax.tree.map(np.testing.assert_array_equal, cache, wanted_cache)
+    is_own = np.arange(T)[None] < np.asarray(counts)[:, None]
+    np.testing.assert_array_equal(np.asarray(out)[is_own], np.asarray(wanted)[is_own])
+
+
 def test_layers_in_a_loop_read_their_own():
     cache, plain = filled(jnp.bfloat16, layers=3), filled(jnp.bfloat16)
 

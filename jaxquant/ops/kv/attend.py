@@ -1,5 +1,6 @@
-"""Attention over a cache: by a native kernel on CPU, by XLA elsewhere."""
+"""Attention over a cache: by a kernel on CPU and, of few tokens, on TPU, by XLA elsewhere."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,11 +9,15 @@ import numpy as np
 from jax import lax
 
 from ...core import bits_of
-from ...jaxprs import is_sharded, on_one_cpu
-from ...kernels import cpu
+from ...jaxprs import is_sharded, on_one_cpu, on_one_tpu
+from ...kernels import cpu, pallas_tpu, pallas_tpu_attention
 from ..gradient import tangent_of
 from ..operands import has_symbolic_shape
 from .cache import Cache, as_counts, as_numbers, at_layer, check_layer
+from .own_heads import on_own_heads
+
+# Query rows of a key head up to which the scores of a block fit into VMEM.
+_MOST_ROWS = 64
 
 
 def attend(
@@ -29,10 +34,11 @@ def attend(
         out[t]    = sum over s of p[t, s] * values[s]
 
     Several query heads may share a key head (grouped-query attention): query head n reads key head
-    n // (N / H). Scales of a quantized cache multiply the scores and p, not the codes. On CPU, a
-    native kernel runs block by block (FlashAttention) in programs for one device, and reads no
-    positions behind the last token; XLA computes the rest: other devices, programs that it
-    partitions, caches of float16 or float64, and derivatives.
+    n // (N / H). Scales of a quantized cache multiply the scores and p, not the codes. On CPU, and
+    on TPU for the few tokens of a decoding step, a kernel runs block by block (FlashAttention) in
+    programs for one device, and reads no positions behind the last token. If sequences or heads of
+    the cache are sharded along explicit axes of a mesh, each device runs it on its own part. XLA
+    computes the rest: programs that it partitions, caches of other dtypes, and derivatives.
 
     Args:
         query: floats (B, T, N, D), with N a multiple of H.
@@ -65,25 +71,29 @@ def attend(
             f"query must be (B, T, N, D) with {batch} sequences, heads of {cache.size} and a "
             f"multiple of {heads} heads; got {query.shape}."
         )
-    lengths = at_layer(cache.lengths, layer)
-    starts = lengths - as_counts(counts, batch, query.shape[1])
     dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     scaled = query.astype(dtype) * (cache.size**-0.5 if scale is None else scale)
-    out = _attend(scaled, cache, starts, layer)
-    out = jnp.where((lengths <= cache.capacity)[:, None, None, None], out, jnp.nan)
-    return out.astype(query.dtype)
+    counts = as_counts(counts, batch, query.shape[1])
+    return on_own_heads(_of_heads, cache, counts, layer, scaled).astype(query.dtype)
+
+
+def _of_heads(cache: Cache, counts: jax.Array, layer: Any, query: jax.Array) -> jax.Array:
+    lengths = at_layer(cache.lengths, layer)
+    out = _attend(query, cache, lengths - counts, layer)
+    return jnp.where((lengths <= cache.capacity)[:, None, None, None], out, jnp.nan)
 
 
 @jax.custom_jvp
 def _attend(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:
     """The result in the dtype of the query, whose token t sees the positions to starts + t."""
-    if not _is_for_kernel(query, cache):
+    branches = {}
+    if _is_for_cpu(query, cache):
+        branches["cpu"] = partial(on_one_cpu, _natively, _by_xla)
+    if _is_for_tpu(query, cache):
+        branches["tpu"] = partial(on_one_tpu, _by_pallas, _by_xla)
+    if not branches:
         return _by_xla(query, cache, starts, layer)
-
-    def on_cpu(*args: Any) -> jax.Array:
-        return on_one_cpu(_natively, _by_xla, *args)
-
-    return lax.platform_dependent(query, cache, starts, layer, cpu=on_cpu, default=_by_xla)
+    return lax.platform_dependent(query, cache, starts, layer, **branches, default=_by_xla)
 
 
 def _attend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
@@ -94,23 +104,50 @@ def _attend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 _attend.defjvp(_attend_jvp, symbolic_zeros=True)
 
 
-def _is_for_kernel(query: jax.Array, cache: Cache) -> bool:
+def _is_for_cpu(query: jax.Array, cache: Cache) -> bool:
     """Whether the native kernel computes this on CPU."""
-    arrays = jax.tree.leaves((query, cache))
     is_read = cache.dtype in (jnp.float32, jnp.bfloat16) or bits_of(cache.dtype) <= 8
+    return is_read and _is_plain(query, cache) and cpu.unavailable() is None
+
+
+def _is_for_tpu(query: jax.Array, cache: Cache) -> bool:
+    """Whether the Pallas kernel computes this on TPU."""
+    rows = query.shape[1] * query.shape[2] // cache.keys.shape[-3]
+    # XLA would copy shorter heads of floats into another layout.
+    fits = cache.size % (8 if cache.dtype == jnp.int8 else 128) == 0
+    is_read = fits and cache.dtype in (jnp.float32, jnp.bfloat16, jnp.int8)
+    is_one_pass = jax.default_matmul_precision.value in pallas_tpu.ONE_PASS
+    return is_read and is_one_pass and rows <= _MOST_ROWS and _is_plain(query, cache)
+
+
+def _is_plain(query: jax.Array, cache: Cache) -> bool:
+    arrays = jax.tree.leaves((query, cache))
     is_plain = not any(is_sharded(x) or has_symbolic_shape(x) for x in arrays)
-    is_read &= query.dtype == jnp.float32 and 0 not in query.shape
-    return is_read and is_plain and cpu.unavailable() is None
+    return is_plain and query.dtype == jnp.float32 and 0 not in query.shape
 
 
 def _natively(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:
     """On the stored bytes of all layers, of which the kernel reads one."""
-    keys, values = (x if layer is not None else x[None] for x in (cache.keys, cache.values))
+    keys, values, place = _in_stack(cache, layer)
     key_scale, value_scale = (
         _scale_of(x, cache, layer) for x in (cache.key_scale, cache.value_scale)
     )
-    place = jnp.asarray(0 if layer is None else layer, jnp.int32)
     return cpu.attend(query, keys, values, cache.dtype, key_scale, value_scale, starts, place)
+
+
+def _by_pallas(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:
+    """On all layers, too, and on the scales of all."""
+    keys, values, place = _in_stack(cache, layer)
+    scales = [_scale_of(x, cache, None) for x in (cache.key_scale, cache.value_scale)]
+    key_scale, value_scale = (x[None] if layer is None and x is not None else x for x in scales)
+    given = keys, values, cache.dtype, key_scale, value_scale, starts, place
+    return pallas_tpu_attention.attend(query, *given)
+
+
+def _in_stack(cache: Cache, layer: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys and values with an axis of layers, and the layer."""
+    keys, values = (x if layer is not None else x[None] for x in (cache.keys, cache.values))
+    return keys, values, jnp.asarray(0 if layer is None else layer, jnp.int32)
 
 
 def _by_xla(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:

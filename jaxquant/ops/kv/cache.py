@@ -9,6 +9,7 @@ import numpy as np
 
 from ...core import ArrayConfig, bits_of, pack_int4, packed_bytes, quantize, unpack_int4
 from ...jaxprs import is_tracer
+from .own_heads import on_own_heads
 
 
 @jax.tree_util.register_dataclass
@@ -158,8 +159,16 @@ def append(
             f"{cache.size}; got {keys.shape} and {values.shape}."
         )
     counts = as_counts(counts, batch, count)
+    _check_room(cache, at_layer(cache.lengths, layer), counts, count)
+    new = jnp.asarray(keys), jnp.asarray(values)
+    return on_own_heads(_append, cache, counts, layer, *new, returns_cache=True)
+
+
+def _append(
+    cache: Cache, counts: jax.Array, layer: Any, keys: jax.Array, values: jax.Array
+) -> Cache:
+    batch, count = keys.shape[:2]
     lengths = at_layer(cache.lengths, layer)
-    _check_room(cache, lengths, counts, count)
     index = jnp.arange(count)[None]
     # Positions behind the last one are not written.
     positions = jnp.where(index < counts[:, None], lengths[:, None] + index, cache.capacity)

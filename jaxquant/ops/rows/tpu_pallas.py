@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ...core import QTensor, scale_values
 from ...jaxprs import on_one_tpu
@@ -29,9 +28,7 @@ from .kernel import (
 # for 256, 690 against 757 for 4096; v6e 6 against 73, 14 against 84, 221 against 390. One per
 # column: v5e 11 against 22, 44 against 63; v6e 5 against 15, 12 against 22, 200 against 191.
 _MOST_ROWS: dict[str | None, tuple[float, float]] = {"v5e": (256, 256), "v6e": (math.inf, 256)}
-# The default float32 precision of XLA on TPUs: one pass of bfloat16.
-_ONE_PASS = (None, lax.Precision.DEFAULT, "default", "fastest", "bfloat16")
-FLOATS = FloatSupport((jnp.float32, jnp.bfloat16), _ONE_PASS)
+FLOATS = FloatSupport((jnp.float32, jnp.bfloat16), pallas_tpu.ONE_PASS)
 
 
 def row(fallback: Table) -> Implementation:

@@ -1,0 +1,131 @@
+"""The Pallas kernel for attention: what it computes, in interpret mode, and that it compiles."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import tpu_compiler
+from jaxquant import ArrayConfig, kv
+from jaxquant.kernels import pallas_tpu_attention
+
+from ..ops.products import normal
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+LAYERS, BATCH, HEADS, SIZE = 2, 3, 2, 16
+STORES = {"int8": ArrayConfig(), "bfloat16": jnp.bfloat16, "float32": jnp.float32}
+# (positions, tokens of each sequence, tokens that attend, query heads): blocks of 128, the last one
+# of which is not full; sequences that are full, nearly empty, and that fill a block.
+CASES = {
+    "one token": (300, (300, 1, 128), 1, 4),
+    "three tokens": (300, (256, 3, 129), 3, 4),
+    "one block": (40, (40, 1, 17), 1, 2),
+    "many rows": (300, (299, 9, 200), 9, 8),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(pallas_tpu_attention, "_POSITIONS", 128)
+
+
+def filled(store, positions, lengths):
+    """A cache whose last layer holds tokens, with large values behind the last of each sequence."""
+    cache = kv.init(BATCH, HEADS, positions, SIZE, store=store, layers=LAYERS)
+    keys, values = (normal(BATCH, positions, HEADS, SIZE, seed=i) for i in (1, 2))
+    for x in (keys, values):
+        for row, length in zip(x, lengths, strict=True):
+            row[length:] = 1e4
+    cache = kv.append(cache, keys, values, layer=LAYERS - 1)
+    return cache, jnp.asarray(lengths, jnp.int32)
+
+
+def rounded(x):
+    """To bfloat16, as one pass of the matrix units does."""
+    return np.asarray(jnp.asarray(x).astype(jnp.bfloat16), np.float64)
+
+
+def numbers(stored, scale, dtype):
+    if stored.dtype != dtype:
+        stored = jax.lax.bitcast_convert_type(stored, dtype)
+    found = rounded(stored[-1])
+    return found if scale is None else found * np.asarray(scale[-1], np.float64)[..., None]
+
+
+def slow_attention(query, cache, starts):
+    """Token by token and head by head, in float64."""
+    keys = numbers(cache.keys, cache.key_scale, cache.dtype)
+    values = numbers(cache.values, cache.value_scale, cache.dtype)
+    out, query = np.zeros(query.shape), rounded(query)
+    for b, t, n in np.ndindex(query.shape[:3]):
+        head, seen = n // (query.shape[2] // HEADS), starts[b] + t + 1
+        scores = keys[b, head, :seen] @ query[b, t, n]
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights @ values[b, head, :seen] / weights.sum()
+    return out
+
+
+def arrays(cache):
+    return cache.keys, cache.values, cache.dtype, cache.key_scale, cache.value_scale
+
+
+@pytest.mark.parametrize("name", STORES)
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_attend_to_all_before_them_and_no_others(case, name):
+    positions, lengths, tokens, heads = CASES[case]
+    cache, lengths = filled(STORES[name], positions, lengths)
+    query, starts = normal(BATCH, tokens, heads, SIZE, seed=3) / 4, np.asarray(lengths) - tokens
+    run = partial(pallas_tpu_attention.attend, interpret=True)
+    given = jnp.asarray(starts), jnp.int32(LAYERS - 1)
+
+    found = run(jnp.asarray(query), *arrays(cache), *given)
+
+    # Sequences that are shorter than the tokens have padding, whose results are arbitrary.
+    is_own = (starts[:, None] + np.arange(tokens)) >= 0
+    wanted = slow_attention(query, cache, np.maximum(starts, 0))
+    is_own &= (starts >= 0)[:, None]
+    # bfloat16 has 8 bits.
+    np.testing.assert_allclose(found[is_own], wanted[is_own], rtol=2e-2, atol=2e-2)
+    assert np.all(np.isfinite(found))
+
+
+def test_vmap_runs_it_for_each_cache():
+    caches = [filled(STORES["int8"], 300, lengths)[0] for lengths in ((300, 1, 128), (7, 8, 9))]
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+    query = jnp.asarray(normal(2, BATCH, 1, 4, SIZE, seed=3))
+    starts = jnp.array([[299, 0, 127], [6, 7, 8]])
+    run = partial(pallas_tpu_attention.attend, interpret=True)
+
+    def one(query, cache, starts):
+        return run(query, *arrays(cache), starts, jnp.int32(LAYERS - 1))
+
+    found = jax.vmap(one)(query, both, starts)
+
+    for i, cache in enumerate(caches):
+        np.testing.assert_allclose(found[i], one(query[i], cache, starts[i]), rtol=1e-3, atol=1e-3)
+
+
+# Heads of floats that are shorter than 128 would be copied into another layout.
+STEPS = [("v5e", "int8", 64), ("v6e", "bfloat16", 64), ("v6e", "bfloat16", 128)]
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize("chip, name, size", STEPS)
+def test_it_is_compiled_for_steps_of_decoding(chip, name, size, monkeypatch):
+    monkeypatch.undo()
+    cache = jax.eval_shape(partial(kv.init, 2, 3, 9000, size, store=STORES[name], layers=2))
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def run(query, cache, layer):
+        return kv.attend(query, cache, layer=layer)
+
+    for tokens, is_kernel in ((1, size == 128 or name == "int8"), (22, False)):
+        query = jax.ShapeDtypeStruct((2, tokens, 9, size), jnp.float32)
+        compiled = tpu_compiler.compile_for(chip, run, query, cache, layer)
+        assert ("tpu_custom_call" in (compiled.as_text() or "")) == is_kernel
+        # A slice of the layer would be copied for the kernel.
+        if is_kernel:
+            assert compiled.memory_analysis().temp_size_in_bytes < cache.keys.size // 4
