@@ -158,7 +158,11 @@ def counts_of_attention(chip, folder, heads, sequences):
             return pallas_tpu_attention.attend(query, *given)
 
         layer = jax.ShapeDtypeStruct((), jnp.int32)
-        arrays = cache.keys, cache.values, cache.key_scale, cache.value_scale
+        scales = (
+            None if x is None else jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+            for x in (cache.key_scale, cache.value_scale)
+        )
+        arrays = cache.keys, cache.values, *scales
         yield name, *count(chip, folder, kernel, query, *arrays, starts, layer)
 
         def attend(query, cache, layer):

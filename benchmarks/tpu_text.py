@@ -23,7 +23,7 @@ _FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
 _ACCESSED = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"?(\d+)')
 # Views and bookkeeping, which do not move data; `-done` waits for what `-start` moved.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
-_SLICES = {"slice", "dynamic-slice"}
+_SLICES = {"slice", "dynamic-slice", "gather"}
 # Operations that change their first operand in place, and the operand that is written.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 # Inside fusions, which copy only what their result needs.

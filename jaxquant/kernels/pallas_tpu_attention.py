@@ -23,6 +23,10 @@ else:
 
 # Positions of one step: a step costs a third of a microsecond, in which v5e reads 270 kB.
 _POSITIONS = 4096
+# Rows of a tile of float32.
+_SCALE_ROWS = 8
+# Positions whose scales fit into VMEM.
+MOST_POSITIONS = 2**17
 # Rows of a tile of bfloat16.
 _TILE_ROWS = 16
 _LEAST = float(np.finfo(np.float32).min)
@@ -49,7 +53,7 @@ def attend(
         query: float32 (B, T, N, D), with the factor of the scores.
         keys, values: (L, B, H, S, D) as `kv.Cache` stores them, of at least 8 bits.
         dtype: of their numbers: int8 or a float.
-        key_scale, value_scale: (L, B, H, S) floats; None for 1.
+        key_scale, value_scale: (B, H, S) floats, of that layer; None for 1.
         starts: (B,): token t sees the positions up to starts + t.
         layer: scalar, which of the L layers.
         interpret: runs without a TPU, slowly, for tests.
@@ -80,13 +84,14 @@ def attend(
     def of_cache(b: Any, h: Any, s: Any, layer: Any, starts: Any) -> Any:
         return layer[0], b, h, jnp.minimum(s, last(b, starts)), 0
 
-    def of_scales(b: Any, h: Any, s: Any, layer: Any, starts: Any) -> Any:
-        return layer[0], b, 0, jnp.minimum(s, last(b, starts))
+    def of_scales(b: Any, h: Any, *_: Any) -> Any:
+        return lax.div(b * shared + h, _SCALE_ROWS), 0
 
     tile = pl.BlockSpec((1, 1, rows.shape[2], size), own)
     per_position = pl.BlockSpec((1, 1, 1, block, size), of_cache)
-    per_scale = pl.BlockSpec((1, 1, shared, block), of_scales)
-    scales = [x for x in (key_scale, value_scale) if x is not None]
+    scales = [x.reshape(-1, capacity) for x in (key_scale, value_scale) if x is not None]
+    # Read once for so many heads: XLA stores them in one tile.
+    per_scale = pl.BlockSpec((min(batch * shared, _SCALE_ROWS), steps * block), of_scales)
     column = pltpu.VMEM((rows.shape[2], 1), jnp.float32)
     kernel = functools.partial(
         _attend_block,
@@ -135,9 +140,10 @@ def _attend_block(
     *scales, out, largest, total, summed = refs
     b, h, s = (pl.program_id(axis) for axis in range(3))
     block = keys.shape[3]
+    row = lax.rem(b * pl.num_programs(1) + h, _SCALE_ROWS)
+    here = pl.ds(row, 1), pl.ds(pl.multiple_of(s * block, block), block)
     key_scale, value_scale = (
-        scales.pop(0)[0, 0, pl.ds(h, 1), :].astype(jnp.float32) if has else None
-        for has in has_scales
+        scales.pop(0)[here].astype(jnp.float32) if has else None for has in has_scales
     )
 
     @pl.when(s == 0)
@@ -165,8 +171,8 @@ def _attend_block(
         weights = jnp.where(is_seen, weights, 0).astype(jnp.bfloat16)
         numbers = _numbers(values[0, 0, 0], dtype)
         if capacity % block:
-            row = s * block + lax.broadcasted_iota(jnp.int32, numbers.shape, 0)
-            numbers = jnp.where(row < capacity, numbers, 0)
+            places = s * block + lax.broadcasted_iota(jnp.int32, numbers.shape, 0)
+            numbers = jnp.where(places < capacity, numbers, 0)
         summed[...] = earlier * summed[...] + _dot(weights, numbers, (1, 0))
 
     @pl.when(s == pl.num_programs(2) - 1)
@@ -189,8 +195,7 @@ def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 def _cost(rows: jax.Array, keys: jax.Array, scales: list[jax.Array]) -> "pl.CostEstimate":
     """That of a full cache: keys and values of one layer are read once."""
-    layers = keys.shape[0]
-    moved = (2 * keys.nbytes + sum(x.nbytes for x in scales)) // layers
+    moved = 2 * keys.nbytes // keys.shape[0] + sum(x.nbytes for x in scales)
     batch, shared, count, size = rows.shape
     scores = batch * shared * count * keys.shape[3]
     return pl.CostEstimate(

@@ -1,4 +1,4 @@
-"""A Pallas kernel for TPUs: rows sorted by expert, each times the quantized matrix of its expert.
+"""A Pallas kernel for TPUs: rows times matrices of a quantized stack, such as experts.
 
 It is compiled for v5e and v6e and checked in interpret mode; it has not run on a TPU yet.
 """
@@ -63,9 +63,56 @@ def ragged_dot(
     (rows, length), (experts, _, columns) = x.shape, w.shape
     size, most = length // scale.shape[1], experts if most is None else most
     tile = _tile(rows, length, columns, most, size)
-    expert, place, starts, count = steps(sizes, rows, tile.rows, most)
+    found = steps(sizes, rows, tile.rows, most)
+    out = _by_steps(x, w, scale, zero, row_scale, found, tile, dtype, interpret)
+    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), out, 0)
+
+
+def stacked_dot(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    row_scale: jax.Array | None,
+    layer: jax.Array,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    interpret: bool = False,
+) -> jax.Array:
+    """row_scale * (x @ ((w[layer] - zero[layer]) * scale[layer])), of which no other is read.
+
+    Args:
+        x, w, scale, zero, row_scale, dtype, interpret: as for `ragged_dot`.
+        layer: scalar, from 0 to E - 1.
+
+    Error: as for `ragged_dot`.
+    """
+    (rows, length), columns = x.shape, w.shape[2]
+    tile = _tile(rows, length, columns, 1, length // scale.shape[1])
+    count = math.ceil(rows / tile.rows)
+    # All rows are those of one matrix.
+    place = jnp.arange(count, dtype=jnp.int32)
+    layers = jnp.broadcast_to(layer.astype(jnp.int32), place.shape)
+    starts = jnp.zeros(w.shape[0], jnp.int32)
+    found = layers, place, starts, jnp.full(1, count, jnp.int32)
+    return _by_steps(x, w, scale, zero, row_scale, found, tile, dtype, interpret)
+
+
+def _by_steps(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    row_scale: jax.Array | None,
+    steps: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    tile: "_Tile",
+    dtype: jax.typing.DTypeLike,
+    interpret: bool,
+) -> jax.Array:
+    """What each of the `steps` adds."""
+    (rows, length), columns, size = x.shape, w.shape[2], x.shape[1] // scale.shape[1]
     along = length // tile.length
-    grid = (pl.cdiv(columns, tile.columns), expert.shape[0], along)
+    grid = (pl.cdiv(columns, tile.columns), steps[0].shape[0], along)
     specs = _specs(tile, scale.shape[1], along - 1)
     given = ((row_scale, specs.per_row), (scale, specs.per_column), (zero, specs.per_column))
     parameters = [(v.astype(jnp.float32), spec) for v, spec in given if v is not None]
@@ -75,7 +122,7 @@ def ragged_dot(
     if x.dtype == w.dtype == jnp.int8 and size == length and zero is None:
         multiply = _by_codes
     x = x if x.dtype == jnp.int8 else x.astype(jnp.bfloat16)
-    out = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_accumulate, multiply=multiply, has_rows=has_rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
@@ -92,8 +139,7 @@ def ragged_dot(
         cost_estimate=_cost(grid, tile.rows, x, w, scale, len(parameters) - has_rows, dtype),
         interpret=interpret,
         name="ragged_dot",
-    )(expert, place, starts, count, x, w, *[v for v, _ in parameters])
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), out, 0)
+    )(*steps, x, w, *[v for v, _ in parameters])
 
 
 class _Tile(NamedTuple):

@@ -21,6 +21,7 @@ from .low_rank import with_low_rank
 from .offset import adding_offsets
 from .operands import Operand, OperandLike, as_operands, is_quantized
 from .rows import cpu_blocks, cpu_native, dequantize, gpu_triton, integer, tpu_pallas, tpu_xla
+from .stacks import stack_of
 
 
 def matmul(
@@ -149,7 +150,8 @@ def dot_operands(
             out_sharding=options.out_sharding,
         )
     spec = DotSpec.of_logical_axes(lhs, rhs, dimension_numbers, options)
-    return _dot_general(lhs, rhs, spec, options.implementation)
+    stack, layer = stack_of(rhs) or (None, None)
+    return _dot_general(lhs, rhs, stack, layer, spec, options.implementation)
 
 
 def dot_by_labels(
@@ -181,11 +183,16 @@ def _batched_matmul(
 
 @partial(jax.jit, static_argnames=("spec", "implementation"))
 def _dot_general(
-    lhs: Operand, rhs: Operand, spec: DotSpec, implementation: str | None
+    lhs: Operand,
+    rhs: Operand,
+    stack: QTensor | None,
+    layer: jax.Array | None,
+    spec: DotSpec,
+    implementation: str | None,
 ) -> jax.Array:
     has_offset = any(isinstance(x, QTensor) and x.offset is not None for x in (lhs, rhs))
     table = _WITH_OFFSETS if has_offset else _TABLE
-    return dispatch.run(table, lhs, rhs, spec, implementation)
+    return dispatch.run(table, lhs, rhs, spec, implementation, stack, layer)
 
 
 # Rows that XLA can partition among devices.

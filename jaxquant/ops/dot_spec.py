@@ -26,7 +26,7 @@ class DotOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DotSpec:
-    """The arguments of `dot_general`, hashable, in terms of stored axes.
+    """The arguments of `dot_general`, in terms of stored axes. Hashable unless it holds arrays.
 
     Attributes:
         contract, batch: (axes of lhs, axes of rhs), from 0 up.
@@ -34,6 +34,8 @@ class DotSpec:
         dtype: dtype of the result.
         precision: as for `jax.lax.dot_general`.
         out_sharding: that of the product of the stored arrays.
+        stack, layer: of which rhs is a slice, for kernels that read it in place; None if that is
+            not known.
     """
 
     contract: AxesOfBoth
@@ -42,6 +44,8 @@ class DotSpec:
     dtype: np.dtype
     precision: lax.PrecisionLike
     out_sharding: OutSharding
+    stack: QTensor | None = None
+    layer: jax.Array | None = None
 
     operation: ClassVar[str] = "dot_general"
 
@@ -81,13 +85,13 @@ class DotSpec:
         """None: `dot_general` has no ragged rows."""
 
     @property
-    def arrays(self) -> tuple[()]:
-        """None: `dot_general` has no arrays but its operands."""
-        return ()
+    def arrays(self) -> tuple[Any, ...]:
+        """Those of the stack."""
+        return self.stack, self.layer
 
-    def with_arrays(self) -> "DotSpec":
-        """The spec itself: `dot_general` does not have other array arguments."""
-        return self
+    def with_arrays(self, stack: QTensor | None, layer: jax.Array | None) -> "DotSpec":
+        """The spec with the arrays of a stack."""
+        return dataclasses.replace(self, stack=stack, layer=layer)
 
     def unfold(self, x: jax.Array, weights: QTensor) -> jax.Array:
         """The operand itself: its rows have all elements of a sum."""

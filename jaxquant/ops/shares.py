@@ -122,21 +122,27 @@ class Shares:
         """What divides each axis of the result."""
         return axes_of_result(self.of_lhs, self.of_rhs, self.spec)
 
+    def operands(self, lhs: Operand, rhs: QTensor) -> tuple[Any, ...]:
+        """Both, whose inputs were applied, and the arrays of the spec."""
+        return without_inputs(lhs), without_inputs(rhs), *self.spec.arrays
+
     def parts(self, lhs: Operand, rhs: QTensor) -> list[Part]:
-        """How the leaves of both operands are divided, in their order."""
-        pairs = (lhs, self.of_lhs), (rhs, self.of_rhs)
+        """How the leaves of `operands` are divided, in their order."""
+        stack, layer = self.spec.arrays
+        pairs = (lhs, self.of_lhs), (rhs, self.of_rhs), (stack, ((), *self.of_rhs)), (layer, ())
         return [Part(leaf.shape, s, self.mesh) for x, s in pairs for leaf in jax.tree.leaves(x)]
 
     def run(self, run: Callable[..., jax.Array], treedef: Any, own: Sequence[Any]) -> jax.Array:
-        """This device's part of the result, from its parts of the leaves of the operands.
+        """This device's part of the result, from its parts of the leaves of `operands`.
 
         If contracted axes are divided, parts of the result are added in float32.
         """
-        operands = jax.tree.unflatten(treedef, own)
+        lhs, rhs, *arrays = jax.tree.unflatten(treedef, own)
+        spec = self.spec.with_arrays(*arrays)
         if not self.contracted:
-            return run(*operands, self.spec)
-        wide = jnp.dtype(jnp.float64 if self.spec.dtype == jnp.float64 else jnp.float32)
-        out = run(*operands, dataclasses.replace(self.spec, dtype=wide))
+            return run(lhs, rhs, spec)
+        wide = jnp.dtype(jnp.float64 if spec.dtype == jnp.float64 else jnp.float32)
+        out = run(lhs, rhs, dataclasses.replace(spec, dtype=wide))
         return lax.psum(out, self.contracted).astype(self.spec.dtype)
 
 
@@ -150,9 +156,9 @@ def on_own_parts(
         lhs, rhs: the operands.
         run: (lhs, rhs, spec) -> result, of parts and of a spec without `out_sharding`.
     """
-    operands = without_inputs(lhs), without_inputs(rhs)
+    operands = shares.operands(lhs, rhs)
     leaves, treedef = jax.tree.flatten(operands)
-    parts = shares.parts(*operands)
+    parts = shares.parts(*operands[:2])
     specs = tuple(jax.P(*part.spec) for part in parts)
     spec, local = shares.spec, dataclasses.replace(shares, spec=shares.own_spec)
 
@@ -171,13 +177,14 @@ def on_own_parts(
 
 def own_shapes(shares: Shares, lhs: Operand, rhs: QTensor) -> tuple[Any, Any]:
     """The shapes of one device's parts of the operands."""
-    operands = without_inputs(lhs), without_inputs(rhs)
+    operands = shares.operands(lhs, rhs)
     leaves, treedef = jax.tree.flatten(operands)
     own = [
         jax.ShapeDtypeStruct(own_shape(part.shape, part.counts), x.dtype)
-        for part, x in zip(shares.parts(*operands), leaves, strict=True)
+        for part, x in zip(shares.parts(*operands[:2]), leaves, strict=True)
     ]
-    return jax.tree.unflatten(treedef, own)
+    left, right, *_ = jax.tree.unflatten(treedef, own)
+    return left, right
 
 
 def without_inputs(x: Operand) -> Operand:

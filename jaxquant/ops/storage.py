@@ -2,15 +2,11 @@
 
 from ..core import Axes, QTensor, normalize_axes
 
-# Whether the contracted axis should lie last, given whether scales are grouped along it.
-# CPU: contracting the last axis of both operands is 4 to 7 times faster (4096 x 4096, up to
-# 16 rows). TPU: per-channel scales cost the same either way, grouped ones are ten times
-# slower last, because they broadcast along sublanes only (v5e, the compiler's estimate).
-_CONTRACTS_LAST = {
-    "cpu": {False: True, True: True},
-    "gpu": {False: True, True: True},
-    "tpu": {False: None, True: False},
-}
+# Whether the contracted axis should lie last. CPU: contracting the last axis of both operands is 4
+# to 7 times faster (4096 x 4096, up to 16 rows). TPU: the kernels read it second to last; XLA takes
+# as long either way if scales are per channel, and ten times as long with grouped scales last,
+# because they broadcast along sublanes only (v5e, the compiler's estimate).
+_CONTRACTS_LAST = {"cpu": True, "gpu": True, "tpu": False}
 
 
 def best_order(q: QTensor, platform: str, contracted: Axes = None) -> tuple[int, ...] | None:
@@ -39,9 +35,9 @@ def best_order(q: QTensor, platform: str, contracted: Axes = None) -> tuple[int,
             return q.order
     else:
         axes = sorted(normalize_axes(contracted, q.ndim))
-    last = _CONTRACTS_LAST[platform][any(scale[a] > 1 for a in axes)]
+    last = _CONTRACTS_LAST[platform]
     is_last = [*q.stored_axes(axes)] == [*range(q.ndim - len(axes), q.ndim)]
-    if last is None or (last and is_last):
+    if last and is_last:
         return q.order
     # Second to last on TPUs, where matrices (K, N) have it.
     first = axes[0] if last or len(axes) < q.ndim - axes[0] else max(axes[0] - 1, 0)

@@ -115,6 +115,7 @@ def _is_for_tpu(query: jax.Array, cache: Cache) -> bool:
     rows = query.shape[1] * query.shape[2] // cache.keys.shape[-3]
     # XLA would copy shorter heads of floats into another layout.
     fits = cache.size % (8 if cache.dtype == jnp.int8 else 128) == 0
+    fits &= cache.capacity <= pallas_tpu_attention.MOST_POSITIONS
     is_read = fits and cache.dtype in (jnp.float32, jnp.bfloat16, jnp.int8)
     is_one_pass = jax.default_matmul_precision.value in pallas_tpu.ONE_PASS
     return is_read and is_one_pass and rows <= _MOST_ROWS and _is_plain(query, cache)
@@ -136,11 +137,10 @@ def _natively(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> 
 
 
 def _by_pallas(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:
-    """On all layers, too, and on the scales of all."""
+    """On the stored bytes of all layers, too. XLA would copy the scales of all into other tiles."""
     keys, values, place = _in_stack(cache, layer)
-    scales = [_scale_of(x, cache, None) for x in (cache.key_scale, cache.value_scale)]
-    key_scale, value_scale = (x[None] if layer is None and x is not None else x for x in scales)
-    given = keys, values, cache.dtype, key_scale, value_scale, starts, place
+    scales = (_scale_of(x, cache, layer) for x in (cache.key_scale, cache.value_scale))
+    given = keys, values, cache.dtype, *scales, starts, place
     return pallas_tpu_attention.attend(query, *given)
 
 

@@ -68,6 +68,8 @@ def kernel_on_parts(
         why_unsupported: (lhs, rhs, spec) -> why the kernel does not multiply such parts, or None.
     """
 
+    spec = spec.with_arrays(None, None)
+
     def by_xla(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
         return dispatch.run_on(fallback, lhs, rhs, spec, "cpu")
 

@@ -25,12 +25,12 @@ def run_on_parts(
     contracted axes are, the parts of the result are added in float32.
 
     Args:
-        lhs, rhs, spec: as for a row, both stored with their contracted axes last.
+        lhs, rhs, spec: as for a row, both stored with their contracted axes last; no stack.
         run: (lhs, rhs, spec) -> result, of any length of the axes.
         key: equal only for functions `run` that do the same.
     """
-    operands = tuple(map(without_inputs, (lhs, rhs)))
-    leaves, treedef = jax.tree.flatten(operands)
+    operands = without_inputs(lhs), without_inputs(rhs)
+    leaves, treedef = jax.tree.flatten((*operands, *spec.arrays))
     counts = len(jax.tree.leaves(operands[0]))
 
     def divide(mesh: Any, specs: Any) -> Any:

@@ -1,4 +1,8 @@
-"""The row that runs the Pallas kernel for TPUs: rows times grouped 4-bit weights."""
+"""The row that runs the Pallas kernels for TPUs: rows times grouped 4-bit weights.
+
+Few rows are multiplied by 8-bit weights, too, where these are a slice of a stack: the kernel reads
+them there, and XLA would slice them first.
+"""
 
 import math
 from functools import partial
@@ -8,7 +12,7 @@ import jax.numpy as jnp
 
 from ...core import QTensor, scale_values
 from ...jaxprs import on_one_tpu
-from ...kernels import pallas_tpu
+from ...kernels import pallas_tpu, pallas_tpu_experts
 from ..dispatch import Implementation, Table
 from ..dot_spec import DotSpec, to_logical_order
 from ..operands import Operand, repeat_groups
@@ -28,6 +32,8 @@ from .kernel import (
 # for 256, 690 against 757 for 4096; v6e 6 against 73, 14 against 84, 221 against 390. One per
 # column: v5e 11 against 22, 44 against 63; v6e 5 against 15, 12 against 22, 200 against 191.
 _MOST_ROWS: dict[str | None, tuple[float, float]] = {"v5e": (256, 256), "v6e": (math.inf, 256)}
+# Rows that are one tile of the kernel for stacks, so that it reads weights once.
+_MOST_ROWS_IN_STACK = 256
 FLOATS = FloatSupport((jnp.float32, jnp.bfloat16), pallas_tpu.ONE_PASS)
 
 
@@ -39,6 +45,7 @@ def row(fallback: Table) -> Implementation:
         why_unsupported,
         ("tpu",),
         _why_slower,
+        is_integer=_is_integer,
         reads_packed=True,
         fallback=fallback,
     )
@@ -64,23 +71,70 @@ def run(
     return out.reshape(*x.shape[:-1], rhs.codes.shape[1]).astype(dtype)
 
 
+def run_in_stack(
+    lhs: Operand,
+    stack: QTensor,
+    layer: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """(..., K) by the slice `layer` of (L, K, N), in `dtype`; `interpret` as for `run`."""
+    x, row_scale = codes_and_scale(lhs)
+    if row_scale is not None:
+        row_scale = jnp.broadcast_to(row_scale, (*x.shape[:-1], 1)).reshape(-1, 1)
+    out = pallas_tpu_experts.stacked_dot(
+        x.reshape(-1, x.shape[-1]),
+        stack.codes,
+        scale_values(stack.scale),
+        stack.zero_point,
+        row_scale,
+        layer,
+        dtype=dtype if dtype in FLOATS.dtypes else jnp.float32,
+        interpret=interpret,
+    )
+    return out.reshape(*x.shape[:-1], stack.codes.shape[2]).astype(dtype)
+
+
 def why_unsupported(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
-    """Why the kernel does not compute this, or None."""
+    """Why the kernels do not compute this, or None."""
     why_not = why_unsupported_matrix(lhs, rhs, spec, axis=0) or why_unsupported_float64(spec)
-    why_not = why_not or why_unsupported_int4(rhs)
+    if why_not is None and not _is_in_stack(lhs, rhs, spec):
+        why_not = why_unsupported_int4(rhs)
     why_not = why_not or FLOATS.why_unsupported(lhs, rhs, spec.precision)
     return why_not or pallas_tpu.why_unsupported_groups(rhs.codes.shape[0], rhs.scale.shape[0])
 
 
+def _is_in_stack(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
+    """Whether few rows meet integer codes that are a slice of a stack, with scales per column."""
+    is_few = lhs.size <= _MOST_ROWS_IN_STACK * rhs.codes.shape[0]
+    if spec.stack is None or not is_few or rhs.offset is not None or isinstance(rhs.scale, QTensor):
+        return False
+    is_integer = rhs.format.rounds and rhs.format.bits in (4, 8)
+    return is_integer and rhs.scale.shape[1] == rhs.codes.shape[1]
+
+
+def _is_integer(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
+    codes, row_scale = codes_and_scale(lhs)
+    is_whole = rhs.scale.shape[0] == 1 and rhs.zero_point is None
+    return row_scale is not None and codes.dtype == rhs.codes.dtype == jnp.int8 and is_whole
+
+
 def _kernel(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
-    return to_logical_order(run(lhs, rhs, spec.dtype), spec)
+    if spec.stack is not None and spec.layer is not None and _is_in_stack(lhs, rhs, spec):
+        out = run_in_stack(lhs, spec.stack, spec.layer, spec.dtype)
+    else:
+        out = run(lhs, rhs, spec.dtype)
+    return to_logical_order(out, spec)
 
 
 def _why_slower(lhs: Operand, rhs: QTensor, spec: DotSpec, chip: str | None) -> str | None:
-    if integer.is_supported(lhs, rhs, spec):
-        return "XLA multiplies codes with one scale per column as integers"
     if chip not in _MOST_ROWS:
         return f"it is selected on {' and '.join(map(str, _MOST_ROWS))} only"
+    if _is_in_stack(lhs, rhs, spec):
+        return None
+    if integer.is_supported(lhs, rhs, spec):
+        return "XLA multiplies codes with one scale per column as integers"
     most = _MOST_ROWS[chip][rhs.scale.shape[0] == 1]
     rows = lhs.size // rhs.codes.shape[0]
     return f"{rows} rows, more than {most}, are faster by XLA on {chip}" if rows > most else None

@@ -8,17 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import tpu_compiler
 from jaxquant import (
     FP8_E4M3,
     FP8_E5M2,
     INT4,
     NF4,
+    SCHEMES,
     W8A8,
     ArrayConfig,
     Inputs,
+    Rule,
     einsum,
     matmul,
     quantize,
+    scan,
+    tree,
 )
 from jaxquant.jaxprs import chips
 from jaxquant.ops import inputs
@@ -248,3 +253,59 @@ def test_axes_of_the_result_follow_the_equation(on_v6e):
     transposed = partial(einsum, "mk,kn->nm")
     assert calls(transposed, x, q) == 1
     assert jax.eval_shape(transposed, x, q).shape == (N, 17)
+
+
+LAYERS = 3
+# (weights, activations) of a stack.
+IN_STACK = {
+    "int8 by int8": (ArrayConfig(), ArrayConfig()),
+    "int8 by bfloat16": (ArrayConfig(group_size=128), None),
+    "int4 by bfloat16": (RIGHT["bfloat16"], None),
+    "int4 by int8": (G128, ArrayConfig()),
+}
+
+
+@pytest.mark.parametrize("name", IN_STACK)
+def test_few_rows_meet_one_matrix_of_a_stack_where_it_is(name):
+    config, of_rows = IN_STACK[name]
+    stack = quantize(jnp.asarray(normal(LAYERS, K, N, center=0)), config, axis=1)
+    x = jnp.asarray(normal(2, 150, K), jnp.bfloat16)
+    if of_rows is not None:
+        x = quantize(x.astype(jnp.float32), of_rows, axis=-1)
+    run = jax.jit(partial(tpu_pallas.run_in_stack, dtype=jnp.float32, interpret=True))
+    for layer in range(LAYERS):
+        got = run(x, stack, jnp.int32(layer))
+        one = jax.tree.map(lambda leaf, i=layer: leaf[i], stack)
+        tolerance = 2e-6 if of_rows is not None and config != G128 else 2.0**-8
+        assert_product(got, "abk,kn->abn", x, one, tolerance=tolerance)
+
+
+# (layout of the stack, rows, whether the kernel reads it there).
+LOOPS = {
+    "one product": (lambda x, q: matmul(x, q), 8, True),
+    "two heads": (lambda x, q: einsum("mk,khd->mhd", x, q), 8, False),
+    "many rows": (lambda x, q: matmul(x, q), 257, False),
+    "compiled apart": (lambda x, q: jax.jit(lambda x, q: matmul(x, q))(x, q), 8, False),
+    "scaled": (lambda x, q: matmul(x, dataclasses.replace(q, scale=q.scale + 1)), 8, False),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.usefixtures("libtpu")
+def test_loops_over_layers_do_not_slice_what_kernels_read(name):
+    product, rows, is_there = LOOPS[name]
+    shape = (512, 4, 128) if name == "two heads" else (512, 512)
+
+    def init():
+        rule = Rule("w", SCHEMES["W8A8"], axis=1)
+        w = {"w": jnp.ones((LAYERS, *shape), jnp.bfloat16)}
+        return tree.quantize(w, [rule], platform="tpu")["w"]
+
+    def run(x, stack):
+        return scan(lambda x, q: (x + product(x, q).reshape(x.shape), None), x, stack)[0]
+
+    x = jax.ShapeDtypeStruct((rows, 512), jnp.bfloat16)
+    compiled = tpu_compiler.compile_for("v5e", run, x, jax.eval_shape(init))
+    assert ("tpu_custom_call" in (compiled.as_text() or "")) == is_there
+    if is_there:
+        assert compiled.memory_analysis().temp_size_in_bytes < 512 * 512
