@@ -59,6 +59,10 @@ CHIPS = {
 }
 
 
+# What the compiler's estimate counts for the smallest fusion; it has none for Pallas kernels.
+KERNEL_CYCLES = 1830
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """The compiler's estimate for a program, not a measurement.
@@ -68,8 +72,8 @@ class Estimate:
         hbm_bytes: bytes that they read and write.
         temporary_bytes: HBM beyond arguments and results.
         kernel_bytes, kernel_operations: counted for Pallas kernels, which have no estimate; they
-            add bytes over bandwidth or operations over rate, whichever takes longer, to
-            `microseconds`.
+            add bytes over bandwidth or operations over rate, whichever takes longer, and
+            `KERNEL_CYCLES` to `microseconds`.
         is_whole: whether the trip counts of all loops are known; unknown ones count as one.
     """
 
@@ -139,7 +143,8 @@ def estimate(chip: str, compiled: jax.stages.Compiled) -> Estimate:
 
 def seconds(chip: Chip, work: Work) -> float:
     """The longer of compute time and transfer time, for one run of an operation."""
-    computing = (work.cycles or 0) / chip.clock
-    if work.operations:
-        computing = work.operations / chip.rates["bf16"]
-    return max(computing, work.hbm_bytes / chip.bandwidth)
+    moving = work.hbm_bytes / chip.bandwidth
+    if work.is_kernel:
+        computing = (work.operations or 0) / chip.rates["bf16"]
+        return KERNEL_CYCLES / chip.clock + max(computing, moving)
+    return max((work.cycles or 0) / chip.clock, moving)

@@ -3,15 +3,18 @@
     python -m benchmarks --suite tpu-models [--chips v5e v6e] [--only W8A8 W4A16 Llama Qwen3]
 
 Needs libtpu (extra `tpu`) but no TPU: nothing runs. Llama 3 8B and Qwen3 30B-A3B as shapes, in
-bfloat16 and quantized, are tensor-parallel on 2 x 4 chips, under plain `jit`: kernels that read
-activations are divided along their columns, `out` and `down` along their rows. Of the 128 experts
+bfloat16 and quantized, are tensor-parallel on 2 x 4 chips, under plain `jit` with a mesh of explicit
+axes: kernels that read activations are divided along their columns, `out` and `down` along their
+rows. Of the 128 experts
 of Qwen3's layers, each chip has 16, which it multiplies inside `shard_map`; its keys and values are
 stored twice, so that each chip has one of 8 heads, and its norms of queries and keys are left out.
 Steps decode one token of 1, 8 or 64 sequences with 8,192 tokens each, or prefill 4,096. Keys and
 values are in bfloat16 beside bfloat16 kernels, and in int8 beside quantized ones.
 
 Every figure is an ESTIMATE by the compiler, not a measurement: operations one after another, each
-as the longer of its cycles and its bytes, without the time that data takes between chips. Cells:
+as the longer of its cycles and its bytes, without the time that data takes between chips. Pallas
+kernels count as the longer of their bytes and operations, and what the compiler counts for the
+smallest fusion. Cells:
 milliseconds, the speed relative to bfloat16, GB of memory on each chip, and the largest array that
 is gathered if it is larger than the activations: weights never should be. Red: slower than
 bfloat16, or too large for the chip.
@@ -204,7 +207,8 @@ def estimated(chip: str, scheme: str, step: Step, sizes: Sizes) -> dict[str, Any
     """The compiler's estimate, memory, and what is gathered."""
     name = CHIPS[chip].topology.replace("2x2", "2x4")
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(DEVICES), ("model",))
+    kinds = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(DEVICES), ("model",), kinds)
     compiled = lowered(sizes, scheme, step, mesh).compile()
     found, memory = estimate(chip, compiled), compiled.memory_analysis()
     copies = max(sizes.experts_per_token, 1)

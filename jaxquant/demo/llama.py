@@ -83,7 +83,8 @@ def forward(
         x, cache = _layer(weights, config, x, rotation, cache, counts, index, index - first)
         return (x, cache, index + 1), None
 
-    carry = take(params["embedding"], tokens, axis=0), cache, jnp.int32(0)
+    embedded = take(params["embedding"], tokens, axis=0, out_sharding=_on_all_devices())
+    carry = embedded, cache, jnp.int32(0)
     first = 0
     for stack in params["layers"]:
         # Experts stay in the stack, whose slices would be copied for the kernels.
@@ -171,13 +172,18 @@ def _layer(
     # The cache of all layers is carried, not sliced: it is updated in place.
     cache = kv.append(cache, key, value, counts, layer=index)
     mixed = kv.attend(query, cache, counts, layer=index)
-    x = x + _dense(mixed.reshape(*x.shape[:2], -1), weights["out"])
+    x = x + _dense(mixed.reshape(*x.shape[:2], -1), weights["out"], _on_all_devices())
     normed = _normalize(x, weights["mlp_norm"], config.epsilon)
     if "router" in weights:
         count, axis = config.experts_per_token, config.expert_axis
         return x + mixture(normed, weights, count, axis, place), cache
     gated = jax.nn.silu(_dense(normed, weights["gate"])) * _dense(normed, weights["up"])
-    return x + _dense(gated, weights["down"]), cache
+    return x + _dense(gated, weights["down"], _on_all_devices()), cache
+
+
+def _on_all_devices() -> jax.P | None:
+    """How activations are sharded in a mesh with explicit axes, along which kernels may be."""
+    return jax.P() if jax.sharding.get_abstract_mesh().explicit_axes else None
 
 
 def _rotation(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -211,9 +217,9 @@ def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def _dense(x: jax.Array, weights: Params) -> jax.Array:
+def _dense(x: jax.Array, weights: Params, out_sharding: jax.P | None = None) -> jax.Array:
     """x @ kernel.T, plus the bias if there is one; kernels are (N, K)."""
-    out = einsum("btk,nk->btn", x, weights["kernel"])
+    out = einsum("btk,nk->btn", x, weights["kernel"], out_sharding=out_sharding)
     return out + weights["bias"][None, None] if "bias" in weights else out
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.tpu_compiler import CHIPS, seconds
+from benchmarks.tpu_compiler import CHIPS, KERNEL_CYCLES, seconds
 from benchmarks.tpu_text import Array, Program, Work, parse_arrays, parse_instruction
 
 MAIN = """HloModule jit_f, is_scheduled=true
@@ -32,6 +32,12 @@ MAIN = """HloModule jit_f, is_scheduled=true
   %p.10 = f32[1,32]{{1,0}} parameter(1)
   %p.11 = s32[] parameter(2)
   ROOT %sc = f32[16,32]{{1,0}} scatter(%p.9, %p.11, %p.10), update_window_dims={{1}}
+}}
+
+%fused_gather (p.12: f32[16,32], p.13: s32[2]) -> f32[2,32] {{
+  %p.12 = f32[16,32]{{1,0}} parameter(0)
+  %p.13 = s32[2] parameter(1)
+  ROOT %g = f32[2,32]{{1,0}} gather(%p.12, %p.13), offset_dims={{1}}, slice_sizes={{1,32}}
 }}
 
 %fused_view (p.7: s8[16,64,32]) -> s8[16,64,32] {{
@@ -104,6 +110,11 @@ def test_a_fusion_has_cycles_and_the_bytes_of_operands_and_results():
 def test_an_operand_that_is_used_through_a_view_is_read_as_a_whole(fused):
     call = f"fusion(%many), kind=kLoop, calls=%fused_{fused}"
     assert only(f"  %f = s8[16,64,32]{{2,1,0:S(1)}} {call}").hbm_bytes == 16 * 64 * 32
+
+
+def test_only_what_is_gathered_is_read():
+    line = "  %g = f32[2,32]{1,0:S(1)} fusion(%a, %near), kind=kLoop, calls=%fused_gather"
+    assert only(line).hbm_bytes == 2 * 32 * 4
 
 
 def test_on_chip_arrays_cause_no_hbm_traffic():
@@ -184,8 +195,9 @@ def test_an_operation_takes_the_longer_of_compute_and_transfer():
     chip = CHIPS["v5e"]
     assert seconds(chip, Work("f", "fusion", 1_500_000, 0)) == pytest.approx(1e-3)
     assert seconds(chip, Work("f", "fusion", 1, 819_000_000)) == pytest.approx(1e-3)
-    kernel = Work("k", "custom-call", None, 8, operations=197 * 10**9, is_kernel=True)
-    assert seconds(chip, kernel) == pytest.approx(1e-3)
+    for moved, operations in ((8, 197 * 10**9), (819_000_000, 1)):
+        kernel = Work("k", "custom-call", None, moved, operations=operations, is_kernel=True)
+        assert seconds(chip, kernel) == pytest.approx(1e-3 + KERNEL_CYCLES / chip.clock)
 
 
 def test_the_roofline_is_the_longer_of_transfer_and_compute():
