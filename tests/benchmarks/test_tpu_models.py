@@ -93,7 +93,7 @@ def test_chips_without_a_known_memory_raise():
 @pytest.mark.parametrize("scheme", [tpu_models.REFERENCE, "W8A8", "W4A16"])
 def test_each_chip_multiplies_its_experts(scheme):
     sizes = Sizes("", 2, 256, 128, 8, 8, 32, 64, experts=16, experts_per_token=2)
-    mesh = jax.make_mesh((8,), ("model",), (jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("model",), (jax.sharding.AxisType.Explicit,))
     (layers,) = placed(sizes.params(), mesh)["layers"]
     assert layers["experts"]["down"].sharding.spec == jax.P(None, "model")
     assert layers["router"]["kernel"].sharding.spec == jax.P()
@@ -113,7 +113,7 @@ def test_words_choose_models_and_schemes():
 
 def test_steps_are_lowered_for_a_mesh():
     sizes = Sizes(layers=2, width=256, hidden=512, vocabulary=64)
-    mesh = jax.make_mesh((8,), ("model",), (jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("model",), (jax.sharding.AxisType.Explicit,))
     text = tpu_models.lowered(sizes, "W8A8", Step(2, 1), mesh).as_text()
     assert "xi8>" in text
     names = [str(step) for step in tpu_models.STEPS]

@@ -115,6 +115,43 @@ def test_quantized_caches_stay_close(float_model, name, bound):
     assert np.abs(found[0] - want).max() > 1e-4
 
 
+# By the names of kernels.
+PARTS = {
+    **dict.fromkeys(("query", "key", "value", "gate", "up"), jax.P(None, "model")),
+    **dict.fromkeys(("out", "down"), jax.P(None, None, "model")),
+    "embedding": jax.P("model"),
+}
+
+
+@pytest.mark.parametrize("scheme", [None, "W8A8", "W4A16"])
+def test_devices_share_heads_and_kernels_in_a_mesh_with_explicit_axes(float_model, scheme):
+    model, _ = float_model
+    mesh, params = jax.make_mesh((2,), ("model",)), model.params
+    if scheme is not None:
+        rules = [jq.Rule("layers/*/kernel", jq.SCHEMES[scheme], axis=-1, group_size=8)]
+        rules = rules if scheme == "W4A16" else [jq.Rule("layers/*/kernel", jq.W8A8, axis=-1)]
+        params = jq.tree.quantize(params, rules)
+
+    def place(path, x):
+        names = [getattr(key, "key", None) for key in path]
+        spec = next((s for name, s in PARTS.items() if name in names), jax.P())
+        specs = jq.specs(x, spec, mesh) if jq.tree.is_quantized(x) else spec
+        return jax.device_put(x, jax.tree.map(lambda s: jax.NamedSharding(mesh, s), specs))
+
+    parts = jax.tree_util.tree_map_with_path(place, params, is_leaf=jq.tree.is_quantized)
+    tokens = drawn(2, 9)
+    wanted, cache = run(model, tokens[:, :5], params=params)
+    wanted, _ = run(model, tokens[:, 5:], cache, params=params)
+    with jax.set_mesh(mesh):
+        cache = demo.init_cache(parts, model.config, 2, 20, jnp.float32)
+        heads = jax.NamedSharding(mesh, jax.P(None, None, "model"))
+        cache = jax.tree.map(lambda x: jax.device_put(x, heads) if x.ndim > 2 else x, cache)
+        found, cache = run(model, tokens[:, :5], cache, params=parts)
+        found, cache = run(model, tokens[:, 5:], cache, params=parts)
+        assert jax.typeof(cache.keys).sharding.spec[2] == "model"
+        assert_close(found, np.asarray(wanted, np.float64), 1e-4)
+
+
 def test_stacked_layers_equal_a_loop(float_model):
     model, _ = float_model
     (stack,) = model.params["layers"]
