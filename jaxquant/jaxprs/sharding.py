@@ -95,12 +95,12 @@ def is_sharded(x: jax.Array) -> bool:
 
 
 def explicit_mesh(*arrays: Any) -> Any:
-    """The mesh along whose axes, all of them explicit, arrays are sharded; None if none is.
+    """The mesh of the types of arrays, if all of its axes are explicit; else None.
 
     Axes that a `shard_map` around has made manual do not count.
     """
-    meshes = (jax.typeof(x).sharding.mesh for x in arrays if is_sharded(x))
-    mesh = next(meshes, None)
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+    mesh = next((m for m in meshes if m.explicit_axes), None)
     return None if mesh is None or mesh.auto_axes else mesh
 
 

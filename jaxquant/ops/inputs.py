@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +24,16 @@ from ..core import (
     quantize_with_scale,
     straight_through,
 )
-from ..jaxprs import Function, by_generation, is_sharded, on_one_cpu, on_one_tpu
+from ..jaxprs import (
+    Function,
+    by_generation,
+    explicit_mesh,
+    is_sharded,
+    names_along,
+    on_one_cpu,
+    on_one_tpu,
+    spec_of_type,
+)
 from ..kernels import cpu, pallas_tpu
 from .operands import AxesOfBoth, Operand, has_symbolic_shape
 
@@ -119,11 +129,17 @@ def treat_straight_through(
 
 
 def quantize_inputs(x: jax.Array, config: ArrayConfig, axis: Axes) -> QTensor:
-    """`quantize`, in one pass over memory where kernels of this package are faster."""
-    branches = _branches_at_once(x, config, axis)
-    if not branches:
+    """`quantize`, in one pass over memory where kernels of this package are faster.
+
+    Along explicit axes of a mesh, each device quantizes the rows that it has.
+    """
+    if not _is_of_rows(x, config, axis):
         return quantize(x, config, axis)
-    return lax.platform_dependent(x, **branches, default=lambda x: quantize(x, config, axis))
+    mesh, spec = explicit_mesh(x), jax.P(*spec_of_type(x))
+    if mesh is None:
+        return _quantize_at_once(x, config, axis)
+    run = partial(_quantize_at_once, config=config, axis=axis)
+    return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)(x)
 
 
 def quantize_rows(x: jax.Array, config: ArrayConfig, *, interpret: bool = False) -> QTensor:
@@ -144,8 +160,8 @@ def quantize_rows_natively(x: jax.Array, config: ArrayConfig) -> QTensor:
     return QTensor(codes, scale, format=config.format, dtype=x.dtype)
 
 
-def _branches_at_once(x: jax.Array, config: ArrayConfig, axis: Axes) -> dict[str, Function]:
-    """Functions that quantize in one pass, by platform, if they support the config and pay off."""
+def _quantize_at_once(x: jax.Array, config: ArrayConfig, axis: Axes) -> QTensor:
+    """Rows, in one pass on the platforms where that is supported and pays off."""
 
     def by_xla(x: jax.Array) -> QTensor:
         return quantize(x, config, axis)
@@ -159,8 +175,6 @@ def _branches_at_once(x: jax.Array, config: ArrayConfig, axis: Axes) -> dict[str
     def on_tpu(x: jax.Array) -> QTensor:
         return by_generation(dict.fromkeys(chips, at_once), by_xla, x)
 
-    if not _is_of_rows(x, config, axis):
-        return {}
     rows, length = math.prod(x.shape[:-1]), x.shape[-1]
     chips = [c for c, least in _LEAST_ROWS.items() if rows >= least and length <= _LONGEST_ROW]
     branches: dict[str, Function] = {"tpu": on_tpu} if chips else {}
@@ -168,16 +182,16 @@ def _branches_at_once(x: jax.Array, config: ArrayConfig, axis: Axes) -> dict[str
     # for 8 x 384, 1000 and 3200 for 512 x 4096; equal for 1 x 32 and 64 x 4096.
     if config.format == INT8 and cpu.unavailable() is None:
         branches["cpu"] = on_cpu
-    return branches
+    return lax.platform_dependent(x, **branches, default=by_xla) if branches else by_xla(x)
 
 
 def _is_of_rows(x: jax.Array, config: ArrayConfig, axis: Axes) -> bool:
     """Whether the config asks for 8-bit codes with one float32 scale per row."""
-    if not isinstance(x, jax.Array) or x.dtype not in _FLOATS or is_sharded(x):
+    if not isinstance(x, jax.Array) or x.dtype not in _FLOATS or has_symbolic_shape(x):
         return False
-    if has_symbolic_shape(x):
+    if 0 in (x.ndim, x.size) or names_along(x, x.ndim - 1):
         return False
-    if 0 in (x.ndim, x.size):
+    if is_sharded(x) and explicit_mesh(x) is None:
         return False
     is_plain = config.format in _FORMATS and (config.range, config.symmetric) == (AbsMax(), True)
     has_float32 = config.stored_scale_dtype == "float32"

@@ -314,8 +314,13 @@ def test_rows_on_several_devices_are_quantized_where_they_lie():
     for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
         mesh = jax.make_mesh((4,), ("a",), axis_types=(kind,))
         parts = jax.device_put(x, jax.NamedSharding(mesh, jax.P("a")))
-        assert calls(run, parts) == 0
-        jax.tree.map(np.testing.assert_array_equal, jax.jit(run)(parts), wanted)
+        assert calls(run, parts) == (kind == jax.sharding.AxisType.Explicit)
+        found = jax.jit(run)(parts)
+        assert found.codes.sharding.spec[0] == found.scale.sharding.spec[0] == "a"
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    columns = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "a")))
+    assert calls(run, columns) == 0
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(run)(columns), wanted)
     part = jax.shard_map(run, mesh=mesh, in_specs=jax.P("a"), out_specs=jax.P("a"))
     assert calls(part, parts) == 1
     jax.tree.map(np.testing.assert_array_equal, jax.jit(part)(parts), wanted)
