@@ -92,23 +92,24 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 constexpr int64_t kInt8Panels = 16, kGroupPanels = 8, kLookupPanels = 10, kWidenPanels = 16;
 
 void DotInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
-  if (M >= kInt8Panels && w.K) PanelInt8(pool, x, M, w, out);
+  if (M >= kInt8Panels && w.K) PanelInt8<RegisterRows>(pool, x, M, w, out);
   else FewRowsInt8(pool, x, M, w, out);
 }
 
 void DotGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
-  if (M >= kGroupPanels && w.K) PanelGroups(pool, x, M, w, out);
+  if (M >= kGroupPanels && w.K) PanelGroups<RegisterRows>(pool, x, M, w, out);
   else (w.bits == 4 ? FewRowsGroups<4> : FewRowsGroups<8>)(pool, x, M, w, out);
 }
 
 void DotLookup(ThreadPool& pool, const float* x, int64_t M, const Weights& w, const float* table,
                float* out) {
-  if (M >= kLookupPanels && w.K) PanelFloat(pool, x, M, w, Lookup{Table(table)}, out);
+  if (M >= kLookupPanels && w.K)
+    PanelFloat<kTileRows>(pool, x, M, w, Lookup{Table(table)}, out);
   else FewRowsLookup(pool, x, M, w, table, out);
 }
 
 void DotWiden(ThreadPool& pool, const float* x, int64_t M, const Weights& w, float* out) {
-  if (M >= kWidenPanels && w.K) PanelFloat(pool, x, M, w, Widened{}, out);
+  if (M >= kWidenPanels && w.K) PanelFloat<kTileRows>(pool, x, M, w, Widened{}, out);
   else FewRowsWiden(pool, x, M, w, out);
 }
 

@@ -121,6 +121,16 @@ inline void ForRows(int64_t m, int64_t M, const Tile& tile) {
   if (M - m == 1) tile.template Run<1>(m);
 }
 
+// Bits of bfloat16: rounded to nearest, ties to even; NaN stays NaN.
+inline Ints Rounded(Floats x) {
+  __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+  __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
+}
+
 // Stores the results of 16 columns.
 inline void Put(const Result& to, int64_t m, int64_t n, Floats sum) {
   const __mmask16 within = ColumnMask(to.N, n);
@@ -129,48 +139,138 @@ inline void Put(const Result& to, int64_t m, int64_t n, Floats sum) {
   if (to.column) sum = Mul(sum, _mm512_maskz_loadu_ps(within, to.column + n));
   if (to.type == Result::kFloat32)
     return _mm512_mask_storeu_ps(static_cast<float*>(to.out) + at, within, sum);
-  __m512i bits = _mm512_castps_si512(sum), high = _mm512_srli_epi32(bits, 16);
-  __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-  __mmask16 is_nan = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q);
-  rounded = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
   _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to.out) + at, within,
-                           _mm512_cvtepi32_epi16(rounded));
+                           _mm512_cvtepi32_epi16(Rounded(sum)));
 }
 inline void Put(const Result& to, int64_t m, int64_t n, Ints sum) {
   if (to.type != Result::kInt32) return Put(to, m, n, ToFloats(sum));
   _mm512_mask_storeu_epi32(static_cast<int32_t*>(to.out) + m * to.N + n, ColumnMask(to.N, n), sum);
 }
 
-// Sums of codes over a part of K, added to those of earlier parts.
-struct Int8Tile {
-  const int8_t* x;  // in tiles of `quads` quads per row
-  const int32_t* sums;
-  const uint8_t* panel;
+// A panel of 8-bit codes over a part of K, by rows whose sums are added to those of earlier parts.
+struct Int8Panel {
+  const int32_t* sums;  // (M,): of the activations
+  const uint8_t* codes;
   int64_t quads, first, count, n;  // the panel holds `count` quads, starting at `first`
   int32_t* part;  // (M, kPanel): the sums of earlier parts, unless this is the first
   const Result& out;
+
+  int32_t* Earlier(int64_t m, int v) const { return part + m * kPanel + v * kLanes; }
+  // What the products of row m by vector v are added to.
+  Ints Start(int64_t m, int v) const {
+    return first ? LoadBytes(Earlier(m, v)) : _mm512_set1_epi32(-128 * sums[m]);
+  }
+  void Finish(int64_t m, int v, Ints sum) const {
+    if (first + count == quads) Put(out, m, n + v * kLanes, sum);
+    else _mm512_storeu_si512(Earlier(m, v), sum);
+  }
+};
+
+// The scale and the zero point of 16 columns.
+struct Affine {
+  Floats scale, zero;
+
+  // Adds products with codes, of which the sum is given, and the sum of the activations.
+  Floats Add(Floats total, Ints sum, float activations) const {
+    return MulAdd(NegMulAdd(zero, Broadcast(activations), ToFloats(sum)), scale, total);
+  }
+};
+
+// A panel of codes in groups over a part of K, by rows whose sums are added to those of earlier parts. A
+// sum within a part of a group is exact.
+struct GroupsPanel {
+  const float* sums;  // (M, parts): of the activations of each part of a group
+  const uint8_t* codes;
+  const float *scale, *zero;  // (parts, kPanel); zero points of unsigned codes
+  const std::vector<int64_t>& parts;  // where they start, in quads, and the end
+  int64_t first, last, n;
+  float* part;  // (M, kPanel): the sums of earlier parts, unless this is the first
+  const Result& out;
+
+  int64_t count() const { return parts.size() - 1; }
+  // The first code of part p.
+  const uint8_t* At(int64_t p) const { return codes + (parts[p] - parts[first]) * 4 * kPanel; }
+  Affine Columns(int64_t p, int v) const {
+    return {Load(scale + p * kPanel + v * kLanes), Load(zero + p * kPanel + v * kLanes)};
+  }
+  float Activations(int64_t m, int64_t p) const { return sums[m * count() + p]; }
+  void Finish(int64_t m, int v, Floats sum) const {
+    float* earlier = part + m * kPanel + v * kLanes;
+    if (first) sum = Add(sum, Load(earlier));
+    if (last == count()) Put(out, m, n + v * kLanes, sum);
+    else _mm512_storeu_ps(earlier, sum);
+  }
+};
+
+// Rows of codes that registers multiply.
+struct RegisterRows {
+  int64_t M, quads;
+  std::vector<int8_t> tiles;
+
+  RegisterRows(ThreadPool& pool, const int8_t* x, int64_t M, const std::vector<int64_t>& parts)
+      : M(M), quads((parts.back() + 3) / 4), tiles(ToTiles(pool, x, M, parts.back())) {}
+
+  template <int R>
+  const int8_t* At(int64_t m, int64_t quad) const {
+    return tiles.data() + m * quads * 4 + quad * 4 * R;
+  }
+  void Multiply(const Int8Panel& by) const;
+  void Multiply(const GroupsPanel& by) const;
+};
+
+struct Int8Tile {
+  const RegisterRows& x;
+  const Int8Panel& by;
 
   template <int R>
   void Run(int64_t m) const {
     Ints acc[R][kVectors];
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kVectors; ++v)
-        acc[r][v] = first ? LoadBytes(part + (m + r) * kPanel + v * kLanes)
-                          : _mm512_set1_epi32(-128 * sums[m + r]);
-    AddCodes<R>(acc, x + m * quads * 4 + first * 4 * R, panel, count);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = by.Start(m + r, v);
+    AddCodes<R>(acc, x.At<R>(m, by.first), by.codes, by.count);
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kVectors; ++v)
-        if (first + count == quads) Put(out, m + r, n + v * kLanes, acc[r][v]);
-        else _mm512_storeu_si512(part + (m + r) * kPanel + v * kLanes, acc[r][v]);
+      for (int v = 0; v < kVectors; ++v) by.Finish(m + r, v, acc[r][v]);
   }
 };
 
+struct GroupsTile {
+  const RegisterRows& x;
+  const GroupsPanel& by;
+
+  template <int R>
+  void Run(int64_t m) const {
+    alignas(64) float total[R][kPanel] = {};
+    for (int64_t p = by.first; p < by.last; ++p) {
+      Ints acc[R][kVectors];
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = ZeroInts();
+      AddCodes<R>(acc, x.At<R>(m, by.parts[p]), by.At(p), by.parts[p + 1] - by.parts[p]);
+      for (int v = 0; v < kVectors; ++v) {
+        const Affine columns = by.Columns(p, v);
+        for (int r = 0; r < R; ++r) {
+          float* sum = total[r] + v * kLanes;
+          _mm512_store_ps(sum, columns.Add(Load(sum), acc[r][v], by.Activations(m + r, p)));
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kVectors; ++v) by.Finish(m + r, v, Load(total[r] + v * kLanes));
+  }
+};
+
+inline void RegisterRows::Multiply(const Int8Panel& by) const {
+  ForRows(0, M, Int8Tile{*this, by});
+}
+inline void RegisterRows::Multiply(const GroupsPanel& by) const {
+  ForRows(0, M, GroupsTile{*this, by});
+}
+
+// Rows are RegisterRows, or rows that multiply in another way.
+template <typename Rows>
 void PanelInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
                const Result& out) {
   std::vector<int32_t> sums = SumsOf<int32_t>(x, M, w.K);
-  std::vector<int8_t> tiles = ToTiles(pool, x, M, w.K);
+  const Rows rows(pool, x, M, {0, w.K});
   int64_t quads = (w.K + 3) / 4;
   Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t last) {
     uint8_t* panel = Scratch<uint8_t>(0, kPanel * kDepth);
@@ -180,52 +280,10 @@ void PanelInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
         int64_t end = std::min(k + kDepth, w.K);
         PackCodes(w, n, k, end, panel);
         int64_t first = k / 4, count = (end - k + 3) / 4;
-        ForRows(0, M, Int8Tile{tiles.data(), sums.data(), panel, quads, first, count, n, part, out});
+        rows.Multiply(Int8Panel{sums.data(), panel, quads, first, count, n, part, out});
       }
   });
 }
-
-// Sums over groups, added to those of earlier parts of K. A sum within a part of a group is exact.
-struct GroupsTile {
-  const int8_t* x;
-  const float* sums;  // (M, parts): of the activations of each part of a group
-  const uint8_t* panel;
-  const float *scale, *zero;  // (parts, kPanel); zero points of unsigned codes
-  const std::vector<int64_t>& parts;  // where they start, in quads, and the end
-  int64_t first, last, n;
-  float* part;  // (M, kPanel): the sums of earlier parts, unless this is the first
-  const Result& out;
-
-  template <int R>
-  void Run(int64_t m) const {
-    const int64_t count = parts.size() - 1, quads = parts.back(), start = parts[first];
-    alignas(64) float total[R][kPanel] = {};
-    for (int64_t p = first; p < last; ++p) {
-      Ints acc[R][kVectors];
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = ZeroInts();
-      AddCodes<R>(acc, x + m * quads * 4 + parts[p] * 4 * R,
-                  panel + (parts[p] - start) * 4 * kPanel, parts[p + 1] - parts[p]);
-      for (int v = 0; v < kVectors; ++v) {
-        Floats step = Load(scale + p * kPanel + v * kLanes);
-        Floats offset = Load(zero + p * kPanel + v * kLanes);
-        for (int r = 0; r < R; ++r) {
-          float* sum = total[r] + v * kLanes;
-          Floats part = NegMulAdd(offset, Broadcast(sums[(m + r) * count + p]), ToFloats(acc[r][v]));
-          _mm512_store_ps(sum, MulAdd(part, step, Load(sum)));
-        }
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kVectors; ++v) {
-        float* before = part + (m + r) * kPanel + v * kLanes;
-        Floats sum = Load(total[r] + v * kLanes);
-        if (first) sum = Add(sum, Load(before));
-        if (last == count) Put(out, m + r, n + v * kLanes, sum);
-        else _mm512_storeu_ps(before, sum);
-      }
-  }
-};
 
 // Where the parts of groups that lie within one panel start, in elements, and the end. Sums of 8-bit
 // products are shorter, to be exact as floats.
@@ -238,15 +296,16 @@ inline std::vector<int64_t> Parts(const Weights& w) {
   return parts;
 }
 
+template <typename Rows>
 void PanelGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
-               const Result& out) {
+                 const Result& out) {
   std::vector<int64_t> parts = Parts(w);
   const int64_t count = parts.size() - 1;
   std::vector<float> sums(M * count);
   for (int64_t m = 0; m < M; ++m)
     for (int64_t p = 0; p < count; ++p)
       sums[m * count + p] = SumOf(x + m * w.K + parts[p], parts[p + 1] - parts[p]);
-  std::vector<int8_t> tiles = ToTiles(pool, x, M, w.K);
+  const Rows rows(pool, x, M, parts);
   std::vector<int64_t> quads = parts;
   for (int64_t& part : quads) part = (part + 3) / 4;
   Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t end) {
@@ -264,8 +323,7 @@ void PanelGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
         int64_t k1 = std::min(parts[first] + kDepth, w.K);
         last = std::lower_bound(parts.begin(), parts.end(), k1) - parts.begin();
         PackCodes(w, n, parts[first], k1, panel);
-        ForRows(0, M, GroupsTile{tiles.data(), sums.data(), panel, scale, zero, quads, first, last, n,
-                            part, out});
+        rows.Multiply(GroupsPanel{sums.data(), panel, scale, zero, quads, first, last, n, part, out});
       }
     }
   });
