@@ -7,10 +7,12 @@ versions of Python.
 import concurrent.futures
 import itertools
 import pathlib
+import platform
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = pathlib.Path("jaxquant/kernels/cpu")
 # GCC copies whole kernels for each condition that stays the same in a loop. Where it does so for
@@ -48,7 +50,23 @@ class BuildLibrary(build_ext):
         """The name of the library, the same for all versions of Python."""
         return f"{fullname.replace('.', '/')}.so"
 
+    def knows_amx(self):
+        """Whether the assembler knows AMX, as that of binutils does from version 2.36 on."""
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return False
+        source = pathlib.Path(self.build_temp, "amx.cc")
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text('void f() { asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }\n')
+        try:
+            self.compiler.compile([str(source)], output_dir=self.build_temp)
+        except CompileError:
+            return False
+        return True
+
     def build_extension(self, ext):
+        if self.knows_amx():
+            ext.define_macros.append(("JAXQUANT_AMX", "1"))
+
         def compiled(source):
             return self.compiler.compile(
                 [source],

@@ -53,8 +53,9 @@ _ALONE = {
     ("shifted", True): _Rates(93e-6, 0.59e-9, 0, 0, 0.057e-9),
     ("shifted", False): _Rates(90e-6, 0.13e-9, 0.05e-9, 0, 0.097e-9),
 }
-# How much longer the native kernels take per operation than with AVX512-VNNI.
-_SLOWER = {"AVX512-VNNI": 1.0, "AVX2": 2.3, "NEON": 2.3}
+# How much longer the native kernels take per operation than with AVX512-VNNI. AMX was not timed; it
+# is assumed to be as fast.
+_SLOWER = {"AMX": 1.0, "AVX512-VNNI": 1.0, "AVX2": 2.3, "NEON": 2.3}
 
 
 def estimated_speed(record: Record, found: Convolution, choice: Choice) -> float | None:

@@ -47,9 +47,11 @@ W8A8: dict[str, Any] = {"inputs": INT8_INPUTS}
 G128: dict[str, Any] = {"format": INT4, "group_size": 128}
 
 
+BEST = next(iter(cpu.instruction_sets()), None)
+IS_MEASURED = BEST == "AVX512-VNNI"
 # Of floats and of codes; with other instructions, XLA multiplies many rows.
-HAS_PANELS = cpu.instruction_sets()[:1] == ("AVX512-VNNI",)
-HAS_INTEGER_PANELS = cpu.instruction_sets()[:1] in (("AVX512-VNNI",), ("AVX2",))
+HAS_PANELS = BEST in ("AMX", "AVX512-VNNI")
+HAS_INTEGER_PANELS = HAS_PANELS or BEST == "AVX2"
 
 
 if_native = {True: "native"}.get(HAS_NATIVE, "blocks")

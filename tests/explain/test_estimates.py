@@ -16,10 +16,11 @@ from jaxquant.explain import estimates, speeds
 from jaxquant.explain.estimates import estimated_speed
 from jaxquant.explain.machines import MACHINES, machine_for
 from jaxquant.kernels import cpu
+from jaxquant.kernels.cpu import library
 from jaxquant.ops import Choice
 from jaxquant.ops.record import OperandRecord, Record
 
-from .operands import HAS_NATIVE, HAS_PANELS, W8A8, floats, stored
+from .operands import HAS_NATIVE, IS_MEASURED, W8A8, floats, stored
 
 ROOT = pathlib.Path(__file__).parents[2]
 BITS = {"int4 g128": 4.25, "int8": 8, "nf4 g64": 4.5}
@@ -81,7 +82,7 @@ def test_estimates_of_experts_agree_with_what_was_measured(monkeypatch):
         assert (estimate > 1) == (r["speed"] > 1), (r, estimate)
 
 
-@pytest.mark.skipif(not HAS_PANELS, reason="measured with AVX512-VNNI")
+@pytest.mark.skipif(not IS_MEASURED, reason="measured with AVX512-VNNI")
 @pytest.mark.parametrize("name", convolutions.CASES)
 def test_estimates_of_convolutions_agree_with_what_was_measured(name):
     """The table that `python -m benchmarks.convolutions` printed."""
@@ -154,7 +155,7 @@ def test_native_products_are_estimated_to_be_faster_without_a_warning(dtype):
 
 
 def test_measured_products_and_those_without_a_model_have_no_estimate():
-    measured = [(1, stored((384, 1536), axis=0), "cpu")] if HAS_PANELS else []
+    measured = [(1, stored((384, 1536), axis=0), "cpu")] if IS_MEASURED else []
     for rows, weights, platform in (*measured, (8, stored((384, 700), format=NF4), "tpu")):
         row = explain(matmul, floats(rows, 384), weights, platform=platform).rows[0]
         assert row.estimate is None
@@ -168,18 +169,32 @@ def test_measured_products_and_those_without_a_model_have_no_estimate():
 def test_what_other_instructions_were_measured_at_does_not_count(monkeypatch):
     product = matmul, floats(1, 384), stored((384, 1536), axis=0)
     found = {}
-    for instructions in ("AVX512-VNNI", "AVX2"):
+    for instructions in ("AVX512-VNNI", "AVX2", "AMX"):
         monkeypatch.setattr(cpu, "instruction_sets", lambda i=instructions: (i,))
         found[instructions] = explain(*product, platform="cpu").rows[0]
     assert found["AVX512-VNNI"].speeds
     assert found["AVX512-VNNI"].estimate is None
-    assert found["AVX2"].speeds == ()
-    assert (found["AVX2"].estimate or 0) > 0
+    for other in ("AVX2", "AMX"):
+        assert found[other].speeds == ()
+        assert (found[other].estimate or 0) > 0
 
 
 def test_instruction_sets_all_have_rates():
-    assert set(estimates._BY_INSTRUCTIONS) == {"AVX512-VNNI", "AVX2", "NEON"}
+    assert set(estimates._BY_INSTRUCTIONS) == set(library.INSTRUCTIONS)
     assert machine_for("cpu").platform == "cpu"
+
+
+def test_amx_is_estimated_to_multiply_many_rows_of_codes_faster(monkeypatch):
+    choice = Choice("cpu", None, "native", True, True, ())
+    found = {}
+    for instructions in ("AVX512-VNNI", "AMX"):
+        monkeypatch.setattr(cpu, "instruction_sets", lambda i=instructions: (i,))
+        found[instructions] = [
+            estimated_speed(record_of(rows, (4096, 4096), 8), choice, MACHINES[0]) or 0
+            for rows in (1, 15, 2048)
+        ]
+    assert found["AMX"][:2] == found["AVX512-VNNI"][:2]
+    assert found["AMX"][2] > 2 * found["AVX512-VNNI"][2]
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="XLA dequantizes then")

@@ -23,8 +23,8 @@ from jaxquant.explain.speeds import MEASUREMENTS, Measurement, Speeds, speeds_ne
 from .operands import (
     G128,
     HAS_NATIVE,
-    HAS_PANELS,
     INT8_INPUTS,
+    IS_MEASURED,
     SMALL,
     W8A8,
     floats,
@@ -129,7 +129,7 @@ def test_speeds_are_of_one_matrix_dtype_and_machine(monkeypatch):
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="what was measured are the native kernels")
-@pytest.mark.skipif(not HAS_PANELS, reason="it was measured with AVX512-VNNI")
+@pytest.mark.skipif(not IS_MEASURED, reason="it was measured with AVX512-VNNI")
 def test_every_line_of_the_table_is_of_what_still_runs():
     configs = {"int8": {}, "int4 g128": G128, "nf4 g64": {"format": NF4, "group_size": 64}}
     (measurement,) = (m for m in MEASUREMENTS if m.machine == "cpu")

@@ -1,6 +1,6 @@
 // Compares the kernels of one instruction set with plain loops, for emulators and sanitizers: without
 // XLA, on one thread, or on several where THREADS is the file that shares work among them. SOURCE is the
-// file of the instruction set, KERNELS its table.
+// file of the instruction set, KERNELS its table, SAME_AS a table with the same results, bit for bit.
 
 #include <array>
 #include <cmath>
@@ -34,6 +34,27 @@ void Expect(double found, double wanted, double tolerance, const char* kernel) {
   if (wrong++ < 5) std::printf("%s: got %g, wanted %g\n", kernel, found, wanted);
 }
 
+// Results of dot_int8 or dot_groups equal those of SAME_AS.
+template <typename Kernel, typename T>
+void ExpectSame([[maybe_unused]] Kernel kernel, [[maybe_unused]] const std::vector<int8_t>& x,
+                [[maybe_unused]] int64_t M, [[maybe_unused]] const Weights& w,
+                [[maybe_unused]] Result to, [[maybe_unused]] const std::vector<T>& found) {
+#ifdef SAME_AS
+  std::vector<T> others(found.size());
+  to.out = others.data();
+  (SAME_AS.*kernel)(pool, x.data(), M, w, to);
+  for (size_t i = 0; i < found.size(); ++i)
+    Expect(std::memcmp(&found[i], &others[i], sizeof(T)), 0, 0, "bits of another instruction set");
+#endif
+}
+
+float FromHalf(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float number;
+  std::memcpy(&number, &bits, 4);
+  return number;
+}
+
 // Arrays of exactly the sizes that kernels may read and write, so that sanitizers see what lies outside.
 void CheckInt8(int64_t M, int64_t K, int64_t N) {
   std::mt19937 random(1);
@@ -45,7 +66,9 @@ void CheckInt8(int64_t M, int64_t K, int64_t N) {
   for (auto& v : real) v = static_cast<int>(random() % 1000) / 500.f - 1;
 
   Weights weights{reinterpret_cast<const uint8_t*>(w.data()), N, K, 8};
-  KERNELS.dot_int8(pool, x.data(), M, weights, {ints.data(), N, Result::kInt32});
+  const Result to{ints.data(), N, Result::kInt32};
+  KERNELS.dot_int8(pool, x.data(), M, weights, to);
+  ExpectSame(&Kernels::dot_int8, x, M, weights, to, ints);
   KERNELS.dot_widen(pool, real.data(), M, weights, floats.data());
   for (int64_t i = 0; i < M * N; ++i) {
     const int64_t m = i / N, n = i % N;
@@ -77,6 +100,7 @@ void CheckGroups(int64_t M, int64_t K, int64_t N, int64_t group, int bits) {
   const bool is_widened = bits == 8 && (G == 1 || group % 16 == 0);
   Result halved{floats.data(), N, Result::kFloat32, row.data()};
   KERNELS.dot_groups(pool, x.data(), M, weights, halved);
+  ExpectSame(&Kernels::dot_groups, x, M, weights, halved, floats);
   if (bits == 4) KERNELS.dot_lookup(pool, real.data(), M, weights, table.data(), sums.data());
   else if (is_widened) KERNELS.dot_widen(pool, real.data(), M, weights, sums.data());
   for (int64_t i = 0; i < M * N; ++i) {
@@ -102,10 +126,7 @@ double NumberAt(const Attention& a, const void* stored, int64_t position, int64_
   if (a.type == Attention::kInt8) return static_cast<int8_t>(row[d]);
   if (a.type == Attention::kInt4) return ((row[d / 2] >> 4 * (d % 2) & 15) ^ 8) - 8;
   if (a.type == Attention::kBytes) return a.table[row[d]];
-  const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[d] << 16;
-  float number;
-  std::memcpy(&number, &bits, 4);
-  return number;
+  return FromHalf(reinterpret_cast<const uint16_t*>(row)[d]);
 }
 
 void CheckAttention(Attention a, std::vector<int32_t> starts) {
@@ -186,11 +207,13 @@ int main() {
   CheckSubnormals();
   for (int64_t K : {3, 64, 101}) CheckRow(K, 1), CheckRow(K, 1e-36f), CheckRow(K, 1e30f);
   for (auto [M, K, N] : std::vector<std::array<int64_t, 3>>{
-           {1, 128, 5}, {7, 256, 7}, {5, 203, 6}, {3, 1, 1}, {18, 101, 67}})
+           {1, 128, 5}, {7, 256, 7}, {5, 203, 6}, {3, 1, 1}, {18, 101, 67},
+           {16, 64, 33}, {33, 4163, 3}, {49, 127, 49}})
     CheckInt8(M, K, N);
   for (auto [M, K, N, group] : std::vector<std::array<int64_t, 4>>{
            {1, 128, 5, 128}, {7, 256, 7, 32}, {4, 512, 9, 16}, {3, 384, 6, 384}, {6, 1024, 5, 256},
-           {9, 102, 3, 102}, {2, 576, 5, 96}, {1, 120, 1, 24}, {1, 6, 1, 6}, {18, 4232, 67, 184}})
+           {9, 102, 3, 102}, {2, 576, 5, 96}, {1, 120, 1, 24}, {1, 6, 1, 6}, {18, 4232, 67, 184},
+           {16, 64, 33, 32}, {33, 288, 35, 96}, {50, 200, 17, 40}, {17, 4482, 3, 4482}})
     CheckGroups(M, K, N, group, 4), CheckGroups(M, K, N, group, 8);
   for (int type : {0, 1, 2, 3, 4})
     for (auto [B, T, H, G, S, D] : std::vector<std::array<int64_t, 6>>{

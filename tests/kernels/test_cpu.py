@@ -451,7 +451,7 @@ def test_unavailable_says_why(monkeypatch, tmp_path):
             self.jaxquant_jaxlib = (0, 10, 2).__getitem__
 
     monkeypatch.setattr(ctypes, "CDLL", OldProcessor)
-    assert load() == ("this processor supports none of AVX512-VNNI, AVX2, NEON", ())
+    assert load() == ("this processor supports none of AMX, AVX512-VNNI, AVX2, NEON", ())
 
 
 @pytest.mark.parametrize("built_with, is_newer", [((99, 0, 0), True), (library.JAXLIB, False)])
@@ -495,5 +495,5 @@ def test_the_environment_leaves_out_instruction_sets(monkeypatch):
     monkeypatch.setenv("JAXQUANT_CPU_INSTRUCTIONS", "none")
     assert load() == ("JAXQUANT_CPU_INSTRUCTIONS is none", ())
     monkeypatch.setenv("JAXQUANT_CPU_INSTRUCTIONS", "avx2")
-    with pytest.raises(ValueError, match=r"\(AVX512-VNNI, AVX2, NEON\) or none; got 'avx2'"):
+    with pytest.raises(ValueError, match=r"\(AMX, AVX512-VNNI, AVX2, NEON\) or none; got 'avx2'"):
         load()

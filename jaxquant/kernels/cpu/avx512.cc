@@ -1,8 +1,11 @@
-// Kernels for x86-64 processors with AVX512-VNNI.
+// Kernels for x86-64 processors with AVX512-VNNI, and those for AMX, which such processors may have.
 
 #include "common.h"
 
 #ifdef JAXQUANT_X86
+#ifdef JAXQUANT_AMX
+#include "tiles.h"
+#endif
 
 // GCC 12's AVX512 intrinsics use variables that are uninitialized on purpose.
 #pragma GCC diagnostic push
@@ -113,6 +116,21 @@ void DotWiden(ThreadPool& pool, const float* x, int64_t M, const Weights& w, flo
   else FewRowsWiden(pool, x, M, w, out);
 }
 
+#ifdef JAXQUANT_AMX
+#include "panels_amx.h"
+
+bool HasTiles() { return IsSupported() && Tiles::IsSupported(); }
+
+void TileInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
+  (M >= kTiledRows && w.K ? PanelInt8<TileRows> : DotInt8)(pool, x, M, w, out);
+}
+
+void TileGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
+  const bool is_tiled = M >= kTiledRows && w.group() >= kTiledGroup;
+  (is_tiled && w.K ? PanelGroups<TileRows> : DotGroups)(pool, x, M, w, out);
+}
+#endif
+
 END_TARGET
 
 }  // namespace
@@ -122,5 +140,12 @@ const jaxquant::Kernels jaxquant::kAvx512 = {
     avx512::IsSupported, avx512::QuantizeRows<float>, avx512::QuantizeRows<uint16_t>,
     avx512::DotInt8,     avx512::DotGroups,           avx512::DotLookup,
     avx512::DotWiden,     avx512::Attend};
+
+#ifdef JAXQUANT_AMX
+const jaxquant::Kernels jaxquant::kAmx = {
+    avx512::HasTiles, avx512::QuantizeRows<float>, avx512::QuantizeRows<uint16_t>,
+    avx512::TileInt8, avx512::TileGroups,          avx512::DotLookup,
+    avx512::DotWiden, avx512::Attend};
+#endif
 
 #endif  // JAXQUANT_X86

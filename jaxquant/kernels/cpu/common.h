@@ -5,8 +5,8 @@
 //
 // avx512.cc, avx2.cc and neon.cc each define vectors of one instruction set and include few_rows.h
 // and quantize_rows.h, which are written in terms of these vectors; avx512.cc also includes
-// panels_avx512.h, and avx2.cc panels_avx2.h. handlers.cc calls the kernels from XLA's FFI; parallel.cc
-// runs them on XLA's threads.
+// panels_avx512.h and, where the compiler knows AMX, panels_amx.h; avx2.cc includes panels_avx2.h.
+// handlers.cc calls the kernels from XLA's FFI; parallel.cc runs them on XLA's threads.
 
 #ifndef JAXQUANT_KERNELS_CPU_COMMON_H_
 #define JAXQUANT_KERNELS_CPU_COMMON_H_
@@ -17,6 +17,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -204,7 +205,7 @@ struct Kernels {
   void (*attend)(ThreadPool&, const Attention&);
 };
 
-extern const Kernels kAvx512, kAvx2, kNeon;
+extern const Kernels kAmx, kAvx512, kAvx2, kNeon;
 
 }  // namespace jaxquant
 

@@ -17,12 +17,14 @@ constexpr int64_t kLongestInt8 = (1 << 17) - 1;
 
 // In the order of INSTRUCTIONS in library.py; null where the kernels are not compiled.
 const Kernels* const kSets[] = {
-#if defined(JAXQUANT_X86)
-    &kAvx512, &kAvx2, nullptr
+#if defined(JAXQUANT_X86) && defined(JAXQUANT_AMX)
+    &kAmx, &kAvx512, &kAvx2, nullptr
+#elif defined(JAXQUANT_X86)
+    nullptr, &kAvx512, &kAvx2, nullptr
 #elif defined(JAXQUANT_ARM)
-    nullptr, nullptr, &kNeon
+    nullptr, nullptr, nullptr, &kNeon
 #else
-    nullptr, nullptr, nullptr
+    nullptr, nullptr, nullptr, nullptr
 #endif
 };
 

@@ -23,7 +23,7 @@ _KERNELS = (
 # The version of jaxlib that runs here.
 JAXLIB: tuple[int, ...] = jaxlib.version.__version_info__
 # Instruction sets, the best first, in the order of `kSets` in handlers.cc.
-INSTRUCTIONS = ("AVX512-VNNI", "AVX2", "NEON")
+INSTRUCTIONS = ("AMX", "AVX512-VNNI", "AVX2", "NEON")
 _VARIABLE = "JAXQUANT_CPU_INSTRUCTIONS"
 
 
@@ -54,8 +54,8 @@ def _loaded() -> tuple[str | None, tuple[str, ...]]:
     allowed = _allowed()
     if not allowed:
         return f"{_VARIABLE} is none", ()
-    found = [name for i, name in enumerate(INSTRUCTIONS) if library.jaxquant_has(i)]
-    found = [name for name in found if name in allowed]
+    # Only those: a process that asks whether it may use AMX may use it from then on.
+    found = [name for name in allowed if library.jaxquant_has(INSTRUCTIONS.index(name))]
     if not found:
         return f"this processor supports none of {', '.join(allowed)}", ()
     for name in _KERNELS:

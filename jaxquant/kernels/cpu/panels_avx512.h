@@ -7,8 +7,9 @@ constexpr int kVectors = 4;
 constexpr int64_t kPanel = kVectors * kLanes;
 // Rows of a tile: with 4 vectors of columns, 24 accumulators.
 constexpr int64_t kTileRows = 6;
-// Elements along K for which a panel of bytes stays in the L2 cache.
-constexpr int64_t kDepth = 4096;
+// Elements along K for which a panel of bytes stays in the L2 cache, and how many beyond it are read where
+// a part of a group does not fill the last tile.
+constexpr int64_t kDepth = 4096, kBeyond = 60;
 
 // Codes in the order in which tiles read them: for each block of rows, 4 codes of every row, then the
 // next 4, with zeros beyond K.
@@ -309,7 +310,7 @@ void PanelGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
   std::vector<int64_t> quads = parts;
   for (int64_t& part : quads) part = (part + 3) / 4;
   Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t end) {
-    uint8_t* panel = Scratch<uint8_t>(0, kPanel * kDepth);
+    uint8_t* panel = Scratch<uint8_t>(0, kPanel * (kDepth + kBeyond));
     float *scale = Scratch<float>(1, 2 * count * kPanel), *zero = scale + count * kPanel;
     float* part = Scratch<float>(2, w.K > kDepth ? M * kPanel : 0);
     for (int64_t n = begin; n < end; n += kPanel) {
