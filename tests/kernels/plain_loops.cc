@@ -101,11 +101,25 @@ void CheckGroups(int64_t M, int64_t K, int64_t N, int64_t group, int bits) {
   Result halved{floats.data(), N, Result::kFloat32, row.data()};
   KERNELS.dot_groups(pool, x.data(), M, weights, halved);
   ExpectSame(&Kernels::dot_groups, x, M, weights, halved, floats);
+  // bfloat16 by rounded weights, where there are kernels for that. What a kernel has not written into its
+  // scratch memory does not count, even if it is NaN.
+  for (int which : {0, 1, 2}) {
+    std::fill_n(Scratch<float>(which, 1 << 17), 1 << 17, NAN);
+    std::fill_n(Scratch<uint8_t>(which, 1 << 19), 1 << 19, 0xff);
+  }
+  std::vector<uint16_t> halves(real.size());
+  std::vector<float> rounded(M * N);
+  std::transform(real.begin(), real.end(), halves.begin(), ToBFloat16);
+  const bool has_halves = KERNELS.dot_lookup_bfloat16 && (bits == 4 || is_widened);
+  if (has_halves && bits == 4)
+    KERNELS.dot_lookup_bfloat16(pool, halves.data(), M, weights, table.data(), rounded.data());
+  else if (has_halves)
+    KERNELS.dot_widen_bfloat16(pool, halves.data(), M, weights, rounded.data());
   if (bits == 4) KERNELS.dot_lookup(pool, real.data(), M, weights, table.data(), sums.data());
   else if (is_widened) KERNELS.dot_widen(pool, real.data(), M, weights, sums.data());
   for (int64_t i = 0; i < M * N; ++i) {
     const int64_t m = i / N, n = i % N;
-    double by_codes = 0, by_floats = 0;
+    double by_codes = 0, by_floats = 0, by_halves = 0;
     for (int64_t k = 0; k < K; ++k) {
       const int nibble = w[(n * K + k) * bits / 8] >> (4 * (k % 2)) & 15;
       const int code = bits == 4 ? (nibble ^ 8) - 8 : static_cast<int8_t>(w[n * K + k]);
@@ -113,9 +127,12 @@ void CheckGroups(int64_t M, int64_t K, int64_t N, int64_t group, int bits) {
       const double value = (code - zero[at]) * static_cast<double>(scale[at]);
       by_codes += x[m * K + k] * value;
       by_floats += real[m * K + k] * value;
+      const float weight = (code - zero[at]) * scale[at];
+      by_halves += static_cast<double>(FromHalf(halves[m * K + k])) * FromHalf(ToBFloat16(weight));
     }
     Expect(floats[i], by_codes / 2, bits * 0.02 * std::sqrt(K), "int8 by groups");
     if (bits == 4 || is_widened) Expect(sums[i], by_floats, bits * 1e-3 * std::sqrt(K), "float by groups");
+    if (has_halves) Expect(rounded[i], by_halves, bits * 1e-3 * std::sqrt(K), "bfloat16 by groups");
   }
 }
 

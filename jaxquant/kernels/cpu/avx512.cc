@@ -118,6 +118,7 @@ void DotWiden(ThreadPool& pool, const float* x, int64_t M, const Weights& w, flo
 
 #ifdef JAXQUANT_AMX
 #include "panels_amx.h"
+#include "float_panels_amx.h"
 
 bool HasTiles() { return IsSupported() && Tiles::IsSupported(); }
 
@@ -128,6 +129,17 @@ void TileInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, co
 void TileGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
   const bool is_tiled = M >= kTiledRows && w.group() >= kTiledGroup;
   (is_tiled && w.K ? PanelGroups<TileRows> : DotGroups)(pool, x, M, w, out);
+}
+
+void TileLookup(ThreadPool& pool, const uint16_t* x, int64_t M, const Weights& w,
+                const float* table, float* out) {
+  const TileRows rows(pool, x, M, {0, 2 * w.K});
+  PanelFloat<kBlock>(pool, rows, M, w, Lookup{Table(table)}, out);
+}
+
+void TileWiden(ThreadPool& pool, const uint16_t* x, int64_t M, const Weights& w, float* out) {
+  const TileRows rows(pool, x, M, {0, 2 * w.K});
+  PanelFloat<kBlock>(pool, rows, M, w, Widened{}, out);
 }
 #endif
 
@@ -145,7 +157,8 @@ const jaxquant::Kernels jaxquant::kAvx512 = {
 const jaxquant::Kernels jaxquant::kAmx = {
     avx512::HasTiles, avx512::QuantizeRows<float>, avx512::QuantizeRows<uint16_t>,
     avx512::TileInt8, avx512::TileGroups,          avx512::DotLookup,
-    avx512::DotWiden, avx512::Attend};
+    avx512::DotWiden, avx512::Attend,              avx512::TileLookup,
+    avx512::TileWiden};
 #endif
 
 #endif  // JAXQUANT_X86

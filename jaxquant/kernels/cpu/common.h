@@ -203,6 +203,11 @@ struct Kernels {
   void (*dot_widen)(ThreadPool&, const float* x, int64_t M, const Weights&, float* out);
   // Softmax of scaled products with keys, times values.
   void (*attend)(ThreadPool&, const Attention&);
+  // bfloat16 by codes as above, rounded to bfloat16, summed in float32. Not in all sets; K is not 0.
+  void (*dot_lookup_bfloat16)(ThreadPool&, const uint16_t* x, int64_t M, const Weights&,
+                              const float* table, float* out) = nullptr;
+  void (*dot_widen_bfloat16)(ThreadPool&, const uint16_t* x, int64_t M, const Weights&,
+                             float* out) = nullptr;
 };
 
 extern const Kernels kAmx, kAvx512, kAvx2, kNeon;

@@ -120,20 +120,29 @@ ffi::Error DotGroups(ThreadPool pool, int64_t set, In<ffi::S8> x, ffi::AnyBuffer
   return ffi::Error::Success();
 }
 
-ffi::Error DotLookup(ThreadPool pool, int64_t set, In<ffi::F32> x, ffi::AnyBuffer w,
+ffi::Error DotLookup(ThreadPool pool, int64_t set, ffi::AnyBuffer x, ffi::AnyBuffer w,
                      In<ffi::F32> scale, In<ffi::F32> zero, In<ffi::F32> table,
                      Out<ffi::F32> out) {
-  int64_t M = x.dimensions()[0], K = x.dimensions()[1];
-  const Operands<float> operands(w, x.typed_data(), M, K, scale, zero);
-  kSets[set]->dot_lookup(pool, operands.x, M, operands.weights, table.typed_data(),
-                         out->typed_data());
-  return ffi::Error::Success();
+  const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
+  const auto run = [&](auto kernel, const auto* rows) {
+    const Operands operands(w, rows, M, K, scale, zero);
+    kernel(pool, operands.x, M, operands.weights, table.typed_data(), out->typed_data());
+    return ffi::Error::Success();
+  };
+  if (x.element_type() == ffi::F32) return run(kSets[set]->dot_lookup, x.typed_data<float>());
+  return run(kSets[set]->dot_lookup_bfloat16, static_cast<const uint16_t*>(x.untyped_data()));
 }
 
-ffi::Error DotWiden(ThreadPool pool, int64_t set, In<ffi::F32> x, ffi::AnyBuffer w,
+ffi::Error DotWiden(ThreadPool pool, int64_t set, ffi::AnyBuffer x, ffi::AnyBuffer w,
                     In<ffi::F32> scale, In<ffi::F32> zero, Out<ffi::F32> out) {
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
-  kSets[set]->dot_widen(pool, x.typed_data(), M, InGroups(w, K, scale, zero), out->typed_data());
+  const Weights weights = InGroups(w, K, scale, zero);
+  float* to = out->typed_data();
+  if (x.element_type() == ffi::F32)
+    kSets[set]->dot_widen(pool, x.typed_data<float>(), M, weights, to);
+  else
+    kSets[set]->dot_widen_bfloat16(pool, static_cast<const uint16_t*>(x.untyped_data()), M, weights,
+                                   to);
   return ffi::Error::Success();
 }
 
@@ -232,9 +241,9 @@ HANDLER(jaxquant_dot_int8, DotInt8,
 HANDLER(jaxquant_dot_groups, DotGroups,
         ARG(S8).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32).Ret<ffi::AnyBuffer>());
 HANDLER(jaxquant_dot_lookup, DotLookup,
-        ARG(F32).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32) RET(F32));
+        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32) RET(F32));
 HANDLER(jaxquant_dot_widen, DotWiden,
-        ARG(F32).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) RET(F32));
+        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) RET(F32));
 HANDLER(jaxquant_ragged_dot, RaggedDot,
         .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32) ARG(F32)
             ARG(S32).Ret<ffi::AnyBuffer>());

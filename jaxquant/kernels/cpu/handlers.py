@@ -17,6 +17,8 @@ from .library import INSTRUCTIONS, instruction_sets, unavailable
 
 # Elements of a group that kernels read at a time: floats by 8-bit codes, and all others.
 _WIDENED_TOGETHER, _TOGETHER = 16, 8
+# Instruction sets that multiply bfloat16, and how many rows at least.
+_MULTIPLY_BFLOAT16, _BFLOAT16_ROWS = ("AMX",), 16
 # Attention::Type of common.h; all others are kBytes.
 _ATTENDED = {jnp.dtype(d): i for i, d in enumerate(("float32", "bfloat16", "int8", "int4"))}
 
@@ -126,12 +128,14 @@ def lookup_dot(
     """x @ ((table[bits of w] - zero) * scale).T in float32.
 
     Args:
-        x: floats, (M, K).
+        x: floats, (M, K). AMX multiplies 16 and more rows of bfloat16 by weights that are rounded
+            to bfloat16.
         w, scale, zero, instructions: as for `grouped_dot`.
         table: (16,), the value of each pattern of 4 bits.
     """
     others = w, *_floats(scale, zero), _float(table)
-    return _call("dot_lookup", _result(x, w, jnp.float32), instructions, _float(x), *others)
+    x = _multiplied(x, instructions)
+    return _call("dot_lookup", _result(x, w, jnp.float32), instructions, x, *others)
 
 
 def widen_dot(
@@ -144,11 +148,12 @@ def widen_dot(
     """x @ ((w - zero) * scale).T in float32, for floats (M, K) and int8 codes (N, K).
 
     Args:
-        x: floats, (M, K).
+        x: as for `lookup_dot`.
         w, scale, zero, instructions: as for `grouped_dot`.
     """
+    x = _multiplied(x, instructions)
     result = _result(x, w, jnp.float32)
-    return _call("dot_widen", result, instructions, _float(x), w, *_floats(scale, zero))
+    return _call("dot_widen", result, instructions, x, w, *_floats(scale, zero))
 
 
 def ragged_dot(
@@ -255,6 +260,14 @@ def take_slice(stack: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
         return take_slice(stack, index, axis + 1), True
 
     return copy(stack, index)
+
+
+def _multiplied(x: jax.Array | np.ndarray, instructions: str | None) -> jax.Array:
+    """Activations in the dtype in which they are multiplied by weights."""
+    is_many = x.dtype == jnp.bfloat16 and x.shape[0] >= _BFLOAT16_ROWS and x.size > 0
+    if is_many and (instructions or instruction_sets()[0]) in _MULTIPLY_BFLOAT16:
+        return jnp.asarray(x)
+    return _float(x)
 
 
 def _float(x: jax.Array | np.ndarray) -> jax.Array:

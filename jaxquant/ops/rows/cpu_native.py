@@ -167,6 +167,8 @@ def _by_weights(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
     scale = columns(scale_values(rhs.scale))
     zero = None if rhs.zero_point is None else columns(rhs.zero_point)
     x = as_array(lhs)
+    if rhs.dtype != jnp.bfloat16:
+        x = x.astype(jnp.float32)  # The kernels may round weights to bfloat16, as those are.
     if multiplies_codes(lhs, rhs):
         x = lhs.codes.astype(jnp.int8)
         row_scale = _per_row(in_result(scale_values(lhs.scale), 0, (lhs, rhs), spec), x.shape)
