@@ -26,6 +26,8 @@ import pytest
 from jax._src import compiler, core  # There is no public way to compile quickly, or less.
 
 from benchmarks import tpu_compiler
+from jaxquant.kernels import cpu
+from jaxquant.kernels.cpu.library import INSTRUCTIONS
 
 from . import cases, selection
 
@@ -63,6 +65,13 @@ if not IS_OPTIMIZED:
 gc.set_threshold(50_000, 20, 100)
 # `jnp.asarray` of a NumPy array would compile a copy for each shape.
 core.stage_p.def_impl(jax.device_put)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says which native kernels ran; the others were skipped or have no tests here."""
+    found = ", ".join(cpu.instruction_sets()) or f"none, because {cpu.unavailable()}"
+    others = ", ".join(name for name in INSTRUCTIONS if name not in cpu.instruction_sets())
+    terminalreporter.write_line(f"native kernels: {found}; not tested here: {others or 'none'}")
 
 
 def pytest_unconfigure():
