@@ -304,11 +304,12 @@ _RULES: Mapping[str, Callable[..., list[Views]]] = {
     "name": _same_shape,
     "pvary": _same_shape,
     "sharding_constraint": _same_shape,
+    "reshard": _same_shape,
     "optimization_barrier": _each,
 }
 # Operations after which activations are the same activations to whatever is multiplied by them.
 _SAME = frozenset({"convert_element_type", "reshape", "squeeze", "broadcast_in_dim", "transpose"})
-_SAME |= {"copy", "stop_gradient", "name", "sharding_constraint"}
+_SAME |= {"copy", "stop_gradient", "name", "sharding_constraint", "reshard"}
 
 
 def find_uses(program: Any, views: Sequence[View | None]) -> Found:

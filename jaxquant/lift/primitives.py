@@ -14,7 +14,7 @@ from ..jaxprs import Params, broadcast_axes
 from . import adapters, carriers, products, programs
 from .interpreter import Equation
 from .parameter import Parameter, Unsupported
-from .specs import constrained
+from .specs import constrained, resharded
 
 Rule = Callable[[Equation, Sequence[Any]], Sequence[Any]]
 
@@ -220,6 +220,11 @@ def _sharding_rule(equation, operands):
     return [constrained(operands[0], equation.params["sharding"])]
 
 
+def _reshard_rule(equation, operands):
+    """`jax.sharding.reshard`, which functions with `out_sharding` call, too."""
+    return [resharded(operands[0], equation.params["dst_sharding"])]
+
+
 RULES: Mapping[str, Rule] = {
     "dot_general": _product(products.dot_general_rule),
     "conv_general_dilated": _product(products.convolution_rule),
@@ -251,6 +256,7 @@ RULES: Mapping[str, Rule] = {
     # Of an array that all devices have, in shard_map.
     "pvary": _arrays_rule,
     "sharding_constraint": _sharding_rule,
+    "reshard": _reshard_rule,
     "jit": programs.call_rule,
     "pjit": programs.call_rule,
     "closed_call": programs.call_rule,

@@ -1,6 +1,7 @@
 """Parameters in `jax.shard_map` and with sharding constraints."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,8 +54,23 @@ def constrained(x: Any, sharding: jax.sharding.Sharding | None) -> Any:
     if isinstance(x.value, LowRank):
         base = constrained(Parameter(x.value.base, x.path), sharding).value
         return dataclasses.replace(x, value=dataclasses.replace(x.value, base=base), _forms={})
+    return _placed(x, sharding, jax.lax.with_sharding_constraint)
+
+
+def resharded(x: Any, sharding: jax.sharding.NamedSharding) -> Any:
+    """A value with another sharding along explicit axes of a mesh, or in a mesh of other types.
+
+    That of a Parameter becomes one of each of its arrays.
+    """
+    if not isinstance(x, Parameter):
+        return jax.sharding.reshard(x, sharding)
+    if not isinstance(x.value, QTensor):
+        raise Unsupported("its arrays are sharded in other ways")
+    return _placed(x, sharding, jax.sharding.reshard)
+
+
+def _placed(x: Parameter, sharding: jax.NamedSharding, place: Callable[..., Any]) -> Parameter:
     q, of_arrays = specs(x, sharding.spec, sharding.mesh)
     shardings = jax.tree.map(lambda spec: sharding.update(spec=spec), of_arrays)
-    value = jax.lax.with_sharding_constraint(q, shardings)
     is_whole = x.is_whole and isinstance(x.value, QTensor)
-    return dataclasses.replace(x, value=value, is_whole=is_whole, _forms={})
+    return dataclasses.replace(x, value=place(q, shardings), is_whole=is_whole, _forms={})

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -11,6 +12,7 @@ from jax.sharding import AxisType
 import jaxquant as jq
 from jaxquant.jaxprs import walk
 
+from ..ops.products import normal
 from . import cases
 
 X = cases.normal(4, cases.K)
@@ -94,6 +96,48 @@ def test_types_with_explicit_axes_say_how_arrays_are_sharded():
         found, same = jax.jit(jq.lift(apply, strict=True))(q, X)
     np.testing.assert_allclose(found, X @ q.dequantize(), rtol=1e-4, atol=1e-3)
     assert spec_of(same.codes) == spec_of(found) == jax.P(None, "b")
+
+
+def scanned(params, tokens):
+    """A lookup, a loop over layers whose kernels are divided, and the table as the head."""
+    everywhere = jax.P() if jax.sharding.get_abstract_mesh().explicit_axes else None
+
+    def layer(x, weights):
+        up = jnp.tanh(x @ weights["up"])
+        return x + jnp.matmul(up, weights["down"], out_sharding=everywhere), None
+
+    x = params["table"].at[tokens].get(out_sharding=everywhere)
+    x, _ = jax.lax.scan(layer, x, params["layers"])
+    return x @ params["table"].T
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
+def test_functions_with_out_sharding_keep_parameters_quantized(scheme):
+    shapes = {"table": (64, 256), "layers": {"up": (2, 256, 512), "down": (2, 512, 256)}}
+    floats = jax.tree.map(
+        lambda s: jnp.asarray(normal(*s)), shapes, is_leaf=lambda s: isinstance(s, tuple)
+    )
+    tokens = jnp.arange(6).reshape(3, 2)
+    rules = jq.uses(scanned, floats, tokens).rules(jq.SCHEMES[scheme])
+    params = jq.tree.quantize(floats, rules)
+    layers = {"up": jax.P(None, None, "b"), "down": jax.P(None, "b")}
+    mesh = mesh_of(AxisType.Explicit, AxisType.Explicit)
+
+    def place(q, spec):
+        return jax.device_put(
+            q, jax.tree.map(lambda s: jax.NamedSharding(mesh, s), jq.specs(q, spec, mesh))
+        )
+
+    is_quantized = jq.tree.is_quantized
+    spec = {"table": jax.P("b"), "layers": layers}
+    parts = jax.tree.map(place, params, spec, is_leaf=is_quantized)
+    lifted = jq.lift(scanned, strict=True)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P()))
+        found = jax.jit(lifted)(parts, placed)
+        assert not jq.explain(lifted, parts, placed).dequantized
+    assert jax.typeof(found).sharding.spec == jax.P(None, None, "b")
+    np.testing.assert_allclose(found, jax.jit(lifted)(params, tokens), rtol=1e-4, atol=1e-2)
 
 
 def test_meshes_with_axes_of_both_kinds_dequantize():
