@@ -3,11 +3,11 @@
     python -m benchmarks --suite tpu-models [--chips v5e v6e] [--only W8A8 W4A16 Llama Qwen3]
 
 Needs libtpu (extra `tpu`) but no TPU: nothing runs. Llama 3 8B and Qwen3 30B-A3B as shapes, in
-bfloat16 and quantized, are tensor-parallel on 2 x 4 chips, under plain `jit` with a mesh of explicit
-axes: kernels that read activations are divided along their columns, `out` and `down` along their
-rows. Of the 128 experts
-of Qwen3's layers, each chip has 16, which it multiplies inside `shard_map`; its keys and values are
-stored twice, so that each chip has one of 8 heads, and its norms of queries and keys are left out.
+bfloat16 and quantized, are tensor-parallel on 2 x 4 chips, under plain `jit` with a mesh of
+explicit axes: kernels that read activations are divided along their columns, `out` and `down` along
+their rows. Of the 128 experts of Qwen3's layers, each chip has 16, which it multiplies inside
+`shard_map`; its keys and values are stored twice, so that each chip has one of 8 heads, and its
+norms of queries and keys are left out.
 Steps decode one token of 1, 8 or 64 sequences with 8,192 tokens each, or prefill 4,096. Keys and
 values are in bfloat16 beside bfloat16 kernels, and in int8 beside quantized ones.
 

@@ -36,7 +36,7 @@ _BY_INSTRUCTIONS = {
     "AVX2": _Rates(1.5, 0.9, 1.5),
     "NEON": _Rates(1.5, 0.9, 1.5),
 }
-_TILED_ROWS = 16
+_LEAST_ROWS = {"AMX": 16}
 # XLA's products of 8-bit codes relative to float32.
 _XLA_INTEGER = 1.4
 # Weights that XLA dequantizes per second: in blocks that stay in the cache, as a whole that stays
@@ -130,10 +130,12 @@ def _work(record: Record, rows: int, machine: Machine) -> _Work:
 
 
 def _native(work: _Work, choice: Choice) -> float:
-    best = cpu.instruction_sets()[0]
-    if best == "AMX" and work.rows < _TILED_ROWS * work.experts:
-        best = "AVX512-VNNI"
-    rates = _BY_INSTRUCTIONS[best]
+    used = (
+        name
+        for name in cpu.instruction_sets()
+        if work.rows >= _LEAST_ROWS.get(name, 0) * work.experts
+    )
+    rates = _BY_INSTRUCTIONS[next(used)]
     stored, arithmetic = work.share * work.stored, work.arithmetic / work.experts
     call = _NATIVE_CALL + work.aligned
     if choice.is_integer:
