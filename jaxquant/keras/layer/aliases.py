@@ -27,8 +27,8 @@ def read_attribute(state: Any, name: str) -> Any:
     """The declared weight of which an attribute is an alias; its scale or zero point as Keras has
     it, by the names that Keras gives them; None for any other attribute.
 
-    Scales of integer codes per channel are 127 / max|x|, without the axes that share one. Others
-    are the step between codes, in the order of the weight's axes, like zero points.
+    Scales of integer codes per channel are qmax / max|x|, in the shape that Keras gives them.
+    Others are the step between codes, in the order of the weight's axes, like zero points.
     """
     layer = state.layer
     if name in state.aliases:
@@ -45,6 +45,8 @@ def _scale(layer: Any, weight: str, q: QTensor) -> jax.Array:
     is_per_channel = all(step.shape[a] == 1 for a in shared) and q.zero_point is None
     if not is_per_channel or not q.format.rounds:
         return step
+    if q.format.bits < 8:  # Keras packs matrices, of contracted axes and all others.
+        return (1 / step).reshape(-1)
     return jnp.asarray(layer.scale_to_stock(weight, 1 / step, q))
 
 
