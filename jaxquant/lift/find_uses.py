@@ -23,6 +23,8 @@ class Use:
         line: file and line of the innermost call that is not in a library; empty if all are.
         is_joined: whether several contracted axes are one axis of an operand, after a reshape.
         activations: identifies the other operand; parameters with equal ones share activations.
+        window: axes of the kernel of a convolution that are the pixels of its windows.
+        groups: into how many groups a convolution splits its channels, or its images.
 
     Example:
         >>> found = jq.uses(lambda w, x: x @ w.T, jnp.ones((4, 8)), jnp.ones((2, 8)))
@@ -40,6 +42,8 @@ class Use:
     line: str = ""
     is_joined: bool = False
     activations: Hashable = None
+    window: tuple[int, ...] = ()
+    groups: int = 1
 
 
 Found = list[tuple[str, Use]]
@@ -173,8 +177,10 @@ def _ragged_dot(walk, eqn, operands, labels):
 
 def _convolution(walk, eqn, operands, labels):
     kernel = eqn.params["dimension_numbers"].rhs_spec
+    groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
     for view in operands[1]:
         facts = _contracted(view, kernel[1:])
+        facts |= {"window": view.named(kernel[2:]), "groups": groups}
         walk.add(view, eqn, "convolution", **facts, activations=labels[0])
     return _other(walk, eqn, [operands[0], ()], labels)
 

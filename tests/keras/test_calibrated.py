@@ -201,23 +201,67 @@ class Halved(layers.Conv2D):
         return super().convolution_op(inputs, kernel) / 2
 
 
-@pytest.mark.parametrize("method", [methods.SmoothQuant(), [methods.AWQ(), methods.GPTQ()]])
-def test_transforms_of_windows_of_several_pixels_are_listed(method):
+class OwnKernel(keras.layers.Layer):
+    """Convolves with a kernel of its own."""
+
+    def build(self, input_shape):
+        self.filters = self.add_weight(name="filters", shape=(3, 3, input_shape[-1], 4))
+
+    def call(self, inputs):
+        return keras.ops.conv(inputs, self.filters, padding="same")
+
+
+def model_of_convolutions() -> Any:
+    keras.utils.set_random_seed(0)
     start = keras.Input((5, 6, 4))
     x = keras.layers.Conv2D(6, (1, 3), name="first")(start)
     x = keras.layers.Conv2DTranspose(8, 2, name="up")(keras.layers.Conv2D(6, 1, name="one")(x))
-    model = keras.Model(start, Halved(3, 3, name="halved", padding="same")(x))
+    x = OwnKernel(name="own")(Halved(4, 3, name="halved", padding="same")(x))
+    x = keras.layers.DepthwiseConv2D(2, name="each")(x)
+    x = keras.layers.SeparableConv2D(4, 2, name="both")(x)
+    return keras.Model(start, keras.layers.Conv2D(4, 1, groups=2, name="halves")(x))
+
+
+WINDOWS = ["first/kernel", "up/kernel", "own/filters"]
+GROUPS = ["each/kernel", "both/depthwise_kernel", "halves/kernel"]
+UNFIT: dict[str, tuple[Any, str, list[str]]] = {
+    "transform": (methods.SmoothQuant(), "SmoothQuant", WINDOWS),
+    "transform and method": ([methods.AWQ(), methods.GPTQ()], "AWQ", WINDOWS),
+    "method": (methods.GPTQ(), "GPTQ", []),
+}
+
+
+@pytest.mark.some_rows(1)
+@pytest.mark.parametrize("name", UNFIT)
+def test_convolutions_that_do_not_support_a_method_are_listed(name):
+    method, item, windows = UNFIT[name]
+    model = model_of_convolutions()
     data = [np.random.default_rng(0).normal(size=(2, 5, 6, 4)).astype(np.float32)]
-    with pytest.raises(ValueError, match="fix these 2 problems") as raised:
+    with pytest.raises(ValueError, match="was not changed; fix these") as raised:
         quantize(model, jq.W8A8, method=method, batches=data)
-    found = [line.split(" differently")[0].strip() for line in str(raised.value).splitlines()[1:]]
-    name = "SmoothQuant" if isinstance(method, methods.SmoothQuant) else "AWQ"
-    wanted = [f"{x}/kernel: {name} changes each element of a window" for x in ("first", "up")]
-    assert found == wanted
-    rules = [jq.Rule(f"{x}/*", jq.W8A8, method=methods.GPTQ()) for x in ("first", "up")]
-    rules += [jq.Rule("*", jq.W8A8)]
-    quantized, _ = quantize(model, rules, method=method, batches=data)
-    assert 0 < relative_error(np.asarray(quantized(data[0])), np.asarray(model(data[0]))) < 0.03
+    wanted = dict.fromkeys(windows, f"{item} changes each element of a window differently")
+    wanted |= dict.fromkeys(GROUPS, f"{item} does not support convolutions in groups, such as")
+    found = [line.strip().split(": ") for line in str(raised.value).splitlines()[1:]]
+    assert {path for path, _ in found} == wanted.keys()
+    assert all(why.startswith(wanted[path]) for path, why in found)
+
+    # The others are quantized, and reported with the reason.
+    names = [path.split("/")[0] for path in wanted]
+    kept = quantize(model, jq.W8A8, method=method, batches=data, keep=names)
+    left = quantize(model, jq.W8A8, method=method, batches=data, strict=False)
+    reasons = {row.path: str(row.reason) for row in left[1].rows}
+    assert all(f"{path.split('/')[1]}: {why}" in reasons[path] for path, why in wanted.items())
+    assert sum(row.scheme is not None for row in left[1].rows) == 5 - len(windows)
+    np.testing.assert_array_equal(kept[0](data[0]), left[0](data[0]))
+
+    # As the problems say.
+    rules = [jq.Rule(path, jq.W8A8, method=methods.Nearest()) for path in GROUPS]
+    rules += [jq.Rule(path, jq.W8A8, method=methods.GPTQ()) for path in windows]
+    quantized, report = quantize(
+        model, [*rules, jq.Rule("*", jq.W8A8)], method=method, batches=data
+    )
+    assert sum(row.scheme is not None for row in report.rows) == 9
+    assert 0 < relative_error(np.asarray(quantized(data[0])), np.asarray(model(data[0]))) < 0.05
 
 
 def test_batches_in_one_array():

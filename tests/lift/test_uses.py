@@ -125,6 +125,19 @@ def test_a_row_is_looked_up_where_its_index_depends_on_an_argument(name):
     assert contracted(fn, jnp.ones((9, 8)), jnp.int32(3)) == axes
 
 
+def test_convolutions_have_windows_and_groups():
+    numbers = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+    def apply(w, x):
+        return lax.conv_general_dilated(
+            x, w, (1, 1), "VALID", dimension_numbers=numbers, feature_group_count=2
+        )
+
+    found = jq.uses(apply, jnp.ones((1, 3, 2, 8)), jnp.ones((1, 5, 5, 4)))
+    (use,) = found.by_path[""]
+    assert (use.contracted, use.window, use.groups) == ((0, 1, 2), (0, 1), 2)
+
+
 def test_uses_say_what_each_parameter_is_for():
     def apply(params, tokens):
         x = params["embed"][tokens] + params["bias"][None]

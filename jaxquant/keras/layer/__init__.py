@@ -9,5 +9,6 @@ from .policy import PolicyMixin as PolicyMixin
 from .recast import recast as recast
 from .weights import QuantizedWeight as QuantizedWeight
 from .weights import StoredWeight as StoredWeight
+from .weights import of_layer as of_layer
 from .weights import replaced as replaced
 from .wrappers import MODES_WITH_DATA as MODES_WITH_DATA

@@ -15,8 +15,6 @@ class KernelLayerMixin(LoraMixin):
     """
 
     data_format = "channels_last"
-    # Whether the kernel is multiplied with windows of several pixels.
-    has_windows = False
 
     def product(self, inputs: jax.Array, kernel: Any) -> jax.Array:
         """Hook: the layer's product, before bias and activation."""

@@ -26,6 +26,14 @@ from ...tree.internal import Plan, effective, stored_order
 from .. import compat
 from ..files import from_storage_arrays, storage_types, to_storage_arrays
 
+# A property of a weight, or the function of its layer that returns it.
+Property = bool | Callable[[Any], bool]
+
+
+def of_layer(value: Property, layer: keras.layers.Layer) -> bool:
+    """The property in this layer."""
+    return value(layer) if callable(value) else value
+
 
 class QuantizedWeight:
     """Declares that a weight is quantizable: `kernel = QuantizedWeight(axis=0)`.
@@ -44,6 +52,11 @@ class QuantizedWeight:
             a kernel of one pixel, so that codes are stored in the fastest order for that, whatever
             the number of axes; or a function of the layer. False for other kernels of convolutions,
             which keep their order, unless `axis` is one axis.
+        has_windows: whether the layer multiplies it with windows of several pixels; or a function
+            of the layer. Transforms, such as AWQ, do not support that.
+        in_groups: whether the layer multiplies parts of it with parts of its activations, as a
+            depthwise convolution does; or a function of the layer. Methods that see activations do
+            not support that.
 
     Example:
         >>> class Projection(jk.QuantizableMixin, keras.layers.Layer):
@@ -66,11 +79,15 @@ class QuantizedWeight:
         axis: int | tuple[int, ...] | Callable[[Any], Any],
         inputs: bool = True,
         *,
-        is_matrix: bool | Callable[[Any], bool] = False,
+        is_matrix: Property = False,
+        has_windows: Property = False,
+        in_groups: Property = False,
     ):
         self.axis = axis
         self.inputs = inputs
         self.is_matrix = is_matrix
+        self.has_windows = has_windows
+        self.in_groups = in_groups
         self.name: str = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -83,8 +100,7 @@ class QuantizedWeight:
 
     def contracted(self, layer: keras.layers.Layer) -> tuple[int, ...] | None:
         """The declared axes if the weight is a matrix in this layer, as for a `Rule`."""
-        is_matrix = self.is_matrix(layer) if callable(self.is_matrix) else self.is_matrix
-        return self.axes(layer) if is_matrix else None
+        return self.axes(layer) if of_layer(self.is_matrix, layer) else None
 
     def __get__(self, layer: Any, owner: type | None = None) -> Any:
         if layer is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +30,17 @@ def _spatial_and_inputs(layer: Any) -> tuple[int, ...]:
 def _has_one_pixel(layer: Any) -> bool:
     """Whether windows are one pixel, and all inputs meet all outputs."""
     return set(layer.kernel_size) == {1} and layer.groups == 1
+
+
+def _has_windows(layer: Any) -> bool:
+    """Whether windows are several pixels."""
+    return set(layer.kernel_size) != {1}
+
+
+def _is_stock(layer: Any) -> bool:
+    """Whether `product` computes what the layer's class does."""
+    # Keras' convolutions of all ranks inherit one function, which `product` replaces.
+    return type(layer).convolution_op is keras.layers.Conv2D.convolution_op
 
 
 def _layout(layer: Any, inputs: int, outputs: int) -> lax.ConvDimensionNumbers:
@@ -106,11 +118,6 @@ def _depthwise(layer: Any, inputs: jax.Array, kernel: QTensor | jax.Array) -> ja
 class _ConvolvingMixin(KernelLayerMixin):
     """A convolution, with the product of the adapter's matrices as a second kernel."""
 
-    @property
-    def has_windows(self) -> bool:
-        """See `KernelLayerMixin`."""
-        return set(self.kernel_size) != {1}
-
     def adapted_product(self, inputs: jax.Array) -> jax.Array:
         outputs = self.product(inputs, self.operand("kernel"))
         if not self.lora_enabled:
@@ -121,20 +128,16 @@ class _ConvolvingMixin(KernelLayerMixin):
 class ConvolutionMixin(_ConvolvingMixin):
     """A Keras convolution: images with K channels -> images with `filters` channels."""
 
-    kernel: QuantizedWeight = QuantizedWeight(axis=_spatial_and_inputs, is_matrix=_has_one_pixel)
-
-    @property
-    def has_windows(self) -> bool:
-        """See `KernelLayerMixin`; False where a subclass has its own `convolution_op`."""
-        return self._is_stock() and super().has_windows
+    kernel: QuantizedWeight = QuantizedWeight(
+        axis=_spatial_and_inputs,
+        is_matrix=_has_one_pixel,
+        has_windows=lambda layer: _is_stock(layer) and _has_windows(layer),
+        in_groups=lambda layer: layer.groups > 1,
+    )
 
     def has_codes(self, name: str) -> bool:
         """See `QuantizableMixin`; False where a subclass has its own `convolution_op`."""
-        return self._is_stock() and super().has_codes(name)
-
-    def _is_stock(self) -> bool:
-        # Keras' convolutions of all ranks inherit one function, which `product` replaces.
-        return type(self).convolution_op is keras.layers.Conv2D.convolution_op
+        return _is_stock(self) and super().has_codes(name)
 
     def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
         """The convolution, in groups of channels."""
@@ -144,7 +147,9 @@ class ConvolutionMixin(_ConvolvingMixin):
 class ConvolutionTransposeMixin(_ConvolvingMixin):
     """A Keras transposed convolution, with a kernel (spatial..., out, in)."""
 
-    kernel: QuantizedWeight = QuantizedWeight(axis=lambda layer: (*_spatial(layer), layer.rank + 1))
+    kernel: QuantizedWeight = QuantizedWeight(
+        axis=lambda layer: (*_spatial(layer), layer.rank + 1), has_windows=_has_windows
+    )
 
     def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
         """The gradient of a convolution: dilated inputs and a flipped kernel."""
@@ -163,10 +168,14 @@ class ConvolutionTransposeMixin(_ConvolvingMixin):
         return {**super().get_config(), "output_padding": self.output_padding}
 
 
+# A weight of each channel, which meets that channel alone.
+_DEPTHWISE = partial(QuantizedWeight, _spatial, has_windows=_has_windows, in_groups=True)
+
+
 class DepthwiseConvolutionMixin(_ConvolvingMixin):
     """A Keras depthwise convolution: K channels -> K * `depth_multiplier` channels."""
 
-    kernel: QuantizedWeight = QuantizedWeight(axis=_spatial)
+    kernel: QuantizedWeight = _DEPTHWISE()
 
     def product(self, inputs: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
         """The convolution of each channel on its own."""
@@ -176,7 +185,7 @@ class DepthwiseConvolutionMixin(_ConvolvingMixin):
 class SeparableConvolutionMixin(KernelLayerMixin):
     """A Keras separable convolution: a depthwise one, then a product of the channels."""
 
-    depthwise_kernel: QuantizedWeight = QuantizedWeight(axis=_spatial)
+    depthwise_kernel: QuantizedWeight = _DEPTHWISE()
     pointwise_kernel: QuantizedWeight = QuantizedWeight(axis=_spatial_and_inputs, is_matrix=True)
 
     def call(self, inputs: jax.Array) -> Any:

@@ -19,7 +19,7 @@ from ...tree import Rule
 from ...tree import quantize as quantize_tree
 from ...tree.internal import powers
 from ..configs import QuantizationConfig, SchemeConfig
-from ..layer import KernelLayerMixin
+from ..layer import of_layer
 from .functional import nested, pure_call
 
 Chosen = list[tuple[Any, list[str]]]
@@ -45,10 +45,21 @@ class Weight(NamedTuple):
         return self.layer.float_weights[self.name].value
 
 
+class Unfit(NamedTuple):
+    """A weight of a layer that does not fit its method, and why."""
+
+    layer: Any
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.layer.weight_state.path(self.name)}: {self.why}"
+
+
 def weights_with_methods(
     model: Any, chosen: Chosen, config: SchemeConfig, method: Any
-) -> tuple[list[Weight], list[str]]:
-    """The chosen weights that have a method, and problems with them.
+) -> tuple[list[Weight], list[Unfit]]:
+    """The chosen weights that have a method, and those that do not fit their method.
 
     Tables are rounded to nearest, because lookups do not multiply activations. So are the
     projections of a ReversibleEmbedding.
@@ -58,31 +69,40 @@ def weights_with_methods(
         return [], []
     _, places = pure_call(model)
     keys = {id(place): key for key, place in places.items()}
-    found, problems = [], []
+    found, unfit = [], []
     with_activations = (x for x in chosen if not isinstance(x[0], keras.layers.Embedding))
     for layer, names in with_activations:
         for name in names:
             state, key = layer.weight_state, keys[id(layer.float_weights[name])]
             rule = state.tree_rule(name, config, "/".join(key), method)
             if isinstance(rule, str):
-                problems.append(f"{state.path(name)}: {rule}")
+                unfit.append(Unfit(layer, name, rule))
             elif rule.method is not None:
                 found.append(Weight(layer, name, key, rule))
-    return found, problems + [problem for x in found for problem in _problems_of_windows(x)]
+    whys = [(x, _why_unsupported(x)) for x in found]
+    unfit += [Unfit(x.layer, x.name, why) for x, why in whys if why is not None]
+    return [x for x, why in whys if why is None], unfit
 
 
-def _problems_of_windows(weight: Weight) -> list[str]:
-    """Why a weight does not support transforms: there is one multiplier per channel of images."""
-    layer = weight.layer
-    if not (isinstance(layer, KernelLayerMixin) and layer.has_windows):
-        return []
-    names = [type(x).__name__ for x in as_chain(weight.rule.method) if is_transform(x)]
-    return [
-        f"{layer.weight_state.path(weight.name)}: {name} changes each element of a window "
-        "differently, and convolutions can only change channels; give it a rule with "
-        "method=jq.methods.GPTQ() or None, or keep its layer in float"
-        for name in names
-    ]
+def _why_unsupported(weight: Weight) -> str | None:
+    """Why a convolution does not support the method of its weight, or None."""
+    layer, chain = weight.layer, as_chain(weight.rule.method)
+    declared = layer.declared_weights[weight.name]
+    transforms = [type(x).__name__ for x in chain if is_transform(x)]
+    observing = [type(x).__name__ for x in chain if x.statistics]
+    if (transforms or observing) and of_layer(declared.in_groups, layer):
+        return (
+            f"{(transforms or observing)[0]} does not support convolutions in groups, such as "
+            "depthwise ones; give it a rule with method=jq.methods.Nearest() or None, or keep its "
+            "layer in float"
+        )
+    if transforms and of_layer(declared.has_windows, layer):  # One multiplier per channel.
+        return (
+            f"{transforms[0]} changes each element of a window differently, and convolutions can "
+            "only change channels; give it a rule with method=jq.methods.GPTQ() or None, or keep "
+            "its layer in float"
+        )
+    return None
 
 
 def quantize_by_methods(
@@ -114,7 +134,8 @@ def quantize_by_methods(
         )
     statistics = None
     if kinds and batches is not None:
-        statistics = collect(apply, params, batches, rules, list(kinds))
+        observed = [rule for rule in rules if needed(as_chain(rule.method))]
+        statistics = collect(apply, params, batches, observed, list(kinds))
     found = _quantized(weights, statistics, progress)
     stacks = [weight for weight in weights if _has_several_multipliers(weight, found[weight.key])]
     if stacks and statistics is not None:

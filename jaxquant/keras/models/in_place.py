@@ -66,8 +66,9 @@ def _quantize(model: Any, config: Any) -> list[Any]:
         if blocks is None or id(layer) in blocks
     ]
     rules = QuantizationConfig(scheme)
-    weights, problems = weights_with_methods(model, chosen, rules, method)
-    raise_problems(model, problems if weights else [*problems, "no layer multiplies activations"])
+    weights, unfit = weights_with_methods(model, chosen, rules, method)
+    raise_problems(model, [str(x) for x in unfit])
+    raise_problems(model, [] if weights else ["no layer multiplies activations"])
     found = list({id(x.layer): x.layer for x in weights}.values())
     for layer in found:
         layer.check_quantization(rules)

@@ -30,11 +30,14 @@ class LiftedUse(NamedTuple):
         name: of the variable.
         axes: those that it contracts; of a table, those of a row.
         inputs: whether it multiplies activations with the weight.
+        has_windows, in_groups: as for `QuantizedWeight`.
     """
 
     name: str
     axes: tuple[int, ...]
     inputs: bool
+    has_windows: bool = False
+    in_groups: bool = False
 
 
 class LiftedWeight(QuantizedWeight):
@@ -93,7 +96,12 @@ def _changes_state(layer: Any) -> bool:
 
 def lifted_weights(uses: tuple[LiftedUse, ...]) -> dict[str, LiftedWeight]:
     """The declarations of weights that are used in these ways."""
-    return {use.name: LiftedWeight(use.axes, use.inputs) for use in uses}
+    return {
+        use.name: LiftedWeight(
+            use.axes, use.inputs, has_windows=use.has_windows, in_groups=use.in_groups
+        )
+        for use in uses
+    }
 
 
 def why_not_lifted(layer: Any, uses: tuple[LiftedUse, ...]) -> str | None:
@@ -119,7 +127,8 @@ def lifts_in(layer: Any) -> dict[str, list[list[Any]]]:
     """How lifted layers use their weights, by their places among the sublayers; as JSON values."""
     return {
         str(place): [
-            [w.name, list(w.axes(inner)), w.inputs] for w in inner.declared_weights.values()
+            [w.name, list(w.axes(inner)), w.inputs, w.has_windows, w.in_groups]
+            for w in inner.declared_weights.values()
         ]
         for place, inner in enumerate(compat.sublayers(layer))
         if isinstance(inner, LiftedMixin)
@@ -128,4 +137,4 @@ def lifts_in(layer: Any) -> dict[str, list[list[Any]]]:
 
 def uses_in(found: list[list[Any]]) -> tuple[LiftedUse, ...]:
     """Undoes the JSON of `lifts_in` for one layer."""
-    return tuple(LiftedUse(name, tuple(axes), inputs) for name, axes, inputs in found)
+    return tuple(LiftedUse(name, tuple(axes), *rest) for name, axes, *rest in found)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import keras
 
-from ...lift import uses
+from ...lift import Use, uses
 from .. import compat
 from ..layer import StoredWeight
 from .functional import nested, pure_call
@@ -37,14 +37,22 @@ def _multiplied(layer: Any, inputs: Any) -> dict[int, LiftedUse] | None:
         found = uses(run, params, inputs)
     except Exception:  # The call is the user's, and may not take such an input.
         return None
-    axes, by_path = found.contracted, found.by_path
+    axes = found.contracted
     return {
-        id(v): LiftedUse(
-            v.name, axes[path], any(use.activations is not None for use in by_path[path])
-        )
+        id(v): _lifted_use(v, axes[path], found.by_path[path])
         for path, (_, v) in plain.items()
         if path in axes
     }
+
+
+def _lifted_use(variable: Any, axes: tuple[int, ...], uses: tuple[Use, ...]) -> LiftedUse:
+    return LiftedUse(
+        variable.name,
+        axes,
+        inputs=any(use.activations is not None for use in uses),
+        has_windows=any(variable.shape[a] > 1 for use in uses for a in use.window),
+        in_groups=any(use.groups > 1 for use in uses),
+    )
 
 
 def _inputs(layer: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from ...tree.internal import advice_for, histogram, progress_bar, row_of, sqnr_o
 from .. import compat
 from ..configs import QuantizationConfig, SchemeConfig, as_config
 from ..layer import QuantizableMixin
-from .calibrated import Chosen, quantize_by_methods, take_over, weights_with_methods
+from .calibrated import Chosen, Weight, quantize_by_methods, take_over, weights_with_methods
 from .checks import Keep, raise_problems
 from .convert import converter
 from .state import share_variables
@@ -55,9 +55,9 @@ def quantize(
             each weight with (number done, total, path).
         keep: names and classes of layers that are copied as they are and not quantized.
         strict: False leaves in float what cannot be quantized, and reports the reason: weights
-            that hold NaN or Inf, or do not fit the scheme; custom layers that multiply with
-            their own weights and cannot be lifted; and layers that cannot be made from their
-            config, which the copy then shares with the model.
+            that hold NaN or Inf, or do not fit the scheme or the method; custom layers that
+            multiply with their own weights and cannot be lifted; and layers that cannot be made
+            from their config, which the copy then shares with the model.
 
     Returns:
         The quantized model, and a report with one row per weight.
@@ -65,10 +65,11 @@ def quantize(
     Raises:
         ValueError: lists all problems: what `convert` does not support; rules that match no
             weight, or select none; weights that are already quantized; and those that hold NaN or
-            Inf or do not fit the scheme, unless `strict` is False and others are quantized; groups
-            that do not divide an axis of a weight with a method; convolution kernels of several
-            pixels with a transform, such as AWQ. Or a method needs batches and there are none, or
-            there are batches and no method, or a method gives weights that layers do not store.
+            Inf or do not fit the scheme, unless `strict` is False and others are quantized; so are
+            weights that do not fit their method: groups that do not divide an axis; convolution
+            kernels of several pixels with a transform, such as AWQ; convolutions in groups with a
+            method that sees activations. Or a method needs batches and there are none, or there
+            are batches and no method, or a method gives weights that layers do not store.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
@@ -96,20 +97,29 @@ def quantize(
     chosen += [(layer, []) for layer in ours if why_kept[id(layer)] is not None]
     problems = mismatches(config, layers, chosen)
     weights, unfit = weights_with_methods(copy, chosen, config, method)
-    raise_problems(model, problems + unfit)
-    if batches is not None and not weights:
+    raise_problems(model, problems + [str(x) for x in unfit if strict])
+    failed = [(x.layer, f"{x.name}: {x.why}") for x in unfit]
+    chosen, weights = _without(chosen, weights, {id(x.layer) for x in unfit})
+    if batches is not None and not weights and not unfit:
         raise ValueError(
             f"batches are for methods; got method={method!r} and no rule with one that selects a "
             "weight. Pass method=jaxquant.methods.GPTQ(), say, or leave them out."
         )
     made = quantize_by_methods(copy, weights, batches, progress) if weights else {}
-    rows, failed = _quantize(chosen, config, made, None if made else progress)
+    rows, more = _quantize(chosen, config, made, None if made else progress)
+    failed += more
     if strict or not rows:
         raise_problems(model, [f"{x.path or x.name}: {why}" for x, why in failed])
     why_left = {**why_kept, **{id(x): why for x, why in failed}}
     report = report_of(copy, rows, config, why_left, [v.path for v in model.weights])
     _own(copy, model)
     return copy, report
+
+
+def _without(chosen: Chosen, weights: list[Weight], left: set[int]) -> tuple[Chosen, list[Weight]]:
+    """What is quantized if the layers with these ids stay in float."""
+    kept = [weight for weight in weights if id(weight.layer) not in left]
+    return [(layer, [] if id(layer) in left else names) for layer, names in chosen], kept
 
 
 def _quantize(
