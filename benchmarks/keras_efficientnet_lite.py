@@ -74,11 +74,8 @@ MODES = {
     "int4, groups of 32": Mode(jk.Int4QuantizationConfig(block_size=32)),
     "int4, groups of 32, depthwise int8": four_bits(jq.W8A16, False, group_size=32),
     "int4, groups of 8, depthwise int8": four_bits(jq.W8A16, False, **GROUPS_OF_8),
-    "the same by GPTQ": four_bits(jq.W8A16, True, **GROUPS_OF_8),
+    "int4, groups of 8, depthwise int8, by GPTQ": four_bits(jq.W8A16, True, **GROUPS_OF_8),
 }
-
-# GPTQ takes minutes.
-DEFAULT = [name for name, mode in MODES.items() if not mode.by_gptq]
 
 
 def folder_of(package: str) -> pathlib.Path:
@@ -209,7 +206,7 @@ def table(results: dict[str, Any]) -> list[str]:
 def main(arguments=None):
     """Prints the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--modes", nargs="+", default=DEFAULT, choices=list(MODES))
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--crops", type=int, default=0, help="per picture and size")
     parser.add_argument("--json", type=pathlib.Path, help="file for the results")
     options = parser.parse_args(arguments)

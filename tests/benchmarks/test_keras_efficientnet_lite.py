@@ -21,7 +21,7 @@ def test_the_table_of_the_docs_is_that_of_the_results():
     assert "\n".join(lite.table(found)) in text
     counts = "{crops:,} crops of {pictures} pictures, of which float32 is certain about {certain}"
     assert counts.format(**found) in " ".join(text.split())
-    assert [row["mode"] for row in found["rows"]] == ["float32", *lite.DEFAULT]
+    assert [row["mode"] for row in found["rows"]] == ["float32", *lite.MODES]
 
 
 def test_agreement_counts_classes():
