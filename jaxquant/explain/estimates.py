@@ -28,7 +28,7 @@ class _Rates:
     read: float
 
 
-# AMX was not timed. It multiplies 8 times as many codes per cycle as AVX512-VNNI, which multiplies
+# The best first. AMX was not timed. It multiplies 8 times as many codes per cycle as AVX512-VNNI, which multiplies
 # fewer than 16 rows; half of that is assumed to remain when tiles are loaded and stored.
 _BY_INSTRUCTIONS = {
     "AMX": _Rates(4 * 3.4, 1.05, 3.7),
@@ -130,12 +130,13 @@ def _work(record: Record, rows: int, machine: Machine) -> _Work:
 
 
 def _native(work: _Work, choice: Choice) -> float:
-    used = (
-        name
-        for name in cpu.instruction_sets()
+    names = list(_BY_INSTRUCTIONS)
+    names = names[names.index(cpu.instruction_sets()[0]) :]
+    rates = next(
+        _BY_INSTRUCTIONS[name]
+        for name in names
         if work.rows >= _LEAST_ROWS.get(name, 0) * work.experts
     )
-    rates = _BY_INSTRUCTIONS[next(used)]
     stored, arithmetic = work.share * work.stored, work.arithmetic / work.experts
     call = _NATIVE_CALL + work.aligned
     if choice.is_integer:
