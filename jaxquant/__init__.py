@@ -1,11 +1,10 @@
 """Quantization as pure functions over pytrees, compiled by XLA."""
 
+from typing import TYPE_CHECKING
+
 from . import allocation as allocation
-from . import checkpoints as checkpoints
 from . import methods as methods
-from . import training as training
 from . import tree as tree
-from . import tuning as tuning
 from .allocation import Allocation as Allocation
 from .allocation import allocate as allocate
 from .calibration import Statistics as Statistics
@@ -75,3 +74,11 @@ from .tree import Rule as Rule
 from .tree import load as load
 from .tree import save as save
 from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from . import checkpoints as checkpoints
+    from . import training as training
+    from . import tuning as tuning
+else:
+    from .late_modules import __dir__ as __dir__
+    from .late_modules import __getattr__ as __getattr__

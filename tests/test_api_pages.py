@@ -40,7 +40,7 @@ def test_every_public_module_has_a_page_on_the_site():
     ]
     assert sorted(m[1] for m in marks if m) == sorted(api_pages.MODULES)
     source = inspect.getsource(jaxquant)
-    modules = re.findall(r"^from \.(?:ops)? import (\w+) as", source, re.MULTILINE)
+    modules = re.findall(r"^ *from \.(?:ops)? import (\w+) as", source, re.MULTILINE)
     public = {m for m in modules if inspect.ismodule(getattr(jaxquant, m))}
     assert public == {"allocation", "checkpoints", "kv", "methods", "training", "tree", "tuning"}
     assert {f"jaxquant.{m}" for m in public} <= set(api_pages.MODULES)

@@ -11,15 +11,20 @@ import inspect
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 import jaxquant
+from jaxquant.late_modules import LATE
 
 PACKAGE = "jaxquant"
 ROOT = pathlib.Path(__file__).parents[1] / PACKAGE
 # A layer may import the layers before it in this list.
 LAYERS = [
     "version",
+    "late_modules",
     "core",
     "jaxprs",
     "kernels",
@@ -59,6 +64,7 @@ LATE_IMPORTS = {
 OPTIONAL = ["jinja2", "keras", "optax", "matplotlib", "rich", "safetensors", "tokenizers"]
 # Slow to import, and needed by few programs.
 SLOW = ["jax.experimental.pallas", "jax.scipy.linalg"]
+SLOW += [f"{PACKAGE}.{name}" for name in LATE]
 # Parts of JAX without a promise of stability: one folder names them, and these tests.
 INTERNALS = ("jax._src", "jax.core", "jax.extend", "jax.interpreters")
 READS_INTERNALS = {
@@ -289,12 +295,18 @@ def front_doors():
     return [path for path in MODULES if path.name in ("__init__.py", "internal.py")]
 
 
+def statements_of(door) -> Iterator[Any]:
+    """Its statements but the docstring; those below `if TYPE_CHECKING` are in their place."""
+    for node in parsed(door).body[1:]:
+        yield from [*node.body, *node.orelse] if isinstance(node, ast.If) else [node]
+
+
 @for_each(front_doors())
 def test_front_doors_only_name_what_they_export(path):
-    for node in parsed(path).body:
-        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        assert is_docstring or isinstance(node, ast.ImportFrom), f"{path}:{node.lineno}"
-        for alias in getattr(node, "names", []):
+    assert ast.get_docstring(parsed(path)), path
+    for node in statements_of(path):
+        assert isinstance(node, ast.ImportFrom), f"{path}:{node.lineno}"
+        for alias in node.names if node.level else ():
             assert alias.asname == alias.name, f"{path}:{node.lineno}: write `x as x`"
 
 
@@ -306,8 +318,7 @@ def test_what_is_public_is_not_internal_too(path):
 
 
 def public_names():
-    tree = parsed(ROOT / "__init__.py")
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    imports = [node for node in statements_of(ROOT / "__init__.py") if node.level]
     return [alias.name for node in imports for alias in node.names]
 
 
@@ -326,8 +337,9 @@ def test_every_public_name_is_documented(name):
 def test_nothing_public_is_missing_from_the_list():
     listed = set(public_names())
     found = {name for name in vars(jaxquant) if not name.startswith("_")}
-    # Folders become attributes when they are imported.
-    assert found - set(LAYERS) <= listed
+    # Folders become attributes when they are imported, and it asks for TYPE_CHECKING.
+    assert found - {*LAYERS, "TYPE_CHECKING"} <= listed
+    assert set(LATE) <= listed
     assert len(public_names()) == len(listed)
 
 
@@ -341,3 +353,11 @@ def test_importing_the_package_imports_nothing_optional_or_slow():
         check=True,
     )
     assert run.stdout.strip() == "[]"
+
+
+def test_modules_that_are_imported_late_are_attributes():
+    assert set(LATE) <= set(dir(jaxquant))
+    for name in LATE:
+        assert getattr(jaxquant, name) is sys.modules[f"{PACKAGE}.{name}"]
+    with pytest.raises(AttributeError, match="module 'jaxquant' has no attribute 'trainings'"):
+        getattr(jaxquant, "trainings")  # noqa: B009
