@@ -141,10 +141,13 @@ class NothingToCalibrate:
     """
 
     def __init__(self, config: Any, layers: list[Any]):
-        self.config, self.layers, self.frame = config, layers, running_quantize()
+        self.config: Any = config
+        self.layers: list[Any] = layers
+        self.frame: Any = running_quantize()
         # Keras 3.16 reads the blocks before it asks the layers.
         self.structure: dict[str, Any] = self.frame.f_locals.get("structure") or {}
-        self.held, self.held_structure = dict(vars(config)), dict(self.structure)
+        self.held: dict[str, Any] = dict(vars(config))
+        self.held_structure: dict[str, Any] = dict(self.structure)
         blocks = {"pre_block_layers": [], "sequential_blocks": [self]}
         given = {"dataset": [np.zeros(1, np.int32)], "tokenizer": len, "num_samples": 1}
         vars(config).update(given, sequence_length=1, quantization_layer_structure=blocks)

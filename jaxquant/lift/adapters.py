@@ -1,7 +1,7 @@
 """Operations that rearrange an array with adapters: its base, and each of them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
@@ -10,6 +10,8 @@ from ..jaxprs import Params
 from . import carriers
 from .parameter import Unsupported
 from .reshaped import paired_axes
+
+Rule = Callable[[LowRank, Params, Sequence[int]], LowRank]
 
 
 def _transpose(x: LowRank, params: Params, shape: Sequence[int]) -> LowRank:
@@ -66,7 +68,7 @@ def _convert(x: LowRank, params: Params, shape: Sequence[int]) -> LowRank:
     return dataclasses.replace(x, base=x.base.astype(params["new_dtype"]))
 
 
-def _without_norm(rule):
+def _without_norm(rule: Rule) -> Rule:
     """A rule for arrays whose outputs do not have trained norms."""
 
     def choose(x, params, shape):
@@ -77,7 +79,7 @@ def _without_norm(rule):
     return choose
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "transpose": _without_norm(_transpose),
     "reshape": _without_norm(_reshape),
     "convert": _convert,

@@ -1,7 +1,8 @@
 """The rank, the base and the first adapters of each selected leaf."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,18 @@ import jax.numpy as jnp
 from ..core import QTensor, low_rank_shapes, shared_axes
 from ..tree import Rule
 from ..tree.internal import Plan, match_rules, quantize_leaf, unused_rules
+from .lora_starts import Adapted, Start
+
+Plans = Sequence[Plan | None]
 
 
-def check_options(rank, alpha, dtype, use_rslora, start):
+def check_options(
+    rank: int | Mapping[str, int],
+    alpha: float | None,
+    dtype: jax.typing.DTypeLike,
+    use_rslora: bool,
+    start: Start | None,
+) -> None:
     """Checks the options of `lora_init`.
 
     Raises:
@@ -36,7 +46,9 @@ def check_options(rank, alpha, dtype, use_rslora, start):
         raise ValueError(f"dtype must be floating; got {dtype!r}. Use float32 or bfloat16.")
 
 
-def ranks_of(rank, paths, chosen):
+def ranks_of(
+    rank: int | Mapping[str, int], paths: Sequence[str], chosen: Plans
+) -> list[int | None]:
     """The rank of each selected leaf; None for others."""
     selected = [path for path, plan in zip(paths, chosen, strict=True) if plan is not None]
     if not isinstance(rank, Mapping):
@@ -59,7 +71,7 @@ def ranks_of(rank, paths, chosen):
     return [None if plan is None else values[patterns.index(next(found))] for plan in chosen]
 
 
-def check_dora(use_dora, paths, chosen):
+def check_dora(use_dora: bool, paths: Sequence[str], chosen: Plans) -> None:
     """Checks that no rule quantizes activations: they are multiplied by a dequantized weight."""
     for path, plan in zip(paths, chosen, strict=True):
         if use_dora and plan is not None and plan.scheme.inputs is not None:
@@ -69,12 +81,18 @@ def check_dora(use_dora, paths, chosen):
             )
 
 
-def check_start(start, paths, leaves, chosen, ranks):
+def check_start(
+    start: Start | None,
+    paths: Sequence[str],
+    leaves: Sequence[Any],
+    chosen: Plans,
+    ranks: Sequence[int | None],
+) -> None:
     """Checks that each selected leaf can be decomposed."""
     if start is None:
         return
     for path, leaf, plan, rank in zip(paths, leaves, chosen, ranks, strict=True):
-        if plan is None:
+        if plan is None or rank is None:
             continue
         if isinstance(leaf, QTensor):
             raise ValueError(
@@ -90,13 +108,24 @@ def check_start(start, paths, leaves, chosen, ranks):
             )
 
 
-def begin_at_zero(leaf, plan, rank, key, platform):
+def begin_at_zero(
+    leaf: Any, plan: Plan, rank: int, key: jax.Array, platform: str | None
+) -> Adapted:
     """The base that the rules give, and adapters whose product is zero."""
     base = leaf if isinstance(leaf, QTensor) else quantize_leaf(leaf, plan, platform)
-    return base, *_adapters(base.shape, axes_of(plan, base.ndim), rank, key)
+    a, b = _adapters(base.shape, axes_of(plan, base.ndim), rank, key)
+    return base, a, b
 
 
-def begin_at(start, factor, leaf, plan, rank, key, platform):
+def begin_at(
+    start: Start,
+    factor: float,
+    leaf: Any,
+    plan: Plan,
+    rank: int,
+    key: jax.Array,
+    platform: str | None,
+) -> Adapted:
     """Base and adapters of a start, whose product is multiplied by a factor."""
     stack, split = _split(axes_of(plan, leaf.ndim), leaf.ndim)
     compute = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32

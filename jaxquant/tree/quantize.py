@@ -130,10 +130,8 @@ def select(
     return paths, leaves, chosen, treedef
 
 
-def stored_order(
-    leaf: jax.Array | jax.ShapeDtypeStruct, plan: Plan, platform: str | None = None
-) -> tuple[int, ...] | None:
-    """The order of axes in which `quantize` stores a leaf."""
+def stored_order(leaf: Any, plan: Plan, platform: str | None = None) -> tuple[int, ...] | None:
+    """The order of axes in which `quantize` stores a leaf, an array or a ShapeDtypeStruct."""
     # Kernels of convolutions, of which `contracted` is not given, keep their order.
     config = plan.scheme.weights
     if plan.contracted is None and len(shared_axes(plan.axis, leaf.ndim, config)) != 1:

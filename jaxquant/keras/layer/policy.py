@@ -27,12 +27,12 @@ class PolicyMixin(compat.KerasLayer):
     """Comes before the Keras layer among the bases. A quantized policy quantizes a built layer."""
 
     @property
-    def dtype_policy(self):
+    def dtype_policy(self) -> Any:
         """The dtype policy. Setting a quantized one on a built layer quantizes it."""
         return super().dtype_policy
 
     @dtype_policy.setter
-    def dtype_policy(self, policy):
+    def dtype_policy(self, policy: Any) -> None:
         before = self.dtype_policy
         setter = super(PolicyMixin, type(self)).dtype_policy.fset
         try:
