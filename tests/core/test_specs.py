@@ -191,6 +191,11 @@ def test_shapes_are_refined_like_arrays():
     assert refine_blocks(q, P("a"), mesh(8)).scale.shape == (8, 24)
 
 
+def test_a_scale_of_a_whole_axis_is_not_refined():
+    q = quantize(X, ArrayConfig(format=INT4), axis=0)
+    assert refine_blocks(q, P("a", "b"), mesh(4, 2)) is q
+
+
 @pytest.mark.some_rows(2)
 @pytest.mark.parametrize("spec", [P("a", None), P(None, "a"), P("a", "b")], ids=str)
 def test_divided_arrays_dequantize_to_the_same_values(spec):
