@@ -181,6 +181,11 @@ def test_heads_have_one_multiplier_in_common():
 
 PROBLEMS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no batches": (INT4_G16, {"method": methods.GPTQ()}, "GPTQ needs batches, what the model is"),
+    "no batches for rules": (
+        [jq.Rule("*", INT4_G16, method=methods.GPTQ())],
+        {},
+        "GPTQ needs batches, what the model is",
+    ),
     "empty": (INT4_G16, {"method": methods.GPTQ(), "batches": []}, "at least one batch; got a"),
     "no method": (INT4_G16, {"batches": batches()}, "batches are for methods; got method=None"),
     "padding": (

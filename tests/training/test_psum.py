@@ -248,6 +248,13 @@ def test_equal_configs_share_one_compilation():
     assert len(traces) == 1
 
 
+def test_errors_keep_their_dtype():
+    x = {"even": gradients()["even"]}
+    error = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.bfloat16), x)
+    total, rest = jax.eval_shape(summed(GRADIENT_8_BIT), x, error)
+    assert (total["even"].dtype, rest["even"].dtype) == (jnp.float32, jnp.bfloat16)
+
+
 FLOATS = jnp.zeros(512)
 ERRORS = [
     (jnp.zeros(3, int), {}, r"floating-point arrays; got int32 of shape \(3,\).*jax.lax.psum"),

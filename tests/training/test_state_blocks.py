@@ -70,6 +70,7 @@ def test_formats_with_a_fixed_group_size_keep_it(shape, padded):
     layout = layout_of(shape, ArrayConfig(format=MXFP8))
     assert sorted(layout.blocks)[-1] == math.prod(layout.blocks) == 32
     assert layout.shape == padded
+    assert (layout.padding is None) == (padded == shape)
 
 
 def test_the_group_size_is_the_largest_block():
