@@ -9,6 +9,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.methods import GPTQ, SINQ, Importance, MeanSquare, Nearest, Rotation, SecondMoment
+from jaxquant.methods.internal import stack_axes
 
 G4 = jq.ArrayConfig(format=jq.INT4, group_size=4)
 LAYOUTS = {
@@ -44,6 +45,12 @@ def test_nearest_is_plain_quantization_in_every_layout(name):
     params = {"w": kernel(shape)}
     found = jq.tree.quantize(params, rule, method=Nearest())
     assert_equal(found, jq.tree.quantize(params, rule))
+
+
+def test_leading_axes_are_stacked_as_far_as_a_matrix_remains_and_none_is_contracted():
+    assert [stack_axes(n, (n - 1,)) for n in (1, 2, 3, 4)] == [0, 0, 1, 2]
+    assert [stack_axes(n, (1, 2)) for n in (3, 4, 5)] == [1, 1, 1]
+    assert stack_axes(4, (0, 3)) == 0
 
 
 @pytest.mark.slow
