@@ -43,7 +43,9 @@ def up_to_date(row):
     source = inspect.getsourcefile(value)
     assert source is not None, name
     path = str(pathlib.Path(source).relative_to(ROOT / "jaxquant"))
-    return f"| `{name}` | {what} | [{path}](../jaxquant/{path}) |"
+    # Two underscores would begin bold text.
+    shown = path.replace("__", r"\_\_")
+    return f"| `{name}` | {what} | [{shown}](../jaxquant/{path}) |"
 
 
 def up_to_date_text():
