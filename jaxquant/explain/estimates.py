@@ -28,8 +28,9 @@ class _Rates:
     read: float
 
 
-# The best first. AMX was not timed. It multiplies 8 times as many codes per cycle as AVX512-VNNI, which multiplies
-# fewer than 16 rows; half of that is assumed to remain when tiles are loaded and stored.
+# The best first. AMX was not timed. It multiplies 8 times as many codes per cycle as AVX512-VNNI,
+# which multiplies fewer than 16 rows; half of that is assumed to remain when tiles are loaded and
+# stored.
 _BY_INSTRUCTIONS = {
     "AMX": _Rates(4 * 3.4, 1.05, 3.7),
     "AVX512-VNNI": _Rates(3.4, 1.05, 3.7),
