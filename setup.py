@@ -18,6 +18,8 @@ SOURCES = pathlib.Path("jaxquant/kernels/cpu")
 # GCC copies whole kernels for each condition that stays the same in a loop. Where it does so for
 # small loops alone, it takes two thirds of the time, and the kernels are as fast.
 FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "--param=max-unswitch-insns=20"]
+# Loops with square roots are vectorized only if these need not set errno.
+FLAGS += ["-fno-math-errno"]
 
 
 def kernels():

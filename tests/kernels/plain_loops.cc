@@ -192,6 +192,41 @@ void CheckAttention(Attention a, std::vector<int32_t> starts) {
   }
 }
 
+// A window of 2 x 3 blocks of 2 x 3 elements, at row 2 and column 6 of codes with 6 rows.
+void CheckPowers(int power, int bits, bool has_negative, bool is_random) {
+  const int64_t columns = 18, first = 2, start = 6, rows = 4, width = 9 + 3 * (bits == 4);
+  PowerBlocks b{};
+  b.power = power, b.bits = bits, b.has_negative = has_negative, b.is_random = is_random;
+  b.count = bits == 8 ? 255 : 15;
+  if (has_negative) b.count /= 2;
+  b.columns = width, b.width = 3, b.first = 12345, b.second = 678910;
+  b.rows = {{0, 0, 0}, {columns, width, 0}};
+  b.axes = {{rows / 2, {2 * columns, 2 * width, columns / 3}}};
+  b.start = {first * columns + start, 0, first / 2 * columns / 3 + start / 3};
+  std::mt19937 random(3);
+  std::vector<float> x(rows * width), decoded(rows * width), scale(3 * columns / 3, -1);
+  std::vector<uint8_t> codes(6 * columns * bits / 8, 0xAA);
+  for (auto& v : x) v = static_cast<int>(random() % 2001) / 1000.f - (has_negative ? 1 : 0);
+  KERNELS.encode_powers(pool, b, x.data(), codes.data(), scale.data());
+  KERNELS.decode_powers(pool, b, codes.data(), scale.data(), decoded.data());
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < width; ++n) {
+      float peak = 0;
+      for (int64_t i = 0; i < 6; ++i)
+        peak = std::fmax(peak, std::fabs(x[(m / 2 * 2 + i / 3) * width + n / 3 * 3 + i % 3]));
+      Expect(scale[(first + m) / 2 * columns / 3 + (start + n) / 3], peak, 0, "scale of a block");
+      // Codes next to each other are no further apart than the largest two.
+      const double step = peak * (1 - std::pow(1 - 1.0 / b.count, power));
+      Expect(decoded[m * width + n], x[m * width + n], (is_random ? 1.001 : 0.501) * step, "powers");
+    }
+  for (int64_t i = 0; i < 6 * columns; ++i) {
+    const int64_t m = i / columns - first, n = i % columns - start;
+    if (0 <= m && m < rows && 0 <= n && n < width) continue;
+    const int half = codes[i * bits / 8] >> (bits == 4 ? i % 2 * 4 : 0) & (bits == 4 ? 15 : 255);
+    Expect(half, bits == 4 ? 0xA : 0xAA, 0, "code outside of a window");
+  }
+}
+
 void CheckRow(int64_t K, float size) {
   std::vector<float> x(K);
   std::mt19937 random(2);
@@ -232,6 +267,7 @@ int main() {
            {9, 102, 3, 102}, {2, 576, 5, 96}, {1, 120, 1, 24}, {1, 6, 1, 6}, {18, 4232, 67, 184},
            {16, 64, 33, 32}, {33, 288, 35, 96}, {50, 200, 17, 40}, {17, 4482, 3, 4482}})
     CheckGroups(M, K, N, group, 4), CheckGroups(M, K, N, group, 8);
+  for (int i = 0; i < 16; ++i) CheckPowers(i & 1 ? 2 : 4, i & 2 ? 4 : 8, i & 4, i & 8);
   for (int type : {0, 1, 2, 3, 4})
     for (auto [B, T, H, G, S, D] : std::vector<std::array<int64_t, 6>>{
              {2, 1, 2, 3, 67, 64}, {1, 70, 1, 2, 131, 33}, {3, 2, 2, 1, 5, 5}, {1, 9, 2, 5, 300, 80}, {1, 1, 1, 3, 1100, 20}}) {

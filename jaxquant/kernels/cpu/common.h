@@ -3,21 +3,25 @@
 //
 // Activations are rows (M, K) and weights rows (N, K): the contracted axis is last in both.
 //
-// avx512.cc, avx2.cc and neon.cc each define vectors of one instruction set and include few_rows.h
-// and quantize_rows.h, which are written in terms of these vectors; avx512.cc also includes
-// panels_avx512.h and, where the compiler knows AMX, panels_amx.h; avx2.cc includes panels_avx2.h.
+// avx512.cc, avx2.cc and neon.cc each define vectors of one instruction set and include few_rows.h,
+// quantize_rows.h and power_blocks.h, written in terms of these vectors or of loops that the compiler
+// vectorizes for the set; avx512.cc also includes panels_avx512.h and, where the compiler knows AMX,
+// panels_amx.h; avx2.cc includes panels_avx2.h.
 // handlers.cc calls the kernels from XLA's FFI; parallel.cc runs them on XLA's threads.
 
 #ifndef JAXQUANT_KERNELS_CPU_COMMON_H_
 #define JAXQUANT_KERNELS_CPU_COMMON_H_
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -93,6 +97,46 @@ struct Attention {
   // Of one position of a head.
   int64_t bytes() const {
     return type == kFloat32 ? 4 * D : type == kBFloat16 ? 2 * D : type == kInt4 ? (D + 1) / 2 : D;
+  }
+};
+
+// A window of an array in blocks, of codes of a power codebook: `count` entries on each side of zero,
+// or above it. Blocks have `width` elements along the last axis, of which the window has `columns`.
+// Noise depends on an element's position in the whole array, and on two random words.
+struct PowerBlocks {
+  // Elements from the start of the codes, of the values of the window, and of the scales.
+  struct Place {
+    int64_t codes, values, scale;
+  };
+  // An axis before the last one: number of blocks in the window, and from one to the next.
+  struct Axis {
+    int64_t count;
+    Place step;
+  };
+  int power, bits;
+  bool has_negative, is_random;
+  int32_t count;
+  int64_t columns, width;
+  std::vector<Place> rows;  // of a block, from its first row
+  std::vector<Axis> axes;
+  Place start;
+  uint32_t first, second;
+
+  int64_t outer() const {
+    int64_t product = 1;
+    for (const Axis& axis : axes) product *= axis.count;
+    return product;
+  }
+  // The block of index i along the axes before the last one.
+  Place At(int64_t i) const {
+    Place place = start;
+    for (size_t a = axes.size(); a-- > 0; i /= axes[a].count) {
+      const int64_t n = i % axes[a].count;
+      place.codes += n * axes[a].step.codes;
+      place.values += n * axes[a].step.values;
+      place.scale += n * axes[a].step.scale;
+    }
+    return place;
   }
 };
 
@@ -203,6 +247,11 @@ struct Kernels {
   void (*dot_widen)(ThreadPool&, const float* x, int64_t M, const Weights&, float* out);
   // Softmax of scaled products with keys, times values.
   void (*attend)(ThreadPool&, const Attention&);
+  // Codes and scales of blocks, each by its largest magnitude; and their values.
+  void (*encode_powers)(ThreadPool&, const PowerBlocks&, const float* x, uint8_t* codes,
+                        float* scales);
+  void (*decode_powers)(ThreadPool&, const PowerBlocks&, const uint8_t* codes,
+                        const float* scales, float* x);
   // bfloat16 by codes as above, rounded to bfloat16, summed in float32. Not in all sets; K is not 0.
   void (*dot_lookup_bfloat16)(ThreadPool&, const uint16_t* x, int64_t M, const Weights&,
                               const float* table, float* out) = nullptr;

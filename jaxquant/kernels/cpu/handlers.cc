@@ -191,6 +191,68 @@ ffi::Error RaggedDot(ThreadPool pool, int64_t set, ffi::AnyBuffer x, ffi::AnyBuf
   return ffi::Error::Success();
 }
 
+using Lengths = ffi::Span<const int64_t>;
+
+// Blocks of a window of `shape` in an array of codes, from the element at `starts`, a multiple of the
+// lengths of the blocks. `seed` has no words, or two random ones.
+PowerBlocks BlocksOf(const ffi::AnyBuffer& codes, ffi::AnyBuffer::Dimensions shape, int64_t power,
+                     int64_t count, bool has_negative, Lengths lengths, const In<ffi::S32>& starts,
+                     const In<ffi::U32>& seed) {
+  const auto whole = codes.dimensions();
+  const int64_t last = shape.size() - 1;
+  PowerBlocks b{};
+  b.power = power, b.bits = codes.element_type() == ffi::U8 ? 8 : 4;
+  b.has_negative = has_negative, b.count = count;
+  b.columns = shape[last], b.width = lengths.begin()[last];
+  b.rows = {{0, 0, 0}};
+  PowerBlocks::Place step{1, 1, 1};
+  for (int64_t a = last; a >= 0; --a) {
+    const int64_t length = lengths.begin()[a], blocks = whole[a] / length;
+    // As dynamic_slice clamps them.
+    const int64_t start = std::clamp<int64_t>(starts.typed_data()[a], 0, whole[a] - shape[a]);
+    b.start.codes += start * step.codes, b.start.scale += start / length * step.scale;
+    if (a < last) {
+      b.axes.insert(b.axes.begin(), {shape[a] / length,
+                                     {length * step.codes, length * step.values, step.scale}});
+      const size_t inner = b.rows.size();
+      for (int64_t i = 1; i < length; ++i)
+        for (size_t r = 0; r < inner; ++r)
+          b.rows.push_back({b.rows[r].codes + i * step.codes, b.rows[r].values + i * step.values, 0});
+    }
+    step.codes *= whole[a], step.values *= shape[a], step.scale *= blocks;
+  }
+  if ((b.is_random = seed.element_count() == 2))
+    b.first = seed.typed_data()[0], b.second = seed.typed_data()[1];
+  return b;
+}
+
+// Encodes a window. The arrays of which it is a part share memory with the results, or are empty.
+ffi::Error EncodePowers(ThreadPool pool, int64_t set, int64_t power, int64_t count,
+                        bool has_negative, Lengths blocks, In<ffi::F32> x, In<ffi::S32> starts,
+                        In<ffi::U32> seed, ffi::AnyBuffer, ffi::AnyBuffer,
+                        ffi::Result<ffi::AnyBuffer> codes, Out<ffi::F32> scale) {
+  const PowerBlocks b =
+      BlocksOf(*codes, x.dimensions(), power, count, has_negative, blocks, starts, seed);
+  kSets[set]->encode_powers(pool, b, x.typed_data(), static_cast<uint8_t*>(codes->untyped_data()),
+                            scale->typed_data());
+  return ffi::Error::Success();
+}
+
+// Decodes a window. `after` is not read: XLA computes it before.
+ffi::Error DecodePowers(ThreadPool pool, int64_t set, int64_t power, int64_t count,
+                        bool has_negative, Lengths blocks, ffi::AnyBuffer codes,
+                        In<ffi::F32> scale, In<ffi::S32> starts, In<ffi::U32> no_seed,
+                        ffi::AnyBuffer, Out<ffi::F32> x) {
+  const PowerBlocks b =
+      BlocksOf(codes, x->dimensions(), power, count, has_negative, blocks, starts, no_seed);
+  kSets[set]->decode_powers(pool, b, static_cast<const uint8_t*>(codes.untyped_data()),
+                            scale.typed_data(), x->typed_data());
+  return ffi::Error::Success();
+}
+
+// Leaves a result as it is. XLA computes the operand before.
+ffi::Error Empty(ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer>) { return ffi::Error::Success(); }
+
 // Keys and values (L, B, H, S, D) of which `layer` is read. `type` is one of Attention::Type.
 ffi::Error Attend(ThreadPool pool, int64_t set, int64_t type, In<ffi::F32> query,
                   ffi::AnyBuffer keys, ffi::AnyBuffer values, In<ffi::F32> table,
@@ -250,6 +312,16 @@ HANDLER(jaxquant_ragged_dot, RaggedDot,
 HANDLER(jaxquant_attend, Attend,
         .Attr<int64_t>("type") ARG(F32).Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32)
             ARG(F32) ARG(S32) ARG(S32) RET(F32));
+#define BOOK                                                               \
+  .Attr<int64_t>("power").Attr<int64_t>("count").Attr<bool>("has_negative") \
+      .Attr<Lengths>("blocks")
+HANDLER(jaxquant_encode_powers, EncodePowers,
+        BOOK ARG(F32) ARG(S32) ARG(U32).Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+            .Ret<ffi::AnyBuffer>() RET(F32));
+HANDLER(jaxquant_decode_powers, DecodePowers,
+        BOOK.Arg<ffi::AnyBuffer>() ARG(F32) ARG(S32) ARG(U32).Arg<ffi::AnyBuffer>() RET(F32));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_empty, Empty,
+                              ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_slice, Slice,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

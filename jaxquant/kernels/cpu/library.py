@@ -18,7 +18,7 @@ import jaxlib.version
 _PATH = pathlib.Path(__file__).parents[1] / "_cpu.so"
 _KERNELS = (
     *("quantize_rows", "dot_int8", "dot_groups", "dot_lookup", "dot_widen", "ragged_dot"),
-    *("attend", "slice"),
+    *("attend", "slice", "encode_powers", "decode_powers", "empty"),
 )
 # The version of jaxlib that runs here.
 JAXLIB: tuple[int, ...] = jaxlib.version.__version_info__
