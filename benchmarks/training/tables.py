@@ -53,16 +53,17 @@ def distillation_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def updates_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of a table: nanoseconds per parameter, and times those of float32."""
+    """Lines of a table: nanoseconds per parameter, and times those of float32, donated alike."""
     shapes = list(dict.fromkeys(r["shapes"] for r in results))
-    found = {(r["contender"], r["shapes"]): r for r in results}
+    found = {(r["contender"], r["donates"], r["shapes"]): r for r in results}
     lines = [f"| AdamW | bytes | {' | '.join(shapes)} |", "|---" * (2 + len(shapes)) + "|"]
-    for name in dict.fromkeys(r["contender"] for r in results):
-        times = [
-            (found[name, s]["nanoseconds"], found[REFERENCE, s]["nanoseconds"]) for s in shapes
-        ]
-        cells = [f"{time:.1f} ({time / exact:.1f})" for time, exact in times]
-        lines.append(f"| {name} | {found[name, shapes[0]]['bytes']:.2f} | {' | '.join(cells)} |")
+    for name, donates in dict.fromkeys((r["contender"], r["donates"]) for r in results):
+        rows = [found[name, donates, s] for s in shapes]
+        times = [r["nanoseconds"] for r in rows]
+        exact = [found[REFERENCE, donates, s]["nanoseconds"] for s in shapes]
+        cells = [f"{t:.1f} ({t / e:.1f})" for t, e in zip(times, exact, strict=True)]
+        label = name if donates else f"{name}, not donated"
+        lines.append(f"| {label} | {rows[0]['bytes']:.2f} | {' | '.join(cells)} |")
     return lines
 
 

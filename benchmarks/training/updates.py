@@ -21,6 +21,7 @@ from . import finetuning_peers as peers
 Shapes = Sequence[tuple[int, ...]]
 SHAPES: dict[str, Shapes] = {
     "4 x (1024, 2048)": [(1024, 2048)] * 4,
+    "2 x (3, 3, 512, 512)": [(3, 3, 512, 512)] * 2,
     "(16, 576, 576)": [(16, 576, 576)],
     "64 x (256, 256)": [(256, 256)] * 64,
     "16 x (8192,)": [(8192,)] * 16,
@@ -31,8 +32,8 @@ RATE, DECAY, ROUNDS = 1e-3, 0.01, 12
 Contender = tuple[Callable[[], object], int]
 
 
-def jax_contender(rules: Any, shapes: Shapes) -> Contender:
-    """A step with donated parameters and state."""
+def jax_contender(rules: Any, shapes: Shapes, donates: bool = True) -> Contender:
+    """A step, perhaps with donated parameters and state."""
     optimizer = optax.adamw(RATE, weight_decay=DECAY)
     optimizer = optimizer if rules is None else training.quantized_state(optimizer, rules)
     params = [jax.numpy.asarray(x) for x in _params(shapes)]
@@ -44,7 +45,8 @@ def jax_contender(rules: Any, shapes: Shapes) -> Contender:
 
     carried: Any = [params, jax.jit(optimizer.init)(params)]
     size = training.state_bytes(carried[1])
-    program = jax.jit(update, donate_argnums=(0, 1)).lower(*carried, gradients).compile()
+    donated = (0, 1) if donates else ()
+    program = jax.jit(update, donate_argnums=donated).lower(*carried, gradients).compile()
 
     def step():
         carried[:] = jax.block_until_ready(program(*carried, gradients))
@@ -68,14 +70,16 @@ def _params(shapes):
 
 def measure(name: str, shapes: Shapes) -> list[dict[str, Any]]:
     """One row per contender: nanoseconds and bytes of state per parameter."""
-    contenders = {state: jax_contender(rules, shapes) for state, rules in STATES.items()}
-    contenders |= {peer.name: peer_contender(peer, shapes) for peer in peers.installed()}
+    contenders = {(state, True): jax_contender(rules, shapes) for state, rules in STATES.items()}
+    contenders |= {(peer.name, True): peer_contender(peer, shapes) for peer in peers.installed()}
+    contenders |= {(s, False): jax_contender(rules, shapes, False) for s, rules in STATES.items()}
     seconds = least_seconds({key: step for key, (step, _) in contenders.items()})
     size = sum(int(np.prod(s)) for s in shapes)
     return [
         {
             "shapes": name,
-            "contender": key,
+            "contender": key[0],
+            "donates": key[1],
             "nanoseconds": 1e9 * seconds[key] / size,
             "bytes": contenders[key][1] / size,
         }
@@ -83,7 +87,7 @@ def measure(name: str, shapes: Shapes) -> list[dict[str, Any]]:
     ]
 
 
-def least_seconds(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def least_seconds(steps: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
     """CPU seconds of each step, those of the kernel included, which zeroes memory."""
     best = dict.fromkeys(steps, float("inf"))
     for _ in range(ROUNDS):

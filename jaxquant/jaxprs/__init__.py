@@ -8,6 +8,10 @@ from .copying_scan import with_copied_slices as with_copied_slices
 from .each_part import cpu_count as cpu_count
 from .each_part import names_parts as names_parts
 from .each_part import on_each_part as on_each_part
+from .elementwise import ElementwisePart as ElementwisePart
+from .elementwise import elementwise_parts as elementwise_parts
+from .elementwise import remaining_program as remaining_program
+from .elementwise import run_program as run_program
 from .evaluate import Environment as Environment
 from .evaluate import context_of as context_of
 from .evaluate import current_line as current_line

@@ -1,6 +1,7 @@
 """8- and 4-bit optimizer states: the state of an optax transformation, stored as QTensors."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from ..tree import Rule, Rules
 from ..tree.internal import as_rules, leaves_with_paths, match_rules, unused_rules
 from .blockwise import Blockwise, quantize_blocks, zero_blocks
 from .power_formats import GRADIENT_8, POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
+from .state_update import update_in_parts
 from .transformation import AnyTransformation, check_transformation
 
 # Fields of optax states that are never negative, such as averages of squares.
@@ -143,12 +145,23 @@ def quantized_state(
         is_zero = zero_results(transformation.init, params)
         return QuantizedState(_store_first(inner, rules, min_size, is_zero), jnp.int32(0))
 
+    select = partial(_configs_of, rules=rules, min_size=min_size)
+
     def update(updates, state, params=None, **extra):
-        updates, inner = transformation.update(updates, _restore(state.inner), params, **extra)
+        def run(updates, inner, params):
+            return transformation.update(updates, inner, params, **extra)
+
         noise = None
         if rounds_stochastically:
             noise = jax.random.fold_in(jax.random.key(0) if key is None else key, state.count)
-        return updates, QuantizedState(_store(inner, rules, min_size, noise), state.count + 1)
+        count = len(jax.tree.leaves(state.inner, is_leaf=_is_stored))
+        seeds = None if noise is None else draw_seeds(noise, count)
+        found = update_in_parts(run, (updates, state.inner, params), select, seeds)
+        if found is None:
+            found = *run(updates, _restore(state.inner), params), {}
+        updates, inner, ready = found
+        inner = _store(inner, rules, min_size, seeds, ready)
+        return updates, QuantizedState(inner, state.count + 1)
 
     # Of the same named tuple type, which optax checks.
     return transformation._replace(init=init, update=update)
@@ -195,11 +208,15 @@ def _check_used(rules, inner):
         )
 
 
-def _store(inner, rules, min_size, key):
-    """The state with a Blockwise in place of each array that the rules select."""
-    seeds = None if key is None else draw_seeds(key, len(jax.tree.leaves(inner)))
+def _store(inner, rules, min_size, seeds, ready):
+    """The state with a Blockwise in place of each array that the rules select.
+
+    Those in `ready` are quantized already, by place.
+    """
 
     def stored(leaf, config, place):
+        if place in ready:
+            return ready[place]
         return quantize_blocks(leaf, config, None if seeds is None else seeds[place])
 
     return _map_selected(stored, inner, rules, min_size)
@@ -218,14 +235,22 @@ def _store_first(inner, rules, min_size, is_zero):
 
 def _map_selected(store, inner, rules, min_size):
     """Replaces each array that the rules select by `store(array, config, its place)`."""
-    paths, boxes, treedef = leaves_with_paths(inner, _is_box)
-    rules_of = match_rules(rules, paths, [jax.tree.leaves(box)[0] for box in boxes])
+    _, boxes, treedef = leaves_with_paths(inner, _is_box)
     found = []
-    for place, (box, rule) in enumerate(zip(boxes, rules_of, strict=True)):
+    for place, (box, config) in enumerate(
+        zip(boxes, _configs_of(inner, rules, min_size), strict=True)
+    ):
         (leaf,), around = jax.tree.flatten(box)
-        config = _config_of(leaf, rule, min_size)
         found.append(box if config is None else store(leaf, config, place).put_in(around))
     return jax.tree.unflatten(treedef, found)
+
+
+def _configs_of(inner, rules, min_size):
+    """The config that each array of the state is stored with, or None."""
+    paths, boxes, _ = leaves_with_paths(inner, _is_box)
+    leaves = [jax.tree.leaves(box)[0] for box in boxes]
+    rules_of = match_rules(rules, paths, leaves)
+    return [_config_of(leaf, rule, min_size) for leaf, rule in zip(leaves, rules_of, strict=True)]
 
 
 def _restore(inner):

@@ -51,10 +51,12 @@ def test_the_share_of_rounding_that_is_recovered():
 
 def test_times_are_divided_by_those_of_float32():
     rows = [
-        {"shapes": s, "contender": c, "nanoseconds": ns, "bytes": size}
-        for s, c, ns, size in (
-            ("A", "float32", 2, 8), ("A", "8-bit", 5, 2.0625),
-            ("B", "float32", 4, 8), ("B", "8-bit", 4, 2.0625),
+        {"shapes": s, "contender": c, "donates": donates, "nanoseconds": ns, "bytes": size}
+        for s, c, donates, ns, size in (
+            ("A", "float32", True, 2, 8), ("A", "8-bit", True, 5, 2.0625),
+            ("A", "float32", False, 5, 8), ("A", "8-bit", False, 6, 2.0625),
+            ("B", "float32", True, 4, 8), ("B", "8-bit", True, 4, 2.0625),
+            ("B", "float32", False, 8, 8), ("B", "8-bit", False, 8, 2.0625),
         )
     ]  # fmt: skip
     assert tables.updates_table(rows) == [
@@ -62,4 +64,6 @@ def test_times_are_divided_by_those_of_float32():
         "|---|---|---|---|",
         "| float32 | 8.00 | 2.0 (1.0) | 4.0 (1.0) |",
         "| 8-bit | 2.06 | 5.0 (2.5) | 4.0 (1.0) |",
+        "| float32, not donated | 8.00 | 5.0 (1.0) | 8.0 (1.0) |",
+        "| 8-bit, not donated | 2.06 | 6.0 (1.2) | 8.0 (1.0) |",
     ]

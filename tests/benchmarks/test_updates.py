@@ -12,12 +12,15 @@ from benchmarks.training import finetuning_peers, updates
 @jax.numpy_dtype_promotion("standard")  # Optax mixes dtypes.
 def test_rows_hold_time_and_bytes_per_parameter(monkeypatch):
     monkeypatch.setattr(finetuning_peers, "PEERS", ())
-    monkeypatch.setattr(updates, "least_seconds", lambda steps: {k: len(k) for k in steps})
+    monkeypatch.setattr(updates, "least_seconds", lambda steps: {k: len(k[0]) for k in steps})
     rows = updates.measure("one", [(64, 128)])
-    assert [r["contender"] for r in rows] == ["float32", "8-bit", "4-bit"]
+    assert [r["contender"] for r in rows] == ["float32", "8-bit", "4-bit"] * 2
+    assert [r["donates"] for r in rows] == [True] * 3 + [False] * 3
     assert {r["shapes"] for r in rows} == {"one"}
-    assert [r["bytes"] for r in rows] == pytest.approx([8, 2, 1], abs=0.07)
-    assert [r["nanoseconds"] for r in rows] == pytest.approx([1e9 * n / 8192 for n in (7, 5, 5)])
+    assert [r["bytes"] for r in rows] == pytest.approx([8, 2, 1] * 2, abs=0.07)
+    assert [r["nanoseconds"] for r in rows] == pytest.approx(
+        [1e9 * n / 8192 for n in (7, 5, 5) * 2]
+    )
 
 
 @jax.numpy_dtype_promotion("standard")
