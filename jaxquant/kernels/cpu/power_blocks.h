@@ -2,7 +2,7 @@
 // neon.cc within their namespaces, after quantize_rows.h.
 //
 // Codes are those of `quantize` under XLA: the same arithmetic in float32, up to products that XLA
-// fuses with additions. Subnormals are zeros.
+// fuses with additions. XLA's threads flush subnormals to zero.
 
 // Elements that a thread encodes or decodes at least.
 constexpr int64_t kPowersAtOnce = 1 << 15;
@@ -37,13 +37,12 @@ NOINLINE void EncodeRow(const float* __restrict x, int64_t size, const float* __
   const float entries = count, step = 1 / entries;
   for (int64_t i = 0; i < size; ++i) {
     const uint32_t bits = BitsOf(x[i]) & kept[i];
-    const uint32_t magnitude = has_negative ? bits & kMagnitude : bits;
-    // Of integers, since GCC would not vectorize branches. As a signed number, a negative element is
-    // the lesser.
-    const int32_t is_normal = -static_cast<int32_t>(static_cast<int32_t>(magnitude) >=
-                                                    static_cast<int32_t>(kLeastNormal));
-    const float ratio = FloatOf(magnitude & is_normal) * inverse[i];
-    const float value = FloatOf(std::min(BitsOf(ratio), kOne));
+    // Negative elements of unsigned formats are zeros. As integers, because GCC does not vectorize
+    // branches on floats.
+    const uint32_t magnitude =
+        has_negative ? bits & kMagnitude : std::max(static_cast<int32_t>(bits), 0);
+    const uint32_t ratio = BitsOf(FloatOf(magnitude) * inverse[i]);
+    const float value = FloatOf(std::min(ratio, kOne));
     const float root = power == 2 ? std::sqrt(value) : std::sqrt(std::sqrt(value));
     int32_t index = static_cast<int32_t>(root * entries);
     index = std::min(index, count - 1);
@@ -52,7 +51,8 @@ NOINLINE void EncodeRow(const float* __restrict x, int64_t size, const float* __
     index += value - below > (above - below) * part;
     const int32_t sign = -static_cast<int32_t>(bits >> 31);
     // Of unsigned formats, positive elements never become zero.
-    index = has_negative ? count + ((index ^ sign) - sign) : std::max(index, is_normal & 1);
+    index = has_negative ? count + ((index ^ sign) - sign)
+                         : std::max(index, static_cast<int32_t>(ratio > 0));
     codes[i] = index;
   }
 }
