@@ -8,7 +8,7 @@
 constexpr int64_t kPowersAtOnce = 1 << 15;
 // Elements of a row that are encoded at a time, so that the block stays in the L2 cache.
 constexpr uint32_t kOne = 0x3f800000, kNaN = 0x7fc00000;
-constexpr int64_t kTile = 256, kTileMultiple = 16;
+constexpr int64_t kStretch = 256, kStretchMultiple = 16;
 
 // A code's value is power(index / count), with the sign of the index if it has one.
 template <int power>
@@ -132,8 +132,8 @@ void DecodeTile(const PowerBlocks& b, const PowerBlocks::Place& place, const uin
 template <typename Work>
 void ForTiles(ThreadPool& pool, const PowerBlocks& b, Work work) {
   // Whole blocks, pairs of nibbles and vectors, and tiles of about equal sizes.
-  const int64_t multiple = std::lcm<int64_t>(b.width, kTileMultiple);
-  const int64_t count = (b.columns + kTile - 1) / kTile, share = (b.columns + count - 1) / count;
+  const int64_t multiple = std::lcm<int64_t>(b.width, kStretchMultiple);
+  const int64_t count = (b.columns + kStretch - 1) / kStretch, share = (b.columns + count - 1) / count;
   const int64_t tile = std::min((share + multiple - 1) / multiple * multiple, b.columns);
   const int64_t tiles = (b.columns + tile - 1) / tile;
   const int64_t size = tile * static_cast<int64_t>(b.rows.size());
