@@ -1,9 +1,6 @@
 """Native kernels for CPUs, called through XLA's FFI."""
 
 from .handlers import attend as attend
-from .handlers import decode_powers as decode_powers
-from .handlers import empty as empty
-from .handlers import encode_powers as encode_powers
 from .handlers import grouped_dot as grouped_dot
 from .handlers import int8_dot as int8_dot
 from .handlers import lookup_dot as lookup_dot
@@ -11,8 +8,11 @@ from .handlers import quantize_rows as quantize_rows
 from .handlers import ragged_dot as ragged_dot
 from .handlers import scaled_int8_dot as scaled_int8_dot
 from .handlers import take_slice as take_slice
-from .handlers import why_unsupported_blocks as why_unsupported_blocks
 from .handlers import why_unsupported_groups as why_unsupported_groups
 from .handlers import widen_dot as widen_dot
 from .library import instruction_sets as instruction_sets
 from .library import unavailable as unavailable
+from .powers import decode_powers as decode_powers
+from .powers import empty as empty
+from .powers import encode_powers as encode_powers
+from .powers import why_unsupported_blocks as why_unsupported_blocks

@@ -5,7 +5,6 @@ Each uses the best instruction set of this processor, or the one that is named.
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ...core import Format, bits_of
-from .library import INSTRUCTIONS, instruction_sets, unavailable
+from ...core import bits_of
+from .library import call_kernel, instruction_sets, unavailable
 
 # Elements of a group that kernels read at a time: floats by 8-bit codes, and all others.
 _WIDENED_TOGETHER, _TOGETHER = 16, 8
@@ -60,13 +59,13 @@ def quantize_rows(
     # Rows are quantized one at a time, whatever the number of leading axes.
     one_call = "broadcast_all"
     result = codes, scale
-    return _call("quantize_rows", result, instructions, x, vmap_method=one_call, **bounds)
+    return call_kernel("quantize_rows", result, instructions, x, vmap_method=one_call, **bounds)
 
 
 def int8_dot(x: jax.Array, w: jax.Array, instructions: str | None = None) -> jax.Array:
     """x @ w.T of int8 codes, (M, K) by (N, K), exact in int32 for K up to 131071."""
     none = jnp.zeros(0, jnp.float32)
-    return _call("dot_int8", _result(x, w, jnp.int32), instructions, x, w, none, none)
+    return call_kernel("dot_int8", _result(x, w, jnp.int32), instructions, x, w, none, none)
 
 
 def scaled_int8_dot(
@@ -86,7 +85,7 @@ def scaled_int8_dot(
         instructions: as for `quantize_rows`.
     """
     scales = _float(row), _float(column)
-    return _call("dot_int8", _result(x, w, dtype), instructions, x, w, *scales)
+    return call_kernel("dot_int8", _result(x, w, dtype), instructions, x, w, *scales)
 
 
 def grouped_dot(
@@ -115,7 +114,7 @@ def grouped_dot(
     """
     row = jnp.zeros(0, jnp.float32) if row is None else _float(row)
     others = w, *_floats(scale, zero), row
-    return _call("dot_groups", _result(x, w, dtype), instructions, x, *others)
+    return call_kernel("dot_groups", _result(x, w, dtype), instructions, x, *others)
 
 
 def lookup_dot(
@@ -136,7 +135,7 @@ def lookup_dot(
     """
     others = w, *_floats(scale, zero), _float(table)
     x = _multiplied(x, instructions)
-    return _call("dot_lookup", _result(x, w, jnp.float32), instructions, x, *others)
+    return call_kernel("dot_lookup", _result(x, w, jnp.float32), instructions, x, *others)
 
 
 def widen_dot(
@@ -154,7 +153,7 @@ def widen_dot(
     """
     x = _multiplied(x, instructions)
     result = _result(x, w, jnp.float32)
-    return _call("dot_widen", result, instructions, x, w, *_floats(scale, zero))
+    return call_kernel("dot_widen", result, instructions, x, w, *_floats(scale, zero))
 
 
 def ragged_dot(
@@ -187,7 +186,7 @@ def ragged_dot(
     others = [none if a is None else _float(a) for a in (row, table)]
     result = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), dtype)
     arrays = (x, w, _float(scale), zeros, *others, sizes.astype(jnp.int32))
-    return _call("ragged_dot", result, instructions, *arrays)
+    return call_kernel("ragged_dot", result, instructions, *arrays)
 
 
 def attend(
@@ -225,113 +224,7 @@ def attend(
     others = [none if x is None else _float(x) for x in (table, key_scale, value_scale)]
     arrays = (query, keys, values, *others, starts, layer)
     result = jax.ShapeDtypeStruct(query.shape, jnp.float32)
-    return _call("attend", result, instructions, *arrays, type=kind)
-
-
-def encode_powers(
-    x: jax.Array,
-    format: Format,
-    blocks: tuple[int, ...],
-    seed: jax.Array | None = None,
-    within: tuple[jax.Array, jax.Array] | None = None,
-    starts: Sequence[Any] | None = None,
-    instructions: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Quantizes blocks by their largest magnitudes, to codes of a power codebook.
-
-    Args:
-        x: float32; `why_unsupported_blocks` says of which shapes.
-        format: of `power` 2 or 4, with codes of 4 or 8 bits.
-        blocks: length of the blocks along each axis, which divides that of x.
-        seed: uint32 (2,), random words for stochastic rounding; None rounds to nearest.
-        within: codes and scales of an array of which x is a window; None if x is all of it.
-        starts: int32 scalars, the place of the first element of x along each axis of that array, a
-            multiple of the length of the blocks. The last one is even if codes have 4 bits.
-        instructions: as for `quantize_rows`.
-
-    Returns:
-        codes: shape of the array, dtype of the format;
-        scale: float32, one per block; both in place of `within` where XLA can overwrite it.
-
-    Error: codes and scales are those of `quantize` under `jax.jit`, but where a value lies within
-        1e-5 of a step of the border between two codes, it may get the other one.
-    """
-    codes = jax.ShapeDtypeStruct(x.shape, format.dtype)
-    counts = [n // block for n, block in zip(x.shape, blocks, strict=True)]
-    results: Any = codes, jax.ShapeDtypeStruct(counts, jnp.float32)
-    whole, aliases = (jnp.zeros(0, jnp.uint8),) * 2, {}
-    if within is not None:
-        whole = within
-        results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in within)
-        aliases = {3: 0, 4: 1}
-    arrays = (x, _starts(starts, x.ndim), _seed(seed), *whole)
-    attributes = _codebook(format, blocks)
-    return _call("encode_powers", results, instructions, *arrays, aliases=aliases, **attributes)
-
-
-def decode_powers(
-    codes: jax.Array,
-    scale: jax.Array,
-    format: Format,
-    blocks: tuple[int, ...],
-    window: tuple[int, ...] | None = None,
-    starts: Sequence[Any] | None = None,
-    after: jax.Array | None = None,
-    instructions: str | None = None,
-) -> jax.Array:
-    """The values of codes and scales as `encode_powers` returns them, in float32.
-
-    Args:
-        codes, scale: as `encode_powers` returns them.
-        format, blocks, starts: as for `encode_powers`.
-        window: shape of the part to decode; None for all.
-        after: array that XLA must have computed before; None for none.
-        instructions: as for `quantize_rows`.
-
-    Error: 6e-7 of the value.
-    """
-    after = jnp.zeros(0, jnp.float32) if after is None else after
-    result = jax.ShapeDtypeStruct(codes.shape if window is None else window, jnp.float32)
-    arrays = codes, scale, _starts(starts, codes.ndim), _seed(None), after
-    return _call("decode_powers", result, instructions, *arrays, **_codebook(format, blocks))
-
-
-def empty(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, after: jax.Array) -> jax.Array:
-    """An array that is not written, to be overwritten. XLA computes `after` before."""
-    assert unavailable() is None, unavailable()
-    result = jax.ShapeDtypeStruct(shape, dtype)
-    return jax.ffi.ffi_call("jaxquant_empty", result, vmap_method="sequential")(after)
-
-
-def why_unsupported_blocks(shape: tuple[int, ...], bits: int) -> str | None:
-    """Why the kernels do not encode arrays of this shape, in so many bits, or None."""
-    if not shape or 0 in shape:
-        return f"the array is empty or a scalar: {shape}"
-    if bits == 4 and shape[-1] % 2:
-        return f"rows of {shape[-1]} 4-bit codes do not begin with a byte"
-    return None
-
-
-def _codebook(format: Format, blocks: tuple[int, ...]) -> dict[str, Any]:
-    """What a power codebook is computed from, and the lengths of the blocks."""
-    assert format.codebook is not None, f"{format} does not have a codebook"
-    assert format.power is not None, f"{format} is not of powers"
-    count = len(format.codebook) // 2 if format.has_negative else len(format.codebook) - 1
-    return {
-        "power": np.int64(format.power),
-        "count": np.int64(count),
-        "has_negative": format.has_negative,
-        "blocks": np.asarray(blocks, np.int64),
-    }
-
-
-def _starts(starts: Sequence[Any] | None, ndim: int) -> jax.Array:
-    zeros = jnp.zeros(ndim, jnp.int32)
-    return zeros if starts is None else jnp.stack([jnp.asarray(s, jnp.int32) for s in starts])
-
-
-def _seed(words: jax.Array | None) -> jax.Array:
-    return jnp.zeros(0, jnp.uint32) if words is None else words
+    return call_kernel("attend", result, instructions, *arrays, type=kind)
 
 
 def take_slice(stack: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
@@ -388,21 +281,3 @@ def _floats(scale: jax.Array, zero: jax.Array | None) -> tuple[jax.Array, jax.Ar
 
 def _result(x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype)
-
-
-def _call(
-    name: str,
-    result: Any,
-    instructions: str | None,
-    *args: jax.Array,
-    vmap_method: str = "sequential",
-    aliases: dict[int, int] | None = None,
-    **attributes: Any,
-) -> Any:
-    assert unavailable() is None, unavailable()
-    instructions = instructions or instruction_sets()[0]
-    assert instructions in instruction_sets(), instructions
-    call = jax.ffi.ffi_call(
-        f"jaxquant_{name}", result, vmap_method=vmap_method, input_output_aliases=aliases
-    )
-    return call(*args, set=np.int64(INSTRUCTIONS.index(instructions)), **attributes)

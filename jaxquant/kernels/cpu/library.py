@@ -10,9 +10,11 @@ import ctypes
 import functools
 import os
 import pathlib
+from typing import Any
 
 import jax
 import jaxlib.version
+import numpy as np
 
 # The library, as setup.py names it.
 _PATH = pathlib.Path(__file__).parents[1] / "_cpu.so"
@@ -78,3 +80,30 @@ def _allowed() -> tuple[str, ...]:
             f"none; got {best!r}."
         )
     return sets[best]
+
+
+def call_kernel(
+    name: str,
+    result: Any,
+    instructions: str | None,
+    *args: jax.Array,
+    vmap_method: str = "sequential",
+    aliases: dict[int, int] | None = None,
+    **attributes: Any,
+) -> Any:
+    """The results of a kernel, by an instruction set or by the best of this processor.
+
+    Args:
+        name: of the handler.
+        result: shapes and dtypes.
+        instructions: name of the set; None for the best one.
+        args: arrays.
+        vmap_method, aliases, attributes: as for `jax.ffi.ffi_call` and its result.
+    """
+    assert unavailable() is None, unavailable()
+    instructions = instructions or instruction_sets()[0]
+    assert instructions in instruction_sets(), instructions
+    call = jax.ffi.ffi_call(
+        f"jaxquant_{name}", result, vmap_method=vmap_method, input_output_aliases=aliases
+    )
+    return call(*args, set=np.int64(INSTRUCTIONS.index(instructions)), **attributes)
