@@ -101,6 +101,7 @@ def attend(
         capacity=capacity,
         has_scales=(key_scale is not None, value_scale is not None),
     )
+    stored = (pallas_tpu.in_hbm(x, interpret) for x in (keys, values))
     out = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -118,7 +119,7 @@ def attend(
         cost_estimate=_cost(rows, keys, scales),
         interpret=interpret,
         name="attend",
-    )(layer.reshape(1), starts, rows, keys, values, *scales)
+    )(layer.reshape(1), starts, rows, *stored, *scales)
     out = out[:, :, : tokens * group].reshape(batch, shared, tokens, group, size)
     return out.transpose(0, 2, 1, 3, 4).reshape(query.shape)
 

@@ -139,7 +139,7 @@ def _by_steps(
         cost_estimate=_cost(grid, tile.rows, x, w, scale, len(parameters) - has_rows, dtype),
         interpret=interpret,
         name="ragged_dot",
-    )(*steps, x, w, *[v for v, _ in parameters])
+    )(*steps, x, pallas_tpu.in_hbm(w, interpret), *[v for v, _ in parameters])
 
 
 class _Tile(NamedTuple):
