@@ -101,7 +101,9 @@ def attend(
         capacity=capacity,
         has_scales=(key_scale is not None, value_scale is not None),
     )
-    stored = (pallas_tpu.in_hbm(x, interpret) for x in (keys, values))
+    # XLA would copy shorter heads into another layout.
+    is_free = interpret or bool(size % 128)
+    stored = (pallas_tpu.in_hbm(x, is_free) for x in (keys, values))
     out = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -110,8 +110,9 @@ def _is_in_stack(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
     is_few = lhs.size <= _MOST_ROWS_IN_STACK * rhs.codes.shape[0]
     if spec.stack is None or not is_few or rhs.offset is not None or isinstance(rhs.scale, QTensor):
         return False
-    is_integer = rhs.format.rounds and rhs.format.bits in (4, 8)
-    return is_integer and rhs.scale.shape[1] == rhs.codes.shape[1]
+    # XLA would copy a stack whose columns do not fill tiles of 128 into another layout.
+    is_fit = rhs.format.rounds and rhs.format.bits in (4, 8) and rhs.codes.shape[1] % 128 == 0
+    return is_fit and rhs.scale.shape[1] == rhs.codes.shape[1]
 
 
 def _is_integer(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:

@@ -89,6 +89,8 @@ def _is_integer(lhs: Operand, rhs: QTensor, spec: Any) -> bool:
 
 
 def _why_slower(lhs: Operand, rhs: QTensor, spec: Any, chip: str | None) -> str | None:
+    if rhs.codes.shape[2] % 128:
+        return "XLA would copy experts whose columns do not fill tiles of 128 into another layout"
     if chip in chips.TUNED:
         return None
     return f"it is selected on {' and '.join(chips.TUNED)} only"

@@ -36,8 +36,8 @@ RIGHT = {
 product = jax.jit(partial(tpu_ragged.run, interpret=True), static_argnames="dtype")
 
 
-def experts(case):
-    return quantized(normal(EXPERTS, K, N, seed=1), *case)
+def experts(case, columns=N):
+    return quantized(normal(EXPERTS, K, columns, seed=1), *case)
 
 
 @pytest.mark.some_rows(2)
@@ -78,10 +78,13 @@ def test_unsupported_operands_raise_with_the_reason(message):
 def test_the_kernel_is_selected_for_chips_that_it_was_compiled_for():
     q, x = experts(RIGHT["int4 g32"]), jnp.ones((ROWS, K))
     for chip in ("v5e", "v6e"):
-        for weights, is_integer in ((q, False), (experts(RIGHT["int8"]), True)):
-            weights = with_inputs(weights, Inputs(ArrayConfig()))
-            (row,) = explain(ragged_dot, x, weights, SIZES, platform=chip).rows
-            assert (row.implementation, row.is_integer) == ("pallas", is_integer)
+        for name, is_integer in (("int4 g32", False), ("int8", True)):
+            for columns, wanted in ((128, ("pallas", is_integer)), (N, None)):
+                weights = with_inputs(experts(RIGHT[name], columns), Inputs(ArrayConfig()))
+                (row,) = explain(ragged_dot, x, weights, SIZES, platform=chip).rows
+                # Others would be copied into another layout.
+                found = row.implementation, row.is_integer
+                assert found == wanted if wanted else row.implementation != "pallas"
     text = jax.jit(ragged_dot).trace(x, q, SIZES).lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" not in text  # The chip is not known.
     with pytest.raises(ValueError, match="'pallas' needs a TPU; got a program for cpu"):
