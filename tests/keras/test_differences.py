@@ -115,6 +115,8 @@ def files_of_lora(tmp_path):
 
 def other_layers():
     ours_alone_quantizes(ours.Conv2D(3, 3), stock.Conv2D(3, 3), (None, 8, 8, 4))
+    assert hasattr(ours, "LSTM")
+    assert not hasattr(ours, "ConvLSTM1D")
 
 
 def ternary():
