@@ -126,6 +126,11 @@ def _natively(
     def decode(at, in_place, starts):
         q = stored[at]
         codes, scale = in_place.get(at, (q.codes, q.scale))
+        # XLA fuses this with the update, but slices 4-bit codes one by one. A single window would
+        # not wait for `after`.
+        if q.format.bits == 8 and windows.count > 1:
+            whole = dataclasses.replace(q, codes=codes, scale=scale)
+            return _window_of(whole, starts, windows.shape).dequantize()
         return cpu.decode_powers(codes, scale, q.format, _blocks(q), windows.shape, starts, after)
 
     def encode(place, values, in_place, starts):
@@ -160,6 +165,16 @@ def _natively(
         codes, scale = in_place[at]
         results[place] = Blockwise(dataclasses.replace(stored[at], codes=codes, scale=scale))
     return results
+
+
+def _window_of(q: QTensor, starts: Sequence[Any], shape: tuple[int, ...]) -> QTensor:
+    """A part of an array that consists of whole blocks."""
+    blocks = _blocks(q)
+    firsts = [start // block for start, block in zip(starts, blocks, strict=True)]
+    counts = [n // block for n, block in zip(shape, blocks, strict=True)]
+    codes = lax.dynamic_slice(q.codes, starts, shape)
+    scale: Any = q.scale
+    return dataclasses.replace(q, codes=codes, scale=lax.dynamic_slice(scale, firsts, counts))
 
 
 def _blocks(q: QTensor) -> tuple[int, ...]:
