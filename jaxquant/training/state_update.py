@@ -102,8 +102,7 @@ def _parts(
         is_able = all(is_supported(arrays[n]) for n in stored.values()) and all(
             is_stored_alike(arrays[stored[at]], configs[place]) for at, place in results.items()
         )
-        to_store = {place for place in part.places if configs.get(place) is not None}
-        if is_able and to_store == set(results.values()):
+        if is_able:
             pairs: Any = {at: (place, configs[place]) for at, place in results.items()}
             found.append(StatePart(part, {at: pairs.get(at) for at in stored}))
     return found

@@ -47,6 +47,21 @@ def is_matrix(params):
     return jax.tree.map(lambda p: p.ndim == 2, params)
 
 
+def swap():
+    """Each of two arrays of the state becomes the other one."""
+
+    def init(params):
+        return {"mu": optax.tree.zeros_like(params), "trace": optax.tree.zeros_like(params)}
+
+    def update(updates, state: Any, params=None):
+        del params
+        mu = jax.tree.map(lambda g, t: g + 0.9 * t, updates, state["trace"])
+        trace = jax.tree.map(lambda m: m / 2, state["mu"])
+        return jax.tree.map(lambda g, m: g - m, updates, state["mu"]), {"mu": mu, "trace": trace}
+
+    return optax.GradientTransformation(init, update)
+
+
 ADAMW = optax.adamw(optax.cosine_decay_schedule(1e-2, 10))
 OPTIMIZERS = {
     "adamw": ADAMW,
@@ -55,6 +70,7 @@ OPTIMIZERS = {
     "lamb": optax.lamb(1e-2),
     "masked": optax.masked(optax.sgd(0.1, 0.9, nesterov=True), is_matrix),
     "amsgrad": optax.amsgrad(1e-2),
+    "swapped": swap(),
     "steps": optax.MultiSteps(ADAMW, 2).gradient_transformation(),
 }
 RULES = {
@@ -92,8 +108,10 @@ def test_parts_take_the_steps_of_xla(name, rules):
         state = found[1]
     assert step._cache_size() == 1
     text = step.lower(tree(1), state, params).as_text()
-    # XLA computes what is in a `cond`, as in MultiSteps, and states that kernels do not encode.
-    assert ("jaxquant_encode_powers" in text) == (name != "steps" and rules != "mixed")
+    # XLA computes what is in a `cond`, as in MultiSteps, and states that kernels do not encode, or
+    # not in place.
+    is_native = name not in ("steps", "swapped") and rules != "mixed"
+    assert ("jaxquant_encode_powers" in text) == is_native
 
 
 @needs_native
