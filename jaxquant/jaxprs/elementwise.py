@@ -169,12 +169,11 @@ def _is_elementwise(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
 
 
 def _keeps_elements(eqn, shape):
-    if eqn.primitive is p.broadcast_in_dim_p:
-        return _aval(eqn.invars[0]).shape == ()
     if eqn.primitive is p.jit_p:
         inner = eqn.params["jaxpr"].jaxpr
         return all(_is_of_elements(inner_eqn, shape) for inner_eqn in inner.eqns)
-    return eqn.primitive in _ELEMENTWISE
+    # Of a scalar, since operands have no other shapes.
+    return eqn.primitive in _ELEMENTWISE or eqn.primitive is p.broadcast_in_dim_p
 
 
 def _is_of_elements(eqn, shape):
