@@ -170,8 +170,10 @@ def _is_elementwise(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
 
 def _keeps_elements(eqn, shape):
     if eqn.primitive is p.jit_p:
-        inner = eqn.params["jaxpr"].jaxpr
-        return all(_is_of_elements(inner_eqn, shape) for inner_eqn in inner.eqns)
+        inner = eqn.params["jaxpr"]
+        # Windows of constants are not taken.
+        has_arrays = any(map(jnp.ndim, inner.consts))
+        return not has_arrays and all(_is_of_elements(e, shape) for e in inner.jaxpr.eqns)
     # Of a scalar, since operands have no other shapes.
     return eqn.primitive in _ELEMENTWISE or eqn.primitive is p.broadcast_in_dim_p
 
