@@ -67,11 +67,14 @@ gc.set_threshold(50_000, 20, 100)
 core.stage_p.def_impl(jax.device_put)
 
 
+# Which native kernels are tested.
+FOUND = cpu.instruction_sets()
+NATIVE = f"native kernels: {', '.join(FOUND) or f'none, because {cpu.unavailable()}'}"
+NATIVE += f"; not tested here: {', '.join(name for name in INSTRUCTIONS if name not in FOUND)}"
+
+
 def pytest_terminal_summary(terminalreporter):
-    """Says which native kernels ran; the others were skipped or have no tests here."""
-    found = ", ".join(cpu.instruction_sets()) or f"none, because {cpu.unavailable()}"
-    others = ", ".join(name for name in INSTRUCTIONS if name not in cpu.instruction_sets())
-    terminalreporter.write_line(f"native kernels: {found}; not tested here: {others or 'none'}")
+    terminalreporter.write_line(NATIVE)
 
 
 def pytest_unconfigure():

@@ -4,7 +4,8 @@
 // Elements along K for which a panel stays in the L2 cache.
 constexpr int64_t kHalfDepth = 2048;
 
-// Fills vectors of a panel with pairs of the elements k to end, and with zeros up to the end of a tile.
+// Fills vectors of a panel with pairs of the elements k to end, and with zeros up to the end of a tile,
+// where scratch memory may hold NaN.
 template <typename Values>
 void PackHalves(const Weights& w, const Values& values, int64_t n, int64_t k, int64_t end,
                 int vectors, float* floats, uint8_t* panel) {
