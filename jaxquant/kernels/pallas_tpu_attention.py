@@ -111,7 +111,7 @@ def attend(
             grid=(batch, shared, steps),
             in_specs=[tile, per_position, per_position, *[per_scale] * len(scales)],
             out_specs=tile,
-            scratch_shapes=[column, column, pltpu.VMEM(tile.block_shape[2:], jnp.float32)],
+            scratch_shapes=[column, column, pltpu.VMEM(rows.shape[2:], jnp.float32)],
         ),
         out_shape=pallas_tpu.result_type(rows.shape, jnp.float32, keys),
         compiler_params=pltpu.CompilerParams(

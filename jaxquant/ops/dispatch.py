@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import jax
 from jax import lax
@@ -162,9 +162,9 @@ def _run(
     lhs, rhs = _without_values(lhs), _without_values(rhs)
     lhs, rhs = treat(lhs, rhs, spec.contract, spec.channels)
     run_part = partial(_run_selected, table, implementation)
-    shares = spec.shares(lhs, rhs)
+    shares, weights = spec.shares(lhs, rhs), cast(QTensor, rhs)
     if shares is not None and _is_for_kernel(table, implementation, shares, lhs, rhs):
-        return on_own_parts(shares, lhs, rhs, run_part)
+        return on_own_parts(shares, lhs, weights, run_part)
     return run_part(lhs, rhs, spec)
 
 

@@ -1,6 +1,7 @@
 """The Pallas kernel for attention: what it computes, in interpret mode, and that it compiles."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def slow_attention(query, cache, starts):
     return out
 
 
-def arrays(cache):
+def arrays(cache) -> Any:
     scales = (None if x is None else x[-1] for x in (cache.key_scale, cache.value_scale))
     return cache.keys, cache.values, cache.dtype, *scales
 
@@ -79,7 +80,7 @@ def test_tokens_attend_to_all_before_them_and_no_others(case, name):
     positions, lengths, tokens, heads = CASES[case]
     cache, lengths = filled(STORES[name], positions, lengths)
     query, starts = normal(BATCH, tokens, heads, SIZE, seed=3) / 4, np.asarray(lengths) - tokens
-    run = partial(pallas_tpu_attention.attend, interpret=True)
+    run: Any = partial(pallas_tpu_attention.attend, interpret=True)
     given = jnp.asarray(starts), jnp.int32(LAYERS - 1)
 
     found = run(jnp.asarray(query), *arrays(cache), *given)
@@ -98,7 +99,7 @@ def test_vmap_runs_it_for_each_cache():
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
     query = jnp.asarray(normal(2, BATCH, 1, 4, SIZE, seed=3))
     starts = jnp.array([[299, 0, 127], [6, 7, 8]])
-    run = partial(pallas_tpu_attention.attend, interpret=True)
+    run: Any = partial(pallas_tpu_attention.attend, interpret=True)
 
     def one(query, cache, starts):
         return run(query, *arrays(cache), starts, jnp.int32(LAYERS - 1))
@@ -129,4 +130,5 @@ def test_it_is_compiled_for_steps_of_decoding(chip, name, size, monkeypatch):
         assert ("tpu_custom_call" in (compiled.as_text() or "")) == is_kernel
         # A slice of the layer would be copied for the kernel.
         if is_kernel:
-            assert compiled.memory_analysis().temp_size_in_bytes < cache.keys.size // 4
+            memory: Any = compiled.memory_analysis()
+            assert memory.temp_size_in_bytes < cache.keys.size // 4

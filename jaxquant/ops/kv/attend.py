@@ -139,9 +139,12 @@ def _natively(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> 
 def _by_pallas(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:
     """On the stored bytes of all layers, too. XLA would copy the scales of all into other tiles."""
     keys, values, place = _in_stack(cache, layer)
-    scales = (_scale_of(x, cache, layer) for x in (cache.key_scale, cache.value_scale))
-    given = keys, values, cache.dtype, *scales, starts, place
-    return pallas_tpu_attention.attend(query, *given)
+    key_scale, value_scale = (
+        _scale_of(x, cache, layer) for x in (cache.key_scale, cache.value_scale)
+    )
+    return pallas_tpu_attention.attend(
+        query, keys, values, cache.dtype, key_scale, value_scale, starts, place
+    )
 
 
 def _in_stack(cache: Cache, layer: Any) -> tuple[jax.Array, jax.Array, jax.Array]:

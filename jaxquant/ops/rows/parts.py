@@ -29,7 +29,7 @@ def run_on_parts(
         run: (lhs, rhs, spec) -> result, of any length of the axes.
         key: equal only for functions `run` that do the same.
     """
-    operands = without_inputs(lhs), without_inputs(rhs)
+    operands: tuple[Any, Any] = without_inputs(lhs), without_inputs(rhs)
     leaves, treedef = jax.tree.flatten((*operands, *spec.arrays))
     counts = len(jax.tree.leaves(operands[0]))
 
