@@ -188,6 +188,16 @@ PROBLEMS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "empty": (INT4_G16, {"method": methods.GPTQ(), "batches": []}, "at least one batch; got a"),
     "no method": (INT4_G16, {"batches": batches()}, "batches are for methods; got method=None"),
+    "rows of a batch": (
+        INT4_G16,
+        {"method": methods.GPTQ(), "batches": batches()[0]},
+        r"got a batch of shape \(6,\) for inputs of shape \(None, 6\). Pass batches=\[x\] for one",
+    ),
+    "labels": (
+        INT4_G16,
+        {"method": methods.GPTQ(), "batches": [(batches()[0], np.zeros(16))]},
+        r"got a batch of shape \(\(16, 6\), \(16,\)\) .* without labels. The model raises: Layer",
+    ),
     "padding": (
         jq.ArrayConfig(format=jq.INT4, group_size=5),
         {"method": methods.GPTQ(), "batches": batches()},

@@ -186,6 +186,10 @@ def test_apply_raises_for_other_params():
     with pytest.raises(ValueError, match="must be built; got built=False and 0 weights"):
         functional(keras.Sequential([keras.layers.Dense(2)]))
     late: Any = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    odd: list[Any] = ["nothing", 3]
+    for method in odd:
+        with pytest.raises(ValueError, match="must be the name of a method of Sequential, such a"):
+            functional(late, method)
     apply, params = functional(late)
     late.quantize("int8")
     with pytest.raises(ValueError, match="are not those it had when `functional` was called"):

@@ -118,7 +118,7 @@ def test_quantize_lists_all_problems_and_changes_nothing():
     assert type(model.get_layer("head")) is keras.layers.Dense
 
 
-@pytest.mark.parametrize("keep", ["head", keras.layers.Dense, [3], [keras.layers.ReLU()]])
+@pytest.mark.parametrize("keep", ["head", keras.layers.Dense, 3, [3], [keras.layers.ReLU()]])
 @pytest.mark.parametrize("copy", [convert, to_stock, lambda m, keep: quantize(m, W8A8, keep=keep)])
 def test_keep_must_be_a_list_of_names_and_classes(copy, keep):
     with pytest.raises(ValueError, match=r"keep must be a list of names and classes .*; got"):
@@ -156,6 +156,10 @@ def test_quantize_raises_for_invalid_arguments():
         quantize(model, invalid)
     with pytest.raises(ValueError, match="must be built; got built=False"):
         quantize(keras.Sequential([keras.layers.Dense(2)]), "int8")
+    with pytest.raises(
+        ValueError, match=r"must have weights; got none, of the layers InputLayer, ReLU"
+    ):
+        quantize(keras.Sequential([keras.Input((4,)), keras.layers.ReLU()]), "int8")
     once, _ = quantize(model, {"table/*": W8A8})
     with pytest.raises(ValueError, match="table/embeddings is already quantized, to QTensor"):
         quantize(once, "int8")

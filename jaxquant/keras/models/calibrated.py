@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -135,7 +135,8 @@ def quantize_by_methods(
     statistics = None
     if kinds and batches is not None:
         observed = [rule for rule in rules if needed(as_chain(rule.method))]
-        statistics = collect(apply, params, batches, observed, list(kinds))
+        call = _with_shapes_in_errors(apply, model)
+        statistics = collect(call, params, batches, observed, list(kinds))
     found = _quantized(weights, statistics, progress)
     stacks = [weight for weight in weights if _has_several_multipliers(weight, found[weight.key])]
     if stacks and statistics is not None:
@@ -145,6 +146,25 @@ def quantize_by_methods(
     for weight in weights:
         by_layer.setdefault(id(weight.layer), {})[weight.name] = found[weight.key]
     return by_layer
+
+
+def _with_shapes_in_errors(apply: Callable[..., Any], model: Any) -> Callable[..., Any]:
+    """The function of a model, with an error that shows the batch that it cannot be called with."""
+
+    def call(params: Any, batch: Any) -> Any:
+        try:
+            return apply(params, batch)
+        except (TypeError, ValueError) as error:
+            shapes = keras.tree.map_structure(lambda x: tuple(np.shape(x)), batch)
+            wanted = getattr(model, "input_shape", None)
+            raise ValueError(
+                f"batches must be a list of what model {model.name!r} is called with, one after "
+                f"another; got a batch of shape {shapes}"
+                f"{'' if wanted is None else f' for inputs of shape {wanted}'}. Pass batches=[x] "
+                f"for one batch x, without labels. The model raises: {error}"
+            ) from error
+
+    return call
 
 
 def _quantized(

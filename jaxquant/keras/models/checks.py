@@ -5,6 +5,8 @@ from typing import Any
 
 import keras
 
+from .. import compat
+
 Keep = Iterable[str | type]
 
 
@@ -22,13 +24,34 @@ def as_keep(keep: Keep) -> tuple[str | type, ...]:
     Raises:
         ValueError: it is one name or class instead of several, or holds something else.
     """
-    entries: tuple[Any, ...] = (None,) if isinstance(keep, str | type) else tuple(keep)
+    is_one = isinstance(keep, str | type) or not isinstance(keep, Iterable)
+    entries: tuple[Any, ...] = (None,) if is_one else tuple(keep)
     if all(isinstance(x, str | type) for x in entries):
         return entries
     raise ValueError(
         "keep must be a list of names and classes of layers, such as ['head', keras.layers.LSTM]; "
         f"got {keep!r}."
     )
+
+
+def check_has_weights(model: Any, count: int) -> None:
+    """Checks that a model is built and has weights.
+
+    Raises:
+        ValueError: it is not, or has none.
+    """
+    if not model.built:
+        raise ValueError(
+            f"Model {model.name!r} must be built; got built=False and {count} weights. Call it on "
+            "data, or give it an Input."
+        )
+    if not count:
+        names = ", ".join(dict.fromkeys(type(x).__name__ for x in compat.sublayers(model)[1:]))
+        raise ValueError(
+            f"Model {model.name!r} must have weights; got none, of the layers "
+            f"{names or 'that it does not have'}. Add layers such as Dense, or call the model on "
+            "data if its layers create weights then."
+        )
 
 
 def check_is_layer(model: Any) -> None:

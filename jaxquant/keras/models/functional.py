@@ -11,7 +11,7 @@ import numpy as np
 from ...core import QTensor
 from .. import compat
 from ..layer import StoredWeight, replaced
-from .checks import check_is_layer
+from .checks import check_has_weights, check_is_layer
 
 Params = dict[str, Any]
 # Stored weights and the other variables, by the parts of their paths.
@@ -68,11 +68,7 @@ def pure_call(model: keras.Model, method: str | None = None) -> tuple[Callable[.
     """The function of `functional`, and where the weights of its params are kept."""
     check_is_layer(model)
     places = _places(model)
-    if not model.built or not places:
-        raise ValueError(
-            f"Model {model.name!r} must be built; got built={model.built} and {len(places)} "
-            "weights. Call it on data, or give it an Input."
-        )
+    check_has_weights(model, len(places))
     known, call = _identity(model), _call_of(model, method)
 
     def apply(params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +105,7 @@ def _call_of(model: keras.Model, method: str | None) -> Callable[..., Any]:
     """What `apply` calls: a method, or the model with one argument, a structure."""
     if method is None:
         return lambda *xs: model(xs[0] if len(xs) == 1 else list(xs), training=False)
-    call = getattr(model, method, None)
+    call = getattr(model, method, None) if isinstance(method, str) else None
     if not callable(call):
         raise ValueError(
             f"method must be the name of a method of {type(model).__name__}, such as 'call'; got "

@@ -16,7 +16,7 @@ from .. import compat
 from ..configs import QuantizationConfig, SchemeConfig, as_config
 from ..layer import QuantizableMixin
 from .calibrated import Chosen, Weight, quantize_by_methods, take_over, weights_with_methods
-from .checks import Keep, raise_problems
+from .checks import Keep, check_has_weights, raise_problems
 from .convert import converter
 from .state import share_variables
 from .stock_methods import STOCK_METHODS, calibration_of, check_alone
@@ -85,11 +85,7 @@ def quantize(
     config = config_of(rules)
     rewriter = converter(keep, strict)
     copy = rewriter.copy(model, share_variables)
-    if not model.built or not model.weights:
-        raise ValueError(
-            f"Model {model.name!r} must be built; got built={model.built} and "
-            f"{len(model.weights)} weights. Call it on data, or give it an Input."
-        )
+    check_has_weights(model, len(model.weights))
     why_kept = {id(x): why for x, why in rewriter.walk(copy)}
     ours = [x for x in compat.sublayers(copy) if isinstance(x, QuantizableMixin)]
     layers = [x for x in ours if why_kept[id(x)] is None]
