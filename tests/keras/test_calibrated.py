@@ -279,6 +279,20 @@ def test_convolutions_that_do_not_support_a_method_are_listed(name):
     assert 0 < relative_error(np.asarray(quantized(data[0])), np.asarray(model(data[0]))) < 0.05
 
 
+def test_weights_that_no_method_can_quantize_are_left_in_float_if_asked():
+    model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(8, name="good")])
+    model.add(keras.layers.Dense(4, name="bad"))
+    model.get_layer("bad").kernel.assign(np.full((8, 4), np.nan))
+    scheme = jq.ArrayConfig(format=jq.INT4)
+    x = np.random.default_rng(0).normal(size=(16, 32)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"problem:\n  \S*bad/kernel: holds NaN or Inf, shape"):
+        quantize(model, scheme, method=methods.GPTQ(), batches=[x])
+    _, report = quantize(model, scheme, method=methods.GPTQ(), batches=[x], strict=False)
+    found = {row.path.split("/")[-2]: row for row in report.rows if "kernel" in row.path}
+    assert (found["good"].scheme, found["bad"].scheme) == ("int4 per channel", None)
+    assert "holds NaN or Inf" in str(found["bad"].reason)
+
+
 def test_batches_in_one_array():
     stacked = np.stack(batches(2))
     made = [

@@ -17,7 +17,7 @@ from ...methods import Statistic
 from ...methods.internal import as_chain, is_transform, needed
 from ...tree import Rule
 from ...tree import quantize as quantize_tree
-from ...tree.internal import powers
+from ...tree.internal import powers, why_unsupported
 from ..configs import QuantizationConfig, SchemeConfig
 from ..layer import of_layer
 from .functional import nested, pure_call
@@ -85,7 +85,9 @@ def weights_with_methods(
 
 
 def _why_unsupported(weight: Weight) -> str | None:
-    """Why a convolution does not support the method of its weight, or None."""
+    """Why a weight does not support its method, or None."""
+    plan = weight.rule.plan()
+    assert plan is not None, "the rule of a weight has a scheme"
     layer, chain = weight.layer, as_chain(weight.rule.method)
     declared = layer.declared_weights[weight.name]
     transforms = [type(x).__name__ for x in chain if is_transform(x)]
@@ -102,7 +104,7 @@ def _why_unsupported(weight: Weight) -> str | None:
             "only change channels; give it a rule with method=jq.methods.GPTQ() or None, or keep "
             "its layer in float"
         )
-    return None
+    return why_unsupported(weight.value, plan)
 
 
 def quantize_by_methods(
