@@ -40,7 +40,8 @@ def plot_allocation(
     left.set_yticks(places, names, fontsize=7, parse_math=False)
     for name, color in colors.items():
         left.barh([], [], color=color, label=name)
-    left.legend(fontsize=7)
+    labels = left.get_legend_handles_labels()
+    figure.legend(*labels, fontsize=7, loc="outside lower left", ncols=4)
     middle.barh(places, scores, color=[colors[o] for o in options])
     middle.set_yticks([])
     for axes, title in ((left, "Bits per weight"), (middle, "Predicted loss")):
@@ -61,4 +62,5 @@ def _draw_curve(axes, curve, uniform, chosen):
     axes.set_xlabel("bits per weight")
     axes.set_title("Predicted loss")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    # Loss falls with bits.
+    axes.legend(fontsize=8, loc="upper right")

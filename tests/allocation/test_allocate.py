@@ -343,7 +343,7 @@ def test_losses_say_which_outputs_they_need(outputs):
 
 
 @pytest.mark.slow
-def test_tables_and_pictures_have_each_parameter(tmp_path):
+def test_tables_and_pictures_have_each_parameter(tmp_path, monkeypatch):
     found = jq.allocate(residual, layers(), [normal(M, K)], OPTIONS, 6.5)
     text = str(found)
     for row in found.rows:
@@ -351,6 +351,8 @@ def test_tables_and_pictures_have_each_parameter(tmp_path):
     assert f"{found.bits_per_weight:.3f}" in text
     assert repr(found) == f"Allocation(7 parameters, {found.bits_per_weight:.3f} bits)"
     image = pytest.importorskip("matplotlib.image", reason="pictures need jaxquant[plot]")
+    # Matplotlib warns if its search for the best place of a legend takes a second.
+    monkeypatch.delattr("matplotlib.legend.Legend._find_best_position")
     found.plot(str(tmp_path / "a.png"))
     pixels = image.imread(tmp_path / "a.png")
     is_ink = (pixels[..., :3] < 0.5).any(-1)
