@@ -28,6 +28,7 @@ def plot_allocation(
     try:
         # An optional package, and a slow one to import.
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError as error:
         raise ImportError(
             f"Pictures need matplotlib: pip install 'jaxquant[plot]' ({error})."
@@ -38,10 +39,8 @@ def plot_allocation(
     places = np.arange(len(names))
     left.barh(places, bits, color=[colors[o] for o in options])
     left.set_yticks(places, names, fontsize=7, parse_math=False)
-    for name, color in colors.items():
-        left.barh([], [], color=color, label=name)
-    labels = left.get_legend_handles_labels()
-    figure.legend(*labels, fontsize=7, loc="outside lower left", ncols=4)
+    handles = [Patch(color=color, label=name) for name, color in colors.items()]
+    figure.legend(handles=handles, fontsize=7, loc="outside lower left", ncols=4)
     middle.barh(places, scores, color=[colors[o] for o in options])
     middle.set_yticks([])
     for axes, title in ((left, "Bits per weight"), (middle, "Predicted loss")):
