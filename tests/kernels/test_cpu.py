@@ -453,6 +453,14 @@ def test_unavailable_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(ctypes, "CDLL", OldProcessor)
     assert load() == ("this processor supports none of AMX, AVX512-VNNI, AVX2, NEON", ())
 
+    class OldLibrary(OldProcessor):
+        def __init__(self, path):
+            super().__init__(path)
+            self.jaxquant_has = lambda number: 1
+
+    monkeypatch.setattr(ctypes, "CDLL", OldLibrary)
+    assert "_cpu.so was compiled from other sources: install the package again" in str(load()[0])
+
 
 @pytest.mark.parametrize("built_with, is_newer", [((99, 0, 0), True), (library.JAXLIB, False)])
 def test_kernels_of_a_newer_jaxlib_are_not_registered(monkeypatch, tmp_path, built_with, is_newer):

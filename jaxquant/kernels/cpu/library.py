@@ -60,6 +60,8 @@ def _loaded() -> tuple[str | None, tuple[str, ...]]:
     found = [name for name in allowed if library.jaxquant_has(INSTRUCTIONS.index(name))]
     if not found:
         return f"this processor supports none of {', '.join(allowed)}", ()
+    if not all(hasattr(library, f"jaxquant_{name}") for name in _KERNELS):
+        return f"{_PATH.name} was compiled from other sources: install the package again", ()
     for name in _KERNELS:
         handler = jax.ffi.pycapsule(getattr(library, f"jaxquant_{name}"))
         jax.ffi.register_ffi_target(f"jaxquant_{name}", handler, platform="cpu")
