@@ -84,6 +84,7 @@ def _mesh(count: int) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(devices, [f"part{i}" for i in range(len(factors))])
 
 
+_NO_MESH = jax.sharding.AbstractMesh((), ())
 _each_part_p = Primitive("each_part")
 
 
@@ -116,7 +117,8 @@ def _lower(
         named = [jax.NamedSharding(mesh, jax.P(*spec)) for spec in specs]
 
         def of_parts_in_context(_mark0, _mark1, *given):
-            with jax.enable_x64(has_64_bits):
+            # In a mesh with explicit axes, the newest JAX would constrain the parts to shardings.
+            with jax.enable_x64(has_64_bits), jax.sharding.use_abstract_mesh(_NO_MESH):
                 return run(*given)
 
         return mesh, of_parts_in_context, named[-1], tuple(named[:-1])

@@ -95,12 +95,13 @@ def is_sharded(x: jax.Array) -> bool:
 
 
 def explicit_mesh(*arrays: Any) -> Any:
-    """The mesh of the types of arrays, if all of its axes are explicit; else None.
+    """The mesh along whose axes, all of them explicit, an array is sharded; None if none is.
 
-    Axes that a `shard_map` around has made manual do not count.
+    Types of other arrays name the mesh of the context, but they may lie on one device. Axes that a
+    `shard_map` around has made manual do not count.
     """
-    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
-    mesh = next((m for m in meshes if m.explicit_axes), None)
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays if is_sharded(x))
+    mesh = next(meshes, None)
     return None if mesh is None or mesh.auto_axes else mesh
 
 

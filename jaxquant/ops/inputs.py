@@ -128,14 +128,15 @@ def treat_straight_through(
     return _straight_through(lhs, rhs, *lhs_axes), _straight_through(rhs, lhs, *rhs_axes)
 
 
-def quantize_inputs(x: jax.Array, config: ArrayConfig, axis: Axes) -> QTensor:
+def quantize_inputs(x: jax.Array, config: ArrayConfig, axis: Axes, other: Any = None) -> QTensor:
     """`quantize`, in one pass over memory where kernels of this package are faster.
 
-    Along explicit axes of a mesh, each device quantizes the rows that it has.
+    If x or the other operand is sharded along explicit axes of a mesh, each device quantizes the
+    rows that it has.
     """
     if not _is_of_rows(x, config, axis):
         return quantize(x, config, axis)
-    mesh, spec = explicit_mesh(x), jax.P(*spec_of_type(x))
+    mesh, spec = explicit_mesh(x, *jax.tree.leaves(other)), jax.P(*spec_of_type(x))
     if mesh is None:
         return _quantize_at_once(x, config, axis)
     run = partial(_quantize_at_once, config=config, axis=axis)
@@ -356,7 +357,7 @@ def _quantized(
     if inputs.scale is not None:
         return quantize_with_scale(x, inputs.scale, inputs.zero_point, config)
     try:
-        return quantize_inputs(x, config, _shared_axis(config, shared, channels))
+        return quantize_inputs(x, config, _shared_axis(config, shared, channels), other)
     except ValueError as error:
         raise ValueError(f"The inputs of {other!r} cannot be quantized: {error}") from error
 
