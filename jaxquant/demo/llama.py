@@ -87,7 +87,7 @@ def forward(
     carry = embedded, cache, jnp.int32(0)
     first = 0
     for stack in params["layers"]:
-        # Experts stay in the stack, whose slices would be copied for the kernels.
+        # Experts stay in the stack: in `shard_map`, slices would be copied for the kernels.
         experts = {name: x for name, x in stack.items() if name == "experts"}
         sliced = {name: x for name, x in stack.items() if name != "experts"}
         carry, _ = scan(partial(layer, experts, first), carry, sliced)

@@ -262,12 +262,9 @@ def tile_length(length: int, size: int, rows: int) -> int | None:
     return min(tiles, key=lambda t: max(t / wanted, wanted / t), default=None)
 
 
-def in_hbm(x: jax.Array, is_free: bool) -> jax.Array:
-    """An operand of which a kernel reads a part: XLA might copy all of it into VMEM before.
-
-    It is left to XLA if `is_free`, as in interpret mode.
-    """
-    return x if is_free else pltpu.with_memory_space_constraint(x, pltpu.HBM)
+def in_hbm(x: jax.Array, interpret: bool) -> jax.Array:
+    """An operand of which a kernel reads a part: XLA might copy all of it into VMEM before."""
+    return x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def result_type(

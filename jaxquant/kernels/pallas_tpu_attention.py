@@ -101,9 +101,8 @@ def attend(
         capacity=capacity,
         has_scales=(key_scale is not None, value_scale is not None),
     )
-    # XLA would copy shorter heads into another layout.
-    is_free = interpret or bool(size % 128)
-    stored = (pallas_tpu.in_hbm(x, is_free) for x in (keys, values))
+    if size % 128 == 0:  # XLA would copy shorter heads into another layout.
+        keys, values = (pallas_tpu.in_hbm(x, interpret) for x in (keys, values))
     out = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -121,7 +120,7 @@ def attend(
         cost_estimate=_cost(rows, keys, scales),
         interpret=interpret,
         name="attend",
-    )(layer.reshape(1), starts, rows, *stored, *scales)
+    )(layer.reshape(1), starts, rows, keys, values, *scales)
     out = out[:, :, : tokens * group].reshape(batch, shared, tokens, group, size)
     return out.transpose(0, 2, 1, 3, 4).reshape(query.shape)
 

@@ -187,7 +187,7 @@ def _quantize_at_once(x: jax.Array, config: ArrayConfig, axis: Axes) -> QTensor:
 
 
 def _is_of_rows(x: jax.Array, config: ArrayConfig, axis: Axes) -> bool:
-    """Whether the config asks for 8-bit codes with one float32 scale per row."""
+    """Whether devices hold whole rows, of which the config asks for 8-bit codes and one scale."""
     if not isinstance(x, jax.Array) or x.dtype not in _FLOATS or has_symbolic_shape(x):
         return False
     if 0 in (x.ndim, x.size) or names_along(x, x.ndim - 1):

@@ -24,6 +24,7 @@ from .operands import (
     without_adapters,
 )
 from .rows import cpu_ragged, tpu_ragged
+from .stacks import stack_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,8 @@ def ragged_dot(
             their sum give zeros.
         precision, group_offset: as for `jax.lax.ragged_dot`.
         layer: index of a slice rhs[layer] of a stack (L, G, K, N). In a loop over layers,
-            kernels read a stack that is closed over where it is, and a slice would be copied.
+            kernels read a stack that is closed over where it is, as they do slices that
+            `jq.scan` takes; those of other loops would be copied.
         preferred_element_type: floating dtype of the result; None for the promoted dtype.
         implementation: "native" (on CPU), "pallas" (on TPU), "integer" or "dequantize", to force
             one; None to select automatically.
@@ -194,8 +196,8 @@ def ragged_dot(
     axes = stored_axes(right, (-3, -2, -1))
     axes = tuple(a - min(axes) for a in axes)
     spec = RaggedSpec(axes, result_dtype(left, right, preferred_element_type), precision)
-    index = None if layer is None else jnp.asarray(layer)
-    return _ragged_dot(left, right, group_sizes, group_offset, index, spec, implementation)
+    found = (None, jnp.asarray(layer)) if layer is not None else stack_of(right) or (None, None)
+    return _ragged_dot(left, right, group_sizes, group_offset, *found, spec, implementation)
 
 
 @partial(jax.jit, static_argnames=("spec", "implementation"))
@@ -204,18 +206,19 @@ def _ragged_dot(
     rhs: Any,
     group_sizes: jax.Array,
     group_offset: jax.Array | None,
+    stack: QTensor | None,
     layer: jax.Array | None,
     spec: RaggedSpec,
     implementation: str | None,
 ) -> jax.Array:
-    stack = None
-    if layer is not None:
+    if layer is not None and stack is None:
         layer = jnp.where(layer < 0, layer + rhs.shape[0], layer)
         layer = jnp.clip(layer, 0, rhs.shape[0] - 1)
-        bare = dataclasses.replace(rhs, inputs=None, values=None)
-        stack = bare if _is_read_in_place(rhs) else None
+        stack = dataclasses.replace(rhs, inputs=None, values=None)
         # Dead code where a kernel reads the stack.
         rhs = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), rhs)
+    if stack is not None and not _is_read_in_place(stack):
+        stack = None
     arrays = group_sizes, group_offset, stack, layer
     return dispatch.run(_TABLE, lhs, rhs, spec, implementation, *arrays)
 

@@ -63,11 +63,11 @@ def scan(
     """
 
     # Outside of `jit`, a function of another identity would be compiled in every call.
-    is_known = callable(f) and any(map(is_tracer, jax.tree.leaves(xs)))
+    is_traced = callable(f) and any(map(is_tracer, jax.tree.leaves(xs)))
 
     def loop(init: Any, xs: Any) -> Any:
         quantized = [x for x in jax.tree.leaves(xs, is_leaf=is_quantized) if is_quantized(x)]
-        if not (quantized and is_known):
+        if not (quantized and is_traced):
             return lax.scan(f, init, xs, length, reverse, unroll)
 
         def body(carry: Any, slices: Any) -> tuple[Any, Any]:

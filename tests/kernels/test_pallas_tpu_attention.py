@@ -85,13 +85,9 @@ def test_tokens_attend_to_all_before_them_and_no_others(case, name):
 
     found = run(jnp.asarray(query), *arrays(cache), *given)
 
-    # Sequences that are shorter than the tokens have padding, whose results are arbitrary.
-    is_own = (starts[:, None] + np.arange(tokens)) >= 0
-    wanted = slow_attention(query, cache, np.maximum(starts, 0))
-    is_own &= (starts >= 0)[:, None]
     # bfloat16 has 8 bits.
-    np.testing.assert_allclose(found[is_own], wanted[is_own], rtol=2e-2, atol=2e-2)
-    assert np.all(np.isfinite(found))
+    wanted = slow_attention(query, cache, starts)
+    np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_vmap_runs_it_for_each_cache():

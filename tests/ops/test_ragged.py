@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 from jax import export
 
-from jaxquant import FP8_E4M3, INT4, NVFP4, ArrayConfig, Inputs, explain, quantize, ragged_dot
+from jaxquant import (
+    FP8_E4M3,
+    INT4,
+    NVFP4,
+    ArrayConfig,
+    Inputs,
+    explain,
+    lift,
+    quantize,
+    ragged_dot,
+    scan,
+)
 from jaxquant.kernels import cpu
 
 from ..cases import Case
@@ -310,24 +321,35 @@ def test_stacks_of_floats_and_of_other_orders():
     np.testing.assert_array_equal(found, ragged_dot(x, each[2], SIZES))
 
 
+def by_index(x, stack):
+    def layer(total, index):
+        return total + ragged_dot(x, stack, SIZES, layer=index), None
+
+    return jax.lax.scan(layer, jnp.zeros((M, N)), jnp.arange(3))[0]
+
+
+def by_slice(loop, product, x, stack):
+    return loop(lambda total, q: (total + product(x, q, SIZES), None), jnp.zeros((M, N)), stack)[0]
+
+
+LOOPS = {
+    "by index": by_index,
+    "by slice": partial(by_slice, scan, ragged_dot),
+    "lifted": lift(partial(by_slice, jax.lax.scan, jax.lax.ragged_dot)),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=cpu.unavailable() or "is there")
-def test_loops_over_layers_read_the_stack_where_it_is():
+def test_loops_over_layers_read_the_stack_where_it_is(name):
     case = Case(ArrayConfig(format=INT4, group_size=16), 1)
     stack, each = stack_of(case)
-    stack = stack.reorder((-1, -2))
-    x = jnp.asarray(normal(M, K))
-
-    @jax.jit
-    def sums(x, stack):
-        def layer(total, index):
-            return total + ragged_dot(x, stack, SIZES, layer=index), None
-
-        return jax.lax.scan(layer, jnp.zeros((M, N)), jnp.arange(3))[0]
-
+    stack, x, sums = stack.reorder((-1, -2)), jnp.asarray(normal(M, K)), jax.jit(LOOPS[name])
     wanted = sum(ragged_dot(x, q.reorder((-1, -2)), SIZES) for q in each)
     np.testing.assert_allclose(sums(x, stack), wanted, rtol=1e-5, atol=1e-5)
     text = sums.lower(x, stack).compile().as_text() or ""
     assert "jaxquant_ragged" in text
+    assert "jaxquant_slice" not in text
     assert not re.search(r"s4\[[\d,]*\]\S* (dynamic-slice|fusion)", text)
 
 
