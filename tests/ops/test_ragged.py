@@ -323,18 +323,22 @@ def test_stacks_of_floats_and_of_other_orders():
 
 def by_index(x, stack):
     def layer(total, index):
-        return total + ragged_dot(x, stack, SIZES, layer=index), None
+        return total / 2 + ragged_dot(x, stack, SIZES, layer=index), None
 
     return jax.lax.scan(layer, jnp.zeros((M, N)), jnp.arange(3))[0]
 
 
 def by_slice(loop, product, x, stack):
-    return loop(lambda total, q: (total + product(x, q, SIZES), None), jnp.zeros((M, N)), stack)[0]
+    def layer(total, q):
+        return total / 2 + product(x, q, SIZES), None
+
+    return loop(layer, jnp.zeros((M, N)), stack)[0]
 
 
 LOOPS = {
     "by index": by_index,
     "by slice": partial(by_slice, scan, ragged_dot),
+    "backwards": partial(by_slice, partial(scan, reverse=True), ragged_dot),
     "lifted": lift(partial(by_slice, jax.lax.scan, jax.lax.ragged_dot)),
 }
 
@@ -345,7 +349,10 @@ def test_loops_over_layers_read_the_stack_where_it_is(name):
     case = Case(ArrayConfig(format=INT4, group_size=16), 1)
     stack, each = stack_of(case)
     stack, x, sums = stack.reorder((-1, -2)), jnp.asarray(normal(M, K)), jax.jit(LOOPS[name])
-    wanted = sum(ragged_dot(x, q.reorder((-1, -2)), SIZES) for q in each)
+    each = each[::-1] if name == "backwards" else each
+    wanted = sum(
+        ragged_dot(x, q.reorder((-1, -2)), SIZES) / 2 ** (2 - i) for i, q in enumerate(each)
+    )
     np.testing.assert_allclose(sums(x, stack), wanted, rtol=1e-5, atol=1e-5)
     text = sums.lower(x, stack).compile().as_text() or ""
     assert "jaxquant_ragged" in text
