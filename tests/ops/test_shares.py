@@ -1,0 +1,57 @@
+"""How devices share a product whose weights stay where they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import ArrayConfig
+from jaxquant.ops.dot_spec import DotSpec
+from jaxquant.ops.shares import Part, Shares, own_shape
+
+from .products import normal, quantized
+
+# (axes of lhs, of rhs) contracted and batch; what divides lhs and rhs; what does then: of lhs, and
+# of the result. The axes of the mesh have 4 and 2 devices.
+CASES = {
+    "columns": ((((1,), (1,)), ((), ())), "b-", "a-", "b-", "ba"),
+    "rows": ((((1,), (1,)), ((), ())), "b-", "-a", "ba", "b-"),
+    "both on one axis": ((((1,), (1,)), ((), ())), "a-", "a-", "--", "-a"),
+    "the activations move": ((((1,), (1,)), ((), ())), "-a", "--", "--", "--"),
+    "several contracted": ((((1, 2), (1, 0)), ((), ())), "---", "ab-", "-ba", "--"),
+    "batch": ((((2,), (2,)), ((0,), (0,))), "-b-", "a--", "ab-", "ab-"),
+    "pieces that are not even": ((((1,), (1,)), ((), ())), "--", "c-", "--", "--"),
+}
+
+
+def names(letters):
+    return tuple(() if letter == "-" else (letter,) for letter in letters)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_weights_stay_and_the_activations_move(name):
+    (contract, batch), of_lhs, of_rhs, wanted, of_result = CASES[name]
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    # The axis c cannot be divided among 4 devices.
+    lengths = {"-": 8, "a": 8, "b": 8, "c": 6}
+    rhs = quantized(normal(*(lengths[n] for n in of_rhs)), ArrayConfig(), axis=-1)
+    lhs = jnp.ones([8] * len(of_lhs))
+    free = len(of_lhs) + len(of_rhs) - 2 * len(contract[0]) - len(batch[0])
+    spec = DotSpec(contract, batch, tuple(range(free)), np.dtype("float32"), None, None)
+    given = ([None if n == "-" else n.replace("c", "a") for n in x] for x in (of_lhs, of_rhs))
+
+    found = Shares.where_they_are(lhs, rhs, spec, (mesh, *given))
+
+    assert found.of_lhs == names(wanted)
+    assert found.of_rhs == names(of_rhs.replace("c", "-"))
+    assert found.of_result == names(of_result)
+
+
+@pytest.mark.parametrize(
+    "length, spec, shape", [(8, "a", 2), (1, None, 1), (6, None, 3), (12, "a", 3)]
+)
+def test_blocks_that_span_devices_are_cut(length, spec, shape):
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    part = Part((length,), (("a",),), mesh)
+    assert part.spec == (spec and (spec,),)
+    assert own_shape(part.shape, part.counts) == (shape,)
