@@ -12,11 +12,16 @@ OutSharding = jax.sharding.NamedSharding | jax.P | None
 
 
 def before_transpose(out_sharding: OutSharding, permutation: tuple[int, ...]) -> OutSharding:
-    """The sharding of an array whose transpose by `permutation` has `out_sharding`."""
+    """The sharding of an array whose transpose by `permutation` has `out_sharding`.
+
+    Raises:
+        ValueError: out_sharding is not a sharding.
+    """
     if isinstance(out_sharding, jax.sharding.NamedSharding):
         return out_sharding.update(spec=before_transpose(out_sharding.spec, permutation))
     if out_sharding is None:
         return None
+    _check_sharding(out_sharding)
     named = dict(enumerate(out_sharding))
     partitions = [named.get(permutation.index(a)) for a in range(len(permutation))]
     return out_sharding.update(partitions=tuple(partitions))
@@ -50,11 +55,7 @@ def run_with_out_sharding(
     """
     if out_sharding is None:
         return function(*args)
-    if not isinstance(out_sharding, jax.sharding.NamedSharding | jax.P):
-        raise ValueError(
-            "out_sharding must be a NamedSharding, a PartitionSpec or None; got "
-            f"{out_sharding!r}. Use jax.P, such as jax.P('data', None)."
-        )
+    _check_sharding(out_sharding)
     is_named = isinstance(out_sharding, jax.sharding.NamedSharding)
     mesh = out_sharding.mesh if is_named else jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -64,6 +65,14 @@ def run_with_out_sharding(
         )
     run: Any = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_sharding)
     return run(*args)
+
+
+def _check_sharding(out_sharding: Any) -> None:
+    if not isinstance(out_sharding, jax.sharding.NamedSharding | jax.P):
+        raise ValueError(
+            "out_sharding must be a NamedSharding, a PartitionSpec or None; got "
+            f"{out_sharding!r}. Use jax.P, such as jax.P('data', None)."
+        )
 
 
 def names_along(x: jax.Array, axis: int | None) -> set[str]:

@@ -141,6 +141,30 @@ def test_each_device_keeps_and_reads_the_heads_that_types_say_it_has(spec, name)
     np.testing.assert_array_equal(np.asarray(out)[is_own], np.asarray(wanted)[is_own])
 
 
+@pytest.mark.parametrize(
+    "spec", [(None, None, "a"), (None, None, None, "b"), ("a", "b", None, "c")]
+)
+def test_xla_divides_caches_that_are_sharded_in_other_ways(spec):
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"))
+    whole = kv.init(2, 2, 16, 8, store=STORES["int8"])
+    keys, query = normal(2, 5, 2, 8), normal(2, 5, 4, 8, seed=9)
+
+    @jax.jit
+    def step(cache):
+        cache = kv.append(cache, keys, keys)
+        return cache, kv.attend(query, cache)
+
+    def place(x):
+        return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec[: x.ndim])))
+
+    parts = jax.tree.map(lambda x: place(x) if x.ndim > 2 else x, whole)
+    cache, out = step(parts)
+    assert jax.typeof(cache.keys).sharding.spec == jax.typeof(parts.keys).sharding.spec
+    wanted_cache, wanted = step(whole)
+    jax.tree.map(np.testing.assert_array_equal, cache, wanted_cache)
+    np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_in_a_loop_read_their_own():
     cache, plain = filled(jnp.bfloat16, layers=3), filled(jnp.bfloat16)
 

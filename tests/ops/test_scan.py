@@ -351,12 +351,14 @@ def test_stacks_are_known_of_slices_as_they_are():
     q = stack(CONFIGS["int4"])
     known = []
 
-    def inner(x, row):
-        known.append(stack_of(row))
-        return x, None
-
     def step(x, slices):
         own, floats = slices
+
+        def inner(x, row):
+            mixed = dataclasses.replace(row, scale=own.scale)
+            known.extend(map(stack_of, (row, own, mixed)))
+            return x, None
+
         with_inputs = dataclasses.replace(own, inputs=Inputs(ArrayConfig()))
         known.extend(map(stack_of, (own, with_inputs, floats)))
         known.append(stack_of(dataclasses.replace(own, codes=own.codes + 1)))
@@ -367,6 +369,6 @@ def test_stacks_are_known_of_slices_as_they_are():
     jax.jit(lambda x, q: scan(step, x, (q, jnp.ones(LAYERS))))(jnp.float32(1), q)
     shapes = [found and found[0].codes.shape for found in known]
     whole = q.codes.shape
-    assert shapes == [whole, whole, None, None, None, whole[1:]]
+    assert shapes == [whole, whole, None, None, None, whole[1:], whole, None]
     assert stack_of(q) is None
     assert all(found is None or found[0].inputs is None for found in known)

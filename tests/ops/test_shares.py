@@ -1,5 +1,7 @@
 """How devices share a product whose weights stay where they are."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,3 +57,28 @@ def test_blocks_that_span_devices_are_cut(length, spec, shape):
     part = Part((length,), (("a",),), mesh)
     assert part.spec == (spec and (spec,),)
     assert own_shape(part.shape, part.counts) == (shape,)
+
+
+def typed(x, on, *spec):
+    return jax.tree.map(lambda a: jax.device_put(a, jax.NamedSharding(on, jax.P(*spec))), x)
+
+
+def test_types_say_how_both_and_the_stack_are_divided():
+    on = jax.make_mesh((4, 2), ("a", "b"))
+    rhs = typed(quantized(normal(8, 8), ArrayConfig(), axis=-1), on, "a")
+    stack = jax.tree.map(lambda x: jnp.stack([x, x, x]), rhs)
+    spec = DotSpec(((1,), (1,)), ((), ()), (0, 1), np.dtype("float32"), None, None)
+    spec = spec.with_arrays(stack, jnp.int32(1))
+    lhs = typed(jnp.ones((4, 8)), on, "b")
+
+    found = Shares.of_types(lhs, rhs, spec)
+
+    assert found is not None
+    specs = [part.spec for part in found.parts(lhs, rhs)]
+    rows, columns, layers = (("b",), None), (("a",), None), (None, ("a",), None)
+    assert specs == [rows, columns, columns, layers, layers, ()]
+    # JAX would not know where the result lies.
+    lhs = typed(jnp.ones((4, 8)), on, "a")
+    assert Shares.of_types(lhs, rhs, spec) is None
+    assert Shares.of_types(lhs, rhs, dataclasses.replace(spec, out_sharding=jax.P())) is not None
+    assert Shares.of_types(jnp.ones((4, 8)), rhs.dequantize(), spec) is None

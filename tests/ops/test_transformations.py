@@ -254,6 +254,13 @@ def test_a_sum_over_sharded_axes_lies_where_out_sharding_says(name):
             matmul(x, q, implementation=implementation)
 
 
+def test_what_is_no_sharding_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"must be a NamedSharding, .* or None; got 'a'. Use jax.P"
+    ):
+        matmul(jnp.ones((2, K)), weight(ArrayConfig()), out_sharding="a")
+
+
 def test_wide_weights_in_parts_need_no_out_sharding():
     q = weight(ArrayConfig(format=INT4), (K, 512)).reorder((-1, -2))
     with jax.set_mesh(mesh(4, 2, explicit=True)):

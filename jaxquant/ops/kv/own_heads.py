@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ def on_own_heads(
 ) -> Any:
     """run(cache, counts, layer, *heads), on each device's part if types say how it is divided.
 
-    That is, if sequences or heads of the cache are sharded along explicit axes of a mesh.
+    That is, if sequences or heads of the cache are sharded along explicit axes of a mesh. If it is
+    sharded in other ways, XLA partitions what runs.
 
     Args:
         run: returns an array like `heads`, or a cache.
@@ -31,10 +33,17 @@ def on_own_heads(
         returns_cache: whether `run` does.
     """
     mesh = explicit_mesh(cache.keys)
-    *_, batch, head, _, _ = spec = spec_of_type(cache.keys)
-    if mesh is None or spec != (*(None,) * (len(spec) - 4), batch, head, None, None):
+    *_, batch, head, position, element = spec = spec_of_type(cache.keys)
+    if mesh is None:
         return run(cache, counts, layer, *heads)
-    lead = (None,) * (len(spec) - 4)
+    lead = spec[:-4]
+    if any((*lead, position, element)):
+        # XLA shards what lies between.
+        kept = jax.tree.map(lambda x: jax.P(*spec_of_type(x)), cache)
+        specs = kept if returns_cache else jax.P(batch, None, head)
+        shardings = jax.tree.map(partial(jax.NamedSharding, mesh), specs)
+        divided = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=shardings)
+        return divided(cache, counts, layer, *heads)
     of_cache = jax.tree.map(lambda _: jax.P(*lead, batch, head), cache)
     of_cache = dataclasses.replace(of_cache, lengths=jax.P(*lead, batch))
     of_heads = jax.P(batch, None, head)
