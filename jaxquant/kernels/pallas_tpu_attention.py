@@ -162,14 +162,13 @@ def _attend_block(
         token = lax.div(lax.broadcasted_iota(jnp.int32, scores.shape, 0), group)
         # Padded rows see what the last token does.
         is_seen = position <= starts[b] + jnp.minimum(token, tokens - 1)
-        is_seen &= position < capacity
         scores = jnp.where(is_seen, scores, _LEAST)
         peak = jnp.maximum(largest[...], jnp.max(scores, 1, keepdims=True))
         weights, earlier = jnp.exp(scores - peak), jnp.exp(largest[...] - peak)
         largest[...] = peak
         total[...] = earlier * total[...] + jnp.sum(weights, 1, keepdims=True)
         weights = weights if value_scale is None else weights * value_scale
-        # Beyond the capacity, scales and values are arbitrary.
+        # Beyond the capacity, scales and values are arbitrary, perhaps NaN.
         weights = jnp.where(is_seen, weights, 0).astype(jnp.bfloat16)
         numbers = _numbers(values[0, 0, 0], dtype)
         if capacity % block:

@@ -16,15 +16,16 @@ from ..ops.products import normal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-LAYERS, BATCH, HEADS, SIZE = 2, 3, 2, 16
+# More heads of all sequences than a tile of scales has rows.
+LAYERS, BATCH, HEADS, SIZE = 2, 3, 4, 16
 STORES = {"int8": ArrayConfig(), "bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # (positions, tokens of each sequence, tokens that attend, query heads): blocks of 128, the last one
 # of which is not full; sequences that are full, nearly empty, and that fill a block.
 CASES = {
-    "one token": (300, (300, 1, 128), 1, 4),
-    "three tokens": (300, (256, 3, 129), 3, 4),
-    "one block": (40, (40, 1, 17), 1, 2),
-    "many rows": (300, (299, 9, 200), 9, 8),
+    "one token": (300, (300, 1, 128), 1, 8),
+    "three tokens": (300, (256, 3, 129), 3, 8),
+    "one block": (40, (40, 1, 17), 1, 4),
+    "many rows": (300, (299, 9, 200), 9, 16),
 }
 
 
@@ -93,7 +94,7 @@ def test_tokens_attend_to_all_before_them_and_no_others(case, name):
 def test_vmap_runs_it_for_each_cache():
     caches = [filled(STORES["int8"], 300, lengths)[0] for lengths in ((300, 1, 128), (7, 8, 9))]
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
-    query = jnp.asarray(normal(2, BATCH, 1, 4, SIZE, seed=3))
+    query = jnp.asarray(normal(2, BATCH, 1, 8, SIZE, seed=3))
     starts = jnp.array([[299, 0, 127], [6, 7, 8]])
     run: Any = partial(pallas_tpu_attention.attend, interpret=True)
 
