@@ -166,12 +166,16 @@ def test_each_device_multiplies_the_part_that_types_say_it_has(scheme, name):
 @needs_native
 def test_products_of_typed_parts_have_the_gradients_of_others():
     q, on = weight_of("W8A8"), explicit(4, 2)
-    x = jax.device_put(normal(4, K), jax.NamedSharding(on, jax.P("b")))
+    x, parts = jnp.asarray(normal(4, K)), placed(q, PRODUCTS["columns"], on)
+    # Each device quantizes rows that all have, too.
+    text = text_of(jax.jit(matmul), jax.device_put(x, jax.NamedSharding(on, jax.P())), parts)
+    assert "jaxquant_quantize_rows" in text
+    x = jax.device_put(x, jax.NamedSharding(on, jax.P("b")))
 
     def loss(x, q):
         return jnp.sum(jnp.square(matmul(x, q)))
 
-    found = jax.jit(jax.grad(loss))(x, placed(q, PRODUCTS["columns"], on))
+    found = jax.jit(jax.grad(loss))(x, parts)
 
     assert jax.typeof(found).sharding.spec == jax.P("b", None)
     wanted = jax.jit(jax.grad(loss))(np.asarray(x), q)
