@@ -185,7 +185,7 @@ def _numbers(stored: jax.Array, dtype: np.dtype) -> jax.Array:
     """Codes or floats in bfloat16, from how the cache stores them."""
     if stored.dtype != dtype:
         stored = lax.bitcast_convert_type(stored, dtype)
-    # There is no conversion of int8 to bfloat16 in one step.
+    # Mosaic does not convert int8 to bfloat16 directly.
     return stored.astype(jnp.float32).astype(jnp.bfloat16)
 
 

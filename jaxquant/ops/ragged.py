@@ -224,7 +224,10 @@ def _ragged_dot(
 
 
 def _is_read_in_place(stack: Any) -> bool:
-    """Whether experts of all layers are one array, with float32 scales for each column."""
+    """Whether experts of all layers have float32 scales for each column.
+
+    Other scales would be repeated or converted, those of all layers, in each step of a loop.
+    """
     scale = stack.scale
     if isinstance(scale, QTensor) or scale.dtype != jnp.float32 or stack.offset is not None:
         return False

@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 
 from jaxquant.jaxprs import (
     before_transpose,
+    explicit_mesh,
     is_sharded,
     reshard_like,
     sharding_for,
@@ -59,12 +60,12 @@ def test_only_explicit_axes_are_in_the_type():
 
     @jax.jit
     def run(x):
-        seen.append(is_sharded(x))
+        seen.append((is_sharded(x), explicit_mesh(X, x) is not None))
         return x
 
     for kind, spec in (("Explicit", jax.P("a")), ("Explicit", jax.P()), ("Auto", jax.P("a"))):
         run(jax.device_put(X, jax.NamedSharding(mesh(AxisType[kind]), spec)))
-    assert seen == [True, False, False]
+    assert seen == [(True, True), (False, False), (False, False)]
 
 
 def test_arrays_vary_along_the_axes_that_any_of_them_varies_along():

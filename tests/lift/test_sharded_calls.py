@@ -158,6 +158,13 @@ def test_adapters_and_trained_parameters_are_not_dequantized():
         program = jax.make_jaxpr(jq.lift(lambda p: apply(p["w"], X)[0], strict=True))(params)
         # Codes, in whatever order they are stored.
         assert (64, 96) in {tuple(sorted(shape)) for shape, _ in constraints(program)}
+    everywhere = jax.NamedSharding(mesh_of(AxisType.Explicit, AxisType.Explicit), jax.P())
+
+    def moved(p):
+        return jax.sharding.reshard(p["w"], everywhere)
+
+    with pytest.raises(ValueError, match="its arrays are sharded in other ways"):
+        jax.eval_shape(jq.lift(moved, strict=True), adapted)
     # A step of training returns an array, not the QTensor of this step.
     result = jax.eval_shape(jq.lift(lambda p: apply(p["w"], X)[1]), prepared)
     assert isinstance(result, jax.ShapeDtypeStruct)
