@@ -192,15 +192,21 @@ def check(shape, rows):
     yield "quantize_rows", f"{different} differ"
 
 
-def print_table(title, measure, shape, arguments):
-    """One line per number of rows and kernel."""
-    columns = ("difference",) if arguments.check else ("bytes", "matrix", "schedule")
-    table = rich.table.Table("rows", "kernel", *columns, title=title)
-    for rows in arguments.rows:
-        for kernel, *values in measure(shape, rows):
-            cells = [v if isinstance(v, str) else f"{v:.1f}" for v in values]
-            table.add_row(str(rows), kernel, *cells)
-    rich.console.Console(width=100).print(table)
+def tables(arguments, folder):
+    """(title, `counts` or another, its shape, numbers of rows) of each table."""
+    if arguments.experts:
+        for chip in arguments.chips:
+            count_here = partial(counts_of_experts, chip, folder)
+            yield f"experts {EXPERTS}, {chip}", count_here, EXPERTS, arguments.rows
+    elif arguments.attention:
+        for chip, heads in itertools.product(arguments.chips, HEADS):
+            count_here = partial(counts_of_attention, chip, folder)
+            yield f"attention, {heads} key heads, {chip}", count_here, heads, [SEQUENCES]
+    else:
+        places = ("NumPy",) if arguments.check else arguments.chips
+        for name, place in itertools.product(arguments.shapes, places):
+            found = check if arguments.check else partial(counts, place, folder)
+            yield f"{name} {WEIGHTS[name]}, {place}", found, WEIGHTS[name], arguments.rows
 
 
 def main():
@@ -209,26 +215,20 @@ def main():
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=CHIPS)
     parser.add_argument("--shapes", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--experts", action="store_true")
-    parser.add_argument("--attention", action="store_true")
+    what = parser.add_mutually_exclusive_group()
+    for name in ("--check", "--experts", "--attention"):
+        what.add_argument(name, action="store_true")
     arguments = parser.parse_args()
+    columns = ("difference",) if arguments.check else ("bytes", "matrix", "schedule")
     with tempfile.TemporaryDirectory() as folder:
         prepare(folder)
-        for chip in arguments.chips if arguments.experts else ():
-            count_here = partial(counts_of_experts, chip, pathlib.Path(folder))
-            print_table(f"experts {EXPERTS}, {chip}", count_here, EXPERTS, arguments)
-        for chip, heads in itertools.product(arguments.chips, HEADS) if arguments.attention else ():
-            count_here = partial(counts_of_attention, chip, pathlib.Path(folder))
-            arguments.rows = [SEQUENCES]
-            print_table(f"attention, {heads} key heads, {chip}", count_here, heads, arguments)
-        if arguments.experts or arguments.attention:
-            return
-        places = ("NumPy",) if arguments.check else arguments.chips
-        for name, place in itertools.product(arguments.shapes, places):
-            count_here = partial(counts, place, pathlib.Path(folder))
-            found = check if arguments.check else count_here
-            print_table(f"{name} {WEIGHTS[name]}, {place}", found, WEIGHTS[name], arguments)
+        for title, measure, shape, numbers in tables(arguments, pathlib.Path(folder)):
+            table = rich.table.Table("rows", "kernel", *columns, title=title)
+            for rows in numbers:
+                for kernel, *values in measure(shape, rows):
+                    cells = [v if isinstance(v, str) else f"{v:.1f}" for v in values]
+                    table.add_row(str(rows), kernel, *cells)
+            rich.console.Console(width=100).print(table)
 
 
 if __name__ == "__main__":

@@ -59,10 +59,6 @@ CHIPS = {
 }
 
 
-# What the compiler's estimate counts for the smallest fusion; it has none for Pallas kernels.
-KERNEL_CYCLES = 1830
-
-
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """The compiler's estimate for a program, not a measurement.
@@ -72,8 +68,9 @@ class Estimate:
         hbm_bytes: bytes that they read and write.
         temporary_bytes: HBM beyond arguments and results.
         kernel_bytes, kernel_operations: counted for Pallas kernels, which have no estimate; they
-            add bytes over bandwidth or operations over rate, whichever takes longer, and
-            `KERNEL_CYCLES` to `microseconds`.
+            add bytes over bandwidth or operations over rate, whichever takes longer, to
+            `microseconds`.
+        kernel_runs: how often such kernels are called.
         is_whole: whether the trip counts of all loops are known; unknown ones count as one.
     """
 
@@ -82,6 +79,7 @@ class Estimate:
     temporary_bytes: int
     kernel_bytes: int
     kernel_operations: int
+    kernel_runs: int
     is_whole: bool
 
 
@@ -137,14 +135,14 @@ def estimate(chip: str, compiled: jax.stages.Compiled) -> Estimate:
         temporary_bytes=0 if memory is None else memory.temp_size_in_bytes,
         kernel_bytes=sum(w.times * w.hbm_bytes for w in kernels),
         kernel_operations=sum(w.times * (w.operations or 0) for w in kernels),
+        kernel_runs=sum(w.times for w in kernels),
         is_whole=all(w.trips_are_known for w in works),
     )
 
 
 def seconds(chip: Chip, work: Work) -> float:
     """The longer of compute time and transfer time, for one run of an operation."""
-    moving = work.hbm_bytes / chip.bandwidth
-    if work.is_kernel:
-        computing = (work.operations or 0) / chip.rates["bf16"]
-        return KERNEL_CYCLES / chip.clock + max(computing, moving)
-    return max((work.cycles or 0) / chip.clock, moving)
+    computing = (work.cycles or 0) / chip.clock
+    if work.operations:
+        computing = work.operations / chip.rates["bf16"]
+    return max(computing, work.hbm_bytes / chip.bandwidth)
