@@ -123,6 +123,7 @@ PARTS = {
 }
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("scheme", [None, "W8A8", "W4A16"])
 def test_devices_share_heads_and_kernels_in_a_mesh_with_explicit_axes(float_model, scheme):
     model, _ = float_model

@@ -111,6 +111,7 @@ def scanned(params, tokens):
     return x @ params["table"].T
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
 def test_functions_with_out_sharding_keep_parameters_quantized(scheme):
     shapes = {"table": (64, 256), "layers": {"up": (2, 256, 512), "down": (2, 512, 256)}}
