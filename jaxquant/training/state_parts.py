@@ -84,10 +84,14 @@ def is_supported(block: Blockwise) -> bool:
     return not is_short and cpu.why_unsupported_blocks(codes.shape, q.format.bits) is None
 
 
-def is_stored_alike(block: Blockwise, config: ArrayConfig | None) -> bool:
-    """Whether the kernels quantize with a config as the block is."""
+def is_stored_alike(
+    block: Blockwise, config: ArrayConfig | None, dtype: jax.typing.DTypeLike
+) -> bool:
+    """Whether the kernels quantize what replaces the block, of this dtype, with a config alike."""
     q = block.q
     if config is None or config.format != q.format or config.range != AbsMax():
+        return False
+    if dtype != q.dtype:
         return False
     return config.stored_scale_dtype == q.scale.dtype and (
         layout_of(q.shape, config).blocks == _blocks(q)

@@ -99,8 +99,10 @@ def _parts(
         inputs = {at: numbers[v] for at, v in enumerate(part.arrays) if v in numbers}
         stored = {at: n for at, n in inputs.items() if n in replaced}
         results = {at: replaced[n] for at, n in stored.items() if replaced[n] in part.places}
+        dtypes = dict(zip(part.places, part.dtypes, strict=True))
         is_able = all(is_supported(arrays[n]) for n in stored.values()) and all(
-            is_stored_alike(arrays[stored[at]], configs[place]) for at, place in results.items()
+            is_stored_alike(arrays[stored[at]], configs[place], dtypes[place])
+            for at, place in results.items()
         )
         if is_able:
             pairs: Any = {at: (place, configs[place]) for at, place in results.items()}

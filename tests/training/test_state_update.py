@@ -115,6 +115,24 @@ def test_parts_take_the_steps_of_xla(name, rules):
 
 
 @needs_native
+def test_states_that_change_their_dtype_are_left_to_xla():
+    """As for gradients in float64: the kernels encode float32 alone."""
+
+    def update(updates, state: Any, params=None):
+        del params
+        return updates, {"mu": (state["mu"] + updates).astype(jnp.bfloat16)}
+
+    optimizer = quantized_state(
+        optax.GradientTransformation(lambda p: {"mu": jnp.zeros_like(p)}, update)
+    )
+    gradient = tree(0)["windows"][:64, :64]
+    state = optimizer.init(gradient)
+    found, expected = jax.jit(optimizer.update)(gradient, state), optimizer.update(gradient, state)
+    assert_near(found, expected)
+    assert found[1].inner["mu"].q.dtype == jnp.bfloat16
+
+
+@needs_native
 def test_parts_under_vmap_grad_and_scan_and_with_nan():
     optimizer = quantized_state(optax.adam(1e-2))
     both = {"w": tree(0)["windows"][:128, :64].reshape(2, 64, 64)}
