@@ -82,7 +82,7 @@ struct TileRows {
     Tiles::Release();
   }
 
-  // There is no tile without rows: that of the rows 17 and more has one at least.
+  // A tile without rows faults, so one that no row needs has one row, whose results are not read.
   static void Configure(int64_t rows) {
     TileShapes shapes;
     for (int t = 0; t < 8; ++t) {

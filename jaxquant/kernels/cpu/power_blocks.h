@@ -6,8 +6,9 @@
 
 // Elements that a thread encodes or decodes at least.
 constexpr int64_t kPowersAtOnce = 1 << 15;
-// Elements of a row that are encoded at a time, so that the block stays in the L2 cache.
+// Bits of floats.
 constexpr uint32_t kOne = 0x3f800000, kNaN = 0x7fc00000;
+// Elements of a row that are encoded at a time, so that the block stays in the L2 cache.
 constexpr int64_t kStretch = 256, kStretchMultiple = 16;
 
 // A code's value is power(index / count), with the sign of the index if it has one.
