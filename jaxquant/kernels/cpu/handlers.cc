@@ -194,10 +194,10 @@ ffi::Error RaggedDot(ThreadPool pool, int64_t set, ffi::AnyBuffer x, ffi::AnyBuf
 using Lengths = ffi::Span<const int64_t>;
 
 // Blocks of a window of `shape` in an array of codes, from the element at `starts`, a multiple of the
-// lengths of the blocks. `seed` has no words, or two random ones.
+// lengths of the blocks.
 PowerBlocks BlocksOf(const ffi::AnyBuffer& codes, ffi::AnyBuffer::Dimensions shape, int64_t power,
-                     int64_t count, bool has_negative, Lengths lengths, const In<ffi::S32>& starts,
-                     const In<ffi::U32>& seed) {
+                     int64_t count, bool has_negative, Lengths lengths,
+                     const In<ffi::S32>& starts) {
   const auto whole = codes.dimensions();
   const int64_t last = shape.size() - 1;
   PowerBlocks b{};
@@ -221,18 +221,18 @@ PowerBlocks BlocksOf(const ffi::AnyBuffer& codes, ffi::AnyBuffer::Dimensions sha
     }
     step.codes *= whole[a], step.values *= shape[a], step.scale *= blocks;
   }
-  if ((b.is_random = seed.element_count() == 2))
-    b.first = seed.typed_data()[0], b.second = seed.typed_data()[1];
   return b;
 }
 
-// Encodes a window. The arrays of which it is a part share memory with the results, or are empty.
+// Encodes a window. The arrays of which it is a part share memory with the results, or are empty; `seed`
+// has no words, or two random ones.
 ffi::Error EncodePowers(ThreadPool pool, int64_t set, int64_t power, int64_t count,
                         bool has_negative, Lengths blocks, In<ffi::F32> x, In<ffi::S32> starts,
                         In<ffi::U32> seed, ffi::AnyBuffer, ffi::AnyBuffer,
                         ffi::Result<ffi::AnyBuffer> codes, Out<ffi::F32> scale) {
-  const PowerBlocks b =
-      BlocksOf(*codes, x.dimensions(), power, count, has_negative, blocks, starts, seed);
+  PowerBlocks b = BlocksOf(*codes, x.dimensions(), power, count, has_negative, blocks, starts);
+  if ((b.is_random = seed.element_count() == 2))
+    b.first = seed.typed_data()[0], b.second = seed.typed_data()[1];
   kSets[set]->encode_powers(pool, b, x.typed_data(), static_cast<uint8_t*>(codes->untyped_data()),
                             scale->typed_data());
   return ffi::Error::Success();
@@ -241,10 +241,10 @@ ffi::Error EncodePowers(ThreadPool pool, int64_t set, int64_t power, int64_t cou
 // Decodes a window. `after` is not read: XLA computes it before.
 ffi::Error DecodePowers(ThreadPool pool, int64_t set, int64_t power, int64_t count,
                         bool has_negative, Lengths blocks, ffi::AnyBuffer codes,
-                        In<ffi::F32> scale, In<ffi::S32> starts, In<ffi::U32> no_seed,
-                        ffi::AnyBuffer, Out<ffi::F32> x) {
+                        In<ffi::F32> scale, In<ffi::S32> starts, ffi::AnyBuffer,
+                        Out<ffi::F32> x) {
   const PowerBlocks b =
-      BlocksOf(codes, x->dimensions(), power, count, has_negative, blocks, starts, no_seed);
+      BlocksOf(codes, x->dimensions(), power, count, has_negative, blocks, starts);
   kSets[set]->decode_powers(pool, b, static_cast<const uint8_t*>(codes.untyped_data()),
                             scale.typed_data(), x->typed_data());
   return ffi::Error::Success();
@@ -319,7 +319,7 @@ HANDLER(jaxquant_encode_powers, EncodePowers,
         BOOK ARG(F32) ARG(S32) ARG(U32).Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
             .Ret<ffi::AnyBuffer>() RET(F32));
 HANDLER(jaxquant_decode_powers, DecodePowers,
-        BOOK.Arg<ffi::AnyBuffer>() ARG(F32) ARG(S32) ARG(U32).Arg<ffi::AnyBuffer>() RET(F32));
+        BOOK.Arg<ffi::AnyBuffer>() ARG(F32) ARG(S32).Arg<ffi::AnyBuffer>() RET(F32));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_empty, Empty,
                               ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_slice, Slice,

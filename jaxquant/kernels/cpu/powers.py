@@ -47,7 +47,8 @@ def encode_powers(
         whole = within
         results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in within)
         aliases = {3: 0, 4: 1}
-    arrays = (x, _starts(starts, x.ndim), _seed(seed), *whole)
+    words = jnp.zeros(0, jnp.uint32) if seed is None else seed
+    arrays = (x, _starts(starts, x.ndim), words, *whole)
     attributes = _codebook(format, blocks)
     return call_kernel(
         "encode_powers", results, instructions, *arrays, aliases=aliases, **attributes
@@ -77,7 +78,7 @@ def decode_powers(
     """
     after = jnp.zeros(0, jnp.float32) if after is None else after
     result = jax.ShapeDtypeStruct(codes.shape if window is None else window, jnp.float32)
-    arrays = codes, scale, _starts(starts, codes.ndim), _seed(None), after
+    arrays = codes, scale, _starts(starts, codes.ndim), after
     return call_kernel("decode_powers", result, instructions, *arrays, **_codebook(format, blocks))
 
 
@@ -113,7 +114,3 @@ def _codebook(format: Format, blocks: tuple[int, ...]) -> dict[str, Any]:
 def _starts(starts: Sequence[Any] | None, ndim: int) -> jax.Array:
     zeros = jnp.zeros(ndim, jnp.int32)
     return zeros if starts is None else jnp.stack([jnp.asarray(s, jnp.int32) for s in starts])
-
-
-def _seed(words: jax.Array | None) -> jax.Array:
-    return jnp.zeros(0, jnp.uint32) if words is None else words
