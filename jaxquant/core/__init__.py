@@ -28,6 +28,7 @@ from .config import ArrayConfig as ArrayConfig
 from .config import Scheme as Scheme
 from .describe import describe as describe
 from .describe import describe_inputs as describe_inputs
+from .flags import check_flags as check_flags
 from .formats import BNB_FP4 as BNB_FP4
 from .formats import FILE_FORMATS as FILE_FORMATS
 from .formats import FORMATS as FORMATS

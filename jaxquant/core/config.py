@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from .flags import check_flags
 from .formats import FP8_E4M3, INT4, INT8, MXFP4, MXFP8, NF4, NVFP4, Format
 from .ranges import AbsMax, Range
 
@@ -55,6 +56,7 @@ class ArrayConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.format, Format):
             raise ValueError(f"format must be a Format such as jaxquant.INT8; got {self.format!r}.")
+        check_flags(per_tensor=self.per_tensor, symmetric=self.symmetric)
         self._check_groups()
         if not (self.symmetric or self.format.rounds):
             raise ValueError(
@@ -94,8 +96,6 @@ class ArrayConfig:
                 f"{self.format} has a fixed group size of {prescribed}; got "
                 f"group_size={self.group_size}. Leave it None, or choose another format."
             )
-        if not isinstance(self.per_tensor, bool):
-            raise ValueError(f"per_tensor must be True or False; got {self.per_tensor!r}.")
         if self.per_tensor and (self.group_size or prescribed):
             raise ValueError(
                 "per_tensor=True means one scale for the whole array; got groups of "

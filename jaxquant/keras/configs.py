@@ -16,6 +16,7 @@ from ..core import (
     ArrayConfig,
     Format,
     Scheme,
+    check_flags,
     config_from_json,
     config_to_json,
 )
@@ -182,8 +183,7 @@ class Float8QuantizationConfig(_OneRule, keras.quantizers.Float8QuantizationConf
 
     def __init__(self, training: bool = False):
         super().__init__(None, None)
-        if not isinstance(training, bool):
-            raise ValueError(f"training must be True or False; got {training!r}.")
+        check_flags(training=training)
         self.is_training = training
         self.rule = Rule("*", FP8)
 

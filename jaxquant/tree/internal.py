@@ -18,6 +18,7 @@ from .packed_codes import words_for as words_for
 from .paths import check_like as check_like
 from .paths import check_sortable as check_sortable
 from .paths import leaves_with_paths as leaves_with_paths
+from .progress import check_progress as check_progress
 from .progress import progress_bar as progress_bar
 from .quantize import apply_method as apply_method
 from .quantize import check_statistics as check_statistics

@@ -7,6 +7,19 @@ from collections.abc import Callable, Iterator
 Progress = Callable[[int, int | None, str], None]
 
 
+def check_progress(progress: object) -> None:
+    """Checks the argument of `progress_bar`, for functions that compute before they show it.
+
+    Raises:
+        ValueError: it is neither True, False, None nor a function.
+    """
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise ValueError(
+            "progress must be True for a bar, a function of (done, total, what), or None; got "
+            f"{progress!r}."
+        )
+
+
 @contextlib.contextmanager
 def progress_bar(
     progress: Progress | bool | None, total: int | None, task: str = "Quantizing"
@@ -17,7 +30,11 @@ def progress_bar(
         progress: True for a bar, a function to call instead, or None for neither.
         total: number of steps, or None if it is not known.
         task: text beside the bar until the first step is done.
+
+    Raises:
+        ValueError: as for `check_progress`.
     """
+    check_progress(progress)
     if callable(progress):
         yield progress
     elif progress:

@@ -27,6 +27,7 @@ CONFIG_ERRORS = [
     ({"group_size": 32.0}, r"group_size must be a positive int.*got 32\.0"),
     ({"group_size": (16, 0)}, r"group_size must be.*got \(16, 0\)"),
     ({"per_tensor": 1}, "per_tensor must be True or False; got 1"),
+    ({"symmetric": "no"}, "symmetric must be True or False; got 'no'. Write symmetric=True or"),
     (
         {"per_tensor": True, "group_size": 32},
         r"per_tensor=True means one scale for the whole array; got groups of 32 \(format int8\)",

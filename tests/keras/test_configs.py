@@ -259,7 +259,6 @@ def test_quantizers_apply_to_weights_and_inputs():
 
 stock: Any = keras.quantizers
 WRONG_BLOCK_SIZES: Any = (0, -2, 1.5, True, "128")
-WRONG_FLAG: Any = "yes"
 
 
 @pytest.mark.parametrize(
@@ -375,10 +374,6 @@ class OwnRange(AbsMax):
         (
             lambda: Int4QuantizationConfig(AbsMaxQuantizer()),
             r"within \[-8, 7\] for int4; got \(-127, 127\)",
-        ),
-        (
-            lambda: Float8QuantizationConfig(WRONG_FLAG),
-            r"training must be True or False; got 'yes'",
         ),
         (lambda: QuantizationConfig({}), r"rules must not be empty; got {}"),
         (

@@ -11,11 +11,14 @@ import pytest
 
 from jaxquant import INT8, NF4A16, W4A16_ASYM, W8A8, ArrayConfig, Rule, explain
 from jaxquant.keras import (
+    Float8QuantizationConfig,
     Int8QuantizationConfig,
+    QuantizedWeight,
     compat,
     convert,
     functional,
     layers,
+    load_preset,
     load_weights,
     quantize,
     to_stock,
@@ -123,6 +126,36 @@ def test_quantize_lists_all_problems_and_changes_nothing():
 def test_keep_must_be_a_list_of_names_and_classes(copy, keep):
     with pytest.raises(ValueError, match=r"keep must be a list of names and classes .*; got"):
         copy(small_model(), keep=keep)
+
+
+WRONG_FLAGS = {
+    "strict of quantize": lambda x: quantize(small_model(), W8A8, strict=x),
+    "strict of convert": lambda x: convert(small_model(), strict=x),
+    "dequantize": lambda x: to_stock(small_model(), dequantize=x),
+    "inputs": lambda x: QuantizedWeight(0, x),
+    "is_matrix": lambda x: QuantizedWeight(0, is_matrix=x),
+    "has_windows": lambda x: QuantizedWeight(0, has_windows=x),
+    "in_groups": lambda x: QuantizedWeight(0, in_groups=x),
+    "training": Float8QuantizationConfig,
+    "compile": lambda x: load_preset(keras.Model, "folder", W8A8, compile=x),
+}
+
+
+def test_flags_must_be_true_or_false(monkeypatch):
+    monkeypatch.setattr(keras.Model, "from_preset", None, raising=False)
+    for name, call in WRONG_FLAGS.items():
+        flag = name.split()[0]
+        with pytest.raises(
+            ValueError, match=f"{flag} must be True or False; got 'no'. Write {flag}=True"
+        ):
+            call("no")
+    wrong: Any = 3
+    for call in (
+        lambda: quantize(small_model(), W8A8, progress=wrong),
+        lambda: load_preset(keras.Model, "folder", W8A8, progress=wrong),
+    ):
+        with pytest.raises(ValueError, match=r"progress must be True for a bar, a .*; got 3\."):
+            call()
 
 
 TAKES_A_MODEL = [

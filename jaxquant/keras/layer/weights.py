@@ -19,6 +19,7 @@ from ...core import (
     Inputs,
     QTensor,
     Scheme,
+    check_flags,
     normalize_axes,
     quantize,
 )
@@ -83,6 +84,8 @@ class QuantizedWeight:
         has_windows: Property = False,
         in_groups: Property = False,
     ):
+        properties = {"is_matrix": is_matrix, "has_windows": has_windows, "in_groups": in_groups}
+        check_flags(inputs=inputs, **{k: x for k, x in properties.items() if not callable(x)})
         self.axis = axis
         self.inputs = inputs
         self.is_matrix = is_matrix

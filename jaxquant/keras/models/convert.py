@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from ...core import INT4, INT8, AbsMax, QTensor, blocks_between, scale_values
+from ...core import INT4, INT8, AbsMax, QTensor, blocks_between, check_flags, scale_values
 from .. import compat, layers
 from ..files import other_variables, repeat_groups
 from ..layer import QuantizableMixin
@@ -54,7 +54,8 @@ def convert(model: keras.Model, *, keep: Keep = (), strict: bool = True) -> Any:
         ValueError: lists what cannot be converted: custom layers that multiply with weights of
             their own and cannot be lifted, because they keep them in a container, two under one
             name, or cannot be traced; layers that stock Keras has quantized, that are not built,
-            or that cannot be made from their config; entries of `keep` that match no layer.
+            or that cannot be made from their config; entries of `keep` that match no layer. Or
+            `strict` is neither True nor False.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
@@ -88,6 +89,7 @@ def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -
         >>> type(stock.layers[0]) is keras.layers.Dense, stock.layers[0].quantization_mode
         (True, 'int8')
     """
+    check_flags(dequantize=dequantize)
     check_is_layer(model)
     wrappers = [x for x in compat.sublayers(model) if isinstance(x, keras.layers.TimeDistributed)]
     form = functools.partial(_stock_form, wrapped={id(x.layer) for x in wrappers})
@@ -102,6 +104,7 @@ def to_stock(model: keras.Model, *, dequantize: bool = False, keep: Keep = ()) -
 
 def converter(keep: Keep, strict: bool = True) -> ModelRewriter:
     """The rewriter from stock layers to quantizable ones."""
+    check_flags(strict=strict)
     return ModelRewriter(
         COUNTERPARTS.get,
         _why_unsupported,

@@ -9,8 +9,9 @@ from typing import Any
 
 import keras
 
+from ...core import check_flags
 from ...tree import Progress, Report, ReportRow, Rules
-from ...tree.internal import progress_bar
+from ...tree.internal import check_progress, progress_bar
 from .. import compat
 from ..configs import SchemeConfig
 from ..layer import QuantizableMixin
@@ -69,6 +70,8 @@ def load_preset(
             "cls must be a class of KerasHub with `from_preset`, such as "
             f"keras_hub.models.GemmaBackbone; got {cls!r}."
         )
+    check_progress(progress)
+    check_flags(compile=kwargs.get("compile", True))
     folder, config = Path(preset), _without_methods(config_of(rules))
     weights = _weights_in(folder)
     is_task = hasattr(cls, "backbone_cls")

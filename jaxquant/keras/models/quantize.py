@@ -11,7 +11,14 @@ import keras
 
 from ...core import ArrayConfig, QTensor, Scheme
 from ...tree import Progress, Report, ReportRow, Rules, report
-from ...tree.internal import advice_for, histogram, progress_bar, row_of, sqnr_of
+from ...tree.internal import (
+    advice_for,
+    check_progress,
+    histogram,
+    progress_bar,
+    row_of,
+    sqnr_of,
+)
 from .. import compat
 from ..configs import QuantizationConfig, SchemeConfig, as_config
 from ..layer import QuantizableMixin
@@ -69,7 +76,8 @@ def quantize(
             weights that do not fit their method: groups that do not divide an axis; convolution
             kernels of several pixels with a transform, such as AWQ; convolutions in groups with a
             method that sees activations. Or a method needs batches and there are none, or there
-            are batches and no method, or a method gives weights that layers do not store.
+            are batches and no method, or a method gives weights that layers do not store. Or
+            `strict` is neither True nor False, or `progress` none of the above.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
@@ -79,6 +87,7 @@ def quantize(
         >>> x = jax.random.normal(jax.random.key(0), (32, 4))
         >>> quantized, _ = jk.quantize(model, jq.W8A16, method=jq.methods.GPTQ(), batches=[x])
     """
+    check_progress(progress)
     if isinstance(rules, STOCK_METHODS):
         check_alone(method, batches)
         rules, method, batches = calibration_of(rules, model)
