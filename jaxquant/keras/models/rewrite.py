@@ -123,7 +123,9 @@ class ModelRewriter:
             found += [(unit, why)] if why and id(unit) not in known else []
         problems = [f"{x.path or x.name}: {why}" for x, why in found]
         present = [x for y in compat.sublayers(model) for x in (y.name, original_class(type(y)))]
-        problems += [f"keep: no layer is {x!r}" for x in self.keep if x not in present]
+        names = [x.name for x in compat.sublayers(model)[1:]]
+        advice = f"layers are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        problems += [f"keep: no layer is {x!r}; {advice}" for x in self.keep if x not in present]
         raise_problems(model, problems)
 
     def _not_quantizable(self, model: Any, layers: list[Any]) -> list[tuple[Any, str]]:
