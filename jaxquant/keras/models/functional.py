@@ -158,9 +158,15 @@ def _checked(params: Params, places: Places) -> dict[tuple[str, ...], Any]:
         shape = place.like.shape if is_stored else tuple(place.shape)
         if isinstance(leaf, QTensor) != is_stored or np.shape(leaf) != shape:
             wanted = f"a QTensor like {place.like!r}" if is_stored else f"an array of shape {shape}"
-            advice = " Call jaxquant.lift(apply) with it." if isinstance(leaf, QTensor) else ""
-            raise ValueError(f"params at {'/'.join(key)} must be {wanted}; got {leaf!r}.{advice}")
+            raise ValueError(f"params at {'/'.join(key)} must be {wanted}; got {_described(leaf)}.")
     return found
+
+
+def _described(leaf: Any) -> str:
+    """A leaf in an error: elements of arrays would hide the text."""
+    if isinstance(leaf, QTensor):
+        return f"{leaf!r}. Call jaxquant.lift(apply) with it"
+    return f"a {type(leaf).__name__} of shape {np.shape(leaf)}"
 
 
 def _leaves(params: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
