@@ -56,9 +56,9 @@ def collect(
         Statistics: a mapping from path to {class: statistic}.
 
     Raises:
-        ValueError: batches are one batch, or empty; a leaf was not reached, or met NaN or
-            Inf; the mask does not fit the rows; `quantized` is missing for `CrossMoment`, or is not
-            a tree like params; or as for `tree.quantize`.
+        ValueError: batches are one batch, empty, or not of arrays; a leaf was not reached, or met
+            NaN or Inf; the mask does not fit the rows; `quantized` is missing for `CrossMoment`, or
+            is not a tree like params; or as for `tree.quantize`.
 
     Source: Frantar et al. 2022 (GPTQ), arXiv:2210.17323; Lin et al. 2023 (AWQ), arXiv:2306.00978.
 
@@ -144,6 +144,7 @@ class Collector:
 
     def _add(self, selected: Any, arrays: Any, batch: Any, chosen: tuple[int, ...]) -> None:
         """Runs a batch and adds its sums."""
+        _check_arrays(batch)
         self._run(selected, arrays, batch, chosen)
         jax.effects_barrier()
         for i in chosen:
@@ -152,6 +153,18 @@ class Collector:
     def _meet(self, number: int) -> None:
         if number not in self.order:
             self.order.append(number)
+
+
+def _check_arrays(batch: Any) -> None:
+    """Checks that JAX accepts the leaves of a batch."""
+    try:
+        jax.eval_shape(lambda _: None, batch)
+    except TypeError as error:
+        kinds = ", ".join(dict.fromkeys(type(x).__name__ for x in jax.tree.leaves(batch)))
+        raise ValueError(
+            f"batches must hold arrays of NumPy or JAX; got one of {kinds}. Convert tensors of "
+            "other packages with np.asarray, and texts with a tokenizer."
+        ) from error
 
 
 def _others(quantized: Any, params: Any) -> list[Any]:

@@ -345,6 +345,7 @@ def used_twice(params, x):
             {"batches": {"x": rows(3, 4)}},
             r"batches must be a list of .*; got a dict\. Pass",
         ),
+        ({"batches": ["hello"]}, r"batches must hold arrays of .*; got one of str\. Convert tens"),
         ({"batches": 3.0}, r"batches must be a list of what the model is called with.*got a float"),
         ({"batches": jnp.ones(())}, r"batches must be a list of what .*; got a ArrayImpl\. Pass"),
         ({"batches": []}, r"batches must hold at least one batch; got a list without any\. Pass"),
