@@ -21,23 +21,23 @@ class _Rates:
     Attributes:
         integer, floats: of products of codes and of floats, relative to XLA's of floats.
         read: weights by float activations per second, relative to floats read from memory.
+        least_rows: what it multiplies at least; the next instruction set multiplies fewer.
     """
 
     integer: float
     floats: float
     read: float
+    least_rows: int = 0
 
 
-# The best first. AMX was not timed. It multiplies 8 times as many codes per cycle as AVX512-VNNI,
-# which multiplies fewer than 16 rows; half of that is assumed to remain when tiles are loaded and
-# stored.
+# The best first. AMX was not timed. It multiplies 8 times as many codes per cycle as AVX512-VNNI;
+# half of that is assumed to remain when tiles are loaded and stored.
 _BY_INSTRUCTIONS = {
-    "AMX": _Rates(4 * 3.4, 1.05, 3.7),
+    "AMX": _Rates(4 * 3.4, 1.05, 3.7, least_rows=16),
     "AVX512-VNNI": _Rates(3.4, 1.05, 3.7),
     "AVX2": _Rates(1.5, 0.9, 1.5),
     "NEON": _Rates(1.5, 0.9, 1.5),
 }
-_LEAST_ROWS = {"AMX": 16}
 # XLA's products of 8-bit codes relative to float32.
 _XLA_INTEGER = 1.4
 # Weights that XLA dequantizes per second: in blocks that stay in the cache, as a whole that stays
@@ -132,12 +132,8 @@ def _work(record: Record, rows: int, machine: Machine) -> _Work:
 
 def _native(work: _Work, choice: Choice) -> float:
     names = list(_BY_INSTRUCTIONS)
-    names = names[names.index(cpu.instruction_sets()[0]) :]
-    rates = next(
-        _BY_INSTRUCTIONS[name]
-        for name in names
-        if work.rows >= _LEAST_ROWS.get(name, 0) * work.experts
-    )
+    usable = [_BY_INSTRUCTIONS[x] for x in names[names.index(cpu.instruction_sets()[0]) :]]
+    rates = next(x for x in usable if work.rows >= x.least_rows * work.experts)
     stored, arithmetic = work.share * work.stored, work.arithmetic / work.experts
     call = _NATIVE_CALL + work.aligned
     if choice.is_integer:
