@@ -1,4 +1,4 @@
-"""Where a default rule may have chosen the wrong axis: warnings for reports."""
+"""Where scales may lie along the wrong axis, or be too many: warnings for reports."""
 
 import math
 import re
@@ -26,7 +26,7 @@ _TRANSPOSED = {
 def doubt(
     path: str, q: QTensor | LowRank, is_default: bool, contracted: tuple[int, ...] | None = None
 ) -> str | None:
-    """Why the scales of a leaf may lie along the wrong axes, or None.
+    """Why the scales of a leaf may lie along the wrong axes, or are too many; or None.
 
     Args:
         path: of the leaf.
@@ -38,14 +38,17 @@ def doubt(
     bits = 8 * q.nbytes / max(math.prod(q.shape), 1) - q.format.bits
     counts = [q.scale.shape[a] for a in q.stored_axes(range(q.ndim))]
     along = [a for a, (n, c) in enumerate(zip(q.shape, counts, strict=True)) if c < n]
-    if contracted is not None:
-        if set(along) <= set(contracted):
-            return None
+    if contracted is not None and not set(along) <= set(contracted):
         axes = contracted[0] if len(contracted) == 1 else contracted
         found = ", ".join(map(str, along))
         return f"scales are shared along axis {found}, the function contracts {axes}: axis={axes}"
     if bits > _MAX_SCALE_BITS:
-        return f"scales take {bits:.1f} bits per weight; give a rule with all contracted axes"
+        lacks = contracted is None or any(q.shape[a] > 1 for a in {*contracted} - {*along})
+        few = f"only {q.size // math.prod(counts)} elements share one"
+        advice = "give a rule with all contracted axes" if lacks else few
+        return f"scales take {bits:.1f} bits per weight; {advice}"
+    if contracted is not None:
+        return None
     if not is_default or along not in ([q.ndim - 2], [q.ndim - 1]):
         return None
     transposed, advice = _TRANSPOSED[along[0] - q.ndim]

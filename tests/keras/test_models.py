@@ -217,6 +217,12 @@ def test_quantize_keeps_the_layers_named_by_keep():
         "int8 per channel, int8 inputs",
         "int8 per channel, int8 inputs",
     ]
+    # Layers declare the axes that they contract.
+    few = [
+        f"scales take {n:.1f} bits per weight; only {e} elements share one"
+        for n, e in ((8, 4), (32 / 3, 3))
+    ]
+    assert [row.warning for row in report.rows if "kernel" in row.path] == few
 
 
 def test_quantize_shows_a_progress_bar(capsys, monkeypatch):

@@ -304,6 +304,15 @@ def test_a_report_warns_of_rules_along_axes_that_the_function_does_not_contract(
         "scales are shared along axis 2, the function contracts (0, 1): axis=(0, 1)",
     ]
 
+    groups = jq.ArrayConfig(format=jq.INT8, group_size=4)
+    rules = [jq.Rule("kernel", groups, axis=0), jq.Rule("out", jq.W8A16, axis=0)]
+    costly = jq.tree.quantize(params, rules)
+    rows = jq.tree.report(params, costly, contracted=found.contracted).rows
+    assert [row.warning for row in rows] == [
+        "scales take 8.0 bits per weight; only 4 elements share one",
+        "scales take 16.0 bits per weight; give a rule with all contracted axes",
+    ]
+
 
 def test_names_with_special_characters_match_themselves_only():
     params = {"a.b": jnp.ones((8, 4)), "a+b": jnp.ones((8, 4)), "axb": jnp.ones((2, 4))}

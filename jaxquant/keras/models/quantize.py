@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from ...core import ArrayConfig, QTensor, Scheme
+from ...core import ArrayConfig, QTensor, Scheme, normalize_axes
 from ...tree import Progress, Report, ReportRow, Rules, report
 from ...tree.internal import (
     advice_for,
@@ -261,7 +261,8 @@ def _quantized(layer: Any, name: str, before: jax.Array | None) -> ReportRow:
     given = jax.ShapeDtypeStruct(q.shape, q.dtype) if before is None else before
     noise = None if before is None else layer.weight_state.noise.get(name)
     sqnr = None if noise is None else sqnr_of(1.0, noise**2)
-    row = row_of(path, given, q, None, None, sqnr, histogram(q))
+    contracted = normalize_axes(layer.declared_weights[name].axes(layer), q.ndim)
+    row = row_of(path, given, q, None, None, sqnr, histogram(q), contracted)
     bits = 8 * row.bytes_after / size
     return dataclasses.replace(row, shape=stored.shape, bits_per_weight=bits)
 
