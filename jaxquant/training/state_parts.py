@@ -76,12 +76,12 @@ class StatePart:
 def is_supported(block: Blockwise) -> bool:
     """Whether the native kernels decode it and encode arrays alike."""
     q, codes = block.q, block.q.codes
-    if block.padding is not None or q.format.power is None or q.dtype != jnp.float32:
+    if block.padding is not None or q.dtype != jnp.float32:
         return False
     if q.offset is not None or isinstance(q.scale, QTensor) or q.scale.dtype != jnp.float32:
         return False
     is_short = codes.shape[-1] < _LEAST_ROW
-    return not is_short and cpu.why_unsupported_blocks(codes.shape, q.format.bits) is None
+    return not is_short and cpu.why_unsupported_blocks(codes.shape, q.format) is None
 
 
 def is_stored_alike(

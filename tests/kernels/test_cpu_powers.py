@@ -1,5 +1,6 @@
 """The native kernels for codes of power codebooks, where they were compiled."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import ArrayConfig, quantize
+from jaxquant import INT8, ArrayConfig, quantize
 from jaxquant.core.noise import Seed
 from jaxquant.kernels import cpu
 from jaxquant.training.power_formats import GRADIENT_8, POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
@@ -18,7 +19,8 @@ from ..core.test_noise import slow_noise
 pytestmark = pytest.mark.skipif(
     cpu.unavailable() is not None, reason=cpu.unavailable() or "is there"
 )
-FORMATS = {f.name: f for f in (SIGNED_8, POSITIVE_8, SIGNED_4, POSITIVE_4, GRADIENT_8)}
+GRADIENT_INT8 = dataclasses.replace(GRADIENT_8, name="signed_squares_int8", dtype="int8")
+FORMATS = {f.name: f for f in (SIGNED_8, POSITIVE_8, SIGNED_4, POSITIVE_4, GRADIENT_INT8)}
 each_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 by_all_instructions = pytest.mark.parametrize("instructions", cpu.instruction_sets() or (None,))
 # Shape, blocks, and a window of some blocks: its shape and first element.
@@ -85,8 +87,8 @@ def indices(codes, format):
 @each_format
 @by_all_instructions
 def test_codes_and_values_are_those_of_numpy(shape, blocks, window, starts, format, instructions):
-    if cpu.why_unsupported_blocks(shape, format.bits):
-        pytest.skip(cpu.why_unsupported_blocks(shape, format.bits) or "")
+    if cpu.why_unsupported_blocks(shape, format):
+        pytest.skip(cpu.why_unsupported_blocks(shape, format) or "")
     x = values(shape, blocks, format)
     for words in (None, WORDS.tolist()):
         seed = None if words is None else jnp.asarray(WORDS)
@@ -166,11 +168,17 @@ def test_vmap_is_a_loop():
     assert cpu.empty((3, 5), "float32", x).shape == (3, 5)
 
 
-@pytest.mark.parametrize(
-    ("shape", "bits", "text"),
-    [((), 8, "empty or a scalar"), ((0, 4), 8, "empty"), ((4, 3), 4, "rows of 3 4-bit codes")],
-    ids=str,
-)
-def test_unsupported_shapes_have_a_reason(shape, bits, text):
-    assert text in (cpu.why_unsupported_blocks(shape, bits) or "")
-    assert cpu.why_unsupported_blocks((4, 3), 8) is None
+UNSUPPORTED = [
+    ((), SIGNED_8, "empty or a scalar"),
+    ((0, 4), SIGNED_8, "empty"),
+    ((4, 3), SIGNED_4, "rows of 3 4-bit codes"),
+    ((4, 3), INT8, "int8 has no codebook of powers"),
+    ((4, 3), dataclasses.replace(SIGNED_8, qmax=0.5), "not use all of its codebook"),
+    ((4, 3), dataclasses.replace(SIGNED_8, dtype="uint16"), "codes of 16 bits"),
+]
+
+
+@pytest.mark.parametrize("shape, format, text", UNSUPPORTED, ids=str)
+def test_unsupported_arrays_have_a_reason(shape, format, text):
+    assert text in (cpu.why_unsupported_blocks(shape, format) or "")
+    assert cpu.why_unsupported_blocks((4, 3), SIGNED_8) is None

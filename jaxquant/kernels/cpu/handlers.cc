@@ -201,7 +201,8 @@ PowerBlocks BlocksOf(const ffi::AnyBuffer& codes, ffi::AnyBuffer::Dimensions sha
   const auto whole = codes.dimensions();
   const int64_t last = shape.size() - 1;
   PowerBlocks b{};
-  b.power = power, b.bits = codes.element_type() == ffi::U8 ? 8 : 4;
+  const auto type = codes.element_type();
+  b.power = power, b.bits = type == ffi::U8 || type == ffi::S8 ? 8 : 4;
   b.has_negative = has_negative, b.count = count;
   b.columns = shape[last], b.width = lengths.begin()[last];
   b.rows = {{0, 0, 0}};

@@ -23,8 +23,8 @@ def encode_powers(
     """Quantizes blocks by their largest magnitudes, to codes of a power codebook.
 
     Args:
-        x: float32; `why_unsupported_blocks` says of which shapes.
-        format: of `power` 2 or 4, with codes of 4 or 8 bits.
+        x: float32.
+        format: one that `why_unsupported_blocks` accepts for the shape of x.
         blocks: length of the blocks along each axis, which divides that of x.
         seed: uint32 (2,), random words for stochastic rounding; None rounds to nearest.
         within: codes and scales of an array of which x is a window; None if x is all of it.
@@ -89,11 +89,17 @@ def empty(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, after: jax.Array)
     return jax.ffi.ffi_call("jaxquant_empty", result, vmap_method="sequential")(after)
 
 
-def why_unsupported_blocks(shape: tuple[int, ...], bits: int) -> str | None:
-    """Why the kernels do not encode arrays of this shape, in so many bits, or None."""
+def why_unsupported_blocks(shape: tuple[int, ...], format: Format) -> str | None:
+    """Why the kernels do not encode arrays of this shape in a format, or None."""
+    if format.codebook is None or format.power is None:
+        return f"{format} has no codebook of powers"
+    if (format.qmin, format.qmax) != (format.codebook[0], format.codebook[-1]):
+        return f"{format} does not use all of its codebook"
+    if format.bits not in (4, 8):
+        return f"{format} has codes of {format.bits} bits"
     if not shape or 0 in shape:
         return f"the array is empty or a scalar: {shape}"
-    if bits == 4 and shape[-1] % 2:
+    if format.bits == 4 and shape[-1] % 2:
         return f"rows of {shape[-1]} 4-bit codes do not begin with a byte"
     return None
 
