@@ -258,7 +258,7 @@ def test_what_is_no_sharding_is_an_error():
     with pytest.raises(
         ValueError, match=r"must be a NamedSharding, .* or None; got 'a'. Use jax.P"
     ):
-        matmul(jnp.ones((2, K)), weight(ArrayConfig()), out_sharding="a")
+        matmul(jnp.ones((2, K)), weight(ArrayConfig()), out_sharding="a")  # pyright: ignore[reportArgumentType]
 
 
 def test_wide_weights_in_parts_need_no_out_sharding():
