@@ -217,7 +217,7 @@ class Halved(layers.Conv2D):
 
 
 class OwnKernel(keras.layers.Layer):
-    """Convolves with a kernel of its own."""
+    """A custom layer that creates its own convolution kernel."""
 
     def build(self, input_shape):
         self.filters = self.add_weight(name="filters", shape=(3, 3, input_shape[-1], 4))
