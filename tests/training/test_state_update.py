@@ -118,13 +118,14 @@ def test_parts_take_the_steps_of_xla(name, rules):
 def test_states_that_change_their_dtype_are_left_to_xla():
     """As for gradients in float64: the kernels encode float32 alone."""
 
+    def init(params: Any):
+        return {"mu": jnp.zeros_like(params)}
+
     def update(updates, state: Any, params=None):
         del params
         return updates, {"mu": (state["mu"] + updates).astype(jnp.bfloat16)}
 
-    optimizer = quantized_state(
-        optax.GradientTransformation(lambda p: {"mu": jnp.zeros_like(p)}, update)
-    )
+    optimizer = quantized_state(optax.GradientTransformation(init, update))
     gradient = tree(0)["windows"][:64, :64]
     state = optimizer.init(gradient)
     found, expected = jax.jit(optimizer.update)(gradient, state), optimizer.update(gradient, state)

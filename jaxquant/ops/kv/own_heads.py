@@ -42,7 +42,7 @@ def on_own_heads(
         kept = jax.tree.map(lambda x: jax.P(*spec_of_type(x)), cache)
         specs = kept if returns_cache else jax.P(batch, None, head)
         shardings = jax.tree.map(partial(jax.NamedSharding, mesh), specs)
-        divided = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=shardings)
+        divided: Any = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=shardings)
         return divided(cache, counts, layer, *heads)
     of_cache = jax.tree.map(lambda _: jax.P(*lead, batch, head), cache)
     of_cache = dataclasses.replace(of_cache, lengths=jax.P(*lead, batch))
