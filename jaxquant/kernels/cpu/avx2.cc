@@ -25,7 +25,8 @@ inline Floats Load(const float* p) { return _mm256_loadu_ps(p); }
 inline void Store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 inline Bytes Xor(Bytes a, int b) { return _mm256_xor_si256(a, _mm256_set1_epi8(b)); }
 inline Bytes Low(Bytes both) { return _mm256_and_si256(both, _mm256_set1_epi8(15)); }
-inline Bytes High(Bytes both) { return Low(_mm256_srli_epi16(both, 4)); }
+inline Bytes LowPlus8(Bytes both) { return Low(Xor(both, 0x88)); }
+inline Bytes HighPlus8(Bytes both) { return LowPlus8(_mm256_srli_epi16(both, 4)); }
 inline Ints DotHalf(__m128i w, __m128i x) {
   return _mm256_madd_epi16(_mm256_cvtepi8_epi16(w), _mm256_cvtepi8_epi16(x));
 }
@@ -36,16 +37,17 @@ inline Ints Dot(Ints acc, Bytes w, Bytes x) {
       acc, DotHalf(_mm256_extracti128_si256(w, 1), _mm256_extracti128_si256(x, 1)));
 }
 // Sums of the products of 4 neighbors.
-inline Ints DotQuads(Bytes w, Bytes x) {
+inline Ints DotQuads(Ints acc, Bytes w, Bytes x) {
   Ints low = DotHalf(_mm256_castsi256_si128(w), _mm256_castsi256_si128(x));
   Ints high = DotHalf(_mm256_extracti128_si256(w, 1), _mm256_extracti128_si256(x, 1));
-  return _mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0xd8);
+  return _mm256_add_epi32(acc, _mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0xd8));
 }
 // Sums of four products of a nibble and a byte fit into 16 bits.
-inline Ints DotNibbles(Bytes even, Bytes odd, Bytes x, Bytes y) {
+inline Ints DotNibbles(Ints acc, Bytes even, Bytes odd, Bytes x, Bytes y) {
   Ints pairs = _mm256_add_epi16(_mm256_maddubs_epi16(even, x), _mm256_maddubs_epi16(odd, y));
-  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+inline Ints LoadInts(const int32_t* p) { return LoadBytes(p); }
 inline Ints ZeroInts() { return _mm256_setzero_si256(); }
 inline Floats Broadcast(float x) { return _mm256_set1_ps(x); }
 inline Floats ToFloats(Ints x) { return _mm256_cvtepi32_ps(x); }
@@ -65,6 +67,10 @@ inline float Sum(Floats x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+template <int C>
+inline void Sums(const Floats (&x)[C], float* sums) {
+  UNROLLED(c, C) sums[c] = Sum(x[c]);
 }
 inline Ints Widen(const int8_t* p) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));

@@ -61,22 +61,25 @@ void Parallel(ThreadPool& pool, int64_t count, int64_t least, int64_t multiple,
 // Threads of the pool.
 int64_t Threads(ThreadPool& pool);
 
-// Prefetches weights into the L1 cache, or into L2.
-inline void Prefetch(const void* weights) { __builtin_prefetch(weights, 0, 3); }
-inline void PrefetchFar(const void* weights) { __builtin_prefetch(weights, 0, 2); }
+// Prefetches weights into the L2 cache.
+inline void Prefetch(const void* weights) { __builtin_prefetch(weights, 0, 2); }
 
 // Weights (N, K) as they are stored, 4-bit ones with the low nibble first. Scales and zero points
 // are (N, G), for groups of K / G elements of a row. A null scale means 1, a null zero point 0.
 struct Weights {
+  enum ScaleType { kFloat32, kFloat16, kBFloat16 };
   const uint8_t* codes;
   int64_t N, K;
   int bits;
-  const float *scale = nullptr, *zero = nullptr;
+  const void* scale = nullptr;
+  const float* zero = nullptr;
   int64_t G = 1;
+  ScaleType scale_type = kFloat32;  // the others only for products of few rows
 
   int64_t group() const { return std::max<int64_t>(1, K / G); }
   const uint8_t* at(int64_t n, int64_t k) const { return codes + (n * K + k) * bits / 8; }
   int64_t bytes() const { return std::max<int64_t>(1, K * bits / 8); }
+  const float* scales() const { return static_cast<const float*>(scale); }
 };
 
 // Queries of T tokens for each of B sequences, of G heads for each of H key heads, and S positions of
@@ -140,10 +143,20 @@ struct PowerBlocks {
   }
 };
 
-// The bits of a float as bfloat16, rounded to nearest, ties to even; NaN stays NaN.
-inline uint16_t ToBFloat16(float x) {
+inline uint32_t BitsOf(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float FloatOf(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// The bits of a float as bfloat16, rounded to nearest, ties to even; NaN stays NaN.
+inline uint16_t ToBFloat16(float x) {
+  const uint32_t bits = BitsOf(x);
   if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 0x40;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }

@@ -1,6 +1,8 @@
 // Products of few rows of float activations. Included by few_rows.h.
 
-// Float activations, 4-bit weights in groups, each code looked up in a table of 16 floats.
+// Float activations, 4-bit weights in groups, each code looked up in a table of 16 floats. `is_wide`: all
+// of a quarter of a block belongs to one group, and there are no zero points.
+template <bool is_wide>
 struct FloatByTable {
   // Elements that one vector holds.
   static constexpr int64_t kBlock = 2 * kBytes;
@@ -10,20 +12,22 @@ struct FloatByTable {
   Weights w;
   const float* table;
   float* out;
-  LaneGroups lane_groups[4];  // for each quarter of a block
+  const LaneGroups<kBlock>* lane_groups;  // for each quarter of a block
 
   // A quarter of a block of weights minus their zero points, with the scale of each lane.
   struct Quarter {
     Floats evens, odds, step;
   };
-  Quarter Read(const Table& values, const uint8_t* from, int64_t n, int64_t k, int i) const {
+  Quarter Read(const Table& values, const uint8_t* from, const float* scale, int64_t n, int64_t k,
+               int i) const {
     Ints pairs = NibblePairs(from + kLanes * i);
     Floats evens = values[LowNibbles(pairs)], odds = values[HighNibbles(pairs)];
+    if constexpr (is_wide) return {evens, odds, Broadcast(scale[lane_groups[i].First(k)])};
     if (w.zero) {
       Floats zero = lane_groups[i].Pick(w.zero + n * w.G, k);
       evens = Sub(evens, zero), odds = Sub(odds, zero);
     }
-    return {evens, odds, lane_groups[i].Pick(w.scale + n * w.G, k)};
+    return {evens, odds, lane_groups[i].Pick(scale, k)};
   }
 
   // Adds the products of a quarter with the activations at `in`.
@@ -34,36 +38,20 @@ struct FloatByTable {
 
   // Adds the products of the block at k, whose codes are at `from`, to the sums of R rows.
   template <int R>
-  void AddBlock(Floats (&sums)[R], const Table& values, const uint8_t* from, int64_t m, int64_t n,
-                int64_t k) const {
-    for (int i = 0; i < 4; ++i) {
-      Quarter part = Read(values, from, n, k, i);
+  void AddBlock(Floats (&sums)[R], const Table& values, const uint8_t* from, const float* scale,
+                int64_t m, int64_t n, int64_t k) const {
+    UNROLLED(i, 4) {
+      Quarter part = Read(values, from, scale, n, k, i);
       UNROLLED(r, R)
         sums[r] = AddTo(sums[r], part, x + (m + r) * stride + k + 2 * kLanes * i);
     }
   }
 
-  NOINLINE void One(int64_t m, int64_t n) const {
-    const uint8_t* row = w.at(n, 0);
-    const float* in = x + m * stride;
-    const Table values(table);
-    Floats acc[4] = {Broadcast(0), Broadcast(0), Broadcast(0), Broadcast(0)};
-    int64_t k = 0;
-    for (; k + kBlock <= w.K; k += kBlock) {
-      Prefetch(row + k / 2 + kAheadInRow);
-      UNROLLED(i, 4)
-        acc[i] = AddTo(acc[i], Read(values, row + k / 2, n, k, i), in + k + 2 * kLanes * i);
-    }
-    Floats sum[1] = {Add(Add(acc[0], acc[1]), Add(acc[2], acc[3]))};
-    Padded<kBytes> copy;
-    if (k < w.K) AddBlock<1>(sum, values, LastBlock(w, n, k, copy), m, n, k);
-    out[m * w.N + n] = Sum(sum[0]);
-  }
-
   template <int R, int C>
-  void Tile(int64_t m, int64_t n) const {
-    const int64_t K = w.K;
+  NOINLINE void Tile(int64_t m, int64_t n, const Scales& scales) const {
+    const int64_t K = w.K, G = w.G, ahead = Ahead(w);
     const uint8_t* rows = w.at(n, 0);
+    const float* scale = scales(n);
     const Table values(table);
     Floats acc[C][R];
     UNROLLED(c, C)
@@ -72,12 +60,15 @@ struct FloatByTable {
     for (; k + kBlock <= K; k += kBlock)
       UNROLLED(c, C) {
         const uint8_t* from = rows + (c * K + k) / 2;
-        Prefetch(from + kAhead * C * K / 2);
-        AddBlock<R>(acc[c], values, from, m, n + c, k);
+        Prefetch(from + ahead);
+        AddBlock<R>(acc[c], values, from, scale + c * G, m, n + c, k);
       }
     Padded<kBytes> copy;
     if (k < K)
-      UNROLLED(c, C) AddBlock<R>(acc[c], values, LastBlock(w, n + c, k, copy), m, n + c, k);
+      UNROLLED(c, C) {
+        Prefetch(rows + (c * K + k) / 2 + ahead);
+        AddBlock<R>(acc[c], values, LastBlock(w, n + c, k, copy), scale + c * G, m, n + c, k);
+      }
     UNROLLED(r, R)
       UNROLLED(c, C) out[(m + r) * w.N + n + c] = Sum(acc[c][r]);
   }
@@ -90,7 +81,9 @@ struct FloatByInt8 {
   Weights w;
   float* out;
 
-  float Scale(int64_t n, int64_t g) const { return w.scale ? w.scale[n * w.G + g] : 1; }
+  float Scale(const Scales& scales, int64_t n, int64_t g) const {
+    return w.scale ? scales(n)[g] : 1;
+  }
   float Zero(int64_t n, int64_t g) const { return has_zero ? w.zero[n * w.G + g] : 0; }
   Floats Read(const int8_t* from, Floats zero) const {
     Floats weights = ToFloats(Widen(from));
@@ -98,32 +91,16 @@ struct FloatByInt8 {
   }
 
   // Stores a sum over full vectors plus the rest of the row.
-  void Put(int64_t m, int64_t n, float sum) const {
+  void Put(int64_t m, int64_t n, const Scales& scales, float sum) const {
     float rest = 0;
     for (int64_t k = w.K / kLanes * kLanes; k < w.K; ++k)
       rest += x[m * w.K + k] * (static_cast<int8_t>(*w.at(n, k)) - Zero(n, w.G - 1));
-    out[m * w.N + n] = sum + rest * Scale(n, w.G - 1);
-  }
-
-  NOINLINE void One(int64_t m, int64_t n) const {
-    const int8_t* row = reinterpret_cast<const int8_t*>(w.at(n, 0));
-    const float* in = x + m * w.K;
-    const int64_t group = w.group();
-    Floats sum = Broadcast(0);
-    for (int64_t g = 0; g < w.G; ++g, row += group, in += group) {
-      const Floats zero = Broadcast(Zero(n, g));
-      Floats part = SumBlocks(std::min(group, w.K), kLanes, Broadcast(0), [=](Floats sum, int64_t k) {
-        if (k % 64 == 0) PrefetchFar(row + k + kAheadInRow);
-        return MulAdd(Read(row + k, zero), Load(in + k), sum);
-      });
-      sum = MulAdd(part, Broadcast(Scale(n, g)), sum);
-    }
-    Put(m, n, Sum(sum));
+    out[m * w.N + n] = sum + rest * Scale(scales, n, w.G - 1);
   }
 
   template <int R, int C>
-  void Tile(int64_t m, int64_t n) const {
-    const int64_t K = w.K, group = w.group();
+  void Tile(int64_t m, int64_t n, const Scales& scales) const {
+    const int64_t K = w.K, group = w.group(), ahead = Ahead(w);
     Floats total[R][C];
     UNROLLED(r, R)
       UNROLLED(c, C) total[r][c] = Broadcast(0);
@@ -135,28 +112,34 @@ struct FloatByInt8 {
       for (int64_t k = g * group; k + kLanes <= std::min((g + 1) * group, K); k += kLanes)
         UNROLLED(c, C) {
           const int8_t* from = reinterpret_cast<const int8_t*>(w.at(n + c, k));
-          if (k % 64 == 0) PrefetchFar(from + kAhead * C * K);
+          if (k % 64 == 0) Prefetch(from + ahead);
           Floats weights = Read(from, zero[c]);
           UNROLLED(r, R)
             part[r][c] = MulAdd(weights, Load(x + (m + r) * K + k), part[r][c]);
         }
       UNROLLED(r, R)
         UNROLLED(c, C)
-          total[r][c] = MulAdd(part[r][c], Broadcast(Scale(n + c, g)), total[r][c]);
+          total[r][c] = MulAdd(part[r][c], Broadcast(Scale(scales, n + c, g)), total[r][c]);
     }
     UNROLLED(r, R)
-      UNROLLED(c, C) Put(m + r, n + c, Sum(total[r][c]));
+      UNROLLED(c, C) Put(m + r, n + c, scales, Sum(total[r][c]));
   }
 };
 
 void FewRowsLookup(ThreadPool& pool, const float* x, int64_t M, const Weights& w,
                    const float* table, float* out) {
-  const int64_t block = FloatByTable::kBlock, stride = (w.K + block - 1) / block * block;
+  constexpr int64_t block = 2 * kBytes;
+  const int64_t stride = (w.K + block - 1) / block * block;
   std::vector<float> arranged = EvensThenOdds(x, M, w.K, 2 * kLanes, stride);
-  auto quarter = [&](int i) { return LaneGroups(w, block, 2 * kLanes * i, 2); };
-  ForTiles(pool, M, w, 4 * w.K,
-           FloatByTable{arranged.data(), stride, w, table, out,
-                        {quarter(0), quarter(1), quarter(2), quarter(3)}});
+  std::vector<LaneGroups<block>> groups;
+  for (int i = 0; i < 4; ++i) groups.emplace_back(w, 2 * kLanes * i, 2);
+  const auto run = [&](auto is_wide) {
+    ForTiles(pool, M, w, 4 * w.K,
+             FloatByTable<is_wide()>{arranged.data(), stride, w, table, out, groups.data()});
+  };
+  const auto is_wide = [](const LaneGroups<block>& quarter) { return quarter.AreWide(); };
+  if (!w.zero && std::all_of(groups.begin(), groups.end(), is_wide)) run(std::true_type());
+  else run(std::false_type());
 }
 
 void FewRowsWiden(ThreadPool& pool, const float* x, int64_t M, const Weights& w, float* out) {

@@ -1,10 +1,11 @@
 // Products of few rows of 8-bit activations by weights in groups. Included by few_rows.h.
 
-// The groups of a row of weights, by block: lane l holds `elements` elements of each block, from
+// The groups of a row of weights, by block of `block` elements: lane l holds `elements` of each, from
 // first + l * elements on.
+template <int64_t block>
 class LaneGroups {
  public:
-  LaneGroups(const Weights& w, int64_t block, int64_t first, int64_t elements) : block_(block) {
+  LaneGroups(const Weights& w, int64_t first, int64_t elements) {
     for (int64_t k = first; k - first < w.K; k += block) {
       auto group = [&](int64_t l) { return std::min((k + l * elements) / w.group(), w.G - 1); };
       const int64_t start = group(0), count = group(kLanes - 1) - start + 1;
@@ -18,11 +19,32 @@ class LaneGroups {
     }
   }
 
+  // Whether the lanes of each block belong to one group.
+  bool AreWide() const {
+    return std::all_of(blocks_.begin(), blocks_.end(), [](const Block& at) { return at.count == 1; });
+  }
+  // How many groups each block has that a row fills, if it shares none with the next; else 0.
+  int Even(int64_t K) const {
+    if (K < block) return 0;
+    const int64_t count = blocks_[0].count;
+    for (int64_t b = 0; b < K / block; ++b)
+      if (blocks_[b].start != b * count || blocks_[b].count != count || blocks_[b].lanes) return 0;
+    return count;
+  }
+
   // Of the values of a row's groups, that of each lane's group in the block at k.
   Floats Pick(const float* row, int64_t k) const {
-    const Block& block = blocks_[k / block_];
-    return Gather(row + block.start, lanes_[block.lanes].index, block.count);
+    const Block& at = blocks_[k / block];
+    return Gather(row + at.start, lanes_[at.lanes].index, at.count);
   }
+  // The same where Even() is `count`.
+  template <int count>
+  Floats PickEven(const float* row, int64_t k) const {
+    return Gather(row + k / block * count, lanes_[0].index, count);
+  }
+
+  // The first group of the block at k.
+  int64_t First(int64_t k) const { return blocks_[k / block].start; }
 
  private:
   struct Lanes {
@@ -33,7 +55,6 @@ class LaneGroups {
     int32_t start, count;
     int64_t lanes;
   };
-  int64_t block_;
   std::vector<Lanes> lanes_;
   std::vector<Block> blocks_;
 };
@@ -50,62 +71,57 @@ inline const uint8_t* LastBlock(const Weights& w, int64_t n, int64_t k, Padded<k
 
 // 8-bit activations by weights of `bits` bits in groups: sums over groups of scale * sum(x * (code -
 // zero)). A lane sums its elements of a block exactly and multiplies by their scale; the rest are
-// float32 additions.
-template <int bits>
+// float32 additions. If there are no zero points, `even` may be the number of groups of each block.
+template <int bits, int even>
 struct Int8ByGroups {
   // Elements that one vector holds, and each lane of it.
   static constexpr int64_t kBlock = kBytes * 8 / bits, kElements = kBlock / kLanes;
   // What is added to codes, so that they suit the instructions.
   static constexpr int kAdded = bits == 4 ? 8 : kOffset;
 
-  const int8_t* x;    // (M, stride), of 4 bits evens then odds in each block
-  const float* sums;  // (M, stride / kElements): of the activations of each lane
+  const int8_t* x;        // (M, stride), of 4 bits evens then odds in each block
+  const int32_t* starts;  // (M, stride / kElements): -kAdded * the activations of each lane
+  const float* sums;      // the same without the factor, for zero points
   int64_t stride;
   Weights w;
   Result out;
-  LaneGroups lane_groups;
+  const LaneGroups<kBlock>& lane_groups;
 
   // A block of weights, with the scale and the zero point of each lane.
   struct Block {
     Bytes codes;
     Floats step, zero;
   };
-  Block Read(const uint8_t* from, int64_t n, int64_t k) const {
-    Floats zero = Broadcast(kAdded);
-    if (w.zero) zero = Add(zero, lane_groups.Pick(w.zero + n * w.G, k));
-    return {Xor(LoadBytes(from), bits == 4 ? 0x88 : kOffset),
-            lane_groups.Pick(w.scale + n * w.G, k), zero};
-  }
-  static Ints Products(Bytes codes, const int8_t* in) {
-    if constexpr (bits == 8) return DotQuads(codes, LoadBytes(in));
-    else return DotNibbles(Low(codes), High(codes), LoadBytes(in), LoadBytes(in + kBytes));
+  template <bool is_whole>
+  Block Read(const uint8_t* from, const float* scale, int64_t n, int64_t k) const {
+    const Bytes codes = bits == 4 ? LoadBytes(from) : Xor(LoadBytes(from), kOffset);
+    if constexpr (even && is_whole)
+      return {codes, lane_groups.template PickEven<even>(scale, k), Broadcast(0)};
+    Floats zero = w.zero ? lane_groups.Pick(w.zero + n * w.G, k) : Broadcast(0);
+    return {codes, lane_groups.Pick(scale, k), zero};
   }
 
-  // Adds the products of a block.
+  // Adds the products of a block. All but zero points are exact: integers below 2^24.
   Floats AddTo(Floats sum, const Block& block, int64_t m, int64_t k) const {
     const int64_t at = m * stride + k;
-    Floats products = ToFloats(Products(block.codes, x + at));
-    // Exact: integers below 2^24.
-    Floats total = NegMulAdd(block.zero, Load(sums + at / kElements), products);
+    const Ints start = LoadInts(starts + at / kElements);
+    const int8_t* in = x + at;
+    Ints products;
+    if constexpr (bits == 8) products = DotQuads(start, block.codes, LoadBytes(in));
+    else
+      products = DotNibbles(start, LowPlus8(block.codes), HighPlus8(block.codes), LoadBytes(in),
+                            LoadBytes(in + kBytes));
+    Floats total = ToFloats(products);
+    if constexpr (!even)
+      if (w.zero) total = NegMulAdd(block.zero, Load(sums + at / kElements), total);
     return MulAdd(total, block.step, sum);
   }
 
-  NOINLINE void One(int64_t m, int64_t n) const {
-    const uint8_t* row = w.at(n, 0);
-    const int64_t whole = w.K / kBlock * kBlock;
-    Floats sum = SumBlocks(whole, kBlock, Broadcast(0), [=](Floats sum, int64_t k) {
-      Prefetch(row + k * bits / 8 + kAheadInRow);
-      return AddTo(sum, Read(row + k * bits / 8, n, k), m, k);
-    });
-    Padded<kBytes> copy;
-    if (whole < w.K) sum = AddTo(sum, Read(LastBlock(w, n, whole, copy), n, whole), m, whole);
-    out.Put(m, n, Sum(sum));
-  }
-
   template <int R, int C>
-  void Tile(int64_t m, int64_t n) const {
-    const int64_t K = w.K;
+  NOINLINE void Tile(int64_t m, int64_t n, const Scales& scales) const {
+    const int64_t K = w.K, G = w.G, ahead = Ahead(w);
     const uint8_t* rows = w.at(n, 0);
+    const float* scale = scales(n);
     Floats acc[R][C];
     UNROLLED(r, R)
       UNROLLED(c, C) acc[r][c] = Broadcast(0);
@@ -113,25 +129,29 @@ struct Int8ByGroups {
     for (; k + kBlock <= K; k += kBlock)
       UNROLLED(c, C) {
         const uint8_t* from = rows + (c * K + k) * bits / 8;
-        Prefetch(from + kAhead * C * K * bits / 8);
-        Block block = Read(from, n + c, k);
+        Prefetch(from + ahead);
+        Block block = Read<true>(from, scale + c * G, n + c, k);
         UNROLLED(r, R) acc[r][c] = AddTo(acc[r][c], block, m + r, k);
       }
     Padded<kBytes> copy;
     if (k < K)
       UNROLLED(c, C) {
-        Block block = Read(LastBlock(w, n + c, k, copy), n + c, k);
+        Prefetch(rows + (c * K + k) * bits / 8 + ahead);
+        Block block = Read<false>(LastBlock(w, n + c, k, copy), scale + c * G, n + c, k);
         UNROLLED(r, R) acc[r][c] = AddTo(acc[r][c], block, m + r, k);
       }
-    UNROLLED(r, R)
-      UNROLLED(c, C) out.Put(m + r, n + c, Sum(acc[r][c]));
+    UNROLLED(r, R) {
+      float sums[C];
+      Sums<C>(acc[r], sums);
+      for (int c = 0; c < C; ++c) out.Put(m + r, n + c, sums[c]);
+    }
   }
 };
 
 // Sums of the activations of each lane, which holds `elements` of them.
-inline std::vector<float> SumsOfLanes(const int8_t* x, int64_t M, int64_t K, int64_t stride,
-                                      int64_t elements) {
-  std::vector<float> sums(M * stride / elements);
+inline std::vector<int32_t> SumsOfLanes(const int8_t* x, int64_t M, int64_t K, int64_t stride,
+                                        int64_t elements) {
+  std::vector<int32_t> sums(M * stride / elements);
   for (int64_t m = 0; m < M; ++m)
     for (int64_t k = 0; k < K; k += elements)
       sums[(m * stride + k) / elements] = SumOf(x + m * K + k, std::min(elements, K - k));
@@ -141,11 +161,24 @@ inline std::vector<float> SumsOfLanes(const int8_t* x, int64_t M, int64_t K, int
 template <int bits>
 void FewRowsGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
                    const Result& out) {
-  using Kernel = Int8ByGroups<bits>;
-  const int64_t block = Kernel::kBlock, stride = (w.K + block - 1) / block * block;
+  using Kernel = Int8ByGroups<bits, 0>;
+  constexpr int64_t block = Kernel::kBlock;
+  const int64_t stride = (w.K + block - 1) / block * block;
   std::vector<int8_t> arranged =
       bits == 4 ? EvensThenOdds(x, M, w.K, block, stride) : WithStride(x, M, w.K, stride);
-  std::vector<float> sums = SumsOfLanes(x, M, w.K, stride, Kernel::kElements);
-  LaneGroups groups(w, block, 0, Kernel::kElements);
-  ForTiles(pool, M, w, w.K, Kernel{arranged.data(), sums.data(), stride, w, out, groups});
+  std::vector<int32_t> starts = SumsOfLanes(x, M, w.K, stride, Kernel::kElements);
+  std::vector<float> sums;
+  if (w.zero) sums.assign(starts.begin(), starts.end());
+  for (int32_t& start : starts) start *= -Kernel::kAdded;
+  LaneGroups<block> groups(w, 0, Kernel::kElements);
+  const auto run = [&](auto even) {
+    ForTiles(pool, M, w, w.K,
+             Int8ByGroups<bits, even()>{arranged.data(), starts.data(), sums.data(), stride, w, out,
+                                        groups});
+  };
+  const int even = w.zero ? 0 : groups.Even(w.K);
+  if (even == 1) run(std::integral_constant<int, 1>());
+  else if (even == 2) run(std::integral_constant<int, 2>());
+  else if (even == 4) run(std::integral_constant<int, 4>());
+  else run(std::integral_constant<int, 0>());
 }

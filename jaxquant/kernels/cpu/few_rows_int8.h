@@ -21,19 +21,10 @@ struct Int8ByInt8 {
     out.Put(m, n, static_cast<int32_t>(static_cast<uint32_t>(Sum(sum)) - offset));
   }
 
-  NOINLINE void One(int64_t m, int64_t n) const {
-    const uint8_t* weights = w.at(n, 0);
-    const int8_t* inputs = x + m * w.K;
-    Put(m, n, SumBlocks(w.K, kBytes, ZeroInts(), [=](Ints sum, int64_t k) {
-          PrefetchFar(weights + k + kAheadInRow);
-          return AddTo(sum, LoadBytes(weights + k), LoadBytes(inputs + k));
-        }));
-  }
-
   // Sums over full vectors.
   template <int R, int C>
   NOINLINE void AddVectors(Ints (&sum)[R][C], int64_t m, int64_t n) const {
-    const int64_t K = w.K;
+    const int64_t K = w.K, ahead = Ahead(w);
     const uint8_t* rows = w.at(n, 0);
     Ints acc[R][C];
     UNROLLED(r, R)
@@ -41,7 +32,7 @@ struct Int8ByInt8 {
     for (int64_t k = 0; k + kBytes <= K; k += kBytes)
       UNROLLED(c, C) {
         const uint8_t* from = rows + c * K + k;
-        PrefetchFar(from + kAhead * C * K);
+        Prefetch(from + ahead);
         Bytes weights = Xor(LoadBytes(from), kOffset);
         UNROLLED(r, R) acc[r][c] = Dot(acc[r][c], weights, LoadBytes(x + (m + r) * K + k));
       }
@@ -50,7 +41,7 @@ struct Int8ByInt8 {
   }
 
   template <int R, int C>
-  void Tile(int64_t m, int64_t n) const {
+  void Tile(int64_t m, int64_t n, const Scales&) const {
     Ints acc[R][C];
     AddVectors<R, C>(acc, m, n);
     for (int r = 0; r < R; ++r)

@@ -52,7 +52,7 @@ void PackFloats(const Weights& w, const Values& values, int64_t n, int64_t k, in
   constexpr int kCodes = 32 / Values::kBits;  // of one column in a lane
   for (int v = 0; v < vectors; ++v) {
     const int64_t column = n + v * kLanes;
-    ByGroup scales{w, w.scale, column}, zeros{w, w.zero, column};
+    ByGroup scales{w, w.scales(), column}, zeros{w, w.zero, column};
     int64_t next = 0;  // where the next group starts
     Floats step = Broadcast(1), zero = Broadcast(0);
     for (int64_t from = k; from < end; from += 16 * kCodes) {
@@ -61,7 +61,7 @@ void PackFloats(const Weights& w, const Values& values, int64_t n, int64_t k, in
       for (int64_t i = 0; i < kLanes; ++i) {
         const uint8_t* row = w.at(std::min(column + i, w.N - 1), from);
         words[i] = bytes >= kBytes ? LoadBytes(row) : LoadPart(row, bytes);
-        PrefetchFar(row + 4 * kBytes);
+        Prefetch(row + 4 * kBytes);
       }
       Transpose(words);
       const int64_t last = std::min<int64_t>(from + 16 * kCodes, end);

@@ -37,11 +37,26 @@ const float* OrNull(const In<ffi::F32>& values) {
   return values.element_count() ? values.typed_data() : nullptr;
 }
 
-Weights InGroups(const ffi::AnyBuffer& w, int64_t K, const In<ffi::F32>& scale,
+// The elements of a matrix, or of the layer `layer` in a stack of them.
+const uint8_t* MatrixOf(const ffi::AnyBuffer& x, const In<ffi::S32>& layer, int64_t bits) {
+  const auto* elements = static_cast<const uint8_t*>(x.untyped_data());
+  if (x.dimensions().size() == 2) return elements;
+  const int64_t count = x.dimensions()[0];
+  const int64_t at = std::clamp<int64_t>(layer.typed_data()[0], 0, count - 1);
+  return elements + at * (x.element_count() / count) * bits / 8;
+}
+
+Weights InGroups(const ffi::AnyBuffer& w, const In<ffi::S32>& layer, int64_t K, const ffi::AnyBuffer& scale,
                  const In<ffi::F32>& zero) {
-  return {static_cast<const uint8_t*>(w.untyped_data()), scale.dimensions()[0], K,
-          w.element_type() == ffi::S8 ? 8 : 4, scale.typed_data(), OrNull(zero),
-          std::max<int64_t>(1, scale.dimensions()[1])};
+  const auto stored = scale.element_count() ? scale.element_type() : ffi::F32;
+  const auto type = stored == ffi::F16    ? Weights::kFloat16
+                    : stored == ffi::BF16 ? Weights::kBFloat16
+                                          : Weights::kFloat32;
+  const int bits = w.element_type() == ffi::S8 ? 8 : 4;
+  const int64_t N = scale.dimensions()[scale.dimensions().size() - 2], G = scale.dimensions().back();
+  return {MatrixOf(w, layer, bits), N, K, bits,
+          MatrixOf(scale, layer, type == Weights::kFloat32 ? 32 : 16), OrNull(zero),
+          std::max<int64_t>(1, G), type};
 }
 
 // Weights in groups, and the activations (M, K) that they are multiplied with. Where K is odd
@@ -52,9 +67,9 @@ struct Operands {
   Weights weights;
   const T* x;
 
-  Operands(const ffi::AnyBuffer& w, const T* x, int64_t M, int64_t K, const In<ffi::F32>& scale,
+  Operands(const ffi::AnyBuffer& w, const In<ffi::S32>& layer, const T* x, int64_t M, int64_t K, const ffi::AnyBuffer& scale,
            const In<ffi::F32>& zero)
-      : weights(InGroups(w, K, scale, zero)), x(x) {
+      : weights(InGroups(w, layer, K, scale, zero)), x(x) {
     if (weights.bits == 8 || K % 2 == 0) return;
     const int64_t bytes = (K + 1) / 2;
     rows_.resize(weights.N * bytes);
@@ -80,10 +95,6 @@ struct Operands {
   std::vector<T> inputs_;
 };
 
-Weights Int8(const In<ffi::S8>& w) {
-  return {reinterpret_cast<const uint8_t*>(w.typed_data()), w.dimensions()[0], w.dimensions()[1], 8};
-}
-
 Result To(ffi::Result<ffi::AnyBuffer>& out, const In<ffi::F32>& row, const float* column) {
   Result::Type type = out->element_type() == ffi::S32   ? Result::kInt32
                       : out->element_type() == ffi::F32 ? Result::kFloat32
@@ -104,28 +115,30 @@ ffi::Error QuantizeRows(ThreadPool pool, int64_t set, int64_t qmin, int64_t qmax
   return ffi::Error::Success();
 }
 
-ffi::Error DotInt8(ThreadPool pool, int64_t set, In<ffi::S8> x, In<ffi::S8> w,
-                   In<ffi::F32> row, In<ffi::F32> column, ffi::Result<ffi::AnyBuffer> out) {
-  kSets[set]->dot_int8(pool, x.typed_data(), x.dimensions()[0], Int8(w),
-                       To(out, row, OrNull(column)));
+ffi::Error DotInt8(ThreadPool pool, int64_t set, In<ffi::S8> x, ffi::AnyBuffer w,
+                   In<ffi::S32> layer, In<ffi::F32> row, In<ffi::F32> column,
+                   ffi::Result<ffi::AnyBuffer> out) {
+  const int64_t M = x.dimensions()[0], K = x.dimensions()[1], N = out->dimensions()[1];
+  const Weights weights{MatrixOf(w, layer, 8), N, K, 8};
+  kSets[set]->dot_int8(pool, x.typed_data(), M, weights, To(out, row, OrNull(column)));
   return ffi::Error::Success();
 }
 
 ffi::Error DotGroups(ThreadPool pool, int64_t set, In<ffi::S8> x, ffi::AnyBuffer w,
-                   In<ffi::F32> scale, In<ffi::F32> zero, In<ffi::F32> row,
-                   ffi::Result<ffi::AnyBuffer> out) {
+                     In<ffi::S32> layer, ffi::AnyBuffer scale, In<ffi::F32> zero,
+                     In<ffi::F32> row, ffi::Result<ffi::AnyBuffer> out) {
   int64_t M = x.dimensions()[0], K = x.dimensions()[1];
-  const Operands<int8_t> operands(w, x.typed_data(), M, K, scale, zero);
+  const Operands<int8_t> operands(w, layer, x.typed_data(), M, K, scale, zero);
   kSets[set]->dot_groups(pool, operands.x, M, operands.weights, To(out, row, nullptr));
   return ffi::Error::Success();
 }
 
 ffi::Error DotLookup(ThreadPool pool, int64_t set, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                     In<ffi::F32> scale, In<ffi::F32> zero, In<ffi::F32> table,
-                     Out<ffi::F32> out) {
+                     In<ffi::S32> layer, ffi::AnyBuffer scale, In<ffi::F32> zero,
+                     In<ffi::F32> table, Out<ffi::F32> out) {
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
   const auto run = [&](auto kernel, const auto* rows) {
-    const Operands operands(w, rows, M, K, scale, zero);
+    const Operands operands(w, layer, rows, M, K, scale, zero);
     kernel(pool, operands.x, M, operands.weights, table.typed_data(), out->typed_data());
     return ffi::Error::Success();
   };
@@ -134,9 +147,10 @@ ffi::Error DotLookup(ThreadPool pool, int64_t set, ffi::AnyBuffer x, ffi::AnyBuf
 }
 
 ffi::Error DotWiden(ThreadPool pool, int64_t set, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                    In<ffi::F32> scale, In<ffi::F32> zero, Out<ffi::F32> out) {
+                    In<ffi::S32> layer, ffi::AnyBuffer scale, In<ffi::F32> zero,
+                    Out<ffi::F32> out) {
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
-  const Weights weights = InGroups(w, K, scale, zero);
+  const Weights weights = InGroups(w, layer, K, scale, zero);
   float* to = out->typed_data();
   if (x.element_type() == ffi::F32)
     kSets[set]->dot_widen(pool, x.typed_data<float>(), M, weights, to);
@@ -174,7 +188,7 @@ ffi::Error RaggedDot(ThreadPool pool, int64_t set, ffi::AnyBuffer x, ffi::AnyBuf
       if (bits == 8 && G == 1 && !weights.zero && K <= kLongestInt8) {
         Weights plain{weights.codes, N, K, 8};
         kSets[set]->dot_int8(pool, in, rows, plain,
-                             {part, N, result.type, result.row, weights.scale});
+                             {part, N, result.type, result.row, weights.scales()});
       } else {
         kSets[set]->dot_groups(pool, in, rows, weights, result);
       }
@@ -300,13 +314,16 @@ ffi::Error Slice(ThreadPool pool, int64_t outer, int64_t count, int64_t bytes,
 HANDLER(jaxquant_quantize_rows, QuantizeRows,
         .Attr<int64_t>("qmin").Attr<int64_t>("qmax").Arg<ffi::AnyBuffer>() RET(S8) RET(F32));
 HANDLER(jaxquant_dot_int8, DotInt8,
-        ARG(S8) ARG(S8) ARG(F32) ARG(F32).Ret<ffi::AnyBuffer>());
+        ARG(S8).Arg<ffi::AnyBuffer>() ARG(S32) ARG(F32) ARG(F32).Ret<ffi::AnyBuffer>());
 HANDLER(jaxquant_dot_groups, DotGroups,
-        ARG(S8).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32).Ret<ffi::AnyBuffer>());
+        ARG(S8).Arg<ffi::AnyBuffer>() ARG(S32).Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32)
+            .Ret<ffi::AnyBuffer>());
 HANDLER(jaxquant_dot_lookup, DotLookup,
-        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32) RET(F32));
+        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(S32).Arg<ffi::AnyBuffer>() ARG(F32)
+            ARG(F32) RET(F32));
 HANDLER(jaxquant_dot_widen, DotWiden,
-        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) RET(F32));
+        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(S32).Arg<ffi::AnyBuffer>() ARG(F32)
+            RET(F32));
 HANDLER(jaxquant_ragged_dot, RaggedDot,
         .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32) ARG(F32) ARG(F32)
             ARG(S32).Ret<ffi::AnyBuffer>());

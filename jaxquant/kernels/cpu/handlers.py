@@ -5,7 +5,7 @@ Each uses the best instruction set of this processor, or the one that is named.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,24 @@ from .library import call_kernel, instruction_sets, unavailable
 _WIDENED_TOGETHER, _TOGETHER = 16, 8
 # Instruction sets that multiply bfloat16, and how many rows at least.
 _MULTIPLY_BFLOAT16, _BFLOAT16_ROWS = ("AMX",), 16
+# Dtypes of scales that products of few rows read as they are stored, and how many rows at most.
+_HALVES, _STORED_SCALES = (jnp.float16, jnp.bfloat16), 7
 # Attention::Type of common.h; all others are kBytes.
 _ATTENDED = {jnp.dtype(d): i for i, d in enumerate(("float32", "bfloat16", "int8", "int4"))}
+
+
+class InStack(NamedTuple):
+    """A slice that kernels read in its stack.
+
+    Attributes:
+        slice: a matrix.
+        stack: of such matrices, each of which fills an integer number of bytes.
+        index: int32 scalar, clipped to those that there are.
+    """
+
+    slice: jax.Array
+    stack: jax.Array
+    index: jax.Array
 
 
 def why_unsupported_groups(length: int, groups: int, is_widened: bool = False) -> str | None:
@@ -65,12 +81,12 @@ def quantize_rows(
 def int8_dot(x: jax.Array, w: jax.Array, instructions: str | None = None) -> jax.Array:
     """x @ w.T of int8 codes, (M, K) by (N, K), exact in int32 for K up to 131071."""
     none = jnp.zeros(0, jnp.float32)
-    return call_kernel("dot_int8", _result(x, w, jnp.int32), instructions, x, w, none, none)
+    return _dot("dot_int8", jnp.int32, instructions, x, w, none, none)
 
 
 def scaled_int8_dot(
     x: jax.Array,
-    w: jax.Array,
+    w: jax.Array | InStack,
     row: jax.Array,
     column: jax.Array,
     dtype: jax.typing.DTypeLike = jnp.float32,
@@ -79,19 +95,19 @@ def scaled_int8_dot(
     """`int8_dot`, rounded to float32, times the scale of the row, times that of the column.
 
     Args:
-        x, w: as for `int8_dot`.
+        x, w: as for `int8_dot`; w may be in a stack.
         row, column: scales, (M,) and (N,).
         dtype: of the result, float32 or bfloat16.
         instructions: as for `quantize_rows`.
     """
     scales = _float(row), _float(column)
-    return call_kernel("dot_int8", _result(x, w, dtype), instructions, x, w, *scales)
+    return _dot("dot_int8", dtype, instructions, x, w, *scales)
 
 
 def grouped_dot(
     x: jax.Array,
-    w: jax.Array,
-    scale: jax.Array,
+    w: jax.Array | InStack,
+    scale: jax.Array | InStack,
     zero: jax.Array | None,
     row: jax.Array | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
@@ -101,8 +117,8 @@ def grouped_dot(
 
     Args:
         x: int8, (M, K).
-        w: int4 or int8, (N, K), in groups that `why_unsupported_groups` accepts.
-        scale, zero: (N, groups); a zero of None means 0.
+        w: int4 or int8, (N, K), in groups that `why_unsupported_groups` accepts; may be in a stack.
+        scale, zero: (N, groups); a zero of None means 0. Scales may be in a stack with w.
         row: scales of rows, (M,); None means 1.
         dtype: of the result, float32 or bfloat16.
         instructions: as for `quantize_rows`.
@@ -113,14 +129,13 @@ def grouped_dot(
         |x * (w - zero) * scale|, and not 0 where the sum of a group cancels.
     """
     row = jnp.zeros(0, jnp.float32) if row is None else _float(row)
-    others = w, *_floats(scale, zero), row
-    return call_kernel("dot_groups", _result(x, w, dtype), instructions, x, *others)
+    return _dot("dot_groups", dtype, instructions, x, w, *_floats(x, scale, zero), row)
 
 
 def lookup_dot(
     x: jax.Array,
-    w: jax.Array,
-    scale: jax.Array,
+    w: jax.Array | InStack,
+    scale: jax.Array | InStack,
     zero: jax.Array | None,
     table: jax.Array,
     instructions: str | None = None,
@@ -133,15 +148,15 @@ def lookup_dot(
         w, scale, zero, instructions: as for `grouped_dot`.
         table: (16,), the value of each pattern of 4 bits.
     """
-    others = w, *_floats(scale, zero), _float(table)
+    others = *_floats(x, scale, zero), _float(table)
     x = _multiplied(x, instructions)
-    return call_kernel("dot_lookup", _result(x, w, jnp.float32), instructions, x, *others)
+    return _dot("dot_lookup", jnp.float32, instructions, x, w, *others)
 
 
 def widen_dot(
     x: jax.Array,
-    w: jax.Array,
-    scale: jax.Array,
+    w: jax.Array | InStack,
+    scale: jax.Array | InStack,
     zero: jax.Array | None,
     instructions: str | None = None,
 ) -> jax.Array:
@@ -152,8 +167,7 @@ def widen_dot(
         w, scale, zero, instructions: as for `grouped_dot`.
     """
     x = _multiplied(x, instructions)
-    result = _result(x, w, jnp.float32)
-    return call_kernel("dot_widen", result, instructions, x, w, *_floats(scale, zero))
+    return _dot("dot_widen", jnp.float32, instructions, x, w, *_floats(x, scale, zero))
 
 
 def ragged_dot(
@@ -274,10 +288,49 @@ def _float(x: jax.Array | np.ndarray) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
 
 
-def _floats(scale: jax.Array, zero: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    none = jnp.zeros((0, scale.shape[1]), jnp.float32)
-    return _float(scale), none if zero is None else _float(zero)
+def _floats(
+    x: jax.Array, scale: jax.Array | InStack, zero: jax.Array | None
+) -> tuple[jax.Array | InStack, jax.Array]:
+    """Scales, which few rows of x are multiplied by as they are stored, and zero points."""
+    own = _alone(scale)
+    none = jnp.zeros((0, own.shape[1]), jnp.float32)
+    is_stored = own.dtype == jnp.float32 or (x.shape[0] <= _STORED_SCALES and own.dtype in _HALVES)
+    return scale if is_stored else _float(own), none if zero is None else _float(zero)
 
 
-def _result(x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype)
+def _dot(
+    name: str,
+    dtype: jax.typing.DTypeLike,
+    instructions: str | None,
+    x: jax.Array,
+    w: jax.Array | InStack,
+    *others: jax.Array | InStack,
+) -> jax.Array:
+    """x (M, K) by weights (N, K), by the kernel of this name; all stacks have the same index."""
+    result = jax.ShapeDtypeStruct((x.shape[0], _alone(w).shape[0]), dtype)
+    call = functools.partial(call_kernel, name, result, instructions)
+    if not isinstance(w, InStack):
+        return call(x, w, jnp.zeros(0, jnp.int32), *map(_alone, others))
+
+    def read(x: jax.Array, w: InStack, *others: jax.Array | InStack) -> jax.Array:
+        arrays = (x.stack if isinstance(x, InStack) else x for x in others)
+        return call(x, w.stack, w.index.reshape(1), *arrays)
+
+    def alone(*args: Any) -> jax.Array:
+        return _dot(name, dtype, instructions, *map(_alone, args))
+
+    in_stack = jax.custom_batching.custom_vmap(read)
+
+    @in_stack.def_vmap
+    def _(length: int, is_batched: Any, *args: Any) -> tuple[jax.Array, bool]:
+        # A loop over stacks would slice each of them.
+        has_stacks = any(x.stack for x in is_batched if isinstance(x, InStack))
+        run = alone if has_stacks else read
+        axes = jax.tree.map(lambda batched: 0 if batched else None, is_batched)
+        return jax.vmap(run, axes, axis_size=length)(*args), True
+
+    return in_stack(x, w, *others)
+
+
+def _alone(x: jax.Array | InStack) -> jax.Array:
+    return x.slice if isinstance(x, InStack) else x

@@ -37,15 +37,16 @@ inline Bytes LoadBytes(const void* p) { return vld1q_s8(static_cast<const int8_t
 inline Floats Load(const float* p) { return vld1q_f32(p); }
 inline void Store(float* p, Floats x) { vst1q_f32(p, x); }
 inline Bytes Xor(Bytes a, int b) { return veorq_s8(a, vdupq_n_s8(static_cast<int8_t>(b))); }
-inline Bytes Low(Bytes both) { return vandq_s8(both, vdupq_n_s8(15)); }
-inline Bytes High(Bytes both) {
-  return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(both), 4));
+inline Bytes LowPlus8(Bytes both) { return vandq_s8(Xor(both, 8), vdupq_n_s8(15)); }
+inline Bytes HighPlus8(Bytes both) {
+  return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(Xor(both, 0x80)), 4));
 }
 inline Ints Dot(Ints acc, Bytes w, Bytes x) { return vdotq_s32(acc, w, x); }
-inline Ints DotQuads(Bytes w, Bytes x) { return Dot(vdupq_n_s32(0), w, x); }
-inline Ints DotNibbles(Bytes even, Bytes odd, Bytes x, Bytes y) {
-  return Dot(Dot(vdupq_n_s32(0), even, x), odd, y);
+inline Ints DotQuads(Ints acc, Bytes w, Bytes x) { return Dot(acc, w, x); }
+inline Ints DotNibbles(Ints acc, Bytes even, Bytes odd, Bytes x, Bytes y) {
+  return Dot(Dot(acc, even, x), odd, y);
 }
+inline Ints LoadInts(const int32_t* p) { return vld1q_s32(p); }
 inline Ints ZeroInts() { return vdupq_n_s32(0); }
 inline Floats Broadcast(float x) { return vdupq_n_f32(x); }
 inline Floats ToFloats(Ints x) { return vcvtq_f32_s32(x); }
@@ -58,6 +59,10 @@ inline Floats MulAdd(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); 
 inline Floats NegMulAdd(Floats a, Floats b, Floats c) { return vfmsq_f32(c, a, b); }
 inline int32_t Sum(Ints x) { return vaddvq_s32(x); }
 inline float Sum(Floats x) { return vaddvq_f32(x); }
+template <int C>
+inline void Sums(const Floats (&x)[C], float* sums) {
+  UNROLLED(c, C) sums[c] = Sum(x[c]);
+}
 inline int8x8_t Four(const void* p) {
   int32_t four;
   std::memcpy(&four, p, 4);

@@ -248,7 +248,7 @@ inline void PackScales(const Weights& w, float added, int64_t n,
   for (const GroupPart& part : parts)
     for (int64_t i = 0; i < kPanel; ++i) {
       const int64_t at = std::min(n + i, w.N - 1) * w.G + part.group;
-      *scale++ = w.scale[at];
+      *scale++ = w.scales()[at];
       *zero++ = added + (w.zero ? w.zero[at] : 0);
     }
 }

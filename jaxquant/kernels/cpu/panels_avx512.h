@@ -69,7 +69,7 @@ inline void Transpose(Ints (&x)[16]) {
 inline void Quads(const Weights& w, int64_t n, int64_t k, Ints (&quads)[16]) {
   for (int i = 0; i < 16; ++i) {
     quads[i] = Unsigned(w, n + i, k);
-    PrefetchFar(w.at(std::min(n + i, w.N - 1), k) + 4 * kBytes);
+    Prefetch(w.at(std::min(n + i, w.N - 1), k) + 4 * kBytes);
   }
   Transpose(quads);
 }
@@ -317,7 +317,7 @@ void PanelGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
       for (int64_t p = 0; p < count; ++p)
         for (int64_t i = 0; i < kPanel; ++i) {
           int64_t at = std::min(n + i, w.N - 1) * w.G + parts[p] / w.group();
-          scale[p * kPanel + i] = w.scale[at];
+          scale[p * kPanel + i] = w.scales()[at];
           zero[p * kPanel + i] = (w.bits == 4 ? 8 : 128) + (w.zero ? w.zero[at] : 0);
         }
       for (int64_t first = 0, last; first < count; first = last) {

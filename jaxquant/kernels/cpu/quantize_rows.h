@@ -7,18 +7,8 @@
 // Elements that a thread quantizes at least: they take 20 microseconds, waking a thread up to 40.
 constexpr int64_t kQuantizedAtOnce = 1 << 17;
 
-inline uint32_t BitsOf(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
+using jaxquant::BitsOf;
 inline uint32_t BitsOf(uint16_t x) { return static_cast<uint32_t>(x) << 16; }
-
-inline float FloatOf(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
 
 constexpr uint32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000, kLeastNormal = 0x00800000;
 
