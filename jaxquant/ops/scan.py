@@ -1,8 +1,7 @@
-"""Loops over stacked layers that slice sub-byte codes as fast as other arrays, or not at all.
+"""Loops over stacked layers that do not slice codes, or slice sub-byte ones as fast as others.
 
-When XLA on CPU slices an array, it copies sub-byte elements one at a time, and a loop slices its
-`xs`: eight layers of 2048 x 2048 4-bit weights take 150 ms, and 2.3 ms where a native
-kernel copies the bytes (`python -m benchmarks.loops` has the ratios).
+XLA copies the slices that a loop takes of its `xs`, on CPU sub-byte elements one at a time.
+`python -m benchmarks.loops` has the ratios.
 """
 
 import math
@@ -32,9 +31,10 @@ def scan(
 
         for i in range(length):  init, y[i] = f(init, xs[i])
 
-    On CPU, a native kernel copies each slice of a 2-bit or 4-bit array as bytes, where XLA would
-    copy element by element. On TPU, kernels for few rows read the weights of a step where they are
-    in `xs`, where XLA would copy them first. Everything else runs as `jax.lax.scan`: other
+    Products by the native kernels for CPUs, and by those for few rows on TPU, read the weights of a
+    step where they are in `xs`; XLA would copy them first. Other slices of a 2-bit or 4-bit array
+    are copied as bytes by a native kernel on CPU, where XLA would copy element by element.
+    Everything else runs as `jax.lax.scan`: other
     platforms, exported programs, programs that XLA partitions, slices that do not fill whole bytes,
     differentiated loops, and installs without the native kernels. Slices are the same, bit for bit.
 

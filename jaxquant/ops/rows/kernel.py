@@ -68,7 +68,7 @@ def kernel_on_parts(
         why_unsupported: (lhs, rhs, spec) -> why the kernel does not multiply such parts, or None.
     """
 
-    spec = spec.with_arrays(None, None)
+    of_part = spec.with_arrays(None, None)
 
     def by_xla(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
         return dispatch.run_on(fallback, lhs, rhs, spec, "cpu")
@@ -84,7 +84,7 @@ def kernel_on_parts(
         def parts(*leaves: jax.Array) -> jax.Array:
             lhs, rhs, _ = jax.tree.unflatten(treedef, leaves)
             key = f"{__version__} {cpu.instruction_sets()[0]}"
-            return run_on_parts(lhs, rhs, spec, on_part, key)
+            return run_on_parts(lhs, rhs, of_part, on_part, key)
 
         @parts.def_vmap
         def _(length: int, is_batched: Any, *leaves: jax.Array) -> tuple[jax.Array, bool]:

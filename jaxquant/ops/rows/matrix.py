@@ -83,7 +83,7 @@ def _joined(x: Any, groups: list[list[int]]) -> Any:
     return dataclasses.replace(
         x,
         codes=_joined(x.codes, groups),
-        scale=per_block(scale_values(x.scale)),
+        scale=per_block(scale_values(x.scale) if isinstance(x.scale, QTensor) else x.scale),
         zero_point=per_block(x.zero_point),
         inputs=None,
         order=None,
