@@ -82,7 +82,8 @@ void CheckInt8(int64_t M, int64_t K, int64_t N) {
   }
 }
 
-void CheckGroups(int64_t M, int64_t K, int64_t N, int64_t group, int bits) {
+void CheckGroups(int64_t M, int64_t K, int64_t N, int64_t group, int bits, bool has_zero,
+                 Weights::ScaleType type) {
   std::mt19937 random(1);
   const int64_t G = K / group;
   std::vector<int8_t> x(M * K);
@@ -91,11 +92,17 @@ void CheckGroups(int64_t M, int64_t K, int64_t N, int64_t group, int bits) {
   for (auto& v : x) v = random();
   for (auto& v : w) v = random();
   for (auto& v : real) v = static_cast<int>(random() % 1000) / 500.f - 1;
-  for (auto& v : scale) v = 1 + (random() % 100) / 100.f;
-  for (auto& v : zero) v = static_cast<int>(random() % 16) - 8;
+  for (auto& v : scale) v = 1 + (random() % 128) / 128.f;  // exact in 16 bits
+  for (auto& v : zero) v = has_zero ? static_cast<int>(random() % 16) - 8 : 0;
   for (int i = 0; i < 16; ++i) table[i] = (i ^ 8) - 8;
 
-  Weights weights{w.data(), N, K, bits, scale.data(), zero.data(), G};
+  std::vector<uint16_t> stored(N * G);
+  for (int64_t i = 0; i < N * G; ++i) {
+    const int part = (scale[i] - 1) * 128;
+    stored[i] = type == Weights::kFloat16 ? 0x3c00 + part * 8 : 0x3f80 + part;
+  }
+  const void* scales = type == Weights::kFloat32 ? static_cast<void*>(scale.data()) : stored.data();
+  Weights weights{w.data(), N, K, bits, scales, has_zero ? zero.data() : nullptr, G, type};
   std::vector<float> row(M, 0.5f);
   const bool is_widened = bits == 8 && (G == 1 || group % 16 == 0);
   Result halved{floats.data(), N, Result::kFloat32, row.data()};
@@ -110,7 +117,8 @@ void CheckGroups(int64_t M, int64_t K, int64_t N, int64_t group, int bits) {
   std::vector<uint16_t> halves(real.size());
   std::vector<float> rounded(M * N);
   std::transform(real.begin(), real.end(), halves.begin(), ToBFloat16);
-  const bool has_halves = KERNELS.dot_lookup_bfloat16 && (bits == 4 || is_widened);
+  const bool has_halves = KERNELS.dot_lookup_bfloat16 && type == Weights::kFloat32 &&
+                          (bits == 4 || is_widened);
   if (has_halves && bits == 4)
     KERNELS.dot_lookup_bfloat16(pool, halves.data(), M, weights, table.data(), rounded.data());
   else if (has_halves)
@@ -264,9 +272,12 @@ int main() {
     CheckInt8(M, K, N);
   for (auto [M, K, N, group] : std::vector<std::array<int64_t, 4>>{
            {1, 128, 5, 128}, {7, 256, 7, 32}, {4, 512, 9, 16}, {3, 384, 6, 384}, {6, 1024, 5, 256},
-           {9, 102, 3, 102}, {2, 576, 5, 96}, {1, 120, 1, 24}, {1, 6, 1, 6}, {18, 4232, 67, 184},
+           {9, 102, 3, 102}, {3, 576, 9, 64}, {2, 576, 5, 96}, {1, 120, 1, 24}, {1, 6, 1, 6}, {18, 4232, 67, 184},
            {16, 64, 33, 32}, {33, 288, 35, 96}, {50, 200, 17, 40}, {17, 4482, 3, 4482}})
-    CheckGroups(M, K, N, group, 4), CheckGroups(M, K, N, group, 8);
+    for (int bits : {4, 8})
+      for (auto type : {Weights::kFloat32, Weights::kFloat16, Weights::kBFloat16})
+        if (type == Weights::kFloat32 || M <= 7)
+          for (bool has_zero : {false, true}) CheckGroups(M, K, N, group, bits, has_zero, type);
   for (int i = 0; i < 16; ++i) CheckPowers(i & 1 ? 2 : 4, i & 2 ? 4 : 8, i & 4, i & 8);
   for (int type : {0, 1, 2, 3, 4})
     for (auto [B, T, H, G, S, D] : std::vector<std::array<int64_t, 6>>{
