@@ -94,6 +94,23 @@ def test_scales_are_read_only_and_only_where_there_are_some():
     assert isinstance(layer.kernel_scale, jnp.ndarray)
     with pytest.raises(AttributeError, match="assign"):
         layer.kernel_scale.assign(0)  # pyright: ignore[reportAttributeAccessIssue] (on purpose)
+    with pytest.raises(AttributeError, match="kernel_scale is a read-only view of the quantized"):
+        layer.kernel_scale = 1.0
+
+
+class OwnScale(jk.layers.Dense):
+    """Creates a variable under the name of the view, as a build hook may."""
+
+    def _int8_build(self, shape, name=None):
+        super()._int8_build(shape)
+        self.kernel_scale = self.add_weight(name="kernel_scale", shape=())
+
+
+def test_a_build_hook_keeps_its_own_scale():
+    layer: Any = OwnScale(3)
+    layer.build((None, 64))
+    layer.quantize("int8")
+    assert isinstance(layer.kernel_scale, keras.Variable)
 
 
 class HalfRange(jk.Quantizer):

@@ -1,4 +1,4 @@
-"""Attributes under which a layer keeps a declared weight, besides the declared one.
+"""Attributes of a layer for a declared weight, besides the declared one.
 
 Keras' own layers write `self._kernel = self.add_weight(name="kernel", ...)`. Once the weight is
 quantized, reading such an attribute must not return the variable of its codes.
@@ -52,6 +52,35 @@ def _scale(layer: Any, weight: str, q: QTensor) -> jax.Array:
 
 # Parts of a quantized weight, by the ends of the names of their variables.
 _PARTS = {"scale": _scale, "zero": lambda layer, weight, q: q.zero_point}
+
+
+class AliasMixin(compat.KerasLayer):
+    """Reads declared weights by other names, and the scales and zero points of quantized ones."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Reads a declared weight by another name, or its scale or zero point."""
+        state = self.__dict__.get("weight_state")
+        found = None if state is None else read_attribute(state, name)
+        if found is not None:
+            return found
+        # Raises the first error again, such as that of a property or a declaration.
+        return super().__getattribute__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute, but not the scale or zero point of a quantized weight.
+
+        Raises:
+            AttributeError: it is one of these. A build hook may create its own variable for it.
+        """
+        weight, _, part = name.rpartition("_")
+        is_own = part not in _PARTS or name in self.__dict__ or isinstance(value, keras.Variable)
+        state = None if is_own else self.__dict__.get("weight_state")
+        if state is not None and weight in state.stored_weights:
+            raise AttributeError(
+                f"{name} is a read-only view of the quantized weight of layer {self.name!r}; got a "
+                f"{type(value).__name__} to set it to. Quantize a float layer to get other scales."
+            )
+        super().__setattr__(name, value)
 
 
 def check_reachable(layer: Any, name: str, variable: keras.Variable) -> None:

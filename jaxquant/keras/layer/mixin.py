@@ -11,14 +11,14 @@ from ...core import QTensor
 from .. import compat, files
 from ..configs import SchemeConfig, as_config, config_of_policy
 from . import optimizer_slots
-from .aliases import check_reachable, read_attribute
+from .aliases import AliasMixin, check_reachable
 from .policy import PolicyMixin
 from .weight_state import LayerState
 from .weights import QuantizedWeight, StoredWeight, store_weight
 from .wrappers import build_in_float, own_policy, quantize_with_config
 
 
-class QuantizableMixin(PolicyMixin):
+class QuantizableMixin(AliasMixin, PolicyMixin):
     """Makes a Keras layer quantizable. Comes before the Keras layer among the bases.
 
     Write the layer for float weights, and declare which of them can be quantized. In a quantized
@@ -124,15 +124,6 @@ class QuantizableMixin(PolicyMixin):
     def inputs_quantizer(self) -> Any:
         """The Keras quantizer of the activations, or None."""
         return self.quantization_config and self.quantization_config.activation_quantizer
-
-    def __getattr__(self, name: str) -> Any:
-        """Reads a declared weight by another name, or its scale or zero point."""
-        state = self.__dict__.get("weight_state")
-        found = None if state is None else read_attribute(state, name)
-        if found is not None:
-            return found
-        # Raises the first error again, such as that of a property or a declaration.
-        return super().__getattribute__(name)
 
     # Building: under a quantized policy, `add_weight` creates codes in place of float weights.
 
