@@ -307,6 +307,13 @@ def test_a_quantized_layer_does_not_load_a_file_of_another_kind(held, wanted):
     np.testing.assert_array_equal(layer(inputs), before)
 
 
+def test_the_error_for_other_int4_tells_zero_points():
+    per_channel = {"0": np.ones((20, 4), np.int8), "1": np.ones(7), "2": np.ones(7)}
+    words = r"QTensor\(int4 20x7.*\) for QTensor\(int4 20x7.*\), with zero points\. Load"
+    with pytest.raises(ValueError, match=words):
+        dense(mode="int4").load_own_variables(per_channel)
+
+
 def test_a_truncated_file_raises(tmp_path):
     path, inputs = tmp_path / "model.weights.h5", inputs_of("dense")
     model, fresh = model_of("dense", layers), model_of("dense", layers)

@@ -160,8 +160,9 @@ class LayerState:
             like = stored and stored.like
             if like is None or jax.eval_shape(_leaves, q) != jax.eval_shape(_leaves, like):
                 raise ValueError(
-                    f"{self.layer.name} is quantized in another way; got {name!r} as {q!r} for "
-                    f"{like!r}. Load it into a float layer, or one with the same config."
+                    f"{self.layer.name} is quantized in another way; got {name!r} as "
+                    f"{_described(q)} for {_described(like)}. Load it into a float layer, or one "
+                    "with the same config."
                 )
         for name, q in tensors.items():
             self.stored_weights[name].assign(q)
@@ -222,3 +223,8 @@ class LayerState:
 
 def _leaves(q):
     return jax.tree.leaves(q)
+
+
+def _described(q):
+    shift = "" if q is None or q.zero_point is None else ", with zero points"
+    return f"{q!r}{shift}"
