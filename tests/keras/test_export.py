@@ -1,4 +1,9 @@
-"""Quantized and lifted models in files of other programs."""
+"""Quantized and lifted models in files of other programs.
+
+What needs these programs is skipped without them: `pip install tensorflow-cpu jax2onnx onnxruntime`
+in an environment of its own, then `pytest --all tests/keras/test_export.py
+tests/keras/test_layer_state.py`.
+"""
 
 import subprocess
 import sys
@@ -148,7 +153,7 @@ class TracesOnly:
 
 
 @pytest.mark.skipif(compat._ONNX_EXPORTER is None, reason="Keras writes ONNX by TensorFlow")
-@pytest.mark.parametrize("scheme", [jq.W4A16, jq.NF4A16, jq.FP8], ids=str)
+@pytest.mark.parametrize("scheme", [jq.W4A16, jq.NF4A16, jq.FP8, jq.W8A8], ids=str)
 def test_onnx_of_codes_that_it_does_not_hold_raises(scheme, tmp_path, monkeypatch):
     monkeypatch.setattr(module_utils, "jax2onnx", TracesOnly)
     quantized, _ = quantize(small(), scheme)

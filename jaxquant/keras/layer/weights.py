@@ -166,12 +166,14 @@ class StoredWeight:
         Raises:
             ValueError: Keras is writing an ONNX file, which would not be valid with such codes.
         """
-        is_int8 = self.like.format.rounds and self.like.format.bits == 8
-        if not is_int8 and compat.is_exporting_onnx():
+        is_int8, inputs = self.like.format.rounds and self.like.format.bits == 8, self.like.inputs
+        has_codes = inputs is not None and inputs.config is not None
+        if (has_codes or not is_int8) and compat.is_exporting_onnx():
+            activations = ", with quantized activations," if has_codes else ""
             raise ValueError(
-                f"ONNX files hold int8 codes, with float activations; got {self.like!r} for "
-                f"{self.codes.path}. Quantize the model to jaxquant.W8A16, or export "
-                "jaxquant.keras.to_stock(model, dequantize=True)."
+                f"ONNX files hold int8 codes, with float activations; got {self.like!r}"
+                f"{activations} for {self.codes.path}. Quantize the model to jaxquant.W8A16, or "
+                "export jaxquant.keras.to_stock(model, dequantize=True)."
             )
         given = _given.get().get(id(self.codes))
         if given is not None:
