@@ -49,7 +49,7 @@ def shape_of_codes():
 def private_names():
     found, wanted = (dense(source, "int4") for source in (ours, stock))
     # Keras 3.13 does not have groups.
-    name = "g_idx" if hasattr(keras.quantizers, "AWQConfig") else "_orig_output_dim"
+    name = "g_idx" if hasattr(keras.quantizers, "AWQConfig") else "_orig_input_dim"
     assert (hasattr(found, name), hasattr(wanted, name)) == (False, True)
 
 
@@ -119,6 +119,30 @@ def other_layers():
     assert not hasattr(ours, "ConvLSTM1D")
 
 
+def int4_per_channel():
+    entries = {"0": np.ones((8, 8), np.int8), "1": np.ones(16), "2": np.full(16, 2.0)}
+    found, refuses = dense(ours), dense(ours, dtype="int4_from_float32")
+    found.load_own_variables(entries)
+    np.testing.assert_array_equal(found.kernel, np.tile([0.5, 0.0], (8, 8)))
+    if "block_size" in keras.quantizers.Int4QuantizationConfig().get_config():
+        dense(stock, dtype="int4_from_float32").load_own_variables(entries)
+    with pytest.raises(ValueError, match=r"with zero points\. Load it into a float layer"):
+        refuses.load_own_variables(entries)
+
+
+def summaries():
+    counts = []
+    for source in (ours, stock):
+        model: Any = keras.Sequential([keras.Input((8,)), source.Dense(16)])
+        model.quantize("int4")
+        if not hasattr(keras.quantizers, "QuantizationReport"):
+            assert not hasattr(model, "quantization_summary")
+            return
+        summary = model.quantization_summary(verbose=False)
+        counts += re.findall(r"Quantized params : (\d+)", summary)
+    assert counts == ["64", "128"]
+
+
 def ternary():
     if hasattr(keras.quantizers, "QuantizationReport"):
         assert dense(stock, "ternary").quantization_mode == "ternary"
@@ -138,6 +162,8 @@ DIFFERENCES = {
     "NaN or Inf in a weight": not_finite,
     "LoRA in files of quantized layers": files_of_lora,
     "layers with a mode": other_layers,
+    "int4 entries per channel, in a layer with the policy `int4_from_...`": int4_per_channel,
+    "`quantization_summary` of Keras 3.16": summaries,
     '`"ternary"` of Keras 3.16': ternary,
 }
 
