@@ -140,18 +140,18 @@ def convolution(draw, name, rank, is_depthwise=False, paddings=("valid", "same")
     return Drawn(getattr(keras.layers, name), arguments, shape)
 
 
-CONVOLUTIONS = [
-    convolution("Conv1D", 1, paddings=("valid", "same", "causal")),
-    convolution("Conv2D", 2),
-    convolution("Conv3D", 3),
-    convolution("Conv1DTranspose", 1),
-    convolution("Conv2DTranspose", 2),
-    convolution("Conv3DTranspose", 3),
-    convolution("DepthwiseConv1D", 1, is_depthwise=True),
-    convolution("DepthwiseConv2D", 2, is_depthwise=True),
-    convolution("SeparableConv1D", 1),
-    convolution("SeparableConv2D", 2),
-]
+CONVOLUTIONS = {
+    "Conv1D": convolution("Conv1D", 1, paddings=("valid", "same", "causal")),
+    "Conv2D": convolution("Conv2D", 2),
+    "Conv3D": convolution("Conv3D", 3),
+    "Conv1DTranspose": convolution("Conv1DTranspose", 1),
+    "Conv2DTranspose": convolution("Conv2DTranspose", 2),
+    "Conv3DTranspose": convolution("Conv3DTranspose", 3),
+    "DepthwiseConv1D": convolution("DepthwiseConv1D", 1, is_depthwise=True),
+    "DepthwiseConv2D": convolution("DepthwiseConv2D", 2, is_depthwise=True),
+    "SeparableConv1D": convolution("SeparableConv1D", 1),
+    "SeparableConv2D": convolution("SeparableConv2D", 2),
+}
 
 
 # An initializer that Keras has in bfloat16 too, where a GRU cannot run without a bias.
@@ -164,8 +164,8 @@ def gates(layer):
 
 
 @st.composite
-def recurrent(draw):
-    layer = draw(st.sampled_from([keras.layers.SimpleRNN, keras.layers.LSTM, keras.layers.GRU]))
+def recurrent(draw, layer):
+    """The layer, or two of it in both directions."""
     arguments = draw(
         options(
             units=SMALL,
@@ -204,9 +204,9 @@ def distributed(draw):
 
 
 @st.composite
-def attention(draw):
+def attention(draw, is_grouped):
     heads, width = draw(st.integers(1, 3)), draw(WIDTH)
-    if draw(FLAG):
+    if not is_grouped:
         arguments = draw(
             options(key_dim=SMALL, value_dim=st.one_of(st.none(), SMALL), use_bias=FLAG)
         )
@@ -220,17 +220,20 @@ def attention(draw):
     return Drawn(keras.layers.GroupQueryAttention, arguments, (draw(SMALL), width))
 
 
-LAYERS = st.one_of(
-    dense(),
-    einsum_dense(),
-    embedding(),
-    reversible_embedding(),
-    recurrent(),
-    stacked(),
-    distributed(),
-    attention(),
-    *CONVOLUTIONS,
-)
+KINDS: dict[str, Any] = {
+    "Dense": dense(),
+    "EinsumDense": einsum_dense(),
+    "Embedding": embedding(),
+    "ReversibleEmbedding": reversible_embedding(),
+    "SimpleRNN": recurrent(keras.layers.SimpleRNN),
+    "LSTM": recurrent(keras.layers.LSTM),
+    "GRU": recurrent(keras.layers.GRU),
+    "RNN of cells": stacked(),
+    "TimeDistributed": distributed(),
+    "MultiHeadAttention": attention(is_grouped=False),
+    "GroupQueryAttention": attention(is_grouped=True),
+    **CONVOLUTIONS,
+}
 POLICIES = ["float32", "bfloat16", "mixed_bfloat16"]
 SCHEMES: list[Any] = [
     "int8",
