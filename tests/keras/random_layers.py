@@ -207,9 +207,8 @@ def distributed(draw):
 def attention(draw, is_grouped):
     heads, width = draw(st.integers(1, 3)), draw(WIDTH)
     if not is_grouped:
-        arguments = draw(
-            options(key_dim=SMALL, value_dim=st.one_of(st.none(), SMALL), use_bias=FLAG)
-        )
+        # On JAX, stock Keras does not run with a value_dim that differs from key_dim.
+        arguments = draw(options(key_dim=SMALL, use_bias=FLAG))
         return Drawn(
             keras.layers.MultiHeadAttention,
             {"num_heads": heads, **arguments},

@@ -84,7 +84,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@hypothesis.settings(max_examples=8, **SETTINGS)
+@hypothesis.settings(max_examples=5, **SETTINGS)
 @hypothesis.given(drawn=st.one_of(*KINDS.values()), **OPTIONS)
 def test_random_layers_are_saved_and_loaded_bit_for_bit(drawn, dtype, scheme):
     check(drawn, dtype, scheme)
