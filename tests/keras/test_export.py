@@ -167,6 +167,21 @@ def test_onnx_of_codes_that_it_does_not_hold_raises(scheme, tmp_path, monkeypatc
     stays.export(tmp_path / "model.onnx", format="onnx", verbose=False)
 
 
+@pytest.mark.skipif(compat._ONNX_EXPORTER is None, reason="Keras writes ONNX by TensorFlow")
+def test_onnx_of_a_table_of_codes_raises(tmp_path, monkeypatch):
+    monkeypatch.setattr(module_utils, "jax2onnx", TracesOnly)
+    start = keras.Input((6,), dtype="int32")
+    model = keras.Model(start, stock.Dense(4)(stock.Embedding(20, 8, name="table")(start)))
+    quantized, _ = quantize(model, jq.W8A16)
+    x = np.zeros((2, 6), np.int32)
+    quantized(x)
+    with pytest.raises(ValueError, match=r"got table\. Quantize with keep=\['table'\]"):
+        quantized.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    kept, _ = quantize(model, jq.W8A16, keep=["table"])
+    kept(x)
+    kept.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_of_the_float_form(tmp_path):
     quantized, _ = quantize(small(), jq.NF4A16)

@@ -81,9 +81,18 @@ class Embedding(LoraMixin, keras.layers.Embedding):
         return StockMatrix((rows, columns), 1)
 
     def call(self, inputs):
-        """Looks up rows of the table, and dequantizes those only."""
+        """Looks up rows of the table, and dequantizes those only.
+
+        Raises:
+            ValueError: Keras is writing an ONNX file, and the table is quantized.
+        """
         if not self.has_codes("embeddings"):
             return super().call(inputs)
+        if compat.is_exporting_onnx():
+            raise ValueError(
+                "ONNX files hold tables in float, because jax2onnx does not support lookups of "
+                f"codes; got {self.path or self.name}. Quantize with keep=[{self.name!r}]."
+            )
         is_whole = keras.backend.is_int_dtype(inputs.dtype)
         inputs = inputs if is_whole else inputs.astype("int32")
         return take(self.lora_operand("embeddings"), inputs, axis=0)
