@@ -24,7 +24,7 @@ _ELEMENTWISE = frozenset(
     )
 )
 
-Atom = Var | Literal
+_Atom = Var | Literal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,11 +134,11 @@ def run_program(program: ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
     return jaxpr_as_fun(program)(*values)
 
 
-def _aval(v: Atom) -> Any:
+def _aval(v: _Atom) -> Any:
     return v.aval
 
 
-def _is_elementwise_result(v: Atom, makers: dict[Var, JaxprEqn]) -> bool:
+def _is_elementwise_result(v: _Atom, makers: dict[Var, JaxprEqn]) -> bool:
     eqn = None if isinstance(v, Literal) else makers.get(v)
     return eqn is not None and bool(_aval(v).shape) and _is_elementwise(eqn, _aval(v).shape)
 

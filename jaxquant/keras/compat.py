@@ -23,6 +23,8 @@ from keras.src.quantizers.quantization_config import validate_and_resolve_config
 from keras.src.quantizers.utils import should_quantize_layer
 from keras.src.saving.serialization_lib import SafeModeScope
 
+from .bases import AnyLayer, KerasLayer, KerasVariable
+
 _BACKENDS = ("jax",)
 if keras.backend.backend() not in _BACKENDS:
     raise ImportError(
@@ -31,29 +33,25 @@ if keras.backend.backend() not in _BACKENDS:
     )
 
 
-class _StoresItsWeights:
+class StoresItsWeights(KerasLayer):
     """A layer whose quantized weights are in variables that Keras' own modes do not know."""
 
     def _quantization_geometry(self) -> None:
-        """Nothing, by which Keras 3.16 lists the layer's largest variable in its summary."""
+        """Returns None, for which Keras 3.16 lists the layer's largest variable in its summary."""
 
 
-# For type checkers: a mixin gets its other attributes from the Keras layer among the bases.
-KerasLayer: Any = _StoresItsWeights
-
-
-def has_quantized_variables(layer: keras.layers.Layer) -> bool:
+def has_quantized_variables(layer: AnyLayer) -> bool:
     """Whether Keras treats the layer's variables as those of its quantization mode."""
     return getattr(layer, "_is_quantized", False)
 
 
-def mark_quantized(layer: keras.layers.Layer, is_so: bool = True) -> None:
+def mark_quantized(layer: AnyLayer, is_so: bool = True) -> None:
     """Tells Keras that the variables fit the mode. Otherwise its policy setter quantizes again."""
     layer._is_quantized = is_so
 
 
 @contextlib.contextmanager
-def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
+def unlocked(layer: AnyLayer) -> Iterator[None]:
     """A context in which variables can be added to and removed from a built layer."""
     was_locked = layer._tracker.locked
     layer._tracker.unlock()
@@ -64,18 +62,18 @@ def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
             layer._tracker.lock()
 
 
-def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+def own_variables(layer: AnyLayer) -> list[keras.Variable]:
     """The layer's variables without those of its sublayers, trainable ones first."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
-def attributes(layer: keras.layers.Layer) -> dict[str, Any]:
+def attributes(layer: AnyLayer) -> dict[str, Any]:
     """The layer's attributes, without Keras' own lists of its variables and layers."""
     own = [layer._trainable_variables, layer._non_trainable_variables, layer._layers]
     return {name: v for name, v in vars(layer).items() if not any(v is x for x in own)}
 
 
-class GivenVariable(keras.Variable):
+class GivenVariable(KerasVariable):
     """Reads as a variable that has this array as its value, also while it is traced.
 
     Keras' constructor would register it with the model that is running.
@@ -95,12 +93,12 @@ class GivenVariable(keras.Variable):
         )
 
 
-def drop_variable(layer: keras.layers.Layer, variable: keras.Variable) -> None:
+def drop_variable(layer: AnyLayer, variable: keras.Variable) -> None:
     """Stops tracking a variable. `del layer.name` also collects garbage, which takes 0.1 s."""
     layer._untrack_variable(variable)
 
 
-def track_only(layer: keras.layers.Layer, variables: list[keras.Variable]) -> None:
+def track_only(layer: AnyLayer, variables: list[keras.Variable]) -> None:
     """Replaces the layer's own variables with these, in this order."""
     tracker = layer._tracker
     for name in ("trainable_variables", "non_trainable_variables"):
@@ -208,7 +206,7 @@ def is_exporting_onnx() -> bool:
 
 
 @contextlib.contextmanager
-def policies_in_float(layer: keras.layers.Layer) -> Iterator[None]:
+def policies_in_float(layer: AnyLayer) -> Iterator[None]:
     """A context in which quantized sublayers have the policies that they were quantized from."""
     found = [(x, x._dtype_policy) for x in sublayers(layer) if x.quantization_mode is not None]
     for inner, policy in found:
@@ -220,7 +218,7 @@ def policies_in_float(layer: keras.layers.Layer) -> Iterator[None]:
             inner._dtype_policy = policy
 
 
-def check_quantize_arguments(layer: keras.layers.Layer, mode: str | None) -> None:
+def check_quantize_arguments(layer: AnyLayer, mode: str | None) -> None:
     """Keras' own check before a layer is quantized: that it is built, and not already quantized.
 
     Raises:
@@ -350,17 +348,17 @@ def with_default_mark(function: Callable[..., Any], inherited: Any) -> Callable[
     return marked
 
 
-def children(layer: keras.layers.Layer) -> list[Any]:
+def children(layer: AnyLayer) -> list[Any]:
     """The direct sublayers."""
     return list(layer._layers)
 
 
-def sublayers(layer: keras.layers.Layer) -> list[Any]:
+def sublayers(layer: AnyLayer) -> list[Any]:
     """The layer and all its sublayers, each once, outer ones first."""
     return list({id(x): x for x in layer._flatten_layers()}.values())
 
 
-def seeds(layer: keras.layers.Layer) -> list[keras.Variable]:
+def seeds(layer: AnyLayer) -> list[keras.Variable]:
     """The states of the layer's own random seeds."""
     return [generator.state for generator in layer._seed_generators]
 

@@ -22,6 +22,7 @@ from ..core import (
 )
 from ..tree import Rule, Rules
 from ..tree.internal import as_rules
+from .bases import KerasQuantizationConfig
 from .quantizers import AbsMaxQuantizer, as_array_config
 
 _register = keras.saving.register_keras_serializable(package="jaxquant")
@@ -38,7 +39,7 @@ def mode_of(format: Format) -> str:
     return "int8" if format.rounds else "float8"
 
 
-class SchemeConfig(keras.quantizers.QuantizationConfig):
+class SchemeConfig(KerasQuantizationConfig):
     """A Keras config that gives each weight its scheme. Base class of the configs here."""
 
     is_training = False

@@ -19,9 +19,10 @@ from ..core import (
     quantize_with_scale,
     scale_values,
 )
+from .bases import KerasQuantizer
 
 
-class Quantizer(keras.quantizers.Quantizer):
+class Quantizer(KerasQuantizer):
     """Base class for quantizers that choose a range.
 
         codes = clip(round(x * scale))        scale = value_range[1] / high

@@ -23,7 +23,7 @@ def check_compute_dtype(layer: Any, mode: str) -> None:
 _WITHOUT_POLICY = {("int8", "float16")}
 
 
-class PolicyMixin(compat.KerasLayer):
+class PolicyMixin(compat.StoresItsWeights):
     """Comes before the Keras layer among the bases. A quantized policy quantizes a built layer."""
 
     @property

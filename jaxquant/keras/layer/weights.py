@@ -25,13 +25,14 @@ from ...core import (
 )
 from ...tree.internal import Plan, effective, stored_order
 from .. import compat
+from ..bases import AnyLayer
 from ..files import from_storage_arrays, storage_types, to_storage_arrays
 
 # A property of a weight, or the function of its layer that returns it.
 Property = bool | Callable[[Any], bool]
 
 
-def of_layer(value: Property, layer: keras.layers.Layer) -> bool:
+def of_layer(value: Property, layer: AnyLayer) -> bool:
     """The property in this layer."""
     return value(layer) if callable(value) else value
 
@@ -96,12 +97,12 @@ class QuantizedWeight:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def axes(self, layer: keras.layers.Layer) -> tuple[int, ...]:
+    def axes(self, layer: AnyLayer) -> tuple[int, ...]:
         """The declared axes, for this layer."""
         axis = self.axis(layer) if callable(self.axis) else self.axis
         return axis if isinstance(axis, tuple) else (axis,)
 
-    def contracted(self, layer: keras.layers.Layer) -> tuple[int, ...] | None:
+    def contracted(self, layer: AnyLayer) -> tuple[int, ...] | None:
         """The declared axes if the weight is a matrix in this layer, as for a `Rule`."""
         return self.axes(layer) if of_layer(self.is_matrix, layer) else None
 

@@ -15,7 +15,7 @@ _register = keras.saving.register_keras_serializable(package="jaxquant")
 class Dense(Float8TrainingMixin, keras.layers.Dense):
     """`keras.layers.Dense`, quantizable: (..., K) -> (..., units)."""
 
-    kernel = QuantizedWeight(axis=0)
+    kernel: QuantizedWeight = QuantizedWeight(axis=0)
 
     def product(self, inputs, kernel):
         """inputs @ kernel."""
@@ -41,7 +41,7 @@ def _contracted(layer):
 class EinsumDense(Float8TrainingMixin, keras.layers.EinsumDense):
     """`keras.layers.EinsumDense`, quantizable, with any equation."""
 
-    kernel = QuantizedWeight(axis=_contracted, is_matrix=True)
+    kernel: QuantizedWeight = QuantizedWeight(axis=_contracted, is_matrix=True)
 
     def product(self, inputs, kernel):
         """The equation."""
@@ -73,7 +73,7 @@ class EinsumDense(Float8TrainingMixin, keras.layers.EinsumDense):
 class Embedding(LoraMixin, keras.layers.Embedding):
     """`keras.layers.Embedding`, quantizable: integers (...) -> (..., output_dim)."""
 
-    embeddings = QuantizedWeight(axis=1, inputs=False)
+    embeddings: QuantizedWeight = QuantizedWeight(axis=1, inputs=False)
 
     def stock_matrix(self, name, shape):
         """Hook: the table itself, with groups along each row."""
@@ -106,7 +106,7 @@ class ReversibleEmbedding(Embedding, keras.layers.ReversibleEmbedding):
     (..., input_dim): a product with the table, or with another weight if they are not tied.
     """
 
-    embeddings = QuantizedWeight(axis=1)
+    embeddings: QuantizedWeight = QuantizedWeight(axis=1)
     reverse_embeddings = QuantizedWeight(axis=0)
 
     def call(self, inputs, reverse=False):

@@ -22,6 +22,10 @@ class CellMixin(QuantizableMixin):
 
     kernel: QuantizedWeight = QuantizedWeight(axis=0)
     recurrent_kernel: QuantizedWeight = QuantizedWeight(axis=0)
+    # Of the Keras cell.
+    activation: Any
+    recurrent_activation: Any
+    bias: Any
 
     def step(
         self,

@@ -53,7 +53,7 @@ def in_float(config: Any) -> Any:
     return {key: in_float(x) for key, x in config.items() if key != "quantization_config"}
 
 
-class CompositeMixin(compat.KerasLayer):
+class CompositeMixin(compat.StoresItsWeights):
     """A custom layer or model with quantizable layers in place of the stock ones it has created.
 
     Attributes:
