@@ -235,7 +235,7 @@ def test_inspect_shows_the_report_stored_in_the_file(model, run, tmp_path):
     status, table, _ = run("inspect", tmp_path / "small")
     assert status == 0
     assert "3 of 5 leaves quantized" in table
-    assert "left as float32, 1 axes" in table
+    assert "left as float32, 1 axis" in table
 
 
 @pytest.mark.parametrize("metadata", [{"sqnr": "42"}, {"sqnr": "high"}, {}])

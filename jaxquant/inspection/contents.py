@@ -82,4 +82,4 @@ def verify(path: Path) -> str:
     if altered:
         names = ", ".join(altered)
         raise ValueError(f"{len(altered)} of {len(found)} tensors of {path} were altered: {names}.")
-    return f"All {len(found)} tensors of {path} have their checksums."
+    return f"All {len(found)} tensors of {path} match their checksums."

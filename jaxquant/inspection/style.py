@@ -14,8 +14,8 @@ dd { margin: 0; font-size: 1.15rem; font-weight: 600 }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: 5px 10px; text-align: left; white-space: nowrap }
 td { border-top: 1px solid var(--line); vertical-align: top }
-td.note { white-space: normal; min-width: 16em }
-td.name { max-width: 28em; white-space: normal; overflow-wrap: anywhere; min-width: 19em }
+td.note { white-space: normal; min-width: 10em }
+td.name { max-width: 28em; white-space: normal; overflow-wrap: anywhere; min-width: 12em }
 .number { text-align: right }
 th button { all: unset; cursor: pointer; font-weight: 600 }
 th button:focus-visible { outline: 2px solid var(--accent) }

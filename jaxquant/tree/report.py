@@ -189,7 +189,7 @@ def _reason(x, rule, rules):
         return f"not an array: {type(x).__name__}"
     if not jnp.issubdtype(dtype, jnp.floating):
         return f"not floating: {dtype}"
-    return f"left as {dtype}, {x.ndim} axes"
+    return f"left as {dtype}, {x.ndim} {'axis' if x.ndim == 1 else 'axes'}"
 
 
 @jax.jit

@@ -151,7 +151,7 @@ def test_signal_to_noise_is_infinite_without_noise_and_absent_without_a_comparis
         (np.ones((2, 3), np.int64), "not floating: int64", 48),
         (np.ones(3, bool), "not floating: bool", 3),
         (jnp.ones((3, 5), jnp.int4), "not floating: int4", 8),
-        (jnp.ones(5, jnp.bfloat16), "left as bfloat16, 1 axes", 10),
+        (jnp.ones(5, jnp.bfloat16), "left as bfloat16, 1 axis", 10),
         (np.ones((2, 3), np.float64), "left as float64, 2 axes", 48),
         (2.5, "not an array: float", 8),
         (np.float32(2), "left as float32, 0 axes", 4),

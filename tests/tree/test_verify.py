@@ -65,7 +65,7 @@ def test_files_of_others_have_no_checksums(tmp_path):
 def test_inspect_verifies_first(path, capsys):
     assert command_line.main(["inspect", str(path), "--verify"]) == 0
     output = capsys.readouterr()
-    assert f"All 4 tensors of {path} have their checksums." in output.err
+    assert f"All 4 tensors of {path} match their checksums." in output.err
     assert "Quantization by leaf" in output.out
     alter(path, "layers/0/scale")
     alter(path, "layers/1")
