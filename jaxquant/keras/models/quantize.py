@@ -161,6 +161,11 @@ def quantize_layer(
 
 
 def config_of(rules: Any) -> SchemeConfig:
+    """The config for rules, a mode, or a config of Keras or jaxquant.keras.
+
+    Raises:
+        ValueError: `rules` is another mode or config.
+    """
     is_config = isinstance(rules, keras.quantizers.QuantizationConfig)
     if is_config or isinstance(rules, str):
         config = as_config(None, rules)
@@ -174,6 +179,7 @@ def config_of(rules: Any) -> SchemeConfig:
 
 
 def path_of(layer: Any, name: str) -> str:
+    """The path of a layer's weight, which patterns of rules match."""
     return f"{layer.path or layer.name}/{name}"
 
 

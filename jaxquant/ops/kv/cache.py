@@ -208,6 +208,11 @@ def check_layer(cache: Cache, layer: Any) -> tuple[int, int]:
 
 
 def as_counts(counts: Any, batch: int, count: int) -> jax.Array:
+    """Number of tokens per sequence, as int32: `counts`, or `count` for each.
+
+    Raises:
+        ValueError: they are not integers from 0 to `count`, one per sequence.
+    """
     if counts is None:
         return jnp.full(batch, count, jnp.int32)
     counts = jnp.asarray(counts)
@@ -241,6 +246,7 @@ def _check_room(cache: Cache, lengths: jax.Array, counts: jax.Array, count: int)
 
 
 def at_layer(x: jax.Array, layer: Any) -> jax.Array:
+    """The part of a stack that belongs to a layer; all of x if `layer` is None."""
     return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
 
 
