@@ -75,7 +75,7 @@ def scan(
             with slicing(xs, slices, index):
                 return f(carry, slices)
 
-        steps = jnp.arange(quantized[0].codes.shape[0], dtype=jnp.int32)
+        steps = jnp.arange(jax.tree.leaves(quantized)[0].shape[0], dtype=jnp.int32)
         return lax.scan(body, init, (steps, xs), length, reverse, unroll)
 
     if cpu.unavailable() is not None or not any(map(_is_copied, jax.tree.leaves(xs))):

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxquant import INT2, INT4, NF4, NVFP4, ArrayConfig, Inputs, QTensor, explain, matmul, scan
+from jaxquant.core import LowRank
 from jaxquant.jaxprs.copying_scan import _compiled
 from jaxquant.kernels import cpu
 from jaxquant.ops.stacks import stack_of
@@ -173,6 +174,17 @@ def test_products_of_the_layers_match_their_dequantized_values():
     _, got = jax.jit(lambda x, q: scan(lambda x, q: (x, matmul(x, q)), x, q))(x, q)
     for i in range(LAYERS):
         assert_product(got[i], "mk,kn->mn", x, jax.tree.map(lambda leaf, i=i: leaf[i], q))
+
+
+def test_layers_may_have_adapters():
+    q = stack(CONFIGS["int4"])
+    a, b = jnp.ones((LAYERS, K, 2)), jnp.ones((LAYERS, 2, N))
+    layers = LowRank(q, a, b, alpha=2.0, config=CONFIGS["int4"])
+    x = jnp.asarray(normal(5, K))
+    _, got = jax.jit(lambda x, q: scan(lambda x, q: (x, matmul(x, q)), x, q))(x, layers)
+    _, base = jax.jit(lambda x, q: scan(lambda x, q: (x, matmul(x, q)), x, q))(x, q)
+    added = np.broadcast_to(x @ (a[0] @ b[0]), base.shape)
+    np.testing.assert_allclose(got - base, added, rtol=1e-4, atol=1e-4)
 
 
 def test_the_function_is_traced_once_and_compiled_once():
