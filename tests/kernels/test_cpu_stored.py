@@ -50,7 +50,7 @@ def codes(length, columns, bits, layers=None):
     return jnp.asarray(drawn, jnp.int8).astype(jnp.int4 if bits == 4 else jnp.int8)
 
 
-@pytest.mark.some_rows(4)
+@pytest.mark.some_rows(2)
 @by_all_instructions
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("bits", [4, 8])
@@ -88,6 +88,7 @@ def in_stack(stack, index):
     return cpu.InStack(stack[layer], stack, jnp.asarray(index, jnp.int32))
 
 
+@pytest.mark.some_rows(2)
 @by_all_instructions
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 @pytest.mark.parametrize("bits", [4, 8])
@@ -114,6 +115,7 @@ def test_int8_products_by_a_matrix_in_a_stack():
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("batched", ["inputs", "index", "weights", "all"])
 def test_vmap_of_stacks(batched):
     w, scale = layers_of(4, jnp.float16)

@@ -73,7 +73,7 @@ def stacked(each):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
-@pytest.mark.some_rows(4)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("name", CASES)
