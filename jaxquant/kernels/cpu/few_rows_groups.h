@@ -23,9 +23,10 @@ class LaneGroups {
   bool AreWide() const {
     return std::all_of(blocks_.begin(), blocks_.end(), [](const Block& at) { return at.count == 1; });
   }
-  // How many groups each block has that a row fills, if it shares none with the next; else 0.
+  // How many groups each block has that a row fills, if that is one, or if blocks share none; else 0.
   int Even(int64_t K) const {
     if (K < block) return 0;
+    if (AreWide()) return 1;
     const int64_t count = blocks_[0].count;
     for (int64_t b = 0; b < K / block; ++b)
       if (blocks_[b].start != b * count || blocks_[b].count != count || blocks_[b].lanes) return 0;
@@ -40,6 +41,7 @@ class LaneGroups {
   // The same where Even() is `count`.
   template <int count>
   Floats PickEven(const float* row, int64_t k) const {
+    if (count == 1) return Broadcast(row[First(k)]);
     return Gather(row + k / block * count, lanes_[0].index, count);
   }
 
