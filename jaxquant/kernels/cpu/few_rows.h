@@ -51,8 +51,8 @@ class Scales {
   // Those of column n; the next columns follow.
   const float* operator()(int64_t n) const { return values_ + (n - begin_) * G_; }
 
-  // How many columns have scales that stay in the L1 cache.
-  static int64_t Columns(const Weights& w) {
+  // How many columns have weights and converted scales that stay in the L1 cache.
+  static int64_t ColumnsInCache(const Weights& w) {
     if (w.scale_type == Weights::kFloat32) return kColumns;
     const int64_t columns = kScalesInCache / w.G / kTileColumns * kTileColumns;
     return std::clamp<int64_t>(columns, kTileColumns, kColumns);
@@ -83,7 +83,7 @@ void ForTiles(ThreadPool& pool, int64_t M, const Weights& w, int64_t input_bytes
     const int64_t bytes = std::min(kLeastAhead, w.at(last, 0) - w.at(first, 0));
     for (int64_t i = 0; i < bytes; i += 64) Prefetch(w.at(first, 0) + i);
     for (int64_t n = first, end; n < last; n = end) {
-      end = std::min(n + Scales::Columns(w), last);
+      end = std::min(n + Scales::ColumnsInCache(w), last);
       const Scales scales(w, n, end);
       for (int64_t m0 = 0; m0 < M; m0 += rows) {
         int64_t m1 = std::min(m0 + rows, M), m = m0;

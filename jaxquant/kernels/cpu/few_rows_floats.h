@@ -1,8 +1,8 @@
 // Products of few rows of float activations. Included by few_rows.h.
 
-// Float activations, 4-bit weights in groups, each code looked up in a table of 16 floats. `is_wide`: all
-// of a quarter of a block belongs to one group, and there are no zero points.
-template <bool is_wide>
+// Float activations, 4-bit weights in groups, each code looked up in a table of 16 floats. `per_block` is
+// 1 where each quarter of a block lies in one group and there are no zero points, else 0.
+template <int per_block>
 struct FloatByTable {
   // Elements that one vector holds.
   static constexpr int64_t kBlock = 2 * kBytes;
@@ -22,12 +22,11 @@ struct FloatByTable {
                int i) const {
     Ints pairs = NibblePairs(from + kLanes * i);
     Floats evens = values[LowNibbles(pairs)], odds = values[HighNibbles(pairs)];
-    if constexpr (is_wide) return {evens, odds, Broadcast(scale[lane_groups[i].First(k)])};
-    if (w.zero) {
+    if (!per_block && w.zero) {
       Floats zero = lane_groups[i].Pick(w.zero + n * w.G, k);
       evens = Sub(evens, zero), odds = Sub(odds, zero);
     }
-    return {evens, odds, lane_groups[i].Pick(scale, k)};
+    return {evens, odds, lane_groups[i].template Pick<per_block>(scale, k)};
   }
 
   // Adds the products of a quarter with the activations at `in`.
@@ -133,13 +132,14 @@ void FewRowsLookup(ThreadPool& pool, const float* x, int64_t M, const Weights& w
   std::vector<float> arranged = EvensThenOdds(x, M, w.K, 2 * kLanes, stride);
   std::vector<LaneGroups<block>> groups;
   for (int i = 0; i < 4; ++i) groups.emplace_back(w, 2 * kLanes * i, 2);
-  const auto run = [&](auto is_wide) {
+  const auto run = [&](auto per_block) {
     ForTiles(pool, M, w, 4 * w.K,
-             FloatByTable<is_wide()>{arranged.data(), stride, w, table, out, groups.data()});
+             FloatByTable<per_block()>{arranged.data(), stride, w, table, out, groups.data()});
   };
-  const auto is_wide = [](const LaneGroups<block>& quarter) { return quarter.AreWide(); };
-  if (!w.zero && std::all_of(groups.begin(), groups.end(), is_wide)) run(std::true_type());
-  else run(std::false_type());
+  const auto is_one = [&](const LaneGroups<block>& quarter) { return quarter.PerBlock(w.K) == 1; };
+  if (!w.zero && std::all_of(groups.begin(), groups.end(), is_one))
+    run(std::integral_constant<int, 1>());
+  else run(std::integral_constant<int, 0>());
 }
 
 void FewRowsWiden(ThreadPool& pool, const float* x, int64_t M, const Weights& w, float* out) {

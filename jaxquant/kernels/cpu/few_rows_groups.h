@@ -19,34 +19,26 @@ class LaneGroups {
     }
   }
 
-  // Whether the lanes of each block belong to one group.
-  bool AreWide() const {
-    return std::all_of(blocks_.begin(), blocks_.end(), [](const Block& at) { return at.count == 1; });
-  }
   // How many groups each block has that a row fills, if that is one, or if blocks share none; else 0.
-  int Even(int64_t K) const {
+  int PerBlock(int64_t K) const {
+    const auto is_one = [](const Block& at) { return at.count == 1; };
+    if (std::all_of(blocks_.begin(), blocks_.end(), is_one)) return 1;
     if (K < block) return 0;
-    if (AreWide()) return 1;
     const int64_t count = blocks_[0].count;
     for (int64_t b = 0; b < K / block; ++b)
       if (blocks_[b].start != b * count || blocks_[b].count != count || blocks_[b].lanes) return 0;
     return count;
   }
 
-  // Of the values of a row's groups, that of each lane's group in the block at k.
+  // Of the values of a row's groups, that of each lane's group in the block at k. If the row fills the
+  // block, `per_block` may be what PerBlock() returns: then less is looked up.
+  template <int per_block = 0>
   Floats Pick(const float* row, int64_t k) const {
     const Block& at = blocks_[k / block];
+    if (per_block == 1) return Broadcast(row[at.start]);
+    if (per_block) return Gather(row + k / block * per_block, lanes_[0].index, per_block);
     return Gather(row + at.start, lanes_[at.lanes].index, at.count);
   }
-  // The same where Even() is `count`.
-  template <int count>
-  Floats PickEven(const float* row, int64_t k) const {
-    if (count == 1) return Broadcast(row[First(k)]);
-    return Gather(row + k / block * count, lanes_[0].index, count);
-  }
-
-  // The first group of the block at k.
-  int64_t First(int64_t k) const { return blocks_[k / block].start; }
 
  private:
   struct Lanes {
@@ -73,8 +65,8 @@ inline const uint8_t* LastBlock(const Weights& w, int64_t n, int64_t k, Padded<k
 
 // 8-bit activations by weights of `bits` bits in groups: sums over groups of scale * sum(x * (code -
 // zero)). A lane sums its elements of a block exactly and multiplies by their scale; the rest are
-// float32 additions. If there are no zero points, `even` may be the number of groups of each block.
-template <int bits, int even>
+// float32 additions. `per_block` is 0 where there are zero points, else that of the groups.
+template <int bits, int per_block>
 struct Int8ByGroups {
   // Elements that one vector holds, and each lane of it.
   static constexpr int64_t kBlock = kBytes * 8 / bits, kElements = kBlock / kLanes;
@@ -97,10 +89,9 @@ struct Int8ByGroups {
   template <bool is_whole>
   Block Read(const uint8_t* from, const float* scale, int64_t n, int64_t k) const {
     const Bytes codes = bits == 4 ? LoadBytes(from) : Xor(LoadBytes(from), kOffset);
-    if constexpr (even && is_whole)
-      return {codes, lane_groups.template PickEven<even>(scale, k), Broadcast(0)};
-    Floats zero = w.zero ? lane_groups.Pick(w.zero + n * w.G, k) : Broadcast(0);
-    return {codes, lane_groups.Pick(scale, k), zero};
+    const Floats step = lane_groups.template Pick<is_whole ? per_block : 0>(scale, k);
+    if (per_block || !w.zero) return {codes, step, Broadcast(0)};
+    return {codes, step, lane_groups.Pick(w.zero + n * w.G, k)};
   }
 
   // Adds the products of a block. All but zero points are exact: integers below 2^24.
@@ -114,8 +105,7 @@ struct Int8ByGroups {
       products = DotNibbles(start, LowPlus8(block.codes), HighPlus8(block.codes), LoadBytes(in),
                             LoadBytes(in + kBytes));
     Floats total = ToFloats(products);
-    if constexpr (!even)
-      if (w.zero) total = NegMulAdd(block.zero, Load(sums + at / kElements), total);
+    if (!per_block && w.zero) total = NegMulAdd(block.zero, Load(sums + at / kElements), total);
     return MulAdd(total, block.step, sum);
   }
 
@@ -173,14 +163,14 @@ void FewRowsGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& 
   if (w.zero) sums.assign(starts.begin(), starts.end());
   for (int32_t& start : starts) start *= -Kernel::kAdded;
   LaneGroups<block> groups(w, 0, Kernel::kElements);
-  const auto run = [&](auto even) {
+  const auto run = [&](auto per_block) {
     ForTiles(pool, M, w, w.K,
-             Int8ByGroups<bits, even()>{arranged.data(), starts.data(), sums.data(), stride, w, out,
-                                        groups});
+             Int8ByGroups<bits, per_block()>{arranged.data(), starts.data(), sums.data(), stride, w,
+                                             out, groups});
   };
-  const int even = w.zero ? 0 : groups.Even(w.K);
-  if (even == 1) run(std::integral_constant<int, 1>());
-  else if (even == 2) run(std::integral_constant<int, 2>());
-  else if (even == 4) run(std::integral_constant<int, 4>());
+  const int per_block = w.zero ? 0 : groups.PerBlock(w.K);
+  if (per_block == 1) run(std::integral_constant<int, 1>());
+  else if (per_block == 2) run(std::integral_constant<int, 2>());
+  else if (per_block == 4) run(std::integral_constant<int, 4>());
   else run(std::integral_constant<int, 0>());
 }
