@@ -34,9 +34,9 @@ def scan(
     Products by the native kernels for CPUs, and by those for few rows on TPU, read the weights of a
     step where they are in `xs`; XLA would copy them first. Other slices of a 2-bit or 4-bit array
     are copied as bytes by a native kernel on CPU, where XLA would copy element by element.
-    Everything else runs as `jax.lax.scan`: other
-    platforms, exported programs, programs that XLA partitions, slices that do not fill whole bytes,
-    differentiated loops, and installs without the native kernels. Slices are the same, bit for bit.
+    Everything else runs as `jax.lax.scan`: other platforms, exported programs, programs that XLA
+    partitions, slices that do not fill whole bytes, differentiated loops, and installs without the
+    native kernels. Slices are the same, bit for bit.
 
     Args:
         f: from the carry and a slice to the next carry and one output.

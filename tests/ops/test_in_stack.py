@@ -85,8 +85,8 @@ def test_products_of_a_loop_read_the_stack(name, loop, rows):
     order = range(LAYERS)[::-1] if loop == "backwards" else range(LAYERS)
     for i in order:
         wanted = one(carried, each[i])
-        # Within `tanh`, which XLA fuses with other operations, there is a rounding.
-        np.testing.assert_allclose(found[i], wanted, rtol=2e-2, atol=2e-2)
+        # What XLA fuses with `tanh` is rounded otherwise, after which a code may differ by 1.
+        np.testing.assert_allclose(found[i], wanted, rtol=1e-3, atol=2e-3)
         carried = jnp.tanh(found[i])
     text = run.lower(x, stack).compile().as_text() or ""
     assert "jaxquant_dot" in text
@@ -109,7 +109,7 @@ def test_a_loop_under_vmap_reads_slices_of_each_stack():
         for i in range(2):
             one = [a if axis is None else jax.tree.map(lambda leaf, i=i: leaf[i], a)
                    for a, axis in zip(given, axes, strict=True)]  # fmt: skip
-            np.testing.assert_allclose(found[i], jax.jit(run)(*one), rtol=2e-2, atol=2e-2)
+            np.testing.assert_allclose(found[i], jax.jit(run)(*one), rtol=1e-3, atol=2e-3)
 
 
 def test_a_loop_differentiates_with_respect_to_its_inputs():

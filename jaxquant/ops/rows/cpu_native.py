@@ -78,7 +78,7 @@ def native_int8(lhs: QTensor, rhs: QTensor, spec: DotSpec) -> jax.Array:
     )
     out = cpu.scaled_int8_dot(
         _rows(left),
-        _in_stack(rhs.codes, "codes", spec) if rhs.codes.dtype == jnp.int8 else right,
+        _in_stack(right, "codes", spec),
         _per_row(row_scale, left.shape),
         jnp.broadcast_to(column_scale.reshape(-1), right.shape[:1]),
         native_dtype(spec.dtype),
@@ -164,7 +164,7 @@ def _int8_dot(lhs: jax.Array, rhs: jax.Array, *_: Any) -> jax.Array:
 def _by_weights(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
     """(..., K) by 4-bit or 8-bit weights (N, K), in float32 or already in the result's dtype."""
     columns = partial(repeat_groups, shape=rhs.codes.shape, axes=[0])
-    if isinstance(rhs.scale, QTensor) or not _are_read(rhs.scale, rhs.codes.shape[0]):
+    if isinstance(rhs.scale, QTensor) or rhs.scale.shape[0] != rhs.codes.shape[0]:
         scale = columns(scale_values(rhs.scale))
     else:
         scale = _in_stack(rhs.scale, "scale", spec)
@@ -185,19 +185,13 @@ def _by_weights(lhs: Any, rhs: QTensor, spec: DotSpec) -> jax.Array:
     return out.reshape(*x.shape[:-1], rhs.codes.shape[0])
 
 
-def _are_read(scale: jax.Array, columns: int) -> bool:
-    """Whether the kernels read scales as they are stored: those of each column."""
-    is_read = scale.dtype in (jnp.float32, jnp.float16, jnp.bfloat16)
-    return is_read and scale.shape[0] == columns
-
-
 def _in_stack(part: jax.Array, name: str, spec: DotSpec) -> jax.Array | cpu.InStack:
     """An array of a matrix; if that is a slice of a stack, where it is in it."""
     is_whole = part.size * bits_of(part.dtype) % 8 == 0
     if spec.stack is None or spec.layer is None or not is_whole:
         return part
     stack, shape = getattr(spec.stack, name), (spec.stack.codes.shape[0], *part.shape)
-    # The matrix may have other scales, such as repeated ones.
+    # The matrix may have others, such as codes of another dtype or repeated scales.
     is_slice = (stack.dtype, stack.size) == (part.dtype, math.prod(shape))
     return cpu.InStack(part, stack.reshape(shape), spec.layer) if is_slice else part
 
