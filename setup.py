@@ -8,6 +8,7 @@ import concurrent.futures
 import itertools
 import pathlib
 import platform
+import zlib
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -31,12 +32,18 @@ def kernels():
     headers = pathlib.Path(jaxlib.__file__).parent / "include"
     version = jaxlib.version.__version_info__
     sources = sorted(map(str, SOURCES.glob("*.cc")))
+    # As `_is_of_sources` of jaxquant/kernels/cpu/library.py computes it.
+    files = sorted(SOURCES.glob("*.cc")) + sorted(SOURCES.glob("*.h"))
+    checksum = zlib.crc32(b"".join(file.read_bytes() for file in files))
     return [
         Extension(
             "jaxquant.kernels._cpu",
             sources,
             depends=[*sources, *sorted(map(str, SOURCES.glob("*.h")))],
-            define_macros=[("JAXQUANT_JAXLIB", ", ".join(map(str, version)))],
+            define_macros=[
+                ("JAXQUANT_JAXLIB", ", ".join(map(str, version))),
+                ("JAXQUANT_SOURCES", f"{checksum}u"),
+            ],
             # -isystem: no warnings from XLA's headers.
             extra_compile_args=[*FLAGS, "-isystem", str(headers)],
             language="c++",

@@ -46,8 +46,8 @@ const uint8_t* MatrixOf(const ffi::AnyBuffer& x, const In<ffi::S32>& layer, int6
   return elements + at * (x.element_count() / count) * bits / 8;
 }
 
-Weights InGroups(const ffi::AnyBuffer& w, const In<ffi::S32>& layer, int64_t K, const ffi::AnyBuffer& scale,
-                 const In<ffi::F32>& zero) {
+Weights InGroups(const ffi::AnyBuffer& w, const In<ffi::S32>& layer, int64_t K,
+                 const ffi::AnyBuffer& scale, const In<ffi::F32>& zero) {
   const auto stored = scale.element_count() ? scale.element_type() : ffi::F32;
   const auto type = stored == ffi::F16    ? Weights::kFloat16
                     : stored == ffi::BF16 ? Weights::kBFloat16
@@ -67,8 +67,8 @@ struct Operands {
   Weights weights;
   const T* x;
 
-  Operands(const ffi::AnyBuffer& w, const In<ffi::S32>& layer, const T* x, int64_t M, int64_t K, const ffi::AnyBuffer& scale,
-           const In<ffi::F32>& zero)
+  Operands(const ffi::AnyBuffer& w, const In<ffi::S32>& layer, const T* x, int64_t M, int64_t K,
+           const ffi::AnyBuffer& scale, const In<ffi::F32>& zero)
       : weights(InGroups(w, layer, K, scale, zero)), x(x) {
     if (weights.bits == 8 || K % 2 == 0) return;
     const int64_t bytes = (K + 1) / 2;
@@ -355,6 +355,9 @@ extern "C" int jaxquant_jaxlib(int i) {
   constexpr int version[] = {JAXQUANT_JAXLIB};
   return version[i];
 }
+
+// The checksum of the sources that this was compiled from.
+extern "C" unsigned jaxquant_sources() { return JAXQUANT_SOURCES; }
 
 // Whether this processor supports an instruction set of kSets.
 extern "C" int jaxquant_has(int set) { return kSets[set] && kSets[set]->is_supported(); }

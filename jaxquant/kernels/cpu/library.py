@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import pathlib
+import zlib
 from typing import Any
 
 import jax
@@ -60,12 +61,22 @@ def _loaded() -> tuple[str | None, tuple[str, ...]]:
     found = [name for name in allowed if library.jaxquant_has(INSTRUCTIONS.index(name))]
     if not found:
         return f"this processor supports none of {', '.join(allowed)}", ()
-    if not all(hasattr(library, f"jaxquant_{name}") for name in _KERNELS):
+    # Handlers may have other arguments now.
+    if not hasattr(library, "jaxquant_sources") or not _is_of_sources(library):
         return f"{_PATH.name} was compiled from other sources: install the package again", ()
     for name in _KERNELS:
         handler = jax.ffi.pycapsule(getattr(library, f"jaxquant_{name}"))
         jax.ffi.register_ffi_target(f"jaxquant_{name}", handler, platform="cpu")
     return None, tuple(found)
+
+
+def _is_of_sources(library: Any) -> bool:
+    """Whether the library was compiled from the sources beside this file; wheels have none."""
+    here = pathlib.Path(__file__).parent
+    files = sorted(here.glob("*.cc")) + sorted(here.glob("*.h"))
+    library.jaxquant_sources.restype = ctypes.c_uint
+    checksum = zlib.crc32(b"".join(file.read_bytes() for file in files))
+    return not files or library.jaxquant_sources() == checksum
 
 
 def _allowed() -> tuple[str, ...]:
