@@ -33,6 +33,7 @@ CASES = {
     "W8A16": (ArrayConfig(), False, 2),
     "in blocks": (ArrayConfig(format=INT4, group_size=(64, 32), scale_dtype="float16"), True, 2),
     "heads in blocks": (ArrayConfig(format=INT4, group_size=(64, 32)), True, 3),
+    "shared by heads": (ArrayConfig(format=INT4, group_size=(4, 1, 32)), True, 3),
     "nested": (ArrayConfig(format=INT4, group_size=32, scale_dtype="float8_e4m3fn"), True, 2),
     "asymmetric": (ArrayConfig(format=INT4, group_size=32, symmetric=False), True, 2),
 }
@@ -43,7 +44,8 @@ def layers(name):
     shape = (N, K) if ndim == 2 else (4, N // 4, K)
     arrays = [jnp.asarray(normal(*shape, seed=i)) / 16 for i in range(LAYERS)]
     inputs = Inputs(ArrayConfig()) if has_inputs else None
-    axes = -1 if not isinstance(config.group_size, tuple) else (-2, -1)
+    sizes = config.group_size if isinstance(config.group_size, tuple) else (config.group_size,)
+    axes = tuple(range(-len(sizes), 0))
     return [dataclasses.replace(quantize(w, config, axis=axes), inputs=inputs) for w in arrays]
 
 
@@ -120,3 +122,27 @@ def test_a_loop_differentiates_with_respect_to_its_inputs():
     ]
     found, wanted = (loss(x) for loss in losses)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+# How many operands of the product of one row are stacks: codes, and scales of each column that are
+# stored in a dtype of the kernels. Those of 16 bits are converted for 8 rows.
+STACKS = {
+    "W8A8": (1, 1),
+    "W8A8 in groups": (2, 1),
+    "W4A8": (2, 1),
+    "W4A8 by heads": (2, 1),
+    "in blocks": (1, 1),
+    "heads in blocks": (1, 1),
+    "shared by heads": (1, 1),
+    "nested": (1, 1),
+    "asymmetric": (2, 2),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_operands_that_are_stacks(name):
+    stack = stacked(layers(name))
+    for rows, count in zip((1, 8), STACKS[name], strict=True):
+        text = jax.jit(LOOPS["scan"]).lower(jnp.ones((rows, K)), stack).as_text()
+        (types,) = re.findall(r"@jaxquant_dot_\w+\(.* : \((.*)\) ->", text)
+        assert types.count(f"tensor<{LAYERS}x") == count

@@ -191,9 +191,9 @@ def _in_stack(part: jax.Array, name: str, spec: DotSpec) -> jax.Array | cpu.InSt
     if spec.stack is None or spec.layer is None or not is_whole:
         return part
     stack, shape = getattr(spec.stack, name), (spec.stack.codes.shape[0], *part.shape)
-    # The matrix may have others, such as codes of another dtype or repeated scales.
-    is_slice = (stack.dtype, stack.size) == (part.dtype, math.prod(shape))
-    return cpu.InStack(part, stack.reshape(shape), spec.layer) if is_slice else part
+    if stack.size != math.prod(shape):
+        return part  # The scales of the matrix were repeated.
+    return cpu.InStack(part, stack.reshape(shape), spec.layer)
 
 
 def why_unsupported_weights(rhs: QTensor, by_codes: bool, lengths: tuple[int, int]) -> str | None:
