@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,8 @@ class Uses:
         elements that lie next to each other, over several axes if need be, or else along one axis,
         or else a box, such as 4 x 8 pixels of a kernel (8, 8, 3, N) for groups of 32. Where the
         function joins the contracted axes first, only neighbours form groups. Other parameters
-        stay in float, and so do those that no group fits; a report gives the reason.
+        stay in float, and so do those that no group fits, of which a warning tells; a report gives
+        the reasons.
 
         Args:
             scheme: for all of them.
@@ -121,8 +123,12 @@ class Uses:
             notes = dict.fromkeys(str(self._rule(path, scheme).note) for path in self.contracted)
             raise ValueError(
                 f"rules needs a scheme that fits a parameter; got {scheme!r}: {', '.join(notes)}. "
-                "Choose another group_size."
+                "Choose another group_size, or another format if it has a fixed one."
             )
+        left = {p: r.note for p, r in zip(self.by_path, rules, strict=True)
+                if r.scheme is None and p in self.contracted}  # fmt: skip
+        if left:
+            _warn_of(left)
         return rules
 
     def _rule(self, path, scheme):
@@ -183,6 +189,20 @@ class Uses:
 
     def __str__(self) -> str:
         return to_text(self.table())
+
+
+def _warn_of(left: dict[str, str | None]) -> None:
+    """Warns of parameters that stay in float, with the reasons."""
+    reasons = []
+    for note in dict.fromkeys(left.values()):
+        paths = [path for path in left if left[path] == note]
+        more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+        reasons += [f"{note} ({', '.join(paths[:4])}{more})"]
+    warnings.warn(
+        f"These parameters stay in float: {'; '.join(reasons)}. Choose another group_size, or give "
+        "them rules of their own.",
+        stacklevel=3,
+    )
 
 
 def _words(use):

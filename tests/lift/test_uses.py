@@ -262,21 +262,24 @@ def test_axes_that_are_joined_before_the_product_have_groups_of_neighbours_only(
     def apply(params):
         return sum(jnp.ones((1, w[..., 0].size)) @ w.reshape(-1, 4) for w in params.values())
 
-    rules = jq.uses(apply, params).rules(jq.ArrayConfig(format=jq.INT4, group_size=32))
+    with pytest.warns(UserWarning, match=r"in float: groups of 32 do not .* \(box\); .* \("):
+        rules = jq.uses(apply, params).rules(jq.ArrayConfig(format=jq.INT4, group_size=32))
     q = jq.tree.quantize(params, rules)
     assert [jq.tree.is_quantized(q[name]) for name in shapes] == [False, False, True]
     assert not jq.explain(jq.lift(apply), q).dequantized
     assert rules[0].note == "groups of 32 do not fit 8 x 8 x 3 contracted elements"
 
 
-def test_parameters_that_no_group_fits_stay_in_float_and_a_report_says_why():
+def test_of_parameters_that_no_group_fits_a_warning_and_a_report_tell():
     lengths = {"fits": 64, "odd": 20, "wide": 48}
     params = {name: jnp.ones((n, 4)) for name, n in lengths.items()} | {"bias": jnp.ones((1, 4))}
 
     def apply(params):
         return sum(jnp.ones((1, n)) @ params[name] for name, n in lengths.items()) + params["bias"]
 
-    rules = jq.uses(apply, params).rules(jq.ArrayConfig(format=jq.INT4, group_size=32))
+    text = r"float: groups of 32 .* \(odd\); groups of 32 .*; groups of 16 do \(wide\)\. Choose"
+    with pytest.warns(UserWarning, match=text):
+        rules = jq.uses(apply, params).rules(jq.ArrayConfig(format=jq.INT4, group_size=32))
     report = jq.tree.report(params, jq.tree.quantize(params, rules), rules)
     reasons = {row.path: row.reason for row in report.rows}
     assert reasons["odd"] == "groups of 32 do not fit 20 contracted elements"
