@@ -249,7 +249,17 @@ def _reordered(q: QTensor, order: tuple[int, ...] | None) -> QTensor:
 def check_statistics(
     paths: list[str], chosen: list[Plan | None], statistics: Mapping[str, Any]
 ) -> None:
-    """Raises one error that names the leaves whose methods have no statistics."""
+    """Checks that there are statistics for all methods that need them, and methods for statistics.
+
+    Raises:
+        ValueError: one that names the leaves whose methods have no statistics; or no leaf has a
+            method.
+    """
+    if statistics and not any(plan is not None and plan.method for plan in chosen):
+        raise ValueError(
+            f"statistics must go with a method; got those of {', '.join(list(statistics)[:8])}, "
+            "and no method. Pass method=, such as jq.GPTQ(), or leave out statistics."
+        )
     plans = zip(paths, chosen, strict=True)
     needing = [p for p, plan in plans if plan is not None and plan.method and needed(plan.method)]
     lacking = [path for path in needing if path not in statistics]
@@ -326,7 +336,10 @@ def _check(
 def why_unsupported(leaf: Any, plan: Plan) -> str | None:
     """Why a leaf cannot be quantized as planned, or None."""
     if is_quantized(leaf):
-        return f"already quantized ({leaf!r}); dequantize it first, or give it a rule with None"
+        return (
+            f"already quantized ({leaf!r}); dequantize it first (--requantize), or give it a rule "
+            "with None (--rule PATH=none)"
+        )
     if isinstance(leaf, TrainedArray):
         return f"already prepared for training ({leaf!r}); training.convert makes it a QTensor"
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):

@@ -207,6 +207,11 @@ def test_a_nearly_singular_moment_is_reported():
             {"w": {SecondMoment: second_moment(8)}},
             r"w: SecondMoment must have the shape \(32, 32\) for .*; got \(8, 8\)\.",
         ),
+        (
+            None,
+            {"w": {}},
+            r"statistics must go with a method; got those of w, and no method\. Pass",
+        ),
         (GPTQ, None, r"method must be a method such as jq.methods.GPTQ\(\)"),
         ([GPTQ(), SINQ()], None, r"Only the last method of a list chooses codes; got GPTQ"),
         ([Rotation(block=8), Importance()], None, r"weighs channels by their MeanSquare"),

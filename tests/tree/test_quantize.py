@@ -152,7 +152,7 @@ def test_one_error_lists_all_problems_before_anything_changes():
         "d/kernel: axis must lie in -1 .. 0 for an array of 1 axes; got axis=-2.",
         "e/kernel: not a floating-point array, got int64 of shape (2, 3); give it a rule with None",
         "f/kernel: already quantized (QTensor(int8 64x32, scale (1, 32), float32)); dequantize it "
-        "first, or give it a rule with None",
+        "first (--requantize), or give it a rule with None (--rule PATH=none)",
         "g/kernel: not a floating-point array, got float of shape (); give it a rule with None",
         "h/kernel: not a floating-point array, got ShapeDtypeStruct of shape (64, 32); give it a "
         "rule with None",
