@@ -14,6 +14,7 @@ from ..methods import CrossMoment
 from ..tree import Progress, Rules
 from ..tree import dequantize as dequantize_tree
 from ..tree.internal import check_like, progress_bar, select
+from .batches import check_arrays
 from .collected import Statistics, kinds_of
 from .sums import Sums
 from .tap import PAIR, Parameter, with_statistics
@@ -144,7 +145,7 @@ class Collector:
 
     def _add(self, selected: Any, arrays: Any, batch: Any, chosen: tuple[int, ...]) -> None:
         """Runs a batch and adds its sums."""
-        _check_arrays(batch)
+        check_arrays(batch)
         self._run(selected, arrays, batch, chosen)
         jax.effects_barrier()
         for i in chosen:
@@ -153,18 +154,6 @@ class Collector:
     def _meet(self, number: int) -> None:
         if number not in self.order:
             self.order.append(number)
-
-
-def _check_arrays(batch: Any) -> None:
-    """Checks that JAX accepts the leaves of a batch."""
-    try:
-        jax.eval_shape(lambda _: None, batch)
-    except TypeError as error:
-        kinds = ", ".join(dict.fromkeys(type(x).__name__ for x in jax.tree.leaves(batch)))
-        raise ValueError(
-            f"batches must hold arrays of NumPy or JAX; got one of {kinds}. Convert tensors of "
-            "other packages with np.asarray, and texts with a tokenizer."
-        ) from error
 
 
 def _others(quantized: Any, params: Any) -> list[Any]:

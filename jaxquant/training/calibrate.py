@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..calibration import Observer, PercentileHistogram
+from ..calibration.internal import check_arrays
 from ..core import QTensor, quantize_with_range, scale_values
 from ..jaxprs import split_arrays
 from ..ops import Activations
@@ -81,6 +82,7 @@ def calibrate(
     total = len(batches) if isinstance(batches, Sized) else None
     with progress_bar(progress, total, "Calibrating") as report:
         for done, batch in enumerate(batches, 1):
+            check_arrays(batch)
             jax.block_until_ready(run(arrays, batch))
             jax.effects_barrier()
             while waiting:

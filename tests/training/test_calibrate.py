@@ -208,6 +208,7 @@ UNSUPPORTED = {
         "out/kernel: a static scale is one for the whole operand",
     ),
     "no batches": (STATIC, [], "layers/kernel: products must all use .*; got 0 shapes"),
+    "texts": (STATIC, ["hello"], "batches must hold arrays of NumPy or JAX; got one of str"),
     "nan": (STATIC, [with_nan(BATCHES[0])], "layers/kernel: .*must be finite; got a range"),
     "zeros": (STATIC, [BATCHES[0] * 0], "layers/kernel: .*must see a nonzero value"),
 }
