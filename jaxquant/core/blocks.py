@@ -48,6 +48,8 @@ def normalize_axes(axis: Axes, ndim: int) -> tuple[int, ...]:
     if axis is None:
         return tuple(range(ndim))
     axes = axis if isinstance(axis, tuple) else (axis,)
+    if axes and ndim == 0:
+        raise ValueError(f"axis must be None or () for a scalar, which has no axes; got {axis}.")
     if any(not -ndim <= a < ndim for a in axes):
         raise ValueError(
             f"axis must lie in -{ndim} .. {ndim - 1} for an array of {ndim} axes; got axis={axis}."
@@ -81,9 +83,11 @@ def block_shape(shape: tuple[int, ...], config: ArrayConfig, axis: Axes = 0) -> 
     for a, size in zip(axes, _group_sizes(config, axis, len(axes)), strict=True):
         blocks[a] = shape[a] if size is None else size
         if size is not None and shape[a] % size:
+            is_fixed = config.format.group_size is not None
+            other = "another format" if is_fixed else _divisors(shape[a], size)
             raise ValueError(
                 f"group_size must divide axis {a}; got group_size={size} for shape {shape}. Pad "
-                f"the axis, or choose {_divisors(shape[a], size)}."
+                f"the axis, or choose {other}."
             )
     return tuple(blocks)
 

@@ -79,8 +79,8 @@ class ArrayConfig:
         is_name = isinstance(self.stored_scale_dtype, str)
         if not is_name or self.stored_scale_dtype not in SCALE_DTYPES:
             raise ValueError(
-                f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, or None for the "
-                f"default of the format; got {self.stored_scale_dtype!r}."
+                f"scale_dtype must be the name of a dtype, one of {', '.join(SCALE_DTYPES)}, or "
+                f"None for the default of the format; got {self.stored_scale_dtype!r}."
             )
 
     def _check_groups(self):
@@ -164,7 +164,10 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, ArrayConfig):
-            raise ValueError(f"weights must be an ArrayConfig; got {self.weights!r}.")
+            raise ValueError(
+                f"weights must be an ArrayConfig; got {self.weights!r}. For a format f, pass "
+                "ArrayConfig(format=f); for a Scheme s, s.weights."
+            )
         if not isinstance(self.inputs, ArrayConfig | None):
             raise ValueError(f"inputs must be an ArrayConfig or None; got {self.inputs!r}.")
 

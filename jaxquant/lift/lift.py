@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from ..core import check_flags
 from ..tree.internal import leaves_with_paths
 from .interpreter import Options, as_array, evaluate
 from .parameter import Parameter
@@ -61,6 +62,7 @@ def lift(
             "lift expects a function, as in jax.jit(jq.lift(model.apply)); got "
             f"{type(fn).__name__}."
         )
+    check_flags(strict=strict)
     options = Options(strict, implementation, RULES)
 
     @functools.wraps(fn)

@@ -38,11 +38,17 @@ def test_an_axis_must_be_an_int_a_tuple_of_ints_or_none(axis):
         quantize(jnp.ones((4, 5, 6)), ArrayConfig(), axis=axis)
 
 
-@pytest.mark.parametrize("axis, ndim", [(2, 2), (-3, 2), ((0, 5), 2), (0, 0)])
+@pytest.mark.parametrize("axis, ndim", [(2, 2), (-3, 2), ((0, 5), 2)])
 def test_axes_must_be_axes_of_the_array(axis, ndim):
     message = rf"axis must lie in -{ndim} .. {ndim - 1} for an array of {ndim} axes; got axis="
     with pytest.raises(ValueError, match=message):
         quantize(jnp.ones((4,) * ndim), ArrayConfig(), axis=axis)
+
+
+def test_a_scalar_has_no_axes():
+    assert quantize(jnp.float32(4), ArrayConfig(), axis=()).codes == 127
+    with pytest.raises(ValueError, match=r"axis must be None or \(\) for a scalar.*; got 0\."):
+        quantize(jnp.float32(4), ArrayConfig(), axis=0)
 
 
 def test_axes_must_be_distinct():

@@ -359,6 +359,12 @@ def test_power_of_two_scales_do_not_clip_integer_codes():
     [
         (jnp.ones(4), W8A8, "config must be an ArrayConfig; got Scheme.*pass s.weights"),
         (jnp.ones(4), INT8, r"got int8\. For a Scheme.*ArrayConfig\(format=f\)"),
+        (jnp.ones(4), "int4", "config must be an ArrayConfig; got 'int4'"),
+        (
+            jnp.ones(20),
+            ArrayConfig(format=MXFP4),
+            "got group_size=32 for .*Pad the axis, or choose another format",
+        ),
         ([1.0, 2.0], ArrayConfig(), "x must be a floating-point array; got list"),
         (
             quantize(jnp.ones(4), ArrayConfig()),

@@ -17,6 +17,11 @@ def test_a_value_that_is_no_function_is_named():
         jq.lift({"a": 1})  # pyright: ignore[reportArgumentType]
 
 
+def test_a_flag_that_is_neither_true_nor_false_is_named():
+    with pytest.raises(ValueError, match="strict must be True or False; got 'no'"):
+        jq.lift(jnp.exp, strict="no")  # pyright: ignore[reportArgumentType]
+
+
 def test_strict_names_the_parameter_the_operation_and_the_line():
     params = {"layers": [{"kernel": cases.parameter("int8")}]}
     lifted = jq.lift(lambda p: jnp.exp(p["layers"][0]["kernel"]), strict=True)
