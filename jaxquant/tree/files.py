@@ -107,8 +107,12 @@ def check_target(path: str | os.PathLike[str]) -> None:
         FileNotFoundError: its folder does not exist.
         PermissionError: its folder cannot be written to.
         IsADirectoryError: it is a folder.
-        ValueError: it is a device, FIFO or socket.
+        ValueError: it is a device, FIFO or socket, or no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(
+            f"path must be a str or a path, as in jq.save(path, tree); got {type(path).__name__}."
+        )
     folder = Path(path).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; create it first.")

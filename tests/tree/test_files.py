@@ -382,6 +382,11 @@ def test_a_target_that_is_a_folder_raises(tmp_path, monkeypatch, check, name):
     assert [p.name for p in tmp_path.rglob("*")] == ["inner"]
 
 
+def test_a_tree_in_place_of_the_path_is_named():
+    with pytest.raises(ValueError, match=r"path, as in jq\.save\(path, tree\); got dict\."):
+        save({"x": jnp.ones(2)}, "model.safetensors")  # pyright: ignore[reportArgumentType]
+
+
 def test_a_target_may_be_new_or_a_file(tmp_path, monkeypatch):
     save(tmp_path / "old", small())
     monkeypatch.chdir(tmp_path)
