@@ -114,7 +114,9 @@ def _by_steps(
     along = length // tile.length
     grid = (pl.cdiv(columns, tile.columns), steps[0].shape[0], along)
     specs = _specs(tile, scale.shape[1], along - 1)
-    given = ((row_scale, specs.per_row), (scale, specs.per_column), (zero, specs.per_column))
+    # Stacks of all layers, of which XLA would copy parts into VMEM.
+    of_columns = [None if v is None else pallas_tpu.in_hbm(v, interpret) for v in (scale, zero)]
+    given = zip((row_scale, *of_columns), (specs.per_row, *[specs.per_column] * 2), strict=True)
     parameters = [(v.astype(jnp.float32), spec) for v, spec in given if v is not None]
     has_rows = row_scale is not None
     kernel = pallas_tpu.scale_sums if 2 * tile.rows <= size else pallas_tpu.scale_weights
