@@ -148,22 +148,18 @@ def estimates_of_xla(chip, shape, rows):
 def counts_of_attention(chip, folder, heads, sequences):
     """`counts` of attention over one layer of a cache."""
     query = jax.ShapeDtypeStruct((sequences, 1, 4 * heads, HEAD), jnp.float32)
-    starts = jax.ShapeDtypeStruct((sequences,), jnp.int32)
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
     for name, store in (("int8", ArrayConfig()), ("bfloat16", jnp.bfloat16)):
         init = partial(kv.init, sequences, heads, CONTEXT, HEAD, store=store, layers=LAYERS)
         cache = jax.eval_shape(init)
+        scales = tuple(x for x in (cache.key_scale, cache.value_scale) if x is not None)
+        lengths = jax.ShapeDtypeStruct((sequences,), jnp.int32)
 
-        def kernel(query, keys, values, key_scale, value_scale, starts, layer, dtype=cache.dtype):
-            given = keys, values, dtype, key_scale, value_scale, starts, layer
-            return pallas_tpu_attention.attend(query, *given)
+        def kernel(query, stored, scales, lengths, layer, dtype=cache.dtype):
+            return pallas_tpu_attention.attend(query, stored, scales, dtype, lengths, None, layer)
 
-        layer = jax.ShapeDtypeStruct((), jnp.int32)
-        scales = (
-            None if x is None else jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-            for x in (cache.key_scale, cache.value_scale)
-        )
-        arrays = cache.keys, cache.values, *scales
-        yield name, *count(chip, folder, kernel, query, *arrays, starts, layer)
+        given = (cache.keys, cache.values), scales, lengths, layer
+        yield name, *count(chip, folder, kernel, query, *given)
 
         def attend(query, cache, layer):
             return kv.attend(query, cache, layer=layer)

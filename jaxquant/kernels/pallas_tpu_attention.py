@@ -23,23 +23,18 @@ else:
 
 # Positions of one step: a step costs a third of a microsecond, in which v5e reads 270 kB.
 _POSITIONS = 4096
-# Rows of a tile of float32.
-_SCALE_ROWS = 8
 # Positions whose scales fit into VMEM.
 MOST_POSITIONS = 2**17
-# Rows of a tile of bfloat16.
-_TILE_ROWS = 16
 _LEAST = float(np.finfo(np.float32).min)
 
 
 def attend(
     query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    stored: tuple[jax.Array, jax.Array],
+    scales: tuple[jax.Array, ...],
     dtype: jax.typing.DTypeLike,
-    key_scale: jax.Array | None,
-    value_scale: jax.Array | None,
-    starts: jax.Array,
+    lengths: jax.Array,
+    counts: jax.Array | None,
     layer: jax.Array,
     *,
     interpret: bool = False,
@@ -51,64 +46,48 @@ def attend(
 
     Args:
         query: float32 (B, T, N, D), with the factor of the scores.
-        keys, values: (L, B, H, S, D) as `kv.Cache` stores them, of at least 8 bits.
-        dtype: of their numbers: int8 or a float.
-        key_scale, value_scale: (B, H, S) floats, of that layer; None for 1.
-        starts: (B,): token t sees the positions up to starts + t.
-        layer: scalar, which of the L layers.
+        stored: keys and values, (L, B, H, S, D) as `kv.Cache` stores them, of at least 8 bits.
+        scales: those of keys and of values, floats (L, B, H, S), or (1, B, H, S) of that layer; ()
+            for 1.
+        dtype: of the numbers of keys and values: int8 or a float.
+        lengths: (B,): tokens of each sequence, those of the query included.
+        counts: (B,): how many of the T tokens these are, the first ones; None for all.
+        layer: scalar, which of the L layers; -1 is the last one.
         interpret: runs without a TPU, slowly, for tests.
 
     Returns:
-        (B, T, N, D) float32.
+        (B, T, N, D) float32; NaN for sequences of more than S tokens.
 
     Error: query, keys, values and the weights of the sum are rounded to bfloat16, as XLA does in
         its default precision on TPUs; int8 codes are exact in it. Sums are in float32.
     Source: Dao et al. 2022, arXiv:2205.14135, algorithm 1.
     """
-    (batch, tokens, heads, size), (_, _, shared, capacity, _) = query.shape, keys.shape
+    (batch, tokens, heads, size), (keys, values) = query.shape, stored
+    shared = keys.shape[2]
     group = heads // shared
     # Token by token, the query heads that share a key head.
     rows = query.reshape(batch, tokens, shared, group, size).transpose(0, 2, 1, 3, 4)
     rows = rows.reshape(batch, shared, tokens * group, size).astype(jnp.bfloat16)
-    padding = -rows.shape[2] % _TILE_ROWS
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padding), (0, 0)))
-    block = min(_POSITIONS, capacity)
-    steps = pl.cdiv(capacity, block)
-
-    def own(b: Any, h: Any, s: Any, *_: Any) -> Any:
-        return b, h, 0, 0
-
-    def last(b: Any, starts: Any) -> Any:
-        return jnp.minimum(lax.div(starts[b] + tokens - 1, block), steps - 1)
-
-    def of_cache(b: Any, h: Any, s: Any, layer: Any, starts: Any) -> Any:
-        return layer[0], b, h, jnp.minimum(s, last(b, starts)), 0
-
-    def of_scales(b: Any, h: Any, *_: Any) -> Any:
-        return lax.div(b * shared + h, _SCALE_ROWS), 0
-
-    tile = pl.BlockSpec((1, 1, rows.shape[2], size), own)
-    per_position = pl.BlockSpec((1, 1, 1, block, size), of_cache)
-    scales = [x.reshape(-1, capacity) for x in (key_scale, value_scale) if x is not None]
-    # Read once for so many heads: XLA stores them in one tile.
-    per_scale = pl.BlockSpec((min(batch * shared, _SCALE_ROWS), steps * block), of_scales)
+    if size % 128 == 0:  # XLA would copy shorter heads into another layout.
+        keys, values = (pallas_tpu.in_hbm(x, interpret) for x in (keys, values))
+    scales = tuple(pallas_tpu.in_hbm(x, interpret) if len(x) > 1 else x for x in scales)
+    numbers = [layer.reshape(1), lengths, *([] if counts is None else [counts])]
+    grid, tile, of_arrays = _blocks(rows, (keys, values, *scales), tokens, counts is not None)
     column = pltpu.VMEM((rows.shape[2], 1), jnp.float32)
     kernel = functools.partial(
         _attend_block,
         dtype=jnp.dtype(dtype),
         tokens=tokens,
         group=group,
-        capacity=capacity,
-        has_scales=(key_scale is not None, value_scale is not None),
+        capacity=keys.shape[3],
+        has_counts=counts is not None,
     )
-    if size % 128 == 0:  # XLA would copy shorter heads into another layout.
-        keys, values = (pallas_tpu.in_hbm(x, interpret) for x in (keys, values))
     out = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(batch, shared, steps),
-            in_specs=[tile, per_position, per_position, *[per_scale] * len(scales)],
+            num_scalar_prefetch=len(numbers),
+            grid=grid,
+            in_specs=[tile, *of_arrays],
             out_specs=tile,
             scratch_shapes=[column, column, pltpu.VMEM(rows.shape[2:], jnp.float32)],
         ),
@@ -120,33 +99,55 @@ def attend(
         cost_estimate=_cost(rows, keys, scales),
         interpret=interpret,
         name="attend",
-    )(layer.reshape(1), starts, rows, keys, values, *scales)
-    out = out[:, :, : tokens * group].reshape(batch, shared, tokens, group, size)
+    )(*numbers, rows, keys, values, *scales)
+    out = out.reshape(batch, shared, tokens, group, size)
     return out.transpose(0, 2, 1, 3, 4).reshape(query.shape)
 
 
+def _blocks(
+    rows: jax.Array, arrays: tuple[jax.Array, ...], tokens: int, has_counts: bool
+) -> tuple[tuple[int, ...], Any, list[Any]]:
+    """The grid, the block of the rows of a key head, and those of keys, values and scales."""
+    _, batch, shared, capacity, size = arrays[0].shape
+    block = min(_POSITIONS, capacity)
+    steps = pl.cdiv(capacity, block)
+
+    def own(b: Any, h: Any, s: Any, *_: Any) -> Any:
+        return b, h, 0, 0
+
+    def of_cache(b: Any, h: Any, s: Any, layer: Any, lengths: Any, *counts: Any) -> Any:
+        end = lengths[b] + (tokens - counts[0][b] if has_counts else 0)
+        last = jnp.minimum(lax.div(end - 1, block), steps - 1)
+        return lax.rem(layer[0] + len(arrays[0]), len(arrays[0])), b, h, jnp.minimum(s, last), 0
+
+    def of_scales(b: Any, h: Any, s: Any, layer: Any, *_: Any) -> Any:
+        return lax.rem(layer[0] + len(arrays[2]), len(arrays[2])), b, 0, 0
+
+    per_position = pl.BlockSpec((1, 1, 1, block, size), of_cache)
+    # Read once for all heads, which XLA stores in one tile.
+    per_scale = pl.BlockSpec((1, 1, shared, steps * block), of_scales)
+    specs = [per_position, per_position, *[per_scale] * len(arrays[2:])]
+    return (batch, shared, steps), pl.BlockSpec((1, 1, *rows.shape[2:]), own), specs
+
+
 def _attend_block(
-    layer: Any,
-    starts: Any,
-    query: Any,
-    keys: Any,
-    values: Any,
+    _: Any,
+    lengths: Any,
     *refs: Any,
     dtype: np.dtype,
     tokens: int,
     group: int,
     capacity: int,
-    has_scales: tuple[bool, bool],
+    has_counts: bool,
 ) -> None:
     """Adds the positions of one block to what the rows have seen of those before it."""
-    *scales, out, largest, total, summed = refs
+    counts, refs = (refs[0], refs[1:]) if has_counts else (None, refs)
+    query, keys, values, *scales, out, largest, total, summed = refs
     b, h, s = (pl.program_id(axis) for axis in range(3))
+    start = lengths[b] - (tokens if counts is None else counts[b])
     block = keys.shape[3]
-    row = lax.rem(b * pl.num_programs(1) + h, _SCALE_ROWS)
-    here = pl.ds(row, 1), pl.ds(pl.multiple_of(s * block, block), block)
-    key_scale, value_scale = (
-        scales.pop(0)[here].astype(jnp.float32) if has else None for has in has_scales
-    )
+    here = 0, 0, pl.ds(h, 1), pl.ds(pl.multiple_of(s * block, block), block)
+    factors = [x[here].astype(jnp.float32) for x in scales]
 
     @pl.when(s == 0)
     def _() -> None:
@@ -154,20 +155,19 @@ def _attend_block(
         total[...] = jnp.zeros_like(total)
         summed[...] = jnp.zeros_like(summed)
 
-    @pl.when(s * block < starts[b] + tokens)
+    @pl.when(s * block < start + tokens)
     def _() -> None:
         scores = _dot(query[0, 0], _numbers(keys[0, 0, 0], dtype), (1, 1))
-        scores = scores if key_scale is None else scores * key_scale
+        scores = scores * factors[0] if factors else scores
         position = s * block + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         token = lax.div(lax.broadcasted_iota(jnp.int32, scores.shape, 0), group)
-        # Padded rows see what the last token does.
-        is_seen = position <= starts[b] + jnp.minimum(token, tokens - 1)
+        is_seen = position <= start + token
         scores = jnp.where(is_seen, scores, _LEAST)
         peak = jnp.maximum(largest[...], jnp.max(scores, 1, keepdims=True))
         weights, earlier = jnp.exp(scores - peak), jnp.exp(largest[...] - peak)
         largest[...] = peak
         total[...] = earlier * total[...] + jnp.sum(weights, 1, keepdims=True)
-        weights = weights if value_scale is None else weights * value_scale
+        weights = weights * factors[1] if factors else weights
         # Beyond the capacity, scales and values are arbitrary, perhaps NaN.
         weights = jnp.where(is_seen, weights, 0).astype(jnp.bfloat16)
         numbers = _numbers(values[0, 0, 0], dtype)
@@ -178,7 +178,7 @@ def _attend_block(
 
     @pl.when(s == pl.num_programs(2) - 1)
     def _() -> None:
-        out[0, 0] = summed[...] / total[...]
+        out[0, 0] = jnp.where(lengths[b] > capacity, jnp.nan, summed[...] / total[...])
 
 
 def _numbers(stored: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -194,9 +194,9 @@ def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
     return lax.dot_general(x, y, numbers, preferred_element_type=jnp.float32)
 
 
-def _cost(rows: jax.Array, keys: jax.Array, scales: list[jax.Array]) -> "pl.CostEstimate":
+def _cost(rows: jax.Array, keys: jax.Array, scales: tuple[jax.Array, ...]) -> "pl.CostEstimate":
     """That of a full cache: keys and values of one layer are read once."""
-    moved = 2 * keys.nbytes // keys.shape[0] + sum(x.nbytes for x in scales)
+    moved = sum(x.nbytes // x.shape[0] for x in (keys, keys, *scales))
     batch, shared, count, size = rows.shape
     scores = batch * shared * count * keys.shape[3]
     return pl.CostEstimate(

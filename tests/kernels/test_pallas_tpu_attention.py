@@ -29,6 +29,9 @@ CASES = {
 }
 
 
+run: Any = partial(pallas_tpu_attention.attend, interpret=True)
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(pallas_tpu_attention, "_POSITIONS", 128)
@@ -71,8 +74,8 @@ def slow_attention(query, cache, starts):
 
 
 def arrays(cache) -> Any:
-    scales = (None if x is None else x[-1] for x in (cache.key_scale, cache.value_scale))
-    return cache.keys, cache.values, cache.dtype, *scales
+    scales = tuple(x for x in (cache.key_scale, cache.value_scale) if x is not None)
+    return (cache.keys, cache.values), scales, cache.dtype
 
 
 @pytest.mark.parametrize("name", STORES)
@@ -81,30 +84,46 @@ def test_tokens_attend_to_all_before_them_and_no_others(case, name):
     positions, lengths, tokens, heads = CASES[case]
     cache, lengths = filled(STORES[name], positions, lengths)
     query, starts = normal(BATCH, tokens, heads, SIZE, seed=3) / 4, np.asarray(lengths) - tokens
-    run: Any = partial(pallas_tpu_attention.attend, interpret=True)
-    given = jnp.asarray(starts), jnp.int32(LAYERS - 1)
-
-    found = run(jnp.asarray(query), *arrays(cache), *given)
+    given = jnp.asarray(query), *arrays(cache), lengths
 
     # bfloat16 has 8 bits.
     wanted = slow_attention(query, cache, starts)
-    np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2)
+    for layer in (LAYERS - 1, -1):
+        found = run(*given, None, jnp.int32(layer))
+        np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_padded_tokens_are_not_counted_and_sequences_beyond_the_capacity_are_nan():
+    cache, lengths = filled(STORES["int8"], 300, (300, 9, 200))
+    query, counts = normal(BATCH, 3, 8, SIZE, seed=3) / 4, jnp.array([3, 1, 2])
+    stored, scales, dtype = arrays(cache)
+    scales = tuple(x[-1:] for x in scales)  # Those of one layer alone.
+    given = jnp.asarray(query), stored, scales, dtype
+
+    found = run(*given, lengths, counts, jnp.int32(-1))
+
+    wanted = slow_attention(query, cache, np.asarray(lengths - counts))
+    for b, count in enumerate(counts):
+        np.testing.assert_allclose(found[b, :count], wanted[b, :count], rtol=2e-2, atol=2e-2)
+    full = run(*given, lengths.at[1].set(301), counts, jnp.int32(-1))
+    assert np.isnan(full[1]).all()
+    np.testing.assert_array_equal(full[::2], found[::2])
 
 
 def test_vmap_runs_it_for_each_cache():
-    caches = [filled(STORES["int8"], 300, lengths)[0] for lengths in ((300, 1, 128), (7, 8, 9))]
+    pairs = [filled(STORES["int8"], 300, lengths) for lengths in ((300, 1, 128), (7, 8, 9))]
+    caches, lengths = zip(*pairs, strict=True)
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
     query = jnp.asarray(normal(2, BATCH, 1, 8, SIZE, seed=3))
-    starts = jnp.array([[299, 0, 127], [6, 7, 8]])
-    run: Any = partial(pallas_tpu_attention.attend, interpret=True)
 
-    def one(query, cache, starts):
-        return run(query, *arrays(cache), starts, jnp.int32(LAYERS - 1))
+    def one(query, cache, lengths):
+        return run(query, *arrays(cache), lengths, None, jnp.int32(-1))
 
-    found = jax.vmap(one)(query, both, starts)
+    found = jax.vmap(one)(query, both, jnp.stack(lengths))
 
     for i, cache in enumerate(caches):
-        np.testing.assert_allclose(found[i], one(query[i], cache, starts[i]), rtol=1e-3, atol=1e-3)
+        wanted = one(query[i], cache, lengths[i])
+        np.testing.assert_allclose(found[i], wanted, rtol=1e-3, atol=1e-3)
 
 
 # Heads of floats that are shorter than 128 would be copied into another layout.

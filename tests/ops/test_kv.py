@@ -165,6 +165,23 @@ def test_vmap_is_a_loop(store):
         np.testing.assert_allclose(found[i], want, rtol=1e-5, atol=1e-5)
 
 
+def test_caches_that_a_kernel_writes_on_tpus_are_the_same_on_cpu_and_have_gradients():
+    keys = jnp.asarray(normal(2, 3, 1, 1, 128))  # Of two batches of three sequences.
+    counts = jnp.array([[1, 0, 1], [1, 1, 1]])
+
+    def first(keys, counts):
+        cache = kv.append(kv.init(3, 1, 128, 128, store=jnp.float32), keys, 2 * keys, counts)
+        return cache.keys[:, 0, 0], cache.values[:, 0, 0]
+
+    found = jax.vmap(jax.jit(first))(keys, counts)
+
+    want = jnp.where(counts[..., None] > 0, keys[..., 0, 0, :], 0)
+    np.testing.assert_array_equal(found[0], want)
+    np.testing.assert_array_equal(found[1], 2 * want)
+    gradient = jax.grad(lambda k: jnp.sum(first(k, counts[0])[1] ** 2))(keys[0])
+    np.testing.assert_allclose(gradient[:, 0, 0], 8 * want[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_a_cache_takes_the_bytes_of_its_codes_and_scales(name):
     cache = kv.init(B, H, S, D, store=STORES[name], layers=7)

@@ -15,6 +15,7 @@ from ..gradient import tangent_of
 from ..operands import has_symbolic_shape
 from .cache import Cache, as_counts, as_numbers, at_layer, check_layer
 from .own_heads import on_own_heads
+from .writing import in_stack, is_for_kernel
 
 # Query rows of a key head up to which the scores of a block fit into VMEM.
 _MOST_ROWS = 64
@@ -77,23 +78,21 @@ def attend(
     return on_own_heads(_of_heads, cache, counts, layer, scaled).astype(query.dtype)
 
 
-def _of_heads(cache: Cache, counts: jax.Array, layer: Any, query: jax.Array) -> jax.Array:
-    lengths = at_layer(cache.lengths, layer)
-    out = _attend(query, cache, lengths - counts, layer)
-    return jnp.where((lengths <= cache.capacity)[:, None, None, None], out, jnp.nan)
+def _of_heads(cache: Cache, counts: jax.Array | None, layer: Any, query: jax.Array) -> jax.Array:
+    return _attend(query, cache, counts, layer)
 
 
 @jax.custom_jvp
-def _attend(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:
-    """The result in the dtype of the query, whose token t sees the positions to starts + t."""
+def _attend(query: jax.Array, cache: Cache, counts: jax.Array | None, layer: Any) -> jax.Array:
+    """The result in the dtype of the query; NaN for sequences that exceeded the capacity."""
     branches = {}
     if _is_for_cpu(query, cache):
         branches["cpu"] = partial(on_one_cpu, _natively, _by_xla)
     if _is_for_tpu(query, cache):
         branches["tpu"] = partial(on_one_tpu, _by_pallas, _by_xla)
     if not branches:
-        return _by_xla(query, cache, starts, layer)
-    return lax.platform_dependent(query, cache, starts, layer, **branches, default=_by_xla)
+        return _by_xla(query, cache, counts, layer)
+    return lax.platform_dependent(query, cache, counts, layer, **branches, default=_by_xla)
 
 
 def _attend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
@@ -127,33 +126,50 @@ def _is_plain(query: jax.Array, cache: Cache) -> bool:
     return is_plain and query.dtype == jnp.float32 and 0 not in query.shape
 
 
-def _natively(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:
+def _natively(query: jax.Array, cache: Cache, counts: jax.Array | None, layer: Any) -> jax.Array:
     """On the stored bytes of all layers, of which the kernel reads one."""
     keys, values, place = _in_stack(cache, layer)
     key_scale, value_scale = (
         _scale_of(x, cache, layer) for x in (cache.key_scale, cache.value_scale)
     )
-    return cpu.attend(query, keys, values, cache.dtype, key_scale, value_scale, starts, place)
+    starts = _starts(query, cache, counts, layer)
+    out = cpu.attend(query, keys, values, cache.dtype, key_scale, value_scale, starts, place)
+    return _unless_full(out, cache, layer)
 
 
-def _by_pallas(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:
-    """On the stored bytes of all layers, too. XLA would copy the scales of all into other tiles."""
+def _by_pallas(query: jax.Array, cache: Cache, counts: jax.Array | None, layer: Any) -> jax.Array:
+    """On the stored bytes of all layers, too."""
     keys, values, place = _in_stack(cache, layer)
-    key_scale, value_scale = (
-        _scale_of(x, cache, layer) for x in (cache.key_scale, cache.value_scale)
-    )
+    scales = tuple(x for x in (cache.key_scale, cache.value_scale) if x is not None)
+    if is_for_kernel(cache, query.shape[1], layer):
+        scales = in_stack(scales, layer)
+    else:  # A scatter of XLA has left the scales of all layers in other tiles.
+        slices = (_scale_of(x, cache, layer) for x in scales)
+        scales = tuple(x[None] for x in slices if x is not None)
+    lengths = at_layer(cache.lengths, layer)
     return pallas_tpu_attention.attend(
-        query, keys, values, cache.dtype, key_scale, value_scale, starts, place
+        query, (keys, values), scales, cache.dtype, lengths, counts, place
     )
+
+
+def _starts(query: jax.Array, cache: Cache, counts: jax.Array | None, layer: Any) -> jax.Array:
+    """(B,): token t of the query sees the positions up to starts + t."""
+    return at_layer(cache.lengths, layer) - (query.shape[1] if counts is None else counts)
+
+
+def _unless_full(out: jax.Array, cache: Cache, layer: Any) -> jax.Array:
+    """NaN for sequences that exceeded the capacity."""
+    fits = at_layer(cache.lengths, layer) <= cache.capacity
+    return jnp.where(fits[:, None, None, None], out, jnp.nan)
 
 
 def _in_stack(cache: Cache, layer: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys and values with an axis of layers, and the layer."""
-    keys, values = (x if layer is not None else x[None] for x in (cache.keys, cache.values))
+    keys, values = in_stack((cache.keys, cache.values), layer)
     return keys, values, jnp.asarray(0 if layer is None else layer, jnp.int32)
 
 
-def _by_xla(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> jax.Array:
+def _by_xla(query: jax.Array, cache: Cache, counts: jax.Array | None, layer: Any) -> jax.Array:
     keys, values = (
         as_numbers(at_layer(x, layer), cache.dtype, cache.size).astype(query.dtype)
         for x in (cache.keys, cache.values)
@@ -163,13 +179,15 @@ def _by_xla(query: jax.Array, cache: Cache, starts: jax.Array, layer: Any) -> ja
     scores = jnp.einsum("bthgd,bhsd->bhgts", grouped, keys)
     if (factor := _scale_of(cache.key_scale, cache, layer)) is not None:
         scores *= factor[:, :, None, None].astype(scores.dtype)
+    starts = _starts(query, cache, counts, layer)
     positions = starts[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
     is_seen = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None] <= positions[..., None]
     scores = jnp.where(is_seen[:, None, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores)
     if (factor := _scale_of(cache.value_scale, cache, layer)) is not None:
         weights *= factor[:, :, None, None].astype(weights.dtype)
-    return jnp.einsum("bhgts,bhsd->bthgd", weights, values).reshape(query.shape)
+    out = jnp.einsum("bhgts,bhsd->bthgd", weights, values).reshape(query.shape)
+    return _unless_full(out, cache, layer)
 
 
 def _scale_of(scale: jax.Array | None, cache: Cache, layer: Any) -> jax.Array | None:

@@ -1,15 +1,18 @@
 """Stores keys and values, as floats or as codes with a scale per token."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ...core import ArrayConfig, bits_of, pack_int4, packed_bytes, quantize, unpack_int4
 from ...jaxprs import is_tracer
 from .own_heads import on_own_heads
+from .writing import is_for_kernel, scatter, stored_arrays, write
 
 
 @jax.tree_util.register_dataclass
@@ -133,7 +136,9 @@ def append(
 
     Returns:
         The cache with the tokens, and `lengths` increased by counts. Donate the old one under jit,
-        so that it is updated in place.
+        so that it is updated in place. On TPU, a kernel quantizes and writes up to 8 tokens of each
+        sequence, if heads have a multiple of 128 elements and the cache a multiple of 128
+        positions; XLA writes others.
 
     Raises:
         ValueError: shapes do not match, T exceeds the capacity, or, where the numbers are known
@@ -165,22 +170,17 @@ def append(
 
 
 def _append(
-    cache: Cache, counts: jax.Array, layer: Any, keys: jax.Array, values: jax.Array
+    cache: Cache, counts: jax.Array | None, layer: Any, keys: jax.Array, values: jax.Array
 ) -> Cache:
-    batch, count = keys.shape[:2]
     lengths = at_layer(cache.lengths, layer)
-    index = jnp.arange(count)[None]
-    # Positions behind the last one are not written.
-    positions = jnp.where(index < counts[:, None], lengths[:, None] + index, cache.capacity)
-    place = (jnp.arange(batch)[:, None], slice(None), positions)
-    place = place if layer is None else (layer, *place)
-    changes = {"lengths": cache.lengths.at[... if layer is None else layer].add(counts)}
-    for name, scale_name, new in (("keys", "key_scale", keys), ("values", "value_scale", values)):
-        codes, scale = _encode(new, cache)
-        changes[name] = getattr(cache, name).at[place].set(codes, mode="drop")
-        if scale is not None:
-            changes[scale_name] = getattr(cache, scale_name).at[place].set(scale, mode="drop")
-    return dataclasses.replace(cache, **changes)
+    after = lengths + (keys.shape[1] if counts is None else counts)
+    if layer is not None:
+        after = lax.dynamic_update_index_in_dim(cache.lengths, after, layer, 0)
+    stored = stored_arrays(cache)
+    encode = partial(_encode, dtype=cache.dtype, config=cache.config)
+    run = write if is_for_kernel(cache, keys.shape[1], layer) else scatter
+    written = run(encode, tuple(stored.values()), (keys, values), lengths, counts, layer)
+    return dataclasses.replace(cache, lengths=after, **dict(zip(stored, written, strict=True)))
 
 
 def _check_config(config: ArrayConfig) -> None:
@@ -207,14 +207,14 @@ def check_layer(cache: Cache, layer: Any) -> tuple[int, int]:
     return cache.keys.shape[-4], cache.keys.shape[-3]
 
 
-def as_counts(counts: Any, batch: int, count: int) -> jax.Array:
-    """Number of tokens per sequence, as int32: `counts`, or `count` for each.
+def as_counts(counts: Any, batch: int, count: int) -> jax.Array | None:
+    """Number of tokens per sequence, as int32; None for `count` of each.
 
     Raises:
         ValueError: they are not integers from 0 to `count`, one per sequence.
     """
     if counts is None:
-        return jnp.full(batch, count, jnp.int32)
+        return None
     counts = jnp.asarray(counts)
     if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
         raise ValueError(
@@ -229,9 +229,10 @@ def as_counts(counts: Any, batch: int, count: int) -> jax.Array:
     return jnp.clip(counts.astype(jnp.int32), 0, count)
 
 
-def _check_room(cache: Cache, lengths: jax.Array, counts: jax.Array, count: int) -> None:
+def _check_room(cache: Cache, lengths: jax.Array, counts: jax.Array | None, count: int) -> None:
     """Raises if it is known that a sequence would exceed the capacity."""
     is_known = not (is_tracer(lengths) or is_tracer(counts))
+    counts = jnp.full(lengths.shape, count) if counts is None else counts
     most = int(np.max(np.asarray(lengths + counts))) if is_known else 0
     if most > cache.capacity:
         raise ValueError(
@@ -250,13 +251,13 @@ def at_layer(x: jax.Array, layer: Any) -> jax.Array:
     return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
 
 
-def _encode(x: jax.Array | np.ndarray, cache: Cache) -> tuple[jax.Array, jax.Array | None]:
-    """Keys or values as they are stored, and their scales without the last axis."""
-    if cache.config is None:
-        return _as_stored(jnp.asarray(x, cache.dtype)), None
-    q = quantize(x, cache.config, axis=-1)
+def _encode(x: jax.Array, dtype: Any, config: ArrayConfig | None) -> tuple[jax.Array, ...]:
+    """Keys or values as they are stored, and their scales, if they have some."""
+    if config is None:
+        return (_as_stored(x.astype(dtype)),)
+    q = quantize(x, config, axis=-1)
     assert isinstance(q.scale, jax.Array)  # `_check_config` excludes nested scales.
-    return _as_stored(q.codes), _as_stored(q.scale[..., 0])
+    return _as_stored(q.codes), _as_stored(q.scale)
 
 
 def _as_stored(x: jax.Array) -> jax.Array:

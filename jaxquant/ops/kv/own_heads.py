@@ -14,7 +14,7 @@ from ...jaxprs import explicit_mesh, spec_of_type
 def on_own_heads(
     run: Callable[..., Any],
     cache: Any,
-    counts: jax.Array,
+    counts: jax.Array | None,
     layer: Any,
     *heads: jax.Array,
     returns_cache: bool = False,
@@ -27,7 +27,7 @@ def on_own_heads(
     Args:
         run: returns an array like `heads`, or a cache.
         cache: a `Cache`, whose sharding decides.
-        counts: integers (B,).
+        counts: integers (B,), or None.
         layer: as for `append`.
         heads: queries, keys or values, (B, T, N, D).
         returns_cache: whether `run` does.
@@ -49,7 +49,8 @@ def on_own_heads(
     of_heads = jax.P(batch, None, head)
     layer = None if layer is None else jnp.asarray(layer)
     given = cache, counts, layer, *heads
-    specs = of_cache, jax.P(batch), None if layer is None else jax.P(), *[of_heads] * len(heads)
+    of_counts = None if counts is None else jax.P(batch)
+    specs = of_cache, of_counts, None if layer is None else jax.P(), *[of_heads] * len(heads)
     moved = jax.tree.map(
         lambda x, s: jax.sharding.reshard(x, jax.NamedSharding(mesh, s)), given, specs
     )

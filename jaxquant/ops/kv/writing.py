@@ -1,0 +1,107 @@
+"""Writes tokens into the arrays of a cache: by a kernel on TPU where it can, or by a scatter."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ...core import AbsMax
+from ...jaxprs import is_sharded, on_one_tpu
+from ...kernels import pallas_tpu_append
+from ..operands import has_symbolic_shape
+
+Arrays = tuple[jax.Array, ...]
+# Floats (..., D) -> what a cache stores of them: codes or floats (..., D), and scales (..., 1).
+Encode = Callable[[jax.Array], Arrays]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def write(
+    encode: Encode,
+    stored: Arrays,
+    new: Arrays,
+    starts: jax.Array,
+    counts: jax.Array | None,
+    layer: Any,
+) -> Arrays:
+    """The arrays with T further tokens of each sequence, `is_for_kernel`.
+
+    Args:
+        encode: of keys, and of values.
+        stored: keys, values and, if there are, their scales: (B, H, S, ...), or (L, B, H, S, ...).
+        new: keys and values of the tokens, floats (B, T, H, D).
+        starts: (B,): token t of sequence b is written at starts[b] + t.
+        counts: (B,): of the T tokens, the first ones are written, if they are below S; None for
+            all.
+        layer: which of L; None for arrays without layers.
+    """
+    by_xla = partial(scatter, encode)
+    on_tpu = partial(on_one_tpu, partial(_by_pallas, encode), by_xla)
+    args = stored, new, starts, counts, layer
+    return lax.platform_dependent(*args, tpu=on_tpu, default=by_xla)
+
+
+@write.defjvp
+def _(encode: Encode, primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
+    return write(encode, *primals), jax.jvp(partial(scatter, encode), primals, tangents)[1]
+
+
+def is_for_kernel(cache: Any, tokens: int, layer: Any) -> bool:
+    """Whether the kernel writes so many tokens of each sequence of a cache on a TPU."""
+    stored, config = tuple(stored_arrays(cache).values()), cache.config
+    # Mosaic compiles no other conversions.
+    is_simple = cache.dtype in (jnp.float32, jnp.bfloat16) and config is None
+    if config is not None:
+        is_simple = cache.dtype == jnp.int8 and isinstance(config.range, AbsMax)
+        is_simple &= config.stored_scale_dtype == "float32"
+    is_plain = not any(is_sharded(x) or has_symbolic_shape(x) for x in stored)
+    fits = is_simple and is_plain
+    return fits and pallas_tpu_append.is_supported(in_stack(stored, layer), tokens)
+
+
+def stored_arrays(cache: Any) -> dict[str, jax.Array]:
+    """Keys, values and, if there are, their scales, by name."""
+    names = ("keys", "values", "key_scale", "value_scale")
+    return {name: x for name in names if (x := getattr(cache, name)) is not None}
+
+
+def in_stack(stored: Arrays, layer: Any) -> Arrays:
+    """The arrays with an axis of layers."""
+    return stored if layer is not None else tuple(x[None] for x in stored)
+
+
+def _by_pallas(
+    encode: Encode,
+    stored: Arrays,
+    new: Arrays,
+    starts: jax.Array,
+    counts: jax.Array | None,
+    layer: Any,
+) -> Arrays:
+    place = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    found = pallas_tpu_append.append(in_stack(stored, layer), new, encode, starts, counts, place)
+    return tuple(x if layer is not None else x[0] for x in found)
+
+
+def scatter(
+    encode: Encode,
+    stored: Arrays,
+    new: Arrays,
+    starts: jax.Array,
+    counts: jax.Array | None,
+    layer: Any,
+) -> Arrays:
+    """The same by XLA."""
+    batch, count = new[0].shape[:2]
+    index = jnp.arange(count)[None]
+    positions = starts[:, None] + index
+    if counts is not None:  # Positions behind the last one are not written.
+        positions = jnp.where(index < counts[:, None], positions, stored[0].shape[-2])
+    place = (jnp.arange(batch)[:, None], slice(None), positions)
+    place = place if layer is None else (layer, *place)
+    codes, *scales = zip(*map(encode, new), strict=True)
+    found = *codes, *(x[..., 0] for pair in scales for x in pair)
+    return tuple(x.at[place].set(n, mode="drop") for x, n in zip(stored, found, strict=True))
