@@ -93,8 +93,7 @@ def stacked_dot(
     # All rows are those of one matrix.
     place = jnp.arange(count, dtype=jnp.int32)
     layers = jnp.broadcast_to(layer.astype(jnp.int32), place.shape)
-    starts = jnp.zeros(w.shape[0], jnp.int32)
-    found = layers, place, starts, jnp.full(1, count, jnp.int32)
+    found = layers, place, jnp.zeros(1, jnp.int32), jnp.full(1, count, jnp.int32)
     return _by_steps(x, w, scale, zero, row_scale, found, tile, dtype, interpret)
 
 
@@ -254,7 +253,7 @@ def _accumulate(
         total = sum_ref[...] if row_scale is None else sum_ref[...] * row_scale[...]
         rows = place_ref[i] * total.shape[0] + lax.broadcasted_iota(jnp.int32, total.shape, 0)
         # Those before have another expert; those of later ones are written again by their steps.
-        is_new = rows >= starts_ref[expert_ref[i]]
+        is_new = rows >= starts_ref[jnp.minimum(expert_ref[i], starts_ref.shape[0] - 1)]
         out_ref[...] = jnp.where(is_new, total.astype(out_ref.dtype), out_ref[...])
 
 

@@ -37,10 +37,10 @@ from ..jaxprs import (
 from ..kernels import cpu, pallas_tpu
 from .operands import AxesOfBoth, Operand, has_symbolic_shape
 
-# Rows of activations from which one pass over the memory beats XLA's two. 4096 x 4096, bfloat16,
-# microseconds: v5e 62 against 336, v6e 31 against 190. Fewer are left to XLA, to fuse with what
-# made them.
-_LEAST_ROWS = {"v5e": 512, "v6e": 512}
+# Rows of activations up to which one kernel beats four small fusions of XLA, and from which one
+# pass over the memory beats its two. 4096 x 4096, bfloat16, microseconds: v5e 62 against 336, v6e
+# 31 against 190. Those between are left to XLA, to fuse with what made them.
+_ROWS = {"v5e": (64, 512), "v6e": (64, 512)}
 # 32 rows of float32 must fit in VMEM several times.
 _LONGEST_ROW = 2**16
 _FORMATS = (INT8, FP8_E4M3)
@@ -177,7 +177,8 @@ def _quantize_at_once(x: jax.Array, config: ArrayConfig, axis: Axes) -> QTensor:
         return by_generation(dict.fromkeys(chips, at_once), by_xla, x)
 
     rows, length = math.prod(x.shape[:-1]), x.shape[-1]
-    chips = [c for c, least in _LEAST_ROWS.items() if rows >= least and length <= _LONGEST_ROW]
+    chips = [c for c, (few, many) in _ROWS.items() if not few < rows < many]
+    chips = chips if length <= _LONGEST_ROW else []
     branches: dict[str, Function] = {"tpu": on_tpu} if chips else {}
     # 2 cores, AVX512, float32, microseconds against those of XLA: 15 and 20 for 1 x 4096, 13 and 22
     # for 8 x 384, 1000 and 3200 for 512 x 4096; equal for 1 x 32 and 64 x 4096.

@@ -92,13 +92,13 @@ def test_the_chip_that_is_compiled_for_decides_about_kernels(chip, rows, dtypes)
     assert row.implementation == ("pallas" if dtypes else "fused")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_three_products_of_many_rows_quantize_their_input_by_one_kernel(chip):
+@pytest.mark.some_rows(1)
+@pytest.mark.parametrize("chip, rows", [("v5e", 8), ("v5e", 512), ("v6e", 64), ("v6e", 512)])
+def test_three_products_quantize_few_or_many_rows_by_one_kernel(chip, rows):
     def run(x, *weights):
         return [matmul(x, w) for w in weights]
 
-    program = compiled(chip, run, 512, *[weights(W8A8)] * 3)
+    program = compiled(chip, run, rows, *[weights(W8A8)] * 3)
     assert kernels(program) == [("bf16",)]
     assert products(program) == [("s8", "s8", "s32")] * 3
 
@@ -106,19 +106,19 @@ def test_three_products_of_many_rows_quantize_their_input_by_one_kernel(chip):
 @pytest.mark.some_rows(2)
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 @pytest.mark.parametrize("is_before", [True, False], ids=["before", "by each product"])
-def test_an_input_of_three_products_is_quantized_once(chip, is_before):
+def test_other_rows_of_three_products_are_quantized_once(chip, is_before):
     def run(x, *weights):
         x = quantize(x, ArrayConfig(), axis=-1) if is_before else x
         return [matmul(x, w) for w in weights]
 
-    program = compiled(chip, run, 64, *[weights(W8A8)] * 3)
+    program = compiled(chip, run, 100, *[weights(W8A8)] * 3)
     rounded = [
         i
         for computation in program.computations.values()
         for i in computation.values()
         if i.opcode.startswith("round-nearest")
     ]
-    assert [i.arrays[0].shape for i in rounded] == [(64, K)]
+    assert [i.arrays[0].shape for i in rounded] == [(100, K)]
     assert products(program) == [("s8", "s8", "s32")] * 3
 
 
