@@ -55,6 +55,7 @@ attention = importlib.import_module("jaxquant.ops.kv.attend")
 CHIPS = ("v5e", "v6e")
 EXPERTS, MOST_ROWS_OF_XLA = (16, 2048, 768), 256
 HEADS, SEQUENCES, HEAD, CONTEXT, LAYERS = (1, 8), 8, 128, 8192, 32
+PROMPT = 4096
 CONFIGS = {
     "g128": ArrayConfig(format=INT4, group_size=128),
     "g32 asymmetric": ArrayConfig(format=INT4, group_size=32, symmetric=False),
@@ -145,9 +146,9 @@ def estimates_of_xla(chip, shape, rows):
         yield f"XLA, {name}", "", "", f"{found.microseconds:.1f}"
 
 
-def counts_of_attention(chip, folder, heads, sequences):
-    """`counts` of attention over one layer of a cache."""
-    query = jax.ShapeDtypeStruct((sequences, 1, 4 * heads, HEAD), jnp.float32)
+def counts_of_attention(chip, folder, heads, sequences, tokens=1):
+    """`counts` of attention of so many tokens each over one layer of a full cache."""
+    query = jax.ShapeDtypeStruct((sequences, tokens, 4 * heads, HEAD), jnp.float32)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
     for name, store in (("int8", ArrayConfig()), ("bfloat16", jnp.bfloat16)):
         init = partial(kv.init, sequences, heads, CONTEXT, HEAD, store=store, layers=LAYERS)
@@ -164,7 +165,7 @@ def counts_of_attention(chip, folder, heads, sequences):
         def attend(query, cache, layer):
             return kv.attend(query, cache, layer=layer)
 
-        with unittest.mock.patch.object(attention, "_MOST_ROWS", 0):
+        with unittest.mock.patch.object(attention, "_is_for_tpu", return_value=False):
             compiled = tpu_compiler.compile_for(chip, attend, query, cache, layer)
         found = tpu_compiler.estimate(chip, compiled)
         yield f"XLA, {name}", "", "", f"{found.microseconds:.1f}"
@@ -198,6 +199,8 @@ def tables(arguments, folder):
         for chip, heads in itertools.product(arguments.chips, HEADS):
             count_here = partial(counts_of_attention, chip, folder)
             yield f"attention, {heads} key heads, {chip}", count_here, heads, [SEQUENCES]
+            of_prompt = partial(count_here, tokens=PROMPT)
+            yield f"attention of {PROMPT} tokens, {heads} key heads, {chip}", of_prompt, heads, [1]
     else:
         places = ("NumPy",) if arguments.check else arguments.chips
         for name, place in itertools.product(arguments.shapes, places):

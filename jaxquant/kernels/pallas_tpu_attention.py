@@ -1,4 +1,4 @@
-"""A Pallas kernel for TPUs: attention of a few tokens over a cache of keys and values.
+"""A Pallas kernel for TPUs: attention over a cache of keys and values.
 
 It is compiled for v5e and v6e and checked in interpret mode; it has not run on a TPU yet.
 """
@@ -21,8 +21,11 @@ else:
     pl = LazyModule("jax.experimental.pallas")
     pltpu = LazyModule("jax.experimental.pallas.tpu")
 
-# Positions of one step: a step costs a third of a microsecond, in which v5e reads 270 kB.
-_POSITIONS = 4096
+# Positions of one step: a step costs a third of a microsecond, in which v5e reads 270 kB. Scores of
+# many rows fit into VMEM with fewer positions.
+_POSITIONS, _POSITIONS_OF_MANY_ROWS = 4096, 1024
+# Rows of one step, which are tokens and query heads of a key head; more than so many are many.
+_ROWS, _FEW_ROWS = 512, 64
 # Positions whose scales fit into VMEM.
 MOST_POSITIONS = 2**17
 _LEAST = float(np.finfo(np.float32).min)
@@ -73,7 +76,8 @@ def attend(
     scales = tuple(pallas_tpu.in_hbm(x, interpret) if len(x) > 1 else x for x in scales)
     numbers = [layer.reshape(1), lengths, *([] if counts is None else [counts])]
     grid, tile, of_arrays = _blocks(rows, (keys, values, *scales), tokens, counts is not None)
-    column = pltpu.VMEM((rows.shape[2], 1), jnp.float32)
+    tile_rows = tile.block_shape[2]
+    column = pltpu.VMEM((tile_rows, 1), jnp.float32)
     kernel = functools.partial(
         _attend_block,
         dtype=jnp.dtype(dtype),
@@ -89,14 +93,14 @@ def attend(
             grid=grid,
             in_specs=[tile, *of_arrays],
             out_specs=tile,
-            scratch_shapes=[column, column, pltpu.VMEM(rows.shape[2:], jnp.float32)],
+            scratch_shapes=[column, column, pltpu.VMEM((tile_rows, size), jnp.float32)],
         ),
         out_shape=pallas_tpu.result_type(rows.shape, jnp.float32, keys),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=pallas_tpu.VMEM_LIMIT,
         ),
-        cost_estimate=_cost(rows, keys, scales),
+        cost_estimate=_cost(rows, tile_rows, keys, scales),
         interpret=interpret,
         name="attend",
     )(*numbers, rows, keys, values, *scales)
@@ -109,25 +113,34 @@ def _blocks(
 ) -> tuple[tuple[int, ...], Any, list[Any]]:
     """The grid, the block of the rows of a key head, and those of keys, values and scales."""
     _, batch, shared, capacity, size = arrays[0].shape
-    block = min(_POSITIONS, capacity)
+    count = rows.shape[2]
+    tile, group = min(_ROWS, count), count // tokens
+    block = min(_POSITIONS if count <= _FEW_ROWS else _POSITIONS_OF_MANY_ROWS, capacity)
     steps = pl.cdiv(capacity, block)
 
-    def own(b: Any, h: Any, s: Any, *_: Any) -> Any:
-        return b, h, 0, 0
+    def own(b: Any, h: Any, r: Any, *_: Any) -> Any:
+        return b, h, r, 0
 
-    def of_cache(b: Any, h: Any, s: Any, layer: Any, lengths: Any, *counts: Any) -> Any:
-        end = lengths[b] + (tokens - counts[0][b] if has_counts else 0)
-        last = jnp.minimum(lax.div(end - 1, block), steps - 1)
+    def of_cache(b: Any, h: Any, r: Any, s: Any, layer: Any, lengths: Any, *counts: Any) -> Any:
+        start = lengths[b] - (counts[0][b] if has_counts else tokens)
+        seen = start + _last_token(r, tile, group, tokens)
+        last = jnp.clip(lax.div(seen, block), 0, steps - 1)
         return lax.rem(layer[0] + len(arrays[0]), len(arrays[0])), b, h, jnp.minimum(s, last), 0
 
-    def of_scales(b: Any, h: Any, s: Any, layer: Any, *_: Any) -> Any:
+    def of_scales(b: Any, h: Any, r: Any, s: Any, layer: Any, *_: Any) -> Any:
         return lax.rem(layer[0] + len(arrays[2]), len(arrays[2])), b, 0, 0
 
     per_position = pl.BlockSpec((1, 1, 1, block, size), of_cache)
     # Read once for all heads, which XLA stores in one tile.
     per_scale = pl.BlockSpec((1, 1, shared, steps * block), of_scales)
+    grid = batch, shared, pl.cdiv(count, tile), steps
     specs = [per_position, per_position, *[per_scale] * len(arrays[2:])]
-    return (batch, shared, steps), pl.BlockSpec((1, 1, *rows.shape[2:]), own), specs
+    return grid, pl.BlockSpec((1, 1, tile, size), own), specs
+
+
+def _last_token(r: Any, tile: int, group: int, tokens: int) -> Any:
+    """That of a tile of rows."""
+    return jnp.minimum(lax.div((r + 1) * tile - 1, group), tokens - 1)
 
 
 def _attend_block(
@@ -143,9 +156,9 @@ def _attend_block(
     """Adds the positions of one block to what the rows have seen of those before it."""
     counts, refs = (refs[0], refs[1:]) if has_counts else (None, refs)
     query, keys, values, *scales, out, largest, total, summed = refs
-    b, h, s = (pl.program_id(axis) for axis in range(3))
+    b, h, r, s = (pl.program_id(axis) for axis in range(4))
     start = lengths[b] - (tokens if counts is None else counts[b])
-    block = keys.shape[3]
+    tile, block = query.shape[2], keys.shape[3]
     here = 0, 0, pl.ds(h, 1), pl.ds(pl.multiple_of(s * block, block), block)
     factors = [x[here].astype(jnp.float32) for x in scales]
 
@@ -155,12 +168,12 @@ def _attend_block(
         total[...] = jnp.zeros_like(total)
         summed[...] = jnp.zeros_like(summed)
 
-    @pl.when(s * block < start + tokens)
+    @pl.when(s * block <= start + _last_token(r, tile, group, tokens))
     def _() -> None:
         scores = _dot(query[0, 0], _numbers(keys[0, 0, 0], dtype), (1, 1))
         scores = scores * factors[0] if factors else scores
         position = s * block + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        token = lax.div(lax.broadcasted_iota(jnp.int32, scores.shape, 0), group)
+        token = lax.div(r * tile + lax.broadcasted_iota(jnp.int32, scores.shape, 0), group)
         is_seen = position <= start + token
         scores = jnp.where(is_seen, scores, _LEAST)
         peak = jnp.maximum(largest[...], jnp.max(scores, 1, keepdims=True))
@@ -176,7 +189,7 @@ def _attend_block(
             numbers = jnp.where(places < capacity, numbers, 0)
         summed[...] = earlier * summed[...] + _dot(weights, numbers, (1, 0))
 
-    @pl.when(s == pl.num_programs(2) - 1)
+    @pl.when(s == pl.num_programs(3) - 1)
     def _() -> None:
         out[0, 0] = jnp.where(lengths[b] > capacity, jnp.nan, summed[...] / total[...])
 
@@ -194,13 +207,15 @@ def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
     return lax.dot_general(x, y, numbers, preferred_element_type=jnp.float32)
 
 
-def _cost(rows: jax.Array, keys: jax.Array, scales: tuple[jax.Array, ...]) -> "pl.CostEstimate":
-    """That of a full cache: keys and values of one layer are read once."""
-    moved = sum(x.nbytes // x.shape[0] for x in (keys, keys, *scales))
+def _cost(
+    rows: jax.Array, tile: int, keys: jax.Array, scales: tuple[jax.Array, ...]
+) -> "pl.CostEstimate":
+    """That of a full cache: keys and values of one layer are read once per tile of rows."""
     batch, shared, count, size = rows.shape
+    moved = sum(x.nbytes // x.shape[0] for x in (keys, keys, *scales))
     scores = batch * shared * count * keys.shape[3]
     return pl.CostEstimate(
         flops=4 * scores * size,
         transcendentals=scores,
-        bytes_accessed=moved + rows.size * 6,
+        bytes_accessed=pl.cdiv(count, tile) * moved + rows.size * 6,
     )

@@ -1,4 +1,4 @@
-"""Attention over a cache: by a kernel on CPU and, of few tokens, on TPU, by XLA elsewhere."""
+"""Attention over a cache: by a kernel on CPU and on TPU, by XLA elsewhere."""
 
 from functools import partial
 from typing import Any
@@ -17,9 +17,6 @@ from .cache import Cache, as_counts, as_numbers, at_layer, check_layer
 from .own_heads import on_own_heads
 from .writing import in_stack, is_for_kernel
 
-# Query rows of a key head up to which the scores of a block fit into VMEM.
-_MOST_ROWS = 64
-
 
 def attend(
     query: jax.Array | np.ndarray,
@@ -35,11 +32,11 @@ def attend(
         out[t]    = sum over s of p[t, s] * values[s]
 
     Several query heads may share a key head (grouped-query attention): query head n reads key head
-    n // (N / H). Scales of a quantized cache multiply the scores and p, not the codes. On CPU, and
-    on TPU for the few tokens of a decoding step, a kernel runs block by block (FlashAttention) in
-    programs for one device, and reads no positions behind the last token. If sequences or heads of
-    the cache are sharded along explicit axes of a mesh, each device runs it on its own part. XLA
-    computes the rest: programs that it partitions, caches of other dtypes, and derivatives.
+    n // (N / H). Scales of a quantized cache multiply the scores and p, not the codes. On CPU and
+    TPU, a kernel runs block by block (FlashAttention) in programs for one device, and reads no
+    positions behind the last token. If sequences or heads of the cache are sharded along explicit
+    axes of a mesh, each device runs it on its own part. XLA computes the rest: programs that it
+    partitions, caches of other dtypes, and derivatives.
 
     Args:
         query: floats (B, T, N, D), with N a multiple of H.
@@ -111,13 +108,12 @@ def _is_for_cpu(query: jax.Array, cache: Cache) -> bool:
 
 def _is_for_tpu(query: jax.Array, cache: Cache) -> bool:
     """Whether the Pallas kernel computes this on TPU."""
-    rows = query.shape[1] * query.shape[2] // cache.keys.shape[-3]
     # XLA would copy shorter heads of floats into another layout.
     fits = cache.size % (8 if cache.dtype == jnp.int8 else 128) == 0
     fits &= cache.capacity <= pallas_tpu_attention.MOST_POSITIONS
     is_read = fits and cache.dtype in (jnp.float32, jnp.bfloat16, jnp.int8)
     is_one_pass = jax.default_matmul_precision.value in pallas_tpu.ONE_PASS
-    return is_read and is_one_pass and rows <= _MOST_ROWS and _is_plain(query, cache)
+    return is_read and is_one_pass and _is_plain(query, cache)
 
 
 def _is_plain(query: jax.Array, cache: Cache) -> bool:
