@@ -1,8 +1,8 @@
 """Quantized and lifted models in files of other programs.
 
-What needs these programs is skipped without them: `pip install tensorflow-cpu jax2onnx onnxruntime`
-in an environment of its own, then `pytest --all tests/keras/test_export.py
-tests/keras/test_layer_state.py`.
+Tests that need TensorFlow, jax2onnx or ONNX Runtime are skipped where these are not installed. To
+run them, install `tensorflow-cpu jax2onnx onnxruntime` with pip in a separate environment, then run
+`pytest --all tests/keras/test_export.py tests/keras/test_layer_state.py` there.
 """
 
 import subprocess
