@@ -127,6 +127,12 @@ def layers_being_quantized() -> list[Any]:
     return [x for x in sublayers(model) if not children(x) and should_quantize_layer(x, filters)]
 
 
+def model_being_quantized() -> list[Any]:
+    """The model of a running `Model.quantize`; empty outside of one."""
+    frame = running_quantize()
+    return [] if frame is None else [frame.f_locals["self"]]
+
+
 class NothingToCalibrate:
     """Stands for the blocks of a model in a GPTQConfig or AWQConfig, while Keras quantizes it.
 

@@ -1,5 +1,7 @@
 """Training before and after quantization: optimizers of replaced variables, and LoRA."""
 
+import re
+import warnings
 from typing import Any
 
 import h5py
@@ -7,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from jaxquant.keras import Float8QuantizationConfig, layers, quantize
+from jaxquant.keras import Float8QuantizationConfig, convert, layers, quantize
 
 
 def data():
@@ -91,6 +93,109 @@ def test_a_model_that_was_compiled_before_says_what_no_longer_trains():
     copy, _ = quantize(keras.Sequential([keras.Input((20,)), layers.Dense(3)]), "int8")
     with pytest.raises(ValueError, match="call `compile"):
         fit(copy, 1)
+
+
+@keras.saving.register_keras_serializable("test_training")
+class Net(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = layers.Dense(16, activation="relu")
+        self.head = layers.Dense(3)
+
+    def call(self, inputs):
+        return self.head(self.hidden(inputs))
+
+
+def subclassed():
+    keras.utils.set_random_seed(1)
+    model: Any = Net()
+    model(keras.Input((20,)))
+    model.compile("adam", "mse")
+    return model
+
+
+def quantize_each(model):
+    for layer in model.layers:
+        if layer.weights:
+            layer.quantize("int8")
+
+
+# Before training: a model that was compiled, what quantizes it, and whether a warning follows. A
+# layer does not know the functional models that have not called it.
+ONLY_COMPILED: dict[str, Any] = {
+    "functional": (model_of, lambda model: model.quantize("int8"), True),
+    "subclassed": (subclassed, lambda model: model.quantize("int8"), True),
+    "subclassed, by layer": (subclassed, quantize_each, True),
+    "functional, by layer": (model_of, quantize_each, False),
+}
+
+
+def values(model):
+    return [np.asarray(v) for v in (*model.variables, *model.optimizer.variables)]
+
+
+@pytest.mark.filterwarnings("ignore:Layer InputLayer")
+@pytest.mark.some_rows(2)
+@pytest.mark.parametrize("name", ONLY_COMPILED)
+def test_a_model_that_was_only_compiled_trains_as_if_it_were_compiled_after(name):
+    make, run, warns = ONLY_COMPILED[name]
+    wanted = make()
+    quantize_each(wanted)
+    wanted.compile("adam", "mse")
+    model = make()
+    run(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses = fit(model, 1), fit(model, 1)
+        expected = fit(wanted, 1), fit(wanted, 1)
+    found = [str(x.message) for x in caught if "compiled before" in str(x.message)]
+    assert len(found) == warns
+    assert losses == expected
+    for x, y in zip(values(model), values(wanted), strict=True):
+        np.testing.assert_array_equal(x, y)
+    text = (
+        r"compiled before 2 of its variables were quantized \(\S+kernel, \S+kernel\)\. They no "
+        r"longer train; the 2 trainable variables it has now do\. Compile it after quantizing"
+    )
+    assert all(re.search(text, x) for x in found)
+
+
+def test_frozen_variables_are_not_in_the_warning():
+    model = subclassed()
+    model.hidden.trainable = False
+    model.quantize("int8")
+    with pytest.warns(UserWarning, match=r"before 1 of its variables were quantized \(net.*the 1 "):
+        model.optimizer.build(model.trainable_variables)
+    again = subclassed()
+    again.quantize("int8")
+    again.compile("sgd", "mse")
+    again.optimizer.build(again.trainable_variables)
+
+
+@pytest.mark.filterwarnings("ignore:Layer InputLayer", "ignore:The model was compiled before")
+@pytest.mark.parametrize("make", [model_of, subclassed])
+def test_evaluate_and_predict_after_quantizing_run_on_codes(make):
+    model, (inputs, targets) = make(), data()
+    floats = model.predict(inputs, verbose=0)
+    model.evaluate(inputs, targets, verbose=0)
+    model.quantize("int8")
+    found = model.predict(inputs, verbose=0)
+    assert np.any(found != floats)
+    np.testing.assert_allclose(found, model(inputs), rtol=1e-5, atol=1e-6)
+    loss = model.evaluate(inputs, targets, verbose=0)
+    np.testing.assert_allclose(loss, np.mean((found - targets) ** 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [model_of, subclassed])
+@pytest.mark.parametrize("run", [convert, lambda x: quantize(x, "int8")[0]])
+def test_a_copy_of_a_compiled_model_must_be_compiled(make, run):
+    model, (inputs, targets) = make(), data()
+    copy = run(model)
+    for method in (copy.fit, copy.evaluate, copy.train_on_batch):
+        with pytest.raises(ValueError, match="call `compile"):
+            method(inputs, targets)
+    assert model.compiled
+    assert not copy.compiled
 
 
 def test_quantize_compile_fit():

@@ -281,9 +281,11 @@ class QuantizableMixin(AliasMixin, PolicyMixin):
             for name, q in tensors.items():
                 state.build(config.mode, name, tuple(state.float_weights[name].shape))
                 state.stored_weights[name].assign(q)
+        floats = [state.float_weights[name] for name in tensors]
+        frozen = [variable.path for variable in floats if variable.trainable]
         state.drop_floats(tensors)
         self.switch_policy(config)
-        self.renew_optimizers()
+        optimizer_slots.renew_optimizers(state.models, frozen)
 
     def switch_policy(self, config: SchemeConfig) -> None:
         """Sets the policy of a config after its variables are created."""

@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,11 +21,20 @@ def note_model(models: Any) -> None:
             _renew_before_training(model)
 
 
-def renew_optimizers(models: Iterable[keras.Model]) -> None:
-    """Replaces optimizers that hold slots for variables that are gone."""
-    for model in models:
+def renew_optimizers(models: Iterable[keras.Model], frozen: Sequence[str] = ()) -> None:
+    """Replaces optimizers that hold slots for variables that are gone.
+
+    Optimizers that are not built yet have no slots: they warn when they are built.
+
+    Args:
+        models: models of a layer; the one that is being quantized is among them.
+        frozen: paths of trainable variables of the layer that were quantized.
+    """
+    for model in {*models, *compat.model_being_quantized()}:
         if _has_slots(model):
             _renew_optimizer(model)
+        elif frozen and getattr(model, "optimizer", None) is not None:
+            _warn_when_built(model.optimizer, frozen)
 
 
 def _has_slots(model):
@@ -95,11 +104,45 @@ def _warn_of_frozen(before: list[keras.Variable], variables: list[keras.Variable
     left = {id(v) for v in variables}
     frozen = [v.path for v in before if id(v) not in left]
     if frozen:
-        shown = ", ".join(frozen[:3]) + (", ..." if len(frozen) > 3 else "")
         warnings.warn(
             f"The model was compiled before {len(frozen)} of its {len(before)} trainable variables "
-            f"were quantized or frozen ({shown}). Training continues with the state of its "
-            f"optimizer, for the {len(variables)} trainable variables it has now. Compile it "
+            f"were quantized or frozen ({_shown(frozen)}). Training continues with the state of "
+            f"its optimizer, for the {len(variables)} trainable variables it has now. Compile it "
             "again to start with a new optimizer.",
             stacklevel=2,
         )
+
+
+class _WarningBuild:
+    """The `build` of an optimizer whose model was compiled before some layers were quantized.
+
+    Attributes:
+        frozen: paths of variables that were trainable when the model was compiled.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer):
+        self.optimizer = optimizer
+        self.frozen: list[str] = []
+
+    def __call__(self, variables: list[keras.Variable]) -> None:
+        """Builds the optimizer, once, and warns."""
+        del vars(self.optimizer)["build"]
+        self.optimizer.build(variables)
+        warnings.warn(
+            f"The model was compiled before {len(self.frozen)} of its variables were quantized "
+            f"({_shown(self.frozen)}). They no longer train; the {len(variables)} trainable "
+            "variables it has now do. Compile it after quantizing to train those without this "
+            "warning.",
+            stacklevel=2,
+        )
+
+
+def _warn_when_built(optimizer, frozen):
+    """Adds to what an optimizer warns of when it is built; a successor warns by itself."""
+    build = vars(optimizer).setdefault("build", _WarningBuild(optimizer))
+    if isinstance(build, _WarningBuild):
+        build.frozen += frozen
+
+
+def _shown(paths):
+    return ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
