@@ -18,6 +18,8 @@ import urllib.parse
 WIDTHS = {"desktop": 1280, "phone": 390}
 # In CSS pixels: what a phone's browser still shows clearly.
 SMALLEST_TEXT = 8
+# Milliseconds to load a page. Playwright's 30 seconds are too few on a busy machine.
+PATIENCE = 300_000
 # Chromium under the names that distributions give it.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -111,7 +113,7 @@ def layout_problems(paths, smallest_text):
         for device, width in WIDTHS.items():
             tab = chromium.new_page(viewport={"width": width, "height": 900})
             for path in paths:
-                tab.goto(path.as_uri())
+                tab.goto(path.as_uri(), timeout=PATIENCE)
                 problems = tab.evaluate(_OVERFLOW)
                 for source, natural, shown in tab.evaluate(_PICTURES):
                     size = smallest_text(path.parent / source)
