@@ -43,6 +43,22 @@ def test_a_product_is_measured_and_explained(scheme, monkeypatch):
     assert found["case"].startswith("3 x 256 x 192 ")
 
 
+@pytest.mark.parametrize(
+    "speeds, counted", [([0.5, 1.3, 1.2], 1.2), ([1.3], 1.3), ([0.7, 0.6, 0.8], 0.7), ([1.1], 1.1)]
+)
+def test_products_that_explain_is_wrong_about_are_timed_three_times(speeds, counted, monkeypatch):
+    left = list(speeds)
+
+    def one(case):
+        speed = left.pop(0)
+        return {"speed": speed, "of_best": speed, "predicted": 1.2, "warning": None}
+
+    monkeypatch.setattr(random_products, "measured", one)
+    case = Case(3, 256, 192, jq.W8A8)
+    assert random_products.settled(case)["speed"] == counted
+    assert not left
+
+
 @dataclasses.dataclass
 class Row:
     speeds: tuple[Any, ...]
