@@ -61,6 +61,7 @@ def slow_append(stored, new, starts, counts, layer):
     return found
 
 
+@pytest.mark.some_rows(4)
 @pytest.mark.parametrize("tokens", [1, 2, pallas_tpu_append.MOST_TOKENS])
 @pytest.mark.parametrize("name", STORES)
 def test_tokens_are_written_behind_those_of_each_sequence(name, tokens):
@@ -112,6 +113,7 @@ def test_other_caches_are_left_to_xla(name):
     assert not pallas_tpu_append.is_supported(stored, tokens)
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(
     "chip, store, heads, layers",

@@ -133,6 +133,7 @@ def test_vmap_runs_it_for_each_cache():
 STEPS = [("v5e", "int8", 64), ("v6e", "bfloat16", 64), ("v6e", "bfloat16", 128)]
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("chip, name, size", STEPS)
 def test_it_is_compiled_for_steps_of_decoding_and_prompts(chip, name, size, monkeypatch):
