@@ -126,7 +126,7 @@ class _WarningBuild:
 
     def __call__(self, variables: list[keras.Variable]) -> None:
         """Builds the optimizer, once, and warns."""
-        del vars(self.optimizer)["build"]
+        del self.optimizer.__dict__["build"]
         self.optimizer.build(variables)
         warnings.warn(
             f"The model was compiled before {len(self.frozen)} of its variables were quantized "
