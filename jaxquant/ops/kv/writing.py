@@ -18,7 +18,6 @@ Arrays = tuple[jax.Array, ...]
 Encode = Callable[[jax.Array], Arrays]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def write(
     encode: Encode,
     stored: Arrays,
@@ -38,15 +37,19 @@ def write(
             all.
         layer: which of L; None for arrays without layers.
     """
+    return _write(encode, stored, new, starts, counts, layer)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _write(encode: Encode, *args: Any) -> Arrays:
     by_xla = partial(scatter, encode)
     on_tpu = partial(on_one_tpu, partial(_by_pallas, encode), by_xla)
-    args = stored, new, starts, counts, layer
     return lax.platform_dependent(*args, tpu=on_tpu, default=by_xla)
 
 
-@write.defjvp
+@_write.defjvp
 def _(encode: Encode, primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
-    return write(encode, *primals), jax.jvp(partial(scatter, encode), primals, tangents)[1]
+    return _write(encode, *primals), jax.jvp(partial(scatter, encode), primals, tangents)[1]
 
 
 def is_for_kernel(cache: Any, tokens: int, layer: Any) -> bool:
