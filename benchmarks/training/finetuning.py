@@ -4,7 +4,8 @@
 
 All rows of a seed start from the same weights, the dithered model of `accuracy.language`, and see
 the same batches; every weight is trained. Losses are on held-out topics, before and after.
-Embedding and head, which are one matrix, stay in float32. With `--json`, rows are added to the file
+Embedding and head, which are one matrix, stay in float32. CPU seconds are those of all threads, and
+so tell of rows that run beside other programs. With `--json`, rows are added to the file
 as they finish, so a run that is cut off can be continued with `--only`.
 """
 
@@ -150,7 +151,7 @@ class Trainer:
         return statistics.fmean(float(self._held_out_loss(params, w)) for w in windows)
 
     def run(self, row: Row, seed: int) -> Result:
-        """The loss of a row, bytes of its state, and seconds per step without the first."""
+        """The loss of a row, bytes of its state, and CPU seconds per step without the first."""
         params = split_layers(self.model.params, row.float_layers)
         optimizer = optax.adamw(schedule(RATE, self.size.steps), weight_decay=DECAY)
         if row.state is not None:
@@ -178,10 +179,10 @@ class Trainer:
         params, state = jax.tree.map(jnp.copy, params), jax.jit(optimizer.init)(params)
         rng, seconds = np.random.default_rng(seed), []
         for key in jax.random.split(jax.random.key(seed), self.size.steps):
-            start = time.perf_counter()
+            start = time.process_time()
             carried = step(params, scaling, state, key, self.data.batch(rng))
             params, scaling, state = jax.block_until_ready(carried)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
         return self._result(params, training.state_bytes(state), seconds)
 
     def run_peer(self, peer: peers.Peer, seed: int) -> Result:
@@ -192,10 +193,10 @@ class Trainer:
         params = self.model.params
         rng, seconds = np.random.default_rng(seed), []
         for number in range(self.size.steps):
-            start = time.perf_counter()
+            start = time.process_time()
             gradients = gradients_of(params, self.data.batch(rng))
             params = optimizer.step(gradients, float(rates(number)))
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
         return self._result(params, optimizer.state_bytes(), seconds)
 
     def _result(self, params, size, seconds):
@@ -203,7 +204,7 @@ class Trainer:
         return {
             "loss": self.held_out_loss(params),
             "bytes": size,
-            "seconds_per_step": statistics.median(later),
+            "cpu_seconds_per_step": statistics.median(later),
             "steps": self.size.steps,
             "tokens": self.size.tokens,
         }

@@ -22,7 +22,7 @@ def test_the_table_of_the_docs_is_that_of_the_results(name):
 
 def test_losses_are_compared_seed_by_seed():
     rows = [
-        {"contender": name, "seed": seed, "loss": loss, "bytes": 3e6, "seconds_per_step": 2.0}
+        {"contender": name, "seed": seed, "loss": loss, "bytes": 3e6, "cpu_seconds_per_step": 2.0}
         for name, seed, loss in (
             ("float32", 0, 2.0), ("float32", 1, 4.0), ("8-bit", 0, 2.1), ("8-bit", 1, 4.0)
         )
@@ -35,8 +35,8 @@ def test_losses_are_compared_seed_by_seed():
 
 def test_the_share_of_rounding_that_is_recovered():
     rows = [
-        {"scheme": s, "contender": name, "divergence": kl, "seconds_per_step": 2.0, "steps": steps}
-        for s, name, kl, steps in (
+        {"scheme": s, "contender": name, "divergence": kl, "cpu_seconds_per_step": 2.0, "steps": n}
+        for s, name, kl, n in (
             ("A", "nearest", 2.0, 0), ("A", "QEP", 1.0, 0), ("B", "nearest", 4.0, 0),
             ("A", "QEP, QAT", 0.5, 7),
         )
