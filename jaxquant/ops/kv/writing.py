@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,33 +18,38 @@ Arrays = tuple[jax.Array, ...]
 Encode = Callable[[jax.Array], Arrays]
 
 
-def write(
-    encode: Encode,
-    stored: Arrays,
-    new: Arrays,
-    starts: jax.Array,
-    counts: jax.Array | None,
-    layer: Any,
-) -> Arrays:
+class Place(NamedTuple):
+    """Where T tokens of each sequence are written.
+
+    Attributes:
+        starts: (B,): token t of sequence b is written at starts[b] + t.
+        counts: (B,): of the T tokens, the first ones are written, if they are below S; None for
+            all.
+        layer: which of L; None for arrays without layers.
+    """
+
+    starts: jax.Array
+    counts: jax.Array | None
+    layer: Any
+
+
+def write(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
     """The arrays with T further tokens of each sequence, `is_for_kernel`.
 
     Args:
         encode: of keys, and of values.
         stored: keys, values and, if there are, their scales: (B, H, S, ...), or (L, B, H, S, ...).
         new: keys and values of the tokens, floats (B, T, H, D).
-        starts: (B,): token t of sequence b is written at starts[b] + t.
-        counts: (B,): of the T tokens, the first ones are written, if they are below S; None for
-            all.
-        layer: which of L; None for arrays without layers.
+        place: where they are written.
     """
-    return _write(encode, stored, new, starts, counts, layer)
+    return _write(encode, stored, new, place)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _write(encode: Encode, *args: Any) -> Arrays:
+def _write(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
     by_xla = partial(scatter, encode)
     on_tpu = partial(on_one_tpu, partial(_by_pallas, encode), by_xla)
-    return lax.platform_dependent(*args, tpu=on_tpu, default=by_xla)
+    return lax.platform_dependent(stored, new, place, tpu=on_tpu, default=by_xla)
 
 
 @_write.defjvp
@@ -76,35 +81,23 @@ def in_stack(stored: Arrays, layer: Any) -> Arrays:
     return stored if layer is not None else tuple(x[None] for x in stored)
 
 
-def _by_pallas(
-    encode: Encode,
-    stored: Arrays,
-    new: Arrays,
-    starts: jax.Array,
-    counts: jax.Array | None,
-    layer: Any,
-) -> Arrays:
-    place = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    found = pallas_tpu_append.append(in_stack(stored, layer), new, encode, starts, counts, place)
+def _by_pallas(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
+    starts, counts, layer = place
+    index = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    found = pallas_tpu_append.append(in_stack(stored, layer), new, encode, starts, counts, index)
     return tuple(x if layer is not None else x[0] for x in found)
 
 
-def scatter(
-    encode: Encode,
-    stored: Arrays,
-    new: Arrays,
-    starts: jax.Array,
-    counts: jax.Array | None,
-    layer: Any,
-) -> Arrays:
-    """The same by XLA."""
+def scatter(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
+    """The same as `write`, by XLA and for any cache."""
+    starts, counts, layer = place
     batch, count = new[0].shape[:2]
     index = jnp.arange(count)[None]
     positions = starts[:, None] + index
     if counts is not None:  # Positions behind the last one are not written.
         positions = jnp.where(index < counts[:, None], positions, stored[0].shape[-2])
-    place = (jnp.arange(batch)[:, None], slice(None), positions)
-    place = place if layer is None else (layer, *place)
+    at = (jnp.arange(batch)[:, None], slice(None), positions)
+    at = at if layer is None else (layer, *at)
     codes, *scales = zip(*map(encode, new), strict=True)
     found = *codes, *(x[..., 0] for pair in scales for x in pair)
-    return tuple(x.at[place].set(n, mode="drop") for x, n in zip(stored, found, strict=True))
+    return tuple(x.at[at].set(n, mode="drop") for x, n in zip(stored, found, strict=True))
