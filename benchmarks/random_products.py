@@ -9,8 +9,8 @@ would run without the native kernels; weights come from memory, as in a model. T
 - where the product has less than 0.9 of the speed of the better of both, does `jq.explain` warn?
 - where it is more than 15 % faster or slower than float32, does `jq.explain` say which?
 
-Other programs share the machine. So a product whose answer is no is timed twice more, and the
-middle one of the three by its speed counts.
+A product for which the answer is no is timed twice more, because other programs may have slowed
+it down. The median of the three speeds counts.
 """
 
 import dataclasses
@@ -167,7 +167,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "products": len(results),
         "slow": len(slow),
-        "slow_without_warning": sum(r["warning"] is None for r in slow),
+        "slow_without_warning": sum(map(_is_slow_unwarned, results)),
         "warned": sum(r["warning"] is not None for r in results),
         "clear": len(clear),
         "told": sum(map(is_told, clear)),

@@ -199,8 +199,8 @@ def _warn_of(left: dict[str, str | None]) -> None:
         more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
         reasons += [f"{note} ({', '.join(paths[:4])}{more})"]
     warnings.warn(
-        f"These parameters stay in float: {'; '.join(reasons)}. Choose another group_size, or give "
-        "them rules of their own.",
+        f"These parameters stay in float: {'; '.join(reasons)}. Choose another group_size, or "
+        "write rules for them.",
         stacklevel=3,
     )
 

@@ -75,15 +75,11 @@ def attend(
     dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     scaled = query.astype(dtype) * (cache.size**-0.5 if scale is None else scale)
     counts = as_counts(counts, batch, query.shape[1])
-    return on_own_heads(_of_heads, cache, counts, layer, scaled).astype(query.dtype)
-
-
-def _of_heads(cache: Cache, counts: jax.Array | None, layer: Any, query: jax.Array) -> jax.Array:
-    return _attend(query, cache, counts, layer)
+    return on_own_heads(_attend, cache, counts, layer, scaled).astype(query.dtype)
 
 
 @jax.custom_jvp
-def _attend(query: jax.Array, cache: Cache, counts: jax.Array | None, layer: Any) -> jax.Array:
+def _attend(cache: Cache, counts: jax.Array | None, layer: Any, query: jax.Array) -> jax.Array:
     """The result in the dtype of the query; NaN for sequences that exceeded the capacity."""
     branches = {}
     if _is_for_cpu(query, cache):
@@ -91,8 +87,8 @@ def _attend(query: jax.Array, cache: Cache, counts: jax.Array | None, layer: Any
     if _is_for_tpu(query, cache):
         branches["tpu"] = partial(on_one_tpu, _by_pallas, _by_xla)
     if not branches:
-        return _by_xla(query, cache, counts, layer)
-    return lax.platform_dependent(query, cache, counts, layer, **branches, default=_by_xla)
+        return _by_xla(cache, counts, layer, query)
+    return lax.platform_dependent(cache, counts, layer, query, **branches, default=_by_xla)
 
 
 def _attend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
@@ -128,7 +124,7 @@ def _is_plain(query: jax.Array, cache: Cache) -> bool:
     return is_plain and query.dtype == jnp.float32 and 0 not in query.shape
 
 
-def _natively(query: jax.Array, cache: Cache, counts: jax.Array | None, layer: Any) -> jax.Array:
+def _natively(cache: Cache, counts: jax.Array | None, layer: Any, query: jax.Array) -> jax.Array:
     """On the stored bytes of all layers, of which the kernel reads one."""
     keys, values, place = _in_stack(cache, layer)
     key_scale, value_scale = (
@@ -139,7 +135,7 @@ def _natively(query: jax.Array, cache: Cache, counts: jax.Array | None, layer: A
     return _unless_full(out, cache, layer)
 
 
-def _by_pallas(query: jax.Array, cache: Cache, counts: jax.Array | None, layer: Any) -> jax.Array:
+def _by_pallas(cache: Cache, counts: jax.Array | None, layer: Any, query: jax.Array) -> jax.Array:
     """On the stored bytes of all layers, too."""
     keys, values, place = _in_stack(cache, layer)
     scales = tuple(x for x in (cache.key_scale, cache.value_scale) if x is not None)
@@ -171,7 +167,7 @@ def _in_stack(cache: Cache, layer: Any) -> tuple[jax.Array, jax.Array, jax.Array
     return keys, values, jnp.asarray(0 if layer is None else layer, jnp.int32)
 
 
-def _by_xla(query: jax.Array, cache: Cache, counts: jax.Array | None, layer: Any) -> jax.Array:
+def _by_xla(cache: Cache, counts: jax.Array | None, layer: Any, query: jax.Array) -> jax.Array:
     keys, values = (
         as_numbers(at_layer(x, layer), cache.dtype, cache.size).astype(query.dtype)
         for x in (cache.keys, cache.values)
