@@ -81,7 +81,7 @@ def quantize(
         [-127.0, 3.0, 6.0]
     """
     check_axis(axis)
-    _check_config(config)  # Before `jit`, which takes only pytrees.
+    _check(x, config)  # Before `jit`, which takes only pytrees.
     return _quantize(x, config, axis, key, importance)
 
 
@@ -93,7 +93,6 @@ def _quantize(
     key: jax.Array | Seed | None,
     importance: jax.Array | None,
 ):
-    _check(x, config)
     groups = group(x, config, axis)
     scale, zero_point = fit(groups, config, _spread(importance, x), covers=key is not None)
     return encode(groups, scale, zero_point, config, key)
@@ -296,10 +295,6 @@ def _check(x: Any, config: Any) -> None:
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         got = f"{x.dtype} of shape {x.shape}" if hasattr(x, "dtype") else type(x).__name__
         raise ValueError(f"x must be a floating-point array; got {got}. Use jnp.asarray(x, float).")
-    _check_config(config)
-
-
-def _check_config(config: Any) -> None:
     if not isinstance(config, ArrayConfig):
         raise ValueError(
             f"config must be an ArrayConfig; got {config!r}. For a Scheme s, pass s.weights; for "
