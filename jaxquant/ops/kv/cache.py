@@ -12,7 +12,7 @@ from jax import lax
 from ...core import ArrayConfig, bits_of, pack_int4, packed_bytes, quantize, unpack_int4
 from ...jaxprs import is_tracer
 from .own_heads import on_own_heads
-from .writing import Place, is_for_kernel, scatter, stored_arrays, write
+from .writing import Place, write
 
 
 @jax.tree_util.register_dataclass
@@ -176,12 +176,9 @@ def _append(
     after = lengths + (keys.shape[1] if counts is None else counts)
     if layer is not None:
         after = lax.dynamic_update_index_in_dim(cache.lengths, after, layer, 0)
-    stored = stored_arrays(cache)
     encode = partial(_encode, dtype=cache.dtype, config=cache.config)
-    run = write if is_for_kernel(cache, keys.shape[1], layer) else scatter
-    place = Place(lengths, counts, layer)
-    written = run(encode, tuple(stored.values()), (keys, values), place)
-    return dataclasses.replace(cache, lengths=after, **dict(zip(stored, written, strict=True)))
+    written = write(cache, encode, (keys, values), Place(lengths, counts, layer))
+    return dataclasses.replace(cache, lengths=after, **written)
 
 
 def _check_config(config: ArrayConfig) -> None:

@@ -33,28 +33,31 @@ class Place(NamedTuple):
     layer: Any
 
 
-def write(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
-    """The arrays with T further tokens of each sequence, `is_for_kernel`.
+def write(cache: Any, encode: Encode, new: Arrays, place: Place) -> dict[str, jax.Array]:
+    """The arrays of a cache with T further tokens of each sequence, by name.
 
     Args:
+        cache: a `Cache`.
         encode: of keys, and of values.
-        stored: keys, values and, if there are, their scales: (B, H, S, ...), or (L, B, H, S, ...).
         new: keys and values of the tokens, floats (B, T, H, D).
         place: where they are written.
     """
-    return _write(encode, stored, new, place)
+    stored = stored_arrays(cache)
+    run = _write if is_for_kernel(cache, new[0].shape[1], place.layer) else _scatter
+    written = run(encode, tuple(stored.values()), new, place)
+    return dict(zip(stored, written, strict=True))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _write(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
-    by_xla = partial(scatter, encode)
+    by_xla = partial(_scatter, encode)
     on_tpu = partial(on_one_tpu, partial(_by_pallas, encode), by_xla)
     return lax.platform_dependent(stored, new, place, tpu=on_tpu, default=by_xla)
 
 
 @_write.defjvp
 def _(encode: Encode, primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
-    return _write(encode, *primals), jax.jvp(partial(scatter, encode), primals, tangents)[1]
+    return _write(encode, *primals), jax.jvp(partial(_scatter, encode), primals, tangents)[1]
 
 
 def is_for_kernel(cache: Any, tokens: int, layer: Any) -> bool:
@@ -88,8 +91,7 @@ def _by_pallas(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arr
     return tuple(x if layer is not None else x[0] for x in found)
 
 
-def scatter(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
-    """The same as `write`, by XLA and for any cache."""
+def _scatter(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
     starts, counts, layer = place
     batch, count = new[0].shape[:2]
     index = jnp.arange(count)[None]
