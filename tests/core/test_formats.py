@@ -105,6 +105,7 @@ def test_a_format_without_negative_codes_requires_zero_points():
     assert (np.abs(q.dequantize() - x) <= 0.5001 * checks.scale_of(q)).all()
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("format", [IQ2_NL, IQ3_NL, IQ4_NL, BNB_FP4], ids=str)
 def test_codebooks_of_other_programs_are_rounded_to_the_nearest_value(format):
     x = np.random.default_rng(0).normal(size=(24, 8, 32)).astype(np.float32)
@@ -128,6 +129,7 @@ def test_codebooks_of_other_programs_are_rounded_to_the_nearest_value(format):
     assert (mirrored < searched).any() == (format != BNB_FP4)
 
 
+@pytest.mark.some_rows(5)
 @pytest.mark.parametrize("range", [AbsMax(), MinMSE(mirrored=True), Percentile(75)], ids=str)
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES[1:])  # The first needs 64-bit JAX.
 def test_groups_of_zeros_stay_near_zero_in_formats_without_one(range, scale_dtype):

@@ -138,6 +138,7 @@ def test_experts_get_error_feedback():
         quantize(model, jq.ArrayConfig(format=jq.INT4, group_size=8), method=methods.SINQ())
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("method", [methods.AWQ(), [methods.AWQ(), methods.GPTQ()]])
 def test_experts_have_one_multiplier_in_common(method, tmp_path):
     keras.utils.set_random_seed(0)

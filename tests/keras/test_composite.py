@@ -188,6 +188,7 @@ def test_a_class_that_is_not_registered_is_named_when_it_is_missing(tmp_path):
         keras.saving.load_model(tmp_path / "model.keras")
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("mode", ["int8", Float8QuantizationConfig(training=True)])
 def test_copies_of_quantized_models(mode):
     model = graph()
@@ -324,6 +325,7 @@ def unnamed() -> Any:
     return model
 
 
+@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("count", [0, 1])
 def test_layers_without_a_name_are_copied_in_their_order(count, names_counted_again):
     names_counted_again()

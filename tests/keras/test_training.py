@@ -186,6 +186,7 @@ def test_evaluate_and_predict_after_quantizing_run_on_codes(make):
     np.testing.assert_allclose(loss, np.mean((found - targets) ** 2), rtol=1e-5)
 
 
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("make", [model_of, subclassed])
 @pytest.mark.parametrize("run", [convert, lambda x: quantize(x, "int8")[0]])
 def test_a_copy_of_a_compiled_model_must_be_compiled(make, run):

@@ -81,7 +81,7 @@ def assert_same(run, x, q, name, tolerance=2e-6):
     )
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_channels_alone_are_shifted_images(layout):
     for outputs in (1, 3):
@@ -94,7 +94,7 @@ def test_channels_alone_are_shifted_images(layout):
 
 
 @needs_native
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_patches_are_multiplied_by_the_native_kernels(layout):
     run = convolved(layout)
