@@ -45,7 +45,7 @@ struct Tiles {
         for (int n = 0; n < Bytes(sums) / 4; ++n) {
           uint32_t sum = Get<uint32_t>(Tile<sums>(), m, n);
           for (int i = 0; i < 4; ++i)
-            sum += Get<int8_t>(Tile<a>(), m, 4 * k + i) * Get<uint8_t>(Tile<b>(), k, 4 * n + i);
+            sum += Get<int8_t>(Tile<a>(), m, 4 * k + i) * Get<int8_t>(Tile<b>(), k, 4 * n + i);
           Set(Tile<sums>(), m, n, sum);
         }
     ZeroBeyond<sums>();

@@ -123,24 +123,24 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 constexpr int64_t kInt8Panels = 16, kGroupPanels = 8, kLookupPanels = 10, kWidenPanels = 16;
 
 void DotInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
-  if (M >= kInt8Panels && w.K) PanelInt8<RegisterRows>(pool, x, M, w, out);
+  if (M >= kInt8Panels && w.K) PanelInt8(pool, x, M, w, out);
   else FewRowsInt8(pool, x, M, w, out);
 }
 
 void DotGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
-  if (M >= kGroupPanels && w.K) PanelGroups<RegisterRows>(pool, x, M, w, out);
+  if (M >= kGroupPanels && w.K) PanelGroups(pool, x, M, w, out);
   else (w.bits == 4 ? FewRowsGroups<4> : FewRowsGroups<8>)(pool, x, M, w, out);
 }
 
 void DotLookup(ThreadPool& pool, const float* x, int64_t M, const Weights& w, const float* table,
                float* out) {
   if (M >= kLookupPanels && w.K)
-    PanelFloat<kTileRows>(pool, x, M, w, Lookup{Table(table)}, out);
+    PanelFloat(pool, x, M, w, Lookup{Table(table)}, out);
   else FewRowsLookup(pool, x, M, w, table, out);
 }
 
 void DotWiden(ThreadPool& pool, const float* x, int64_t M, const Weights& w, float* out) {
-  if (M >= kWidenPanels && w.K) PanelFloat<kTileRows>(pool, x, M, w, Widened{}, out);
+  if (M >= kWidenPanels && w.K) PanelFloat(pool, x, M, w, Widened{}, out);
   else FewRowsWiden(pool, x, M, w, out);
 }
 
@@ -149,26 +149,6 @@ void DotWiden(ThreadPool& pool, const float* x, int64_t M, const Weights& w, flo
 #include "float_panels_amx.h"
 
 bool HasTiles() { return IsSupported() && Tiles::IsSupported(); }
-
-void TileInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
-  (M >= kTiledRows && w.K ? PanelInt8<TileRows> : DotInt8)(pool, x, M, w, out);
-}
-
-void TileGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
-  const bool is_tiled = M >= kTiledRows && w.group() >= kTiledGroup;
-  (is_tiled && w.K ? PanelGroups<TileRows> : DotGroups)(pool, x, M, w, out);
-}
-
-void TileLookup(ThreadPool& pool, const uint16_t* x, int64_t M, const Weights& w,
-                const float* table, float* out) {
-  const TileRows rows(pool, x, M, {0, 2 * w.K});
-  PanelFloat<kBlock>(pool, rows, M, w, Lookup{Table(table)}, out);
-}
-
-void TileWiden(ThreadPool& pool, const uint16_t* x, int64_t M, const Weights& w, float* out) {
-  const TileRows rows(pool, x, M, {0, 2 * w.K});
-  PanelFloat<kBlock>(pool, rows, M, w, Widened{}, out);
-}
 #endif
 
 END_TARGET

@@ -132,15 +132,14 @@ void OnePanel(const float* x, int64_t begin, int64_t end, const Weights& w, cons
   }
 }
 
-// Threads share panels, and the rows of each if there are few panels. Then each packs its own. Rows are
-// floats, or what another OnePanel multiplies, in blocks of kMultiple rows.
-template <int64_t kMultiple, typename Rows, typename Values>
-void PanelFloat(ThreadPool& pool, const Rows& x, int64_t M, const Weights& w,
+// Threads share panels, and the rows of each if there are few panels. Then each packs its own.
+template <typename Values>
+void PanelFloat(ThreadPool& pool, const float* x, int64_t M, const Weights& w,
                 const Values& values, float* out) {
   const int64_t panels = (w.N + kPanel - 1) / kPanel;
   const int64_t wanted = (kPieces * Threads(pool) + panels - 1) / panels;
   const int64_t most = std::max<int64_t>(1, std::min(wanted, M / kRowsOfPiece));
-  const int64_t rows = (M + most * kMultiple - 1) / (most * kMultiple) * kMultiple;
+  const int64_t rows = (M + most * kTileRows - 1) / (most * kTileRows) * kTileRows;
   const int64_t parts = (M + rows - 1) / rows;
   Parallel(pool, panels * parts, 1, 1, [&](int64_t begin, int64_t end) {
     float* panel = Scratch<float>(0, kPanel * kFloatDepth);

@@ -266,12 +266,10 @@ inline void RegisterRows::Multiply(const GroupsPanel& by) const {
   ForRows(0, M, GroupsTile{*this, by});
 }
 
-// Rows are RegisterRows, or rows that multiply in another way.
-template <typename Rows>
 void PanelInt8(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
                const Result& out) {
   std::vector<int32_t> sums = SumsOf<int32_t>(x, M, w.K);
-  const Rows rows(pool, x, M, {0, w.K});
+  const RegisterRows rows(pool, x, M, {0, w.K});
   int64_t quads = (w.K + 3) / 4;
   Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t last) {
     uint8_t* panel = Scratch<uint8_t>(0, kPanel * kDepth);
@@ -297,7 +295,6 @@ inline std::vector<int64_t> Parts(const Weights& w) {
   return parts;
 }
 
-template <typename Rows>
 void PanelGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
                  const Result& out) {
   std::vector<int64_t> parts = Parts(w);
@@ -306,7 +303,7 @@ void PanelGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w,
   for (int64_t m = 0; m < M; ++m)
     for (int64_t p = 0; p < count; ++p)
       sums[m * count + p] = SumOf(x + m * w.K + parts[p], parts[p + 1] - parts[p]);
-  const Rows rows(pool, x, M, parts);
+  const RegisterRows rows(pool, x, M, parts);
   std::vector<int64_t> quads = parts;
   for (int64_t& part : quads) part = (part + 3) / 4;
   Parallel(pool, w.N, kPanel, kPanel, [&](int64_t begin, int64_t end) {

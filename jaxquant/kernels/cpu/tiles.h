@@ -57,10 +57,10 @@ struct Tiles {
   static void Store(void* to, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1)" ::"r"(to), "r"(stride), "i"(tile) : "memory");
   }
-  // sums += a * b: of rows of quads of signed bytes by quads, in rows, of unsigned bytes, in int32.
+  // sums += a * b: of rows of quads of signed bytes by quads, in rows, in int32.
   template <int sums, int a, int b>
   static void DotBytes() {
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(a), "i"(b));
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(a), "i"(b));
   }
   // The same for pairs of bfloat16, in float32. Subnormals are zero.
   template <int sums, int a, int b>
