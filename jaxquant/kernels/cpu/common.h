@@ -13,6 +13,7 @@
 #define JAXQUANT_KERNELS_CPU_COMMON_H_
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

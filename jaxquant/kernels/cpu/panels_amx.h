@@ -41,6 +41,10 @@ struct Steps {
     const int64_t bytes = at[s + 1] - at[s];
     return bytes == kStep ? LoadBytes(row + at[s]) : LoadPart(row + at[s], bytes);
   }
+  void Store(uint8_t* to, Bytes step) const {
+    if (width == kStep) return _mm512_store_si512(to, step);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(step));
+  }
 };
 
 // Panels of activations. Beyond the rows and beyond each part along K are zeros, so what weights have
@@ -124,14 +128,14 @@ struct CopiedTiles {
       return {tiles + ((t - first) * steps.count() + s) * steps.bytes(), steps.width, steps.bytes()};
     }
   };
-  // What is written beyond a step is a part of the next row, or of the next step.
   Copy Block(int64_t first, int64_t last) const {
-    auto* tiles = Scratch<uint8_t>(0, (last - first) * steps.count() * steps.bytes() + kStep);
-    uint8_t* to = tiles;
+    auto* tiles = Scratch<uint8_t>(0, (last - first) * steps.count() * steps.bytes());
     for (int64_t t = first; t < last; ++t)
-      for (int64_t s = 0; s < steps.count(); ++s)
-        for (int64_t i = 0; i < kTile; ++i, to += steps.width)
-          fill(std::min(t * kTile + i, N - 1), s, to);
+      for (int64_t i = 0; i < kTile; ++i) {
+        const int64_t n = std::min(t * kTile + i, N - 1);
+        uint8_t* to = tiles + (t - first) * steps.count() * steps.bytes() + i * steps.width;
+        for (int64_t s = 0; s < steps.count(); ++s, to += steps.bytes()) fill(n, s, to);
+      }
     return {tiles, first, steps};
   }
 };
@@ -313,7 +317,7 @@ void MultiplyBytes(ThreadPool& pool, const Products& products, const Weights& w)
   if (products.x.count() <= kStoredPanels)
     return MultiplyTiles(pool, products, StoredTiles(w, steps), w.N);
   const auto fill = [&](int64_t n, int64_t s, uint8_t* to) {
-    _mm512_storeu_si512(to, steps.Load(w.at(n, 0), s));
+    steps.Store(to, steps.Load(w.at(n, 0), s));
   };
   MultiplyTiles(pool, products, CopiedTiles<decltype(fill)>{w.N, steps, fill}, w.N);
 }
@@ -344,7 +348,7 @@ void TileGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, 
     const auto within = static_cast<__mmask32>((uint64_t{1} << pairs) - 1);
     Bytes wide = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(within, w.at(n, k)));
     Bytes plus8 = Low(Xor(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), 8));
-    _mm512_storeu_si512(to, _mm512_sub_epi8(plus8, _mm512_set1_epi8(8)));
+    steps.Store(to, _mm512_sub_epi8(plus8, _mm512_set1_epi8(8)));
   };
   MultiplyTiles(pool, products, CopiedTiles<decltype(fill)>{w.N, steps, fill}, w.N);
 }

@@ -69,6 +69,7 @@ struct Tiles {
   }
 
  private:
+  // With those that convert floats to bfloat16, which all processors with tiles have.
   static bool HasInstructions() {
     unsigned eax, ebx, ecx, edx, low, high;
     // OSXSAVE, so that XGETBV can be asked what the system saves: 17 and 18 are tiles.
@@ -77,7 +78,8 @@ struct Tiles {
     if ((low >> 17 & 3) != 3) return false;
     constexpr unsigned kBFloat16 = 1 << 22, kTiles = 1 << 24, kInt8 = 1 << 25;
     constexpr unsigned kNeeded = kBFloat16 | kTiles | kInt8;
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kNeeded) == kNeeded;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kNeeded) != kNeeded) return false;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
   }
 
   // Linux allocates memory for tiles only in processes that ask for it.
