@@ -4,8 +4,8 @@
 // panels of two tiles, each of 16 rows of activations, so that the tile of a step holds 16 lines with 4
 // bytes of each row. Two tiles of weights by a panel give a block of sums, in tiles of 16 columns of the
 // result by 16 of its rows, which are transposed when they are complete. Steps have 32 bytes in groups of
-// as many. Few panels multiply 8-bit
-// weights as they are stored; otherwise tiles are copied, so that each lies on pages of its own.
+// as many. Few panels multiply 8-bit weights as they are stored; for more, as for 4-bit weights, tiles are
+// copied: rows lie on many pages.
 
 constexpr int64_t kTile = 16, kStep = 64;
 // Tiles of a panel, and of weights in a block.
@@ -36,7 +36,7 @@ struct Steps {
   // Of a tile of activations at one step, and bytes of a tile of weights.
   int64_t lines() const { return width / 4; }
   int64_t bytes() const { return kTile * width; }
-  // Copies a step of a row, and zeros up to its end.
+  // A step of a row, and zeros beyond it.
   Bytes Load(const uint8_t* row, int64_t s) const {
     const int64_t bytes = at[s + 1] - at[s];
     return bytes == kStep ? LoadBytes(row + at[s]) : LoadPart(row + at[s], bytes);
