@@ -293,3 +293,52 @@ def test_a_call_that_cannot_be_traced_is_a_problem():
     net.built = True
     with pytest.raises(ValueError, match="quantizable: its call cannot be traced without an input"):
         quantize(net, "int8")
+
+
+@keras.saving.register_keras_serializable("tests")
+class Positions(keras.layers.Layer):
+    """Adds a table of positions, or its first rows; the sequence may have no other length."""
+
+    def __init__(self, length, cut=False, **kwargs):
+        super().__init__(**kwargs)
+        self.length, self.cut = length, cut
+
+    def build(self, input_shape):
+        self.table = self.add_weight(name="table", shape=(self.length, input_shape[-1]))
+
+    def call(self, inputs):
+        return inputs + (self.table[: inputs.shape[1]] if self.cut else self.table)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "length": self.length, "cut": self.cut}
+
+
+# Layers after an input, and its shape without the batch.
+OPEN_SHAPES: dict[str, Any] = {
+    "as long as a table": ([Positions(64)], (None, 16)),
+    "within a table": ([Positions(5, cut=True)], (None, 16)),
+    "patches": (
+        [
+            keras.layers.Conv2D(16, 16, strides=16, padding="valid"),
+            keras.layers.Reshape((-1, 16)),
+            Positions(16),
+        ],
+        (None, None, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPEN_SHAPES)
+def test_a_call_that_accepts_some_lengths_is_traced(name):
+    before, shape = OPEN_SHAPES[name]
+    start = keras.Input(shape)
+    x = start
+    for layer in (*before, Experts(name="bank")):
+        x = layer(x)
+    _, report = quantize(keras.Model(start, x), "int8")
+    kinds = {path.rpartition("/")[2]: kind for path, kind in schemes(report).items()}
+    assert kinds["table"] == "Positions is not a quantizable layer"
+    assert kinds["up"] == kinds["down"] == "int8 per channel, int8 inputs"

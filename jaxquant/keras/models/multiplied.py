@@ -1,5 +1,6 @@
 """How the products, convolutions and lookups of a model or layer use its variables."""
 
+import functools
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ def multiplied(layer: Any) -> dict[int, LiftedUse] | None:
     """How the variables are used, by id; None if the call cannot be traced.
 
     A functional or Sequential model has symbolic inputs. Another model, or a layer, is called on
-    one input of the shape that it was built for.
+    one input of the shape that it was built for. Axes without a size get one that the call accepts.
     """
     if not layer.built:
         return None
@@ -57,21 +58,33 @@ def _lifted_use(variable: Any, axes: tuple[int, ...], uses: tuple[Use, ...]) -> 
 
 def _inputs(layer: Any) -> list[Any]:
     """Inputs to try, as shapes and dtypes."""
-    if isinstance(layer, keras.Sequential) or compat.is_functional(layer):
-        is_sequential = isinstance(layer, keras.Sequential)
-        given = layer.inputs[0] if is_sequential else layer.input
-        return [keras.tree.map_structure(_example, given)]
+    given = _symbolic(layer)
+    if given is None:
+        return []
+    is_open = any(None in x.shape[1:] for x in keras.tree.flatten(given))
+    examples = [functools.partial(_example, length=n) for n in (_LENGTHS if is_open else (1,))]
+    return [keras.tree.map_structure(example, given) for example in examples]
+
+
+def _symbolic(layer: Any) -> Any:
+    """Symbolic inputs of a model, or one of the shape that a layer was built for, if it has one."""
+    if isinstance(layer, keras.Sequential):
+        return layer.inputs[0]
+    if compat.is_functional(layer):
+        return layer.input
     shape = (layer.get_build_config() or {}).get("input_shape")
     is_one = isinstance(shape, list | tuple) and all(isinstance(n, int | None) for n in shape)
-    found = keras.KerasTensor(tuple(shape), layer.compute_dtype) if is_one and shape else None
-    return [] if found is None else [_example(found)]
+    return keras.KerasTensor(tuple(shape), layer.compute_dtype) if is_one and shape else None
 
 
-def _example(tensor: Any) -> jax.ShapeDtypeStruct:
+def _example(tensor: Any, length: int) -> jax.ShapeDtypeStruct:
     """The shape and dtype of a small input."""
     batch, *rest = tensor.shape
-    shape = (batch or _BATCH, *(n or _LENGTH for n in rest))
+    shape = (batch or _BATCH, *(n or length for n in rest))
     return jax.ShapeDtypeStruct(shape, tensor.dtype)
 
 
-_BATCH, _LENGTH = 2, 8
+_BATCH = 2
+# Sizes to try for axes without one. Tables of positions bound it, or broadcast along 1 only;
+# convolutions bound it from below, and patches of images must divide it.
+_LENGTHS = (8, 1, 64, 224)
