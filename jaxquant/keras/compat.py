@@ -294,8 +294,10 @@ def detached(layer: Any) -> Any:
 
 
 def rename(layer: Any, name: str, path: str | None, variables: list[tuple[Any, str]]) -> None:
-    """Gives a layer a name and a path, and its variables paths."""
+    """Gives a layer a name and a path, which its later variables are below, and variables paths."""
     layer.name, layer._path = name, path
+    if path is not None:
+        layer._parent_path = path.rpartition("/")[0]
     for variable, variable_path in variables:
         variable._path = variable_path
 

@@ -116,6 +116,7 @@ def test_a_subclassed_model_is_converted_and_quantized():
     matrices = [v.path for v in model.weights if v.name in MATRICES]
     assert done == matrices
     assert len(done) == 1 + 2 * 2 + 4 + 2 + 1
+    assert {v.path for v in quantized.weights} >= {v.path for v in model.weights}
     reasons = reasons_of(report)
     assert reasons["net/block_0/gain"] == "Feed is not a quantizable layer"
 
