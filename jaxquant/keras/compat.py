@@ -296,8 +296,7 @@ def detached(layer: Any) -> Any:
 def rename(layer: Any, name: str, path: str | None, variables: list[tuple[Any, str]]) -> None:
     """Gives a layer a name and a path, which its later variables are below, and variables paths."""
     layer.name, layer._path = name, path
-    if path is not None:
-        layer._parent_path = path.rpartition("/")[0]
+    layer._parent_path = path and path.rpartition("/")[0]
     for variable, variable_path in variables:
         variable._path = variable_path
 
@@ -389,6 +388,11 @@ def is_functional(model: keras.Model) -> bool:
 def origin(tensor: Any) -> Any:
     """The layer that a symbolic tensor comes from."""
     return tensor._keras_history.operation
+
+
+def symbolic_calls(layer: AnyLayer) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of the calls of a layer in graphs, with symbolic tensors."""
+    return [(node.arguments.args, node.arguments.kwargs) for node in layer._inbound_nodes]
 
 
 def trusted() -> Any:

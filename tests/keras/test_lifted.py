@@ -342,3 +342,67 @@ def test_a_call_that_accepts_some_lengths_is_traced(name):
     kinds = {path.rpartition("/")[2]: kind for path, kind in schemes(report).items()}
     assert kinds["table"] == "Positions is not a quantizable layer"
     assert kinds["up"] == kinds["down"] == "int8 per channel, int8 inputs"
+
+
+@keras.saving.register_keras_serializable("tests")
+class Merges(keras.layers.Layer):
+    """Multiplies one of two inputs, which have one length, with its weight."""
+
+    def __init__(self, length, **kwargs):
+        super().__init__(**kwargs)
+        self.length = length
+
+    def build(self, inputs_shape, other_shape):
+        self.matrix = self.add_weight(name="matrix", shape=(inputs_shape[-1], 8))
+
+    def call(self, inputs, other, *, scale=1.0):
+        total = keras.ops.matmul(keras.ops.ones((1, self.length)), other)
+        product = keras.ops.matmul(inputs, self.matrix)
+        return keras.ops.add(keras.ops.multiply(scale, product), total)
+
+    def compute_output_shape(self, inputs_shape, other_shape):
+        return (*inputs_shape[:-1], 8)
+
+    def get_config(self):
+        return {**super().get_config(), "length": self.length}
+
+
+def test_layers_of_a_graph_that_cannot_be_traced_are_traced_one_by_one():
+    start, other = keras.Input((None, 16)), keras.Input((None, 1))
+    first = Merges(8, name="first")(start, other=other, scale=2.0)
+    inner = keras.Sequential([keras.Input((None, 8)), Experts(name="bank")], name="inner")
+    second = Merges(77, name="second")(inner(first), other=other)
+    model = keras.Model([start, other], second)
+    words = r"problem:\n  second: Merges holds weights and is not quantizable: its call cannot be"
+    with pytest.raises(ValueError, match=words):
+        quantize(model, "int8")
+    quantized, report = quantize(model, jq.W8A16, keep=["second"])
+    kinds = schemes(report)
+    assert kinds["first/matrix"] == kinds["inner/bank/up"] == "int8 per channel"
+    assert kinds["second/matrix"] == "kept"
+    x = np.random.default_rng(0).normal(size=(2, 8, 16)).astype(np.float32)
+    found = quantized.get_layer("first")(x, other=x[..., :1], scale=2.0)
+    assert relative_error(found, model.get_layer("first")(x, other=x[..., :1], scale=2.0)) < 0.01
+
+
+def test_weights_of_integers_are_not_listed():
+    class Picks(keras.layers.Layer):
+        def build(self, input_shape):
+            picks = {"dtype": "int32", "trainable": False, "initializer": "ones"}
+            self.picks = self.add_weight(name="picks", shape=(3, 77), **picks)
+
+        def call(self, inputs):
+            return keras.ops.matmul(keras.ops.cast(self.picks, inputs.dtype), inputs)
+
+        def compute_output_shape(self, input_shape):
+            return (input_shape[0], 3, input_shape[2])
+
+        def get_config(self):
+            return super().get_config()
+
+    start = keras.Input((None, 16))
+    model = keras.Model(start, keras.layers.Dense(3)(Picks(name="picks")(start)))
+    quantized, report = quantize(model, "int8")
+    assert sum(row.scheme is not None for row in report.rows) == 1
+    x = np.random.default_rng(0).normal(size=(2, 77, 16)).astype(np.float32)
+    assert relative_error(quantized(x), model(x)) < 0.03

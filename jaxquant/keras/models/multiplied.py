@@ -1,6 +1,5 @@
 """How the products, convolutions and lookups of a model or layer use its variables."""
 
-import functools
 from typing import Any
 
 import jax
@@ -12,37 +11,56 @@ from ..layer import StoredWeight
 from .functional import nested, pure_call
 from .lifted import LiftedUse
 
+# The arguments of a call, with shapes and dtypes in place of arrays.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-def multiplied(layer: Any) -> dict[int, LiftedUse] | None:
-    """How the variables are used, by id; None if the call cannot be traced.
 
-    A functional or Sequential model has symbolic inputs. Another model, or a layer, is called on
-    one input of the shape that it was built for. Axes without a size get one that the call accepts.
+def multiplied(layer: Any) -> dict[int, LiftedUse | None]:
+    """How the variables are used, by id: None if not in products; without those of calls that
+    cannot be traced.
+
+    A functional or Sequential model has symbolic inputs, and so have its layers, which are traced
+    one by one if the model cannot be. Another model, or a layer, is called on one input of the
+    shape that it was built for. Axes without a size get one that the call accepts.
     """
-    if not layer.built:
-        return None
-    return next((x for i in _inputs(layer) if (x := _multiplied(layer, i)) is not None), None)
+    return _of_calls(layer, _own_calls(layer))
 
 
-def _multiplied(layer: Any, inputs: Any) -> dict[int, LiftedUse] | None:
-    apply, places = pure_call(layer)
+def _of_calls(layer: Any, calls: list[Call]) -> dict[int, LiftedUse | None]:
+    if not (layer.built and layer.variables):
+        return {}
+    for length in _lengths(calls):
+        found = _traced(layer, calls, length)
+        if found is not None:
+            return found
+    layers = layer.layers if _has_graph(layer) else []
+    parts = [_of_calls(inner, compat.symbolic_calls(inner)) for inner in layers]
+    return {key: use for part in parts for key, use in part.items()}
+
+
+def _traced(layer: Any, calls: list[Call], length: int) -> dict[int, LiftedUse | None] | None:
+    """How the variables are used in some calls of a layer; None if one cannot be traced."""
+    apply, places = pure_call(layer, "__call__")
     stored = {key: x.tensor() for key, x in places.items() if isinstance(x, StoredWeight)}
     plain: dict[str, Any] = {"/".join(k): (k, x) for k, x in places.items() if k not in stored}
+    leaves, structure = jax.tree.flatten(calls, is_leaf=_is_symbolic)
+    inputs_at = [i for i, x in enumerate(leaves) if _is_symbolic(x)]
 
-    def run(params: dict[str, jax.Array], inputs: Any) -> Any:
-        values = {plain[path][0]: x for path, x in params.items()}
-        return apply(nested({**stored, **values}), inputs)
+    def run(params: dict[str, jax.Array], inputs: list[jax.Array]) -> Any:
+        values = nested({**stored, **{plain[path][0]: x for path, x in params.items()}})
+        given = dict(zip(inputs_at, inputs, strict=True))
+        filled = jax.tree.unflatten(structure, [given.get(i, x) for i, x in enumerate(leaves)])
+        return [apply(values, *args, **kwargs) for args, kwargs in filled]
 
     params = {path: jax.ShapeDtypeStruct(v.shape, v.dtype) for path, (_, v) in plain.items()}
     try:
-        found = uses(run, params, inputs)
+        found = uses(run, params, [_example(leaves[i], length) for i in inputs_at])
     except Exception:  # The call is the user's, and may not take such an input.
         return None
     axes = found.contracted
     return {
-        id(v): _lifted_use(v, axes[path], found.by_path[path])
+        id(v): _lifted_use(v, axes[path], found.by_path[path]) if path in axes else None
         for path, (_, v) in plain.items()
-        if path in axes
     }
 
 
@@ -56,25 +74,32 @@ def _lifted_use(variable: Any, axes: tuple[int, ...], uses: tuple[Use, ...]) -> 
     )
 
 
-def _inputs(layer: Any) -> list[Any]:
-    """Inputs to try, as shapes and dtypes."""
-    given = _symbolic(layer)
-    if given is None:
-        return []
-    is_open = any(None in x.shape[1:] for x in keras.tree.flatten(given))
-    examples = [functools.partial(_example, length=n) for n in (_LENGTHS if is_open else (1,))]
-    return [keras.tree.map_structure(example, given) for example in examples]
-
-
-def _symbolic(layer: Any) -> Any:
-    """Symbolic inputs of a model, or one of the shape that a layer was built for, if it has one."""
+def _own_calls(layer: Any) -> list[Call]:
+    """One call of a model or layer on its own."""
     if isinstance(layer, keras.Sequential):
-        return layer.inputs[0]
+        return [((layer.inputs[0],), {"training": False})]
     if compat.is_functional(layer):
-        return layer.input
+        return [((layer.input,), {"training": False})]
     shape = (layer.get_build_config() or {}).get("input_shape")
     is_one = isinstance(shape, list | tuple) and all(isinstance(n, int | None) for n in shape)
-    return keras.KerasTensor(tuple(shape), layer.compute_dtype) if is_one and shape else None
+    if not (is_one and shape):
+        return []
+    return [((keras.KerasTensor(tuple(shape), layer.compute_dtype),), {})]
+
+
+def _has_graph(layer: Any) -> bool:
+    return isinstance(layer, keras.Sequential) or compat.is_functional(layer)
+
+
+def _is_symbolic(x: Any) -> bool:
+    return isinstance(x, keras.KerasTensor)
+
+
+def _lengths(calls: list[Call]) -> tuple[int, ...]:
+    """Sizes to try for axes without one; none if there is no call."""
+    tensors = [x for x in jax.tree.leaves(calls, is_leaf=_is_symbolic) if _is_symbolic(x)]
+    is_open = any(None in x.shape[1:] for x in tensors)
+    return (_LENGTHS if is_open else _LENGTHS[:1]) if calls else ()
 
 
 def _example(tensor: Any, length: int) -> jax.ShapeDtypeStruct:
@@ -85,6 +110,6 @@ def _example(tensor: Any, length: int) -> jax.ShapeDtypeStruct:
 
 
 _BATCH = 2
-# Sizes to try for axes without one. Tables of positions bound it, or broadcast along 1 only;
-# convolutions bound it from below, and patches of images must divide it.
-_LENGTHS = (8, 1, 64, 224)
+# Tables of positions bound sizes, or broadcast along 1 only; convolutions bound them from below,
+# and patches of images must divide them. Keras warns of attention to one position.
+_LENGTHS = (8, 2, 32, 64, 224, 256, 1)

@@ -130,18 +130,19 @@ class ModelRewriter:
 
     def _not_quantizable(self, model: Any, layers: list[Any]) -> list[tuple[Any, str]]:
         """Custom layers that multiply with their own weights and cannot be lifted, and why."""
-        found = [x for x in layers if any(len(v.shape) > 1 for v in compat.own_variables(x))]
+        found = [x for x in layers if any(_is_matrix(v) for v in compat.own_variables(x))]
         found = [x for x in found if self.why_not_quantizable(x, "")]
-        used = multiplied(model) if found else None
+        used = multiplied(model) if found else {}
         reasons = [(x, self._why_not_lifted(x, used)) for x in found]
         return [(x, str(self.why_not_quantizable(x, why))) for x, why in reasons if why]
 
-    def _why_not_lifted(self, layer: Any, used: dict[int, LiftedUse] | None) -> str | None:
+    def _why_not_lifted(self, layer: Any, used: dict[int, LiftedUse | None]) -> str | None:
         """Plans to lift a layer that multiplies with its weights; why that cannot be, or None."""
-        used = multiplied(layer) if used is None else used
-        if used is None:
+        ids = [id(v) for v in compat.own_variables(layer)]
+        used = used if used.keys() >= set(ids) else multiplied(layer)
+        if not used.keys() >= set(ids):
             return "its call cannot be traced without an input"
-        own = tuple(used[id(v)] for v in compat.own_variables(layer) if id(v) in used)
+        own = tuple(use for key in ids if (use := used[key]) is not None)
         why = why_not_lifted(layer, own)
         if own and why is None:
             self.lifts[id(layer)] = own
@@ -294,6 +295,10 @@ class ModelRewriter:
             for old, new in left
             if id(old) not in kept
         ]
+
+
+def _is_matrix(variable: keras.Variable) -> bool:
+    return len(variable.shape) > 1 and keras.backend.is_float_dtype(variable.dtype)
 
 
 def _unique(items: Iterable[Any]) -> Iterable[Any]:
