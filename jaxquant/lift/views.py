@@ -41,7 +41,8 @@ class View:
 
     def named(self, axes: Sequence[int]) -> tuple[int, ...]:
         """The axes of the parameter that these axes are, in order."""
-        return tuple(sorted({piece.axis for a in axes for piece in self.axes[a]}))
+        found = {piece.axis for a in axes for piece in self.axes[a]}
+        return tuple(sorted(found - {-1}))  # New axes of length 1 are not of the parameter.
 
     def transpose(self, permutation: Sequence[int]) -> "View":
         """With axes in another order."""
@@ -57,7 +58,7 @@ class View:
 
     def without(self, axis: int) -> "View":
         """One slice along an axis, as a loop over layers gets it."""
-        stacked = self.stacked | {piece.axis for piece in self.axes[axis]}
+        stacked = self.stacked | set(self.named([axis]))
         axes = (*self.axes[:axis], *self.axes[axis + 1 :])
         return dataclasses.replace(self, axes=axes, stacked=stacked)
 

@@ -24,6 +24,14 @@ IMAGES = {
     "mlp_dim": 128,
 }
 GEMMA3 = {"head_dim": 16, "image_size": 16, "vision_encoder": None}
+LINEAR = {
+    "layer_types": ["linear_attention"],
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 EXPERTS = {"num_experts": 4, "top_k": 2}
 # By name: the arguments; how many matrices, kernels and tables; what else has rows and columns.
 BACKBONES: dict[str, Any] = {
@@ -34,6 +42,8 @@ BACKBONES: dict[str, Any] = {
     "ViT": (IMAGES, 8, ["vit_patching_and_embedding/class_token"]),
     # Its decoder layer has a get_config that raises AttributeError, its backbone does not.
     "Llama": (DECODER, 9, []),
+    # A depthwise kernel is kept as a matrix.
+    "Qwen3_5": ({**DECODER, **LINEAR}, 11, []),
 }
 
 

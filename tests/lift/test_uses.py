@@ -37,6 +37,14 @@ def convolved(layout):
     )
 
 
+def depthwise(w):
+    """The kernel gets an axis for the channels of a group, of which there is one."""
+    image, numbers = jnp.ones((1, 8, 9)), ("NCH", "OIH", "NCH")
+    return lax.conv_general_dilated(
+        image, w[:, None], (1,), "SAME", dimension_numbers=numbers, feature_group_count=8
+    )
+
+
 AXES = {
     "matrix": (lambda w: X @ w, (8, 4), (0,)),
     "transposed matrix": (lambda w: X @ w.T, (4, 8), (1,)),
@@ -64,6 +72,8 @@ AXES = {
     "unstacked layers": (lambda w: X @ list(w)[1], (3, 8, 4), (1,)),
     "convolution HIO": (convolved("HIO"), (3, 8, 4), (0, 1)),
     "convolution OIH": (convolved("OIH"), (4, 8, 3), (1, 2)),
+    "depthwise convolution": (depthwise, (8, 3), (1,)),
+    "loop over one layer": (lambda w: scanned(w[None], X), (8, 8), (0,)),
     "table": (lambda w: w[jnp.array([1, 2])], (9, 8), (1,)),
     "tied table": (lambda w: w[jnp.array([1, 2])] @ w.T, (9, 8), (1,)),
     "scaled matrix": (lambda w: X @ (w * jnp.linspace(0, 1, 4)[None]), (8, 4), (0,)),
