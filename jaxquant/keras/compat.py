@@ -107,15 +107,17 @@ def track_only(layer: AnyLayer, variables: list[keras.Variable]) -> None:
         tracker.stored_ids[name] = {id(v) for v in tracked}
 
 
-def running_quantize() -> Any:
-    """The frame of a running `Model.quantize`, or None.
-
-    It passes neither the model nor the filters to a layer: they are read from its frame.
-    """
-    code, frame = inspect.unwrap(keras.Model.quantize).__code__, inspect.currentframe()
+def _frame_of(function: Any) -> Any:
+    """The frame of a running function, or None."""
+    code, frame = getattr(inspect.unwrap(function), "__code__", None), inspect.currentframe()
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame
+
+
+def running_quantize() -> Any:
+    """The frame of a running `Model.quantize`, or None. It tells layers no model and no filters."""
+    return _frame_of(keras.Model.quantize)
 
 
 def layers_being_quantized() -> list[Any]:
@@ -205,10 +207,7 @@ _ONNX_EXPORTER: Any = getattr(onnx, "_export_onnx_jax", None)
 
 def is_exporting_onnx() -> bool:
     """Whether Keras is tracing a model to write an ONNX file. It does not tell layers."""
-    code, frame = getattr(_ONNX_EXPORTER, "__code__", None), inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return frame is not None
+    return _frame_of(_ONNX_EXPORTER) is not None
 
 
 @contextlib.contextmanager
@@ -307,14 +306,18 @@ def running_layer() -> keras.layers.Layer | None:
     return None if context is None else context.entry_layer
 
 
-def has_slots_for(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> bool:
-    """Whether an optimizer was built for these variables."""
-    return {id(v) for v in optimized_variables(optimizer)} == {id(v) for v in variables}
-
-
 def optimized_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """The variables that an optimizer was built for."""
     return list(optimizer._trainable_variables)
+
+
+def replace_optimizer(model: Any, optimizer: Any) -> None:
+    """Replaces the optimizer of a compiled model, also in what `compile` keeps for files."""
+    given = getattr(getattr(model, "_compile_config", None), "config", {})
+    # Under a mixed policy, Keras wraps the optimizer that it was given.
+    is_given = given.get("optimizer") is model.optimizer
+    given["optimizer"] = optimizer if is_given else getattr(optimizer, "inner_optimizer", optimizer)
+    model.optimizer, model.train_function = optimizer, None
 
 
 def autocast(x: jax.Array) -> jax.Array:
@@ -371,10 +374,7 @@ def seeds(layer: AnyLayer) -> list[keras.Variable]:
 
 
 def store_attributes(store: Any) -> Any:
-    """The attributes of a layer's group in an HDF5 file; None for another kind of store.
-
-    None as well for a group that is divided among several files.
-    """
+    """The attributes of a layer's group in one HDF5 file; None for any other kind of store."""
     if len(getattr(store, "current_shard_filenames", ())) > 1:
         return None
     return getattr(getattr(store, "_h5_entry_group", None), "attrs", None)

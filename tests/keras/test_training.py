@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import h5py
+import jax
 import keras
 import numpy as np
 import pytest
@@ -158,6 +159,85 @@ def test_a_model_that_was_only_compiled_trains_as_if_it_were_compiled_after(name
         r"longer train; the 2 trainable variables it has now do\. Compile it after quantizing"
     )
     assert all(re.search(text, x) for x in found)
+
+
+# A policy and an optimizer.
+OPTIMIZERS: dict[str, Any] = {
+    "moments": ("float32", "adam"),
+    "average": ("float32", {"class_name": "SGD", "config": {"momentum": 0.9, "use_ema": True}}),
+    "wrapped": ("mixed_float16", "adam"),
+    "no slots": ("mixed_bfloat16", "sgd"),
+}
+
+
+@pytest.fixture
+def as_policy():
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.filterwarnings("ignore:Layer InputLayer", "ignore:The model was compiled before")
+@pytest.mark.some_rows(2)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_kernels_and_their_slots_are_freed(name, as_policy, tmp_path):
+    policy, optimizer = OPTIMIZERS[name]
+    as_policy(policy)
+    model: Any = keras.Sequential([keras.Input((331,)), layers.Dense(337), layers.Dense(331)])
+    model.compile(optimizer, "mse")
+    x = np.random.default_rng(0).normal(size=(8, 331)).astype(np.float32)
+    model.fit(x, x, verbose=0)
+    assert large_floats() >= 2
+    model.quantize("int4")
+    assert large_floats() == 0
+    model.fit(x, x, verbose=0)
+    assert large_floats() == 0
+    assert int(model.optimizer.iterations) == 2
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is type(model.optimizer)
+    loaded.fit(x, x, verbose=0)
+
+
+def large_floats():
+    return sum(x.size == 331 * 337 and x.dtype == "float32" for x in jax.live_arrays())
+
+
+class Shifted(layers.Dense):
+    """The names of this weight's slots begin like those of the kernel's slots."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.shift = self.add_weight(name="kernel_shift", shape=(self.units,))
+
+    def call(self, inputs):
+        return super().call(inputs) + self.shift
+
+
+@pytest.mark.filterwarnings("ignore:The model was compiled before")
+def test_the_state_of_variables_that_still_train_is_kept():
+    model: Any = keras.Sequential([keras.Input((20,)), Shifted(8), layers.Dense(3)])
+    model.compile(keras.optimizers.SGD(0.03, momentum=0.9), "mse")
+    fit(model)
+    momenta = {v.path: np.asarray(v) for v in model.optimizer.variables}
+    model.quantize("int8")
+    model.optimizer.build(model.trainable_variables)
+    found = {v.path: np.asarray(v) for v in model.optimizer.variables}
+    gone = {path for path in momenta if path.endswith("kernel_momentum")}
+    assert len(gone) == 2
+    assert found.keys() == momenta.keys() - gone
+    for path, value in found.items():
+        np.testing.assert_array_equal(value, momenta[path])
+        assert np.any(value)
+
+
+def test_an_optimizer_of_a_model_that_is_not_compiled_is_replaced():
+    model: Any = keras.Sequential([keras.Input((20,)), layers.Dense(3)])
+    model.optimizer = keras.optimizers.SGD(momentum=0.9)
+    model.optimizer.build(model.trainable_variables)
+    model.quantize("int8")
+    with pytest.warns(UserWarning, match="1 of its 2 trainable variables were quantized"):
+        model.optimizer.build(model.trainable_variables)
+    assert len(model.optimizer.variables) == 3
 
 
 def test_frozen_variables_are_not_in_the_warning():

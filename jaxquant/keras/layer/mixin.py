@@ -282,10 +282,9 @@ class QuantizableMixin(AliasMixin, PolicyMixin):
                 state.build(config.mode, name, tuple(state.float_weights[name].shape))
                 state.stored_weights[name].assign(q)
         floats = [state.float_weights[name] for name in tensors]
-        frozen = [variable.path for variable in floats if variable.trainable]
         state.drop_floats(tensors)
         self.switch_policy(config)
-        optimizer_slots.renew_optimizers(state.models, frozen)
+        optimizer_slots.renew_optimizers(state.models, floats)
 
     def switch_policy(self, config: SchemeConfig) -> None:
         """Sets the policy of a config after its variables are created."""
