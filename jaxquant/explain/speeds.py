@@ -82,6 +82,20 @@ int8      | int8  | native | 4096x4096 | 1:4.12 2:6.79 8:5.55 32:4.24 128:3.67 5
 nf4 g64   | float | native | 384x1536  | 1:2.09 2:2.69 8:1.54 32:1.23 128:1.09 512:1.01 2048:1.01
 nf4 g64   | float | native | 4096x4096 | 1:3.72 2:4.82 8:1.88 32:1.28 128:1.11 512:1.05 2048:1.03
 """
+_ON_CPU_WITH_AMX = """
+int4 g128 | float | native | 2048x8192 | 1:3.81 2:6.64 8:3.66 32:3.22 128:1.44 512:1.37 2048:0.85
+int4 g128 | float | native | 4096x4096 | 1:4.35 2:7.19 8:3.28 32:2.59 128:1.39 512:1.24 2048:1.09
+int4 g128 | int8 | native | 2048x8192 | 1:5.10 2:11.18 8:6.23 32:9.46 128:5.73 512:4.86 2048:4.40
+int4 g128 | int8 | native | 4096x4096 | 1:6.06 2:9.55 8:5.36 32:9.36 128:5.90 512:5.47 2048:3.63
+int8 | float | native | 1000x1003 | 1:1.81 2:2.42 8:2.01 32:1.82 128:1.16 512:1.10 2048:1.01
+int8 | float | native | 2048x8192 | 1:3.40 2:4.98 8:4.08 32:2.50 128:1.48 512:1.28 2048:1.04
+int8 | float | native | 4096x4096 | 1:3.10 2:5.36 8:4.38 32:2.64 128:1.33 512:1.15 2048:1.16
+int8 | int8 | native | 1000x1003 | 1:2.06 2:2.81 8:2.88 32:4.27 128:3.36 512:4.29 2048:4.97
+int8 | int8 | native | 2048x8192 | 1:5.00 2:7.31 8:8.77 32:11.94 128:6.14 512:7.86 2048:5.08
+int8 | int8 | native | 4096x4096 | 1:4.27 2:7.54 8:7.54 32:17.24 128:9.32 512:7.05 2048:5.50
+nf4 g64 | float | native | 2048x8192 | 1:4.95 2:5.02 8:3.47 32:2.79 128:1.41 512:1.29 2048:1.10
+nf4 g64 | float | native | 4096x4096 | 1:4.41 2:6.47 8:3.48 32:2.65 128:1.39 512:1.23 2048:0.92
+"""
 _FOR_V5E = """
 fp8_e4m3 | fp8_e4m3 | scaled | 384x1536 | 8:0.50 128:0.55 2048:0.92
 fp8_e4m3 | fp8_e4m3 | scaled | 1000x1003 | 8:0.68 128:0.62 2048:0.69
@@ -177,6 +191,14 @@ MEASUREMENTS = (
         how="`python -m benchmarks --suite cpu`, 2 cores with AVX512-VNNI, weights out of cache",
         speeds=_read(_ON_CPU),
         instructions="AVX512-VNNI",
+    ),
+    Measurement(
+        machine="cpu",
+        dtype="float32",
+        reference="XLA's float32 product",
+        how="`python -m benchmarks --suite cpu`, 2 cores with AMX, weights out of cache",
+        speeds=_read(_ON_CPU_WITH_AMX),
+        instructions="AMX",
     ),
     *(
         Measurement(

@@ -36,9 +36,12 @@ def record_of(rows, shape, bits):
     return Record("dot_general", lhs, rhs, result, 4 * math.prod(result), shape[0], rows, (), False)
 
 
-def test_estimates_agree_with_what_was_measured(monkeypatch):
-    monkeypatch.setattr(cpu, "instruction_sets", lambda: ("AVX512-VNNI",))
-    measured = next(m for m in speeds.MEASUREMENTS if m.machine == "cpu")
+# On the processor with AMX, XLA's float32 takes longer for 2 to 128 rows than its rates tell.
+@pytest.mark.parametrize(("instructions", "least"), [("AVX512-VNNI", 0.5), ("AMX", 0.3)])
+def test_estimates_agree_with_what_was_measured(instructions, least, monkeypatch):
+    sets = library.INSTRUCTIONS[library.INSTRUCTIONS.index(instructions) :]
+    monkeypatch.setattr(cpu, "instruction_sets", lambda: sets)
+    (measured,) = (m for m in speeds.MEASUREMENTS if m.instructions == instructions)
     wrong, total = [], 0
     for line in measured.speeds:
         choice = Choice("cpu", None, line.implementation, line.inputs == "int8", True, ())
@@ -46,7 +49,7 @@ def test_estimates_agree_with_what_was_measured(monkeypatch):
             record = record_of(rows, line.shape, BITS[line.weights])
             estimate = estimated_speed(record, choice, MACHINES[0])
             assert estimate is not None
-            assert 0.5 < estimate / speed < 2, (line, rows, estimate)
+            assert least < estimate / speed < 2, (line, rows, estimate)
             total += 1
             is_near = min(speed, estimate) > 0.87 and max(speed, estimate) < 1.15
             if (speed > 1) != (estimate > 1) and not is_near:
@@ -194,7 +197,16 @@ def test_amx_is_estimated_to_multiply_many_rows_of_codes_faster(monkeypatch):
             for rows in (1, 15, 2048)
         ]
     assert found["AMX"][:2] == found["AVX512-VNNI"][:2]
-    assert found["AMX"][2] > 2 * found["AVX512-VNNI"][2]
+    assert found["AMX"][2] > 1.5 * found["AVX512-VNNI"][2]
+
+
+def test_amx_is_estimated_to_multiply_bfloat16_faster_than_float32(monkeypatch):
+    monkeypatch.setattr(cpu, "instruction_sets", lambda: ("AMX", "AVX512-VNNI"))
+    choice = Choice("cpu", None, "native", False, True, ())
+    record = record_of(2048, (4096, 4096), 4.25)
+    halves = dataclasses.replace(record.lhs, dtype="bfloat16")
+    by_halves = estimated_speed(dataclasses.replace(record, lhs=halves), choice, MACHINES[0]) or 0
+    assert by_halves > 3 * (estimated_speed(record, choice, MACHINES[0]) or 0)
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="XLA dequantizes then")
