@@ -136,6 +136,7 @@ void OnePanel(const float* x, int64_t begin, int64_t end, const Weights& w, cons
 template <typename Values>
 void PanelFloat(ThreadPool& pool, const float* x, int64_t M, const Weights& w,
                 const Values& values, float* out) {
+  if (w.N == 0) return;
   const int64_t panels = (w.N + kPanel - 1) / kPanel;
   const int64_t wanted = (kPieces * Threads(pool) + panels - 1) / panels;
   const int64_t most = std::max<int64_t>(1, std::min(wanted, M / kRowsOfPiece));

@@ -280,6 +280,7 @@ struct GroupTiles {
 // blocks, they share the panels of each.
 template <typename Products, typename Tiled>
 void MultiplyTiles(ThreadPool& pool, const Products& products, const Tiled& weights, int64_t N) {
+  if (N == 0) return;
   const Panels& x = products.x;
   const int64_t threads = Threads(pool), tiles = (N + kTile - 1) / kTile;
   const int64_t in_cache = kBytesInCache / (kPair * x.steps.count() * x.steps.bytes());
