@@ -29,7 +29,7 @@ from benchmarks import tpu_compiler
 from jaxquant.kernels import cpu
 from jaxquant.kernels.cpu.library import INSTRUCTIONS
 
-from . import cases, selection
+from . import cases, environment, selection
 
 # Implicit promotion and broadcasting are where quantized code goes silently wrong.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -155,12 +155,9 @@ def libtpu():
     """The compiler for TPUs. It reads the environment when it is loaded, and only then."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install -e '.[tpu]'")
-    before = dict(os.environ)
-    tpu_compiler.prepare()
-    try:
-        tpu_compiler.device("v5e")
-    except Exception as error:
-        pytest.skip(f"libtpu describes no TPU: {error}")
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with environment.restored():
+        tpu_compiler.prepare()
+        try:
+            tpu_compiler.device("v5e")
+        except Exception as error:
+            pytest.skip(f"libtpu describes no TPU: {error}")

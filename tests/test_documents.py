@@ -6,13 +6,11 @@ import importlib.metadata
 import inspect
 import io
 import itertools
-import os
 import pathlib
 import re
 import shlex
 import tempfile
 import tomllib
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +23,7 @@ from jaxquant import demo, training, tree
 from jaxquant.core import packed_bytes
 from jaxquant.tree import files
 
+from . import environment
 from .demo import llamas
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -56,7 +55,7 @@ def printed_by(path):
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.chdir(folder),
-        mock.patch.dict(os.environ),
+        environment.restored(),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
