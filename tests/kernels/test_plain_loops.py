@@ -75,6 +75,14 @@ def test_sanitizers_find_nothing(tmp_path, instructions):
 
 @pytest.mark.slow
 @missing("g++")
+@pytest.mark.skipif(platform.system() != "Linux", reason="the pages are those of Linux")
+@pytest.mark.parametrize("instructions", ON_THIS_PROCESSOR)
+def test_nothing_is_touched_beyond_the_ends_of_arrays(tmp_path, instructions):
+    assert_runs(compiled(tmp_path, "g++", instructions, "-include", str(HERE / "guard_pages.h")))
+
+
+@pytest.mark.slow
+@missing("g++")
 @pytest.mark.skipif(platform.system() != "Linux", reason="the sanitizers are those of Linux")
 @pytest.mark.parametrize("instructions", ON_THIS_PROCESSOR)
 def test_threads_do_not_race(tmp_path, instructions):
