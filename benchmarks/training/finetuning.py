@@ -11,6 +11,7 @@ as they finish, so a run that is cut off can be continued with `--only`.
 
 import argparse
 import dataclasses
+import importlib.util
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -59,12 +60,14 @@ class Row:
         is_delayed: whether scaling is delayed.
         float_layers: number of last layers whose products stay in float32.
         state: rules of `quantized_state`; None for states in float32.
+        qwix: fields of Qwix's rule, by which it computes the products; None for ours.
     """
 
     config: training.ProductConfig | None = None
     is_delayed: bool = False
     float_layers: int = 0
     state: Any = None
+    qwix: Mapping[str, str] | None = None
 
 
 ROWS: Mapping[str, Row] = {
@@ -164,6 +167,8 @@ class Trainer:
 
         def loss(params, scaling, key, tokens):
             fn = self._loss
+            if row.qwix is not None:
+                fn = peers.with_qwix(fn, row.qwix)
             if row.config is not None:
                 fn = training.train_products(fn, rules, key=key, scaling=scaling)
             return fn(params, tokens)
@@ -230,7 +235,10 @@ def _results(
 ) -> Iterator[tuple[str, Result]]:
     """The rows of a seed that are asked for and were not run before."""
     before = {(r["contender"], r["seed"]) for r in found}
-    runs = {name: partial(trainer.run, row) for name, row in ROWS.items()}
+    rows = dict(ROWS)
+    if importlib.util.find_spec("qwix"):
+        rows |= {name: Row(qwix=fields) for name, fields in peers.QWIX.items()}
+    runs = {name: partial(trainer.run, row) for name, row in rows.items()}
     runs |= {peer.name: partial(trainer.run_peer, peer) for peer in peers.installed()}
     for name, run in runs.items():
         is_asked = not only or any(word == name or word in name.split() for word in only)

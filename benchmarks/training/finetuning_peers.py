@@ -1,14 +1,53 @@
-"""Optimizers of other libraries, on the gradients of the same model."""
+"""Other libraries on the same model: their optimizers, and their products in few bits."""
 
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxquant.demo import llama
+
+# Fields of Qwix's rules for training. Without a type for gradients, products are quantized in the
+# forward pass only.
+_INT8 = {"weight_qtype": "int8", "act_qtype": "int8"}
+_FP8 = {"weight_qtype": "float8_e4m3fn", "act_qtype": "float8_e4m3fn"}
+QWIX: Mapping[str, Mapping[str, str]] = {
+    "Qwix int8": {**_INT8, "bwd_qtype": "int8"},
+    "Qwix fp8": {**_FP8, "bwd_qtype": "float8_e5m2"},
+    "Qwix QAT int8": _INT8,
+}
+
+
+def with_qwix(fn: Callable[..., Any], fields: Mapping[str, str]) -> Callable[..., Any]:
+    """The function with the products of kernels computed by Qwix; all others stay as they are."""
+    qwix: Any = importlib.import_module("qwix")
+    linen: Any = importlib.import_module("flax.linen")
+    kernels = "btk,nk->btn"
+
+    class Product(linen.Module):
+        def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return jnp.einsum(kernels, x, kernel)
+
+    rule = qwix.QtRule(module_path=".*", **fields)
+    product = qwix.quantize_model(Product(), qwix.QtProvider([rule]))
+    einsum = llama.einsum
+
+    def by_qwix(subscripts, *operands, **options):
+        if subscripts == kernels:
+            return product.apply({}, *operands)
+        return einsum(subscripts, *operands, **options)
+
+    def call(*args):
+        with mock.patch.object(llama, "einsum", by_qwix):
+            return fn(*args)
+
+    return call
 
 
 @dataclasses.dataclass(frozen=True)
