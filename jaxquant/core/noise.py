@@ -6,9 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-# The two steps of MurmurHash3's finalizer: (shift, factor).
-_STEPS = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +33,12 @@ def uniform_noise(
 ) -> jax.Array:
     """Uniform noise in [0, 1): a hash of each element's position and two random words.
 
-        noise = floor(mix(mix(position ^ word 0) + word 1) / 2^8) / 2^24
+        a = (position ^ word 0) * 0xED5AD4BB
+        b = (a ^ floor(a / 2^11)) * 0xAC4C1B51
+        c = ((b ^ floor(b / 2^15)) + word 1) * 0x31848BAB
+        noise = floor(c / 2^8) / 2^24
+
+    modulo 2^32.
 
     Drawing with `jax.random` would take most of the time of a quantization and store the noise in
     memory. XLA fuses this hash with the rounding instead. Its quality suffices for stochastic
@@ -47,7 +49,8 @@ def uniform_noise(
         shape: shape of the result. Positions are counted in row-major order, modulo 2^32.
         dtype: a floating-point dtype with at least the 24-bit mantissa of float32.
 
-    Source: finalizer: Appleby 2011, MurmurHash3, `fmix32`.
+    Source: factors and shifts of `triple32` (Wellons 2018, "Prospecting for Hash Functions"), whose
+    first and last shifts change little: positions differ in their low bits, noise in its high ones.
     """
     is_drawn = isinstance(key, Seed)
     first, second = key.words if is_drawn else jax.random.bits(key, (2,), jnp.uint32)
@@ -55,11 +58,7 @@ def uniform_noise(
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
         place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-    bits = _mix(_mix(place ^ first) + second)
+    bits = (place ^ first) * jnp.uint32(0xED5AD4BB)
+    bits = (bits ^ (bits >> 11)) * jnp.uint32(0xAC4C1B51)
+    bits = ((bits ^ (bits >> 15)) + second) * jnp.uint32(0x31848BAB)
     return (bits >> 8).astype(dtype) * jnp.asarray(2.0**-24, dtype)
-
-
-def _mix(bits):
-    for shift, factor in _STEPS:
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return bits ^ (bits >> 16)

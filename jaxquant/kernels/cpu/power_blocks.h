@@ -19,13 +19,10 @@ inline float Raise(float x) {
 }
 
 // Uniform in [0, 1), by position: `uniform_noise` of core/noise.py.
-inline uint32_t Mix(uint32_t bits) {
-  bits = (bits ^ bits >> 16) * 0x85EBCA6Bu;
-  bits = (bits ^ bits >> 13) * 0xC2B2AE35u;
-  return bits ^ bits >> 16;
-}
 inline float Noise(uint32_t position, uint32_t first, uint32_t second) {
-  const uint32_t bits = Mix(Mix(position ^ first) + second);
+  uint32_t bits = (position ^ first) * 0xED5AD4BBu;
+  bits = (bits ^ bits >> 11) * 0xAC4C1B51u;
+  bits = ((bits ^ bits >> 15) + second) * 0x31848BABu;
   return static_cast<float>(static_cast<int32_t>(bits >> 8)) * (1.0f / (1 << 24));
 }
 
@@ -36,7 +33,7 @@ NOINLINE void EncodeRow(const float* __restrict x, int64_t size, const float* __
                         const uint32_t* __restrict kept, int32_t count, uint32_t position,
                         uint32_t first, uint32_t second, uint8_t* __restrict codes) {
   const float entries = count, step = 1 / entries;
-  for (int64_t i = 0; i < size; ++i) {
+  for (int64_t i = 0; i < size; ++i, ++position) {
     const uint32_t bits = BitsOf(x[i]) & kept[i];
     // Negative elements of unsigned formats are zeros. As integers, because GCC does not vectorize
     // branches on floats.
@@ -48,7 +45,7 @@ NOINLINE void EncodeRow(const float* __restrict x, int64_t size, const float* __
     int32_t index = static_cast<int32_t>(root * entries);
     index = std::min(index, count - 1);
     const float below = Raise<power>(index * step), above = Raise<power>((index + 1) * step);
-    const float part = is_random ? Noise(position + i, first, second) : 0.5f;
+    const float part = is_random ? Noise(position, first, second) : 0.5f;
     index += value - below > (above - below) * part;
     const int32_t sign = -static_cast<int32_t>(bits >> 31);
     // Of unsigned formats, positive elements never become zero.
@@ -95,7 +92,8 @@ void EncodeTile(const PowerBlocks& b, const PowerBlocks::Place& place, const flo
   std::fill_n(most, size, 0);
   for (const auto& row : b.rows) MagnitudesOf(x + place.values + row.values, size, most);
   for (int64_t begin = 0; begin < size; begin += b.width) {
-    const uint32_t peak = *std::max_element(most + begin, most + begin + b.width);
+    uint32_t peak = 0;
+    for (int64_t i = begin; i < begin + b.width; ++i) peak = std::max(peak, most[i]);
     const bool is_finite = peak < kInfinity;
     const bool is_normal = is_finite && peak >= kLeastNormal;
     const float scale = is_normal ? std::min(FloatOf(peak), 1 / FloatOf(kLeastNormal)) : 1;
