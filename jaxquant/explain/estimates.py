@@ -19,25 +19,25 @@ class _Rates:
     """Rates of the native kernels for one instruction set.
 
     Attributes:
-        integer, floats: of products of codes and of floats, relative to XLA's of floats.
+        integer, floats, halves: of products of codes, float32 and bfloat16, relative to XLA's of
+            floats.
         read: weights by float activations per second, relative to floats read from memory.
         least_rows: what it multiplies at least; the next instruction set multiplies fewer.
-        halves: of products of bfloat16, where they differ from those of float32.
     """
 
     integer: float
     floats: float
+    halves: float
     read: float
     least_rows: int = 0
-    halves: float | None = None
 
 
 # The best first.
 _BY_INSTRUCTIONS = {
-    "AMX": _Rates(6.5, 1.05, 3.7, least_rows=16, halves=3.9),
-    "AVX512-VNNI": _Rates(3.4, 1.05, 3.7),
-    "AVX2": _Rates(1.5, 0.9, 1.5),
-    "NEON": _Rates(1.5, 0.9, 1.5),
+    "AMX": _Rates(6.5, 1.05, 3.9, 3.7, least_rows=16),
+    "AVX512-VNNI": _Rates(3.4, 1.05, 1.05, 3.7),
+    "AVX2": _Rates(1.5, 0.9, 0.9, 1.5),
+    "NEON": _Rates(1.5, 0.9, 0.9, 1.5),
 }
 # XLA's products of 8-bit codes relative to float32.
 _XLA_INTEGER = 1.4
@@ -142,7 +142,7 @@ def _native(work: _Work, choice: Choice) -> float:
     call = _NATIVE_CALL + work.aligned
     if choice.is_integer:
         return call + work.quantized + max(stored, arithmetic / rates.integer)
-    rate = rates.halves if work.is_half and rates.halves is not None else rates.floats
+    rate = rates.halves if work.is_half else rates.floats
     return call + max(stored, work.share * work.read / rates.read, arithmetic / rate)
 
 

@@ -96,7 +96,7 @@ def _is_symbolic(x: Any) -> bool:
 
 
 def _lengths(calls: list[Call]) -> tuple[int, ...]:
-    """Sizes to try for axes without one; none if there is no call."""
+    """Sizes to try for axes that have none. Without a call there are no axes."""
     tensors = [x for x in jax.tree.leaves(calls, is_leaf=_is_symbolic) if _is_symbolic(x)]
     is_open = any(None in x.shape[1:] for x in tensors)
     return (_LENGTHS if is_open else _LENGTHS[:1]) if calls else ()
