@@ -9,8 +9,8 @@ would run without the native kernels; weights come from memory, as in a model. T
 - where the product has less than 0.9 of the speed of the better of both, does `jq.explain` warn?
 - where it is more than 15 % faster or slower than float32, does `jq.explain` say which?
 
-Where `explain` was wrong, the product is timed twice more, because other programs may have slowed it
-down. The median of the three speeds counts.
+Where `explain` was wrong, the product is timed twice more, because other programs may have slowed
+it down. The median of the three speeds counts.
 """
 
 import dataclasses

@@ -163,7 +163,7 @@ def _run(
     lhs, rhs = treat(lhs, rhs, spec.contract, spec.channels)
     run_part = partial(_run_selected, table, implementation)
     shares, weights = spec.shares(lhs, rhs), cast(QTensor, rhs)
-    if shares is not None and _is_for_kernel(table, implementation, shares, lhs, rhs):
+    if shares is not None and _is_for_parts(table, implementation, shares, lhs, rhs):
         return on_own_parts(shares, lhs, weights, run_part)
     return run_part(lhs, rhs, spec)
 
@@ -180,10 +180,10 @@ def _run_selected(
     return mark(out, as_stored(lhs), as_stored(rhs), make_record)
 
 
-def _is_for_kernel(
+def _is_for_parts(
     table: Table, implementation: str | None, shares: Shares, lhs: Operand, rhs: Any
 ) -> bool:
-    """Whether kernels, which XLA cannot partition, multiply one device's parts somewhere."""
+    """Whether devices multiply their parts: by kernels, or if they add less than XLA would."""
     spec, found = shares.own_spec, []
 
     def ask(lhs: Operand, rhs: QTensor) -> None:
@@ -196,7 +196,7 @@ def _is_for_kernel(
         found[:] = [r for r in found if r.fallback and not r.why_unsupported(lhs, rhs, spec)]
 
     jax.eval_shape(ask, *own_shapes(shares, lhs, rhs))
-    return bool(found)
+    return bool(found) or shares.adds_halves
 
 
 def _selected(

@@ -118,6 +118,11 @@ class Shares:
         return tuple(itertools.chain(*(self.of_rhs[a] for a in self.spec.contract[1])))
 
     @property
+    def adds_halves(self) -> bool:
+        """Whether devices add parts of a result of 16 bits. XLA would add its sums of 32 bits."""
+        return bool(self.contracted) and jnp.dtype(self.spec.dtype).itemsize == 2
+
+    @property
     def of_result(self) -> tuple[Names, ...]:
         """What divides each axis of the result."""
         return axes_of_result(self.of_lhs, self.of_rhs, self.spec)
@@ -132,10 +137,13 @@ class Shares:
         pairs = (lhs, self.of_lhs), (rhs, self.of_rhs), (stack, ((), *self.of_rhs)), (layer, ())
         return [Part(leaf.shape, s, self.mesh) for x, s in pairs for leaf in jax.tree.leaves(x)]
 
-    def run(self, run: Callable[..., jax.Array], treedef: Any, own: Sequence[Any]) -> jax.Array:
+    def run(
+        self, run: Callable[..., jax.Array], treedef: Any, own: Sequence[Any], *, halves: bool
+    ) -> jax.Array:
         """This device's part of the result, from its parts of the leaves of `operands`.
 
-        If contracted axes are divided, parts of the result are added in float32.
+        If contracted axes are divided, parts of the result are added in float32, or, if `halves`
+        says so, in the dtype of the result.
         """
         lhs, rhs, *arrays = jax.tree.unflatten(treedef, own)
         spec = self.spec.with_arrays(*arrays)
@@ -143,13 +151,16 @@ class Shares:
             return run(lhs, rhs, spec)
         wide = jnp.dtype(jnp.float64 if spec.dtype == jnp.float64 else jnp.float32)
         out = run(lhs, rhs, dataclasses.replace(spec, dtype=wide))
-        return lax.psum(out, self.contracted).astype(self.spec.dtype)
+        added = spec.dtype if halves else wide
+        return lax.psum(out.astype(added), self.contracted).astype(spec.dtype)
 
 
 def on_own_parts(
     shares: Shares, lhs: Operand, rhs: QTensor, run: Callable[..., jax.Array]
 ) -> jax.Array:
     """The product of arrays whose types say how they are divided: each device runs its part.
+
+    Results of 16 bits are added in 16 bits, as XLA does with those of float products.
 
     Args:
         shares: from `Shares.of_types`.
@@ -164,7 +175,7 @@ def on_own_parts(
 
     def on_part(*given: jax.Array) -> jax.Array:
         own = [part.own(x) for part, x in zip(parts, given, strict=True)]
-        return local.run(run, treedef, own)
+        return local.run(run, treedef, own, halves=True)
 
     shardings = [jax.NamedSharding(shares.mesh, s) for s in specs]
     moved = map(jax.sharding.reshard, leaves, shardings)

@@ -138,7 +138,7 @@ def append(
         The cache with the tokens, and `lengths` increased by counts. Donate the old one under jit,
         so that it is updated in place. On TPU, a kernel quantizes and writes up to 8 tokens of each
         sequence, if heads have a multiple of 128 elements and the cache a multiple of 128
-        positions; XLA writes others.
+        positions; XLA writes more than that as one slice per sequence, and others by a scatter.
 
     Raises:
         ValueError: shapes do not match, T exceeds the capacity, or, where the numbers are known

@@ -1,6 +1,10 @@
-"""Writes tokens into the arrays of a cache: by a kernel on TPU where it can, or by a scatter."""
+"""Writes tokens into the arrays of a cache.
 
-from collections.abc import Callable
+A few by a kernel on TPU where it can; those of prompts as slices, since XLA copies the arrays of
+all layers for a scatter there.
+"""
+
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +16,9 @@ from ...core import AbsMax
 from ...jaxprs import is_sharded, on_one_tpu
 from ...kernels import pallas_tpu_append
 from ..operands import has_symbolic_shape
+
+# Tokens of each sequence, at least, that are written as slices. The kernel writes fewer.
+SLICED_TOKENS = 9
 
 Arrays = tuple[jax.Array, ...]
 # Floats (..., D) -> what a cache stores of them: codes or floats (..., D), and scales (..., 1).
@@ -42,8 +49,12 @@ def write(cache: Any, encode: Encode, new: Arrays, place: Place) -> dict[str, ja
         new: keys and values of the tokens, floats (B, T, H, D).
         place: where they are written.
     """
-    stored = stored_arrays(cache)
-    run = _write if is_for_kernel(cache, new[0].shape[1], place.layer) else _scatter
+    stored, count = stored_arrays(cache), new[0].shape[1]
+    if is_for_kernel(cache, count, place.layer):
+        run = _write
+    else:
+        is_sliced = count >= SLICED_TOKENS and _is_plain(stored.values())
+        run = _slice_on_tpu if is_sliced else _scatter
     written = run(encode, tuple(stored.values()), new, place)
     return dict(zip(stored, written, strict=True))
 
@@ -68,8 +79,7 @@ def is_for_kernel(cache: Any, tokens: int, layer: Any) -> bool:
     if config is not None:
         is_simple = cache.dtype == jnp.int8 and isinstance(config.range, AbsMax)
         is_simple &= config.stored_scale_dtype == "float32"
-    is_plain = not any(is_sharded(x) or has_symbolic_shape(x) for x in stored)
-    fits = is_simple and is_plain
+    fits = is_simple and _is_plain(stored)
     return fits and pallas_tpu_append.is_supported(in_stack(stored, layer), tokens)
 
 
@@ -91,6 +101,53 @@ def _by_pallas(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arr
     return tuple(x if layer is not None else x[0] for x in found)
 
 
+def _is_plain(stored: Iterable[jax.Array]) -> bool:
+    return not any(is_sharded(x) or has_symbolic_shape(x) for x in stored)
+
+
+def _encoded(encode: Encode, new: Arrays) -> Arrays:
+    """What is stored of keys and values, in the order of the arrays: (B, T, H, ...)."""
+    codes, *scales = zip(*map(encode, new), strict=True)
+    return *codes, *(x[..., 0] for pair in scales for x in pair)
+
+
+def _slice_on_tpu(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
+    runs = [partial(run, encode) for run in (_slice, _scatter)]
+    return lax.platform_dependent(stored, new, place, tpu=runs[0], default=runs[1])
+
+
+def _slice(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
+    """Writes the positions of each sequence at once, and what they hold where there is no token."""
+    starts, counts, layer = place
+    index = jnp.asarray(0 if layer is None else layer, starts.dtype)
+    arrays, encoded = in_stack(stored, layer), _encoded(encode, new)
+    length, limit = new[0].shape[1], arrays[0].shape[3]
+    # Token t of a sequence is in slot t + moved: slices at the end begin before its tokens.
+    first = jnp.minimum(starts, limit - length)
+    moved = starts - first
+    ends = moved + (length if counts is None else counts)
+    padded = []
+    for x, n in zip(arrays, encoded, strict=True):
+        tokens = jnp.moveaxis(n, 1, 2).astype(x.dtype)
+        padded.append(jnp.concatenate([jnp.zeros_like(tokens), tokens], 2))
+
+    def write_sequence(b: jax.Array, arrays: Arrays) -> Arrays:
+        found = []
+        for x, tokens in zip(arrays, padded, strict=True):
+            rest = x.shape[4:]
+            at = (index, b.astype(starts.dtype), 0, first[b], *(0,) * len(rest))
+            own = lax.dynamic_index_in_dim(tokens, b, 0)
+            own = lax.dynamic_slice_in_dim(own, length - moved[b], length, 2)
+            slot = jnp.arange(length).reshape(length, *(1,) * len(rest))
+            is_token = (moved[b] <= slot) & (slot < ends[b])
+            old = lax.dynamic_slice(x, at, (1, 1, x.shape[2], length, *rest))
+            found.append(lax.dynamic_update_slice(x, jnp.where(is_token, own[None], old), at))
+        return tuple(found)
+
+    found = lax.fori_loop(0, len(starts), write_sequence, arrays)
+    return tuple(x if layer is not None else x[0] for x in found)
+
+
 def _scatter(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
     starts, counts, layer = place
     batch, count = new[0].shape[:2]
@@ -100,6 +157,5 @@ def _scatter(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Array
         positions = jnp.where(index < counts[:, None], positions, stored[0].shape[-2])
     at = (jnp.arange(batch)[:, None], slice(None), positions)
     at = at if layer is None else (layer, *at)
-    codes, *scales = zip(*map(encode, new), strict=True)
-    found = *codes, *(x[..., 0] for pair in scales for x in pair)
+    found = _encoded(encode, new)
     return tuple(x.at[at].set(n, mode="drop") for x, n in zip(stored, found, strict=True))

@@ -39,7 +39,7 @@ def run_on_parts(
 
         def on_part(*given: jax.Array) -> jax.Array:
             own = [part.own(x) for part, x in zip(parts, given, strict=True)]
-            return shares.run(run, treedef, own)
+            return shares.run(run, treedef, own, halves=False)
 
         return [p.spec for p in parts], shares.of_result, on_part
 
