@@ -35,7 +35,7 @@ def drawn(count, batch=B):
     return (rng.standard_normal((batch, count, H, D)).astype(np.float32) for _ in range(2))
 
 
-def filled(store, starts, layers=LAYERS):
+def filled(store, starts, layers: int | None):
     """A cache with something in all positions, of which each sequence has the first ones."""
     cache = kv.init(len(starts), H, S, D, store=store, layers=layers)
     rng = np.random.default_rng(1)
