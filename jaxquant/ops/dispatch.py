@@ -196,7 +196,7 @@ def _is_for_parts(
         found[:] = [r for r in found if r.fallback and not r.why_unsupported(lhs, rhs, spec)]
 
     jax.eval_shape(ask, *own_shapes(shares, lhs, rhs))
-    return bool(found) or shares.adds_halves
+    return bool(found) or shares.adds_halves(lhs, rhs)
 
 
 def _selected(

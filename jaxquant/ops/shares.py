@@ -16,6 +16,9 @@ from .operands import Operand, as_stored
 
 # What divides one axis: names of axes of a mesh.
 Names = tuple[str, ...]
+# Elements of a result, at least, whose parts are added in 16 bits. Fewer are sent in less time than
+# it takes to round them.
+_HALVES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +120,11 @@ class Shares:
         """What divides the contracted axes: its devices have parts of the sums."""
         return tuple(itertools.chain(*(self.of_rhs[a] for a in self.spec.contract[1])))
 
-    @property
-    def adds_halves(self) -> bool:
-        """Whether devices add parts of a result of 16 bits. XLA would add its sums of 32 bits."""
-        return bool(self.contracted) and jnp.dtype(self.spec.dtype).itemsize == 2
+    def adds_halves(self, lhs: Operand, rhs: QTensor) -> bool:
+        """Whether devices add parts of a result in its 16 bits. XLA would add sums of 32 bits."""
+        shapes = as_stored(lhs).shape, rhs.codes.shape
+        is_large = math.prod(axes_of_result(*shapes, self.spec)) >= _HALVES
+        return bool(self.contracted) and jnp.dtype(self.spec.dtype).itemsize == 2 and is_large
 
     @property
     def of_result(self) -> tuple[Names, ...]:
@@ -160,7 +164,7 @@ def on_own_parts(
 ) -> jax.Array:
     """The product of arrays whose types say how they are divided: each device runs its part.
 
-    Results of 16 bits are added in 16 bits, as XLA does with those of float products.
+    Large results of 16 bits are added in 16 bits, as XLA does with those of float products.
 
     Args:
         shares: from `Shares.of_types`.
@@ -172,10 +176,11 @@ def on_own_parts(
     parts = shares.parts(*operands[:2])
     specs = tuple(jax.P(*part.spec) for part in parts)
     spec, local = shares.spec, dataclasses.replace(shares, spec=shares.own_spec)
+    halves = shares.adds_halves(lhs, rhs)
 
     def on_part(*given: jax.Array) -> jax.Array:
         own = [part.own(x) for part, x in zip(parts, given, strict=True)]
-        return local.run(run, treedef, own, halves=True)
+        return local.run(run, treedef, own, halves=halves)
 
     shardings = [jax.NamedSharding(shares.mesh, s) for s in specs]
     moved = map(jax.sharding.reshard, leaves, shardings)
