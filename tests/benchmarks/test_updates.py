@@ -9,7 +9,6 @@ import pytest
 from benchmarks.training import finetuning_peers, updates
 
 
-@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # Optax mixes dtypes.
 def test_rows_hold_time_and_bytes_per_parameter(monkeypatch):
     monkeypatch.setattr(finetuning_peers, "PEERS", ())

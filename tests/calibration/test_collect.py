@@ -202,7 +202,6 @@ def two_layers(params, x):
     return jnp.tanh(x @ params["first"]) @ params["second"]
 
 
-@pytest.mark.slow
 def test_cross_moments_pair_the_activations_of_both_models():
     params = {"first": jnp.asarray(rows(4, 6)), "second": jnp.asarray(rows(6, 3, seed=1))}
     rules = jq.Rule("*", jq.ArrayConfig(format=jq.INT4), axis=0)

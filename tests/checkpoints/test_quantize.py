@@ -224,7 +224,7 @@ def statistics_of(names):
     return {name: {jq.methods.SecondMoment: moment} for name in names}
 
 
-@pytest.mark.some_rows(1)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_give_the_files_of_the_quantized_tree(folder, tmp_path, small_parts, name):
     method, scheme = METHODS[name]

@@ -212,7 +212,6 @@ def test_min_mse_comes_near_to_the_best_of_all_ratios(format):
     assert got.sum() <= 1.005 * best.sum()
 
 
-@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("scale_dtype", [None, "float16"])
 @pytest.mark.parametrize("format", [INT4, INT2, NF4], ids=str)
 def test_mirrored_ranges_are_the_better_of_x_and_minus_x(format, scale_dtype):
@@ -226,7 +225,6 @@ def test_mirrored_ranges_are_the_better_of_x_and_minus_x(format, scale_dtype):
     assert 0 < is_negative.sum() < len(x)
 
 
-@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("format", [FP8_E4M3, MXFP4, NVFP4], ids=str)
 def test_mirrored_ranges_change_nothing_where_codes_are_symmetric(format):
     x = np.random.default_rng(0).standard_t(3, (8, 64)).astype(np.float32)

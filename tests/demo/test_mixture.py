@@ -55,7 +55,7 @@ def slow_mixture(x, weights):
 W4 = jq.Scheme(jq.ArrayConfig(format=jq.INT4, group_size=32))
 
 
-@pytest.mark.some_rows(1)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("scheme", [None, W4, jq.W8A8], ids=["float", "4 bits", "W8A8"])
 def test_each_token_gets_its_experts_also_if_devices_share_them(scheme):
     params = weights()

@@ -80,7 +80,6 @@ def test_methods_reduce_the_error_and_files_load(name, tmp_path):
         np.testing.assert_array_equal(other(test), found)
 
 
-@pytest.mark.slow
 def test_the_multiplier_of_awq_is_part_of_the_weight():
     data, test = batches(), batches(5)[-1]
     quantized, _ = quantize(
@@ -121,7 +120,6 @@ def test_rules_name_methods():
 NAMES = ("hidden", "head")
 
 
-@pytest.mark.slow
 def test_experts_get_error_feedback():
     keras.utils.set_random_seed(0)
     start = keras.Input((6, 16))
@@ -140,7 +138,6 @@ def test_experts_get_error_feedback():
         quantize(model, jq.ArrayConfig(format=jq.INT4, group_size=8), method=methods.SINQ())
 
 
-@pytest.mark.slow
 @pytest.mark.some_rows(1)
 @pytest.mark.parametrize("method", [methods.AWQ(), [methods.AWQ(), methods.GPTQ()]])
 def test_experts_have_one_multiplier_in_common(method, tmp_path):
@@ -250,7 +247,6 @@ UNFIT: dict[str, tuple[Any, str, list[str]]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.some_rows(1)
 @pytest.mark.parametrize("name", UNFIT)
 def test_convolutions_that_do_not_support_a_method_are_listed(name):
@@ -321,7 +317,6 @@ def tokenize(text):
     return np.frombuffer(text.encode(), np.uint8) % 40
 
 
-@pytest.mark.slow
 def test_configs_of_keras_stand_for_a_scheme_a_method_and_batches():
     make: Any = keras.quantizers.GPTQConfig
     config = make(TEXT, tokenize, num_samples=8, sequence_length=6, group_size=16)
@@ -367,7 +362,6 @@ def test_options_of_configs_of_keras_and_inputs_of_models_of_kerashub():
     assert damped.method == methods.GPTQ(damping=0.2)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(keras.quantizers, "AWQConfig"), reason="Keras before 3.14")
 def test_awq_of_keras():
     make: Any = getattr(keras.quantizers, "AWQConfig", None)

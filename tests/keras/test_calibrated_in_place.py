@@ -164,7 +164,6 @@ class Gain(QuantizableMixin, keras.layers.Layer):
         return jq.matmul(inputs, self.operand("matrix"))
 
 
-@pytest.mark.slow
 def test_layers_of_the_mixin_and_training_afterwards():
     keras.utils.set_random_seed(0)
     start = keras.Input((6,), dtype="int32")

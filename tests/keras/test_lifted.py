@@ -94,7 +94,7 @@ CASES = {
 }
 
 
-@pytest.mark.some_rows(1)
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_every_matrix_is_quantized_and_files_load(name, mode, tmp_path):

@@ -77,7 +77,6 @@ def attend(arguments, dtype, layer=0, instructions=None):
     return np.asarray(call(**dict(zip(names, arguments, strict=True)), layer=jnp.int32(layer)))
 
 
-@pytest.mark.some_rows(20)
 @by_all_instructions
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)

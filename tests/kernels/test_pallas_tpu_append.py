@@ -61,7 +61,7 @@ def slow_append(stored, new, starts, counts, layer):
     return found
 
 
-@pytest.mark.some_rows(1)
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("tokens", [1, 2, pallas_tpu_append.MOST_TOKENS])
 @pytest.mark.parametrize("name", STORES)
 def test_tokens_are_written_behind_those_of_each_sequence(name, tokens):

@@ -42,7 +42,7 @@ def oracle(group, scale, qmin, qmax, store, iterations, p=0.7, beta=10.0):
     return best, least
 
 
-@pytest.mark.some_rows(1)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", [n for n in CASES if n != "int4-row"])
 @pytest.mark.parametrize("iterations", [1, 20])
 def test_offsets_match_the_oracle(name, iterations):
@@ -117,7 +117,6 @@ def test_nan_stays_in_its_group():
     np.testing.assert_array_equal(found[~is_nan], expected[~is_nan])
 
 
-@pytest.mark.slow
 def test_under_jit_and_vmap():
     stack = jnp.stack([jnp.asarray(inputs.weights(seed=seed)) for seed in range(3)])
 

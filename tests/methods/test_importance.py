@@ -68,7 +68,6 @@ def test_refined_scales_are_the_weighted_least_squares_ones():
     np.testing.assert_allclose(np.asarray(jax.tree.leaves(q.scale)[0])[:, 0], best, rtol=1e-4)
 
 
-@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("format", [jq.INT4, jq.NF4], ids=str)
 def test_scales_are_negative_where_that_is_better(format):
     weight, mean_square = matrix(3, rows=32)

@@ -204,7 +204,6 @@ NOT_IN_BLOCKS = {
 }
 
 
-@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("reason", NOT_IN_BLOCKS)
 def test_blocks_are_for_few_rows_by_many_columns_stored_first(reason):
     x, q = NOT_IN_BLOCKS[reason]

@@ -61,7 +61,6 @@ def by_xla(monkeypatch):
     return call
 
 
-@pytest.mark.some_rows(3)
 @needs_native
 @pytest.mark.parametrize("name", STORES)
 def test_the_kernel_computes_what_xla_does(name, by_xla):

@@ -286,7 +286,7 @@ def stack_of(case, layers=3):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), each
 
 
-@pytest.mark.some_rows(1)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", STACKS)
 def test_a_layer_of_a_stack_is_the_same_as_its_slice(name):
     stack, each = stack_of(STACKS[name])

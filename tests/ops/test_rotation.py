@@ -31,7 +31,7 @@ def rotated(inputs, shape=(K, N), axis=0, seed=3):
 MULTIPLIER = np.linspace(0.5, 2, K, dtype=np.float32)
 
 
-@pytest.mark.some_rows(1)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("order", [None, (-1, -2)], ids=str)
 @pytest.mark.parametrize("multiplier", [None, MULTIPLIER], ids=["alone", "multiplied"])
 @pytest.mark.parametrize("config", [None, ArrayConfig()], ids=["float", "int8"])

@@ -192,7 +192,7 @@ EXPLICIT = {
 }
 
 
-@pytest.mark.some_rows(1)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("name", EXPLICIT)
 def test_the_result_lies_where_out_sharding_says(name):
     config, order, implementation = EXPLICIT[name]

@@ -57,7 +57,7 @@ def parts(x, layout):
     return np.asarray(x.magnitude, np.float64), v, np.sqrt((v**2).sum(axes, keepdims=True))
 
 
-@pytest.mark.some_rows(1)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_products_and_gradients_are_those_of_the_paper(layout):
     shape, _, axes, equation = LAYOUTS[layout]

@@ -52,7 +52,6 @@ def weight_by_peft(folder, name, base):
     return (tensors[f"{prefix}.lora_magnitude_vector"] / norm)[:, None] * total
 
 
-@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_peft_computes_the_same_weights(tmp_path, use_dora):
     params = {

@@ -84,7 +84,6 @@ def test_an_axis_is_not_padded_by_more_than_an_eighth():
     assert layout == Layout((1, 3), (56, 3))
 
 
-@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("config", [ArrayConfig(), ArrayConfig(format=MXFP8)], ids=str)
 @pytest.mark.parametrize("shape", [(700, 6), (33, 20), (5,), (3, 131, 7)], ids=str)
 def test_padding_leaves_the_values_as_they_are(shape, config):
@@ -115,7 +114,7 @@ def parts_of(x):
     return x.size // x.addressable_shards[0].data.size
 
 
-@pytest.mark.some_rows(1)
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("shape, axis", CASES, ids=str)
 def test_states_are_sharded_as_their_parameters_without_communication(shape, axis, kind):

@@ -93,7 +93,7 @@ def assert_near(found, wanted):
 
 
 @needs_native
-@pytest.mark.some_rows(2)
+@pytest.mark.some_rows(3)
 @pytest.mark.parametrize("name, rules", CASES, ids=str)
 def test_parts_take_the_steps_of_xla(name, rules):
     """Outside of `jit`, XLA computes the update as a whole."""

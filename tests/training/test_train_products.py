@@ -141,7 +141,7 @@ def loss(fn):
     return lambda params, x: jnp.sum(jnp.sin(fn(params["w"], x)))
 
 
-@pytest.mark.some_rows(3)
+@pytest.mark.some_rows(9)
 @pytest.mark.parametrize("name", CASES)
 def test_products_are_those_of_quantized_operations(name):
     shape, fn, quantized = CASES[name]

@@ -121,7 +121,6 @@ def squared(found, exact):
     return jnp.mean(jnp.square(found - exact))
 
 
-@pytest.mark.some_rows(1)
 @pytest.mark.parametrize(
     "also, trained", [("*/bias", {"bias"}), (["*/bias", "re:norm/g.*"], {"bias", "gain"})]
 )

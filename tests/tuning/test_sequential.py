@@ -92,7 +92,6 @@ def test_each_layer_gets_the_statistics_of_both_models():
         quantized = np.tanh(quantized @ weight)
 
 
-@pytest.mark.slow
 def test_parameters_see_what_those_before_them_in_their_layer_leave():
     """Of query and key, which have the same activations, and of out, which comes after both."""
 

@@ -95,7 +95,6 @@ def test_every_combination_matches_numpy_and_is_selected(name):
         np.testing.assert_array_equal(chosen, got)
 
 
-@pytest.mark.some_rows(2)
 @needs_native
 @pytest.mark.parametrize("name", ["int8", "int8-g32", "int4-g128", "int4-asym-g32", "nf4-g64"])
 def test_scales_may_be_negative(name):
@@ -156,7 +155,7 @@ ATTENTION = {
 }
 
 
-@pytest.mark.some_rows(1)
+@pytest.mark.some_rows(3)
 @needs_native
 @pytest.mark.parametrize("name", ATTENTION)
 def test_kernels_of_attention_are_matrices(name):
@@ -182,7 +181,6 @@ def test_batches_of_matrices_are_not_one_matrix():
         einsum("bmk,bnk->bmn", jnp.ones((3, 5, 512)), q, implementation="native")
 
 
-@pytest.mark.some_rows(3)
 @needs_native
 @pytest.mark.parametrize(
     "length, columns", [(11264, 3), (2048, 17), (1088, 40), (1088, 64), (1088, 130), (64, 1030)]

@@ -40,7 +40,7 @@ def experts(case, columns=N):
     return quantized(normal(EXPERTS, K, columns, seed=1), *case)
 
 
-@pytest.mark.some_rows(1)
+@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("right", RIGHT)
 @pytest.mark.parametrize("left", LEFT)
 def test_operands_as_they_are_stored_match_numpy(left, right):
@@ -66,7 +66,6 @@ UNSUPPORTED = {
 }
 
 
-@pytest.mark.some_rows(2)
 @pytest.mark.parametrize("message", UNSUPPORTED)
 def test_unsupported_operands_raise_with_the_reason(message):
     config, order, options = UNSUPPORTED[message]
@@ -92,7 +91,6 @@ def test_the_kernel_is_selected_for_chips_that_it_was_compiled_for():
         ragged_dot(x, q, SIZES, implementation="pallas")
 
 
-@pytest.mark.some_rows(1)
 @pytest.mark.parametrize("right", ["int4 asymmetric", "int8"])
 def test_experts_of_one_layer_of_a_stack(right):
     """Those of all layers, of which only one layer's have rows."""
