@@ -15,7 +15,7 @@ from ..gradient import tangent_of
 from ..operands import has_symbolic_shape
 from .cache import Cache, as_counts, as_numbers, at_layer, check_layer
 from .own_heads import on_own_heads
-from .writing import SLICED_TOKENS, in_stack, is_for_kernel
+from .writing import in_stack, is_for_kernel, is_sliced
 
 # Query rows of a key head in a decoding step, at most.
 _FEW_ROWS = 64
@@ -112,8 +112,8 @@ def _is_for_tpu(query: jax.Array, cache: Cache) -> bool:
     fits &= cache.capacity <= pallas_tpu_attention.MOST_POSITIONS
     # A scatter of many tokens into several heads takes longer in the layout that the kernel reads.
     tokens, heads = query.shape[1], cache.keys.shape[-3]
-    is_scattered = tokens < SLICED_TOKENS and tokens * query.shape[2] > _FEW_ROWS * heads
-    fits &= heads == 1 or not is_scattered
+    is_decoding = tokens * query.shape[2] <= _FEW_ROWS * heads
+    fits &= heads == 1 or is_decoding or is_sliced(cache, tokens)
     is_read = fits and cache.dtype in (jnp.float32, jnp.bfloat16, jnp.int8)
     is_one_pass = jax.default_matmul_precision.value in pallas_tpu.ONE_PASS
     return is_read and is_one_pass and _is_plain(query, cache)

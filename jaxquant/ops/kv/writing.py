@@ -17,9 +17,6 @@ from ...jaxprs import is_sharded, on_one_tpu
 from ...kernels import pallas_tpu_append
 from ..operands import has_symbolic_shape
 
-# Tokens of each sequence, at least, that are written as slices. The kernel writes fewer.
-SLICED_TOKENS = 9
-
 Arrays = tuple[jax.Array, ...]
 # Floats (..., D) -> what a cache stores of them: codes or floats (..., D), and scales (..., 1).
 Encode = Callable[[jax.Array], Arrays]
@@ -50,11 +47,9 @@ def write(cache: Any, encode: Encode, new: Arrays, place: Place) -> dict[str, ja
         place: where they are written.
     """
     stored, count = stored_arrays(cache), new[0].shape[1]
+    run = _slice_on_tpu if is_sliced(cache, count) else _scatter
     if is_for_kernel(cache, count, place.layer):
         run = _write
-    else:
-        is_sliced = count >= SLICED_TOKENS and _is_plain(stored.values())
-        run = _slice_on_tpu if is_sliced else _scatter
     written = run(encode, tuple(stored.values()), new, place)
     return dict(zip(stored, written, strict=True))
 
@@ -81,6 +76,11 @@ def is_for_kernel(cache: Any, tokens: int, layer: Any) -> bool:
         is_simple &= config.stored_scale_dtype == "float32"
     fits = is_simple and _is_plain(stored)
     return fits and pallas_tpu_append.is_supported(in_stack(stored, layer), tokens)
+
+
+def is_sliced(cache: Any, tokens: int) -> bool:
+    """Whether so many tokens of each sequence, more than the kernel writes, are slices on a TPU."""
+    return tokens > pallas_tpu_append.MOST_TOKENS and _is_plain(stored_arrays(cache).values())
 
 
 def stored_arrays(cache: Any) -> dict[str, jax.Array]:
@@ -117,7 +117,7 @@ def _slice_on_tpu(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> 
 
 
 def _slice(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
-    """Writes the positions of each sequence at once, and what they hold where there is no token."""
+    """Writes T positions of each sequence as one slice; those without a token keep their values."""
     starts, counts, layer = place
     index = jnp.asarray(0 if layer is None else layer, starts.dtype)
     arrays, encoded = in_stack(stored, layer), _encoded(encode, new)
