@@ -14,7 +14,7 @@ constexpr size_t kPage = 4096;
 // A page that holds the size of all, then the block at the end of its pages, then the page to guard it.
 void* operator new(size_t size, std::align_val_t alignment) {
   const size_t step = static_cast<size_t>(alignment), block = (size + step - 1) / step * step;
-  const size_t pages = block == 0 ? 1 : (block + kPage - 1) / kPage, all = (pages + 2) * kPage;
+  const size_t pages = (block + kPage - 1) / kPage, all = (pages + 2) * kPage;
   void* start = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (start == MAP_FAILED) std::abort();
   *static_cast<size_t*>(start) = all;
@@ -24,7 +24,8 @@ void* operator new(size_t size, std::align_val_t alignment) {
 }
 // Aligned as far as the size is, so that nothing lies between the block and the page.
 void* operator new(size_t size) {
-  return operator new(size, std::align_val_t{size == 0 ? 1 : std::min<size_t>(size & -size, 16)});
+  size = std::max<size_t>(size, 1);
+  return operator new(size, std::align_val_t{std::min<size_t>(size & -size, 16)});
 }
 void operator delete(void* block) noexcept {
   if (!block) return;
