@@ -82,6 +82,7 @@ ROWS: Mapping[str, Row] = {
     "NVFP4_TRAINING": Row(training.NVFP4_TRAINING, float_layers=4),
     "8-bit AdamW": Row(state=training.STATE_8_BIT),
     "4-bit AdamW": Row(state=training.STATE_4_BIT),
+    **{name: Row(qwix=fields) for name, fields in peers.QWIX.items()},
 }
 
 
@@ -235,9 +236,8 @@ def _results(
 ) -> Iterator[tuple[str, Result]]:
     """The rows of a seed that are asked for and were not run before."""
     before = {(r["contender"], r["seed"]) for r in found}
-    rows = dict(ROWS)
-    if importlib.util.find_spec("qwix"):
-        rows |= {name: Row(qwix=fields) for name, fields in peers.QWIX.items()}
+    has_qwix = importlib.util.find_spec("qwix") is not None
+    rows = {name: row for name, row in ROWS.items() if has_qwix or row.qwix is None}
     runs = {name: partial(trainer.run, row) for name, row in rows.items()}
     runs |= {peer.name: partial(trainer.run_peer, peer) for peer in peers.installed()}
     for name, run in runs.items():

@@ -1,4 +1,4 @@
-"""Other libraries on the same model: their optimizers, and their products in few bits."""
+"""Other libraries on the same model: their optimizers, and their quantized products."""
 
 import dataclasses
 import importlib
