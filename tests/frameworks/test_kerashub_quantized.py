@@ -49,8 +49,7 @@ BACKBONES: dict[str, Any] = {
 
 def made(name, **arguments) -> Any:
     keras.utils.set_random_seed(0)
-    given = BACKBONES[name][0] if name in BACKBONES else {**DECODER, **EXPERTS}
-    return getattr(hub.models, f"{name}Backbone")(**given, **arguments)
+    return getattr(hub.models, f"{name}Backbone")(**BACKBONES[name][0], **arguments)
 
 
 def inputs_of(name):
@@ -186,15 +185,39 @@ def test_experts_are_quantized_by_lifting_their_call(name, tmp_path):
     assert checks.distance(loaded(inputs), found) == 0
 
 
+BLOOM = {name: value for name, value in ENCODER.items() if name != "max_sequence_length"}
+OF_OTHER_FAMILIES = {
+    "Bart": ENCODER,
+    "Bloom": BLOOM,
+    "Falcon": {"num_attention_heads" if k == "num_heads" else k: v for k, v in BLOOM.items()},
+    "Mixtral": {**DECODER, **EXPERTS},
+    "Phi3": DECODER,
+    "Qwen3_5": BACKBONES["Qwen3_5"][0],
+}
+
+
 @pytest.mark.slow
-def test_a_language_model_of_experts_generates_from_codes():
-    model = language_model("Mixtral")
-    quantized, _ = jk.quantize(model, jq.W8A8)
-    quantized.compile(sampler="greedy")
-    found = quantized.generate(prompt(), stop_token_ids=None)["token_ids"]
-    np.testing.assert_array_equal(found[:, :5], prompt()["token_ids"][:, :5])
+@pytest.mark.parametrize("name", OF_OTHER_FAMILIES)
+def test_other_families_generate_what_their_dequantized_weights_do(name):
+    keras.utils.set_random_seed(0)
+    is_encoded = name == "Bart"
+    cls = getattr(hub.models, name + ("Seq2SeqLM" if is_encoded else "CausalLM"))
+    backbone = cls.backbone_cls(**OF_OTHER_FAMILIES[name])
+    model = cls(backbone=backbone, preprocessor=None)
+    quantized, _ = jk.quantize(model, jq.W8A16)
     held = sum(v.value.nbytes for v in quantized.variables)
     assert held < 0.35 * sum(v.value.nbytes for v in model.variables)
+    inputs = prompt()
+    if is_encoded:
+        asked = {f"encoder_{key}": value for key, value in prompt().items()}
+        inputs = {**asked, **{f"decoder_{key}": value for key, value in inputs.items()}}
+    key = "decoder_token_ids" if is_encoded else "token_ids"
+    texts = []
+    for found in (quantized, jk.to_stock(quantized, dequantize=True)):
+        found.compile(sampler="greedy")
+        texts.append(np.asarray(found.generate(inputs, stop_token_ids=None)[key]))
+    np.testing.assert_array_equal(texts[0][:, :5], prompt()["token_ids"][:, :5])
+    np.testing.assert_array_equal(*texts)
 
 
 @pytest.mark.slow
