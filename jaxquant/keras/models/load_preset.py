@@ -61,7 +61,7 @@ def load_preset(
         >>> heads = {"num_query_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
         >>> model = keras_hub.models.GemmaBackbone(vocabulary_size=32, **sizes, **heads)
         >>> model.save_to_preset("preset")
-        >>> small, report = jk.load_preset(keras_hub.models.GemmaBackbone, "preset", jq.W8A8)
+        >>> small, report = jk.load_preset(keras_hub.models.GemmaBackbone, "preset", jq.W8A16)
         >>> report.rows[0].scheme
         'int8 per channel'
     """
