@@ -75,8 +75,10 @@ def append(
         `stored` with the tokens, in place if it is donated.
     """
     batch, tokens, heads, size = new[0].shape
+    rows = [x.reshape(-1, size) for x in new]
+    rows = [x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32) for x in rows]
     # Of 32 bits, because single rows of fewer are in another layout.
-    rows = [x.reshape(-1, size).astype(jnp.float32) for x in new]
+    wide = [pltpu.VMEM(x.shape, jnp.float32) for x in rows]
     windows = [
         pltpu.VMEM((batch, heads, _window(x, tokens), *x.shape[4:]), x.dtype) for x in stored
     ]
@@ -92,7 +94,7 @@ def append(
         in_specs=[*numbers, *[pl.BlockSpec()] * len(rows), *in_place],
         out_specs=in_place,
         out_shape=[pallas_tpu.result_type(x.shape, x.dtype, x) for x in held],
-        scratch_shapes=[*windows, pltpu.SemaphoreType.DMA((2,))],
+        scratch_shapes=[*wide, *windows, pltpu.SemaphoreType.DMA((2,))],
         input_output_aliases={len(given) + len(rows) + i: i for i in range(len(held))},
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=pallas_tpu.VMEM_LIMIT),
         cost_estimate=_cost(stored, tokens),
@@ -106,9 +108,11 @@ def _append(
 ) -> None:
     """Reads the tiles that hold the tokens of each sequence, sets these, and writes the tiles."""
     counts, refs = (refs[0], refs[1:]) if has_counts else (None, refs)
-    (*new,), refs = refs[:2], refs[2:]
-    stored, results, windows = (refs[i * arrays : (i + 1) * arrays] for i in range(3))
-    (semaphores,) = refs[3 * arrays :]
+    given, refs = refs[:2], refs[2:]
+    stored, results, refs = refs[:arrays], refs[arrays : 2 * arrays], refs[2 * arrays :]
+    (*new,), (*windows, semaphores) = refs[:2], refs[2:]
+    for x, wide in zip(given, new, strict=True):
+        wide[...] = x[...].astype(jnp.float32)
     layers, batch = stored[0].shape[:2]
     own = lax.rem(layer[0] + layers, layers)
 
