@@ -71,12 +71,16 @@ def scan(
             return lax.scan(f, init, xs, length, reverse, unroll)
 
         def body(carry: Any, slices: Any) -> tuple[Any, Any]:
-            index, slices = slices
+            index, carry = carry
             with slicing(xs, slices, index):
-                return f(carry, slices)
+                carry, out = f(carry, slices)
+            return (index + (-1 if reverse else 1), carry), out
 
-        steps = jnp.arange(jax.tree.leaves(quantized)[0].shape[0], dtype=jnp.int32)
-        return lax.scan(body, init, (steps, xs), length, reverse, unroll)
+        last = jax.tree.leaves(quantized)[0].shape[0] - 1
+        # XLA would read the index of a step out of an array.
+        first = jnp.asarray(last if reverse else 0, jnp.int32)
+        (_, carry), out = lax.scan(body, (first, init), xs, length, reverse, unroll)
+        return carry, out
 
     if cpu.unavailable() is not None or not any(map(_is_copied, jax.tree.leaves(xs))):
         return loop(init, xs)
