@@ -120,7 +120,8 @@ def dot_general(
         products of int8 codes, are not computed so) and rounded once, by the scales in
         float32. Others are those of `jax.lax.dot_general` on dequantized operands. Devices of a
         mesh with explicit axes that share the contracted axes of a large result of 16 bits round
-        their parts of it, and add these, in 16 bits.
+        their parts of it, and add these, in 16 bits. Such devices quantize their parts of rows with
+        one scale, as in W8A8, with scales of their own, which are at most those of whole rows.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
 
     Example:
