@@ -9,7 +9,7 @@ their rows. Of the 128 experts of Qwen3's layers, each chip has 16, which it mul
 `shard_map`; its keys and values are stored twice, so that each chip has one of 8 heads, and its
 norms of queries and keys are left out.
 Steps decode one token of 1, 8 or 64 sequences with 8,192 tokens each, or prefill 4,096. Keys and
-values are in bfloat16 beside bfloat16 kernels, and in int8 beside quantized ones.
+values are in bfloat16 beside bfloat16 kernels, and in int8 beside quantized ones, as the head is.
 
 Every figure is an ESTIMATE by the compiler, not a measurement: operations one after another, each
 as the longer of its cycles and its bytes, without the time that data takes between chips. Pallas
@@ -170,7 +170,7 @@ def lowered(sizes: Sizes, scheme: str, step: Step, mesh: Any) -> Any:
     params, store = sizes.params(), jnp.bfloat16
     if scheme != REFERENCE:
         found, store = jq.SCHEMES[scheme], jq.ArrayConfig()
-        rules = [jq.Rule("layers/*/kernel", found, axis=-1)]
+        rules = [jq.Rule("layers/*/kernel", found, axis=-1), jq.Rule("head", jq.W8A16, axis=-1)]
         if sizes.experts:
             rules += [jq.Rule("layers/*/experts/*", found, axis=-2)]
             rules = [jq.Rule("layers/*/router/*", None), *rules]
