@@ -53,6 +53,9 @@ _ALIGNED = 2e10
 _CALL, _NATIVE_CALL = 70e-6, 60e-6
 # Activations that are quantized per second.
 _QUANTIZED = 1.9e9
+# Results per second that native kernels write besides, by float rows shorter than `_SHORT`, if the
+# results do not stay in the cache: each tile of columns writes to all of their pages.
+_WRITTEN, _SHORT = 4e9, 128
 # Seconds that XLA's computation of dequantized weights takes besides.
 _DEQUANTIZING = 4e-6
 
@@ -67,6 +70,7 @@ class _Work:
         stored: memory moves the operands as they are stored, and the result.
         aligned: rows of 4-bit codes are copied first, where they do not begin with a byte.
         quantized: activations are quantized.
+        written: a native kernel writes the results of short float rows.
         read: memory moves the weights as floats.
         prepared: XLA prepares experts for a ragged product.
         arithmetic: that of the float product.
@@ -81,6 +85,7 @@ class _Work:
     stored: float
     aligned: float
     quantized: float
+    written: float
     read: float
     prepared: float
     arithmetic: float
@@ -117,6 +122,8 @@ def _work(record: Record, rows: int, machine: Machine) -> _Work:
     read = 4 * count / machine.bytes_per_second
     arithmetic = 2 * rows * count / machine.float_per_second
     prepared = count / _RAGGED if record.experts else 0
+    results = math.prod(record.shape)
+    is_strided = record.length < _SHORT and results > _CACHED
     experts = record.experts or 1
     return _Work(
         rows=rows,
@@ -124,6 +131,7 @@ def _work(record: Record, rows: int, machine: Machine) -> _Work:
         stored=(record.rhs.bytes + moved) / machine.bytes_per_second,
         aligned=count / _ALIGNED if record.length % 2 and record.rhs.bytes < count else 0,
         quantized=math.prod(record.lhs.shape) / _QUANTIZED,
+        written=results / _WRITTEN if is_strided else 0,
         read=read,
         prepared=prepared,
         arithmetic=arithmetic,
@@ -143,7 +151,8 @@ def _native(work: _Work, choice: Choice) -> float:
     if choice.is_integer:
         return call + work.quantized + max(stored, arithmetic / rates.integer)
     rate = rates.halves if work.is_half else rates.floats
-    return call + max(stored, work.share * work.read / rates.read, arithmetic / rate)
+    multiplied = max(stored, work.share * work.read / rates.read, arithmetic / rate)
+    return call + work.written + multiplied
 
 
 def _integer(work: _Work, _: Choice) -> float:

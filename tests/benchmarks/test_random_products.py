@@ -88,9 +88,10 @@ def test_the_summary_counts():
     assert found == {**counts, "clear": 4, "told": 2, "median_speed": 1.1}
 
 
-def test_the_docs_have_the_counts_and_the_losing_cases_of_the_results():
+@pytest.mark.parametrize("name", ["random", "random-amx"])
+def test_the_docs_have_the_counts_and_the_losing_cases_of_the_results(name):
     root = pathlib.Path(__file__).parents[2]
-    found = json.loads((root / "benchmarks/results/random.json").read_text())
+    found = json.loads((root / f"benchmarks/results/{name}.json").read_text())
     assert found["summary"] == summary(found["products"])
     text = " ".join((root / "docs/speed.md").read_text().split())
     assert random_products.in_words(found["summary"]) in text

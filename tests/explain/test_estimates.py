@@ -219,3 +219,19 @@ def test_rows_that_do_not_begin_with_a_byte_are_estimated_to_be_copied():
     assert even is not None
     assert odd is not None
     assert odd < 0.8 * even
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="XLA dequantizes then")
+def test_many_results_of_short_float_rows_are_estimated_to_be_written_slowly(monkeypatch):
+    monkeypatch.setattr(cpu, "instruction_sets", lambda: ("AVX512-VNNI",))
+    speeds = [
+        estimated_speed(record_of(rows, (length, 4096), 4.25), choice, MACHINES[0]) or 0
+        for length, rows, choice in (
+            (96, 1024, Choice("cpu", None, "native", False, True, ())),
+            (96, 1024, Choice("cpu", None, "native", True, True, ())),
+            (96, 256, Choice("cpu", None, "native", False, True, ())),
+            (256, 1024, Choice("cpu", None, "native", False, True, ())),
+        )
+    ]
+    assert speeds[0] < 0.97
+    assert min(speeds[1:]) > 1
