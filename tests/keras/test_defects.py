@@ -7,6 +7,7 @@ One test per defect, except for two that tests of other files have:
 - There is no quantized Conv, Depthwise, Separable or recurrent layer: rows of test_layers.py.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import keras
@@ -128,7 +129,10 @@ def test_compile_fit_quantize_fit_needs_no_second_compile(config):
     wanted = np.asarray(model(inputs))
     model.quantize(config=config)
     assert 0 < relative_error(model(inputs), wanted) < 0.07
-    losses += model.fit(inputs, targets, epochs=2, verbose=0).history["loss"]
+    # Weights in int8 do not train.
+    trains = isinstance(config, Float8QuantizationConfig)
+    with nullcontext() if trains else pytest.warns(UserWarning, match="was compiled before 1 of"):
+        losses += model.fit(inputs, targets, epochs=2, verbose=0).history["loss"]
     assert losses == sorted(losses, reverse=True)
     assert all(np.isfinite(np.asarray(v)).all() for v in model.weights)
 
