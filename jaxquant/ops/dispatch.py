@@ -162,8 +162,9 @@ def _run(
     lhs, rhs = prepare(lhs, rhs, spec.channels)
     run_part = partial(_run_selected, table, implementation)
     shares, weights = spec.shares(lhs, rhs), cast(QTensor, rhs)
-    if shares is None or not quantizes_parts(lhs, weights, spec.contract[0], shares.of_lhs):
-        lhs, rhs = treat(lhs, rhs, spec.contract, spec.channels)
+    if shares is not None and quantizes_parts(lhs, weights, spec.contract[0], shares.of_lhs):
+        return on_own_parts(shares, lhs, weights, run_part)
+    lhs, rhs = treat(lhs, rhs, spec.contract, spec.channels)
     if shares is not None and _is_for_parts(table, implementation, shares, lhs, rhs):
         return on_own_parts(shares, lhs, weights, run_part)
     return run_part(lhs, rhs, spec)
@@ -188,8 +189,7 @@ def _is_for_parts(
     """Whether devices multiply their parts: by kernels, or if they add less than XLA would."""
     spec, found = shares.own_spec, []
 
-    def ask(lhs: Operand, rhs: Operand) -> None:
-        lhs, rhs = treat(lhs, rhs, spec.contract, spec.channels)
+    def ask(lhs: Operand, rhs: QTensor) -> None:
         if implementation is None:
             selected = _selected(table, lhs, rhs, spec, None)
             found.extend(row for rows in selected.values() for row, _ in rows.values())

@@ -16,6 +16,7 @@ from ..core import (
     Axes,
     Inputs,
     QTensor,
+    bits_of,
     quantize_with_scale,
     straight_through,
 )
@@ -102,8 +103,8 @@ def prepare(lhs: Operand, rhs: Operand, channels: AxesOfBoth) -> tuple[Operand, 
 def quantizes_parts(x: Operand, other: Any, shared: Sequence[int], parts: Sequence[Any]) -> bool:
     """Whether each device quantizes its part of the rows of x, with scales of its own.
 
-    Their scales are at most those of whole rows, whose largest magnitudes devices would compare
-    first. Each device multiplies sums of its part by its scales, before devices add them.
+    These are at most those of whole rows, whose largest magnitudes devices would compare first.
+    Each device multiplies sums of its part by its scales, before devices add them.
 
     Args:
         x, other: prepared operands of a product.
@@ -116,8 +117,10 @@ def quantizes_parts(x: Operand, other: Any, shared: Sequence[int], parts: Sequen
     config = inputs.config
     if config is None or inputs.scale is not None or config.per_tensor:
         return False
+    # Scales of 8 bits depend on the largest of the array.
+    is_plain = config.symmetric and bits_of(config.stored_scale_dtype) >= 16
     is_whole = config.group_size is None and config.format.group_size is None
-    return is_whole and config.symmetric and isinstance(config.range, AbsMax)
+    return is_plain and is_whole and isinstance(config.range, AbsMax)
 
 
 def treat(
@@ -179,8 +182,11 @@ def _bare(x: Operand) -> Operand:
     if not isinstance(x, QTensor):
         return x
     inputs = x.inputs
-    if inputs is not None:
-        inputs = Inputs(inputs.config, inputs.scale, inputs.zero_point)
+    if inputs is not None and inputs.config is None:
+        inputs = None
+    elif inputs is not None:
+        has_scale = inputs.scale is not None
+        inputs = Inputs(inputs.config, inputs.scale, inputs.zero_point if has_scale else None)
     return dataclasses.replace(x, inputs=inputs, values=None)
 
 

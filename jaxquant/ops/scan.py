@@ -73,8 +73,10 @@ def scan(
         def body(carry: Any, slices: Any) -> tuple[Any, Any]:
             index, carry = carry
             with slicing(xs, slices, index):
-                carry, out = f(carry, slices)
-            return (index + (-1 if reverse else 1), carry), out
+                found = f(carry, slices)
+            if not isinstance(found, tuple | list) or len(found) != 2:
+                return found  # `lax.scan` raises an error.
+            return (index + (-1 if reverse else 1), found[0]), found[1]
 
         last = jax.tree.leaves(quantized)[0].shape[0] - 1
         # XLA would read the index of a step out of an array.

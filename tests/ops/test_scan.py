@@ -228,6 +228,14 @@ def test_errors_are_those_of_the_plain_scan(name):
         scan(layer, X, (SQUARE, X[:2]))
 
 
+@pytest.mark.parametrize(
+    "body", [lambda c, q: c, lambda c, q: (c, None, c), lambda c, q: jnp.stack([c, c])]
+)
+def test_a_traced_body_must_return_a_pair(body):
+    with pytest.raises(TypeError, match="scan body output must be a pair"):
+        jax.jit(partial(scan, body))(X, SQUARE)
+
+
 def test_other_and_empty_arrays_use_the_plain_scan():
     key = jax.random.split(jax.random.key(0), 3)
     xs = {"floats": X[:3], "keys": key, "flags": X[:3, 0] > 0, "none": None}
