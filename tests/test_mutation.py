@@ -168,7 +168,10 @@ def test_a_change_of_a_file_is_caught_and_undone(tmp_path):
     (tmp_path / "test_f.py").write_text(test)
     found = mutants.mutants_of("jaxquant/core/a.py", source)
     tests = [[choose.Test("test_f.py::test_f", 1, {})]]
-    outcomes = {str(m)[21:]: run.run_mutant(m, "core", tests, tmp_path) for m in found}
+    outcomes = {
+        str(m).removeprefix("jaxquant/core/a.py:"): run.run_mutant(m, "core", tests, tmp_path)
+        for m in found
+    }
     caught = {name: outcome.caught for name, outcome in outcomes.items()}
     assert caught["2: x + 1 -> (x - 1)"] == "test_f.py::test_f"
     assert caught["2: x + 1 + 0 * x -> (x + 1 - 0 * x)"] is None

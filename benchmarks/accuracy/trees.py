@@ -65,7 +65,8 @@ class Trees:
 
     def _at_once(self, params: Any, layers: list[jq.Rule], row: rows.Row, statistics: Any) -> Any:
         rules = [jq.Rule("embedding", None), *layers]
-        tree = jq.tree.quantize(params, rules, method=row.method, statistics=statistics)
+        method = jq.methods.Nearest() if row.method is None else row.method
+        tree = jq.tree.quantize(params, rules, method=method, statistics=statistics)
         return jax.block_until_ready(tree)
 
     def _layer_by_layer(self, scheme: jq.Scheme, row: rows.Row) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from ..core import INT2, ArrayConfig, QTensor, Scheme, normalize_axes
 from ..jaxprs import split_arrays
 from ..lift import lift
+from ..methods import Nearest
 from ..methods.internal import stack_axes
 from ..tree import Progress, Rule, Rules, default_rules
 from ..tree import quantize as quantize_tree
@@ -115,6 +116,9 @@ def allocate(
     pairs = {name: _as_pair(name, option) for name, option in options.items()}
     if not pairs:
         raise ValueError(f"options must not be empty; got {options!r}.")
+    if any(method is not None for _, method in pairs.values()):
+        # Statistics without a method are an error.
+        pairs = {name: (scheme, method or Nearest()) for name, (scheme, method) in pairs.items()}
     chosen = default_rules(ArrayConfig()) if rules is None else rules
     paths, leaves, plans, treedef = select(params, chosen)
     items = {

@@ -210,6 +210,22 @@ def leaves_of(q):
     return jax.tree.leaves(q, is_leaf=jq.tree.is_quantized)
 
 
+def test_options_without_a_method_are_rounded_beside_others():
+    params, x = parameters(), normal(200, K, seed=3)
+    gptq, rules = jq.methods.GPTQ(), [jq.Rule("a", W4)]
+    statistics = jq.collect(two_layers, params, [x], W4, gptq)
+    options = {"gptq": (W4, gptq), "8 bits": jq.W8A16}
+    for budget in (6.0, 12.0):
+        found = jq.allocate(
+            two_layers, params, [x], options, budget, loss=sines, statistics=statistics, rules=rules
+        )
+        assert np.all(np.isfinite(found.rows[0].scores))
+        assert found.rows[0].option == ("gptq" if budget < 8 else "8 bits")
+        q = jq.tree.quantize(params, found.rules, statistics=statistics)["a"]
+        if budget > 8:
+            np.testing.assert_array_equal(q.codes, jq.tree.quantize(params, jq.W8A16)["a"].codes)
+
+
 @pytest.mark.slow
 def test_options_may_have_methods_and_what_changes_activations_is_undone():
     params, x = parameters(), normal(200, K, seed=3)
