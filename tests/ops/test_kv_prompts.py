@@ -117,3 +117,26 @@ def test_tpus_write_prompts_in_place(batch):
     moved = tpu_compiler.estimate("v5e", compiled)
     assert moved.hbm_bytes < cache.keys.size / 4
     assert moved.temporary_bytes < cache.keys.size / 4
+
+
+@each_store
+@pytest.mark.parametrize("layers", [None, LAYERS])
+def test_indices_of_64_bits_change_nothing(store, layers, request):
+    """Of tokens for the kernel, and of prompts; in programs for TPUs and in slices."""
+    layer = None if layers is None else np.int64(1)
+    found = []
+    for is_wide in (False, True):
+        with jax.enable_x64(is_wide):
+            before = filled(store, [0, 2, 1, 3], layers)
+            append = jax.jit(partial(kv.append, layer=layer))
+            one = append(before, *(x[:, :1] for x in drawn(10)))
+            found.append((one, append(before, *drawn(10), counts=np.array([10, 9, 3, 0]))))
+            lowered = append.trace(before, *drawn(10)).lower(lowering_platforms=("tpu",))
+            assert "stablehlo.dynamic_update_slice" in lowered.as_text()
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    request.getfixturevalue("sliced")
+    with jax.enable_x64(True):
+        sliced = jax.jit(partial(kv.append, layer=layer))(
+            filled(store, [0, 2, 1, 3], layers), *drawn(10), counts=np.array([10, 9, 3, 0])
+        )
+    jax.tree.map(np.testing.assert_array_equal, sliced, found[0][1])

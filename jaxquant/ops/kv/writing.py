@@ -120,6 +120,7 @@ def _slice(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
     """Writes T positions of each sequence as one slice; those without a token keep their values."""
     starts, counts, layer = place
     index = jnp.asarray(0 if layer is None else layer, starts.dtype)
+    zero = jnp.zeros((), starts.dtype)  # Places must be of one type, also where ints have 64 bits.
     arrays, encoded = in_stack(stored, layer), _encoded(encode, new)
     length, limit = new[0].shape[1], arrays[0].shape[3]
     # Token t of a sequence is in slot t + moved: slices at the end begin before its tokens.
@@ -135,10 +136,10 @@ def _slice(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
         found = []
         for x, tokens in zip(arrays, padded, strict=True):
             rest = x.shape[4:]
-            at = (index, b.astype(starts.dtype), 0, first[b], *(0,) * len(rest))
+            at = (index, b.astype(starts.dtype), zero, first[b], *(zero,) * len(rest))
             own = lax.dynamic_index_in_dim(tokens, b, 0)
             own = lax.dynamic_slice_in_dim(own, length - moved[b], length, 2)
-            slot = jnp.arange(length).reshape(length, *(1,) * len(rest))
+            slot = jnp.arange(length, dtype=starts.dtype).reshape(length, *(1,) * len(rest))
             is_token = (moved[b] <= slot) & (slot < ends[b])
             old = lax.dynamic_slice(x, at, (1, 1, x.shape[2], length, *rest))
             found.append(lax.dynamic_update_slice(x, jnp.where(is_token, own[None], old), at))
@@ -151,7 +152,7 @@ def _slice(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
 def _scatter(encode: Encode, stored: Arrays, new: Arrays, place: Place) -> Arrays:
     starts, counts, layer = place
     batch, count = new[0].shape[:2]
-    index = jnp.arange(count)[None]
+    index = jnp.arange(count, dtype=starts.dtype)[None]
     positions = starts[:, None] + index
     if counts is not None:  # Positions behind the last one are not written.
         positions = jnp.where(index < counts[:, None], positions, stored[0].shape[-2])
