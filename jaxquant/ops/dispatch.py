@@ -12,7 +12,7 @@ from ..core import QTensor
 from ..jaxprs import Function, chips, is_sharded, mark
 from . import record
 from .gradient import tangent_of
-from .inputs import observe, prepare, quantizes_parts, treat, treat_straight_through
+from .inputs import observe, treat, treat_straight_through
 from .operands import AxesOfBoth, Operand, as_array, as_stored, has_symbolic_shape
 from .record import Choice, Convolution, Record
 from .shares import Shares, on_own_parts, own_shapes
@@ -159,12 +159,10 @@ def _run(
     implementation: str | None,
 ) -> jax.Array:
     spec = spec.with_arrays(*arrays)
-    lhs, rhs = prepare(lhs, rhs, spec.channels)
+    lhs, rhs = _without_values(lhs), _without_values(rhs)
+    lhs, rhs = treat(lhs, rhs, spec.contract, spec.channels)
     run_part = partial(_run_selected, table, implementation)
     shares, weights = spec.shares(lhs, rhs), cast(QTensor, rhs)
-    if shares is not None and quantizes_parts(lhs, weights, spec.contract[0], shares.of_lhs):
-        return on_own_parts(shares, lhs, weights, run_part)
-    lhs, rhs = treat(lhs, rhs, spec.contract, spec.channels)
     if shares is not None and _is_for_parts(table, implementation, shares, lhs, rhs):
         return on_own_parts(shares, lhs, weights, run_part)
     return run_part(lhs, rhs, spec)
@@ -173,7 +171,6 @@ def _run(
 def _run_selected(
     table: Table, implementation: str | None, lhs: Operand, rhs: Operand, spec: Spec
 ) -> jax.Array:
-    lhs, rhs = treat(lhs, rhs, spec.contract, spec.channels)
     selected = _selected(table, lhs, rhs, spec, implementation)
     out = _on_platforms(selected, lhs, rhs, spec)
 
@@ -195,6 +192,7 @@ def _is_for_parts(
             found.extend(row for rows in selected.values() for row, _ in rows.values())
         else:
             found.extend(row for row in table if row.name == implementation)
+
         found[:] = [r for r in found if r.fallback and not r.why_unsupported(lhs, rhs, spec)]
 
     jax.eval_shape(ask, *own_shapes(shares, lhs, rhs))
@@ -261,6 +259,10 @@ def select_row(
 
 def _is_tapped(x: Operand) -> bool:
     return isinstance(x, QTensor) and x.inputs is not None and x.inputs.tap is not None
+
+
+def _without_values(x: Operand) -> Operand:
+    return dataclasses.replace(x, values=None) if isinstance(x, QTensor) else x
 
 
 def _on_platforms(selected: Selected, lhs: Operand, rhs: Operand, spec: Spec) -> jax.Array:

@@ -115,15 +115,12 @@ def dot_general(
         TypeError: the shapes do not fit; from `jax.lax.dot_general`.
 
     Gradients: a float operand gets the gradient of the float product with the dequantized
-        other, rounding counting as the identity; so do scales of 16 bits or more, for activations
-        that are quantized as whole rows.
+        other, rounding counting as the identity; so do scales of 16 bits or more.
     Error: integer products are exact in int32 (sums that might leave it, of 131072 or more
         products of int8 codes, are not computed so) and rounded once, by the scales in
         float32. Others are those of `jax.lax.dot_general` on dequantized operands. Devices of a
         mesh with explicit axes that share the contracted axes of a large result of 16 bits round
-        their parts of it, and add these, in 16 bits. Such devices quantize their parts of rows with
-        one scale, as in W8A8, with scales of their own, which are at most those of whole rows, as
-        the bound of the error is, half a scale per element; single errors may be larger.
+        their parts of it, and add these, in 16 bits.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
 
     Example:

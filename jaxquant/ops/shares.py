@@ -132,9 +132,8 @@ class Shares:
         return axes_of_result(self.of_lhs, self.of_rhs, self.spec)
 
     def operands(self, lhs: Operand, rhs: QTensor) -> tuple[Any, ...]:
-        """Both, and the arrays of the spec. The inputs of quantized operands were applied."""
-        rhs = without_inputs(rhs) if isinstance(lhs, QTensor) else rhs
-        return without_inputs(lhs), rhs, *self.spec.arrays
+        """Both, whose inputs were applied, and the arrays of the spec."""
+        return without_inputs(lhs), without_inputs(rhs), *self.spec.arrays
 
     def parts(self, lhs: Operand, rhs: QTensor) -> list[Part]:
         """How the leaves of `operands` are divided, in their order."""

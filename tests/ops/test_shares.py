@@ -9,23 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import (
-    FP8_E4M3,
-    MXFP8,
-    SCHEMES,
-    ArrayConfig,
-    Inputs,
-    Percentile,
-    Rule,
-    matmul,
-    quantize,
-    specs,
-    tree,
-)
-from jaxquant.kernels import cpu
+from jaxquant import SCHEMES, ArrayConfig, Rule, matmul, specs, tree
 from jaxquant.ops import shares
 from jaxquant.ops.dot_spec import DotSpec
-from jaxquant.ops.inputs import quantizes_parts
 from jaxquant.ops.shares import Part, Shares, own_shape
 
 from .products import normal, quantized
@@ -41,9 +27,6 @@ CASES = {
     "batch": ((((2,), (2,)), ((0,), (0,))), "-b-", "a--", "ab-", "ab-"),
     "pieces that are not even": ((((1,), (1,)), ((), ())), "--", "c-", "--", "--"),
 }
-
-
-needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
 
 def names(letters):
@@ -126,92 +109,9 @@ def test_xla_adds_parts_of_typed_arrays_in_the_dtype_of_the_result(scheme, dtype
         texts = [run.lower(jax.device_put(x[:n], rows), parts).as_text() for n in (4, 2)]
 
     found, of_fewer = (re.findall(_ADDED, text, re.DOTALL) for text in texts)
-    # Devices that quantize their parts of rows add all results themselves.
-    wide = ["f32"] if scheme == "W8A8" else []
-    assert of_fewer == wide
-    assert found == {"bfloat16": ["bf16"], "float16": ["f16"], "float32": wide}[dtype]
+    assert of_fewer == []
+    assert found == {"bfloat16": ["bf16"], "float16": ["f16"], "float32": []}[dtype]
     assert (out.dtype, jax.typeof(out).sharding.spec) == (dtype, jax.P("b", None))
-    whole = sum(parts_of_product(x, q, 4)) if scheme == "W8A8" else matmul(x, q)
-    whole, found = (np.asarray(y, np.float32) for y in (whole, out))
+    whole, found = (np.asarray(y, np.float32) for y in (matmul(x, q), out))
     # Each of four parts, which are as large as the whole, and each of their sums is rounded.
     assert np.abs(found - whole).max() <= 8 * jnp.finfo(dtype).eps * np.abs(whole).max()
-
-
-def parts_of_product(x, q, count):
-    """Products of parts of the rows with those of weights with one scale per column."""
-    wide = partial(dataclasses.replace, dtype=jnp.dtype("float32"))
-    columns, length = wide(q).dequantize(), q.shape[0] // count
-    for start in range(0, q.shape[0], length):
-        own = quantize(x[:, start : start + length], ArrayConfig(), -1)
-        yield wide(own).dequantize() @ columns[start : start + length]
-
-
-@pytest.mark.parametrize(
-    "row, dtype",
-    [
-        pytest.param("native", "float32", marks=needs_native),
-        ("integer", "bfloat16"),
-        ("integer", "float32"),
-        ("dequantize", "float32"),
-        (None, "bfloat16"),
-    ],
-)
-def test_devices_quantize_their_parts_of_rows(row, dtype):
-    # The parts differ by far more than the error of a row with one scale.
-    x = normal(3, 512) * np.repeat([1, 10, 100, 1000], 128).astype(np.float32)
-    x = jnp.asarray(x).at[2].set(0).astype(dtype)
-    w = jnp.asarray(normal(512, 256, seed=1)).astype(dtype)
-    q = tree.quantize({"w": w}, [Rule("w", SCHEMES["W8A8"])], platform="cpu")["w"]
-    on = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-    divided = jax.tree.map(partial(jax.NamedSharding, on), specs(q, jax.P("a"), on))
-    parts = jax.device_put(q, divided)
-    wanted = np.asarray(sum(parts_of_product(x, q, 4)), np.float32)
-    with jax.set_mesh(on):
-        run = jax.jit(partial(matmul, implementation=row, out_sharding=jax.P()))
-        for spec in (jax.P(), jax.P(None, "a")):
-            given = jax.device_put(x, jax.NamedSharding(on, spec))
-            out, text = run(given, parts), run.lower(given, parts).compile().as_text()
-            limit = 8 * jnp.finfo(dtype).eps * np.abs(wanted).max()
-            np.testing.assert_allclose(np.asarray(out, np.float32), wanted, atol=limit, rtol=0)
-            # Else devices would compare the largest magnitudes of their parts first.
-            assert len(re.findall(r" all-reduce\(", text)) == 1
-
-
-@pytest.mark.parametrize(
-    "config, wanted",
-    [
-        (ArrayConfig(), True),
-        (ArrayConfig(format=FP8_E4M3), True),
-        (ArrayConfig(scale_dtype="bfloat16"), True),
-        (ArrayConfig(scale_dtype="float8_e4m3fn"), False),
-        (ArrayConfig(group_size=16), False),
-        (ArrayConfig(format=MXFP8), False),
-        (ArrayConfig(symmetric=False), False),
-        (ArrayConfig(per_tensor=True), False),
-        (ArrayConfig(range=Percentile(99)), False),
-        (None, False),
-    ],
-    ids=str,
-)
-def test_only_rows_with_one_scale_are_quantized_in_parts(config, wanted):
-    x, q = jnp.ones((4, 64)), quantize(jnp.ones((64, 8)), ArrayConfig())
-    q = dataclasses.replace(q, inputs=Inputs(config))
-    assert quantizes_parts(x, q, (1,), ((), ("a",))) == wanted
-    assert not quantizes_parts(x, q, (1,), (("a",), ()))
-    assert not quantizes_parts(x, dataclasses.replace(q, inputs=None), (1,), ((), ("a",)))
-    static = dataclasses.replace(q, inputs=Inputs(config, scale=jnp.float32(1)))
-    assert not quantizes_parts(x, static, (1,), ((), ("a",)))
-    assert not quantizes_parts(quantize(x, ArrayConfig(), -1), q, (1,), ((), ("a",)))
-
-
-def test_scales_without_a_config_are_not_used():
-    x, q = jnp.asarray(normal(4, 64)), quantize(jnp.asarray(normal(64, 8)), ArrayConfig())
-    on = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
-    for spec in (jax.P("a"), jax.P(None, "a")):
-        parts = jax.device_put(q, jax.tree.map(partial(jax.NamedSharding, on), specs(q, spec, on)))
-        for inputs in (Inputs(None, jnp.float32(2)), Inputs(ArrayConfig(), zero_point=jnp.int8(1))):
-            given = dataclasses.replace(parts, inputs=inputs)
-            with jax.set_mesh(on):
-                out = jax.jit(partial(matmul, out_sharding=jax.P()))(x, given)
-            wanted = matmul(x, dataclasses.replace(q, inputs=inputs))
-            np.testing.assert_allclose(out, wanted, rtol=0, atol=0.02 * np.abs(wanted).max())

@@ -28,7 +28,7 @@ from jaxquant import (
     quantize,
 )
 from jaxquant.kernels import cpu
-from jaxquant.ops.input_rows import quantize_inputs
+from jaxquant.ops.inputs import quantize_inputs
 from jaxquant.ops.rows import cpu_native
 
 from ...cases import Case

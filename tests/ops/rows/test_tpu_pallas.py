@@ -27,7 +27,7 @@ from jaxquant import (
     tree,
 )
 from jaxquant.jaxprs import chips
-from jaxquant.ops import input_rows
+from jaxquant.ops import inputs
 from jaxquant.ops.rows import tpu_pallas
 
 from ...cases import Case
@@ -104,7 +104,7 @@ def test_vmap_runs_the_kernel_for_each():
 )
 def test_rows_of_any_number_of_axes_are_quantized_as_core_does(config):
     x = jnp.asarray(normal(2, 3, 50))
-    run = jax.jit(partial(input_rows.quantize_rows, config=config, interpret=True))
+    run = jax.jit(partial(inputs.quantize_rows, config=config, interpret=True))
     got, wanted = run(x), quantize(x, config, axis=2)
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
@@ -192,7 +192,7 @@ def test_the_chip_and_the_rows_decide(monkeypatch, chip, group_size, rows, quant
 def test_this_process_has_no_tpu_and_quantizes_as_core_does():
     assert chips.generation() is None
     x = jnp.asarray(normal(600, K))
-    got = input_rows.quantize_inputs(x, ArrayConfig(), -1)
+    got = inputs.quantize_inputs(x, ArrayConfig(), -1)
     jax.tree.map(np.testing.assert_array_equal, got, quantize(x, ArrayConfig(), axis=-1))
 
 
@@ -216,14 +216,14 @@ def on_v6e(monkeypatch):
 )
 def test_other_inputs_are_left_to_xla(on_v6e, config):
     x = jnp.zeros((700, K))
-    assert calls(lambda x: input_rows.quantize_inputs(x, ArrayConfig(), -1).codes, x) == 1
-    assert calls(lambda x: input_rows.quantize_inputs(x, config, -1).codes, x) == 0
+    assert calls(lambda x: inputs.quantize_inputs(x, ArrayConfig(), -1).codes, x) == 1
+    assert calls(lambda x: inputs.quantize_inputs(x, config, -1).codes, x) == 0
 
 
 def test_rows_too_long_for_a_core_are_left_to_xla(on_v6e):
     for length, count in ((2**16, 1), (2**16 + 1, 0)):
         x = jax.ShapeDtypeStruct((512, length), jnp.float32)
-        assert calls(lambda x: input_rows.quantize_inputs(x, ArrayConfig(), -1).codes, x) == count
+        assert calls(lambda x: inputs.quantize_inputs(x, ArrayConfig(), -1).codes, x) == count
 
 
 def test_programs_for_several_platforms_or_devices_do_without(on_v6e):
