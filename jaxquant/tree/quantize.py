@@ -258,7 +258,7 @@ def check_statistics(
     if statistics and not any(plan is not None and plan.method for plan in chosen):
         raise ValueError(
             f"statistics must go with a method; got those of {', '.join(list(statistics)[:8])}, "
-            "and no method. Pass method=, such as jq.GPTQ(), or leave out statistics."
+            "and no method. Pass method=, such as jq.methods.GPTQ(), or leave out statistics."
         )
     plans = zip(paths, chosen, strict=True)
     needing = [p for p, plan in plans if plan is not None and plan.method and needed(plan.method)]

@@ -210,7 +210,8 @@ def test_a_nearly_singular_moment_is_reported():
         (
             None,
             {"w": {}},
-            r"statistics must go with a method; got those of w, and no method\. Pass",
+            r"statistics must go with a method; got those of w, and no method\. "
+            r"Pass method=, such as jq\.methods\.GPTQ\(\)",
         ),
         (GPTQ, None, r"method must be a method such as jq.methods.GPTQ\(\)"),
         ([GPTQ(), SINQ()], None, r"Only the last method of a list chooses codes; got GPTQ"),
