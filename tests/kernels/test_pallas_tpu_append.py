@@ -78,6 +78,18 @@ def test_tokens_are_written_behind_those_of_each_sequence(name, tokens):
             np.testing.assert_array_equal(x, slow_append(before, after, starts, written, layer))
 
 
+@pytest.mark.parametrize("name", STORES)
+def test_tokens_in_bfloat16_are_stored_as_in_float32(name):
+    stored, new, starts, counts = case(name, 2)
+    halves = [x.astype(jnp.bfloat16) for x in new]
+    found, wanted = (
+        run(stored, tokens, STORES[name][1], starts, counts, jnp.int32(1))
+        for tokens in (halves, [x.astype(jnp.float32) for x in halves])
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert not all(np.array_equal(x, y) for x, y in zip(found, stored, strict=True))
+
+
 def test_vmap_appends_to_each_cache():
     twice = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), case("int8", 1))
 
