@@ -8,8 +8,9 @@ explicit axes: kernels that read activations are divided along their columns, `o
 their rows. Of the 128 experts of Qwen3's layers, each chip has 16, which it multiplies inside
 `shard_map`; its keys and values are stored twice, so that each chip has one of 8 heads, and its
 norms of queries and keys are left out.
-Steps decode one token of 1, 8 or 64 sequences with 8,192 tokens each, or prefill 4,096. Keys and
-values are in bfloat16 beside bfloat16 kernels, and in int8 beside quantized ones, as the head is.
+Steps decode one token of 1, 8 or 64 sequences with 8,192 tokens each, or prefill 4,096. Beside
+bfloat16 kernels, keys, values and the head are in bfloat16; beside quantized ones, keys and values
+are in int8, and the head is in W8A16.
 
 Every figure is an ESTIMATE by the compiler, not a measurement: operations one after another, each
 as the longer of its cycles and its bytes, without the time that data takes between chips. Pallas

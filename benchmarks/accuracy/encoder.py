@@ -102,8 +102,8 @@ def main() -> None:
                 tree["layers"] = _in_order(params, config, scheme, _ALL[method], calibration)
             else:
                 rules = [jq.Rule("re:embeddings/.*", None), *_rules(scheme)]
-                chain = _ALL[method] or jq.methods.Nearest()
-                tree = jq.tree.quantize(tree, rules, method=chain, statistics=statistics)
+                chosen = _ALL[method] or jq.methods.Nearest()
+                tree = jq.tree.quantize(tree, rules, method=chosen, statistics=statistics)
             if name != method:
                 tree = _tuned(apply, params, tree, batches, arguments.epochs)
             found = embed_all(tree, config, test)

@@ -65,7 +65,7 @@ class Trees:
 
     def _at_once(self, params: Any, layers: list[jq.Rule], row: rows.Row, statistics: Any) -> Any:
         rules = [jq.Rule("embedding", None), *layers]
-        method = jq.methods.Nearest() if row.method is None else row.method
+        method = row.method or jq.methods.Nearest()
         tree = jq.tree.quantize(params, rules, method=method, statistics=statistics)
         return jax.block_until_ready(tree)
 

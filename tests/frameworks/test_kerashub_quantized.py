@@ -187,12 +187,14 @@ def test_experts_are_quantized_by_lifting_their_call(name, tmp_path):
 
 BLOOM = {name: value for name, value in ENCODER.items() if name != "max_sequence_length"}
 OF_OTHER_FAMILIES = {
-    "Bart": ENCODER,
-    "Bloom": BLOOM,
-    "Falcon": {"num_attention_heads" if k == "num_heads" else k: v for k, v in BLOOM.items()},
-    "Mixtral": {**DECODER, **EXPERTS},
-    "Phi3": DECODER,
-    "Qwen3_5": BACKBONES["Qwen3_5"][0],
+    "BartSeq2SeqLM": ENCODER,
+    "BloomCausalLM": BLOOM,
+    "FalconCausalLM": {
+        "num_attention_heads" if k == "num_heads" else k: v for k, v in BLOOM.items()
+    },
+    "MixtralCausalLM": {**DECODER, **EXPERTS},
+    "Phi3CausalLM": DECODER,
+    "Qwen3_5CausalLM": BACKBONES["Qwen3_5"][0],
 }
 
 
@@ -200,8 +202,8 @@ OF_OTHER_FAMILIES = {
 @pytest.mark.parametrize("name", OF_OTHER_FAMILIES)
 def test_other_families_generate_what_their_dequantized_weights_do(name):
     keras.utils.set_random_seed(0)
-    is_encoded = name == "Bart"
-    cls = getattr(hub.models, name + ("Seq2SeqLM" if is_encoded else "CausalLM"))
+    cls = getattr(hub.models, name)
+    is_encoded = issubclass(cls, hub.models.Seq2SeqLM)
     backbone = cls.backbone_cls(**OF_OTHER_FAMILIES[name])
     model = cls(backbone=backbone, preprocessor=None)
     quantized, _ = jk.quantize(model, jq.W8A16)
