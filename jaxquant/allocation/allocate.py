@@ -94,9 +94,9 @@ def allocate(
         UserWarning: an option is symmetric INT2, which has three levels.
 
     Raises:
-        ValueError: the budget is below the smallest options; no option fits a parameter; a
-            parameter meets no product, or is reshaped before; a score is NaN; or as for
-            `tree.quantize`.
+        ValueError: the budget is below the smallest options; no option fits a parameter; there are
+            statistics, but no option has a method; a parameter meets no product, or is reshaped
+            before; a score is NaN; or as for `tree.quantize`.
 
     Source: Fisher information as in Theis et al. 2018, arXiv:1801.05787, eq. 8; the coupling of
         outputs as in Tseng et al. 2025 (YAQA), arXiv:2505.22988.
@@ -117,8 +117,13 @@ def allocate(
     if not pairs:
         raise ValueError(f"options must not be empty; got {options!r}.")
     if any(method is not None for _, method in pairs.values()):
-        # Statistics without a method are an error.
+        # `tree.quantize` raises an error for statistics without a method.
         pairs = {name: (scheme, method or Nearest()) for name, (scheme, method) in pairs.items()}
+    elif statistics:
+        raise ValueError(
+            f"statistics must go with a method; got the options {', '.join(pairs)} without one. "
+            "Pass an option as (scheme, method), or leave out statistics."
+        )
     chosen = default_rules(ArrayConfig()) if rules is None else rules
     paths, leaves, plans, treedef = select(params, chosen)
     items = {

@@ -226,6 +226,13 @@ def test_options_without_a_method_are_rounded_beside_others():
             np.testing.assert_array_equal(q.codes, jq.tree.quantize(params, jq.W8A16)["a"].codes)
 
 
+def test_statistics_need_an_option_with_a_method():
+    options, statistics = {"w4": W4, "8 bits": jq.W8A16}, {"a": {}}
+    words = "statistics must go with a method; got the options w4, 8 bits without one. Pass an opt"
+    with pytest.raises(ValueError, match=words):
+        jq.allocate(two_layers, parameters(), [normal(8, K)], options, 9.0, statistics=statistics)
+
+
 @pytest.mark.slow
 def test_options_may_have_methods_and_what_changes_activations_is_undone():
     params, x = parameters(), normal(200, K, seed=3)
