@@ -64,7 +64,9 @@ from .low_rank import low_rank_product as low_rank_product
 from .low_rank import low_rank_shapes as low_rank_shapes
 from .noise import Seed as Seed
 from .noise import draw_seeds as draw_seeds
+from .packing import bits_to_float as bits_to_float
 from .packing import concatenate_codes as concatenate_codes
+from .packing import float_to_bits as float_to_bits
 from .packing import pack_int2 as pack_int2
 from .packing import pack_int4 as pack_int4
 from .packing import unpack_int2 as unpack_int2

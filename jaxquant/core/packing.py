@@ -1,7 +1,7 @@
 """Packing of 2-bit and 4-bit codes into bytes, for files, Keras variables and native kernels.
 
 Elsewhere in the library these codes have XLA's int2 and int4 dtypes and need no packing;
-`concatenate_codes` joins arrays of them.
+`concatenate_codes` joins arrays of them. `float_to_bits` is for narrow floats.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,20 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+
+from .formats import bits_of
+
+
+def float_to_bits(x: jax.Array) -> jax.Array:
+    """The bits of floats narrower than 32 bits as unsigned integers; other arrays as they are."""
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    bits = bits_of(x.dtype) if is_float else 32
+    return jax.lax.bitcast_convert_type(x, f"uint{bits}") if bits < 32 else x
+
+
+def bits_to_float(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Inverse of `float_to_bits`, for the dtype that the array had."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 @partial(jax.jit, static_argnames="axis")

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from .. import ops
 from ..core import ArrayConfig, QTensor, encode, fit, group, hadamard, quantize_with_range
+from .residuals import Residual
 
 CODES = "jaxquant_codes"
 # The signs of a rotation. One draw for all products, as in arXiv:2509.25149, section 4.2.
@@ -159,7 +160,8 @@ def name_codes(x: Kept) -> Kept:
     """x, with a name on its codes and scales by which `save_codes` keeps them."""
     if isinstance(x, jax.Array):
         return x
-    return jax.tree.map(partial(checkpoint_name, name=CODES), x)
+    # What is kept of them has the name.
+    return jax.tree.map(partial(checkpoint_name, name=CODES), Residual.of(x)).restore()
 
 
 def rotate(x: jax.Array, axis: int, size: int) -> jax.Array:

@@ -17,6 +17,7 @@ from .amax import amax_of
 from .delayed import DelayedScaling
 from .operand import Plan, as_operand, name_codes, plan_operand
 from .product_config import ProductConfig
+from .residuals import Residual
 
 AxesOfBoth = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -173,7 +174,7 @@ def _forward(operation, config, lhs, rhs, key, scaling, arrays):
         _, plan = _plan_gradient(operation, config, 1 - place, out, x)
         codes = operands[place] if plan == plans[place] else plan.quantize(x, limits[place])
         is_named = place == 0 and codes is operands[0]
-        kept.append(codes if is_named else name_codes(codes))
+        kept.append(Residual.of(codes if is_named else name_codes(codes)))
     seen = None
     if scaling is not None:
         seen = _shared_amax(lhs, scaling.lhs), _shared_amax(rhs, scaling.rhs)
@@ -198,10 +199,10 @@ def _backward(operation, config, kept, gradient):
     key = key if config.rounds_stochastically else None
     limit = None if scaling is None else scaling.amax_limit(scaling.gradient, amax_of(gradient))
 
-    def of_side(side, other):
+    def of_side(side, kept):
         like = static.like[side]
         plan, _ = _plan_gradient(operation, config, side, gradient, static.like[1 - side])
-        operands = plan.quantize(gradient, limit, key), other
+        operands = plan.quantize(gradient, limit, key), kept.restore()
         out = operation.run_gradient(side, *map(as_operand, operands), like, arrays)
         return out.astype(like.dtype)
 

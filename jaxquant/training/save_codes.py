@@ -33,7 +33,7 @@ def save_codes(*args: Any, **params: Any) -> Any:
         ...     return jnp.tanh(jq.training.matmul(x, w, config=jq.training.FP8_TRAINING))
         >>> saving = jax.checkpoint(block, policy=jq.training.save_codes)
         >>> _, pull = jax.vjp(saving, jnp.ones((4, 4)), jnp.ones((2, 4)))
-        >>> "float8_e4m3fn" in {x.dtype.name for x in jax.tree.leaves(pull)}
-        True
+        >>> {x.dtype.itemsize for x in jax.tree.leaves(pull) if x.shape == (2, 4)}
+        {1}
     """
     return _policy(*args, **params)

@@ -417,10 +417,10 @@ def test_save_codes_keeps_codes_instead_of_activations():
     plain, expected = kept(None)
     assert plain.count("float32") >= 3  # What tanh needs.
     names, found = kept(training.save_codes)
-    assert names.count("float8_e4m3fn") == 3
+    assert names.count("uint8") == 3  # Codes of float8, on CPU.
     assert names.count("float32") <= 1  # The argument.
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
-    assert "float8_e4m3fn" not in kept(jax.checkpoint_policies.nothing_saveable)[0]
+    assert "uint8" not in kept(jax.checkpoint_policies.nothing_saveable)[0]
 
 
 def test_save_codes_keeps_those_of_each_product():

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ...core import ArrayConfig, bits_of, pack_int4, packed_bytes, quantize, unpack_int4
+from ...core import (
+    ArrayConfig,
+    bits_of,
+    bits_to_float,
+    float_to_bits,
+    pack_int4,
+    packed_bytes,
+    quantize,
+    unpack_int4,
+)
 from ...jaxprs import is_tracer
 from .own_heads import on_own_heads
 from .writing import Place, write
@@ -259,11 +268,7 @@ def _encode(x: jax.Array, dtype: Any, config: ArrayConfig | None) -> tuple[jax.A
 
 
 def _as_stored(x: jax.Array) -> jax.Array:
-    bits = bits_of(x.dtype)
-    if bits == 4:
-        return pack_int4(x, axis=-1)
-    is_narrow_float = jnp.issubdtype(x.dtype, jnp.floating) and bits < 32
-    return jax.lax.bitcast_convert_type(x, f"uint{bits}") if is_narrow_float else x
+    return pack_int4(x, axis=-1) if bits_of(x.dtype) == 4 else float_to_bits(x)
 
 
 def as_numbers(x: jax.Array, dtype: jax.typing.DTypeLike, size: int = 1) -> jax.Array:
@@ -271,4 +276,4 @@ def as_numbers(x: jax.Array, dtype: jax.typing.DTypeLike, size: int = 1) -> jax.
     if bits_of(dtype) == 4:
         # XLA on CPU would read an array of int4 one element at a time.
         return unpack_int4(x, size, axis=-1)
-    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+    return bits_to_float(x, dtype)
