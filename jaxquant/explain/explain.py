@@ -15,6 +15,7 @@ from ..jaxprs import (
     chips,
     device_count,
     is_mapped,
+    is_narrow_float,
     is_partitioned,
     is_sliced,
     jit_name,
@@ -94,7 +95,9 @@ class _Product:
         parameter: path of the parameter in it, if a lifted function has it, else "".
         copies: copies that `vmap` made of the result, of lhs and of rhs.
         site: the location of its marker.
-        is_sliced: whether an operand is a slice of codes of less than a byte.
+        is_sliced: whether an operand is a slice of integers of less than a byte, or of floats of 8
+            bits or fewer in a loop.
+        has_narrow_floats: whether an operand consists of such floats.
         is_partitioned: whether XLA divides it among devices.
         has_parts: whether each device may run a kernel on its part then.
         parts: into how many parts devices divide each stored axis of the right operand; None if
@@ -106,6 +109,7 @@ class _Product:
     copies: tuple[int, int, int]
     site: Site
     is_sliced: bool
+    has_narrow_floats: bool
     is_partitioned: bool
     has_parts: bool
     parts: tuple[int, ...] | None
@@ -128,6 +132,7 @@ def _products(fn, args, platform) -> Iterator[_Product]:
                 copies=eqn.params["copies"],
                 site=site,
                 is_sliced=is_sliced(eqn.invars, sliced),
+                has_narrow_floats=any(is_narrow_float(v.aval) for v in eqn.invars),
                 is_partitioned=is_divided,
                 has_parts=names_parts(devices) and not is_mapped(site),
                 parts=parts_of(eqn.invars[2], parts),
@@ -224,10 +229,14 @@ def _warning(product, choice, machine, speeds, measurement, estimate):
     """A warning if the product is slower than necessary, or None."""
     words = []
     # Computations that unpack codes copy them anyway, which costs as much as slicing.
-    if product.is_sliced and choice.reads_packed and not machine.slices_4_bits:
+    is_slow = product.is_sliced and not machine.slices_4_bits
+    if is_slow and (product.has_narrow_floats or choice.reads_packed):
+        what = "slices 4-bit weights one element at a time"
+        if product.has_narrow_floats:
+            what = "converts the weights of all layers to wider floats before the loop"
         words.append(
-            "XLA slices 4-bit weights one element at a time: use jaxquant.scan (without "
-            "gradients), or keep the layers in separate arrays"
+            f"XLA {what}: use jaxquant.scan (without gradients), or keep the layers in separate "
+            "arrays"
         )
     found = [speed for *_, speed in speeds]
     if found and min(found) < 1:

@@ -73,6 +73,7 @@ from .sharding import varying_axes as varying_axes
 from .sharding import without_names as without_names
 from .slices import add_slices as add_slices
 from .slices import is_narrow as is_narrow
+from .slices import is_narrow_float as is_narrow_float
 from .slices import is_sliced as is_sliced
 from .walker import Site as Site
 from .walker import walk as walk

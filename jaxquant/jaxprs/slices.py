@@ -1,6 +1,7 @@
-"""Finds the arrays of a program that are slices of sub-byte arrays.
+"""Finds the arrays of a program that are slices of sub-byte integers, or of floats in loops.
 
-XLA on CPU copies such elements one at a time: see `jaxquant/ops/scan.py` for the cost.
+XLA on CPU copies the former one element at a time, and converts the whole stack of floats of 8 bits
+or fewer: see `jaxquant/ops/scan.py` for the cost.
 """
 
 import math
@@ -16,10 +17,15 @@ from .params import count_before_slices, inner_jaxprs
 
 
 def is_narrow(x: Any) -> bool:
-    """Whether an array, or its shape and dtype, has elements of less than a byte."""
+    """Whether an array, or its shape and dtype, has integers of less than a byte."""
     dtype = getattr(x, "dtype", np.dtype(bool))
-    is_number = any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.floating))
-    return is_number and bits_of(dtype) < 8
+    return jnp.issubdtype(dtype, jnp.integer) and bits_of(dtype) < 8
+
+
+def is_narrow_float(x: Any) -> bool:
+    """Whether an array, or its shape and dtype, has floats of 8 bits or fewer."""
+    dtype = getattr(x, "dtype", np.dtype(bool))
+    return jnp.issubdtype(dtype, jnp.floating) and bits_of(dtype) <= 8
 
 
 def is_sliced(variables: Sequence[Var | Literal | None], sliced: frozenset[Var]) -> bool:
@@ -37,16 +43,19 @@ def add_slices(eqn: JaxprEqn, sliced: frozenset[Var]) -> frozenset[Var]:
     first = count_before_slices(eqn)
     for jaxpr, operands, _ in inner_jaxprs(eqn):
         for place, (variable, operand) in enumerate(zip(jaxpr.invars, operands, strict=True)):
-            is_cut = place >= first and is_narrow(variable.aval)
+            is_cut = place >= first and (is_narrow(variable.aval) or is_narrow_float(variable.aval))
             known[variable] = is_cut or is_sliced([operand], sliced)
     return (sliced - known.keys()) | {v for v, is_slice in known.items() if is_slice}
 
 
 def _slices_made_by(eqn: JaxprEqn, sliced: frozenset[Var]) -> list[Var]:
-    """Narrow results that are smaller than the largest narrow operand, or computed from slices."""
-    results = [v for v in eqn.outvars if is_narrow(v.aval)]
+    """Results that are computed from slices, or narrow and smaller than the largest narrow operand.
+
+    Elsewhere than in loops, XLA converts no more of an array of floats than what it slices.
+    """
     if is_sliced(eqn.invars, sliced):
-        return results
+        return [v for v in eqn.outvars if is_narrow(v.aval) or is_narrow_float(v.aval)]
+    results = [v for v in eqn.outvars if is_narrow(v.aval)]
     largest = max((_size(v) for v in eqn.invars if is_narrow(v.aval)), default=0)
     return [v for v in results if _size(v) < largest]
 

@@ -1,6 +1,7 @@
-"""Loops over stacked layers that do not slice codes, or slice sub-byte ones as fast as others.
+"""Loops over stacked layers that do not slice codes, or slice them as fast as float32.
 
-XLA copies the slices that a loop takes of its `xs`, on CPU sub-byte elements one at a time.
+XLA copies the slices that a loop takes of its `xs`. On CPU it does so with sub-byte elements one at
+a time, and converts whole stacks of float8, float4 and bfloat16 to wider floats before the loop.
 `python -m benchmarks.loops` has the ratios.
 """
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core import bits_of
-from ..jaxprs import Copier, is_narrow, is_tracer, with_copied_slices
+from ..jaxprs import Copier, is_narrow, is_narrow_float, is_tracer, with_copied_slices
 from ..kernels import cpu
 from .operands import is_quantized
 from .stacks import slicing
@@ -27,13 +28,14 @@ def scan(
     reverse: bool = False,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan` that is fast on CPU, too, over stacked QTensors of less than 8 bits.
+    """`jax.lax.scan` that is fast on CPU, too, over stacked QTensors.
 
         for i in range(length):  init, y[i] = f(init, xs[i])
 
     Products by the native kernels for CPUs, and by those for few rows on TPU, read the weights of a
-    step where they are in `xs`; XLA would copy them first. Other slices of a 2-bit or 4-bit array
-    are copied as bytes by a native kernel on CPU, where XLA would copy element by element.
+    step where they are in `xs`; XLA would copy them first. Other slices of a 2-bit or 4-bit array,
+    or of floats that XLA computes in wider ones (float8, bfloat16), are copied as bytes by a native
+    kernel on CPU, where XLA would copy element by element, or convert the whole stack.
     Everything else runs as `jax.lax.scan`: other platforms, exported programs, programs that XLA
     partitions, slices that do not fill whole bytes, differentiated loops, and installs without the
     native kernels. Slices are the same, bit for bit.
@@ -90,8 +92,10 @@ def scan(
 
 
 def _is_copied(x: Any) -> bool:
-    """Whether an array has elements of less than a byte, and slices of whole bytes."""
-    if not is_narrow(x) or math.prod(x.shape) == 0:
+    """Whether XLA on CPU is slow to slice an array, and its slices are whole bytes."""
+    is_bfloat16 = getattr(x, "dtype", None) == jnp.bfloat16
+    is_slow = is_narrow(x) or is_narrow_float(x) or is_bfloat16
+    if not is_slow or math.prod(x.shape) == 0:
         return False
     return math.prod(x.shape[1:]) * bits_of(x.dtype) % 8 == 0
 

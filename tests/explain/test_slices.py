@@ -1,4 +1,4 @@
-"""Slices of 4-bit weights, which are slow on CPU."""
+"""Slices of 4-bit and float8 weights, which are slow on CPU."""
 
 from functools import partial
 
@@ -6,11 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxquant import (
-    explain,
-    matmul,
-    scan,
-)
+from jaxquant import FP8, MXFP8A8, NVFP4A16, explain, matmul, quantize, scan
 
 from .operands import G128, HAS_NATIVE, floats, stacked, stored
 
@@ -80,3 +76,21 @@ def test_a_loop_copies_nothing_that_xla_reads_itself():
     (row,) = explain(partial(by_a, jax.lax.scan), floats(5, 128), layers, platform="cpu")
     assert row.implementation == "dequantize"
     assert "slices" not in (row.warning or "")
+
+
+@pytest.mark.parametrize("scheme", [FP8, MXFP8A8, NVFP4A16], ids=["fp8", "mxfp8", "nvfp4"])
+def test_loops_over_narrow_floats_have_a_warning_on_cpu(scheme):
+    words = (
+        "XLA converts the weights of all layers to wider floats before the loop: use jaxquant.scan "
+        "(without gradients), or keep the layers in separate arrays"
+    )
+    store = partial(quantize, config=scheme.weights, axis=-2)
+    layers = stacked(jax.eval_shape(store, floats(256, 256)))
+    for function, platform, is_slow in (
+        (partial(by_a, jax.lax.scan), "cpu", True),
+        (partial(by_a, jax.lax.scan), "tpu", False),
+        (partial(by_a, scan), "cpu", False),
+        (sliced_by_index, "cpu", False),
+    ):
+        found = explain(function, floats(5, 256), layers, platform=platform)
+        assert {words in (row.warning or "") for row in found} == {is_slow}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from functools import partial
 
 import jax
@@ -94,7 +95,7 @@ def test_steps_are_unrolled():
 def test_the_native_kernel_copies_slices_of_sub_byte_arrays_that_fill_whole_bytes():
     codes_and_zeros = partial(slices, scan), stack(CONFIGS["int4"])
     assert calls(*codes_and_zeros) == 2
-    assert calls(partial(slices, scan), stack(CONFIGS["nvfp4"], (16, N))) == 1
+    assert calls(partial(slices, scan), stack(CONFIGS["nvfp4"], (16, N))) == 2  # And scales.
     assert calls(partial(slices, scan), stack(CONFIGS["int8"])) == 0
     assert calls(partial(slices, lax.scan), stack(CONFIGS["int4"])) == 0
     odd = jnp.arange(LAYERS * 15, dtype=jnp.int32).reshape(LAYERS, 3, 5) % 16 - 8
@@ -103,6 +104,26 @@ def test_the_native_kernel_copies_slices_of_sub_byte_arrays_that_fill_whole_byte
     _, (_, got) = jax.jit(partial(slices, scan))({"whole": whole, "odd": other})
     assert_same(got, {"whole": whole, "odd": other})
     assert_same(*(jax.jit(partial(slices, run))(odd.astype(jnp.int2)) for run in (scan, lax.scan)))
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "bfloat16"])
+def test_floats_that_xla_computes_in_wider_ones_are_not_converted_before_the_loop(name):
+    x = jnp.asarray(np.resize([1, 2, np.inf, -0.5, 4, np.nan, 0.25], (LAYERS, 5, 4)), name)
+    # XLA on CPU converts the whole stack if the loop reads its slices.
+    wide = re.compile(rf"f(16|32)\[{LAYERS},5,4\]\S* convert\(")
+
+    def run(loop, x):
+        def step(total, row):
+            wide = row.astype(jnp.float32)
+            return total + wide, wide
+
+        return loop(step, jnp.zeros((5, 4)), x)
+
+    assert calls(partial(run, scan), x) == 1
+    texts = [jax.jit(partial(run, loop)).lower(x).compile().as_text() for loop in (scan, lax.scan)]
+    assert [bool(wide.search(text)) for text in texts] == [False, True]
+    assert_same(*(jax.jit(partial(run, loop))(x) for loop in (scan, lax.scan)))
 
 
 def layer(x, q):
