@@ -58,14 +58,14 @@ class Row:
     Attributes:
         config: of all products of kernels; None for float32.
         is_delayed: whether scaling is delayed.
-        float_layers: number of last layers whose products stay in float32.
+        float_layers: numbers of first and of last layers whose products stay in float32.
         state: rules of `quantized_state`; None for states in float32.
         qwix: fields of Qwix's rule, by which it computes the products; None for ours.
     """
 
     config: training.ProductConfig | None = None
     is_delayed: bool = False
-    float_layers: int = 0
+    float_layers: tuple[int, int] = (0, 0)
     state: Any = None
     qwix: Mapping[str, str] | None = None
 
@@ -78,8 +78,8 @@ ROWS: Mapping[str, Row] = {
     "FP8_TRAINING, delayed": Row(training.FP8_TRAINING, is_delayed=True),
     "FP8_BLOCKS": Row(training.FP8_BLOCKS),
     "MXFP8_TRAINING": Row(training.MXFP8_TRAINING),
-    # 15 % of the layers, as the paper says.
-    "NVFP4_TRAINING": Row(training.NVFP4_TRAINING, float_layers=4),
+    # A sixth of the layers, as in the paper, first and last ones.
+    "NVFP4_TRAINING": Row(training.NVFP4_TRAINING, float_layers=(2, 3)),
     "8-bit AdamW": Row(state=training.STATE_8_BIT),
     "4-bit AdamW": Row(state=training.STATE_4_BIT),
     **{name: Row(qwix=fields) for name, fields in peers.QWIX.items()},
@@ -126,12 +126,13 @@ def read_data(tokenizer: Any, size: Size, texts: list[bytes] | None = None) -> D
     return Data(trained, windows[::every][: size.held_out])
 
 
-def split_layers(params: Any, last: int) -> Any:
-    """The layers in two stacks, of which the second holds the last ones."""
+def split_layers(params: Any, first: int, last: int) -> Any:
+    """The layers in three stacks, of which the second is without so many first and last ones."""
     (stack,) = params["layers"]
-    if last == 0:
+    if first == last == 0:
         return params
-    parts = (slice(None, -last), slice(-last, None))
+    count = len(jax.tree.leaves(stack)[0])
+    parts = (slice(None, first), slice(first, count - last), slice(count - last, None))
     return {**params, "layers": tuple(jax.tree.map(lambda x, s=s: x[s], stack) for s in parts)}
 
 
@@ -156,11 +157,12 @@ class Trainer:
 
     def run(self, row: Row, seed: int) -> Result:
         """The loss of a row, bytes of its state, and CPU seconds per step without the first."""
-        params = split_layers(self.model.params, row.float_layers)
+        params = split_layers(self.model.params, *row.float_layers)
         optimizer = optax.adamw(schedule(RATE, self.size.steps), weight_decay=DECAY)
         if row.state is not None:
             optimizer = training.quantized_state(optimizer, row.state)
-        rules = {"embedding": None, "layers/0/*/kernel": row.config}
+        quantized = "1" if any(row.float_layers) else "0"
+        rules = {"embedding": None, f"layers/{quantized}/*/kernel": row.config}
         scaling = {}
         if row.is_delayed:
             batch = jax.ShapeDtypeStruct((1, self.size.tokens + 1), jnp.int32)

@@ -13,8 +13,8 @@ _DISTILLED = ("mean KL", "recovered", "steps", "CPU seconds per step")
 
 
 def read(name: str) -> list[dict[str, Any]]:
-    """The results of a part; its name may end with that of a machine."""
-    return json.loads((RESULTS / f"{name}.json").read_text())[name.partition("-")[0]]
+    """The results of a part."""
+    return json.loads((RESULTS / f"{name}.json").read_text())[name]
 
 
 def smollm2_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -69,7 +69,6 @@ def updates_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 TABLES = {
     "smollm2": smollm2_table,
-    "smollm2-xeon": smollm2_table,
     "distillation": distillation_table,
     "updates": updates_table,
 }

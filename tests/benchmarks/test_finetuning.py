@@ -34,11 +34,11 @@ def test_short_topics_raise():
         finetuning.read_data(TOKENIZER, SIZE, [b"abcdefg"] * 8)
 
 
-def test_the_last_layers_are_a_stack_of_their_own():
+def test_the_first_and_last_layers_are_stacks_of_their_own():
     params = {"layers": ({"w": jnp.arange(5)},), "norm": jnp.ones(2)}
-    assert finetuning.split_layers(params, 0) is params
-    first, last = finetuning.split_layers(params, 2)["layers"]
-    assert (first["w"].tolist(), last["w"].tolist()) == ([0, 1, 2], [3, 4])
+    assert finetuning.split_layers(params, 0, 0) is params
+    stacks = finetuning.split_layers(params, 1, 2)["layers"]
+    assert [stack["w"].tolist() for stack in stacks] == [[0], [1, 2], [3, 4]]
 
 
 def test_rows_that_a_file_holds_are_not_run_again():

@@ -9,7 +9,6 @@ from benchmarks.training import tables
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 PAGES = {
     "smollm2": "training.md",
-    "smollm2-xeon": "training.md",
     "distillation": "howto/distillation.md",
     "updates": "training.md",
 }
