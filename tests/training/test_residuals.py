@@ -38,7 +38,8 @@ def test_arrays_are_restored_bit_for_bit(dtype, shape):
     for run in (round_trip, jax.jit(round_trip), jax.jit(lambda _: kept.restore())):
         found = run(x)
         assert (found.dtype, found.shape) == (x.dtype, x.shape)
-        np.testing.assert_array_equal(*(np.asarray(a.astype(jnp.float32)) for a in (found, x)))
+        wide, wanted = (np.asarray(a.astype(jnp.float32)) for a in (found, x))
+        np.testing.assert_array_equal(wide, wanted)
 
 
 def test_on_cpu_they_are_kept_as_bytes_and_elsewhere_as_they_are(monkeypatch):
@@ -78,6 +79,7 @@ def test_a_loop_does_not_convert_the_whole_stack_in_each_step(name):
     text = gradients.lower(x, kernels).compile().as_text()
     # XLA would have the stack in wider elements, and convert it back.
     stacks = rf"\w+\[{LAYERS},(?:16|64),(?:64|32)\]\S* convert\("
+    assert text
     assert not re.findall(stacks, text)
     found = gradients(x, kernels)
     wanted = jax.jit(jax.grad(partial(one_by_one, config), (0, 1)))(x, kernels)
