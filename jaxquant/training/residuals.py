@@ -1,6 +1,7 @@
 """What the backward pass keeps of quantized operands, which loops over layers stack."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from ..core import bits_of, bits_to_float, float_to_bits
+from ..jaxprs import names_along
 
 
 @jax.tree_util.register_dataclass
@@ -42,9 +44,15 @@ class Residual:
 
 def _to_bytes(x: jax.Array) -> jax.Array:
     x = float_to_bits(x)
-    if bits_of(x.dtype) != 4 or not x.ndim or x.shape[-1] % 2:
+    if bits_of(x.dtype) != 4 or not x.ndim or x.shape[-1] % (2 * _parts_of_last(x)):
         return x
     return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2), jnp.uint8)
+
+
+def _parts_of_last(x: jax.Array) -> int:
+    """Into how many parts explicit axes of a mesh divide the last axis."""
+    shape = jax.typeof(x).sharding.mesh.shape
+    return math.prod(shape[name] for name in names_along(x, x.ndim - 1))
 
 
 def _from_bytes(x: jax.Array, dtype: np.dtype) -> jax.Array:

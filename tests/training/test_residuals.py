@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxquant import training
 from jaxquant.training.residuals import Residual
@@ -53,6 +55,22 @@ def test_on_cpu_they_are_kept_as_bytes_and_elsewhere_as_they_are(monkeypatch):
     assert stored["float32"] is tree["float32"]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert Residual.of(tree).stored == tree
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("length", [6, 8])
+def test_each_device_keeps_its_part(length, kind):
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        x = every_code("float4_e2m1fn", (4, length))
+        x = jax.device_put(x, NamedSharding(mesh, P(None, "a")))
+        stored, found = jax.jit(lambda x: (Residual.of(x).stored, Residual.of(x).restore()))(x)
+    # Parts of three elements do not fill bytes, where types say that there are such parts.
+    is_whole = length == 8 or kind is AxisType.Auto
+    assert stored.dtype == (jnp.uint8 if is_whole else jnp.uint4)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(x))
+    if length == 8:
+        assert stored.sharding.spec == found.sharding.spec == P(None, "a")
 
 
 def in_a_loop(config, x, kernels):
