@@ -121,8 +121,10 @@ def test_floats_that_xla_computes_in_wider_ones_are_not_converted_before_the_loo
         return loop(step, jnp.zeros((5, 4)), x)
 
     assert calls(partial(run, scan), x) == 1
-    programs = [jax.jit(partial(run, loop)).lower(x).compile() for loop in (scan, lax.scan)]
-    assert [bool(wide.search(found.as_text() or "")) for found in programs] == [False, True]
+    ours, plain = (jax.jit(partial(run, loop)).lower(x).compile() for loop in (scan, lax.scan))
+    assert not wide.search(ours.as_text() or "")
+    if name != "bfloat16":  # Which newer versions of XLA slice as it is.
+        assert wide.search(plain.as_text() or "")
     assert_same(*(jax.jit(partial(run, loop))(x) for loop in (scan, lax.scan)))
 
 
