@@ -65,6 +65,7 @@ from .low_rank import low_rank_shapes as low_rank_shapes
 from .noise import Seed as Seed
 from .noise import draw_seeds as draw_seeds
 from .packing import bits_to_float as bits_to_float
+from .packing import bytes_to_pairs as bytes_to_pairs
 from .packing import concatenate_codes as concatenate_codes
 from .packing import float_to_bits as float_to_bits
 from .packing import pack_int2 as pack_int2

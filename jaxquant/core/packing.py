@@ -25,6 +25,17 @@ def bits_to_float(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
+def bytes_to_pairs(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The 4-bit elements that bytes hold two by two along the last axis, the low half first.
+
+    A bitcast keeps them packed, whereas shifts would write one byte per element.
+    """
+    # XLA on CPU (jaxlib 0.10.2) folds this bitcast of a constant, such as a weight that a jitted
+    # function closes over, to wrong codes. A barrier prevents the folding.
+    pairs = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(x), dtype)
+    return pairs.reshape(*x.shape[:-1], 2 * x.shape[-1])
+
+
 @partial(jax.jit, static_argnames="axis")
 def pack_int4(codes: jax.Array, axis: int = 0) -> jax.Array:
     """Packs two 4-bit codes per byte: code 2i in the low nibble, code 2i+1 in the high nibble.

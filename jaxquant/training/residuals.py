@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..core import bits_of, bits_to_float, float_to_bits
+from ..core import bits_of, bits_to_float, bytes_to_pairs, float_to_bits
 from ..jaxprs import names_along
 
 
@@ -58,6 +58,4 @@ def _parts_of_last(x: jax.Array) -> int:
 def _from_bytes(x: jax.Array, dtype: np.dtype) -> jax.Array:
     if bits_of(x.dtype) == bits_of(dtype):
         return bits_to_float(x, dtype)
-    # XLA on CPU (jaxlib 0.10.2) folds this bitcast of a constant to wrong codes.
-    pairs = lax.bitcast_convert_type(lax.optimization_barrier(x), dtype)
-    return pairs.reshape(*x.shape[:-1], 2 * x.shape[-1])
+    return bytes_to_pairs(x, dtype)

@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ...core import QTensor, bits_of, pack_int2, pack_int4, unpack_int2
+from ...core import (
+    QTensor,
+    bits_of,
+    bits_to_float,
+    bytes_to_pairs,
+    float_to_bits,
+    pack_int2,
+    pack_int4,
+    unpack_int2,
+)
 
 _STORABLE = ("int8", "uint8", "float16", "float32", "float64")
 _PACK = {4: pack_int4, 2: pack_int2}
@@ -62,8 +71,7 @@ def to_storage_array(x: jax.Array) -> jax.Array:
     if x.dtype.name in _STORABLE:
         return x
     bits = bits_of(x.dtype)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        x = lax.bitcast_convert_type(x, f"uint{bits}")
+    x = float_to_bits(x)
     return x if bits >= 8 else _PACK[bits](x, axis=-1)
 
 
@@ -102,17 +110,9 @@ def from_storage_array(stored: jax.Array, like: Any) -> jax.Array:
         return stored
     bits = bits_of(like.dtype)
     if bits >= 8:
-        return lax.bitcast_convert_type(stored, like.dtype)
-    # A bitcast keeps 4-bit codes packed, whereas shifts would write one byte per code.
-    whole = _unpack_int4(stored, like) if bits == 4 else _unpack_int2(stored, like)
+        return bits_to_float(stored, like.dtype)
+    whole = bytes_to_pairs(stored, like.dtype) if bits == 4 else _unpack_int2(stored, like)
     return lax.slice_in_dim(whole, 0, like.shape[-1], axis=-1)
-
-
-def _unpack_int4(stored: jax.Array, like: Any) -> jax.Array:
-    # XLA on CPU (jaxlib 0.10.2) folds this bitcast of a constant, such as a weight that a jitted
-    # function closes over, to wrong codes. A barrier prevents the folding.
-    pairs = lax.bitcast_convert_type(lax.optimization_barrier(stored), like.dtype)
-    return pairs.reshape(*stored.shape[:-1], 2 * stored.shape[-1])
 
 
 def _unpack_int2(stored: jax.Array, like: Any) -> jax.Array:
