@@ -137,7 +137,7 @@ def _products(fn, args, platform) -> Iterator[_Product]:
                 has_parts=names_parts(devices) and not is_mapped(site),
                 parts=parts_of(eqn.invars[2], parts),
             )
-        sliced, parts = add_slices(eqn, sliced), add_parts(eqn, parts)
+        sliced, parts = add_slices(site, sliced), add_parts(eqn, parts)
 
 
 def _row(
@@ -229,7 +229,7 @@ def _warning(product, choice, machine, speeds, measurement, estimate):
     """A warning if the product is slower than necessary, or None."""
     words = []
     # Computations that unpack codes copy them anyway, which costs as much as slicing.
-    is_slow = product.is_sliced and not machine.slices_4_bits
+    is_slow = product.is_sliced and not machine.slices_narrow
     if is_slow and (product.has_narrow_floats or choice.reads_packed):
         what = "slices 4-bit weights one element at a time"
         if product.has_narrow_floats:

@@ -18,7 +18,8 @@ class Machine:
         integer_per_second, float_per_second: multiplications and additions in int8, and in the
             floating-point dtype of products (bfloat16 on TPU and GPU, float32 on CPU).
         source: where the figures come from.
-        slices_4_bits: whether 4-bit arrays are sliced as fast as others.
+        slices_narrow: whether arrays of 4-bit integers, and of floats of 8 bits or fewer in loops,
+            are sliced as fast as others.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Machine:
     integer_per_second: float
     float_per_second: float
     source: str
-    slices_4_bits: bool = True
+    slices_narrow: bool = True
 
     def operations_per_byte(self, is_integer: bool) -> float:
         """Operations per byte above which arithmetic takes longer than memory."""
@@ -49,7 +50,7 @@ MACHINES = (
         integer_per_second=0.69e12,
         float_per_second=0.19e12,
         source="measured on 2 cores with AVX512-VNNI",
-        slices_4_bits=False,
+        slices_narrow=False,
     ),
     Machine("v5e", "tpu", "tpu", "TPU v5 lite", 819e9, 394e12, 197e12, "Google's data sheet"),
     Machine("v6e", "tpu", "tpu", "TPU v6", 1640e9, 1836e12, 918e12, "Google's data sheet"),

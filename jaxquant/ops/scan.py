@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core import bits_of
-from ..jaxprs import Copier, is_narrow, is_narrow_float, is_tracer, with_copied_slices
+from ..jaxprs import Copier, is_narrow, is_tracer, with_copied_slices
 from ..kernels import cpu
 from .operands import is_quantized
 from .stacks import slicing
@@ -93,8 +93,7 @@ def scan(
 
 def _is_copied(x: Any) -> bool:
     """Whether XLA on CPU is slow to slice an array, and its slices are whole bytes."""
-    is_bfloat16 = getattr(x, "dtype", None) == jnp.bfloat16
-    is_slow = is_narrow(x) or is_narrow_float(x) or is_bfloat16
+    is_slow = is_narrow(x) or getattr(x, "dtype", None) == jnp.bfloat16
     if not is_slow or math.prod(x.shape) == 0:
         return False
     return math.prod(x.shape[1:]) * bits_of(x.dtype) % 8 == 0

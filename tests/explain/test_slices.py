@@ -90,6 +90,7 @@ def test_loops_over_narrow_floats_have_a_warning_on_cpu(scheme):
         (partial(by_a, jax.lax.scan), "cpu", True),
         (partial(by_a, jax.lax.scan), "tpu", False),
         (partial(by_a, scan), "cpu", False),
+        (taken_in_a_loop, "cpu", True),
         (sliced_by_index, "cpu", False),
     ):
         found = explain(function, floats(5, 256), layers, platform=platform)

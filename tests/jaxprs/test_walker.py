@@ -113,14 +113,14 @@ NARROW = jnp.ones((4, 8, 6), jnp.int4)
 
 
 def slices_in(function, *args):
-    """Of each `convert_element_type` from 4 bits, whether its operand is a slice."""
+    """Of each `convert_element_type` of the argument's dtype, whether its operand is a slice."""
     sliced, found = frozenset(), []
     for site in walk(jax.make_jaxpr(function)(*args)):
         eqn = site.eqn
         dtypes = [getattr(v.aval, "dtype", None) for v in eqn.invars]
-        if eqn.primitive.name == "convert_element_type" and dtypes == [jnp.int4]:
+        if eqn.primitive.name == "convert_element_type" and dtypes == [args[0].dtype]:
             found.append(is_sliced(eqn.invars, sliced))
-        sliced = add_slices(eqn, sliced)
+        sliced = add_slices(site, sliced)
     return found
 
 
@@ -167,6 +167,27 @@ USES = {
     ),
     "a scan inside of a jitted function": (lambda codes: jax.jit(in_a_scan)(codes), [True]),
 }
+
+
+def taken_in_a_loop(codes):
+    return lax.fori_loop(0, 4, lambda i, c: c + use(codes[i]), jnp.float32(0))
+
+
+# The same for float8, of which XLA converts no more than the slice outside of loops.
+FLOATS = {
+    "index": (lambda codes: use(codes[1]), [False]),
+    "scan": (in_a_scan, [True]),
+    "scan, turned": (lambda codes: lax.scan(lambda c, x: (c + use(x.T), None), 0.0, codes), [True]),
+    "taken in a loop": (taken_in_a_loop, [True]),
+    "closed over in a loop": USES["closed over in a loop"],
+    "index before a loop": (lambda codes: USES["closed over in a loop"][0](codes[1]), [False]),
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_slices_of_narrow_floats_are_followed_in_loops(name):
+    function, wanted = FLOATS[name]
+    assert slices_in(function, NARROW.astype(jnp.float8_e4m3fn)) == wanted
 
 
 @pytest.mark.parametrize("name", USES)
