@@ -161,8 +161,8 @@ class Trainer:
         optimizer = optax.adamw(schedule(RATE, self.size.steps), weight_decay=DECAY)
         if row.state is not None:
             optimizer = training.quantized_state(optimizer, row.state)
-        quantized = "1" if any(row.float_layers) else "0"
-        rules = {"embedding": None, f"layers/{quantized}/*/kernel": row.config}
+        stack = 1 if any(row.float_layers) else 0
+        rules = {"embedding": None, f"layers/{stack}/*/kernel": row.config}
         scaling = {}
         if row.is_delayed:
             batch = jax.ShapeDtypeStruct((1, self.size.tokens + 1), jnp.int32)

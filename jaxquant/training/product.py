@@ -199,10 +199,10 @@ def _backward(operation, config, kept, gradient):
     key = key if config.rounds_stochastically else None
     limit = None if scaling is None else scaling.amax_limit(scaling.gradient, amax_of(gradient))
 
-    def of_side(side, kept):
+    def of_side(side, residual):
         like = static.like[side]
         plan, _ = _plan_gradient(operation, config, side, gradient, static.like[1 - side])
-        operands = plan.quantize(gradient, limit, key), kept.restore()
+        operands = plan.quantize(gradient, limit, key), residual.restore()
         out = operation.run_gradient(side, *map(as_operand, operands), like, arrays)
         return out.astype(like.dtype)
 
