@@ -201,6 +201,7 @@ def matmul(
         >>> jax.grad(loss)(jnp.ones((3, 1))).tolist()
         [[2.0], [2.0], [2.0]]
     """
+    check_product(a, b, config, key, scaling)
     is_stack = b.ndim > 2
     if a.ndim < 2 or b.ndim < 2 or (is_stack and a.shape[:-2] != b.shape[:-2]):
         raise ValueError(

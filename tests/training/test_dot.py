@@ -481,6 +481,10 @@ ERRORS = {
         lambda: product(jnp.ones((2, 2, 4)), jnp.ones((1, 4, 3))),
         r"matmul expects .* got \(2, 2, 4\) by \(1, 4, 3\)",
     ),
+    "parameters of a layer": (
+        lambda: training.matmul(jnp.ones((2, 4)), {"kernel": 1}, config=SWITCHBACK),  # pyright: ignore[reportArgumentType] (what is refused)
+        "rhs must be a floating-point array, not a quantized one; got dict",
+    ),
     "vector": (lambda: product(jnp.ones(4)), r"matmul expects .* got \(4,\) by \(4, 3\)"),
     "field": (lambda: ProductConfig(rhs=NF4), "rhs must be an ArrayConfig or None; got nf4"),  # pyright: ignore[reportArgumentType] (what is refused)
     "sizes": (
