@@ -5,10 +5,10 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 from jax.extend.core import primitives as p
 
-from .evaluate import context_of, live_equations
+from .evaluate import live_equations
 
 # Operands are scalars or have the shape of the result, on which no parameter depends.
 _ELEMENTWISE = frozenset(
@@ -36,27 +36,23 @@ class ElementwisePart:
         arrays: variables of this shape that it starts from, inputs first.
         scalars: variables without axes that it uses.
         places: which results of the program it computes.
-        equations: in order.
-        outputs: the variables of the results.
+        program: computes them, from the arrays and the scalars.
     """
 
     shape: tuple[int, ...]
     arrays: tuple[Var, ...]
     scalars: tuple[Var, ...]
     places: tuple[int, ...]
-    equations: tuple[JaxprEqn, ...]
-    outputs: tuple[Var, ...]
+    program: ClosedJaxpr
 
     @property
     def dtypes(self) -> list[Any]:
         """Those of the results."""
-        return [_aval(v).dtype for v in self.outputs]
+        return [_aval(v).dtype for v in self.program.jaxpr.outvars]
 
     def compute(self, arrays: Sequence[Any], scalars: Sequence[Any]) -> list[Any]:
-        """The results from arrays of `shape`, or from the same window of each."""
-        values = dict(zip((*self.arrays, *self.scalars), (*arrays, *scalars), strict=True))
-        _evaluate(self.equations, values, jnp.shape(arrays[0]))
-        return [values[v] for v in self.outputs]
+        """The results."""
+        return run_program(self.program, [*arrays, *scalars])
 
 
 def elementwise_parts(program: ClosedJaxpr, inputs: Collection[int]) -> list[ElementwisePart]:
@@ -93,14 +89,15 @@ def elementwise_parts(program: ClosedJaxpr, inputs: Collection[int]) -> list[Ele
     def part_of(places, equations, uses):
         shape = _aval(jaxpr.outvars[places[0]]).shape
         sources = sorted(uses, key=lambda v: known.get(v, len(known)))
-        return ElementwisePart(
-            shape,
-            tuple(v for v in sources if _aval(v).shape == shape),
-            tuple(v for v in sources if _aval(v).shape == ()),
-            tuple(places),
-            tuple(sorted(equations.values(), key=lambda eqn: order[id(eqn)])),
-            tuple(jaxpr.outvars[i] for i in places),
+        arrays = tuple(v for v in sources if _aval(v).shape == shape)
+        scalars = tuple(v for v in sources if _aval(v).shape == ())
+        body = jaxpr.replace(
+            constvars=[],
+            invars=[*arrays, *scalars],
+            outvars=[jaxpr.outvars[i] for i in places],
+            eqns=sorted(equations.values(), key=lambda eqn: order[id(eqn)]),
         )
+        return ElementwisePart(shape, arrays, scalars, tuple(places), ClosedJaxpr(body, []))
 
     return [part_of(places, equations, uses) for _, places, equations, uses in found]
 
@@ -171,7 +168,6 @@ def _is_elementwise(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
 def _keeps_elements(eqn, shape):
     if eqn.primitive is p.jit_p:
         inner = eqn.params["jaxpr"]
-        # Windows of constants are not taken.
         has_arrays = any(map(jnp.ndim, inner.consts))
         return not has_arrays and all(_is_of_elements(e, shape) for e in inner.jaxpr.eqns)
     # Of a scalar, since operands have no other shapes.
@@ -186,29 +182,3 @@ def _is_of_elements(eqn, shape):
 
 def _has_shapes(eqn, shape):
     return all(_aval(v).shape in ((), shape) for v in eqn.invars)
-
-
-def _evaluate(
-    equations: Sequence[JaxprEqn], values: dict[Var, Any], shape: tuple[int, ...]
-) -> None:
-    """Adds the results of equations of elements to `values`, for arrays of this shape."""
-    for eqn in equations:
-        given = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
-        with context_of(eqn):
-            values.update(zip(eqn.outvars, _results(eqn, given, shape), strict=True))
-
-
-def _results(eqn, given, shape):
-    if eqn.primitive is p.broadcast_in_dim_p and _aval(eqn.outvars[0]).shape:
-        return [jnp.broadcast_to(given[0], shape)]
-    if eqn.primitive is p.jit_p:
-        return _inlined(eqn.params["jaxpr"], given, shape)
-    found = eqn.primitive.bind(*given, **eqn.params)
-    return found if eqn.primitive.multiple_results else [found]
-
-
-def _inlined(program: ClosedJaxpr, given: Sequence[Any], shape: tuple[int, ...]) -> list[Any]:
-    jaxpr: Jaxpr = program.jaxpr
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*program.consts, *given), strict=True))
-    _evaluate(jaxpr.eqns, values, shape)
-    return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]

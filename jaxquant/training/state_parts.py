@@ -14,7 +14,7 @@ from ..jaxprs import ElementwisePart, is_sharded, on_one_cpu, varying_axes
 from ..kernels import cpu
 from .blockwise import Blockwise, quantize_blocks
 from .state_blocks import layout_of
-from .state_windows import windows_of
+from .state_steps import steps_of
 
 # Rows of fewer elements are left to XLA.
 _LEAST_ROW = 32
@@ -121,64 +121,28 @@ def _natively(
     seeds: Mapping[int, Seed],
     after: jax.Array,
 ) -> dict[int, Any]:
-    """The results in one window after another. Codes and scales are overwritten."""
-    part = plan.part
-    stored = {at: arrays[at].q for at in plan.stored}
-    windows = windows_of(part.shape, [_blocks(q) for q in stored.values()])
-    encoded = {found[0]: at for at, found in plan.stored.items() if found is not None}
-
-    def decode(at, in_place, starts):
-        q = stored[at]
-        codes, scale = in_place.get(at, (q.codes, q.scale))
-        # XLA fuses this with the update, but slices 4-bit codes one by one. A single window would
-        # not wait for `after`.
-        if q.format.bits == 8 and windows.count > 1:
-            whole = dataclasses.replace(q, codes=codes, scale=scale)
-            return _window_of(whole, starts, windows.shape).dequantize()
-        return cpu.decode_powers(codes, scale, q.format, _blocks(q), windows.shape, starts, after)
-
-    def encode(place, values, in_place, starts):
-        q, seed = stored[encoded[place]], seeds.get(place)
-        words = None if seed is None else seed.words
-        within = in_place[encoded[place]]
-        return cpu.encode_powers(values, q.format, _blocks(q), words, within, starts)
-
-    def window(number, carried):
-        in_place, others = carried
-        starts = windows.starts(number)
-        values = [
-            decode(at, in_place, starts)
-            if at in stored
-            else lax.dynamic_slice(x, starts, windows.shape)
-            for at, x in enumerate(arrays)
-        ]
-        results = dict(zip(part.places, part.compute(values, scalars), strict=True))
-        found = {at: encode(p, results[p], in_place, starts) for p, at in encoded.items()}
-        written = {p: lax.dynamic_update_slice(x, results[p], starts) for p, x in others.items()}
-        return found, written
-
-    in_place = {at: (stored[at].codes, stored[at].scale) for at in encoded.values()}
-    # XLA allocates them once `after` is computed. Zeros would be there from the start.
-    others = {
-        place: cpu.empty(part.shape, dtype, after)
-        for place, dtype in zip(part.places, part.dtypes, strict=True)
-        if place not in encoded
-    }
-    in_place, results = lax.fori_loop(0, windows.count, window, (in_place, others))
-    for place, at in encoded.items():
-        codes, scale = in_place[at]
-        results[place] = Blockwise(dataclasses.replace(stored[at], codes=codes, scale=scale))
-    return results
+    """The results of the native kernel, if it has all operations; codes are overwritten."""
+    part, steps = plan.part, steps_of(plan.part, scalars)
+    if steps is None or len({_blocks(arrays[at].q) for at in plan.stored}) > 1:
+        return _by_xla(plan, arrays, scalars, seeds, after)
+    inputs = [_as_input(x) for x in arrays]
+    outputs: list[Any] = list(part.dtypes)
+    for at, found in plan.stored.items():
+        if found is not None:
+            outputs[part.places.index(found[0])] = at
+    unused = jnp.zeros(2, jnp.uint32)
+    words = [seeds[place].words if place in seeds else unused for place in part.places]
+    found = cpu.update_blocks(
+        steps.steps, inputs, steps.scalars, outputs, words if seeds else None, after
+    )
+    results = (Blockwise(x) if isinstance(x, QTensor) else x for x in found)
+    return dict(zip(part.places, results, strict=True))
 
 
-def _window_of(q: QTensor, starts: Sequence[Any], shape: tuple[int, ...]) -> QTensor:
-    """A part of an array that consists of whole blocks."""
-    blocks = _blocks(q)
-    firsts = [start // block for start, block in zip(starts, blocks, strict=True)]
-    counts = [n // block for n, block in zip(shape, blocks, strict=True)]
-    codes = lax.dynamic_slice(q.codes, starts, shape)
-    scale: Any = q.scale
-    return dataclasses.replace(q, codes=codes, scale=lax.dynamic_slice(scale, firsts, counts))
+def _as_input(x: Any) -> jax.Array | QTensor:
+    if isinstance(x, Blockwise):
+        return x.q
+    return x.astype(jnp.float32) if x.dtype == jnp.bool_ else x
 
 
 def _blocks(q: QTensor) -> tuple[int, ...]:

@@ -33,8 +33,9 @@ def update_in_parts(
 
     A part consists of those arrays of the new state and updates of which each element depends on
     the same element of some arrays of the old state, and otherwise on other arrays and scalars.
-    Native kernels go through its arrays in windows that fit in the cache; XLA computes what is in
-    no part, and everything in programs that are not for one CPU.
+    A native kernel computes it row by row, such that what is in between stays in the cache; XLA
+    computes what is in no part or has other operations than the kernel, and everything in programs
+    that are not for one CPU.
 
     Args:
         update: the function.

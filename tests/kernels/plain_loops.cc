@@ -202,38 +202,52 @@ void CheckAttention(Attention a, std::vector<int32_t> starts) {
 }
 
 // A window of 2 x 3 blocks of 2 x 3 elements, at row 2 and column 6 of codes with 6 rows.
-void CheckPowers(int power, int bits, bool has_negative, bool is_random) {
-  const int64_t columns = 18, first = 2, start = 6, rows = 4, width = 9 + 3 * (bits == 4);
-  PowerBlocks b{};
-  b.power = power, b.bits = bits, b.has_negative = has_negative, b.is_random = is_random;
-  b.count = bits == 8 ? 255 : 15;
-  if (has_negative) b.count /= 2;
-  b.columns = width, b.width = 3, b.first = 12345, b.second = 678910;
-  b.rows = {{0, 0, 0}, {columns, width, 0}};
-  b.axes = {{rows / 2, {2 * columns, 2 * width, columns / 3}}};
-  b.start = {first * columns + start, 0, first / 2 * columns / 3 + start / 3};
+// A step of a momentum of codes: m = 0.5 m + x in place of m, and -2 x in bfloat16. Blocks of 2 x 3
+// elements, in rows of `columns`, a multiple of 6.
+void CheckUpdate(int power, int bits, bool has_negative, bool is_random, int64_t columns) {
+  using Array = Update::Array;
+  const int64_t rows = 4, width = 3, n = rows * columns, last = columns / width;
+  const Codebook book{power, bits, (bits == 8 ? 255 : 15) / (has_negative ? 2 : 1), has_negative};
   std::mt19937 random(3);
-  std::vector<float> x(rows * width), decoded(rows * width), scale(3 * columns / 3, -1);
-  std::vector<uint8_t> codes(6 * columns * bits / 8, 0xAA);
+  std::vector<float> x(n), decoded(n), scale(n / 6, 2);
+  std::vector<uint8_t> codes(n * bits / 8);
+  std::vector<uint16_t> twice(n);
   for (auto& v : x) v = static_cast<int>(random() % 2001) / 1000.f - (has_negative ? 1 : 0);
-  KERNELS.encode_powers(pool, b, x.data(), codes.data(), scale.data());
-  KERNELS.decode_powers(pool, b, codes.data(), scale.data(), decoded.data());
+  for (auto& v : codes) v = random();
+
+  Update u{};
+  u.blocks.columns = columns, u.blocks.width = width, u.blocks.rows = {0, columns};
+  u.blocks.axes = {{rows / 2, {2 * columns, last}}};
+  u.is_random = is_random, u.slots = 5;
+  const float half = 0.5f, one = 1, two = 2;
+  const Array stored{Array::kCodes, codes.data(), scale.data(), book, {12345, 678910}};
+  const Array floats{Array::kFloat32, x.data(), nullptr, {}, {}};
+  const auto value = [&](int64_t m, int64_t k) {
+    const int64_t at = m * columns + k;
+    const int code = bits == 8 ? codes[at] : codes[at / 2] >> at % 2 * 4 & 15;
+    const double part = (code - (has_negative ? book.count : 0)) / static_cast<double>(book.count);
+    return std::copysign(std::pow(std::fabs(part), power), part) * scale[m / 2 * last + k / width];
+  };
+  std::vector<double> wanted(n);
+  for (int64_t i = 0; i < n; ++i) wanted[i] = 0.5 * value(i / columns, i % columns) + x[i];
+  u.inputs = {floats, stored};
+  u.outputs = {stored, {Array::kBFloat16, twice.data(), nullptr, {}, {}}};
+  u.steps = {{Update::Step::kCombine, 2, {{1, nullptr}, {-1, &half}, {0, nullptr}, {-1, &one}}},
+             {Update::Step::kMultiply, 4, {{-1, &two}, {0, nullptr}}},
+             {Update::Step::kNegate, 3, {{4, nullptr}}}};
+  KERNELS.update_blocks(pool, u);
   for (int64_t m = 0; m < rows; ++m)
-    for (int64_t n = 0; n < width; ++n) {
-      float peak = 0;
+    for (int64_t k = 0; k < columns; ++k) {
+      double peak = 0;
       for (int64_t i = 0; i < 6; ++i)
-        peak = std::fmax(peak, std::fabs(x[(m / 2 * 2 + i / 3) * width + n / 3 * 3 + i % 3]));
-      Expect(scale[(first + m) / 2 * columns / 3 + (start + n) / 3], peak, 0, "scale of a block");
+        peak = std::fmax(peak, std::fabs(wanted[(m / 2 * 2 + i / 3) * columns + k / 3 * 3 + i % 3]));
+      Expect(scale[m / 2 * last + k / width], peak, 1e-6 * peak, "scale of a block");
       // Codes next to each other are no further apart than the largest two.
-      const double step = peak * (1 - std::pow(1 - 1.0 / b.count, power));
-      Expect(decoded[m * width + n], x[m * width + n], (is_random ? 1.001 : 0.501) * step, "powers");
+      const double step = peak * (1 - std::pow(1 - 1.0 / book.count, power));
+      const int64_t at = m * columns + k;
+      Expect(value(m, k), wanted[at], (is_random ? 1.001 : 0.501) * step, "codes");
+      Expect(FromHalf(twice[at]), -2.0 * x[at], std::fabs(x[at]) / 128, "bfloat16");
     }
-  for (int64_t i = 0; i < 6 * columns; ++i) {
-    const int64_t m = i / columns - first, n = i % columns - start;
-    if (0 <= m && m < rows && 0 <= n && n < width) continue;
-    const int half = codes[i * bits / 8] >> (bits == 4 ? i % 2 * 4 : 0) & (bits == 4 ? 15 : 255);
-    Expect(half, bits == 4 ? 0xA : 0xAA, 0, "code outside of a window");
-  }
 }
 
 void CheckRow(int64_t K, float size) {
@@ -280,7 +294,9 @@ int main() {
       for (auto type : {Weights::kFloat32, Weights::kFloat16, Weights::kBFloat16})
         if (type == Weights::kFloat32 || M <= 7)
           for (bool has_zero : {false, true}) CheckGroups(M, K, N, group, bits, has_zero, type);
-  for (int i = 0; i < 16; ++i) CheckPowers(i & 1 ? 2 : 4, i & 2 ? 4 : 8, i & 4, i & 8);
+  for (int64_t columns : {18, 1002})
+    for (int i = 0; i < 16; ++i)
+      CheckUpdate(i & 1 ? 2 : 4, i & 2 ? 4 : 8, i & 4, i & 8, columns);
   for (int type : {0, 1, 2, 3, 4})
     for (auto [B, T, H, G, S, D] : std::vector<std::array<int64_t, 6>>{
              {2, 1, 2, 3, 67, 64}, {1, 70, 1, 2, 131, 33}, {3, 2, 2, 1, 5, 5}, {1, 9, 2, 5, 300, 80}, {1, 1, 1, 3, 1100, 20}}) {

@@ -11,7 +11,6 @@ import pytest
 from jaxquant import ArrayConfig, training
 from jaxquant.kernels import cpu
 from jaxquant.training import STATE_4_BIT, STATE_8_BIT
-from jaxquant.training.state_windows import Windows, windows_of
 from jaxquant.tree import Rule
 
 quantized_state: Any = training.quantized_state
@@ -108,10 +107,9 @@ def test_parts_take_the_steps_of_xla(name, rules):
         state = found[1]
     assert step._cache_size() == 1
     text = step.lower(tree(1), state, params).as_text()
-    # XLA computes what is in a `cond`, as in MultiSteps, and states that kernels do not encode, or
-    # not in place.
-    is_native = name not in ("steps", "swapped") and rules != "mixed"
-    assert ("jaxquant_encode_powers" in text) == is_native
+    # XLA computes what is in a `cond`, as in MultiSteps, and what the kernel does not encode.
+    is_native = name != "steps" and rules != "mixed"
+    assert ("jaxquant_update_blocks" in text) == is_native
 
 
 @needs_native
@@ -196,20 +194,3 @@ def test_an_update_on_cpu_needs_as_much_less_memory_as_the_states_save(rules):
     largest = 4 * 512 * 768
     assert full_state - state > 0.7 * full_state
     assert peak <= full - (full_state - state) + 3.5 * largest
-
-
-def test_windows_are_of_whole_blocks():
-    cases = [
-        ((1024, 2048), [(128, 1)], (128, 2048), (8, 1)),
-        ((16, 576, 576), [(1, 72, 1), (1, 36, 1)], (1, 288, 576), (16, 2, 1)),
-        ((128, 2**15), [(128, 1)], (128, 2048), (1, 16)),
-        ((128, 100_003), [(128, 1)], (128, 100_003), (1, 1)),
-        ((2**19,), [(128,)], (2**18,), (2,)),
-        ((64, 96), [(64, 1)], (64, 96), (1, 1)),
-    ]
-    for shape, blocks, window, counts in cases:
-        assert windows_of(shape, blocks) == Windows(window, counts), shape
-    windows = Windows((2, 3), (2, 4))
-    assert windows.count == 8
-    starts = [windows.starts(i) for i in range(8)]
-    assert starts == [[a, b] for a in (0, 2) for b in (0, 3, 6, 9)]

@@ -13,7 +13,7 @@ from .handlers import why_unsupported_groups as why_unsupported_groups
 from .handlers import widen_dot as widen_dot
 from .library import instruction_sets as instruction_sets
 from .library import unavailable as unavailable
-from .powers import decode_powers as decode_powers
-from .powers import empty as empty
-from .powers import encode_powers as encode_powers
-from .powers import why_unsupported_blocks as why_unsupported_blocks
+from .updates import OPERATIONS as OPERATIONS
+from .updates import Step as Step
+from .updates import update_blocks as update_blocks
+from .updates import why_unsupported_blocks as why_unsupported_blocks

@@ -103,6 +103,7 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 #include "panels_avx2.h"
 #include "quantize_rows.h"
 #include "power_blocks.h"
+#include "update_blocks.h"
 #include "attention.h"
 
 // Rows from which rearranging the weights into panels pays.
@@ -127,6 +128,6 @@ END_TARGET
 const jaxquant::Kernels jaxquant::kAvx2 = {
     avx2::IsSupported, avx2::QuantizeRows<float>, avx2::QuantizeRows<uint16_t>,
     avx2::DotInt8,     avx2::DotGroups,           avx2::FewRowsLookup,
-    avx2::FewRowsWiden, avx2::Attend,    avx2::EncodePowers,        avx2::DecodePowers};
+    avx2::FewRowsWiden, avx2::Attend,    avx2::UpdateBlocks};
 
 #endif  // JAXQUANT_X86

@@ -117,6 +117,7 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 #include "float_panels_avx512.h"
 #include "quantize_rows.h"
 #include "power_blocks.h"
+#include "update_blocks.h"
 #include "attention.h"
 
 // Rows from which rearranging the weights into panels pays.
@@ -159,15 +160,14 @@ END_TARGET
 const jaxquant::Kernels jaxquant::kAvx512 = {
     avx512::IsSupported, avx512::QuantizeRows<float>, avx512::QuantizeRows<uint16_t>,
     avx512::DotInt8,     avx512::DotGroups,           avx512::DotLookup,
-    avx512::DotWiden,    avx512::Attend,              avx512::EncodePowers,
-    avx512::DecodePowers};
+    avx512::DotWiden,    avx512::Attend,              avx512::UpdateBlocks};
 
 #ifdef JAXQUANT_AMX
 const jaxquant::Kernels jaxquant::kAmx = {
     avx512::HasTiles, avx512::QuantizeRows<float>, avx512::QuantizeRows<uint16_t>,
     avx512::TileInt8, avx512::TileGroups,          avx512::DotLookup,
-    avx512::DotWiden, avx512::Attend,              avx512::EncodePowers,
-    avx512::DecodePowers, avx512::TileLookup,      avx512::TileWiden};
+    avx512::DotWiden, avx512::Attend,              avx512::UpdateBlocks,
+    avx512::TileLookup, avx512::TileWiden};
 #endif
 
 #endif  // JAXQUANT_X86

@@ -4,9 +4,9 @@
 // Activations are rows (M, K) and weights rows (N, K): the contracted axis is last in both.
 //
 // avx512.cc, avx2.cc and neon.cc each define vectors of one instruction set and include few_rows.h,
-// quantize_rows.h and power_blocks.h, written in terms of these vectors or of loops that the compiler
-// vectorizes for the set; avx512.cc also includes panels_avx512.h and, where the compiler knows AMX,
-// panels_amx.h; avx2.cc includes panels_avx2.h.
+// quantize_rows.h, power_blocks.h and update_blocks.h, written in terms of these vectors or of loops
+// that the compiler vectorizes for the set; avx512.cc also includes panels_avx512.h and, where the
+// compiler knows AMX, panels_amx.h; avx2.cc includes panels_avx2.h.
 // handlers.cc calls the kernels from XLA's FFI; parallel.cc runs them on XLA's threads.
 
 #ifndef JAXQUANT_KERNELS_CPU_COMMON_H_
@@ -105,27 +105,20 @@ struct Attention {
   }
 };
 
-// A window of an array in blocks, of codes of a power codebook: `count` entries on each side of zero,
-// or above it. Blocks have `width` elements along the last axis, of which the window has `columns`.
-// Noise depends on an element's position in the whole array, and on two random words.
-struct PowerBlocks {
-  // Elements from the start of the codes, of the values of the window, and of the scales.
+// Blocks of an array, of `width` elements along the last axis, which has `columns`.
+struct Blocks {
+  // Numbers of elements and of blocks from the start.
   struct Place {
-    int64_t codes, values, scale;
+    int64_t element, block;
   };
-  // An axis before the last one: number of blocks in the window, and from one to the next.
+  // An axis before the last one: number of blocks, and from one to the next.
   struct Axis {
     int64_t count;
     Place step;
   };
-  int power, bits;
-  bool has_negative, is_random;
-  int32_t count;
   int64_t columns, width;
-  std::vector<Place> rows;  // of a block, from its first row
+  std::vector<int64_t> rows;  // of a block: elements from its first one
   std::vector<Axis> axes;
-  Place start;
-  uint32_t first, second;
 
   int64_t outer() const {
     int64_t product = 1;
@@ -134,15 +127,57 @@ struct PowerBlocks {
   }
   // The block of index i along the axes before the last one.
   Place At(int64_t i) const {
-    Place place = start;
+    Place place{0, 0};
     for (size_t a = axes.size(); a-- > 0; i /= axes[a].count) {
       const int64_t n = i % axes[a].count;
-      place.codes += n * axes[a].step.codes;
-      place.values += n * axes[a].step.values;
-      place.scale += n * axes[a].step.scale;
+      place.element += n * axes[a].step.element, place.block += n * axes[a].step.block;
     }
     return place;
   }
+};
+
+// Codes of powers of 2 or 4: `count` entries on each side of zero, or above it.
+struct Codebook {
+  int64_t power, bits, count;
+  bool has_negative;
+};
+
+// Elementwise steps from arrays of one shape to others. Those of codes are decoded before and encoded
+// after, with a scale per block.
+struct Update {
+  struct Array {
+    enum Type { kFloat32, kBFloat16, kCodes };
+    Type type;
+    void* data;
+    float* scales;
+    Codebook book;
+    uint32_t words[2];  // of the noise of codes
+
+    template <typename T>
+    T* as() const {
+      return static_cast<T*>(data);
+    }
+  };
+  // Rows are in slots: of the inputs, then of the outputs, then of what is computed in between.
+  struct Step {
+    // In the order of OPERATIONS in updates.py.
+    enum Operation {
+      kCopy, kNegate, kMagnitude, kRoot, kSign, kRound, kAdd, kSubtract, kMultiply, kDivide, kMaximum,
+      kMinimum, kEqual, kLess, kLessOrEqual, kSelect, kCombine
+    };
+    struct Operand {
+      int64_t slot;  // of a row; negative for a scalar
+      const float* scalar;
+    };
+    Operation operation;
+    int64_t out;
+    Operand operands[4];
+  };
+  std::vector<Array> inputs, outputs;
+  std::vector<Step> steps;
+  int64_t slots;
+  bool is_random;  // whether codes are rounded stochastically
+  Blocks blocks;
 };
 
 inline uint32_t BitsOf(float x) {
@@ -238,7 +273,7 @@ struct alignas(64) CacheLine {
 };
 template <typename T>
 T* Scratch(int which, int64_t count) {
-  static thread_local std::vector<CacheLine> kept[3];
+  static thread_local std::vector<CacheLine> kept[4];
   kept[which].resize(std::max<size_t>(kept[which].size(), (count * sizeof(T) + 63) / 64));
   return reinterpret_cast<T*>(kept[which].data());
 }
@@ -262,11 +297,8 @@ struct Kernels {
   void (*dot_widen)(ThreadPool&, const float* x, int64_t M, const Weights&, float* out);
   // Softmax of scaled products with keys, times values.
   void (*attend)(ThreadPool&, const Attention&);
-  // Codes and scales of blocks, each by its largest magnitude; and their values.
-  void (*encode_powers)(ThreadPool&, const PowerBlocks&, const float* x, uint8_t* codes,
-                        float* scales);
-  void (*decode_powers)(ThreadPool&, const PowerBlocks&, const uint8_t* codes,
-                        const float* scales, float* x);
+  // All of an `Update`.
+  void (*update_blocks)(ThreadPool&, const Update&);
   // bfloat16 by codes as above, rounded to bfloat16, summed in float32. Not in all sets; K is not 0.
   void (*dot_lookup_bfloat16)(ThreadPool&, const uint16_t* x, int64_t M, const Weights&,
                               const float* table, float* out) = nullptr;

@@ -207,66 +207,64 @@ ffi::Error RaggedDot(ThreadPool pool, int64_t set, ffi::AnyBuffer x, ffi::AnyBuf
 
 using Lengths = ffi::Span<const int64_t>;
 
-// Blocks of a window of `shape` in an array of codes, from the element at `starts`, a multiple of the
-// lengths of the blocks.
-PowerBlocks BlocksOf(const ffi::AnyBuffer& codes, ffi::AnyBuffer::Dimensions shape, int64_t power,
-                     int64_t count, bool has_negative, Lengths lengths,
-                     const In<ffi::S32>& starts) {
-  const auto whole = codes.dimensions();
+// Blocks of `lengths` along each axis, which divide those of the array.
+Blocks BlocksOf(ffi::AnyBuffer::Dimensions shape, Lengths lengths) {
   const int64_t last = shape.size() - 1;
-  PowerBlocks b{};
-  const auto type = codes.element_type();
-  b.power = power, b.bits = type == ffi::U8 || type == ffi::S8 ? 8 : 4;
-  b.has_negative = has_negative, b.count = count;
-  b.columns = shape[last], b.width = lengths.begin()[last];
-  b.rows = {{0, 0, 0}};
-  PowerBlocks::Place step{1, 1, 1};
-  for (int64_t a = last; a >= 0; --a) {
-    const int64_t length = lengths.begin()[a], blocks = whole[a] / length;
-    // As dynamic_slice clamps them.
-    const int64_t start = std::clamp<int64_t>(starts.typed_data()[a], 0, whole[a] - shape[a]);
-    b.start.codes += start * step.codes, b.start.scale += start / length * step.scale;
-    if (a < last) {
-      b.axes.insert(b.axes.begin(), {shape[a] / length,
-                                     {length * step.codes, length * step.values, step.scale}});
-      const size_t inner = b.rows.size();
-      for (int64_t i = 1; i < length; ++i)
-        for (size_t r = 0; r < inner; ++r)
-          b.rows.push_back({b.rows[r].codes + i * step.codes, b.rows[r].values + i * step.values, 0});
-    }
-    step.codes *= whole[a], step.values *= shape[a], step.scale *= blocks;
+  Blocks b{shape[last], lengths.begin()[last], {0}, {}};
+  Blocks::Place step{b.columns, b.columns / b.width};
+  for (int64_t a = last - 1; a >= 0; --a) {
+    const int64_t length = lengths.begin()[a], count = shape[a] / length;
+    b.axes.insert(b.axes.begin(), {count, {length * step.element, step.block}});
+    const size_t inner = b.rows.size();
+    for (int64_t i = 1; i < length; ++i)
+      for (size_t r = 0; r < inner; ++r) b.rows.push_back(b.rows[r] + i * step.element);
+    step.element *= shape[a], step.block *= count;
   }
   return b;
 }
 
-// Encodes a window. The arrays of which it is a part share memory with the results, or are empty; `seed`
-// has no words, or two random ones.
-ffi::Error EncodePowers(ThreadPool pool, int64_t set, int64_t power, int64_t count,
-                        bool has_negative, Lengths blocks, In<ffi::F32> x, In<ffi::S32> starts,
-                        In<ffi::U32> seed, ffi::AnyBuffer, ffi::AnyBuffer,
-                        ffi::Result<ffi::AnyBuffer> codes, Out<ffi::F32> scale) {
-  PowerBlocks b = BlocksOf(*codes, x.dimensions(), power, count, has_negative, blocks, starts);
-  if ((b.is_random = seed.element_count() == 2))
-    b.first = seed.typed_data()[0], b.second = seed.typed_data()[1];
-  kSets[set]->encode_powers(pool, b, x.typed_data(), static_cast<uint8_t*>(codes->untyped_data()),
-                            scale->typed_data());
+// Runs an `Update`. `books` has the power, the count and whether there are negative values of each input
+// and output, zeros for those without codes; codes are followed by their scales. `steps` has six numbers
+// for each step: the operation, the slot of the result, and operands, which are slots or, if negative,
+// -1 - the number of a scalar. `seed` has two words for each output, or none. `after` is not read: XLA
+// computes it before.
+ffi::Error UpdateBlocks(ThreadPool pool, int64_t set, int64_t inputs, int64_t slots, Lengths steps,
+                        Lengths books, Lengths blocks, In<ffi::F32> scalars, In<ffi::U32> seed,
+                        ffi::AnyBuffer, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+  using Array = Update::Array;
+  Update u;
+  u.slots = slots, u.is_random = seed.element_count() > 0;
+  const auto* book = books.begin();
+  const auto array_of = [&](const ffi::AnyBuffer& x, auto next_scales) -> Array {
+    const int64_t power = *book++, count = *book++, has_negative = *book++;
+    const auto type = x.element_type();
+    if (!power)
+      return {type == ffi::F32 ? Array::kFloat32 : Array::kBFloat16, x.untyped_data(), nullptr, {}, {}};
+    const int64_t bits = type == ffi::U8 || type == ffi::S8 ? 8 : 4;
+    u.blocks = BlocksOf(x.dimensions(), blocks);
+    return {Array::kCodes, x.untyped_data(), static_cast<float*>(next_scales().untyped_data()),
+            {power, bits, count, has_negative != 0}, {}};
+  };
+  for (size_t i = 0; u.inputs.size() < static_cast<size_t>(inputs);) {
+    const auto next = [&] { return *arguments.get<ffi::AnyBuffer>(i++); };
+    u.inputs.push_back(array_of(next(), next));
+  }
+  for (size_t i = 0; i < results.size();) {
+    const auto next = [&] { return **results.get<ffi::AnyBuffer>(i++); };
+    u.outputs.push_back(array_of(next(), next));
+  }
+  if (u.is_random)
+    for (size_t o = 0; o < u.outputs.size(); ++o)
+      std::copy_n(seed.typed_data() + 2 * o, 2, u.outputs[o].words);
+  for (const int64_t* step = steps.begin(); step != steps.end(); step += 6) {
+    Update::Step made{static_cast<Update::Step::Operation>(step[0]), step[1], {}};
+    for (int k = 0; k < 4; ++k)
+      made.operands[k] = {step[2 + k], step[2 + k] < 0 ? scalars.typed_data() - 1 - step[2 + k] : nullptr};
+    u.steps.push_back(made);
+  }
+  kSets[set]->update_blocks(pool, u);
   return ffi::Error::Success();
 }
-
-// Decodes a window. `after` is not read: XLA computes it before.
-ffi::Error DecodePowers(ThreadPool pool, int64_t set, int64_t power, int64_t count,
-                        bool has_negative, Lengths blocks, ffi::AnyBuffer codes,
-                        In<ffi::F32> scale, In<ffi::S32> starts, ffi::AnyBuffer,
-                        Out<ffi::F32> x) {
-  const PowerBlocks b =
-      BlocksOf(codes, x->dimensions(), power, count, has_negative, blocks, starts);
-  kSets[set]->decode_powers(pool, b, static_cast<const uint8_t*>(codes.untyped_data()),
-                            scale.typed_data(), x->typed_data());
-  return ffi::Error::Success();
-}
-
-// Leaves a result as it is. XLA computes the operand before.
-ffi::Error Empty(ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer>) { return ffi::Error::Success(); }
 
 // Keys and values (L, B, H, S, D) of which `layer` is read. `type` is one of Attention::Type.
 ffi::Error Attend(ThreadPool pool, int64_t set, int64_t type, In<ffi::F32> query,
@@ -330,16 +328,10 @@ HANDLER(jaxquant_ragged_dot, RaggedDot,
 HANDLER(jaxquant_attend, Attend,
         .Attr<int64_t>("type") ARG(F32).Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>() ARG(F32) ARG(F32)
             ARG(F32) ARG(S32) ARG(S32) RET(F32));
-#define BOOK                                                               \
-  .Attr<int64_t>("power").Attr<int64_t>("count").Attr<bool>("has_negative") \
-      .Attr<Lengths>("blocks")
-HANDLER(jaxquant_encode_powers, EncodePowers,
-        BOOK ARG(F32) ARG(S32) ARG(U32).Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-            .Ret<ffi::AnyBuffer>() RET(F32));
-HANDLER(jaxquant_decode_powers, DecodePowers,
-        BOOK.Arg<ffi::AnyBuffer>() ARG(F32) ARG(S32).Arg<ffi::AnyBuffer>() RET(F32));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_empty, Empty,
-                              ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+HANDLER(jaxquant_update_blocks, UpdateBlocks,
+        .Attr<int64_t>("inputs").Attr<int64_t>("slots").Attr<Lengths>("steps")
+            .Attr<Lengths>("books").Attr<Lengths>("blocks") ARG(F32) ARG(U32)
+            .Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_slice, Slice,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -21,7 +21,7 @@ import numpy as np
 _PATH = pathlib.Path(__file__).parents[1] / "_cpu.so"
 _KERNELS = (
     *("quantize_rows", "dot_int8", "dot_groups", "dot_lookup", "dot_widen", "ragged_dot"),
-    *("attend", "slice", "encode_powers", "decode_powers", "empty"),
+    *("attend", "slice", "update_blocks"),
 )
 # The version of jaxlib that runs here.
 JAXLIB: tuple[int, ...] = jaxlib.version.__version_info__

@@ -96,6 +96,7 @@ inline Bytes LoadPart(const void* p, int64_t bytes) {
 #include "few_rows.h"
 #include "quantize_rows.h"
 #include "power_blocks.h"
+#include "update_blocks.h"
 #include "attention.h"
 
 void DotGroups(ThreadPool& pool, const int8_t* x, int64_t M, const Weights& w, const Result& out) {
@@ -110,6 +111,6 @@ END_TARGET
 const jaxquant::Kernels jaxquant::kNeon = {
     neon::IsSupported, neon::QuantizeRows<float>, neon::QuantizeRows<uint16_t>,
     neon::FewRowsInt8, neon::DotGroups,           neon::FewRowsLookup,
-    neon::FewRowsWiden, neon::Attend,    neon::EncodePowers,        neon::DecodePowers};
+    neon::FewRowsWiden, neon::Attend,    neon::UpdateBlocks};
 
 #endif  // JAXQUANT_ARM

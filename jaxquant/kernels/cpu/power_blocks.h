@@ -1,21 +1,42 @@
-// Codes of power codebooks in blocks, vectorized by the compiler. Included by avx512.cc, avx2.cc and
+// Rows of codes of power codebooks, vectorized by the compiler. Included by avx512.cc, avx2.cc and
 // neon.cc within their namespaces, after quantize_rows.h.
 //
 // Codes are those of `quantize` under XLA: the same arithmetic in float32, up to products that XLA
 // fuses with additions. XLA's threads flush subnormals to zero.
 
-// Elements that a thread encodes or decodes at least.
-constexpr int64_t kPowersAtOnce = 1 << 15;
 // Bits of floats.
 constexpr uint32_t kOne = 0x3f800000, kNaN = 0x7fc00000;
-// Elements of a row that are encoded at a time, so that the block stays in the L2 cache.
-constexpr int64_t kStretch = 256, kStretchMultiple = 16;
 
-// A code's value is power(index / count), with the sign of the index if it has one.
+// A code's value is Raise(index / count), with the sign of the index if it has one.
 template <int power>
 inline float Raise(float x) {
   const float square = x * x;
   return power == 2 ? square : square * square;
+}
+// The same with the sign of x.
+template <int power>
+inline float RaiseSigned(float x) {
+  const float square = x * FloatOf(BitsOf(x) & kMagnitude);
+  return power == 2 ? square : x * x * square;
+}
+
+// x ** (1 / power) of x >= 0, within 1.5e-6 of it, and nearly 0 of 0; square roots take longer.
+// A guess y of x ** (-1 / power) from the bits has an error e = 1 - x y ** power of at most 0.124, and
+// the root is x y ** (power - 1) (1 - e) ** (1 / power - 1), the last factor as a polynomial: Chebyshev's
+// interpolation for such e.
+template <int power>
+inline float Root(float x) {
+  constexpr uint32_t kGuess = power == 2 ? 0x5f3749df : 0x4f581ae5;
+  constexpr float kFirst = power == 2 ? 0.49999833f : 0.749960005f,
+                  kSecond = power == 2 ? 0.37499845f : 0.656211674f,
+                  kThird = power == 2 ? 0.31394073f : 0.611965597f,
+                  kFourth = power == 2 ? 0.27475828f : 0.573935986f;
+  // Of less, powers of y would be infinite.
+  x = FloatOf(std::max(BitsOf(x), kLeastNormal));
+  const float y = FloatOf(kGuess - (BitsOf(x) >> (power == 2 ? 1 : 2)));
+  const float error = 1 - x * Raise<power>(y);
+  const float factor = 1 + error * (kFirst + error * (kSecond + error * (kThird + error * kFourth)));
+  return (power == 2 ? x * y : x * y * (y * y)) * factor;
 }
 
 // Uniform in [0, 1), by position: `uniform_noise` of core/noise.py.
@@ -32,7 +53,7 @@ template <int power, bool has_negative, bool is_random>
 NOINLINE void EncodeRow(const float* __restrict x, int64_t size, const float* __restrict inverse,
                         const uint32_t* __restrict kept, int32_t count, uint32_t position,
                         uint32_t first, uint32_t second, uint8_t* __restrict codes) {
-  const float entries = count, step = 1 / entries;
+  const float largest = Raise<power>(count);
   for (int64_t i = 0; i < size; ++i, ++position) {
     const uint32_t bits = BitsOf(x[i]) & kept[i];
     // Negative elements of unsigned formats are zeros. As integers, because GCC does not vectorize
@@ -40,11 +61,9 @@ NOINLINE void EncodeRow(const float* __restrict x, int64_t size, const float* __
     const uint32_t magnitude =
         has_negative ? bits & kMagnitude : std::max(static_cast<int32_t>(bits), 0);
     const uint32_t ratio = BitsOf(FloatOf(magnitude) * inverse[i]);
-    const float value = FloatOf(std::min(ratio, kOne));
-    const float root = power == 2 ? std::sqrt(value) : std::sqrt(std::sqrt(value));
-    int32_t index = static_cast<int32_t>(root * entries);
-    index = std::min(index, count - 1);
-    const float below = Raise<power>(index * step), above = Raise<power>((index + 1) * step);
+    const float value = FloatOf(std::min(ratio, kOne)) * largest;
+    int32_t index = std::min(static_cast<int32_t>(Root<power>(value)), count - 1);
+    const float at = index, below = Raise<power>(at), above = Raise<power>(at + 1);
     const float part = is_random ? Noise(position, first, second) : 0.5f;
     index += value - below > (above - below) * part;
     const int32_t sign = -static_cast<int32_t>(bits >> 31);
@@ -61,8 +80,7 @@ NOINLINE void DecodeRow(const uint8_t* __restrict codes, int64_t size,
   const float step = 1 / static_cast<float>(count);
   for (int64_t i = 0; i < size; ++i) {
     const float value = (static_cast<int32_t>(codes[i]) - (has_negative ? count : 0)) * step;
-    const float raised = Raise<power>(value);
-    x[i] = (has_negative && value < 0 ? -raised : raised) * scale[i];
+    x[i] = (has_negative ? RaiseSigned<power>(value) : Raise<power>(value)) * scale[i];
   }
 }
 
@@ -78,106 +96,60 @@ inline void UnpackNibbles(const uint8_t* __restrict packed, int64_t size,
   }
 }
 
-inline void MagnitudesOf(const float* __restrict x, int64_t size, uint32_t* __restrict most) {
+NOINLINE inline void MagnitudesOf(const float* __restrict x, int64_t size,
+                                  uint32_t* __restrict most) {
   for (int64_t i = 0; i < size; ++i) most[i] = std::max(most[i], BitsOf(x[i]) & kMagnitude);
 }
 
-template <int power, bool has_negative, bool is_random>
-void EncodeTile(const PowerBlocks& b, const PowerBlocks::Place& place, const float* x, int64_t size,
-                uint8_t* codes, float* scales) {
-  uint32_t* most = Scratch<uint32_t>(0, 2 * size);
-  uint32_t* kept = most + size;
-  float* inverse = Scratch<float>(1, size);
-  uint8_t* bytes = Scratch<uint8_t>(2, size);
-  std::fill_n(most, size, 0);
-  for (const auto& row : b.rows) MagnitudesOf(x + place.values + row.values, size, most);
-  for (int64_t begin = 0; begin < size; begin += b.width) {
+// The scales of blocks of `width` columns, from the largest magnitude of each column, which is lost; for
+// each column, the reciprocal, and no bits if its block becomes zeros.
+NOINLINE inline void ScalesOf(uint32_t* __restrict most, int64_t size, int64_t width,
+                              float* __restrict scales, float* __restrict inverse,
+                              uint32_t* __restrict kept) {
+  for (int64_t begin = 0; width > 1 && begin < size; begin += width) {
     uint32_t peak = 0;
-    for (int64_t i = begin; i < begin + b.width; ++i) peak = std::max(peak, most[i]);
+    for (int64_t i = begin; i < begin + width; ++i) peak = std::max(peak, most[i]);
+    std::fill_n(most + begin, width, peak);
+  }
+  const uint32_t largest = BitsOf(1 / FloatOf(kLeastNormal));
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t peak = most[i], scale = peak < kLeastNormal ? kOne : std::min(peak, largest);
     const bool is_finite = peak < kInfinity;
-    const bool is_normal = is_finite && peak >= kLeastNormal;
-    const float scale = is_normal ? std::min(FloatOf(peak), 1 / FloatOf(kLeastNormal)) : 1;
-    scales[place.scale + begin / b.width] = is_finite ? scale : FloatOf(kNaN);
-    std::fill_n(inverse + begin, b.width, 1 / scale);
-    std::fill_n(kept + begin, b.width, is_finite ? ~0u : 0u);
+    inverse[i] = 1 / FloatOf(scale);
+    kept[i] = is_finite ? ~0u : 0u;
+    most[i] = is_finite ? scale : kNaN;
   }
-  for (const auto& row : b.rows) {
-    const int64_t at = place.codes + row.codes;
-    uint8_t* to = b.bits == 8 ? codes + at : bytes;
-    EncodeRow<power, has_negative, is_random>(x + place.values + row.values, size, inverse, kept,
-                                              b.count, at, b.first, b.second, to);
-    if (b.bits == 4) PackNibbles(bytes, size, codes + at / 2);
-  }
+  for (int64_t i = 0; i < size / width; ++i) scales[i] = FloatOf(most[i * width]);
 }
 
-template <int power, bool has_negative>
-void DecodeTile(const PowerBlocks& b, const PowerBlocks::Place& place, const uint8_t* codes,
-                const float* scales, int64_t size, float* x) {
-  float* scale = Scratch<float>(1, size);
-  uint8_t* bytes = Scratch<uint8_t>(2, size);
-  for (int64_t i = 0; i < size; i += b.width) {
-    const float value = scales[place.scale + i / b.width];
-    std::fill_n(scale + i, b.width, std::isinf(value) ? FloatOf(kNaN) : value);
-  }
-  for (const auto& row : b.rows) {
-    const int64_t at = place.codes + row.codes;
-    if (b.bits == 4) UnpackNibbles(codes + at / 2, size, bytes);
-    DecodeRow<power, has_negative>(b.bits == 8 ? codes + at : bytes, size, scale, b.count,
-                                   x + place.values + row.values);
-  }
+// The scale of each column.
+NOINLINE inline void FillScales(const float* __restrict scales, int64_t size, int64_t width,
+                                float* __restrict filled) {
+  const auto value = [&](int64_t i) {
+    const uint32_t bits = BitsOf(scales[i]);
+    return FloatOf((bits & kMagnitude) == kInfinity ? kNaN : bits);
+  };
+  if (width > 1)
+    for (int64_t i = 0; i < size / width; ++i) std::fill_n(filled + i * width, width, value(i));
+  else
+    for (int64_t i = 0; i < size; ++i) filled[i] = value(i);
 }
 
-// Calls work(place, columns) for tiles of whole blocks.
-template <typename Work>
-void ForTiles(ThreadPool& pool, const PowerBlocks& b, Work work) {
-  // Whole blocks, pairs of nibbles and vectors, and tiles of about equal sizes.
-  const int64_t multiple = std::lcm<int64_t>(b.width, kStretchMultiple);
-  const int64_t count = (b.columns + kStretch - 1) / kStretch, share = (b.columns + count - 1) / count;
-  const int64_t tile = std::min((share + multiple - 1) / multiple * multiple, b.columns);
-  const int64_t tiles = (b.columns + tile - 1) / tile;
-  const int64_t size = tile * static_cast<int64_t>(b.rows.size());
-  const int64_t least = std::max<int64_t>(1, kPowersAtOnce / size);
-  Parallel(pool, b.outer() * tiles, least, 1, [=, &b](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t column = i % tiles * tile;
-      PowerBlocks::Place place = b.At(i / tiles);
-      place.codes += column, place.values += column, place.scale += column / b.width;
-      work(place, std::min(tile, b.columns - column));
-    }
-  });
+// The functions of a codebook.
+using Encode = decltype(&EncodeRow<2, false, false>);
+using Decode = decltype(&DecodeRow<2, false>);
+
+inline Encode EncoderOf(const Codebook& book, bool is_random) {
+  static constexpr Encode kAll[2][2][2] = {
+      {{EncodeRow<2, false, false>, EncodeRow<2, false, true>},
+       {EncodeRow<2, true, false>, EncodeRow<2, true, true>}},
+      {{EncodeRow<4, false, false>, EncodeRow<4, false, true>},
+       {EncodeRow<4, true, false>, EncodeRow<4, true, true>}}};
+  return kAll[book.power == 4][book.has_negative][is_random];
 }
 
-template <int power, bool has_negative, bool is_random>
-void EncodeBlocks(ThreadPool& pool, const PowerBlocks& b, const float* x, uint8_t* codes,
-                  float* scales) {
-  ForTiles(pool, b, [=, &b](const PowerBlocks::Place& place, int64_t size) {
-    EncodeTile<power, has_negative, is_random>(b, place, x, size, codes, scales);
-  });
-}
-
-template <int power, bool has_negative>
-void DecodeBlocks(ThreadPool& pool, const PowerBlocks& b, const uint8_t* codes,
-                  const float* scales, float* x) {
-  ForTiles(pool, b, [=, &b](const PowerBlocks::Place& place, int64_t size) {
-    DecodeTile<power, has_negative>(b, place, codes, scales, size, x);
-  });
-}
-
-// The same, with the properties of the codebook as template arguments.
-void EncodePowers(ThreadPool& pool, const PowerBlocks& b, const float* x, uint8_t* codes,
-                  float* scales) {
-  static constexpr decltype(&EncodeBlocks<2, false, false>) kAll[2][2][2] = {
-      {{EncodeBlocks<2, false, false>, EncodeBlocks<2, false, true>},
-       {EncodeBlocks<2, true, false>, EncodeBlocks<2, true, true>}},
-      {{EncodeBlocks<4, false, false>, EncodeBlocks<4, false, true>},
-       {EncodeBlocks<4, true, false>, EncodeBlocks<4, true, true>}}};
-  kAll[b.power == 4][b.has_negative][b.is_random](pool, b, x, codes, scales);
-}
-
-void DecodePowers(ThreadPool& pool, const PowerBlocks& b, const uint8_t* codes,
-                  const float* scales, float* x) {
-  static constexpr decltype(&DecodeBlocks<2, false>) kAll[2][2] = {
-      {DecodeBlocks<2, false>, DecodeBlocks<2, true>},
-      {DecodeBlocks<4, false>, DecodeBlocks<4, true>}};
-  kAll[b.power == 4][b.has_negative](pool, b, codes, scales, x);
+inline Decode DecoderOf(const Codebook& book) {
+  static constexpr Decode kAll[2][2] = {{DecodeRow<2, false>, DecodeRow<2, true>},
+                                        {DecodeRow<4, false>, DecodeRow<4, true>}};
+  return kAll[book.power == 4][book.has_negative];
 }

@@ -1,0 +1,245 @@
+"""Translates a part of an update into steps that a native kernel runs row by row."""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import primitives as p
+
+from ..jaxprs import ElementwisePart, context_of
+from ..kernels.cpu import Step
+
+_BINARY = {
+    p.add_p: "add",
+    p.sub_p: "subtract",
+    p.mul_p: "multiply",
+    p.div_p: "divide",
+    p.max_p: "maximum",
+    p.min_p: "minimum",
+    p.eq_p: "equal",
+    p.lt_p: "less",
+    p.le_p: "less_or_equal",
+    # Of ones and zeros.
+    p.and_p: "multiply",
+    p.or_p: "maximum",
+}
+_SWAPPED = {p.gt_p: "less", p.ge_p: "less_or_equal"}
+_UNARY = {p.neg_p: "negate", p.abs_p: "magnitude", p.sqrt_p: "root", p.sign_p: "sign"}
+_SAME = (p.copy_p, p.broadcast_in_dim_p)
+# Operations on bfloat16 whose results need no rounding.
+_EXACT = ("copy", "negate", "magnitude", "sign", "maximum", "minimum", "select")
+_MOST_POWER = 8
+_MOST_STEPS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A row of elements, by number: those of arrays first, then the result of each step."""
+
+    number: int
+
+
+class _Unsupported(Exception):
+    """The kernel does not have an operation or a dtype."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Steps:
+    """A part as `kernels.cpu.update_blocks` runs it.
+
+    Attributes:
+        steps: in order. Slots are those of `part.arrays`, then of the results, then others.
+        scalars: float32 ().
+    """
+
+    steps: tuple[Step, ...]
+    scalars: tuple[jax.Array, ...]
+
+
+def steps_of(part: ElementwisePart, scalars: Sequence[jax.Array]) -> Steps | None:
+    """The steps of a part, or None if the kernel does not have its operations or dtypes.
+
+    Args:
+        part: the part.
+        scalars: values of `part.scalars`. What is computed of scalars alone is left to XLA.
+    """
+    count, outputs = len(part.arrays), part.program.jaxpr.outvars
+    builder = _Builder(count)
+    try:
+        _check(part.arrays, jnp.float32, jnp.bfloat16, jnp.bool_)
+        _check(outputs, jnp.float32, jnp.bfloat16)
+        results = builder.run(part.program, [*map(_Row, range(count)), *scalars])
+        rows = [builder.output(x) for x in results]
+    except _Unsupported:
+        return None
+    if len(builder.steps) > _MOST_STEPS:
+        return None
+    builder.combine(rows)
+    return Steps(_with_slots(builder.steps, count, rows), tuple(builder.scalars))
+
+
+class _Builder:
+    """Steps whose results are numbered, without an end."""
+
+    def __init__(self, count: int):
+        self.steps: list[Step] = []
+        self.scalars: list[jax.Array] = []
+        self._count = count
+        self._outputs: set[int] = set()
+
+    def run(self, program: ClosedJaxpr, given: Sequence[Any]) -> list[Any]:
+        """The results of a program, rows and scalars, from such."""
+        jaxpr = program.jaxpr
+        values = dict(zip(jaxpr.invars, given, strict=True))
+        values |= dict(zip(jaxpr.constvars, program.consts, strict=True))
+
+        def value(atom):
+            return atom.val if isinstance(atom, Literal) else values[atom]
+
+        for eqn in jaxpr.eqns:
+            found = self._results(eqn, list(map(value, eqn.invars)))
+            values.update(zip(eqn.outvars, found, strict=True))
+        return list(map(value, jaxpr.outvars))
+
+    def output(self, value: Any) -> int:
+        """The number of a row that is an output, and nothing else."""
+        is_row = isinstance(value, _Row)
+        if not is_row:
+            # The kernel copies rows only, and selects scalars, too.
+            value = self._add("select", value, value, value)
+        elif value.number < self._count or value.number in self._outputs:
+            value = self._add("copy", value)
+        self._outputs.add(value.number)
+        return value.number
+
+    def combine(self, outputs: Sequence[int]) -> None:
+        """Joins sums of rows with the multiplications by scalars before them, used nowhere else."""
+        uses = collections.Counter([*outputs, *(x for step in self.steps for x in step.operands)])
+        scaled = {}
+        for step in self.steps:
+            rows, scalars = ([x for x in step.operands if (x >= 0) == c] for c in (True, False))
+            if step.operation == "multiply" and scalars and uses[step.out] == 1:
+                scaled[step.out] = rows[0], scalars[0]
+        found, joined = [], set()
+        for step in self.steps:
+            is_sum = step.operation in ("add", "subtract") and min(step.operands) >= 0
+            if is_sum and any(x in scaled for x in step.operands):
+                joined |= scaled.keys() & set(step.operands)
+                a, b = (scaled.get(x) or (x, self._operand(1.0)) for x in step.operands)
+                if step.operation == "subtract":
+                    b = b[0], self._operand(-self.scalars[-1 - b[1]])
+                step = Step("combine", step.out, (*a, *b))
+            found.append(step)
+        self.steps = [step for step in found if step.out not in joined]
+
+    def _results(self, eqn: Any, given: list[Any]) -> list[Any]:
+        if eqn.primitive is p.jit_p:
+            return self.run(eqn.params["jaxpr"], given)
+        if any(isinstance(x, _Row) for x in given):
+            return [self._row(eqn, given)]
+        if eqn.primitive in _SAME:
+            return given
+        with context_of(eqn):
+            found = eqn.primitive.bind(*given, **eqn.params)
+        return found if eqn.primitive.multiple_results else [found]
+
+    def _row(self, eqn: Any, given: list[Any]) -> _Row:
+        """The result of an equation of rows, rounded if it is of bfloat16."""
+        dtypes = jnp.float32, jnp.bfloat16, jnp.bool_
+        _check((*eqn.invars, *eqn.outvars), *dtypes)
+        row = self._computed(eqn, given)
+        is_new = row.number >= self._count
+        is_exact = is_new and self.steps[row.number - self._count].operation in _EXACT
+        was_narrow = all(v.aval.dtype in dtypes[1:] for v in eqn.invars)
+        if eqn.outvars[0].aval.dtype == jnp.bfloat16 and not (was_narrow and is_exact):
+            return self._add("round_to_bfloat16", row)
+        return row
+
+    def _computed(self, eqn: Any, given: list[Any]) -> _Row:
+        primitive, params, (x, *others) = eqn.primitive, eqn.params, given
+        if primitive in _SAME:
+            return x
+        if primitive is p.convert_element_type_p:
+            return x if params["new_dtype"] != jnp.bool_ else self._differs(x, 0.0)
+        if primitive is p.div_p and not isinstance(others[0], _Row):
+            return self._add("multiply", x, 1 / jnp.asarray(others[0], jnp.float32))
+        if primitive in _BINARY:
+            return self._add(_BINARY[primitive], x, *others)
+        if primitive in _SWAPPED:
+            return self._add(_SWAPPED[primitive], *others, x)
+        if primitive in _UNARY:
+            return self._add(_UNARY[primitive], x)
+        if primitive is p.square_p:
+            return self._add("multiply", x, x)
+        if primitive is p.integer_pow_p and 0 < abs(params["y"]) <= _MOST_POWER:
+            return self._power(x, params["y"])
+        if primitive is p.rsqrt_p:
+            return self._add("divide", 1.0, self._add("root", x))
+        if primitive is p.clamp_p:
+            return self._add("minimum", self._add("maximum", others[0], x), others[1])
+        if primitive is p.select_n_p and len(others) == 2:
+            return self._add("select", x, *others)
+        if primitive is p.ne_p:
+            return self._differs(x, *others)
+        if primitive is p.not_p:
+            return self._add("subtract", 1.0, x)
+        if primitive is p.is_finite_p:
+            most = float(jnp.finfo(jnp.float32).max)
+            return self._add("less_or_equal", self._add("magnitude", x), most)
+        raise _Unsupported
+
+    def _differs(self, x: Any, y: Any) -> _Row:
+        return self._add("subtract", 1.0, self._add("equal", x, y))
+
+    def _power(self, x: _Row, exponent: int) -> _Row:
+        """By repeated squaring, as XLA computes it."""
+        found, square, left = None, x, abs(exponent)
+        while left:
+            if left % 2:
+                found = square if found is None else self._add("multiply", found, square)
+            left //= 2
+            if left:
+                square = self._add("multiply", square, square)
+        assert found is not None
+        return found if exponent > 0 else self._add("divide", 1.0, found)
+
+    def _add(self, operation: str, *operands: Any) -> _Row:
+        out = self._count + len(self.steps)
+        self.steps.append(Step(operation, out, tuple(map(self._operand, operands))))
+        return _Row(out)
+
+    def _operand(self, value: Any) -> int:
+        if isinstance(value, _Row):
+            return value.number
+        self.scalars.append(jnp.asarray(value).astype(jnp.float32))
+        return -len(self.scalars)
+
+
+def _check(variables: Sequence[Any], *dtypes: Any) -> None:
+    """Raises _Unsupported for other dtypes."""
+    if any(v.aval.dtype not in dtypes for v in variables):
+        raise _Unsupported
+
+
+def _with_slots(steps: Sequence[Step], inputs: int, outputs: Sequence[int]) -> tuple[Step, ...]:
+    """The steps with as few slots as their results need."""
+    last = {x: i for i, step in enumerate(steps) for x in step.operands}
+    slots = {number: number for number in range(inputs)}
+    slots |= {number: inputs + place for place, number in enumerate(outputs)}
+    fixed, free, count, found = set(slots.values()), [], inputs + len(outputs), []
+    for i, step in enumerate(steps):
+        if step.out not in slots:
+            if not free:
+                free.append(count)
+                count += 1
+            slots[step.out] = free.pop()
+        operands = tuple(slots[x] if x >= 0 else x for x in step.operands)
+        found.append(Step(step.operation, slots[step.out], operands))
+        # After the result has its slot, because the kernel does not write over operands.
+        done = {x for x in (*step.operands, step.out) if x >= 0 and last.get(x, i) == i}
+        free += sorted(slots[x] for x in done if slots[x] not in fixed)
+    return tuple(found)
