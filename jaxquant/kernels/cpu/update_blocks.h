@@ -6,9 +6,11 @@
 
 // Elements that a thread updates at least.
 constexpr int64_t kUpdatedAtOnce = 1 << 15;
-// Columns of a tile, about as many, so that values to encode stay in the L2 cache.
-constexpr int64_t kStretch = 512, kStretchMultiple = 16;
+// Columns of a tile, about as many, so that values to encode stay in the L2 cache. Tiles begin with a
+// cache line of codes, of 4 bits or more, where rows do.
+constexpr int64_t kStretch = 512, kStretchMultiple = 128;
 constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kVector = 16;
 
 // Loops over vectors, one per operation. Scalars are read once.
 template <bool first_is_row, bool second_is_row, typename F>
@@ -106,7 +108,7 @@ class UpdatedTile {
       : u_(u),
         place_(place),
         size_(size),
-        stride_((size + kStretchMultiple - 1) / kStretchMultiple * kStretchMultiple),
+        stride_((size + kVector - 1) / kVector * kVector),
         inputs_(u.inputs.size()),
         outputs_(u.outputs.size()),
         rows_(u.blocks.rows.size()),
@@ -200,7 +202,7 @@ class UpdatedTile {
 };
 
 void UpdateBlocks(ThreadPool& pool, const Update& u) {
-  // Whole blocks, pairs of nibbles and vectors, and tiles of about equal sizes.
+  // Whole blocks, and tiles of about equal sizes.
   const Blocks& b = u.blocks;
   const int64_t multiple = std::lcm<int64_t>(b.width, kStretchMultiple);
   const int64_t count = std::max<int64_t>(1, (b.columns + kStretch / 2) / kStretch);
