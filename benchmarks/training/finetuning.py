@@ -24,6 +24,7 @@ import numpy as np
 import optax
 import rich.console
 
+import jaxquant as jq
 from jaxquant import training
 
 from ..accuracy import language
@@ -80,6 +81,11 @@ ROWS: Mapping[str, Row] = {
     "MXFP8_TRAINING": Row(training.MXFP8_TRAINING),
     # A sixth of the layers, as in the paper, first and last ones.
     "NVFP4_TRAINING": Row(training.NVFP4_TRAINING, float_layers=(2, 3)),
+    # Weights by a scale for each 16 of the axis that a product contracts, instead of each 16 x 16.
+    "NVFP4_TRAINING, weights in groups": Row(
+        dataclasses.replace(training.NVFP4_TRAINING, rhs=jq.ArrayConfig(format=jq.NVFP4)),
+        float_layers=(2, 3),
+    ),
     "8-bit AdamW": Row(state=training.STATE_8_BIT),
     "4-bit AdamW": Row(state=training.STATE_4_BIT),
     **{name: Row(qwix=fields) for name, fields in peers.QWIX.items()},

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,7 +70,6 @@ def steps_of(part: ElementwisePart, scalars: Sequence[jax.Array]) -> Steps | Non
     count, outputs = len(part.arrays), part.program.jaxpr.outvars
     builder = _Builder(count)
     try:
-        _check(part.arrays, jnp.float32, jnp.bfloat16, jnp.bool_)
         _check(outputs, jnp.float32, jnp.bfloat16)
         results = builder.run(part.program, [*map(_Row, range(count)), *scalars])
         rows = [builder.output(x) for x in results]
@@ -127,14 +126,17 @@ class _Builder:
         found, joined = [], set()
         for step in self.steps:
             is_sum = step.operation in ("add", "subtract") and min(step.operands) >= 0
-            if is_sum and any(x in scaled for x in step.operands):
-                joined |= scaled.keys() & set(step.operands)
-                a, b = (scaled.get(x) or (x, self._operand(1.0)) for x in step.operands)
-                if step.operation == "subtract":
-                    b = b[0], self._operand(-self.scalars[-1 - b[1]])
-                step = Step("combine", step.out, (*a, *b))
-            found.append(step)
+            factors = scaled.keys() & set(step.operands) if is_sum else set()
+            joined |= factors
+            found.append(self._combined(step, scaled) if factors else step)
         self.steps = [step for step in found if step.out not in joined]
+
+    def _combined(self, step: Step, scaled: Mapping[int, tuple[int, int]]) -> Step:
+        """A sum or difference of rows, of which some are rows times scalars, as one step."""
+        (x, a), (y, b) = (scaled.get(row) or (row, self._operand(1.0)) for row in step.operands)
+        if step.operation == "subtract":
+            b = self._operand(-self.scalars[-1 - b])
+        return Step("combine", step.out, (x, a, y, b))
 
     def _results(self, eqn: Any, given: list[Any]) -> list[Any]:
         if eqn.primitive is p.jit_p:

@@ -22,7 +22,7 @@ OPERATIONS: dict[str, Any] = {
     "average": lambda g, m: 0.9 * m + (1 - 0.9) * g,
     "difference": lambda g, m: 0.9 * m - 0.1 * g,
     "difference of one product": lambda g, m: g - 0.3 * m,
-    "product used twice": lambda g, m: (0.3 * m + g) * (0.3 * m),
+    "product used twice": lambda g, m: (lambda part: (part + g) * part)(0.3 * m),
     "divided by a scalar": lambda g, m: m / 3 + g,
     "scalar divided": lambda g, m: 1 / (2 + m * m) + g,
     "ratio": lambda g, m: m / (jnp.abs(g) + 0.1),
@@ -33,6 +33,12 @@ OPERATIONS: dict[str, Any] = {
     "limits": lambda g, m: jnp.maximum(m, g) + jnp.minimum(g, 0.5) + jnp.clip(m, -0.1, 0.2),
     "comparisons": lambda g, m: (
         jnp.where(g > m, g, 0.25) + jnp.where(g <= 0.1, 1.0, m) + jnp.where(m >= g, 2.0, g)
+    ),
+    "ties": lambda g, m: (
+        jnp.where(g < g, 5.0, m)
+        + jnp.where(m > m, 5.0, g)
+        + jnp.where(g <= g, m, 5.0)
+        + jnp.where(m >= m, g, 5.0)
     ),
     "logic": lambda g, m: jnp.where((g < 0) & (m < 0) | ~(g != m), g, m),
     "finite": lambda g, m: jnp.where(jnp.isfinite(g / m) & ~jnp.isnan(g), g, m),
@@ -59,24 +65,26 @@ def many(g, m):
     return m
 
 
-def optimizer_of(fn):
+def optimizer_of(fn, of_average=lambda g, m: (g - m).astype(g.dtype)):
+    """The new average is fn of the gradient and the old one; updates depend on the new one."""
+
     def init(params: Any):
         return {"mu": jnp.zeros_like(params)}
 
     def update(updates, state: Any, params=None):
         del params
         mu = fn(updates, state["mu"])
-        return (updates - mu).astype(updates.dtype), {"mu": mu}
+        return of_average(updates, mu), {"mu": mu}
 
     return training.quantized_state(optax.GradientTransformation(init, update))
 
 
-def compare(fn, dtype=jnp.float32):
+def compare(fn, dtype=jnp.float32, **functions):
     """Whether the kernel runs, after a step beside XLA's."""
     rng = np.random.default_rng(0)
     first, second = (jnp.asarray(rng.normal(size=SHAPE), dtype) for _ in range(2))
     start = optimizer_of(lambda g, m: (g + m).astype(jnp.float32))
-    optimizer: Any = optimizer_of(fn)
+    optimizer: Any = optimizer_of(fn, **functions)
     with jax.numpy_dtype_promotion("standard"):
         state = start.update(first, start.init(jnp.zeros(SHAPE)))[1]
         step = jax.jit(optimizer.update)
@@ -107,6 +115,10 @@ def test_other_operations_are_left_to_xla(name):
 @pytest.mark.parametrize("name", ["average", "signs", "limits", "difference of one product"])
 def test_gradients_may_be_bfloat16(name):
     assert compare(lambda g, m: OPERATIONS[name](g, m).astype(jnp.float32), jnp.bfloat16)
+
+
+def test_one_row_may_be_several_results():
+    assert compare(OPERATIONS["sum"], of_average=lambda g, m: m)
 
 
 def test_arrays_of_bool_are_read():
