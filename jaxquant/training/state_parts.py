@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core import AbsMax, ArrayConfig, QTensor, Seed
-from ..jaxprs import ElementwisePart, is_sharded, on_one_cpu, varying_axes
+from ..jaxprs import ElementwisePart, is_sharded, on_one_cpu, steps_of, varying_axes
 from ..kernels import cpu
 from .blockwise import Blockwise, quantize_blocks
 from .state_blocks import layout_of
-from .state_steps import steps_of
 
 # Rows of fewer elements are left to XLA.
 _LEAST_ROW = 32

@@ -10,6 +10,7 @@ import pytest
 
 from jaxquant import INT8, ArrayConfig, QTensor, quantize
 from jaxquant.core.noise import Seed
+from jaxquant.jaxprs import Step
 from jaxquant.kernels import cpu
 from jaxquant.training.power_formats import GRADIENT_8, POSITIVE_4, POSITIVE_8, SIGNED_4, SIGNED_8
 
@@ -93,14 +94,14 @@ def empty(shape, blocks, format):
 
 def encode(x, blocks, format, words=None, instructions=None) -> Any:
     """x as a QTensor."""
-    step = cpu.Step("copy", 2, (0,))
+    step = Step("copy", 2, (0,))
     inputs = x, empty(x.shape, blocks, format)
     seeds = None if words is None else [words]
     return update_blocks([step], inputs, [], [1], seeds, instructions=instructions)[0]
 
 
 def decode(q, after=None, instructions=None):
-    step = cpu.Step("copy", 1, (0,))
+    step = Step("copy", 1, (0,))
     outputs = [jnp.float32]
     return update_blocks([step], [q], [], outputs, after=after, instructions=instructions)[0]
 
@@ -189,7 +190,7 @@ def test_operations_are_those_of_numpy(name, instructions):
     q = encode(jnp.ones((1, 100)), (1, 100), SIGNED_8)
     for operands in others.get(name, pairs):
         inputs = [*(jnp.asarray(x)[None] for x in rows), q]
-        step = cpu.Step(name, 3, operands)
+        step = Step(name, 3, operands)
         given = list(map(jnp.float32, scalars))
         found = update_blocks([step], inputs, given, [jnp.float32], instructions=instructions)
         given = [rows[i] if i >= 0 else scalars[-1 - i] for i in operands]
@@ -211,11 +212,11 @@ def test_several_outputs_of_all_kinds_and_many_steps():
     def run(narrow, q, positive, scale):
         # Slots: narrow, q, positive; a sum, a half, two arrays of codes; and one between.
         steps = [
-            cpu.Step("multiply", 7, (1, -1)),
-            cpu.Step("add", 3, (7, 0)),
-            cpu.Step("copy", 4, (3,)),
-            cpu.Step("subtract", 5, (1, 2)),
-            cpu.Step("magnitude", 6, (5,)),
+            Step("multiply", 7, (1, -1)),
+            Step("add", 3, (7, 0)),
+            Step("copy", 4, (3,)),
+            Step("subtract", 5, (1, 2)),
+            Step("magnitude", 6, (5,)),
         ]
         outputs = [jnp.float32, jnp.bfloat16, 1, 2]
         return update_blocks(steps, [narrow, q, positive], [scale], outputs)

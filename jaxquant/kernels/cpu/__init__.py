@@ -14,6 +14,5 @@ from .handlers import widen_dot as widen_dot
 from .library import instruction_sets as instruction_sets
 from .library import unavailable as unavailable
 from .updates import OPERATIONS as OPERATIONS
-from .updates import Step as Step
 from .updates import update_blocks as update_blocks
 from .updates import why_unsupported_blocks as why_unsupported_blocks

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...core import Format, QTensor
+from ...jaxprs import Step
 from .library import call_kernel
 
 # Update::Step::Operation of common.h, in its order.
@@ -20,28 +21,6 @@ OPERATIONS = (
 )
 _OPERANDS = 4
 _NO_BOOK = (0, 0, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One operation on rows of float32. Hashable.
-
-    Attributes:
-        operation: one of OPERATIONS. Those with one operand are of a row; those with two, of at
-            least one row. "select" is of (which, if it is 0, otherwise), "combine" of (row, scalar,
-            row, scalar), the sum of two products. Comparisons are 1 or 0.
-        out: slot of the result; not one of the operands, and not that of an input.
-        operands: slots, or -1 - the number of a scalar.
-    """
-
-    operation: str
-    out: int
-    operands: tuple[int, ...]
-
-    def numbers(self) -> list[int]:
-        """As the kernel reads it."""
-        unused = [-1] * (_OPERANDS - len(self.operands))
-        return [OPERATIONS.index(self.operation), self.out, *self.operands, *unused]
 
 
 def update_blocks(
@@ -56,7 +35,7 @@ def update_blocks(
     """Runs steps on each element of some arrays, which are decoded before and encoded after.
 
     Args:
-        steps: in order. Slots are those of the inputs, then of the outputs, then others.
+        steps: in order, of OPERATIONS. Slots are those of inputs, then of outputs, then others.
         inputs: arrays of one shape, at least one of them quantized: float32, bfloat16, or codes of
             formats that `why_unsupported_blocks` accepts, with one float32 scale per block, in
             blocks of the same shape.
@@ -104,7 +83,7 @@ def update_blocks(
         aliases=aliases,
         inputs=np.int64(len(inputs)),
         slots=np.int64(max([len(inputs) + len(outputs) - 1, *(step.out for step in steps)]) + 1),
-        steps=np.asarray([n for step in steps for n in step.numbers()], np.int64),
+        steps=np.asarray([n for step in steps for n in _numbers(step)], np.int64),
         books=np.asarray([_book(x) for x in (*inputs, *replaced)], np.int64).reshape(-1),
         blocks=np.asarray(blocks, np.int64),
     )
@@ -128,6 +107,12 @@ def why_unsupported_blocks(shape: tuple[int, ...], format: Format) -> str | None
     if format.bits == 4 and shape[-1] % 2:
         return f"rows of {shape[-1]} 4-bit codes do not begin with a byte"
     return None
+
+
+def _numbers(step: Step) -> list[int]:
+    """A step as the kernel reads it."""
+    unused = [-1] * (_OPERANDS - len(step.operands))
+    return [OPERATIONS.index(step.operation), step.out, *step.operands, *unused]
 
 
 def _book(x: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Translates a part of an update into steps that a native kernel runs row by row."""
+"""Translates elementwise parts of programs into steps that a native kernel runs row by row."""
 
 import collections
 import dataclasses
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.extend.core import primitives as p
 
-from ..jaxprs import ElementwisePart, context_of
-from ..kernels.cpu import Step
+from .elementwise import ElementwisePart
+from .evaluate import context_of
 
 _BINARY = {
     p.add_p: "add",
@@ -32,8 +32,28 @@ _UNARY = {p.neg_p: "negate", p.abs_p: "magnitude", p.sqrt_p: "root", p.sign_p: "
 _SAME = (p.copy_p, p.broadcast_in_dim_p)
 # Operations on bfloat16 whose results need no rounding.
 _EXACT = ("copy", "negate", "magnitude", "sign", "maximum", "minimum", "select")
-_MOST_POWER = 8
+_PRODUCTS = ("multiply",)
+_SIGNS = {"add": 1, "subtract": -1}  # of the second operand
+_POWERS = frozenset((*range(-8, 0), *range(1, 9)))
 _MOST_STEPS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One operation on rows of float32. Hashable.
+
+    Attributes:
+        operation: one that `kernels.cpu.update_blocks` has. Those with one operand are of a row;
+            those with two, of at least one row. "select" is of (which, if it is 0, otherwise),
+            "combine" of (row, scalar, row, scalar), the sum of two products. Comparisons are 1 or
+            0.
+        out: slot of the result; not one of the operands, and not that of an input.
+        operands: slots, or -1 - the number of a scalar.
+    """
+
+    operation: str
+    out: int
+    operands: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +141,11 @@ class _Builder:
         scaled = {}
         for step in self.steps:
             rows, scalars = ([x for x in step.operands if (x >= 0) == c] for c in (True, False))
-            if step.operation == "multiply" and scalars and uses[step.out] == 1:
+            if step.operation in _PRODUCTS and scalars and uses[step.out] == 1:
                 scaled[step.out] = rows[0], scalars[0]
         found, joined = [], set()
         for step in self.steps:
-            is_sum = step.operation in ("add", "subtract") and min(step.operands) >= 0
+            is_sum = step.operation in _SIGNS and min(step.operands) >= 0
             factors = scaled.keys() & set(step.operands) if is_sum else set()
             joined |= factors
             found.append(self._combined(step, scaled) if factors else step)
@@ -134,7 +154,7 @@ class _Builder:
     def _combined(self, step: Step, scaled: Mapping[int, tuple[int, int]]) -> Step:
         """A sum or difference of rows, of which some are rows times scalars, as one step."""
         (x, a), (y, b) = (scaled.get(row) or (row, self._operand(1.0)) for row in step.operands)
-        if step.operation == "subtract":
+        if _SIGNS[step.operation] < 0:
             b = self._operand(-self.scalars[-1 - b])
         return Step("combine", step.out, (x, a, y, b))
 
@@ -177,7 +197,7 @@ class _Builder:
             return self._add(_UNARY[primitive], x)
         if primitive is p.square_p:
             return self._add("multiply", x, x)
-        if primitive is p.integer_pow_p and 0 < abs(params["y"]) <= _MOST_POWER:
+        if primitive is p.integer_pow_p and params["y"] in _POWERS:
             return self._power(x, params["y"])
         if primitive is p.rsqrt_p:
             return self._add("divide", 1.0, self._add("root", x))
