@@ -162,8 +162,8 @@ struct Update {
   struct Step {
     // In the order of OPERATIONS in updates.py.
     enum Operation {
-      kCopy, kNegate, kMagnitude, kRoot, kSign, kRound, kAdd, kSubtract, kMultiply, kDivide, kMaximum,
-      kMinimum, kEqual, kLess, kLessOrEqual, kSelect, kCombine
+      kCopy, kNegate, kMagnitude, kRoot, kSign, kRoundToBFloat16, kAdd, kSubtract, kMultiply, kDivide,
+      kMaximum, kMinimum, kEqual, kLess, kLessOrEqual, kSelect, kCombine
     };
     struct Operand {
       int64_t slot;  // of a row; negative for a scalar

@@ -241,10 +241,10 @@ ffi::Error UpdateBlocks(ThreadPool pool, int64_t set, int64_t inputs, int64_t sl
     if (!power)
       return {type == ffi::F32 ? Array::kFloat32 : Array::kBFloat16, x.untyped_data(), nullptr, {}, {}};
     const int64_t bits = type == ffi::U8 || type == ffi::S8 ? 8 : 4;
-    u.blocks = BlocksOf(x.dimensions(), blocks);
     return {Array::kCodes, x.untyped_data(), static_cast<float*>(next_scales().untyped_data()),
             {power, bits, count, has_negative != 0}, {}};
   };
+  u.blocks = BlocksOf(arguments.get<ffi::AnyBuffer>(0)->dimensions(), blocks);
   for (size_t i = 0; u.inputs.size() < static_cast<size_t>(inputs);) {
     const auto next = [&] { return *arguments.get<ffi::AnyBuffer>(i++); };
     u.inputs.push_back(array_of(next(), next));

@@ -60,8 +60,8 @@ NOINLINE void EncodeRow(const float* __restrict x, int64_t size, const float* __
     // branches on floats.
     const uint32_t magnitude =
         has_negative ? bits & kMagnitude : std::max(static_cast<int32_t>(bits), 0);
-    const uint32_t ratio = BitsOf(FloatOf(magnitude) * inverse[i]);
-    const float value = FloatOf(std::min(ratio, kOne)) * largest;
+    // More than 1 only where the scale is limited; such elements get the last entry.
+    const float ratio = FloatOf(magnitude) * inverse[i], value = ratio * largest;
     int32_t index = std::min(static_cast<int32_t>(Root<power>(value)), count - 1);
     const float at = index, below = Raise<power>(at), above = Raise<power>(at + 1);
     const float part = is_random ? Noise(position, first, second) : 0.5f;
@@ -69,7 +69,7 @@ NOINLINE void EncodeRow(const float* __restrict x, int64_t size, const float* __
     const int32_t sign = -static_cast<int32_t>(bits >> 31);
     // Of unsigned formats, positive elements never become zero.
     index = has_negative ? count + ((index ^ sign) - sign)
-                         : std::max(index, static_cast<int32_t>(ratio > 0));
+                         : std::max(index, static_cast<int32_t>(BitsOf(ratio) > 0));
     codes[i] = index;
   }
 }

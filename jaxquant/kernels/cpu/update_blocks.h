@@ -9,7 +9,6 @@ constexpr int64_t kUpdatedAtOnce = 1 << 15;
 // Columns of a tile, about as many, so that values to encode stay in the L2 cache. Tiles begin with a
 // cache line of codes, of 4 bits or more, where rows do.
 constexpr int64_t kStretch = 512, kStretchMultiple = 128;
-constexpr int64_t kLine = 64;  // bytes of a cache line
 constexpr int64_t kVector = 16;
 
 // Loops over vectors, one per operation. Scalars are read once.
@@ -48,7 +47,7 @@ NOINLINE inline void Select(const Update::Step& step, int64_t size, const float*
 }
 
 // The nearest bfloat16, ties to even.
-inline float RoundToHalf(float x) {
+inline float RoundToBFloat16(float x) {
   const uint32_t bits = BitsOf(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
   return FloatOf((bits & kMagnitude) > kInfinity ? kNaN : rounded);
 }
@@ -65,7 +64,7 @@ inline void RunStep(const Update::Step& step, int64_t size, const float* const* 
     case Step::kRoot: return one([](float x) { return std::sqrt(x); });
     // Zeros and NaN stay as they are.
     case Step::kSign: return one([](float x) { return x > 0 ? 1.f : x < 0 ? -1.f : x; });
-    case Step::kRound: return one(RoundToHalf);
+    case Step::kRoundToBFloat16: return one(RoundToBFloat16);
     case Step::kAdd: return both([](float x, float y) { return x + y; });
     case Step::kSubtract: return both([](float x, float y) { return x - y; });
     case Step::kMultiply: return both([](float x, float y) { return x * y; });
@@ -88,17 +87,11 @@ inline uint8_t* BytesOf(const Update::Array& x, int64_t at) {
   return x.as<uint8_t>() + at * bits / 8;
 }
 
-inline void Prefetch(const Update::Array& x, int64_t at, int64_t size) {
-  const uint8_t* end = BytesOf(x, at + size);
-  for (const uint8_t* p = BytesOf(x, at); p < end; p += kLine) __builtin_prefetch(p);
-}
-
-// Writes a row of values.
 inline void Widen(const uint16_t* __restrict x, int64_t size, float* __restrict out) {
   for (int64_t i = 0; i < size; ++i) out[i] = FloatOf(BitsOf(x[i]));
 }
 inline void Narrow(const float* __restrict x, int64_t size, uint16_t* __restrict out) {
-  for (int64_t i = 0; i < size; ++i) out[i] = BitsOf(RoundToHalf(x[i])) >> 16;
+  for (int64_t i = 0; i < size; ++i) out[i] = BitsOf(RoundToBFloat16(x[i])) >> 16;
 }
 
 // One tile of whole blocks, of `size` columns.
@@ -152,20 +145,9 @@ class UpdatedTile {
     DecoderOf(x.book)(codes, size_, OwnRow(u_.slots + i), x.book.count, OwnRow(i));
   }
 
-  // A part of a row of each array, one before each step: processors do not foresee short pieces of long
-  // rows, and wait if asked for a whole one at once.
-  void PrefetchPart(int64_t r, int64_t part) {
-    const int64_t parts = u_.steps.size(), begin = size_ * part / parts;
-    const int64_t size = size_ * (part + 1) / parts - begin;
-    for (const auto& x : u_.inputs) Prefetch(x, First(r) + begin, size);
-    for (const auto& x : u_.outputs)
-      if (x.type != x.kCodes) Prefetch(x, First(r) + begin, size);
-  }
-
   void ComputeRow(int64_t r) {
     for (int64_t i = 0; i < inputs_; ++i) ReadInput(i, r);
     for (const Update::Step& step : u_.steps) {
-      if (r + 1 < rows_) PrefetchPart(r + 1, &step - u_.steps.data());
       const float* operands[4];
       for (int k = 0; k < 4; ++k) {
         const auto& of = step.operands[k];

@@ -52,7 +52,7 @@ def update_blocks(
 
     Error: steps are those of IEEE 754 in float32, products and sums fused or not. Decoding: 6e-7 of
         the value. Codes and scales are those of `quantize` under `jax.jit`, but where a value lies
-        within 1e-4 of a step of the border between two codes, it may get the other one.
+        within 4e-4 of a step of the border between two codes, it may get the other one.
     """
     stored = [x for x in inputs if isinstance(x, QTensor)]
     shape, counts = stored[0].codes.shape, jnp.shape(stored[0].scale)
