@@ -13,7 +13,6 @@ from .elementwise import elementwise_parts as elementwise_parts
 from .elementwise import remaining_program as remaining_program
 from .elementwise import run_program as run_program
 from .elementwise_steps import Step as Step
-from .elementwise_steps import Steps as Steps
 from .elementwise_steps import steps_of as steps_of
 from .evaluate import Environment as Environment
 from .evaluate import context_of as context_of

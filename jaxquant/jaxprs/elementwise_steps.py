@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,28 +13,14 @@ from jax.extend.core import primitives as p
 from .elementwise import ElementwisePart
 from .evaluate import context_of
 
-_BINARY = {
-    p.add_p: "add",
-    p.sub_p: "subtract",
-    p.mul_p: "multiply",
-    p.div_p: "divide",
-    p.max_p: "maximum",
-    p.min_p: "minimum",
-    p.eq_p: "equal",
-    p.lt_p: "less",
-    p.le_p: "less_or_equal",
-    # Of ones and zeros.
-    p.and_p: "multiply",
-    p.or_p: "maximum",
-}
-_SWAPPED = {p.gt_p: "less", p.ge_p: "less_or_equal"}
-_UNARY = {p.neg_p: "negate", p.abs_p: "magnitude", p.sqrt_p: "root", p.sign_p: "sign"}
 _SAME = (p.copy_p, p.broadcast_in_dim_p)
 # Operations on bfloat16 whose results need no rounding.
-_EXACT = ("copy", "negate", "magnitude", "sign", "maximum", "minimum", "select")
+_EXACT = frozenset(
+    ("copy", "negate", "magnitude", "sign", "maximum", "minimum", "select", "round_to_bfloat16")
+)
 _PRODUCTS = ("multiply",)
 _SIGNS = {"add": 1, "subtract": -1}  # of the second operand
-_POWERS = frozenset((*range(-8, 0), *range(1, 9)))
+_MOST_POWER = 8
 _MOST_STEPS = 256
 
 
@@ -61,6 +47,9 @@ class _Row:
     """A row of elements, by number: those of arrays first, then the result of each step."""
 
     number: int
+
+
+_Rule = Callable[..., Any]
 
 
 class _Unsupported(Exception):
@@ -126,14 +115,11 @@ class _Builder:
 
     def output(self, value: Any) -> int:
         """The number of a row that is an output, and nothing else."""
-        is_row = isinstance(value, _Row)
-        if not is_row:
-            # The kernel copies rows only, and selects scalars, too.
-            value = self._add("select", value, value, value)
-        elif value.number < self._count or value.number in self._outputs:
-            value = self._add("copy", value)
-        self._outputs.add(value.number)
-        return value.number
+        row = self._filled(value)
+        if row.number < self._count or row.number in self._outputs:
+            row = self.add("copy", row)
+        self._outputs.add(row.number)
+        return row.number
 
     def combine(self, outputs: Sequence[int]) -> None:
         """Joins sums of rows with the multiplications by scalars before them, used nowhere else."""
@@ -178,58 +164,26 @@ class _Builder:
         is_exact = is_new and self.steps[row.number - self._count].operation in _EXACT
         was_narrow = all(v.aval.dtype in dtypes[1:] for v in eqn.invars)
         if eqn.outvars[0].aval.dtype == jnp.bfloat16 and not (was_narrow and is_exact):
-            return self._add("round_to_bfloat16", row)
+            return self.add("round_to_bfloat16", row)
         return row
 
     def _computed(self, eqn: Any, given: list[Any]) -> _Row:
-        primitive, params, (x, *others) = eqn.primitive, eqn.params, given
-        if primitive in _SAME:
-            return x
-        if primitive is p.convert_element_type_p:
-            return x if params["new_dtype"] != jnp.bool_ else self._differs(x, 0.0)
-        if primitive is p.div_p and not isinstance(others[0], _Row):
-            return self._add("multiply", x, 1 / jnp.asarray(others[0], jnp.float32))
-        if primitive in _BINARY:
-            return self._add(_BINARY[primitive], x, *others)
-        if primitive in _SWAPPED:
-            return self._add(_SWAPPED[primitive], *others, x)
-        if primitive in _UNARY:
-            return self._add(_UNARY[primitive], x)
-        if primitive is p.square_p:
-            return self._add("multiply", x, x)
-        if primitive is p.integer_pow_p and params["y"] in _POWERS:
-            return self._power(x, params["y"])
-        if primitive is p.rsqrt_p:
-            return self._add("divide", 1.0, self._add("root", x))
-        if primitive is p.clamp_p:
-            return self._add("minimum", self._add("maximum", others[0], x), others[1])
-        if primitive is p.select_n_p and len(others) == 2:
-            return self._add("select", x, *others)
-        if primitive is p.ne_p:
-            return self._differs(x, *others)
-        if primitive is p.not_p:
-            return self._add("subtract", 1.0, x)
-        if primitive is p.is_finite_p:
-            most = float(jnp.finfo(jnp.float32).max)
-            return self._add("less_or_equal", self._add("magnitude", x), most)
-        raise _Unsupported
+        rule = _RULES.get(eqn.primitive)
+        if rule is None:
+            raise _Unsupported
+        return rule(self, eqn.params, *given)
 
-    def _differs(self, x: Any, y: Any) -> _Row:
-        return self._add("subtract", 1.0, self._add("equal", x, y))
+    def add(self, operation: str, *operands: Any) -> _Row:
+        """The result of one more step, of rows and scalars."""
+        if not any(isinstance(x, _Row) for x in operands):
+            operands = self._filled(operands[0]), *operands[1:]
+        return self._append(operation, operands)
 
-    def _power(self, x: _Row, exponent: int) -> _Row:
-        """By repeated squaring, as XLA computes it."""
-        found, square, left = None, x, abs(exponent)
-        while left:
-            if left % 2:
-                found = square if found is None else self._add("multiply", found, square)
-            left //= 2
-            if left:
-                square = self._add("multiply", square, square)
-        assert found is not None
-        return found if exponent > 0 else self._add("divide", 1.0, found)
+    def _filled(self, value: Any) -> _Row:
+        """A row, perhaps filled with a scalar: only "select" is of scalars, too."""
+        return value if isinstance(value, _Row) else self._append("select", [value] * 3)
 
-    def _add(self, operation: str, *operands: Any) -> _Row:
+    def _append(self, operation: str, operands: Sequence[Any]) -> _Row:
         out = self._count + len(self.steps)
         self.steps.append(Step(operation, out, tuple(map(self._operand, operands))))
         return _Row(out)
@@ -239,6 +193,97 @@ class _Builder:
             return value.number
         self.scalars.append(jnp.asarray(value).astype(jnp.float32))
         return -len(self.scalars)
+
+
+def _operation(name: str) -> _Rule:
+    return lambda builder, params, *given: builder.add(name, *given)
+
+
+def _swapped(name: str) -> _Rule:
+    return lambda builder, params, x, y: builder.add(name, y, x)
+
+
+def _same(builder: _Builder, params: Any, x: Any) -> Any:
+    return x
+
+
+def _converted(builder: _Builder, params: Any, x: Any) -> Any:
+    is_truth = params["new_dtype"] == jnp.bool_
+    return _differs(builder, params, x, 0.0) if is_truth else x
+
+
+def _quotient(builder: _Builder, params: Any, x: Any, y: Any) -> _Row:
+    if isinstance(y, _Row):
+        return builder.add("divide", x, y)
+    # Processors take many times as long to divide.
+    return builder.add("multiply", x, 1 / jnp.asarray(y, jnp.float32))
+
+
+def _power(builder: _Builder, params: Any, x: Any) -> _Row:
+    """By repeated squaring, as XLA computes it."""
+    found, square, left = None, x, abs(params["y"])
+    if not 0 < left <= _MOST_POWER:
+        raise _Unsupported
+    while left:
+        if left % 2:
+            found = square if found is None else builder.add("multiply", found, square)
+        left //= 2
+        if left:
+            square = builder.add("multiply", square, square)
+    assert found is not None
+    return found if params["y"] > 0 else builder.add("divide", 1.0, found)
+
+
+def _clamped(builder: _Builder, params: Any, low: Any, x: Any, high: Any) -> _Row:
+    return builder.add("minimum", builder.add("maximum", low, x), high)
+
+
+def _selected(builder: _Builder, params: Any, which: Any, *cases: Any) -> _Row:
+    if len(cases) != 2:
+        raise _Unsupported
+    return builder.add("select", which, *cases)
+
+
+def _differs(builder: _Builder, params: Any, x: Any, y: Any) -> _Row:
+    return builder.add("subtract", 1.0, builder.add("equal", x, y))
+
+
+def _finite(builder: _Builder, params: Any, x: Any) -> _Row:
+    largest = float(jnp.finfo(jnp.float32).max)
+    return builder.add("less_or_equal", builder.add("magnitude", x), largest)
+
+
+# (builder, parameters of the equation, its operands) -> the result.
+_RULES: dict[Any, _Rule] = {
+    p.add_p: _operation("add"),
+    p.sub_p: _operation("subtract"),
+    p.mul_p: _operation("multiply"),
+    p.div_p: _quotient,
+    p.max_p: _operation("maximum"),
+    p.min_p: _operation("minimum"),
+    p.neg_p: _operation("negate"),
+    p.abs_p: _operation("magnitude"),
+    p.sqrt_p: _operation("root"),
+    p.sign_p: _operation("sign"),
+    p.square_p: lambda builder, params, x: builder.add("multiply", x, x),
+    p.integer_pow_p: _power,
+    p.rsqrt_p: lambda builder, params, x: builder.add("divide", 1.0, builder.add("root", x)),
+    p.clamp_p: _clamped,
+    p.eq_p: _operation("equal"),
+    p.ne_p: _differs,
+    p.lt_p: _operation("less"),
+    p.le_p: _operation("less_or_equal"),
+    p.gt_p: _swapped("less"),
+    p.ge_p: _swapped("less_or_equal"),
+    p.is_finite_p: _finite,
+    # Of ones and zeros.
+    p.and_p: _operation("multiply"),
+    p.or_p: _operation("maximum"),
+    p.not_p: lambda builder, params, x: builder.add("subtract", 1.0, x),
+    p.select_n_p: _selected,
+    p.convert_element_type_p: _converted,
+    **dict.fromkeys(_SAME, _same),
+}
 
 
 def _check(variables: Sequence[Any], *dtypes: Any) -> None:
