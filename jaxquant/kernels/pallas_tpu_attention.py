@@ -4,6 +4,7 @@ It is compiled for v5e and v6e and checked in interpret mode; it has not run on 
 """
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,6 +29,8 @@ _POSITIONS, _POSITIONS_OF_MANY_ROWS = 4096, 1024
 _ROWS, _FEW_ROWS = 512, 64
 # Positions whose scales fit into VMEM.
 MOST_POSITIONS = 2**17
+# Elements of a result that is held in VMEM.
+_MOST_JOINED = 2**20
 _LEAST = float(np.finfo(np.float32).min)
 
 
@@ -40,6 +43,7 @@ def attend(
     counts: jax.Array | None,
     layer: jax.Array,
     *,
+    dtype_of_result: jax.typing.DTypeLike = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention of T tokens over the cache of one layer, block by block.
@@ -53,13 +57,15 @@ def attend(
         scales: those of keys and of values, floats (L, B, H, S), or (1, B, H, S) of that layer; ()
             for 1.
         dtype: of the numbers of keys and values: int8 or a float.
-        lengths: (B,): tokens of each sequence, those of the query included.
+        lengths: (L, B), or (1, B) of that layer: tokens of each sequence, those of the query
+            included.
         counts: (B,): how many of the T tokens these are, the first ones; None for all.
         layer: scalar, which of the L layers; -1 is the last one.
+        dtype_of_result: float32 or bfloat16.
         interpret: runs without a TPU, slowly, for tests.
 
     Returns:
-        (B, T, N, D) float32; NaN for sequences of more than S tokens.
+        (B, T, N, D); NaN for sequences of more than S tokens.
 
     Error: query, keys, values and the weights of the sum are rounded to bfloat16, as XLA does in
         its default precision on TPUs; int8 codes are exact in it. Sums are in float32.
@@ -78,6 +84,14 @@ def attend(
     grid, tile, of_arrays = _blocks(rows, (keys, values, *scales), tokens, counts is not None)
     tile_rows = tile.block_shape[2]
     column = pltpu.VMEM((tile_rows, 1), jnp.float32)
+    # Where the next product wants it, unless that is too large or heads do not fill tiles.
+    joined = batch * tokens, heads * size
+    is_joined = size % 128 == 0 and grid[2] == 1 and math.prod(joined) <= _MOST_JOINED
+    result, of_result, held = rows.shape, tile, []
+    if is_joined:
+        result, of_result = joined, pl.BlockSpec(joined, lambda *_: (0, 0))
+        held = [pltpu.VMEM((heads, joined[0], size), jnp.float32)]
+    own = "arbitrary" if is_joined else "parallel"
     kernel = functools.partial(
         _attend_block,
         dtype=jnp.dtype(dtype),
@@ -85,6 +99,7 @@ def attend(
         group=group,
         capacity=keys.shape[3],
         has_counts=counts is not None,
+        is_joined=is_joined,
     )
     out = pl.pallas_call(
         kernel,
@@ -92,18 +107,20 @@ def attend(
             num_scalar_prefetch=len(numbers),
             grid=grid,
             in_specs=[tile, *of_arrays],
-            out_specs=tile,
-            scratch_shapes=[column, column, pltpu.VMEM((tile_rows, size), jnp.float32)],
+            out_specs=of_result,
+            scratch_shapes=[*held, column, column, pltpu.VMEM((tile_rows, size), jnp.float32)],
         ),
-        out_shape=pallas_tpu.result_type(rows.shape, jnp.float32, keys),
+        out_shape=pallas_tpu.result_type(result, dtype_of_result, keys),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            dimension_semantics=(own, own, own, "arbitrary"),
             vmem_limit_bytes=pallas_tpu.VMEM_LIMIT,
         ),
         cost_estimate=_cost(rows, tile_rows, keys, scales),
         interpret=interpret,
         name="attend",
     )(*numbers, rows, keys, values, *scales)
+    if is_joined:
+        return out.reshape(query.shape)
     out = out.reshape(batch, shared, tokens, group, size)
     return out.transpose(0, 2, 1, 3, 4).reshape(query.shape)
 
@@ -122,13 +139,13 @@ def _blocks(
         return b, h, r, 0
 
     def of_cache(b: Any, h: Any, r: Any, s: Any, layer: Any, lengths: Any, *counts: Any) -> Any:
-        start = lengths[b] - (counts[0][b] if has_counts else tokens)
+        start = _length(lengths, layer, b) - (counts[0][b] if has_counts else tokens)
         seen = start + _last_token(r, tile, group, tokens)
         last = jnp.clip(lax.div(seen, block), 0, steps - 1)
-        return lax.rem(layer[0] + len(arrays[0]), len(arrays[0])), b, h, jnp.minimum(s, last), 0
+        return _own(layer, len(arrays[0])), b, h, jnp.minimum(s, last), 0
 
     def of_scales(b: Any, h: Any, r: Any, s: Any, layer: Any, *_: Any) -> Any:
-        return lax.rem(layer[0] + len(arrays[2]), len(arrays[2])), b, 0, 0
+        return _own(layer, len(arrays[2])), b, 0, 0
 
     per_position = pl.BlockSpec((1, 1, 1, block, size), of_cache)
     # Read once for all heads, which XLA stores in one tile.
@@ -138,13 +155,23 @@ def _blocks(
     return grid, pl.BlockSpec((1, 1, tile, size), own), specs
 
 
+def _own(layer: Any, layers: int) -> Any:
+    """The place of the layer among so many."""
+    return lax.rem(layer[0] + layers, layers)
+
+
+def _length(lengths: Any, layer: Any, b: Any) -> Any:
+    """Tokens of a sequence."""
+    return lengths[_own(layer, lengths.shape[0]), b]
+
+
 def _last_token(r: Any, tile: int, group: int, tokens: int) -> Any:
     """That of a tile of rows."""
     return jnp.minimum(lax.div((r + 1) * tile - 1, group), tokens - 1)
 
 
 def _attend_block(
-    _: Any,
+    layer: Any,
     lengths: Any,
     *refs: Any,
     dtype: np.dtype,
@@ -152,12 +179,16 @@ def _attend_block(
     group: int,
     capacity: int,
     has_counts: bool,
+    is_joined: bool,
 ) -> None:
     """Adds the positions of one block to what the rows have seen of those before it."""
     counts, refs = (refs[0], refs[1:]) if has_counts else (None, refs)
-    query, keys, values, *scales, out, largest, total, summed = refs
+    *given, largest, total, summed = refs
+    query, keys, values, *scales, out = given[: len(given) - is_joined]
     b, h, r, s = (pl.program_id(axis) for axis in range(4))
-    start = lengths[b] - (tokens if counts is None else counts[b])
+    is_last = [pl.program_id(axis) == pl.num_programs(axis) - 1 for axis in range(4)]
+    length = _length(lengths, layer, b)
+    start = length - (tokens if counts is None else counts[b])
     tile, block = query.shape[2], keys.shape[3]
     here = 0, 0, pl.ds(h, 1), pl.ds(pl.multiple_of(s * block, block), block)
     factors = [x[here].astype(jnp.float32) for x in scales]
@@ -189,9 +220,40 @@ def _attend_block(
             numbers = jnp.where(places < capacity, numbers, 0)
         summed[...] = earlier * summed[...] + _dot(weights, numbers, (1, 0))
 
-    @pl.when(s == pl.num_programs(3) - 1)
+    @pl.when(is_last[3])
     def _() -> None:
-        out[0, 0] = jnp.where(lengths[b] > capacity, jnp.nan, summed[...] / total[...])
+        found = jnp.where(length > capacity, jnp.nan, summed[...] / total[...])
+        if is_joined:
+            first = b * tokens, h * group
+            _join(out, given[-1], found, first, group, is_last[0] & is_last[1])
+        else:
+            out[0, 0] = found.astype(out.dtype)
+
+
+def _join(
+    out: Any, held: Any, found: jax.Array, first: tuple[Any, Any], group: int, is_last: Any
+) -> None:
+    """Puts the rows of a key head beside each other, and all into the result after the last.
+
+    Args:
+        out: (B * T, N * D).
+        held: the same as (N, B * T, D), in 32 bits.
+        found: rows of tokens and, within these, heads, (T * group, D).
+        first: of all tokens and heads, the first ones of `found`.
+        group: heads of each token in `found`.
+        is_last: whether nothing is left to be found.
+    """
+    rows, size = found.shape
+    place = lax.broadcasted_iota(jnp.int32, held.shape[1:], 0)
+    for row in range(rows):
+        token, head = first[0] + row // group, first[1] + row % group
+        # A single row of several tiles cannot be written at a place that is not known.
+        held[head] = jnp.where(place == token, found[row : row + 1], held[head])
+
+    @pl.when(is_last)
+    def _() -> None:
+        for head in range(held.shape[0]):
+            out[:, head * size : (head + 1) * size] = held[head].astype(out.dtype)
 
 
 def _numbers(stored: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -1,5 +1,6 @@
 """The Pallas kernel for attention: what it computes, in interpret mode, and that it compiles."""
 
+import importlib
 from functools import partial
 from typing import Any
 
@@ -40,15 +41,18 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(pallas_tpu_attention, name, value)
 
 
-def filled(store, positions, lengths):
-    """A cache whose last layer holds tokens, with large values behind the last of each sequence."""
-    cache = kv.init(BATCH, HEADS, positions, SIZE, store=store, layers=LAYERS)
-    keys, values = (normal(BATCH, positions, HEADS, SIZE, seed=i) for i in (1, 2))
+def filled(store, positions, lengths, size=SIZE):
+    """A cache whose last layer holds tokens, with large values behind the last of each sequence.
+
+    Also the lengths of all layers.
+    """
+    cache = kv.init(BATCH, HEADS, positions, size, store=store, layers=LAYERS)
+    keys, values = (normal(BATCH, positions, HEADS, size, seed=i) for i in (1, 2))
     for x in (keys, values):
         for row, length in zip(x, lengths, strict=True):
             row[length:] = 1e4
     cache = kv.append(cache, keys, values, layer=LAYERS - 1)
-    return cache, jnp.asarray(lengths, jnp.int32)
+    return cache, jnp.asarray([[0] * len(lengths)] * (LAYERS - 1) + [lengths], jnp.int32)
 
 
 def rounded(x):
@@ -87,7 +91,7 @@ def arrays(cache) -> Any:
 def test_tokens_attend_to_all_before_them_and_no_others(case, name):
     positions, lengths, tokens, heads = CASES[case]
     cache, lengths = filled(STORES[name], positions, lengths)
-    query, starts = normal(BATCH, tokens, heads, SIZE, seed=3) / 4, np.asarray(lengths) - tokens
+    query, starts = normal(BATCH, tokens, heads, SIZE, seed=3) / 4, np.asarray(lengths[-1]) - tokens
     given = jnp.asarray(query), *arrays(cache), lengths
 
     # bfloat16 has 8 bits.
@@ -95,6 +99,39 @@ def test_tokens_attend_to_all_before_them_and_no_others(case, name):
     for layer in (LAYERS - 1, -1):
         found = run(*given, None, jnp.int32(layer))
         np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.some_rows(2)
+@pytest.mark.parametrize("name", ["int8", "bfloat16"])
+@pytest.mark.parametrize("case", ["one token", "three tokens", "many rows"])
+def test_heads_that_fill_tiles_lie_beside_each_other(case, name):
+    """Of one tile of rows; in the dtype that the next product wants."""
+    positions, lengths, tokens, heads = CASES[case]
+    cache, lengths = filled(STORES[name], positions, lengths, size=128)
+    query, starts = normal(BATCH, tokens, heads, 128, seed=3) / 8, np.asarray(lengths[-1]) - tokens
+    given = jnp.asarray(query), *arrays(cache), lengths, None, jnp.int32(LAYERS - 1)
+
+    found = run(*given)
+    narrow = run(*given, dtype_of_result=jnp.bfloat16)
+
+    wanted = slow_attention(query, cache, starts)
+    np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2)
+    np.testing.assert_array_equal(narrow, found.astype(jnp.bfloat16))
+    of_layer = run(*given[:-3], lengths[-1:], *given[-2:])
+    np.testing.assert_array_equal(of_layer, found)
+
+
+def test_results_that_do_not_fit_are_written_head_by_head(monkeypatch):
+    cache, lengths = filled(STORES["int8"], 300, (300, 1, 128), size=128)
+    query = jnp.asarray(normal(BATCH, 1, 8, 128, seed=3)) / 8
+    given = query, *arrays(cache), lengths, None, jnp.int32(-1)
+    wanted = run(*given, dtype_of_result=jnp.bfloat16)
+    for most, is_joined in ((query.size, True), (query.size - 1, False)):
+        monkeypatch.setattr(pallas_tpu_attention, "_MOST_JOINED", most)
+        again = partial(run, dtype_of_result=jnp.bfloat16)
+        text = str(jax.make_jaxpr(lambda query, again=again: again(query, *given[1:]))(query))
+        assert ("bf16[3,1024]" in text) == is_joined
+        np.testing.assert_array_equal(again(*given), wanted)
 
 
 def test_padded_tokens_are_not_counted_and_sequences_beyond_the_capacity_are_nan():
@@ -106,10 +143,10 @@ def test_padded_tokens_are_not_counted_and_sequences_beyond_the_capacity_are_nan
 
     found = run(*given, lengths, counts, jnp.int32(-1))
 
-    wanted = slow_attention(query, cache, np.asarray(lengths - counts))
+    wanted = slow_attention(query, cache, np.asarray(lengths[-1] - counts))
     for b, count in enumerate(counts):
         np.testing.assert_allclose(found[b, :count], wanted[b, :count], rtol=2e-2, atol=2e-2)
-    full = run(*given, lengths.at[1].set(301), counts, jnp.int32(-1))
+    full = run(*given, lengths.at[-1, 1].set(301), counts, jnp.int32(-1))
     assert np.isnan(full[1]).all()
     np.testing.assert_array_equal(full[::2], found[::2])
 
@@ -146,11 +183,14 @@ def test_it_is_compiled_for_steps_of_decoding_and_prompts(chip, name, size, head
         return kv.attend(query, cache, layer=layer)
 
     is_kernel = size == 128 or name == "int8"
-    for tokens in (1, 300):
+    module = importlib.import_module("jaxquant.ops.kv.attend")
+    for tokens, most in ((1, 4), (2, 3), (300, 4)):
+        # Lengths of all layers, or of one.
+        monkeypatch.setattr(module, "_MOST_LENGTHS", most)
         query = jax.ShapeDtypeStruct((2, tokens, 9, size), jnp.float32)
         compiled = tpu_compiler.compile_for(chip, run, query, cache, layer)
         assert ("tpu_custom_call" in (compiled.as_text() or "")) == is_kernel
         # A slice of the layer would be copied for the kernel.
-        if is_kernel and tokens == 1:
+        if is_kernel and tokens <= 2:
             memory: Any = compiled.memory_analysis()
             assert memory.temp_size_in_bytes < cache.keys.size // 4

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from ...core import bits_of
-from ...jaxprs import is_sharded, on_one_cpu, on_one_tpu
+from ...jaxprs import Function, is_sharded, on_one_cpu, on_one_tpu
 from ...kernels import cpu, pallas_tpu, pallas_tpu_attention
 from ..gradient import tangent_of
 from ..operands import has_symbolic_shape
@@ -19,6 +19,8 @@ from .writing import in_stack, is_for_kernel, is_sliced
 
 # Query rows of a key head in a decoding step, at most.
 _FEW_ROWS = 64
+# Lengths of sequences of all layers that fit into the memory of the TPU's scalars.
+_MOST_LENGTHS = 4096
 
 
 def attend(
@@ -75,28 +77,33 @@ def attend(
     dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     scaled = query.astype(dtype) * (cache.size**-0.5 if scale is None else scale)
     counts = as_counts(counts, batch, query.shape[1])
-    return on_own_heads(_attend, cache, counts, layer, scaled).astype(query.dtype)
+    run = partial(_attend, query.dtype)
+    return on_own_heads(run, cache, counts, layer, scaled)
 
 
-@jax.custom_jvp
-def _attend(cache: Cache, counts: jax.Array | None, layer: Any, query: jax.Array) -> jax.Array:
-    """The result in the dtype of the query; NaN for sequences that exceeded the capacity."""
-    branches = {}
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(
+    dtype: np.dtype, cache: Cache, counts: jax.Array | None, layer: Any, query: jax.Array
+) -> jax.Array:
+    """The result in `dtype`; NaN for sequences that exceeded the capacity."""
+    by_xla, branches = _in_dtype(_by_xla, dtype), {}
     if _is_for_cpu(query, cache):
-        branches["cpu"] = partial(on_one_cpu, _natively, _by_xla)
+        branches["cpu"] = partial(on_one_cpu, _in_dtype(_natively, dtype), by_xla)
     if _is_for_tpu(query, cache):
-        branches["tpu"] = partial(on_one_tpu, _by_pallas, _by_xla)
+        branches["tpu"] = partial(on_one_tpu, partial(_by_pallas, dtype), by_xla)
     if not branches:
-        return _by_xla(cache, counts, layer, query)
-    return lax.platform_dependent(cache, counts, layer, query, **branches, default=_by_xla)
+        return by_xla(cache, counts, layer, query)
+    return lax.platform_dependent(cache, counts, layer, query, **branches, default=by_xla)
 
 
-def _attend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    out = _attend(*primals)
-    return out, tangent_of(_by_xla, primals, tangents, out)
+@partial(_attend.defjvp, symbolic_zeros=True)
+def _(dtype: np.dtype, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    out = _attend(dtype, *primals)
+    return out, tangent_of(_in_dtype(_by_xla, dtype), primals, tangents, out)
 
 
-_attend.defjvp(_attend_jvp, symbolic_zeros=True)
+def _in_dtype(run: Function, dtype: np.dtype) -> Function:
+    return lambda *args: run(*args).astype(dtype)
 
 
 def _is_for_cpu(query: jax.Array, cache: Cache) -> bool:
@@ -136,7 +143,9 @@ def _natively(cache: Cache, counts: jax.Array | None, layer: Any, query: jax.Arr
     return _unless_full(out, cache, layer)
 
 
-def _by_pallas(cache: Cache, counts: jax.Array | None, layer: Any, query: jax.Array) -> jax.Array:
+def _by_pallas(
+    dtype: np.dtype, cache: Cache, counts: jax.Array | None, layer: Any, query: jax.Array
+) -> jax.Array:
     """On the stored bytes of all layers, too."""
     keys, values, place = _in_stack(cache, layer)
     scales = tuple(x for x in (cache.key_scale, cache.value_scale) if x is not None)
@@ -145,10 +154,20 @@ def _by_pallas(cache: Cache, counts: jax.Array | None, layer: Any, query: jax.Ar
     else:  # A scatter of XLA has left the scales of all layers in other tiles.
         slices = (_scale_of(x, cache, layer) for x in scales)
         scales = tuple(x[None] for x in slices if x is not None)
-    lengths = at_layer(cache.lengths, layer)
+    (lengths,) = in_stack((cache.lengths,), layer)
+    if lengths.size > _MOST_LENGTHS:
+        lengths = at_layer(cache.lengths, layer)[None]
+    result = dtype if dtype == jnp.bfloat16 else jnp.float32
     return pallas_tpu_attention.attend(
-        query, (keys, values), scales, cache.dtype, lengths, counts, place
-    )
+        query,
+        (keys, values),
+        scales,
+        cache.dtype,
+        lengths,
+        counts,
+        place,
+        dtype_of_result=result,
+    ).astype(dtype)
 
 
 def _starts(query: jax.Array, cache: Cache, counts: jax.Array | None, layer: Any) -> jax.Array:
