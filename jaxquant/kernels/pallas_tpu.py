@@ -151,7 +151,7 @@ def quantize_rows(
     tile = max(32, _ROW_BYTES // (length * x.dtype.itemsize) // 32 * 32)
     tile = even_tile(rows, tile, 32)
     return pl.pallas_call(
-        functools.partial(_quantize_tile, qmin=qmin, qmax=qmax),
+        functools.partial(quantize_tile, qmin=qmin, qmax=qmax),
         grid=(pl.cdiv(rows, tile),),
         in_specs=[pl.BlockSpec((tile, length), lambda i: (i, 0))],
         out_specs=[
@@ -223,7 +223,8 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
 
-def _quantize_tile(x_ref: Any, codes_ref: Any, scale_ref: Any, *, qmin: float, qmax: float) -> None:
+def quantize_tile(x_ref: Any, codes_ref: Any, scale_ref: Any, *, qmin: float, qmax: float) -> None:
+    """Writes what `quantize_rows` gives for whole rows."""
     x = x_ref[...].astype(jnp.float32)
     magnitude = jnp.abs(x)
     # Comparisons with NaN are false, so NaN becomes Inf as well, and the maximum keeps it.

@@ -24,6 +24,8 @@ else:
 
 # Up to so many rows are one tile, so that each expert is read once.
 _ONE_TILE = 256
+# Rows up to which one tile is quantized in the first step, and their bytes.
+_MOST_QUANTIZED, _MOST_BYTES = 64, 4 * 2**20
 # Tiles of more rows have twice as many as an expert has on average, between these.
 _LEAST_ROWS, _MOST_ROWS = 128, 512
 
@@ -76,6 +78,7 @@ def stacked_dot(
     row_scale: jax.Array | None,
     layer: jax.Array,
     *,
+    quantizes: bool = False,
     dtype: jax.typing.DTypeLike = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
@@ -84,6 +87,8 @@ def stacked_dot(
     Args:
         x, w, scale, zero, row_scale, dtype, interpret: as for `ragged_dot`.
         layer: scalar, from 0 to E - 1.
+        quantizes: whether the rows of x, floats that `quantizes_in_place` accepts, are multiplied
+            by the codes and scales that `pallas_tpu.quantize_rows` gives; row_scale is None then.
 
     Error: as for `ragged_dot`.
     """
@@ -94,7 +99,12 @@ def stacked_dot(
     place = jnp.arange(count, dtype=jnp.int32)
     layers = jnp.broadcast_to(layer.astype(jnp.int32), place.shape)
     found = layers, place, jnp.zeros(1, jnp.int32), jnp.full(1, count, jnp.int32)
-    return _by_steps(x, w, scale, zero, row_scale, found, tile, dtype, interpret)
+    return _by_steps(x, w, scale, zero, row_scale, found, tile, dtype, interpret, quantizes)
+
+
+def quantizes_in_place(x: jax.Array) -> bool:
+    """Whether `stacked_dot` quantizes the rows of x: a few that fit into VMEM."""
+    return x.shape[0] <= _MOST_QUANTIZED and x.size * x.dtype.itemsize <= _MOST_BYTES
 
 
 def _by_steps(
@@ -107,9 +117,11 @@ def _by_steps(
     tile: "_Tile",
     dtype: jax.typing.DTypeLike,
     interpret: bool,
+    quantizes: bool = False,
 ) -> jax.Array:
     """What each of the `steps` adds."""
     (rows, length), columns, size = x.shape, w.shape[2], x.shape[1] // scale.shape[1]
+    itemsize = jnp.dtype(dtype).itemsize
     along = length // tile.length
     grid = (pl.cdiv(columns, tile.columns), steps[0].shape[0], along)
     specs = _specs(tile, scale.shape[1], along - 1)
@@ -117,27 +129,42 @@ def _by_steps(
     of_columns = [None if v is None else pallas_tpu.in_hbm(v, interpret) for v in (scale, zero)]
     given = zip((row_scale, *of_columns), (specs.per_row, *[specs.per_column] * 2), strict=True)
     parameters = [(v.astype(jnp.float32), spec) for v, spec in given if v is not None]
-    has_rows = row_scale is not None
+    has_rows = row_scale is not None or quantizes
     kernel = pallas_tpu.scale_sums if 2 * tile.rows <= size else pallas_tpu.scale_weights
     multiply: Callable[..., jax.Array] = functools.partial(_by_pieces, kernel=kernel, size=size)
-    if x.dtype == w.dtype == jnp.int8 and size == length and zero is None:
+    has_codes = x.dtype == jnp.int8 or quantizes
+    if has_codes and w.dtype == jnp.int8 and size == length and zero is None:
         multiply = _by_codes
-    x = x if x.dtype == jnp.int8 else x.astype(jnp.bfloat16)
+    x = x if has_codes else x.astype(jnp.bfloat16)
+    run: Callable[..., None] = _accumulate
+    of_rows, of_codes, moved = specs.rows, [], grid[0] * x.nbytes
+    if quantizes:
+        moved = x.nbytes
+        run = _quantize_first
+        of_rows = pl.BlockSpec(x.shape, lambda *_: (0, 0))
+        of_codes = [pltpu.VMEM(x.shape, jnp.int8), pltpu.VMEM((rows, 1), jnp.float32)]
     return pl.pallas_call(
-        functools.partial(_accumulate, multiply=multiply, has_rows=has_rows),
+        functools.partial(run, multiply=multiply, has_rows=has_rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=grid,
-            in_specs=[specs.rows, specs.weights, *[spec for _, spec in parameters]],
+            in_specs=[of_rows, specs.weights, *[spec for _, spec in parameters]],
             out_specs=specs.out,
-            scratch_shapes=[pltpu.VMEM((tile.rows, tile.columns), jnp.float32)],
+            scratch_shapes=[*of_codes, pltpu.VMEM((tile.rows, tile.columns), jnp.float32)],
         ),
         out_shape=pallas_tpu.result_type((rows, columns), dtype, x),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            # Codes stay from the first step to the last.
+            dimension_semantics=(
+                "arbitrary" if quantizes else "parallel",
+                "arbitrary",
+                "arbitrary",
+            ),
             vmem_limit_bytes=pallas_tpu.VMEM_LIMIT,
         ),
-        cost_estimate=_cost(grid, tile.rows, x, w, scale, len(parameters) - has_rows, dtype),
+        cost_estimate=_cost(
+            grid, tile.rows, w, scale, 1 + (zero is not None), moved + rows * columns * itemsize
+        ),
         interpret=interpret,
         name="ragged_dot",
     )(*steps, x, pallas_tpu.in_hbm(w, interpret), *[v for v, _ in parameters])
@@ -223,6 +250,22 @@ def steps(
     return expert, place, starts, until[-1:]
 
 
+def _quantize_first(*refs: Any, multiply: Callable[..., jax.Array], has_rows: bool) -> None:
+    """`_accumulate` of rows whose codes and scales the first step leaves for the others."""
+    numbers, (x_ref, w_ref), rest = refs[:4], refs[4:6], refs[6:]
+    *rest, codes_ref, row_scale_ref, sum_ref = rest
+    k, length = pl.program_id(2), w_ref.shape[0]
+
+    @pl.when((pl.program_id(0) == 0) & (pl.program_id(1) == 0) & (k == 0))
+    def _() -> None:
+        pallas_tpu.quantize_tile(x_ref, codes_ref, row_scale_ref, qmin=-127, qmax=127)
+
+    part = codes_ref.at[:, pl.ds(pl.multiple_of(k * length, length), length)]
+    _accumulate(
+        *numbers, part, w_ref, row_scale_ref, *rest, sum_ref, multiply=multiply, has_rows=has_rows
+    )
+
+
 def _accumulate(
     expert_ref: Any,
     place_ref: Any,
@@ -280,19 +323,17 @@ def _by_codes(x_ref: Any, w_ref: Any, parameters: Sequence[Any], k: Any) -> jax.
 def _cost(
     grid: tuple[int, ...],
     tile_rows: int,
-    x: jax.Array,
     w: jax.Array,
     scale: jax.Array,
     parameters: int,
-    dtype: jax.typing.DTypeLike,
+    moved: int,
 ) -> "pl.CostEstimate":
-    """Memory traffic: w and its scales once per step, x once per tile of columns."""
+    """Memory traffic: w and its scales once per step, and `moved` bytes of rows and result."""
     steps, (experts, length, columns) = grid[1], w.shape
     bits = jnp.iinfo(w.dtype).bits
     per_step = length * columns * bits // 8 + parameters * 4 * scale.size // experts
-    once = x.shape[0] * columns * jnp.dtype(dtype).itemsize
     return pl.CostEstimate(
         flops=2 * steps * tile_rows * length * columns,
         transcendentals=0,
-        bytes_accessed=steps * per_step + grid[0] * x.nbytes + once,
+        bytes_accessed=steps * per_step + moved,
     )

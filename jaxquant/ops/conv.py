@@ -77,6 +77,10 @@ class ConvSpec:
         """The spec itself: a convolution does not have other array arguments."""
         return self
 
+    def with_unquantized(self, rows: jax.Array | None) -> "ConvSpec":
+        """The spec itself: no kernel quantizes rows."""
+        return self
+
     def unfold(self, x: jax.Array, weights: QTensor) -> jax.Array | None:
         """The window of each pixel of the result, in the order of the kernel's contracted axes.
 

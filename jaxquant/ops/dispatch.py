@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, cast
 
 import jax
 from jax import lax
@@ -13,65 +13,10 @@ from ..jaxprs import Function, chips, is_sharded, mark
 from . import record
 from .gradient import tangent_of
 from .inputs import observe, treat, treat_straight_through
-from .operands import AxesOfBoth, Operand, as_array, as_stored, has_symbolic_shape
-from .record import Choice, Convolution, Record
+from .operands import Operand, as_array, as_stored, has_symbolic_shape
+from .record import Choice, Record
 from .shares import Shares, on_own_parts, own_shapes
-
-
-class Spec(Protocol):
-    """The arguments of an operation other than its operands, in terms of stored axes."""
-
-    operation: ClassVar[str]  # Name of the function of `jax.lax`.
-
-    @property
-    def contract(self) -> AxesOfBoth:
-        """Stored axes that are contracted, of both operands."""
-        ...
-
-    @property
-    def channels(self) -> AxesOfBoth:
-        """Those of them that a multiplier of `inputs` is for."""
-        ...
-
-    @property
-    def batch(self) -> AxesOfBoth:
-        """Stored axes along which matrices are multiplied in pairs, of both operands."""
-        ...
-
-    @property
-    def group_sizes(self) -> Any:
-        """Rows that meet each matrix of a ragged product; None for other operations."""
-        ...
-
-    @property
-    def arrays(self) -> tuple[Any, ...]:
-        """Array arguments of the operation other than its operands. A None is not given."""
-        ...
-
-    @property
-    def with_arrays(self) -> Callable[..., "Spec"]:
-        """Method: the spec with other such arrays."""
-        ...
-
-    def unfold(self, x: jax.Array, weights: Any) -> jax.Array | None:
-        """The operand x with all elements that one result of `weights` sums along `channels`."""
-        ...
-
-    def length(self, lhs: Any, rhs: Any) -> int:
-        """Products that are added for one element of the result."""
-        ...
-
-    def rows(self, lhs: Any, rhs: Any) -> int | None:
-        """Rows of activations, if one matrix on the right multiplies them all; else None."""
-        ...
-
-    def convolution(self, lhs: Any, rhs: Any) -> Convolution | None:
-        """What a convolution is; None for others."""
-        ...
-
-    def shares(self, lhs: Any, rhs: Any) -> Shares | None:
-        """How devices share arrays that are sharded along explicit axes; None if they do not."""
-        ...
+from .spec import Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +105,8 @@ def _run(
 ) -> jax.Array:
     spec = spec.with_arrays(*arrays)
     lhs, rhs = _without_values(lhs), _without_values(rhs)
-    lhs, rhs = treat(lhs, rhs, spec.contract, spec.channels)
+    lhs, rhs, rows = treat(lhs, rhs, spec.contract, spec.channels)
+    spec = spec.with_unquantized(rows)
     run_part = partial(_run_selected, table, implementation)
     shares, weights = spec.shares(lhs, rhs), cast(QTensor, rhs)
     if shares is not None and _is_for_parts(table, implementation, shares, lhs, rhs):

@@ -119,8 +119,10 @@ def dot_general(
     Error: integer products are exact in int32 (sums that might leave it, of 131072 or more
         products of int8 codes, are not computed so) and rounded once, by the scales in
         float32. Others are those of `jax.lax.dot_general` on dequantized operands. Devices of a
-        mesh with explicit axes that share the contracted axes of a large result of 16 bits round
-        their parts of it, and add these, in 16 bits.
+        mesh with explicit axes that share the contracted axes of a result of 16 bits round their
+        parts of it, and add these, in 16 bits, if it is large or kernels multiply. Kernels for
+        TPUs that read weights in the stack of `scan` quantize few rows themselves: each device
+        the part of a row that it has, with its own scale.
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 7.
 
     Example:

@@ -36,6 +36,8 @@ class DotSpec:
         out_sharding: that of the product of the stored arrays.
         stack, layer: of which rhs is a slice, for kernels that read it in place; None if that is
             not known.
+        unquantized: lhs before its rows were quantized, for kernels that read it in a stack and do
+            this themselves; None if they cannot.
     """
 
     contract: AxesOfBoth
@@ -46,6 +48,7 @@ class DotSpec:
     out_sharding: OutSharding
     stack: QTensor | None = None
     layer: jax.Array | None = None
+    unquantized: jax.Array | None = None
 
     operation: ClassVar[str] = "dot_general"
 
@@ -86,12 +89,21 @@ class DotSpec:
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """Those of the stack."""
-        return self.stack, self.layer
+        """Those of the stack, and the rows for kernels that read it."""
+        return self.stack, self.layer, self.unquantized
 
-    def with_arrays(self, stack: QTensor | None, layer: jax.Array | None) -> "DotSpec":
-        """The spec with the arrays of a stack."""
-        return dataclasses.replace(self, stack=stack, layer=layer)
+    def with_arrays(
+        self,
+        stack: QTensor | None,
+        layer: jax.Array | None,
+        unquantized: jax.Array | None = None,
+    ) -> "DotSpec":
+        """The spec with other such arrays."""
+        return dataclasses.replace(self, stack=stack, layer=layer, unquantized=unquantized)
+
+    def with_unquantized(self, rows: jax.Array | None) -> "DotSpec":
+        """The spec with the rows as they were, if rhs is a slice of a stack."""
+        return self if self.stack is None else dataclasses.replace(self, unquantized=rows)
 
     def unfold(self, x: jax.Array, weights: QTensor) -> jax.Array:
         """The operand itself: its rows have all elements of a sum."""

@@ -108,16 +108,21 @@ def _change(out: jax.Array, change: Function, order: tuple[int, ...]) -> jax.Arr
 
 def treat(
     lhs: Operand, rhs: Operand, contract: AxesOfBoth, channels: AxesOfBoth
-) -> tuple[Operand, Operand]:
+) -> tuple[Operand, Operand, jax.Array | None]:
     """The operands, each after the `inputs` of the other were applied.
 
     Args:
         lhs, rhs: arrays and QTensors.
         contract: stored axes that are contracted, of both.
         channels: those of them that a multiplier has factors for.
+
+    Returns:
+        Both, and what lhs was just before its rows were quantized; None if it was not quantized
+        in the way of `quantize_rows` to all int8 codes but -128.
     """
     lhs_axes, rhs_axes = _axes(lhs, rhs, contract, channels)
-    return _treated(lhs, rhs, *lhs_axes), _treated(rhs, lhs, *rhs_axes)
+    left, rows = _treated(lhs, rhs, *lhs_axes)
+    return left, _treated(rhs, lhs, *rhs_axes)[0], rows
 
 
 def treat_straight_through(
@@ -189,11 +194,16 @@ def _quantize_at_once(x: jax.Array, config: ArrayConfig, axis: Axes) -> QTensor:
 
 def _is_of_rows(x: jax.Array, config: ArrayConfig, axis: Axes) -> bool:
     """Whether devices hold whole rows, of which the config asks for 8-bit codes and one scale."""
+    if not _has_rows(x, config, axis) or names_along(x, x.ndim - 1):
+        return False
+    return not is_sharded(x) or explicit_mesh(x) is not None
+
+
+def _has_rows(x: jax.Array, config: ArrayConfig, axis: Axes) -> bool:
+    """Whether the config asks for 8-bit codes of rows of floats, with one scale each."""
     if not isinstance(x, jax.Array) or x.dtype not in _FLOATS or has_symbolic_shape(x):
         return False
-    if 0 in (x.ndim, x.size) or names_along(x, x.ndim - 1):
-        return False
-    if is_sharded(x) and explicit_mesh(x) is None:
+    if 0 in (x.ndim, x.size):
         return False
     is_plain = config.format in _FORMATS and (config.range, config.symmetric) == (AbsMax(), True)
     has_float32 = config.stored_scale_dtype == "float32"
@@ -280,11 +290,18 @@ def _observed(
 
 def _treated(
     x: Operand, other: Operand, shared: tuple[int, ...], channels: tuple[int, ...]
-) -> Operand:
+) -> tuple[Operand, jax.Array | None]:
+    """The operand, and what it was before its rows were quantized, as `treat` returns it."""
     inputs = _inputs_for(x, other)
     if inputs is None:
-        return x
-    return _quantized(_prepared(x, other, channels), other, shared, channels)
+        return x, None
+    values = _prepared(x, other, channels)
+    quantized, config = _quantized(values, other, shared, channels), inputs.config
+    if config is None or inputs.scale is not None:
+        return quantized, None
+    has_rows = _has_rows(values, config, _shared_axis(config, shared, channels))
+    has_codes = config.format == INT8 and config.bounds == (-127, 127)
+    return quantized, values if has_rows and has_codes else None
 
 
 def _straight_through(

@@ -92,6 +92,10 @@ class RaggedSpec:
         every = lax.dynamic_update_slice(every, sizes, (self.layer * count,))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stack), every
 
+    def with_unquantized(self, rows: jax.Array | None) -> "RaggedSpec":
+        """The spec itself: no kernel quantizes rows."""
+        return self
+
     def unfold(self, x: jax.Array, weights: QTensor) -> jax.Array:
         """The operand itself: its rows have all elements of a sum."""
         return x

@@ -137,8 +137,11 @@ class Shares:
 
     def parts(self, lhs: Operand, rhs: QTensor) -> list[Part]:
         """How the leaves of `operands` are divided, in their order."""
-        stack, layer = self.spec.arrays
-        pairs = (lhs, self.of_lhs), (rhs, self.of_rhs), (stack, ((), *self.of_rhs)), (layer, ())
+        stack, layer, unquantized = self.spec.arrays
+        pairs = (
+            *((lhs, self.of_lhs), (rhs, self.of_rhs)),
+            *((stack, ((), *self.of_rhs)), (layer, ()), (unquantized, self.of_lhs)),
+        )
         return [Part(leaf.shape, s, self.mesh) for x, s in pairs for leaf in jax.tree.leaves(x)]
 
     def run(
@@ -154,9 +157,8 @@ class Shares:
         if not self.contracted:
             return run(lhs, rhs, spec)
         wide = jnp.dtype(jnp.float64 if spec.dtype == jnp.float64 else jnp.float32)
-        out = run(lhs, rhs, dataclasses.replace(spec, dtype=wide))
-        added = spec.dtype if halves else wide
-        return lax.psum(out.astype(added), self.contracted).astype(spec.dtype)
+        own_spec = spec if halves else dataclasses.replace(spec, dtype=wide)
+        return lax.psum(run(lhs, rhs, own_spec), self.contracted).astype(spec.dtype)
 
 
 def on_own_parts(
@@ -176,7 +178,7 @@ def on_own_parts(
     parts = shares.parts(*operands[:2])
     specs = tuple(jax.P(*part.spec) for part in parts)
     spec, local = shares.spec, dataclasses.replace(shares, spec=shares.own_spec)
-    halves = shares.adds_halves(lhs, rhs)
+    halves = spec.dtype.itemsize == 2
 
     def on_part(*given: jax.Array) -> jax.Array:
         own = [part.own(x) for part, x in zip(parts, given, strict=True)]

@@ -4,13 +4,15 @@ import argparse
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 
 import jaxquant as jq
-from benchmarks import tpu_models
+from benchmarks import tpu_compiler, tpu_models
 from benchmarks.tables import markdown
 from benchmarks.tpu_models import Sizes, Step, gathered, placed
 
@@ -119,6 +121,19 @@ def test_steps_are_lowered_for_a_mesh():
     names = [str(step) for step in tpu_models.STEPS]
     assert names == ["decode 1 x 8192", "decode 8 x 8192", "decode 64 x 8192", "prefill 4096"]
     assert jnp.bfloat16 == sizes.params()["head"].dtype
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_chips_exchange_only_what_they_add():
+    """Each quantizes its part of a row, and rounds its part of a sum, in the kernel."""
+    (name,) = (tpu_compiler.CHIPS["v5e"].topology.replace("2x2", "2x4"),)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    mesh = jax.sharding.Mesh(devices, ("model",), (jax.sharding.AxisType.Explicit,))
+    sizes = Sizes("", 2, 1024, 2048, 8, 8, 128, 1024)
+    text = tpu_models.lowered(sizes, "W8A8", Step(8, 1), mesh).compile().as_text() or ""
+    body = text[text.index("\n%") : text.index("\nENTRY")]
+    assert set(re.findall(r"= (\w+\[[\d,]*\])\S* all-reduce\(", body)) == {"bf16[8,1,1024]"}
+    assert set(re.findall(r"/(\w+)/pallas_call", text)) == {"ragged_dot", "append", "attend"}
 
 
 def test_the_table_of_the_docs_is_that_of_the_results():

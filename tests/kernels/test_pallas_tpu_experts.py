@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,28 @@ def test_int8_codes_are_multiplied_as_integers(monkeypatch):
     assert total != int(np.float32(total))
     got = ragged_dot(jnp.asarray(x), q, (3,))
     np.testing.assert_array_equal(got, np.float32(total))
+
+
+@pytest.mark.parametrize("rows, dtype", [(1, jnp.float32), (13, jnp.bfloat16), (32, jnp.float32)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_first_step_quantizes_rows_as_the_kernel_for_that_does(name, rows, dtype):
+    """Bit by bit, for several tiles along both axes, and for rows of zeros and of NaN."""
+    stack, x = experts(CONFIGS[name]), jnp.asarray(normal(rows, LENGTH), dtype)
+    x = x.at[rows // 3].set(0).at[rows // 2, 7].set(jnp.nan)
+    codes, scale = pallas_tpu.quantize_rows(x, interpret=True)
+    weights = stack.codes, stack.scale, stack.zero_point
+    run: Any = partial(pallas_tpu_experts.stacked_dot, interpret=True)
+    for layer in map(jnp.int32, (0, EXPERTS - 1)):
+        wanted = run(codes, *weights, scale, layer)
+        found = run(x, *weights, None, layer, quantizes=True)
+        np.testing.assert_array_equal(found, wanted)
+        assert np.isfinite(np.delete(found, rows // 2, 0)).all()
+
+
+def test_a_few_rows_that_fit_are_quantized_in_place():
+    for rows, length, fits in ((64, 2**14, True), (65, 128, False), (64, 2**14 + 128, False)):
+        x: Any = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+        assert pallas_tpu_experts.quantizes_in_place(x) == fits
 
 
 def test_experts_without_rows_and_rows_without_an_expert_are_not_read():

@@ -32,6 +32,9 @@ class Spec(int):
     def with_arrays(self):
         return self
 
+    def with_unquantized(self, rows):
+        return self
+
     def length(self, lhs, rhs):
         return lhs.shape[1]
 

@@ -76,11 +76,20 @@ def run_in_stack(
     stack: QTensor,
     layer: jax.Array,
     dtype: jax.typing.DTypeLike,
+    unquantized: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """(..., K) by the slice `layer` of (L, K, N), in `dtype`; `interpret` as for `run`."""
+    """(..., K) by the slice `layer` of (L, K, N), in `dtype`; `interpret` as for `run`.
+
+    `unquantized`: lhs before its rows were quantized, if the kernel may do this.
+    """
     x, row_scale = codes_and_scale(lhs)
+    quantizes = unquantized is not None and pallas_tpu_experts.quantizes_in_place(
+        unquantized.reshape(-1, x.shape[-1])
+    )
+    if unquantized is not None and quantizes:
+        x, row_scale = unquantized, None
     if row_scale is not None:
         row_scale = jnp.broadcast_to(row_scale, (*x.shape[:-1], 1)).reshape(-1, 1)
     out = pallas_tpu_experts.stacked_dot(
@@ -90,6 +99,7 @@ def run_in_stack(
         stack.zero_point,
         row_scale,
         layer,
+        quantizes=quantizes,
         dtype=dtype if dtype in FLOATS.dtypes else jnp.float32,
         interpret=interpret,
     )
@@ -123,7 +133,7 @@ def _is_integer(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
 
 def _kernel(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
     if spec.stack is not None and spec.layer is not None and _is_in_stack(lhs, rhs, spec):
-        out = run_in_stack(lhs, spec.stack, spec.layer, spec.dtype)
+        out = run_in_stack(lhs, spec.stack, spec.layer, spec.dtype, spec.unquantized)
     else:
         out = run(lhs, rhs, spec.dtype)
     return to_logical_order(out, spec)

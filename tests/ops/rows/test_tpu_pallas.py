@@ -281,6 +281,45 @@ def test_few_rows_meet_one_matrix_of_a_stack_where_it_is(name):
         assert_product(got, "abk,kn->abn", x, one, tolerance=tolerance)
 
 
+@pytest.mark.parametrize("rows, is_there", [(5, True), (65, False)])
+def test_rows_of_a_stack_are_quantized_where_they_are_multiplied(rows, is_there):
+    stack = quantize(jnp.asarray(normal(LAYERS, K, N, center=0)), ArrayConfig(), axis=1)
+    x = jnp.asarray(normal(rows, K))
+    given = quantize(x, ArrayConfig(), axis=-1), stack, jnp.int32(1)
+    run = jax.jit(partial(tpu_pallas.run_in_stack, dtype=jnp.float32, interpret=True))
+    found = run(*given, unquantized=x)
+    np.testing.assert_array_equal(found, run(*given))
+    spoiled = run(*given, unquantized=x * jnp.nan)
+    assert np.isnan(spoiled).any() == is_there
+
+
+def gives_rows(config, **fields):
+    """Whether `treat` gives rows for a kernel to quantize, and whether these are as they were."""
+    q = with_inputs(weight(ArrayConfig(), (K, N)), Inputs(config, **fields))
+    *_, rows = inputs.treat(X, q, ((1,), (0,)), ((1,), (0,)))
+    return rows is not None, rows is X
+
+
+X = jnp.asarray(normal(3, K))
+
+
+def test_rows_with_one_scale_for_each_are_given_to_kernels():
+    assert gives_rows(ArrayConfig()) == (True, True)
+    assert gives_rows(ArrayConfig(), multiplier=jnp.full(K, 2.0)) == (True, False)
+    others = [
+        None,
+        ArrayConfig(per_tensor=True),
+        ArrayConfig(group_size=64),
+        ArrayConfig(symmetric=False),
+        ArrayConfig(value_range=(-100, 100)),
+        ArrayConfig(value_range=(-128, 127)),
+        ArrayConfig(format=INT4),
+        ArrayConfig(format=FP8_E4M3),
+    ]
+    assert not any(gives_rows(config)[0] for config in others)
+    assert not gives_rows(ArrayConfig(), scale=jnp.float32(2))[0]
+
+
 # (layout of the stack, rows, whether the kernel reads it there).
 LOOPS = {
     "one product": (lambda x, q: matmul(x, q), 8, True),
@@ -309,7 +348,9 @@ def test_loops_over_layers_do_not_slice_what_kernels_read(name):
 
     x = jax.ShapeDtypeStruct((rows, 512), jnp.bfloat16)
     compiled = tpu_compiler.compile_for("v5e", run, x, jax.eval_shape(init))
-    assert ("ragged_dot/pallas_call" in (compiled.as_text() or "")) == is_there
+    text = compiled.as_text() or ""
+    assert ("ragged_dot/pallas_call" in text) == is_there
+    assert ("quantize_rows/pallas_call" in text) == (rows <= 64 and not is_there)
     if is_there:
         memory: Any = compiled.memory_analysis()
         assert memory.temp_size_in_bytes < 512 * 512
