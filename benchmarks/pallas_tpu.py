@@ -154,7 +154,7 @@ def counts_of_attention(chip, folder, heads, sequences, tokens=1):
         init = partial(kv.init, sequences, heads, CONTEXT, HEAD, store=store, layers=LAYERS)
         cache = jax.eval_shape(init)
         scales = tuple(x for x in (cache.key_scale, cache.value_scale) if x is not None)
-        lengths = jax.ShapeDtypeStruct((sequences,), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((LAYERS, sequences), jnp.int32)
 
         def kernel(query, stored, scales, lengths, layer, dtype=cache.dtype):
             return pallas_tpu_attention.attend(query, stored, scales, dtype, lengths, None, layer)
