@@ -43,7 +43,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from jaxquant import INT4, SCHEMES, ArrayConfig, Rule, kv, quantize, ragged_dot, tree
+from jaxquant import FP8_E4M3, INT4, SCHEMES, ArrayConfig, Rule, kv, quantize, ragged_dot, tree
 from jaxquant.kernels import pallas_tpu, pallas_tpu_attention, pallas_tpu_experts
 
 from . import tpu_compiler
@@ -120,6 +120,7 @@ def counts_of_experts(chip, folder, shape, rows):
         ("int4 g128 by bfloat16", CONFIGS["g128"], jnp.bfloat16),
         ("int4 g128 by int8", CONFIGS["g128"], jnp.int8),
         ("int8 by int8", ArrayConfig(), jnp.int8),
+        ("fp8 by bfloat16", ArrayConfig(format=FP8_E4M3), jnp.bfloat16),
     ):
         x = jax.ShapeDtypeStruct((rows, shape[1]), inputs)
         q = jax.eval_shape(lambda config=config: quantize(jnp.zeros(shape), config, 1))

@@ -143,6 +143,5 @@ def estimate(chip: str, compiled: jax.stages.Compiled) -> Estimate:
 def seconds(chip: Chip, work: Work) -> float:
     """The longer of compute time and transfer time, for one run of an operation."""
     computing = (work.cycles or 0) / chip.clock
-    if work.operations:
-        computing = work.operations / chip.rates["bf16"]
-    return max(computing, work.hbm_bytes / chip.bandwidth)
+    multiplying = (work.operations or 0) / chip.rates["bf16"]
+    return max(computing, multiplying, work.hbm_bytes / chip.bandwidth)

@@ -81,13 +81,19 @@ class Instruction:
         return re.findall(r"%([^,} ]+)", found[1]) if found else []
 
 
+# Cycles per element of 8-bit floats that a kernel converts to bfloat16: by its scheduled
+# instructions (`python -m benchmarks.pallas_tpu --experts`), of v5e and of v6e.
+_CONVERSION = 2 / 1024
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """The work of one scheduled operation.
 
     Attributes:
         name, opcode: as in the text.
-        cycles: the compiler's estimate, without waiting for HBM; None where it has none.
+        cycles: the compiler's estimate, without waiting for HBM; None where it has none. Of a
+            Pallas kernel, those of converting the floats of 8 bits that it reads.
         hbm_bytes: read from and written to HBM.
         times: how often it runs.
         operations: multiplications and additions that a Pallas kernel declares; None for
@@ -166,11 +172,14 @@ class Program:
         cycles = _CYCLES.search(instruction.attributes)
         is_kernel = 'custom_call_target="tpu_custom_call"' in instruction.attributes
         flops = _FLOPS.search(instruction.attributes) if is_kernel else None
+        moved = self._hbm_bytes(computation, instruction)
+        dtypes = {a.dtype for name in instruction.operands for a in computation[name].arrays}
+        converts = is_kernel and any(dtype.startswith("f8") for dtype in dtypes)
         return Work(
             instruction.name,
             instruction.opcode,
-            int(cycles[1]) if cycles else None,
-            self._hbm_bytes(computation, instruction),
+            int(cycles[1]) if cycles else int(moved * _CONVERSION) if converts else None,
+            moved,
             times,
             int(flops[1]) if flops else None,
             is_kernel,

@@ -50,7 +50,7 @@ def ragged_dot(
     Args:
         x: floats, which are rounded to bfloat16, or int8, (M, K) with M > 0: the rows of the first
             expert, then those of the second, and so on.
-        w: 4- or 8-bit integers, (E, K, N).
+        w: 4- or 8-bit integers, or 8-bit floats, (E, K, N).
         scale, zero: (E, groups, N), in groups that `pallas_tpu.why_unsupported_groups` accepts; a
             zero of None means 0.
         row_scale: (M, 1); None means 1.
@@ -78,7 +78,7 @@ def stacked_dot(
     row_scale: jax.Array | None,
     layer: jax.Array,
     *,
-    quantizes: bool = False,
+    quantizes: "RowCodes | None" = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
@@ -87,8 +87,9 @@ def stacked_dot(
     Args:
         x, w, scale, zero, row_scale, dtype, interpret: as for `ragged_dot`.
         layer: scalar, from 0 to E - 1.
-        quantizes: whether the rows of x, floats that `quantizes_in_place` accepts, are multiplied
-            by the codes and scales that `pallas_tpu.quantize_rows` gives; row_scale is None then.
+        quantizes: what `pallas_tpu.quantize_rows` makes of the rows of x, floats that
+            `quantizes_in_place` accepts, before they are multiplied; row_scale is None then. None
+            for rows that are multiplied as they are.
 
     Error: as for `ragged_dot`.
     """
@@ -100,6 +101,13 @@ def stacked_dot(
     layers = jnp.broadcast_to(layer.astype(jnp.int32), place.shape)
     found = layers, place, jnp.zeros(1, jnp.int32), jnp.full(1, count, jnp.int32)
     return _by_steps(x, w, scale, zero, row_scale, found, tile, dtype, interpret, quantizes)
+
+
+class RowCodes(NamedTuple):
+    """Codes of rows: their dtype, and the largest of them."""
+
+    dtype: Any
+    largest: float
 
 
 def quantizes_in_place(x: jax.Array) -> bool:
@@ -117,7 +125,7 @@ def _by_steps(
     tile: "_Tile",
     dtype: jax.typing.DTypeLike,
     interpret: bool,
-    quantizes: bool = False,
+    quantizes: "RowCodes | None" = None,
 ) -> jax.Array:
     """What each of the `steps` adds."""
     (rows, length), columns, size = x.shape, w.shape[2], x.shape[1] // scale.shape[1]
@@ -129,20 +137,20 @@ def _by_steps(
     of_columns = [None if v is None else pallas_tpu.in_hbm(v, interpret) for v in (scale, zero)]
     given = zip((row_scale, *of_columns), (specs.per_row, *[specs.per_column] * 2), strict=True)
     parameters = [(v.astype(jnp.float32), spec) for v, spec in given if v is not None]
-    has_rows = row_scale is not None or quantizes
+    has_rows = row_scale is not None or quantizes is not None
     kernel = pallas_tpu.scale_sums if 2 * tile.rows <= size else pallas_tpu.scale_weights
     multiply: Callable[..., jax.Array] = functools.partial(_by_pieces, kernel=kernel, size=size)
-    has_codes = x.dtype == jnp.int8 or quantizes
-    if has_codes and w.dtype == jnp.int8 and size == length and zero is None:
+    multiplied = x.dtype if quantizes is None else quantizes.dtype
+    if multiplied == w.dtype == jnp.int8 and size == length and zero is None:
         multiply = _by_codes
-    x = x if has_codes else x.astype(jnp.bfloat16)
     run: Callable[..., None] = _accumulate
-    of_rows, of_codes, moved = specs.rows, [], grid[0] * x.nbytes
-    if quantizes:
-        moved = x.nbytes
-        run = _quantize_first
-        of_rows = pl.BlockSpec(x.shape, lambda *_: (0, 0))
-        of_codes = [pltpu.VMEM(x.shape, jnp.int8), pltpu.VMEM((rows, 1), jnp.float32)]
+    if quantizes is None:
+        x = x if x.dtype == jnp.int8 else x.astype(jnp.bfloat16)
+        of_rows, of_codes, moved = specs.rows, [], grid[0] * x.nbytes
+    else:
+        run = functools.partial(_quantize_first, largest=quantizes.largest)
+        of_rows, moved = pl.BlockSpec(x.shape, lambda *_: (0, 0)), x.nbytes
+        of_codes = [pltpu.VMEM(x.shape, multiplied), pltpu.VMEM((rows, 1), jnp.float32)]
     return pl.pallas_call(
         functools.partial(run, multiply=multiply, has_rows=has_rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -156,7 +164,7 @@ def _by_steps(
         compiler_params=pltpu.CompilerParams(
             # Codes stay from the first step to the last.
             dimension_semantics=(
-                "arbitrary" if quantizes else "parallel",
+                "parallel" if quantizes is None else "arbitrary",
                 "arbitrary",
                 "arbitrary",
             ),
@@ -250,7 +258,9 @@ def steps(
     return expert, place, starts, until[-1:]
 
 
-def _quantize_first(*refs: Any, multiply: Callable[..., jax.Array], has_rows: bool) -> None:
+def _quantize_first(
+    *refs: Any, multiply: Callable[..., jax.Array], has_rows: bool, largest: float
+) -> None:
     """`_accumulate` of rows whose codes and scales the first step leaves for the others."""
     numbers, (x_ref, w_ref), rest = refs[:4], refs[4:6], refs[6:]
     *rest, codes_ref, row_scale_ref, sum_ref = rest
@@ -258,7 +268,7 @@ def _quantize_first(*refs: Any, multiply: Callable[..., jax.Array], has_rows: bo
 
     @pl.when((pl.program_id(0) == 0) & (pl.program_id(1) == 0) & (k == 0))
     def _() -> None:
-        pallas_tpu.quantize_tile(x_ref, codes_ref, row_scale_ref, qmin=-127, qmax=127)
+        pallas_tpu.quantize_tile(x_ref, codes_ref, row_scale_ref, qmin=-largest, qmax=largest)
 
     part = codes_ref.at[:, pl.ds(pl.multiple_of(k * length, length), length)]
     _accumulate(
@@ -330,7 +340,8 @@ def _cost(
 ) -> "pl.CostEstimate":
     """Memory traffic: w and its scales once per step, and `moved` bytes of rows and result."""
     steps, (experts, length, columns) = grid[1], w.shape
-    bits = jnp.iinfo(w.dtype).bits
+    info = jnp.iinfo if jnp.issubdtype(w.dtype, jnp.integer) else jnp.finfo
+    bits = info(w.dtype).bits
     per_step = length * columns * bits // 8 + parameters * 4 * scale.size // experts
     return pl.CostEstimate(
         flops=2 * steps * tile_rows * length * columns,

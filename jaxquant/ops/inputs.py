@@ -118,7 +118,7 @@ def treat(
 
     Returns:
         Both, and what lhs was just before its rows were quantized; None if it was not quantized
-        in the way of `quantize_rows` to all int8 codes but -128.
+        in the way of `quantize_rows` to all codes of a format of 8 bits.
     """
     lhs_axes, rhs_axes = _axes(lhs, rhs, contract, channels)
     left, rows = _treated(lhs, rhs, *lhs_axes)
@@ -300,8 +300,7 @@ def _treated(
     if config is None or inputs.scale is not None:
         return quantized, None
     has_rows = _has_rows(values, config, _shared_axis(config, shared, channels))
-    has_codes = config.format == INT8 and config.bounds == (-127, 127)
-    return quantized, values if has_rows and has_codes else None
+    return quantized, values if has_rows and config.value_range is None else None
 
 
 def _straight_through(

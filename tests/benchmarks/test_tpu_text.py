@@ -191,6 +191,15 @@ def test_a_pallas_kernel_is_a_count():
         assert only(line).hbm_bytes == found
 
 
+def test_a_kernel_that_reads_floats_of_8_bits_converts_them():
+    read = "  %f = f8e4m3fn[64,32]{1,0} parameter(2)\n"
+    line, target = "  %k = bf16[8,32]{1,0} custom-call(", 'custom_call_target="tpu_custom_call"'
+    work = works(f"{read}{line}%x, %f), {target}")[-1]
+    assert work.cycles == 2 * (1024 + 2048 + 512) // 1024
+    assert works(f"{read}{line}%x, %w), {target}")[-1].cycles is None
+    assert works(f"{read}{line}%x, %f)")[-1].cycles is None
+
+
 def test_an_operation_takes_the_longer_of_compute_and_transfer():
     chip = CHIPS["v5e"]
     assert seconds(chip, Work("f", "fusion", 1_500_000, 0)) == pytest.approx(1e-3)

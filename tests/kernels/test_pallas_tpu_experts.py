@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import tpu_compiler
-from jaxquant import INT4, ArrayConfig, quantize
+from jaxquant import FP8_E4M3, FP8_E5M2, INT4, ArrayConfig, quantize
 from jaxquant.kernels import pallas_tpu, pallas_tpu_experts
 
 from .. import oracles
@@ -26,6 +26,8 @@ CONFIGS = {
     "int4 g128": ArrayConfig(format=INT4, group_size=128),
     "int4 g32 asymmetric": ArrayConfig(format=INT4, group_size=32, symmetric=False),
     "int8": ArrayConfig(),
+    "fp8": ArrayConfig(format=FP8_E4M3),
+    "fp8 g64": ArrayConfig(format=FP8_E5M2, group_size=64),
 }
 # Rows of each expert, of 150: several tiles of 64.
 SIZES = {
@@ -118,20 +120,28 @@ def test_int8_codes_are_multiplied_as_integers(monkeypatch):
     np.testing.assert_array_equal(got, np.float32(total))
 
 
+ROWS_OF_INT8 = pallas_tpu_experts.RowCodes(jnp.int8, 127)
+ROWS_OF_FP8 = pallas_tpu_experts.RowCodes(jnp.float8_e4m3fn, 448)
+
+
+@pytest.mark.some_rows(6)
 @pytest.mark.parametrize("rows, dtype", [(1, jnp.float32), (13, jnp.bfloat16), (32, jnp.float32)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_first_step_quantizes_rows_as_the_kernel_for_that_does(name, rows, dtype):
+@pytest.mark.parametrize("codes", [ROWS_OF_INT8, ROWS_OF_FP8], ids=["int8", "fp8"])
+def test_the_first_step_quantizes_rows_as_the_kernel_for_that_does(name, rows, dtype, codes):
     """Bit by bit, for several tiles along both axes, and for rows of zeros and of NaN."""
     stack, x = experts(CONFIGS[name]), jnp.asarray(normal(rows, LENGTH), dtype)
     x = x.at[rows // 3].set(0).at[rows // 2, 7].set(jnp.nan)
-    codes, scale = pallas_tpu.quantize_rows(x, interpret=True)
+    largest, of_rows = codes.largest, codes.dtype
+    found, scale = pallas_tpu.quantize_rows(x, -largest, largest, of_rows, interpret=True)
+    found = found if of_rows == jnp.int8 else found.astype(jnp.bfloat16)
     weights = stack.codes, stack.scale, stack.zero_point
     run: Any = partial(pallas_tpu_experts.stacked_dot, interpret=True)
     for layer in map(jnp.int32, (0, EXPERTS - 1)):
-        wanted = run(codes, *weights, scale, layer)
-        found = run(x, *weights, None, layer, quantizes=True)
-        np.testing.assert_array_equal(found, wanted)
-        assert np.isfinite(np.delete(found, rows // 2, 0)).all()
+        wanted = run(found, *weights, scale, layer)
+        got = run(x, *weights, None, layer, quantizes=codes)
+        np.testing.assert_array_equal(got, wanted)
+        assert np.isfinite(np.delete(got, rows // 2, 0)).all()
 
 
 def test_a_few_rows_that_fit_are_quantized_in_place():

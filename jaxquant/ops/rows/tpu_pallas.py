@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ...core import QTensor, scale_values
+from ...core import FP8_E4M3, QTensor, blocks_between, scale_values
 from ...jaxprs import on_one_tpu
 from ...kernels import pallas_tpu, pallas_tpu_experts
 from ..dispatch import Implementation, Table
@@ -84,12 +84,12 @@ def run_in_stack(
 
     `unquantized`: lhs before its rows were quantized, if the kernel may do this.
     """
-    x, row_scale = codes_and_scale(lhs)
-    quantizes = unquantized is not None and pallas_tpu_experts.quantizes_in_place(
-        unquantized.reshape(-1, x.shape[-1])
-    )
-    if unquantized is not None and quantizes:
-        x, row_scale = unquantized, None
+    x, row_scale, quantizes = *rows_of(lhs), None
+    if unquantized is not None and isinstance(lhs, QTensor):
+        given = unquantized.reshape(-1, x.shape[-1])
+        if pallas_tpu_experts.quantizes_in_place(given):
+            quantizes = pallas_tpu_experts.RowCodes(lhs.format.dtype, lhs.format.qmax)
+            x, row_scale = unquantized, None
     if row_scale is not None:
         row_scale = jnp.broadcast_to(row_scale, (*x.shape[:-1], 1)).reshape(-1, 1)
     out = pallas_tpu_experts.stacked_dot(
@@ -115,13 +115,32 @@ def why_unsupported(lhs: Operand, rhs: QTensor, spec: DotSpec) -> str | None:
     return why_not or pallas_tpu.why_unsupported_groups(rhs.codes.shape[0], rhs.scale.shape[0])
 
 
+def why_unsupported_stack(rhs: QTensor) -> str | None:
+    """Why the kernel for stacks does not read these codes, or None."""
+    format, floats = rhs.format, (jnp.float8_e4m3fn, jnp.float8_e5m2)
+    is_float = format.codebook is None and jnp.dtype(format.dtype) in floats
+    if is_float or (format.rounds and format.bits in (4, 8)):
+        return None
+    return f"{format} codes are not integers of 4 or 8 bits, or floats of 8 bits"
+
+
+def rows_of(lhs: Operand) -> tuple[jax.Array, jax.Array | None]:
+    """`codes_and_scale`, with the codes of 8-bit floats as bfloat16, which has all of them."""
+    if isinstance(lhs, QTensor) and lhs.format == FP8_E4M3 and lhs.offset is None:
+        *blocks, of_row = blocks_between(lhs.codes.shape, lhs.scale.shape)
+        is_per_row = of_row == lhs.codes.shape[-1]
+        if is_per_row and all(b in (1, n) for b, n in zip(blocks, lhs.codes.shape, strict=False)):
+            return lhs.codes.astype(jnp.bfloat16), scale_values(lhs.scale)
+    return codes_and_scale(lhs)
+
+
 def _is_in_stack(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
-    """Whether few rows meet integer codes that are a slice of a stack, with scales per column."""
+    """Whether few rows meet codes that are a slice of a stack, with scales per column."""
     is_few = lhs.size <= _MOST_ROWS_IN_STACK * rhs.codes.shape[0]
     if spec.stack is None or not is_few or rhs.offset is not None or isinstance(rhs.scale, QTensor):
         return False
     # XLA would copy a stack whose columns do not fill tiles of 128 into another layout.
-    is_fit = rhs.format.rounds and rhs.format.bits in (4, 8) and rhs.codes.shape[1] % 128 == 0
+    is_fit = why_unsupported_stack(rhs) is None and rhs.codes.shape[1] % 128 == 0
     return is_fit and rhs.scale.shape[1] == rhs.codes.shape[1]
 
 

@@ -12,7 +12,7 @@ from ...kernels import pallas_tpu, pallas_tpu_experts
 from ..dispatch import Implementation, Table
 from ..operands import Operand, repeat_groups
 from .kernel import codes_and_scale, kernel_or_xla, why_unsupported_experts
-from .tpu_pallas import FLOATS
+from .tpu_pallas import FLOATS, rows_of, why_unsupported_stack
 
 # Where experts (G, K, N) are stored with columns last.
 _AXES = (0, 1, 2)
@@ -49,7 +49,7 @@ def run(
 
     `most`: of the experts may have rows; None for all.
     """
-    x, row_scale = codes_and_scale(lhs)
+    x, row_scale = rows_of(lhs)
     if row_scale is not None:
         row_scale = jnp.broadcast_to(row_scale, (x.shape[0], 1))
     per_column = partial(repeat_groups, shape=rhs.codes.shape, axes=(0, 2))
@@ -76,9 +76,7 @@ def _why_unsupported(lhs: Operand, rhs: Any, spec: Any) -> str | None:
     why_not = why_unsupported_experts(lhs, rhs, spec, _AXES)
     if why_not is not None:
         return why_not
-    if rhs.format.bits not in (4, 8) or not rhs.format.rounds:
-        return f"{rhs.format} codes are not integers of 4 or 8 bits"
-    why_not = FLOATS.why_unsupported(lhs, rhs, spec.precision)
+    why_not = why_unsupported_stack(rhs) or FLOATS.why_unsupported(lhs, rhs, spec.precision)
     return why_not or pallas_tpu.why_unsupported_groups(rhs.codes.shape[1], rhs.scale.shape[1])
 
 
