@@ -52,7 +52,8 @@ def ragged_dot(
             expert, then those of the second, and so on.
         w: 4- or 8-bit integers, or 8-bit floats, (E, K, N).
         scale, zero: (E, groups, N), in groups that `pallas_tpu.why_unsupported_groups` accepts; a
-            zero of None means 0.
+            zero of None means 0. If they have fewer matrices, such as those of one layer, the next
+            ones have the same again.
         row_scale: (M, 1); None means 1.
         sizes: (E,) integers, the rows of each expert. Rows beyond their sum give zeros.
         most: how many of the experts may have rows; None for all of them.
@@ -132,9 +133,10 @@ def _by_steps(
     itemsize = jnp.dtype(dtype).itemsize
     along = length // tile.length
     grid = (pl.cdiv(columns, tile.columns), steps[0].shape[0], along)
-    specs = _specs(tile, scale.shape[1], along - 1)
-    # Stacks of all layers, of which XLA would copy parts into VMEM.
-    of_columns = [None if v is None else pallas_tpu.in_hbm(v, interpret) for v in (scale, zero)]
+    specs = _specs(tile, scale.shape[:2], w.shape[0], along - 1)
+    of_columns = [scale, zero]
+    if len(scale) == len(w):  # Stacks of all layers, of which XLA would copy parts into VMEM.
+        of_columns = [None if v is None else pallas_tpu.in_hbm(v, interpret) for v in of_columns]
     given = zip((row_scale, *of_columns), (specs.per_row, *[specs.per_column] * 2), strict=True)
     parameters = [(v.astype(jnp.float32), spec) for v, spec in given if v is not None]
     has_rows = row_scale is not None or quantizes is not None
@@ -203,8 +205,12 @@ class _Specs(NamedTuple):
     out: Any
 
 
-def _specs(tile: _Tile, groups: int, last: int) -> _Specs:
-    """Steps without work keep the tiles of the step before, the `last` along K."""
+def _specs(tile: _Tile, scales: tuple[int, ...], experts: int, last: int) -> _Specs:
+    """Steps without work keep the tiles of the step before, the `last` along K.
+
+    `scales`: (matrices, groups) of scales, for so many experts.
+    """
+    matrices, groups = scales
 
     def along(i: Any, k: Any, count: Any) -> Any:
         return jnp.where(i < count[0], k, last)
@@ -216,7 +222,8 @@ def _specs(tile: _Tile, groups: int, last: int) -> _Specs:
         return expert[i], along(i, k, count), j
 
     def per_column(j: Any, i: Any, k: Any, expert: Any, *_: Any) -> Any:
-        return expert[i], 0, j
+        own = expert[i] if matrices == experts else lax.rem(expert[i], matrices)
+        return (0 if matrices == 1 else own), 0, j
 
     return _Specs(
         rows=pl.BlockSpec((tile.rows, tile.length), of_rows),
@@ -339,10 +346,10 @@ def _cost(
     moved: int,
 ) -> "pl.CostEstimate":
     """Memory traffic: w and its scales once per step, and `moved` bytes of rows and result."""
-    steps, (experts, length, columns) = grid[1], w.shape
+    steps, (_, length, columns) = grid[1], w.shape
     info = jnp.iinfo if jnp.issubdtype(w.dtype, jnp.integer) else jnp.finfo
     bits = info(w.dtype).bits
-    per_step = length * columns * bits // 8 + parameters * 4 * scale.size // experts
+    per_step = length * columns * bits // 8 + parameters * 4 * scale.size // len(scale)
     return pl.CostEstimate(
         flops=2 * steps * tile_rows * length * columns,
         transcendentals=0,

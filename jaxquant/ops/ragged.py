@@ -83,14 +83,30 @@ class RaggedSpec:
         )
 
     def in_place(self, rhs: QTensor) -> tuple[QTensor, jax.Array]:
-        """Experts, and rows of each: of the whole stack if rhs is a slice, else rhs and its own."""
+        """Experts, and rows of each: of the whole stack if rhs is a slice, else rhs and its own.
+
+        Scales other than one for each column, in float32, would be repeated or converted, those of
+        all layers, in each step of a loop: such slices are returned as they are.
+        """
+        if self.stack is None or not _has_plain_scales(self.stack):
+            return rhs, jnp.asarray(self.group_sizes)
+        return _joined(self.stack), self.sizes_in_stack
+
+    def codes_in_place(self, rhs: QTensor) -> tuple[jax.Array, jax.Array]:
+        """The codes of `in_place` with any scales, of all layers, and rows of each matrix."""
+        if self.stack is None:
+            return rhs.codes, jnp.asarray(self.group_sizes)
+        return _joined(self.stack.codes), self.sizes_in_stack
+
+    @property
+    def sizes_in_stack(self) -> jax.Array:
+        """Rows of the experts of all layers: those of other layers have none."""
+        assert self.stack is not None, "rhs is a slice"
+        assert self.layer is not None, "it has a place"
         sizes = jnp.asarray(self.group_sizes)
-        if self.stack is None or self.layer is None:
-            return rhs, sizes
-        stack, count = self.stack, sizes.shape[0]
-        every = jnp.zeros(stack.codes.shape[0] * count, sizes.dtype)
-        every = lax.dynamic_update_slice(every, sizes, (self.layer * count,))
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stack), every
+        count = sizes.shape[0]
+        every = jnp.zeros(self.stack.codes.shape[0] * count, sizes.dtype)
+        return lax.dynamic_update_slice(every, sizes, (self.layer * count,))
 
     def with_unquantized(self, rows: jax.Array | None) -> "RaggedSpec":
         """The spec itself: no kernel quantizes rows."""
@@ -221,22 +237,22 @@ def _ragged_dot(
         stack = dataclasses.replace(rhs, inputs=None, values=None)
         # Dead code where a kernel reads the stack.
         rhs = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), rhs)
-    if stack is not None and not _is_read_in_place(stack):
-        stack = None
     arrays = group_sizes, group_offset, stack, layer
     return dispatch.run(_TABLE, lhs, rhs, spec, implementation, *arrays)
 
 
-def _is_read_in_place(stack: Any) -> bool:
-    """Whether experts of all layers have float32 scales for each column.
-
-    Other scales would be repeated or converted, those of all layers, in each step of a loop.
-    """
+def _has_plain_scales(stack: QTensor) -> bool:
+    """Whether experts of all layers have float32 scales for each column."""
     scale = stack.scale
     if isinstance(scale, QTensor) or scale.dtype != jnp.float32 or stack.offset is not None:
         return False
     columns = stack.stored_axes([3])[0]
     return all(scale.shape[a] == stack.codes.shape[a] for a in (0, 1, columns))
+
+
+def _joined(stack: Any) -> Any:
+    """Leaves (L, G, ...) as (L * G, ...)."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stack)
 
 
 def _dequantized(lhs: Operand, rhs: Operand, spec: RaggedSpec) -> jax.Array:

@@ -73,6 +73,7 @@ def run(
 
 def run_in_stack(
     lhs: Operand,
+    rhs: QTensor,
     stack: QTensor,
     layer: jax.Array,
     dtype: jax.typing.DTypeLike,
@@ -80,9 +81,14 @@ def run_in_stack(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """(..., K) by the slice `layer` of (L, K, N), in `dtype`; `interpret` as for `run`.
+    """(..., K) by rhs, the slice `layer` of (L, K, N), in `dtype`.
 
-    `unquantized`: lhs before its rows were quantized, if the kernel may do this.
+    Args:
+        lhs, rhs, stack, layer: the operands. Of rhs, only what is not read in the stack is used:
+            scales that must be repeated or converted, which would be done for those of all layers.
+        dtype: of the result.
+        unquantized: lhs before its rows were quantized, if the kernel may do this.
+        interpret: as for `run`.
     """
     x, row_scale, quantizes = *rows_of(lhs), None
     if unquantized is not None and isinstance(lhs, QTensor):
@@ -92,11 +98,17 @@ def run_in_stack(
             x, row_scale = unquantized, None
     if row_scale is not None:
         row_scale = jnp.broadcast_to(row_scale, (*x.shape[:-1], 1)).reshape(-1, 1)
+    scale, zero = stack.scale, stack.zero_point
+    if not _has_plain_scales(stack):
+        columns = partial(repeat_groups, shape=rhs.codes.shape, axes=[1])
+        scale = columns(scale_values(rhs.scale))[None]
+        zero = None if rhs.zero_point is None else columns(rhs.zero_point)[None]
+    assert not isinstance(scale, QTensor), "those are not plain"
     out = pallas_tpu_experts.stacked_dot(
         x.reshape(-1, x.shape[-1]),
         stack.codes,
-        scale_values(stack.scale),
-        stack.zero_point,
+        scale,
+        zero,
         row_scale,
         layer,
         quantizes=quantizes,
@@ -124,6 +136,14 @@ def why_unsupported_stack(rhs: QTensor) -> str | None:
     return f"{format} codes are not integers of 4 or 8 bits, or floats of 8 bits"
 
 
+def _has_plain_scales(stack: QTensor) -> bool:
+    """Whether a stack has float32 scales for each column."""
+    scale = stack.scale
+    if isinstance(scale, QTensor) or scale.dtype != jnp.float32:
+        return False
+    return scale.shape[2] == stack.codes.shape[2]
+
+
 def rows_of(lhs: Operand) -> tuple[jax.Array, jax.Array | None]:
     """`codes_and_scale`, with the codes of 8-bit floats as bfloat16, which has all of them."""
     if isinstance(lhs, QTensor) and lhs.format == FP8_E4M3 and lhs.offset is None:
@@ -135,13 +155,12 @@ def rows_of(lhs: Operand) -> tuple[jax.Array, jax.Array | None]:
 
 
 def _is_in_stack(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
-    """Whether few rows meet codes that are a slice of a stack, with scales per column."""
+    """Whether few rows meet codes that are a slice of a stack."""
     is_few = lhs.size <= _MOST_ROWS_IN_STACK * rhs.codes.shape[0]
-    if spec.stack is None or not is_few or rhs.offset is not None or isinstance(rhs.scale, QTensor):
+    if spec.stack is None or not is_few or rhs.offset is not None:
         return False
     # XLA would copy a stack whose columns do not fill tiles of 128 into another layout.
-    is_fit = why_unsupported_stack(rhs) is None and rhs.codes.shape[1] % 128 == 0
-    return is_fit and rhs.scale.shape[1] == rhs.codes.shape[1]
+    return why_unsupported_stack(rhs) is None and rhs.codes.shape[1] % 128 == 0
 
 
 def _is_integer(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
@@ -152,7 +171,7 @@ def _is_integer(lhs: Operand, rhs: QTensor, spec: DotSpec) -> bool:
 
 def _kernel(lhs: Operand, rhs: QTensor, spec: DotSpec) -> jax.Array:
     if spec.stack is not None and spec.layer is not None and _is_in_stack(lhs, rhs, spec):
-        out = run_in_stack(lhs, spec.stack, spec.layer, spec.dtype, spec.unquantized)
+        out = run_in_stack(lhs, rhs, spec.stack, spec.layer, spec.dtype, spec.unquantized)
     else:
         out = run(lhs, rhs, spec.dtype)
     return to_logical_order(out, spec)

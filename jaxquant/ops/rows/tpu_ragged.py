@@ -42,12 +42,20 @@ def run(
     sizes: jax.Array,
     dtype: jax.typing.DTypeLike,
     *,
+    codes: jax.Array | None = None,
     most: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """(M, K) by (E, K, N), in `dtype`; `interpret` computes without a TPU, for tests.
 
-    `most`: of the experts may have rows; None for all.
+    Args:
+        lhs, rhs: the operands.
+        sizes: rows of each expert.
+        dtype: of the result.
+        codes: of all experts, if rhs is the layer of a stack whose experts have rows; None for
+            those of rhs.
+        most: how many of the experts may have rows; None for all.
+        interpret: runs without a TPU, slowly, for tests.
     """
     x, row_scale = rows_of(lhs)
     if row_scale is not None:
@@ -55,7 +63,7 @@ def run(
     per_column = partial(repeat_groups, shape=rhs.codes.shape, axes=(0, 2))
     out = pallas_tpu_experts.ragged_dot(
         x,
-        rhs.codes,
+        rhs.codes if codes is None else codes,
         per_column(scale_values(rhs.scale)),
         None if rhs.zero_point is None else per_column(rhs.zero_point),
         row_scale,
@@ -68,8 +76,9 @@ def run(
 
 
 def _run(lhs: Operand, rhs: QTensor, spec: Any) -> jax.Array:
-    experts, sizes = spec.in_place(rhs)
-    return run(lhs, experts, sizes, spec.dtype, most=rhs.shape[0])
+    experts, _ = spec.in_place(rhs)
+    codes, sizes = spec.codes_in_place(rhs)
+    return run(lhs, experts, sizes, spec.dtype, codes=codes, most=rhs.shape[0])
 
 
 def _why_unsupported(lhs: Operand, rhs: Any, spec: Any) -> str | None:

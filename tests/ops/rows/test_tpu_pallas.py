@@ -21,6 +21,7 @@ from jaxquant import (
     ArrayConfig,
     Inputs,
     Rule,
+    Scheme,
     einsum,
     matmul,
     quantize,
@@ -266,22 +267,31 @@ IN_STACK = {
     "int4 by int8": (G128, ArrayConfig()),
     "fp8 by bfloat16": (ArrayConfig(format=FP8_E5M2, group_size=64), None),
     "fp8 by fp8": (ArrayConfig(format=FP8_E4M3), ArrayConfig(format=FP8_E4M3)),
+    "fp8 in blocks": (ArrayConfig(format=FP8_E4M3, group_size=(128, 24)), None),
+    "scales of 16 bits": (ArrayConfig(scale_dtype="bfloat16"), ArrayConfig()),
+    "nested scales": (
+        ArrayConfig(format=INT4, group_size=64, symmetric=False, scale_dtype="float8_e4m3fn"),
+        None,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", IN_STACK)
 def test_few_rows_meet_one_matrix_of_a_stack_where_it_is(name):
     config, of_rows = IN_STACK[name]
-    stack = quantize(jnp.asarray(normal(LAYERS, K, N, center=0)), config, axis=1)
+    axis = (1, 2) if isinstance(config.group_size, tuple) else 1
+    stack = quantize(jnp.asarray(normal(LAYERS, K, N, center=0)), config, axis=axis)
     x = jnp.asarray(normal(2, 150, K), jnp.bfloat16)
     if of_rows is not None:
         x = quantize(x.astype(jnp.float32), of_rows, axis=-1)
     run = jax.jit(partial(tpu_pallas.run_in_stack, dtype=jnp.float32, interpret=True))
     for layer in range(LAYERS):
-        got = run(x, stack, jnp.int32(layer))
         one = jax.tree.map(lambda leaf, i=layer: leaf[i], stack)
+        spoiled = dataclasses.replace(one, codes=jnp.zeros_like(one.codes))
+        got = run(x, spoiled, stack, jnp.int32(layer))
         # Of so many rows, codes are scaled before they are rounded, unless they are integers.
-        tolerance = 2e-6 if name == "int8 by int8" else 2.0**-8
+        is_exact = name in ("int8 by int8", "scales of 16 bits")
+        tolerance = 2e-6 if is_exact else 2.0**-8
         assert_product(got, "abk,kn->abn", x, one, tolerance=tolerance)
 
 
@@ -291,7 +301,8 @@ def test_rows_of_a_stack_are_quantized_where_they_are_multiplied(rows, is_there,
     config = ArrayConfig(format=format)
     stack = quantize(jnp.asarray(normal(LAYERS, K, N, center=0)), config, axis=1)
     x = jnp.asarray(normal(rows, K))
-    given = quantize(x, config, axis=-1), stack, jnp.int32(1)
+    one = jax.tree.map(lambda leaf: leaf[1], stack)
+    given = quantize(x, config, axis=-1), one, stack, jnp.int32(1)
     run = jax.jit(partial(tpu_pallas.run_in_stack, dtype=jnp.float32, interpret=True))
     found = run(*given, unquantized=x)
     np.testing.assert_array_equal(found, run(*given))
@@ -336,6 +347,12 @@ LOOPS = {
     "compiled apart": (lambda x, q: jax.jit(lambda x, q: matmul(x, q))(x, q), 8, False),
     "scaled": (lambda x, q: matmul(x, dataclasses.replace(q, scale=q.scale + 1)), 8, False),
     "FP8": (lambda x, q: matmul(x, q), 8, True),
+    "FP8 blocks": (lambda x, q: matmul(x, q), 8, True),
+}
+SCHEMES_OF_LOOPS = {
+    "FP8": SCHEMES["FP8"],
+    # As DeepSeek-V3 stores them.
+    "FP8 blocks": Scheme(ArrayConfig(format=FP8_E4M3, group_size=(128, 128))),
 }
 
 
@@ -347,7 +364,8 @@ def test_loops_over_layers_do_not_slice_what_kernels_read(name):
     shape = shapes.get(name, (512, 512))
 
     def init():
-        rule = Rule("w", SCHEMES["FP8" if name == "FP8" else "W8A8"], axis=1)
+        axis = (1, 2) if name == "FP8 blocks" else 1
+        rule = Rule("w", SCHEMES_OF_LOOPS.get(name, W8A8), axis=axis)
         w = {"w": jnp.ones((LAYERS, *shape), jnp.bfloat16)}
         return tree.quantize(w, [rule], platform="tpu")["w"]
 

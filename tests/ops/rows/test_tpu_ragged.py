@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import INT4, NF4, ArrayConfig, Inputs, explain, quantize, ragged_dot
+from jaxquant import FP8_E4M3, INT4, NF4, ArrayConfig, Inputs, explain, quantize, ragged_dot
 from jaxquant.ops.ragged import RaggedSpec
 from jaxquant.ops.rows import tpu_ragged
 
@@ -105,3 +105,30 @@ def test_experts_of_one_layer_of_a_stack(right):
     found = tpu_ragged.run(x, experts, sizes, jnp.float32, most=EXPERTS, interpret=True)
     wanted = tpu_ragged.run(x, each[1], jnp.asarray(SIZES), jnp.float32, interpret=True)
     np.testing.assert_array_equal(found, wanted)
+
+
+# Of these, only the codes are read in the stack.
+OTHER_SCALES = {
+    "blocks": ArrayConfig(format=FP8_E4M3, group_size=(32, 8)),
+    "bfloat16": ArrayConfig(format=INT4, group_size=32, symmetric=False, scale_dtype="bfloat16"),
+    "nested": ArrayConfig(format=INT4, group_size=32, scale_dtype="float8_e4m3fn"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SCALES)
+def test_scales_that_must_be_repeated_or_converted_are_those_of_one_layer(name):
+    config = OTHER_SCALES[name]
+    axis = (1, 2) if name == "blocks" else 1
+    each = [quantize(normal(EXPERTS, K, N, seed=seed), config, axis) for seed in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    spec = RaggedSpec((0, 1, 2), np.dtype("float32"), None, jnp.asarray(SIZES))
+    spec = dataclasses.replace(spec, stack=stack, layer=jnp.int32(2))
+    x = jnp.asarray(normal(ROWS, K), jnp.bfloat16)
+    experts, own = spec.in_place(each[2])
+    assert experts is each[2]
+    np.testing.assert_array_equal(own, SIZES)
+    codes, sizes = spec.codes_in_place(each[2])
+    spoiled = dataclasses.replace(experts, codes=jnp.zeros_like(experts.codes))
+    run = partial(tpu_ragged.run, x, interpret=True, dtype=jnp.float32)
+    found = run(spoiled, sizes=sizes, codes=codes, most=EXPERTS)
+    np.testing.assert_array_equal(found, run(experts, sizes=own))
