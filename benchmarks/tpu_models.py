@@ -25,7 +25,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -45,7 +45,12 @@ from .tpu_text import parse_arrays
 
 T = TypeVar("T")
 REFERENCE = "bfloat16"
-SCHEMES = ("W8A8", "W8A16", "W4A16", "W4A8", "FP8")
+# Weights with a scale for each block, as DeepSeek-V3's and Qwen3's files have them.
+BLOCKS = "FP8 128x128"
+SCHEMES: Mapping[str, jq.Scheme] = {
+    **{name: jq.SCHEMES[name] for name in ("W8A8", "W8A16", "W4A16", "W4A8", "FP8")},
+    BLOCKS: jq.Scheme(jq.ArrayConfig(format=jq.FP8_E4M3, group_size=(128, 128))),
+}
 DEVICES = 8
 # GB of memory of a chip, by Google's data sheets.
 MEMORY = {"v5e": 16, "v6e": 32}
@@ -170,12 +175,16 @@ def lowered(sizes: Sizes, scheme: str, step: Step, mesh: Any) -> Any:
     """A step of the model, lowered for the devices of a mesh."""
     params, store = sizes.params(), jnp.bfloat16
     if scheme != REFERENCE:
-        found, store = jq.SCHEMES[scheme], jq.ArrayConfig()
-        rules = [jq.Rule("layers/*/kernel", found, axis=-1), jq.Rule("head", jq.W8A16, axis=-1)]
+        found, store = SCHEMES[scheme], jq.ArrayConfig()
+        of_kernel, of_experts = ((-2, -1),) * 2 if scheme == BLOCKS else (-1, -2)
+        rules = [
+            jq.Rule("layers/*/kernel", found, axis=of_kernel),
+            jq.Rule("head", jq.W8A16, axis=-1),
+        ]
         if sizes.experts:
-            rules += [jq.Rule("layers/*/experts/*", found, axis=-2)]
+            rules += [jq.Rule("layers/*/experts/*", found, axis=of_experts)]
             rules = [jq.Rule("layers/*/router/*", None), *rules]
-        params = jax.eval_shape(lambda p: jq.tree.quantize(p, rules, platform="tpu"), params)
+        params = jax.eval_shape(lambda p: _stored(jq.tree.quantize(p, rules)), params)
     length = max(CONTEXT, step.tokens)
     cache = jax.eval_shape(
         lambda: kv.init(
@@ -188,6 +197,18 @@ def lowered(sizes: Sizes, scheme: str, step: Step, mesh: Any) -> Any:
     tokens = _with(tokens, mesh, jax.P())
     with jax.set_mesh(mesh):
         return demo.next_token.lower(placed(params, mesh), sizes.config, tokens, cache)
+
+
+def _stored(params: Any) -> Any:
+    """The parameters in the order of axes that TPUs want. Scales do not say what is contracted."""
+
+    def store(path: Any, x: Any) -> Any:
+        if not jq.tree.is_quantized(x):
+            return x
+        is_expert = any(getattr(key, "key", None) == "experts" for key in path)
+        return x.reorder(jq.best_order(x, "tpu", contracted=-2 if is_expert else -1))
+
+    return jax.tree_util.tree_map_with_path(store, params, is_leaf=jq.tree.is_quantized)
 
 
 def gathered(text: str, least: int) -> int:
@@ -232,7 +253,7 @@ def suite(arguments: Any) -> dict[str, Any]:
     if not MEMORY.keys() >= set(chips):
         raise SystemExit(f"--chips of tpu-models must be of {', '.join(MEMORY)}; got {chips}.")
     models = _named(MODELS, lambda sizes: sizes.name, arguments.only)
-    schemes = [REFERENCE, *_named(SCHEMES, str, arguments.only)]
+    schemes = [REFERENCE, *_named(tuple(SCHEMES), str, arguments.only)]
     console = rich.console.Console(width=max(120, rich.console.Console().width))
     results = []
     with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:

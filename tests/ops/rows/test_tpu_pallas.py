@@ -276,6 +276,10 @@ IN_STACK = {
 }
 
 
+# Scales that are converted or repeated, those of one layer.
+OF_LAYER = ("fp8 in blocks", "scales of 16 bits", "nested scales")
+
+
 @pytest.mark.parametrize("name", IN_STACK)
 def test_few_rows_meet_one_matrix_of_a_stack_where_it_is(name):
     config, of_rows = IN_STACK[name]
@@ -287,12 +291,32 @@ def test_few_rows_meet_one_matrix_of_a_stack_where_it_is(name):
     run = jax.jit(partial(tpu_pallas.run_in_stack, dtype=jnp.float32, interpret=True))
     for layer in range(LAYERS):
         one = jax.tree.map(lambda leaf, i=layer: leaf[i], stack)
-        spoiled = dataclasses.replace(one, codes=jnp.zeros_like(one.codes))
-        got = run(x, spoiled, stack, jnp.int32(layer))
+        # What is read of the stack, and what of the layer.
+        nothing = partial(jax.tree.map, jnp.zeros_like)
+        of_layer, of_stack = dataclasses.replace(one, codes=nothing(one.codes)), stack
+        if name in OF_LAYER:
+            of_stack = dataclasses.replace(stack, scale=nothing(stack.scale))
+        else:
+            of_layer = dataclasses.replace(of_layer, scale=nothing(one.scale))
+        got = run(x, of_layer, of_stack, jnp.int32(layer))
         # Of so many rows, codes are scaled before they are rounded, unless they are integers.
         is_exact = name in ("int8 by int8", "scales of 16 bits")
         tolerance = 2e-6 if is_exact else 2.0**-8
         assert_product(got, "abk,kn->abn", x, one, tolerance=tolerance)
+
+
+def test_rows_of_fp8_keep_their_codes_if_each_has_one_scale():
+    x = jnp.asarray(normal(4, 6, K))
+    for per_tensor, axis in ((False, -1), (True, None)):
+        q = quantize(x, ArrayConfig(format=FP8_E4M3, per_tensor=per_tensor), axis)
+        codes, scale = tpu_pallas.rows_of(q)
+        np.testing.assert_array_equal(codes, q.codes.astype(jnp.bfloat16))
+        np.testing.assert_array_equal(scale, q.scale)
+    for size, axes in ((64, -1), ((2, K), (-2, -1))):
+        q = quantize(x, ArrayConfig(format=FP8_E4M3, group_size=size), axes)
+        values, scale = tpu_pallas.rows_of(q)
+        np.testing.assert_array_equal(values, q.dequantize())
+        assert scale is None
 
 
 @pytest.mark.parametrize("rows, is_there", [(5, True), (65, False)])
