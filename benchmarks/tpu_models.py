@@ -175,16 +175,12 @@ def lowered(sizes: Sizes, scheme: str, step: Step, mesh: Any) -> Any:
     """A step of the model, lowered for the devices of a mesh."""
     params, store = sizes.params(), jnp.bfloat16
     if scheme != REFERENCE:
-        found, store = SCHEMES[scheme], jq.ArrayConfig()
-        of_kernel, of_experts = ((-2, -1),) * 2 if scheme == BLOCKS else (-1, -2)
-        rules = [
-            jq.Rule("layers/*/kernel", found, axis=of_kernel),
-            jq.Rule("head", jq.W8A16, axis=-1),
-        ]
+        store = jq.ArrayConfig()
+        rules = [_rule("layers/*/kernel", scheme, -1), jq.Rule("head", jq.W8A16, axis=-1)]
         if sizes.experts:
-            rules += [jq.Rule("layers/*/experts/*", found, axis=of_experts)]
+            rules += [_rule("layers/*/experts/*", scheme, -2)]
             rules = [jq.Rule("layers/*/router/*", None), *rules]
-        params = jax.eval_shape(lambda p: _stored(jq.tree.quantize(p, rules)), params)
+        params = jax.eval_shape(lambda p: jq.tree.quantize(p, rules, platform="tpu"), params)
     length = max(CONTEXT, step.tokens)
     cache = jax.eval_shape(
         lambda: kv.init(
@@ -199,16 +195,9 @@ def lowered(sizes: Sizes, scheme: str, step: Step, mesh: Any) -> Any:
         return demo.next_token.lower(placed(params, mesh), sizes.config, tokens, cache)
 
 
-def _stored(params: Any) -> Any:
-    """The parameters in the order of axes that TPUs want. Scales do not say what is contracted."""
-
-    def store(path: Any, x: Any) -> Any:
-        if not jq.tree.is_quantized(x):
-            return x
-        is_expert = any(getattr(key, "key", None) == "experts" for key in path)
-        return x.reorder(jq.best_order(x, "tpu", contracted=-2 if is_expert else -1))
-
-    return jax.tree_util.tree_map_with_path(store, params, is_leaf=jq.tree.is_quantized)
+def _rule(pattern: str, scheme: str, contracted: int) -> jq.Rule:
+    axis = (-2, -1) if scheme == BLOCKS else contracted
+    return jq.Rule(pattern, SCHEMES[scheme], axis=axis, contracted=contracted)
 
 
 def gathered(text: str, least: int) -> int:

@@ -11,7 +11,7 @@ from .paths import is_quantized as is_quantized
 from .progress import Progress as Progress
 from .quantize import dequantize as dequantize
 from .quantize import quantize as quantize
-from .quantize import reorder as reorder
+from .reorder import reorder as reorder
 from .report import Report as Report
 from .report import report as report
 from .report_row import ReportRow as ReportRow

@@ -160,37 +160,6 @@ def dequantize(params: Any) -> Any:
     )
 
 
-def reorder(params: Any, platform: str | None = None) -> Any:
-    """The tree with each QTensor stored in the fastest order of axes for the platform.
-
-    Args:
-        params: tree from `quantize`, possibly for another platform.
-        platform: "cpu", "gpu" or "tpu"; None for `jax.default_backend()`.
-
-    Raises:
-        ValueError: the platform is unknown.
-
-    Example:
-        >>> params = {"kernel": jnp.ones((64, 32))}
-        >>> on_cpu = jq.tree.quantize(params, jq.W8A8, platform="cpu")
-        >>> on_cpu["kernel"].codes.shape, on_cpu["kernel"].shape
-        ((32, 64), (64, 32))
-        >>> grouped = jq.tree.quantize({"kernel": jnp.ones((256, 32))}, jq.W4A16, platform="cpu")
-        >>> jq.tree.reorder(grouped, platform="tpu")["kernel"].codes.shape
-        (256, 32)
-    """
-    platform = platform or jax.default_backend()
-
-    def is_qtensor(x):
-        return isinstance(x, QTensor)
-
-    return jax.tree.map(
-        lambda x: x.reorder(best_order(x, platform)) if is_qtensor(x) else x,
-        params,
-        is_leaf=is_qtensor,
-    )
-
-
 def quantize_leaf(leaf: jax.Array, plan: Plan, platform: str | None = None) -> QTensor:
     """Quantizes one selected leaf without checking it."""
     return quantize_in_order(leaf, plan, stored_order(leaf, plan, platform))
@@ -383,7 +352,11 @@ def _why_not_contracted(plan: Plan, ndim: int) -> str | None:
         contracted = normalize_axes(plan.contracted, ndim)
     except ValueError as error:
         return f"contracted: {error}"
-    if set(normalize_axes(plan.axis, ndim)) <= set(contracted):
+    axes, is_blocks = (
+        set(normalize_axes(plan.axis, ndim)),
+        isinstance(plan.scheme.weights.group_size, tuple),
+    )
+    if axes <= set(contracted) or (is_blocks and axes & set(contracted)):
         return None
     return (
         f"contracted must name all axes along which elements share a scale; got contracted="

@@ -44,7 +44,8 @@ class Rule:
         method: how `tree.quantize` chooses the codes, as its argument `method`; None for that one.
         contracted: all axes that products sum over, such as (0, 1) of an attention kernel (heads,
             size, N), so that codes are stored in the fastest order for that. None for `axis` if it
-            is one axis, and to keep the order otherwise, as kernels of convolutions do.
+            is one axis, and to keep the order otherwise, as kernels of convolutions do. Blocks may
+            lie along other axes, too.
 
     Raises:
         ValueError: the pattern is not a str, its regular expression cannot be compiled, the scheme

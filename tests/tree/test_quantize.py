@@ -271,6 +271,36 @@ def test_the_default_platform_is_the_current_one():
     assert leaves_of(moved)["steps"] is leaves_of(elsewhere)["steps"]
 
 
+BLOCKS = ArrayConfig(group_size=(16, 8))
+
+
+@pytest.mark.parametrize("axis, platform", [(0, "cpu"), (1, "tpu")])
+def test_blocks_are_stored_by_the_axis_that_products_sum_over(axis, platform):
+    """Scales along two axes do not say which one it is."""
+    rule = Rule("w", BLOCKS, axis=(0, 1))
+    params = {"w": jnp.asarray(normal(32, 24)), "other": jnp.ones(3)}
+    kept = tree.quantize(params, rule, platform=platform)
+    assert kept["w"].order is None
+    wanted = tree.quantize(params, dataclasses.replace(rule, contracted=axis), platform=platform)
+    assert wanted["w"].order == (-1, -2)
+    assert tree.reorder(kept, platform)["w"].order is None
+    moved = tree.reorder(kept, platform, contracted={"w": (axis,), "elsewhere": (0,)})
+    assert_equal_trees(moved, wanted)
+    np.testing.assert_array_equal(moved["w"].dequantize(), kept["w"].dequantize())
+    for contracted, text in ((2, "axis must lie in -2 .. 1"), ((0, 1), None)):
+        if text is None:
+            assert tree.reorder(kept, platform, contracted={"w": contracted})["w"].order is None
+            continue
+        with pytest.raises(ValueError, match=text):
+            tree.reorder(kept, platform, contracted={"w": contracted})
+
+
+def test_contracted_axes_without_blocks_raise():
+    rule = Rule("w", BLOCKS, axis=(1, 2), contracted=0)
+    with pytest.raises(ValueError, match=r"got contracted=0 for axis=\(1, 2\)"):
+        tree.quantize({"w": jnp.ones((2, 32, 24))}, rule)
+
+
 @pytest.mark.parametrize(
     "run",
     [
