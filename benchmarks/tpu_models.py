@@ -14,8 +14,8 @@ are in int8, and the head is in W8A16.
 
 Every figure is an ESTIMATE by the compiler, not a measurement: operations one after another, each
 as the longer of its cycles and its bytes, without the time that data takes between chips. Pallas
-kernels count as the longer of their bytes and operations, and what the compiler counts for the
-smallest fusion. Cells:
+kernels count as the longest of their bytes, operations and conversions of FP8, and what the
+compiler counts for the smallest fusion. Cells:
 milliseconds, the speed relative to bfloat16, GB of memory on each chip, and the largest array that
 is gathered if it is larger than the activations: weights never should be. Red: slower than
 bfloat16, or too large for the chip.
@@ -45,11 +45,10 @@ from .tpu_text import parse_arrays
 
 T = TypeVar("T")
 REFERENCE = "bfloat16"
-# Weights with a scale for each block, as DeepSeek-V3's and Qwen3's files have them.
-BLOCKS = "FP8 128x128"
 SCHEMES: Mapping[str, jq.Scheme] = {
     **{name: jq.SCHEMES[name] for name in ("W8A8", "W8A16", "W4A16", "W4A8", "FP8")},
-    BLOCKS: jq.Scheme(jq.ArrayConfig(format=jq.FP8_E4M3, group_size=(128, 128))),
+    # As the files of DeepSeek-V3 and Qwen3 have them.
+    "FP8 128x128": jq.Scheme(jq.ArrayConfig(format=jq.FP8_E4M3, group_size=(128, 128))),
 }
 DEVICES = 8
 # GB of memory of a chip, by Google's data sheets.
@@ -175,10 +174,10 @@ def lowered(sizes: Sizes, scheme: str, step: Step, mesh: Any) -> Any:
     """A step of the model, lowered for the devices of a mesh."""
     params, store = sizes.params(), jnp.bfloat16
     if scheme != REFERENCE:
-        store = jq.ArrayConfig()
-        rules = [_rule("layers/*/kernel", scheme, -1), jq.Rule("head", jq.W8A16, axis=-1)]
+        found, store = SCHEMES[scheme], jq.ArrayConfig()
+        rules = [_rule("layers/*/kernel", found, -1), jq.Rule("head", jq.W8A16, axis=-1)]
         if sizes.experts:
-            rules += [_rule("layers/*/experts/*", scheme, -2)]
+            rules += [_rule("layers/*/experts/*", found, -2)]
             rules = [jq.Rule("layers/*/router/*", None), *rules]
         params = jax.eval_shape(lambda p: jq.tree.quantize(p, rules, platform="tpu"), params)
     length = max(CONTEXT, step.tokens)
@@ -195,9 +194,10 @@ def lowered(sizes: Sizes, scheme: str, step: Step, mesh: Any) -> Any:
         return demo.next_token.lower(placed(params, mesh), sizes.config, tokens, cache)
 
 
-def _rule(pattern: str, scheme: str, contracted: int) -> jq.Rule:
-    axis = (-2, -1) if scheme == BLOCKS else contracted
-    return jq.Rule(pattern, SCHEMES[scheme], axis=axis, contracted=contracted)
+def _rule(pattern: str, scheme: jq.Scheme, contracted: int) -> jq.Rule:
+    has_blocks = isinstance(scheme.weights.group_size, tuple)
+    axis = (-2, -1) if has_blocks else contracted
+    return jq.Rule(pattern, scheme, axis=axis, contracted=contracted)
 
 
 def gathered(text: str, least: int) -> int:
@@ -216,13 +216,17 @@ def measure(chip: str, scheme: str, step: Step, sizes: Sizes) -> dict[str, Any]:
         return about | {"error": str(error)}
 
 
-def estimated(chip: str, scheme: str, step: Step, sizes: Sizes) -> dict[str, Any]:
-    """The compiler's estimate, memory, and what is gathered."""
+def mesh_of(chip: str) -> jax.sharding.Mesh:
+    """The chips that a model is divided among."""
     name = CHIPS[chip].topology.replace("2x2", "2x4")
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     kinds = (jax.sharding.AxisType.Explicit,)
-    mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(DEVICES), ("model",), kinds)
-    compiled = lowered(sizes, scheme, step, mesh).compile()
+    return jax.sharding.Mesh(np.array(topology.devices).reshape(DEVICES), ("model",), kinds)
+
+
+def estimated(chip: str, scheme: str, step: Step, sizes: Sizes) -> dict[str, Any]:
+    """The compiler's estimate, memory, and what is gathered."""
+    compiled = lowered(sizes, scheme, step, mesh_of(chip)).compile()
     found, memory = estimate(chip, compiled), compiled.memory_analysis()
     calls = 1e6 * found.kernel_runs * KERNEL_CYCLES / CHIPS[chip].clock
     copies = max(sizes.experts_per_token, 1)

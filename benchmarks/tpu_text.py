@@ -28,6 +28,9 @@ _SLICES = {"slice", "dynamic-slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 # Inside fusions, which copy only what their result needs.
 _VIEWS = {"parameter", "bitcast", "copy"}
+# Cycles per element of 8-bit floats that a kernel converts to bfloat16: by its scheduled
+# instructions (`python -m benchmarks.pallas_tpu --experts`), of v5e and of v6e.
+_CONVERSION = 2 / 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +82,6 @@ class Instruction:
         """Names of the computations that an attribute (calls, body, condition) holds."""
         found = re.search(rf"\b{attribute}=\{{?(%[^,}} ]+(?:, ?%[^,}} ]+)*)", self.attributes)
         return re.findall(r"%([^,} ]+)", found[1]) if found else []
-
-
-# Cycles per element of 8-bit floats that a kernel converts to bfloat16: by its scheduled
-# instructions (`python -m benchmarks.pallas_tpu --experts`), of v5e and of v6e.
-_CONVERSION = 2 / 1024
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ It is compiled for v5e and v6e and checked in interpret mode; it has not run on 
 """
 
 import functools
-import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -29,6 +28,8 @@ _POSITIONS, _POSITIONS_OF_MANY_ROWS = 4096, 1024
 _ROWS, _FEW_ROWS = 512, 64
 # Positions whose scales fit into VMEM.
 MOST_POSITIONS = 2**17
+# Lengths of sequences of all layers that fit into the memory of the TPU's scalars.
+MOST_LENGTHS = 4096
 # Elements of a result that is held in VMEM.
 _MOST_JOINED = 2**20
 _LEAST = float(np.finfo(np.float32).min)
@@ -72,11 +73,7 @@ def attend(
     Source: Dao et al. 2022, arXiv:2205.14135, algorithm 1.
     """
     (batch, tokens, heads, size), (keys, values) = query.shape, stored
-    shared = keys.shape[2]
-    group = heads // shared
-    # Token by token, the query heads that share a key head.
-    rows = query.reshape(batch, tokens, shared, group, size).transpose(0, 2, 1, 3, 4)
-    rows = rows.reshape(batch, shared, tokens * group, size).astype(jnp.bfloat16)
+    rows = _by_key_head(query, keys.shape[2]).astype(jnp.bfloat16)
     if size % 128 == 0:  # XLA would copy shorter heads into another layout.
         keys, values = (pallas_tpu.in_hbm(x, interpret) for x in (keys, values))
     scales = tuple(pallas_tpu.in_hbm(x, interpret) if len(x) > 1 else x for x in scales)
@@ -84,19 +81,18 @@ def attend(
     grid, tile, of_arrays = _blocks(rows, (keys, values, *scales), tokens, counts is not None)
     tile_rows = tile.block_shape[2]
     column = pltpu.VMEM((tile_rows, 1), jnp.float32)
-    # Where the next product wants it, unless that is too large or heads do not fill tiles.
-    joined = batch * tokens, heads * size
-    is_joined = size % 128 == 0 and grid[2] == 1 and math.prod(joined) <= _MOST_JOINED
-    result, of_result, held = rows.shape, tile, []
+    # The next product wants rows of all heads.
+    is_joined = size % 128 == 0 and grid[2] == 1 and query.size <= _MOST_JOINED
+    semantics = "arbitrary" if is_joined else "parallel"
+    result, held = rows.shape, []
     if is_joined:
-        result, of_result = joined, pl.BlockSpec(joined, lambda *_: (0, 0))
-        held = [pltpu.VMEM((heads, joined[0], size), jnp.float32)]
-    own = "arbitrary" if is_joined else "parallel"
+        result = batch * tokens, heads * size
+        held = [pltpu.VMEM((heads, batch * tokens, size), jnp.float32)]
     kernel = functools.partial(
         _attend_block,
         dtype=jnp.dtype(dtype),
         tokens=tokens,
-        group=group,
+        group=heads // keys.shape[2],
         capacity=keys.shape[3],
         has_counts=counts is not None,
         is_joined=is_joined,
@@ -107,22 +103,28 @@ def attend(
             num_scalar_prefetch=len(numbers),
             grid=grid,
             in_specs=[tile, *of_arrays],
-            out_specs=of_result,
+            out_specs=pl.BlockSpec(result, lambda *_: (0, 0)) if is_joined else tile,
             scratch_shapes=[*held, column, column, pltpu.VMEM((tile_rows, size), jnp.float32)],
         ),
         out_shape=pallas_tpu.result_type(result, dtype_of_result, keys),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=(own, own, own, "arbitrary"),
+            dimension_semantics=(semantics, semantics, semantics, "arbitrary"),
             vmem_limit_bytes=pallas_tpu.VMEM_LIMIT,
         ),
         cost_estimate=_cost(rows, tile_rows, keys, scales),
         interpret=interpret,
         name="attend",
     )(*numbers, rows, keys, values, *scales)
-    if is_joined:
-        return out.reshape(query.shape)
-    out = out.reshape(batch, shared, tokens, group, size)
-    return out.transpose(0, 2, 1, 3, 4).reshape(query.shape)
+    if not is_joined:
+        out = out.reshape(batch, keys.shape[2], tokens, -1, size).transpose(0, 2, 1, 3, 4)
+    return out.reshape(query.shape)
+
+
+def _by_key_head(query: jax.Array, heads: int) -> jax.Array:
+    """(B, T, N, D) as (B, H, T * N / H, D): token by token, the queries that share a key head."""
+    batch, tokens, _, size = query.shape
+    rows = query.reshape(batch, tokens, heads, -1, size).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(batch, heads, -1, size)
 
 
 def _blocks(

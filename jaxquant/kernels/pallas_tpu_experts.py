@@ -30,6 +30,13 @@ _MOST_QUANTIZED, _MOST_BYTES = 64, 4 * 2**20
 _LEAST_ROWS, _MOST_ROWS = 128, 512
 
 
+class RowCodes(NamedTuple):
+    """Codes to which a kernel quantizes rows: their dtype, and the largest of them."""
+
+    dtype: Any
+    largest: float
+
+
 def ragged_dot(
     x: jax.Array,
     w: jax.Array,
@@ -79,7 +86,7 @@ def stacked_dot(
     row_scale: jax.Array | None,
     layer: jax.Array,
     *,
-    quantizes: "RowCodes | None" = None,
+    row_codes: RowCodes | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
@@ -88,7 +95,7 @@ def stacked_dot(
     Args:
         x, w, scale, zero, row_scale, dtype, interpret: as for `ragged_dot`.
         layer: scalar, from 0 to E - 1.
-        quantizes: what `pallas_tpu.quantize_rows` makes of the rows of x, floats that
+        row_codes: what `pallas_tpu.quantize_rows` makes of the rows of x, floats that
             `quantizes_in_place` accepts, before they are multiplied; row_scale is None then. None
             for rows that are multiplied as they are.
 
@@ -101,14 +108,7 @@ def stacked_dot(
     place = jnp.arange(count, dtype=jnp.int32)
     layers = jnp.broadcast_to(layer.astype(jnp.int32), place.shape)
     found = layers, place, jnp.zeros(1, jnp.int32), jnp.full(1, count, jnp.int32)
-    return _by_steps(x, w, scale, zero, row_scale, found, tile, dtype, interpret, quantizes)
-
-
-class RowCodes(NamedTuple):
-    """Codes of rows: their dtype, and the largest of them."""
-
-    dtype: Any
-    largest: float
+    return _by_steps(x, w, scale, zero, row_scale, found, tile, dtype, interpret, row_codes)
 
 
 def quantizes_in_place(x: jax.Array) -> bool:
@@ -126,7 +126,7 @@ def _by_steps(
     tile: "_Tile",
     dtype: jax.typing.DTypeLike,
     interpret: bool,
-    quantizes: "RowCodes | None" = None,
+    row_codes: RowCodes | None = None,
 ) -> jax.Array:
     """What each of the `steps` adds."""
     (rows, length), columns, size = x.shape, w.shape[2], x.shape[1] // scale.shape[1]
@@ -134,27 +134,28 @@ def _by_steps(
     along = length // tile.length
     grid = (pl.cdiv(columns, tile.columns), steps[0].shape[0], along)
     specs = _specs(tile, scale.shape[:2], w.shape[0], along - 1)
-    of_columns = [scale, zero]
+    scales = [scale, zero]
     if len(scale) == len(w):  # Stacks of all layers, of which XLA would copy parts into VMEM.
-        of_columns = [None if v is None else pallas_tpu.in_hbm(v, interpret) for v in of_columns]
-    given = zip((row_scale, *of_columns), (specs.per_row, *[specs.per_column] * 2), strict=True)
+        scales = [None if v is None else pallas_tpu.in_hbm(v, interpret) for v in scales]
+    given = zip((row_scale, *scales), (specs.per_row, *[specs.per_column] * 2), strict=True)
     parameters = [(v.astype(jnp.float32), spec) for v, spec in given if v is not None]
-    has_rows = row_scale is not None or quantizes is not None
     kernel = pallas_tpu.scale_sums if 2 * tile.rows <= size else pallas_tpu.scale_weights
     multiply: Callable[..., jax.Array] = functools.partial(_by_pieces, kernel=kernel, size=size)
-    multiplied = x.dtype if quantizes is None else quantizes.dtype
+    multiplied = x.dtype if row_codes is None else row_codes.dtype
     if multiplied == w.dtype == jnp.int8 and size == length and zero is None:
         multiply = _by_codes
-    run: Callable[..., None] = _accumulate
-    if quantizes is None:
+    if row_codes is None:
         x = x if x.dtype == jnp.int8 else x.astype(jnp.bfloat16)
+        run = functools.partial(_accumulate, has_rows=row_scale is not None)
         of_rows, of_codes, moved = specs.rows, [], grid[0] * x.nbytes
     else:
-        run = functools.partial(_quantize_first, largest=quantizes.largest)
+        run = functools.partial(_quantize_first, largest=row_codes.largest)
         of_rows, moved = pl.BlockSpec(x.shape, lambda *_: (0, 0)), x.nbytes
         of_codes = [pltpu.VMEM(x.shape, multiplied), pltpu.VMEM((rows, 1), jnp.float32)]
+    # Codes of rows stay from the first step to the last.
+    of_columns = "parallel" if row_codes is None else "arbitrary"
     return pl.pallas_call(
-        functools.partial(run, multiply=multiply, has_rows=has_rows),
+        functools.partial(run, multiply=multiply),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=grid,
@@ -164,12 +165,7 @@ def _by_steps(
         ),
         out_shape=pallas_tpu.result_type((rows, columns), dtype, x),
         compiler_params=pltpu.CompilerParams(
-            # Codes stay from the first step to the last.
-            dimension_semantics=(
-                "parallel" if quantizes is None else "arbitrary",
-                "arbitrary",
-                "arbitrary",
-            ),
+            dimension_semantics=(of_columns, "arbitrary", "arbitrary"),
             vmem_limit_bytes=pallas_tpu.VMEM_LIMIT,
         ),
         cost_estimate=_cost(
@@ -265,9 +261,7 @@ def steps(
     return expert, place, starts, until[-1:]
 
 
-def _quantize_first(
-    *refs: Any, multiply: Callable[..., jax.Array], has_rows: bool, largest: float
-) -> None:
+def _quantize_first(*refs: Any, multiply: Callable[..., jax.Array], largest: float) -> None:
     """`_accumulate` of rows whose codes and scales the first step leaves for the others."""
     numbers, (x_ref, w_ref), rest = refs[:4], refs[4:6], refs[6:]
     *rest, codes_ref, row_scale_ref, sum_ref = rest
@@ -278,9 +272,8 @@ def _quantize_first(
         pallas_tpu.quantize_tile(x_ref, codes_ref, row_scale_ref, qmin=-largest, qmax=largest)
 
     part = codes_ref.at[:, pl.ds(pl.multiple_of(k * length, length), length)]
-    _accumulate(
-        *numbers, part, w_ref, row_scale_ref, *rest, sum_ref, multiply=multiply, has_rows=has_rows
-    )
+    refs = (*numbers, part, w_ref, row_scale_ref, *rest, sum_ref)
+    _accumulate(*refs, multiply=multiply, has_rows=True)
 
 
 def _accumulate(

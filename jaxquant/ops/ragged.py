@@ -24,7 +24,7 @@ from .operands import (
     without_adapters,
 )
 from .rows import cpu_ragged, tpu_ragged
-from .stacks import stack_of
+from .stacks import has_plain_scales, stack_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +83,16 @@ class RaggedSpec:
         )
 
     def in_place(self, rhs: QTensor) -> tuple[QTensor, jax.Array]:
-        """Experts, and rows of each: of the whole stack if rhs is a slice, else rhs and its own.
+        """Experts, and rows of each: of the whole stack, or rhs and its own.
 
-        Scales other than one for each column, in float32, would be repeated or converted, those of
-        all layers, in each step of a loop: such slices are returned as they are.
+        The latter if rhs is not a slice, or kernels do not read its scales in the stack.
         """
-        if self.stack is None or not _has_plain_scales(self.stack):
+        stack = self.stack
+        if stack is None or stack.offset is not None:
             return rhs, jnp.asarray(self.group_sizes)
-        return _joined(self.stack), self.sizes_in_stack
+        if not has_plain_scales(stack, (0, 1, *stack.stored_axes([3]))):
+            return rhs, jnp.asarray(self.group_sizes)
+        return _joined(stack), self.sizes_in_stack
 
     def codes_in_place(self, rhs: QTensor) -> tuple[jax.Array, jax.Array]:
         """The codes of `in_place` with any scales, of all layers, and rows of each matrix."""
@@ -239,15 +241,6 @@ def _ragged_dot(
         rhs = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), rhs)
     arrays = group_sizes, group_offset, stack, layer
     return dispatch.run(_TABLE, lhs, rhs, spec, implementation, *arrays)
-
-
-def _has_plain_scales(stack: QTensor) -> bool:
-    """Whether experts of all layers have float32 scales for each column."""
-    scale = stack.scale
-    if isinstance(scale, QTensor) or scale.dtype != jnp.float32 or stack.offset is not None:
-        return False
-    columns = stack.stored_axes([3])[0]
-    return all(scale.shape[a] == stack.codes.shape[a] for a in (0, 1, columns))
 
 
 def _joined(stack: Any) -> Any:

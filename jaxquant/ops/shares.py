@@ -16,8 +16,8 @@ from .operands import Operand, as_stored
 
 # What divides one axis: names of axes of a mesh.
 Names = tuple[str, ...]
-# Elements of a result, at least, whose parts are added in 16 bits. Fewer are sent in less time than
-# it takes to round them.
+# Elements of a result, at least, for which devices run XLA's rows on their parts, to add these in
+# 16 bits. Fewer are sent in less time than it takes to round them.
 _HALVES = 2**16
 
 
@@ -121,7 +121,7 @@ class Shares:
         return tuple(itertools.chain(*(self.of_rhs[a] for a in self.spec.contract[1])))
 
     def adds_halves(self, lhs: Operand, rhs: QTensor) -> bool:
-        """Whether devices add parts of a result in its 16 bits. XLA would add sums of 32 bits."""
+        """Whether XLA's rows are run on parts to add these in 16 bits; XLA adds sums of 32 bits."""
         shapes = as_stored(lhs).shape, rhs.codes.shape
         is_large = math.prod(axes_of_result(*shapes, self.spec)) >= _HALVES
         return bool(self.contracted) and jnp.dtype(self.spec.dtype).itemsize == 2 and is_large
@@ -166,7 +166,7 @@ def on_own_parts(
 ) -> jax.Array:
     """The product of arrays whose types say how they are divided: each device runs its part.
 
-    Large results of 16 bits are added in 16 bits, as XLA does with those of float products.
+    Results of 16 bits are added in 16 bits, as XLA does with those of float products.
 
     Args:
         shares: from `Shares.of_types`.

@@ -6,10 +6,11 @@ A kernel gets whole arrays: XLA would copy the slice of each step for it.
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..core import QTensor
 
@@ -51,3 +52,15 @@ def stack_of(x: Any) -> tuple[QTensor, jax.Array] | None:
     if len(found) < len(leaves) or any(e[2] is not found[0][2] for e in found):
         return None
     return jax.tree.unflatten(treedef, [stack for _, stack, _ in found]), found[0][2]
+
+
+def has_plain_scales(stack: QTensor, axes: Sequence[int]) -> bool:
+    """Whether scales are float32, with one for each element along these stored axes.
+
+    Kernels read them in the stack. Others must be repeated or converted, for which a step of a loop
+    takes those of its slice alone.
+    """
+    scale = stack.scale
+    if isinstance(scale, QTensor) or scale.dtype != jnp.float32:
+        return False
+    return all(scale.shape[a] == stack.codes.shape[a] for a in axes)

@@ -9,10 +9,9 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
 import jaxquant as jq
-from benchmarks import tpu_compiler, tpu_models
+from benchmarks import tpu_models
 from benchmarks.tables import markdown
 from benchmarks.tpu_models import Sizes, Step, gathered, placed
 
@@ -126,9 +125,7 @@ def test_steps_are_lowered_for_a_mesh():
 @pytest.mark.usefixtures("libtpu")
 def test_chips_exchange_only_what_they_add():
     """Each quantizes its part of a row, and rounds its part of a sum, in the kernel."""
-    (name,) = (tpu_compiler.CHIPS["v5e"].topology.replace("2x2", "2x4"),)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    mesh = jax.sharding.Mesh(devices, ("model",), (jax.sharding.AxisType.Explicit,))
+    mesh = tpu_models.mesh_of("v5e")
     sizes = Sizes("", 2, 1024, 2048, 8, 8, 128, 1024)
     text = tpu_models.lowered(sizes, "W8A8", Step(8, 1), mesh).compile().as_text() or ""
     body = text[text.index("\n%") : text.index("\nENTRY")]

@@ -1,6 +1,5 @@
 """The Pallas kernel for attention: what it computes, in interpret mode, and that it compiles."""
 
-import importlib
 from functools import partial
 from typing import Any
 
@@ -190,10 +189,9 @@ def test_it_is_compiled_for_steps_of_decoding_and_prompts(chip, name, size, head
         return kv.attend(query, cache, layer=layer)
 
     is_kernel = size == 128 or name == "int8"
-    module = importlib.import_module("jaxquant.ops.kv.attend")
     for tokens, most in ((1, 4), (2, 3), (300, 4)):
         # Lengths of all layers, or of one.
-        monkeypatch.setattr(module, "_MOST_LENGTHS", most)
+        monkeypatch.setattr(pallas_tpu_attention, "MOST_LENGTHS", most)
         query = jax.ShapeDtypeStruct((2, tokens, 9, size), jnp.float32)
         compiled = tpu_compiler.compile_for(chip, run, query, cache, layer)
         assert ("tpu_custom_call" in (compiled.as_text() or "")) == is_kernel

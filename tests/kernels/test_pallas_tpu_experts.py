@@ -139,7 +139,7 @@ def test_the_first_step_quantizes_rows_as_the_kernel_for_that_does(name, rows, d
     run: Any = partial(pallas_tpu_experts.stacked_dot, interpret=True)
     for layer in map(jnp.int32, (0, EXPERTS - 1)):
         wanted = run(found, *weights, scale, layer)
-        got = run(x, *weights, None, layer, quantizes=codes)
+        got = run(x, *weights, None, layer, row_codes=codes)
         np.testing.assert_array_equal(got, wanted)
         assert np.isfinite(np.delete(got, rows // 2, 0)).all()
 

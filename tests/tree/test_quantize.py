@@ -287,12 +287,9 @@ def test_blocks_are_stored_by_the_axis_that_products_sum_over(axis, platform):
     moved = tree.reorder(kept, platform, contracted={"w": (axis,), "elsewhere": (0,)})
     assert_equal_trees(moved, wanted)
     np.testing.assert_array_equal(moved["w"].dequantize(), kept["w"].dequantize())
-    for contracted, text in ((2, "axis must lie in -2 .. 1"), ((0, 1), None)):
-        if text is None:
-            assert tree.reorder(kept, platform, contracted={"w": contracted})["w"].order is None
-            continue
-        with pytest.raises(ValueError, match=text):
-            tree.reorder(kept, platform, contracted={"w": contracted})
+    assert tree.reorder(kept, platform, contracted={"w": (0, 1)})["w"].order is None
+    with pytest.raises(ValueError, match=r"axis must lie in -2 \.\. 1"):
+        tree.reorder(kept, platform, contracted={"w": 2})
 
 
 def test_contracted_axes_without_blocks_raise():

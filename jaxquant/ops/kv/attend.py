@@ -19,8 +19,6 @@ from .writing import in_stack, is_for_kernel, is_sliced
 
 # Query rows of a key head in a decoding step, at most.
 _FEW_ROWS = 64
-# Lengths of sequences of all layers that fit into the memory of the TPU's scalars.
-_MOST_LENGTHS = 4096
 
 
 def attend(
@@ -155,7 +153,7 @@ def _by_pallas(
         slices = (_scale_of(x, cache, layer) for x in scales)
         scales = tuple(x[None] for x in slices if x is not None)
     (lengths,) = in_stack((cache.lengths,), layer)
-    if lengths.size > _MOST_LENGTHS:
+    if lengths.size > pallas_tpu_attention.MOST_LENGTHS:
         lengths = at_layer(cache.lengths, layer)[None]
     result = dtype if dtype == jnp.bfloat16 else jnp.float32
     return pallas_tpu_attention.attend(

@@ -16,6 +16,7 @@ from ...kernels import pallas_tpu, pallas_tpu_experts
 from ..dispatch import Implementation, Table
 from ..dot_spec import DotSpec, to_logical_order
 from ..operands import Operand, repeat_groups
+from ..stacks import has_plain_scales
 from . import integer
 from .kernel import (
     FloatSupport,
@@ -90,16 +91,16 @@ def run_in_stack(
         unquantized: lhs before its rows were quantized, if the kernel may do this.
         interpret: as for `run`.
     """
-    x, row_scale, quantizes = *rows_of(lhs), None
+    x, row_scale, row_codes = *rows_of(lhs), None
     if unquantized is not None and isinstance(lhs, QTensor):
         given = unquantized.reshape(-1, x.shape[-1])
         if pallas_tpu_experts.quantizes_in_place(given):
-            quantizes = pallas_tpu_experts.RowCodes(lhs.format.dtype, lhs.format.qmax)
+            row_codes = pallas_tpu_experts.RowCodes(lhs.format.dtype, lhs.format.qmax)
             x, row_scale = unquantized, None
     if row_scale is not None:
         row_scale = jnp.broadcast_to(row_scale, (*x.shape[:-1], 1)).reshape(-1, 1)
     scale, zero = stack.scale, stack.zero_point
-    if not _has_plain_scales(stack):
+    if not has_plain_scales(stack, (0, 2)):
         columns = partial(repeat_groups, shape=rhs.codes.shape, axes=[1])
         scale = columns(scale_values(rhs.scale))[None]
         zero = None if rhs.zero_point is None else columns(rhs.zero_point)[None]
@@ -111,7 +112,7 @@ def run_in_stack(
         zero,
         row_scale,
         layer,
-        quantizes=quantizes,
+        row_codes=row_codes,
         dtype=dtype if dtype in FLOATS.dtypes else jnp.float32,
         interpret=interpret,
     )
@@ -134,14 +135,6 @@ def why_unsupported_stack(rhs: QTensor) -> str | None:
     if is_float or (format.rounds and format.bits in (4, 8)):
         return None
     return f"{format} codes are not integers of 4 or 8 bits, or floats of 8 bits"
-
-
-def _has_plain_scales(stack: QTensor) -> bool:
-    """Whether a stack has float32 scales for each column."""
-    scale = stack.scale
-    if isinstance(scale, QTensor) or scale.dtype != jnp.float32:
-        return False
-    return scale.shape[2] == stack.codes.shape[2]
 
 
 def rows_of(lhs: Operand) -> tuple[jax.Array, jax.Array | None]:

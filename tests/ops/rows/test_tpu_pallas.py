@@ -334,14 +334,14 @@ def test_rows_of_a_stack_are_quantized_where_they_are_multiplied(rows, is_there,
     assert np.isnan(spoiled).any() == is_there
 
 
+X = jnp.asarray(normal(3, K))
+
+
 def gives_rows(config, **fields):
     """Whether `treat` gives rows for a kernel to quantize, and whether these are as they were."""
     q = with_inputs(weight(ArrayConfig(), (K, N)), Inputs(config, **fields))
     *_, rows = inputs.treat(X, q, ((1,), (0,)), ((1,), (0,)))
     return rows is not None, rows is X
-
-
-X = jnp.asarray(normal(3, K))
 
 
 def test_rows_with_one_scale_for_each_are_given_to_kernels():
