@@ -23,7 +23,8 @@ def reorder(
             blocks of 128 x 128 of FP8 checkpoints: without it, these keep their order.
 
     Raises:
-        ValueError: the platform is unknown, or an axis is out of range.
+        ValueError: the platform is unknown, an axis is out of range, or `contracted` is not a
+            mapping or names a path that the tree does not have.
 
     Example:
         >>> params = {"kernel": jnp.ones((64, 32))}
@@ -34,10 +35,28 @@ def reorder(
         >>> jq.tree.reorder(grouped, platform="tpu")["kernel"].codes.shape
         (256, 32)
     """
-    platform, known = platform or jax.default_backend(), contracted or {}
-    paths, leaves, treedef = leaves_with_paths(params, lambda x: isinstance(x, QTensor))
-    found = [
-        x.reorder(best_order(x, platform, known.get(path))) if isinstance(x, QTensor) else x
-        for path, x in zip(paths, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, found)
+    platform, known = platform or jax.default_backend(), {} if contracted is None else contracted
+    if not isinstance(known, Mapping):
+        raise ValueError(
+            "contracted must map paths to axes, such as jaxquant.uses(...).contracted; got "
+            f"{type(known).__name__}."
+        )
+    paths, leaves, treedef = leaves_with_paths(params)
+    if odd := sorted(known.keys() - set(paths)):
+        raise ValueError(
+            f"contracted must name leaves of the tree; got {', '.join(odd[:5])}. It has "
+            f"{', '.join(paths[:5])}{', ...' if len(paths) > 5 else ''}."
+        )
+
+    def moved(path: str, leaf: Any) -> Any:
+        def one(x: Any) -> Any:
+            return x.reorder(best_order(x, platform, known.get(path))) if _is_qtensor(x) else x
+
+        # The base of a leaf with adapters has its axes.
+        return jax.tree.map(one, leaf, is_leaf=_is_qtensor)
+
+    return jax.tree.unflatten(treedef, list(map(moved, paths, leaves)))
+
+
+def _is_qtensor(x: Any) -> bool:
+    return isinstance(x, QTensor)

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -21,6 +22,7 @@ from jaxquant import (
     Rule,
     best_order,
     quantize,
+    training,
     tree,
 )
 
@@ -284,12 +286,27 @@ def test_blocks_are_stored_by_the_axis_that_products_sum_over(axis, platform):
     wanted = tree.quantize(params, dataclasses.replace(rule, contracted=axis), platform=platform)
     assert wanted["w"].order == (-1, -2)
     assert tree.reorder(kept, platform)["w"].order is None
-    moved = tree.reorder(kept, platform, contracted={"w": (axis,), "elsewhere": (0,)})
+    moved = tree.reorder(kept, platform, contracted={"w": (axis,), "other": (0,)})
     assert_equal_trees(moved, wanted)
+    with_adapters = training.lora_init(kept, rule, 2, jax.random.key(0))
+    adapted = tree.reorder(with_adapters, platform, contracted={"w": (axis,)})["w"]
+    assert_equal_trees(adapted.base, wanted["w"])
     np.testing.assert_array_equal(moved["w"].dequantize(), kept["w"].dequantize())
     assert tree.reorder(kept, platform, contracted={"w": (0, 1)})["w"].order is None
     with pytest.raises(ValueError, match=r"axis must lie in -2 \.\. 1"):
         tree.reorder(kept, platform, contracted={"w": 2})
+
+
+BAD_CONTRACTED: list[tuple[Any, str]] = [
+    ({"w": 0, "u": 1}, r"contracted must name leaves of the tree; got u\. It has w\."),
+    ([0], r"contracted must map paths to axes, such as .*\.contracted; got list\."),
+]
+
+
+@pytest.mark.parametrize("contracted, text", BAD_CONTRACTED)
+def test_contracted_axes_of_other_leaves_raise(contracted, text):
+    with pytest.raises(ValueError, match=text):
+        tree.reorder({"w": jnp.ones((4, 4))}, "tpu", contracted=contracted)
 
 
 def test_contracted_axes_without_blocks_raise():
